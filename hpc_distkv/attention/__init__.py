@@ -1,0 +1,1 @@
+"""MicroAttention: kernels, their choice, and the merge of partials."""

@@ -1,0 +1,1 @@
+"""Rows in, rows out. Rank 0 only."""

@@ -1,0 +1,105 @@
+"""The three ways ranks talk, as interfaces: tensors, headers, control rounds.
+
+Each has an MPI implementation (`comm.mpi`) and one in a single process (`comm.local`).
+All of them post first and wait later, so that a step can compute while bytes travel.
+
+Order is the whole protocol: there are no tags. The n-th tensor that rank a sends to rank b
+meets the n-th receive that b posts from a, and the same for headers. The engine derives both
+orders from the headers of the step, so they agree by construction. A GPU transport can then put
+all pairs of one hop into one NCCL group on one stream without changing its callers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hpc_distkv.comm.world import World
+
+Pairs = Sequence[tuple[int, torch.Tensor]]
+"""(peer rank, contiguous tensor) in the order in which the peer sees them."""
+
+
+class StallError(RuntimeError):
+    """A wait made no progress for the stall timeout; the text says who waits for whom."""
+
+
+class Pending(ABC):
+    """An exchange that was posted and may still be on its way."""
+
+    @abstractmethod
+    def done(self) -> bool:
+        """Push the exchange on and tell whether it has completed. Never blocks."""
+
+    @abstractmethod
+    def wait(self, what: str) -> None:
+        """Return when every send may be overwritten and every receive has arrived.
+
+        `what` names the exchange for the stall message ("queries, layer 3, step 17").
+        Raises StallError if nothing moved for the stall timeout.
+        """
+
+
+class Transport(ABC):
+    """Moves tensors between ranks."""
+
+    @abstractmethod
+    def exchange(self, sends: Pairs, recvs: Pairs) -> Pending:
+        """Post one hop: all its sends and receives at once. Tensors must stay untouched until
+        `wait` returns; they are contiguous and both sides know their sizes beforehand."""
+
+    @abstractmethod
+    def poke(self) -> None:
+        """Give messages under way a chance to progress. Cheap: called between kernels."""
+
+
+class Mail(ABC):
+    """Small messages of unknown length between loan partners: the headers of a step."""
+
+    @abstractmethod
+    def post(self, peer: int, message: bytes) -> None:
+        """Send without waiting."""
+
+    @abstractmethod
+    def take(self, peers: Sequence[int], what: str) -> dict[int, bytes]:
+        """The next message of each of `peers`, waiting for them. Raises StallError."""
+
+
+class Rounds(ABC):
+    """Control rounds: a nonblocking gather of reports to rank 0, a nonblocking scatter of answers.
+
+    Round k of a rank is: `report` → (compute) → `answer`. Every rank takes part in every round,
+    in the same order; on rank 0 `reports` and `reply` serve the gManager beside its own part.
+    Nothing here blocks; a rank that has nothing else to do waits with `Comm.idle`.
+    """
+
+    @abstractmethod
+    def report(self, message: bytes) -> None:
+        """Begin a round with this rank's report. The previous round's answer must be taken."""
+
+    @abstractmethod
+    def answer(self) -> bytes | None:
+        """This rank's answer to its report, once; None while it is not there yet."""
+
+    @abstractmethod
+    def reports(self) -> list[bytes] | None:
+        """Rank 0: the reports of all ranks of the current round by rank, once; else None."""
+
+    @abstractmethod
+    def reply(self, messages: Sequence[bytes]) -> None:
+        """Rank 0: send each rank its answer. Follows the `reports` it answers."""
+
+
+@dataclass(frozen=True)
+class Comm:
+    """What one rank has to reach the others."""
+
+    world: World
+    transport: Transport
+    mail: Mail
+    rounds: Rounds
+    stall_timeout: float
+    """Seconds without progress after which a wait gives up."""

@@ -1,0 +1,61 @@
+"""Which ranks there are, and where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of a job as one of them sees them. An instance is `tp` consecutive ranks that hold
+    one replica of the model; a lane is the ranks with the same index inside their instances."""
+
+    rank: int
+    nodes: tuple[int, ...]
+    """Node number of every rank."""
+    tp: int = 1
+
+    def __post_init__(self) -> None:
+        if self.size % self.tp:
+            raise ValueError(
+                f"{self.size} ranks cannot be cut into instances of {self.tp}: "
+                f"start a multiple of {self.tp} ranks"
+            )
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return len(self.nodes)
+
+    @property
+    def local_rank(self) -> int:
+        """Index of this rank among the ranks of its node."""
+        return self.nodes[: self.rank].count(self.nodes[self.rank])
+
+    @property
+    def local_size(self) -> int:
+        """Number of ranks on this node."""
+        return self.nodes.count(self.nodes[self.rank])
+
+    @property
+    def instances(self) -> int:
+        """Number of replicas of the model."""
+        return self.size // self.tp
+
+    @property
+    def instance(self) -> int:
+        """This rank's instance."""
+        return self.rank // self.tp
+
+    @property
+    def lane(self) -> int:
+        """This rank's index inside its instance."""
+        return self.rank % self.tp
+
+    def rank_of(self, instance: int) -> int:
+        """The rank of this rank's lane in `instance`."""
+        return instance * self.tp + self.lane
+
+    def node_of(self, instance: int) -> int:
+        """The node of the first rank of `instance`."""
+        return self.nodes[instance * self.tp]

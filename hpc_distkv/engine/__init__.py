@@ -1,0 +1,1 @@
+"""Where comm, attention, memory, control and model meet: the step."""

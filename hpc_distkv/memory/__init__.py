@@ -1,0 +1,1 @@
+"""Who holds which rBlock, and the bytes of the rBlocks."""

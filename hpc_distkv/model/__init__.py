@@ -1,0 +1,1 @@
+"""The decoder, its weights, its tokenizer. Knows nothing of ranks."""
