@@ -11,13 +11,20 @@ all pairs of one hop into one NCCL group on one stream without changing its call
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from hpc_distkv.comm.world import World
+
+if TYPE_CHECKING:
+    from hpc_distkv.comm.waiter import Waiter
+
+T = TypeVar("T")
 
 Pairs = Sequence[tuple[int, torch.Tensor]]
 """(peer rank, contiguous tensor) in the order in which the peer sees them."""
@@ -55,6 +62,10 @@ class Transport(ABC):
     def poke(self) -> None:
         """Give messages under way a chance to progress. Cheap: called between kernels."""
 
+    def drained(self) -> bool:
+        """Whether nothing this rank posted is under way any more. Never blocks."""
+        return True
+
 
 class Mail(ABC):
     """Small messages of unknown length between loan partners: the headers of a step."""
@@ -66,6 +77,10 @@ class Mail(ABC):
     @abstractmethod
     def take(self, peers: Sequence[int], what: str) -> dict[int, bytes]:
         """The next message of each of `peers`, waiting for them. Raises StallError."""
+
+    def drained(self) -> bool:
+        """Whether every message this rank posted has left it. Never blocks."""
+        return True
 
 
 class Rounds(ABC):
@@ -92,8 +107,16 @@ class Rounds(ABC):
     def reply(self, messages: Sequence[bytes]) -> None:
         """Rank 0: send each rank its answer. Follows the `reports` it answers."""
 
+    @abstractmethod
+    def awaited(self) -> list[int]:
+        """The ranks whose part of the current round is missing here, for the stall message."""
 
-@dataclass(frozen=True)
+    def drained(self) -> bool:
+        """Whether nothing of this rank's rounds is under way any more. Never blocks."""
+        return True
+
+
+@dataclass(eq=False)
 class Comm:
     """What one rank has to reach the others."""
 
@@ -101,5 +124,52 @@ class Comm:
     transport: Transport
     mail: Mail
     rounds: Rounds
-    stall_timeout: float
-    """Seconds without progress after which a wait gives up."""
+    waiter: Waiter
+    abort: Callable[[int], object]
+    """End the whole job with this exit status."""
+    closed: bool = field(default=False, init=False)
+    """Whether all ranks have agreed that they are done."""
+
+    @property
+    def stall_timeout(self) -> float:
+        """Seconds without progress after which a wait gives up."""
+        return self.waiter.stall_timeout
+
+    def idle(self, ready: Callable[[], T | None], what: str) -> T:
+        """Poll `ready` until it gives a value, leaving the core to others meanwhile.
+
+        `what` names the wait in the stall message ("the answer of round 17"). Raises StallError.
+        """
+        return self.waiter.until(ready, what, self.rounds.awaited)
+
+    def agree(self, error: str | None) -> list[str | None]:
+        """What every rank has to say, by rank, on every rank: None where all is well.
+
+        One whole control round, so that a user error that only some ranks see makes all of them
+        leave with the same status. Collective; no round may be open.
+        """
+        self.rounds.report(json.dumps(error).encode())
+
+        def everyone() -> bytes | None:
+            reports = self.rounds.reports() if self.world.rank == 0 else None
+            if reports is not None:
+                self.rounds.reply([b"[" + b",".join(reports) + b"]"] * self.world.size)
+            return self.rounds.answer()
+
+        said: list[str | None] = json.loads(self.idle(everyone, "all ranks to agree"))
+        return said
+
+    def close(self) -> None:
+        """Wait until every rank is done and nothing is under way; afterwards a rank may leave with
+        any exit status. Collective; no round may be open. A second call does nothing.
+
+        Order: a rank tells the others that it is done once its own sends have left it, and rank 0
+        leaves last of all its answers: so nobody tears down a connection that is still in use.
+        """
+        if self.closed:
+            return
+        self.idle(lambda: self.transport.drained() or None, "the last tensors to be received")
+        self.idle(lambda: self.mail.drained() or None, "the last headers to be received")
+        self.agree(None)
+        self.idle(lambda: self.rounds.drained() or None, "the last answers to be received")
+        self.closed = True

@@ -14,6 +14,8 @@ class World:
     nodes: tuple[int, ...]
     """Node number of every rank."""
     tp: int = 1
+    hosts: tuple[str, ...] = ()
+    """Host name of every rank, for messages; empty if unknown."""
 
     def __post_init__(self) -> None:
         if self.size % self.tp:
@@ -59,3 +61,7 @@ class World:
     def node_of(self, instance: int) -> int:
         """The node of the first rank of `instance`."""
         return self.nodes[instance * self.tp]
+
+    def name(self, rank: int) -> str:
+        """What messages call a rank: "rank 2 on nid0042"."""
+        return f"rank {rank} on {self.hosts[rank]}" if self.hosts else f"rank {rank}"

@@ -63,3 +63,102 @@ class Result(msgspec.Struct, frozen=True, array_like=True):
     """Seconds from assignment to the first token."""
     total_time: float
     """Seconds from assignment to the last token."""
+
+
+class Counters(msgspec.Struct):
+    """What one instance has done since its start. Times are wall seconds of its rank."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    """Prompt tokens computed, recomputed ones included."""
+    generated_tokens: int = 0
+    preemptions: int = 0
+    refused_grants: int = 0
+    blocks_lent: int = 0
+    """rBlocks received from debtors."""
+    blocks_borrowed: int = 0
+    """rBlocks moved to creditors."""
+    peak_borrowed: int = 0
+    """Most rBlocks hosted elsewhere at once."""
+    bytes_moved: int = 0
+    bytes_queried: int = 0
+    """Query vectors sent and partial results returned."""
+    step_time: float = 0.0
+    query_wait: float = 0.0
+    """Waiting for guests' queries."""
+    partial_wait: float = 0.0
+    """Waiting for partial results from creditors."""
+    header_wait: float = 0.0
+    move_wait: float = 0.0
+    control_wait: float = 0.0
+    """Waiting at round boundaries, without work included."""
+
+
+class Header(msgspec.Struct, frozen=True, array_like=True):
+    """One partner to another before layer 0 of their joint step. Applied in this field order."""
+
+    step: int
+    """Joint steps of the pair's component since its last boundary: a check, not a clock."""
+    released: list[int]
+    """Requests of mine that ended: free their guests."""
+    returned: int
+    """Credit of mine that I give back."""
+    opened: int
+    """Credit I set aside for you."""
+    moves: list[tuple[int, int]]
+    """(request, logical index) of the rBlocks I send you behind this step's layers."""
+    queries: list[tuple[int, int]]
+    """(request, query rows) of mine that attend to their guests with you, in order of the rows."""
+
+
+class Report(msgspec.Struct, frozen=True, array_like=True):
+    """One instance to the gManager at a round boundary."""
+
+    round: int
+    capacity: int
+    """rBlocks in the pool."""
+    free: int
+    promised: int
+    """rBlocks set aside until the answer: the most that may be granted."""
+    wanted: int
+    """rBlocks to borrow."""
+    wanted_for: int
+    """The oldest request that wants them; NOBODY when nothing is wanted."""
+    starved: bool
+    """`wanted_for` cannot go on, and no younger request at home could give way."""
+    room_rows: int
+    """Rows that may be assigned now."""
+    room_tokens: int
+    """Prompt tokens after which no further row should be assigned."""
+    lent: dict[int, int]
+    """Debtor → rBlocks lent or set aside."""
+    held: dict[int, dict[int, int]]
+    """Running request → instance → rBlocks, for those that changed; empty: holds nothing now."""
+    results: list[Result]
+    step_time: float
+    """Recent seconds per step; 0 without work."""
+    counters: Counters
+
+
+class Answer(msgspec.Struct, frozen=True, array_like=True):
+    """The gManager to one instance, in force from its next boundary."""
+
+    round: int
+    assign: list[Request]
+    lend: dict[int, int]
+    """Debtor → rBlocks of the promise to set aside for it."""
+    granted: int
+    """rBlocks of the wish that were granted: their creditors will open them as credit."""
+    preempt: list[int]
+    """Requests that give way to an older one elsewhere."""
+    admit_before: int
+    """Only requests older than this may be admitted; NOBODY: all."""
+    partners: list[int]
+    """The instances to exchange headers with from now on."""
+    steps: int
+    """Steps until the next boundary; 0: without partners, wherever the next answer finds it."""
+    stop: bool
+
+
+NOBODY = 2**62
+"""Younger than any request."""

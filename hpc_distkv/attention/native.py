@@ -1,0 +1,244 @@
+"""Builds, loads and calls the C kernels (`kernels.c`).
+
+The library is compiled at first use with the system's compiler for the machine it runs on, and
+kept in the user's cache under a name that holds everything it depends on. Many ranks may start at
+once on unlike nodes with one home directory: each builds under a temporary name and renames it
+into place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hpc_distkv.attention.paged import PagedBatch
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("kernels.c")
+# No -ffast-math: the loops are vectors already, it turns two fused multiply-adds into three
+# operations, and with it the library would make the whole process flush denormals to zero.
+COMPILE = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
+LINK = ("-shared", "-fopenmp", "-lm")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+BUILD_SECONDS = 120
+
+_CALL = struct.Struct("=26qd")  # `Call` in kernels.c
+_OK, _NO_MEMORY = 0, 1
+
+
+class Kernels:
+    """The loaded library. Callers have checked dtypes, shapes and strides; numbers inside the index
+    tensors are checked by the library, because a wrong one would read or write foreign memory."""
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        pointer, integer = ctypes.c_void_p, ctypes.c_int64
+        self._attention = library.hpc_distkv_micro_attention
+        self._attention.argtypes = [ctypes.c_char_p]
+        self._merge = library.hpc_distkv_merge_rows
+        self._merge.argtypes = [pointer] * 5 + [integer] * 5
+        self._write = library.hpc_distkv_write_kv
+        self._write.argtypes = [pointer] * 6 + [integer] * 10
+
+    def micro_attention(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        batch: PagedBatch,
+        *,
+        scale: float,
+        causal: bool,
+        out: Tensor,
+        lse: Tensor,
+        stream_lines: int,
+    ) -> None:
+        """Fill out and lse. Raises ValueError where the batch's numbers do not fit the tensors."""
+        queries, heads, dim = q.shape
+        num_blocks, kv_heads, block_size, _ = k_cache.shape
+        size = q.element_size()
+        call = _CALL.pack(
+            q.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            out.data_ptr(),
+            lse.data_ptr(),
+            batch.query_start.data_ptr(),
+            batch.query_position.data_ptr(),
+            batch.block_start.data_ptr(),
+            batch.blocks.data_ptr(),
+            batch.first_token.data_ptr(),
+            batch.kv_len.data_ptr(),
+            queries,
+            batch.kv_len.numel(),
+            batch.blocks.numel(),
+            heads,
+            kv_heads,
+            dim,
+            num_blocks,
+            block_size,
+            q.stride(0) * size,
+            k_cache.stride(0) * size,
+            v_cache.stride(0) * size,
+            DTYPES[q.dtype],
+            causal,
+            stream_lines,
+            torch.get_num_threads(),
+            scale,
+        )
+        status = self._attention(call)
+        if status == _NO_MEMORY:
+            raise MemoryError("no memory for the scratch of micro_attention")
+        if status != _OK:
+            batch.check(queries, num_blocks, block_size)
+            raise ValueError("the batch does not fit q and the cache")
+
+    def merge_rows(
+        self, out: Tensor, lse: Tensor, rows: Tensor, part_out: Tensor, part_lse: Tensor
+    ) -> None:
+        """Merge in place. Raises ValueError if a row lies outside out."""
+        total, heads, dim = out.shape
+        status = self._merge(
+            out.data_ptr(),
+            lse.data_ptr(),
+            rows.data_ptr(),
+            part_out.data_ptr(),
+            part_lse.data_ptr(),
+            rows.numel(),
+            total,
+            heads,
+            dim,
+            torch.get_num_threads(),
+        )
+        if status != _OK:
+            raise ValueError(f"rows must lie in [0, {total})")
+
+    def write_kv(
+        self,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        blocks: Tensor,
+        offsets: Tensor,
+    ) -> None:
+        """Copy in place. Raises ValueError if a block or an offset lies outside the cache."""
+        tokens, heads, dim = k.shape
+        num_blocks, _, block_size, _ = k_cache.shape
+        size = k.element_size()
+        status = self._write(
+            k.data_ptr(),
+            v.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            blocks.data_ptr(),
+            offsets.data_ptr(),
+            tokens,
+            heads,
+            dim * size,
+            num_blocks,
+            block_size,
+            k.stride(0) * size,
+            v.stride(0) * size,
+            k_cache.stride(0) * size,
+            v_cache.stride(0) * size,
+            torch.get_num_threads(),
+        )
+        if status != _OK:
+            raise ValueError(
+                f"blocks must lie in [0, {num_blocks}) and offsets in [0, {block_size})"
+            )
+
+
+@functools.cache
+def kernels() -> Kernels | None:
+    """The kernels, built if need be; None where HPC_DISTKV_NO_CC is 1 or no compiler builds them
+    (one warning says why). Build time: about ten seconds, once per user and kind of machine."""
+    if os.environ.get("HPC_DISTKV_NO_CC") == "1":
+        return None
+    problems = []
+    for compiler in _compilers():
+        try:
+            return Kernels(_built(compiler))
+        except (OSError, subprocess.SubprocessError) as error:
+            problems.append(f"{shlex.join(compiler)}: {_explain(error)}")
+    log.warning(
+        "no C kernels, attention on the CPU falls back to torch and is many times slower; "
+        "install a C compiler with OpenMP or name one in $CC (%s)",
+        "; ".join(problems),
+    )
+    return None
+
+
+def _compilers() -> Iterator[list[str]]:
+    chosen = shlex.split(os.environ.get("CC", ""))
+    if chosen:
+        yield chosen
+    for name in ("cc", "gcc"):
+        if chosen != [name]:
+            yield [name]
+
+
+def _built(compiler: list[str]) -> Path:
+    version = subprocess.run(
+        [*compiler, "--version"], check=True, capture_output=True, timeout=BUILD_SECONDS
+    ).stdout
+    identity = [SOURCE.read_bytes(), repr((compiler, COMPILE, LINK)).encode(), version, _cpu()]
+    name = hashlib.sha256(b"\0".join(identity)).hexdigest()[:32] + ".so"
+    folder = _cache_folder()
+    if not (folder / name).exists():
+        _build(compiler, folder, name)
+    return folder / name
+
+
+def _build(compiler: list[str], folder: Path, name: str) -> None:
+    with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
+        compiled, linked = Path(scratch, "kernels.o"), Path(scratch, name)
+        for command in (
+            [*compiler, *COMPILE, "-c", str(SOURCE), "-o", str(compiled)],
+            [*compiler, str(compiled), *LINK, "-o", str(linked)],
+        ):
+            subprocess.run(command, check=True, capture_output=True, timeout=BUILD_SECONDS)
+        linked.replace(folder / name)
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base, "hpc_distkv")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:  # a home that compute nodes mount read-only: build for this process alone
+        return Path(tempfile.mkdtemp(prefix="hpc_distkv-"))
+
+
+def _cpu() -> bytes:
+    """What -march=native depends on: two unlike machines must not share a library."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor().encode()
+    keys = ("flags", "Features", "model name", "CPU implementer", "CPU part", "cpu\t")
+    return "\n".join(sorted({line for line in lines if line.startswith(keys)})).encode()
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, subprocess.CalledProcessError):
+        lines = error.stderr.decode(errors="replace").strip().splitlines()
+        return lines[0] if lines else f"exit status {error.returncode}"
+    return str(error)

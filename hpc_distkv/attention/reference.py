@@ -1,0 +1,82 @@
+"""MicroAttention, its merge and the cache write in plain torch: clear, on any device, not fast."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hpc_distkv.attention.paged import PagedBatch
+
+QUERY_CHUNK = 256
+"""Queries of a row that are scored at once: bounds the score matrix."""
+
+
+def micro_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: PagedBatch,
+    *,
+    scale: float,
+    causal: bool,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Fill out [T, H, D] and lse [T, H]; arguments as in `micro.micro_attention`.
+
+    Raises ValueError where the batch's numbers do not fit the tensors.
+    """
+    block_size = k_cache.shape[2]
+    batch.check(q.shape[0], k_cache.shape[0], block_size)
+    starts, block_starts = batch.query_start.tolist(), batch.block_start.tolist()
+    within = torch.arange(block_size, device=q.device)
+    for row, tokens in enumerate(batch.kv_len.tolist()):
+        listed = slice(block_starts[row], block_starts[row + 1])
+        blocks = batch.blocks[listed].to(q.device, torch.int64)
+        first = batch.first_token[listed].to(q.device)
+        key_position = (first[:, None] + within).flatten()[:tokens]
+        k = _tokens(k_cache[blocks])[:, :tokens]
+        v = _tokens(v_cache[blocks])[:, :tokens]
+        for start in range(starts[row], starts[row + 1], QUERY_CHUNK):
+            chunk = slice(start, min(start + QUERY_CHUNK, starts[row + 1]))
+            position = int(batch.query_position[row]) - starts[row]
+            query_position = position + torch.arange(chunk.start, chunk.stop, device=q.device)
+            seen = key_position <= query_position[:, None] if causal else None
+            _attend(q[chunk], k, v, scale, seen, out[chunk], lse[chunk])
+
+
+def _tokens(blocks: Tensor) -> Tensor:
+    """[n, Hkv, block_size, D] -> float32 [Hkv, n * block_size, D]."""
+    return blocks.transpose(0, 1).flatten(1, 2).float()
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor | None, out: Tensor, lse: Tensor
+) -> None:
+    grouped = (q.float() * scale).reshape(q.shape[0], k.shape[0], -1, q.shape[2])
+    scores = torch.einsum("qhgd,hkd->qhgk", grouped, k)
+    if seen is not None:
+        scores = scores.masked_fill(~seen[:, None, None, :], -torch.inf)
+    total = scores.logsumexp(-1)
+    weights = torch.exp(scores - total.masked_fill(total == -torch.inf, 0)[..., None])
+    out.copy_(torch.einsum("qhgk,hkd->qhgd", weights, v).flatten(1, 2))
+    lse.copy_(total.flatten(1))
+
+
+def merge_rows(out: Tensor, lse: Tensor, rows: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
+    """As `merge.merge_rows`."""
+    index = rows.to(out.device, torch.int64)
+    mine, total = lse[index], torch.logaddexp(lse[index], part_lse)
+    shift = total.masked_fill(total == -torch.inf, 0)
+    kept = out[index] * torch.exp(mine - shift)[..., None]
+    out[index] = kept + part_out * torch.exp(part_lse - shift)[..., None]
+    lse[index] = total
+
+
+def write_kv(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, blocks: Tensor, offsets: Tensor
+) -> None:
+    """As `cache.write_kv`."""
+    index = blocks.to(k.device, torch.int64), slice(None), offsets.to(k.device, torch.int64)
+    k_cache[index] = k
+    v_cache[index] = v

@@ -1,0 +1,120 @@
+"""The input file, line by line: what is blank, too long, answered before or given twice."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from hpc_distkv.batch.answered import DUPLICATE, Answered
+from hpc_distkv.batch.errors import InputError, RowError
+from hpc_distkv.batch.schema import Envelope, read_envelope
+
+LONGEST_LINE = 256 << 20
+"""Bytes. A longer line is an error row, and is not read into memory."""
+_BOM = b"\xef\xbb\xbf"
+
+
+class Intake:
+    """Owner of the open input file; iterate once to get the rows that still need an answer.
+
+    Holds every custom_id it has seen (about 100 bytes a row), never the rows.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Opens the file. Raises InputError."""
+        self.path = Path(path)
+        if str(path) == "-":
+            raise InputError("the input must be a file: a stream cannot be read again to resume.")
+        try:
+            self._file = self.path.open("rb")
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}.") from error
+        state = os.fstat(self._file.fileno())
+        if not stat.S_ISREG(state.st_mode):
+            self._file.close()
+            raise InputError(f"cannot read {path}: it is not a regular file, so it cannot resume.")
+        self.size = state.st_size
+        """Bytes of the file when it was opened."""
+        self.bytes_read = 0
+        self.rows = 0
+        """Rows seen so far, blank lines left out."""
+        self.skipped = 0
+        """Rows among them that were answered before."""
+        self.exhausted = False
+        """Whether the last row has been seen."""
+
+    def envelopes(self, answered: Answered) -> Iterator[Envelope]:
+        """The rows not in `answered`, in order; a repeated custom_id comes with a problem.
+
+        Takes over the custom_ids of `answered`. Raises InputError when reading fails.
+        """
+        seen: set[str] = set()
+        for number, line in self._lines():
+            self.rows += 1
+            envelope = _too_long(number) if line is None else read_envelope(line, number)
+            custom_id = envelope.custom_id
+            if custom_id is None:
+                done = number in answered.numbers
+            elif custom_id in seen:
+                done = number in answered.numbers
+                envelope = _duplicate(number, custom_id)
+            else:
+                done = custom_id in answered.custom_ids
+                answered.custom_ids.discard(custom_id)
+                seen.add(custom_id)
+            if done:
+                self.skipped += 1
+            else:
+                yield envelope
+        self.exhausted = True
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _lines(self) -> Iterator[tuple[int, bytes | None]]:
+        number = 0
+        while line := self._readline():
+            whole: bytes | None = line
+            while line and len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+                whole = None
+                line = self._readline()
+            if whole is not None and number == 0:
+                whole = whole.removeprefix(_BOM)
+            if whole is None or (whole and not whole.isspace()):
+                yield number, whole
+            number += 1
+
+    def _readline(self) -> bytes:
+        try:
+            line = self._file.readline(LONGEST_LINE)
+        except OSError as error:
+            raise InputError(
+                f"cannot read {self.path} beyond byte {self.bytes_read}: {error.strerror}. "
+                "Rerun the same command to resume."
+            ) from error
+        self.bytes_read += len(line)
+        return line
+
+
+def _too_long(number: int) -> Envelope:
+    return Envelope(
+        number,
+        problem=RowError(
+            f"The line is longer than {LONGEST_LINE} bytes.", code="line_too_long", status=413
+        ),
+    )
+
+
+def _duplicate(number: int, custom_id: str) -> Envelope:
+    return Envelope(
+        number,
+        custom_id,
+        problem=RowError(
+            f"An earlier row has the custom_id '{custom_id}' already.",
+            code=DUPLICATE,
+            param="custom_id",
+        ),
+    )

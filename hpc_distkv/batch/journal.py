@@ -1,0 +1,230 @@
+"""The results file: appended to as rows finish, and enough to resume from after kill -9."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+
+from hpc_distkv.batch.answered import Answered, read_answered
+from hpc_distkv.batch.errors import JournalError
+
+FORMAT = 1
+"""Version of the results file and of what resuming relies on."""
+
+_BUFFER = 1 << 20
+"""Bytes kept in memory before they are written out of turn."""
+_RESTART = "Use --overwrite to start again, or another output."
+
+
+class Journal:
+    """Owner of the results file. Lines are safe from kill -9 once written, which `commit` does.
+
+    Beside the file lies `<output>.meta.json`, written before the first row: the fingerprint of
+    the job. A rerun with another fingerprint is refused, so one file never mixes two jobs.
+    """
+
+    def __init__(self, path: Path, fd: int, size: int, answered: Answered) -> None:
+        self.path = path
+        self.answered = answered
+        """What was in the file when it was opened."""
+        self._fd: int | None = fd
+        self._buffer = bytearray()
+        self._written = size
+        self._synced = size
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        fingerprint: Mapping[str, Any],
+        *,
+        overwrite: bool = False,
+        source: str | os.PathLike[str] | None = None,
+    ) -> Journal:
+        """Start or resume the results file at `path`; `overwrite` drops what it holds.
+
+        `fingerprint` is everything that must be the same for old and new rows to belong
+        together, as JSON values. `source`, the input, is protected from being overwritten.
+        Raises JournalError with what to do about it.
+        """
+        path = Path(path)
+        wanted = _plain({"format": FORMAT, **fingerprint})
+        with _reported(f"cannot use {path} for the results"):
+            _check_place(path, source)
+            if overwrite or not path.exists() or path.stat().st_size == 0:
+                # Old rows go before the new fingerprint comes: at no instant are they together.
+                _empty(path)
+                _write_meta(_meta_path(path), wanted)
+            else:
+                _check_meta(path, wanted)
+            answered, sound = read_answered(path)
+            fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+            os.ftruncate(fd, sound)
+            os.fsync(fd)
+        return cls(path, fd, sound, answered)
+
+    def append(self, line: bytes) -> None:
+        """Add one line, given without its newline. Raises JournalError when the disk refuses."""
+        assert self._fd is not None
+        assert b"\n" not in line
+        self._buffer += line
+        self._buffer += b"\n"
+        if len(self._buffer) >= _BUFFER:
+            self._write()
+
+    def commit(self) -> None:
+        """Put everything appended so far on the disk (write and fsync). Raises JournalError."""
+        assert self._fd is not None
+        self._write()
+        if self._synced < self._written:
+            try:
+                os.fsync(self._fd)
+            except OSError as error:
+                self._fail(error, keep=self._synced)
+            self._synced = self._written
+
+    def close(self) -> None:
+        """Commit and close; nothing to do after a failure. Raises JournalError."""
+        if self._fd is None:
+            return
+        self.commit()
+        os.close(self._fd)
+        self._fd = None
+
+    def _write(self) -> None:
+        assert self._fd is not None
+        if not self._buffer:
+            return
+        try:
+            self._check_alone()
+            rest = memoryview(self._buffer)
+            while rest:
+                rest = rest[os.write(self._fd, rest) :]
+        except OSError as error:
+            self._fail(error, keep=self._written)
+        self._written += len(self._buffer)
+        self._buffer = bytearray()
+
+    def _check_alone(self) -> None:
+        """Two runs on one file would answer rows twice; so would writing to a deleted one."""
+        assert self._fd is not None
+        state = os.fstat(self._fd)
+        if state.st_size == self._written and state.st_nlink > 0:
+            return
+        self._abandon()
+        raise JournalError(
+            f"{self.path} was changed or removed by somebody else during the run; is the same job "
+            "running twice? Stop the other one and rerun the same command to resume."
+        )
+
+    def _fail(self, error: OSError, keep: int) -> NoReturn:
+        assert self._fd is not None
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._fd, keep)
+        self._abandon()
+        raise JournalError(
+            f"cannot write results to {self.path}: {error.strerror}. The results so far are safe; "
+            "make room and rerun the same command to resume."
+        ) from error
+
+    def _abandon(self) -> None:
+        assert self._fd is not None
+        self._buffer = bytearray()
+        fd, self._fd = self._fd, None
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+@contextlib.contextmanager
+def _reported(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise JournalError(f"{what}: {error.strerror or error}.") from error
+
+
+def _meta_path(path: Path) -> Path:
+    return path.with_name(path.name + ".meta.json")
+
+
+def _check_place(path: Path, source: str | os.PathLike[str] | None) -> None:
+    if not path.parent.is_dir():
+        raise JournalError(
+            f"cannot use {path} for the results: there is no directory {path.parent}."
+        )
+    if not path.exists():
+        return
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise JournalError(f"cannot use {path} for the results: it is not a regular file.")
+    if source is not None and Path(source).exists() and path.samefile(source):
+        raise JournalError(f"{path} is both the input and the output; give another output.")
+
+
+def _empty(path: Path) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _write_meta(meta: Path, fingerprint: Mapping[str, Any]) -> None:
+    """Replace the side file in one piece, and put its name on the disk too."""
+    fresh = meta.with_name(meta.name + ".tmp")
+    with fresh.open("wb") as file:
+        file.write(msgspec.json.format(msgspec.json.encode(fingerprint)) + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(meta)
+    directory = os.open(meta.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _check_meta(path: Path, wanted: Mapping[str, Any]) -> None:
+    meta = _meta_path(path)
+    if not meta.exists():
+        raise JournalError(
+            f"{path} is not empty and has no {meta.name} beside it, so it is not known which job "
+            f"wrote it. {_RESTART}"
+        )
+    try:
+        found = msgspec.json.decode(meta.read_bytes(), type=dict[str, Any])
+    except (ValueError, RecursionError):
+        raise JournalError(
+            f"{meta} is not readable as the fingerprint of a job. {_RESTART}"
+        ) from None
+    old, new = _flat(found), _flat(wanted)
+    differences = [
+        f"{name} was {old.get(name, 'absent')}, now {new.get(name, 'absent')}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+    if differences:
+        raise JournalError(
+            f"{path} holds results of another job: {'; '.join(differences)}. {_RESTART}"
+        )
+
+
+def _plain(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(fingerprint))
+    return plain
+
+
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested fields → {dotted name: JSON text}."""
+    flat: dict[str, str] = {}
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = msgspec.json.encode(value).decode()
+    return flat

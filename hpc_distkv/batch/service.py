@@ -1,0 +1,100 @@
+"""What the rows of a job are checked against: the model's names, words and limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from hpc_distkv.model.chat import ChatTemplate
+from hpc_distkv.model.config import ModelConfig
+from hpc_distkv.model.tokenizer import Tokenizer
+
+
+class TokenizerLike(Protocol):
+    """What rows and answers need of a tokenizer."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Text → token ids."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Token ids → text."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long a request, prompt and output together, may become. In tokens."""
+
+    max_model_len: int
+    capacity_tokens: int | None = None
+    """KV cache of the whole cluster; None: not known."""
+
+    @property
+    def tokens(self) -> int:
+        """The smaller of the two."""
+        if self.capacity_tokens is None:
+            return self.max_model_len
+        return min(self.max_model_len, self.capacity_tokens)
+
+    def __str__(self) -> str:
+        text = f"the model takes at most {self.max_model_len} tokens"
+        if self.capacity_tokens is not None:
+            text += f" and the cluster's KV cache holds {self.capacity_tokens}"
+        return text
+
+
+class SamplingDefaults(msgspec.Struct, frozen=True):
+    """What a row gets for the fields that it leaves out."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: no limit."""
+    max_tokens: int | None = None
+    """None: whatever the limits leave."""
+    seed: int = 0
+    """The job's seed; a row without one gets its own from this and its custom_id."""
+
+
+@dataclass(frozen=True)
+class Service:
+    """What checks a row and turns it into tokens, and the answer back into text."""
+
+    tokenizer: TokenizerLike
+    chat: Callable[[list[dict[str, Any]]], list[int]]
+    """Messages, as role and content → the tokens of the prompt. May raise anything."""
+    vocab_size: int
+    """Token ids are below this."""
+    model_names: tuple[str, ...]
+    """Names a row may give for the model; the first one is reported back."""
+    limits: Limits
+    defaults: SamplingDefaults
+    eos_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def from_dir(
+        cls, path: str | Path, config: ModelConfig, limits: Limits, defaults: SamplingDefaults
+    ) -> Service:
+        """Tokenizer and chat template of a model directory. Raises ModelError."""
+        tokenizer = Tokenizer(path)
+        eos = config.eos_token_ids
+        if not eos and tokenizer.eos_token_id is not None:
+            eos = (tokenizer.eos_token_id,)
+        return cls(
+            tokenizer=tokenizer,
+            chat=ChatTemplate(path, tokenizer),
+            vocab_size=config.vocab_size,
+            model_names=model_names(path),
+            limits=limits,
+            defaults=defaults,
+            eos_ids=eos,
+        )
+
+
+def model_names(path: str | Path) -> tuple[str, ...]:
+    """Names a row may give for the model in a directory; the directory's own name comes first."""
+    full = Path(path).resolve()
+    return tuple(dict.fromkeys((full.name, str(path), str(full))))

@@ -1,0 +1,90 @@
+"""Request fields of OpenAI and vLLM that are known here and not supported (yet).
+
+A field given at one of its neutral values asks for nothing, so it is accepted: clients often
+spell out every default. Null is neutral for every field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+IGNORED = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
+"""Fields that are labels only: they never change an answer."""
+
+_COMMON: dict[str, tuple[Any, ...]] = {
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "cache_salt": (),
+    "detokenize": (True,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "include_stop_str_in_output": (False,),
+    "kv_transfer_params": (),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "logits_processors": ([],),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "n": (1,),
+    "presence_penalty": (0,),
+    "priority": (0,),
+    "prompt_logprobs": (),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "service_tier": ("auto", "default"),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "stop": ([], ""),
+    "stream": (False,),
+    "stream_options": (),
+    "structured_outputs": (),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+}
+
+CHAT: dict[str, tuple[Any, ...]] = _COMMON | {
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (False,),
+    "audio": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "function_call": ("none",),
+    "functions": ([],),
+    "logprobs": (False,),
+    "mm_processor_kwargs": ({},),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "reasoning_effort": (),
+    "store": (False,),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": (),
+    "web_search_options": (),
+}
+
+COMPLETION: dict[str, tuple[Any, ...]] = _COMMON | {
+    "add_special_tokens": (True,),
+    "best_of": (1,),
+    "logprobs": (False,),
+    "prompt_embeds": (),
+    "suffix": ("",),
+}
+
+
+def is_neutral(known: Mapping[str, tuple[Any, ...]], field: str, value: Any) -> bool:
+    """Whether `value` of the known `field` asks for nothing. 0 and 0.0 are one, 0 and false two."""
+    return value is None or any(
+        value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+        for neutral in known[field]
+    )

@@ -1,0 +1,180 @@
+"""`hpc-distkv validate`: check a batch file on the login node, before it costs node hours."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from pathlib import Path
+
+import click
+
+from hpc_distkv.batch.answered import Answered
+from hpc_distkv.batch.errors import InputError, RowError
+from hpc_distkv.batch.intake import Intake
+from hpc_distkv.batch.rows import Row, parse_row
+from hpc_distkv.batch.service import Limits, SamplingDefaults, Service
+from hpc_distkv.model.config import ModelConfig
+from hpc_distkv.model.errors import ModelError
+
+EXAMPLES = 3
+"""Bad rows shown for each error code."""
+PERCENTILES = (50, 90, 99)
+
+
+class Report:
+    """What is counted while the rows go by."""
+
+    def __init__(self, limits: Limits, rank_tokens: int | None) -> None:
+        """`rank_tokens`: KV cache of one rank in tokens; None: not known."""
+        self.limits = limits
+        self.rank_tokens = rank_tokens
+        self.good = 0
+        self.bad: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
+        self.prompt_tokens = array("q")
+        self.output_tokens = 0
+        self.open_ended = 0
+        self.one_rank = 0
+        self.several_ranks = 0
+
+    def add_good(self, row: Row) -> None:
+        """Count a row that can be answered."""
+        self.good += 1
+        self.prompt_tokens.append(len(row.prompt))
+        needed = len(row.prompt)
+        if row.open_ended:
+            self.open_ended += 1
+        else:
+            needed += row.sampling.max_tokens
+            self.output_tokens += row.sampling.max_tokens
+        if self.rank_tokens is not None:
+            if needed <= self.rank_tokens:
+                self.one_rank += 1
+            else:
+                self.several_ranks += 1
+
+    def add_bad(self, number: int, error: RowError) -> None:
+        """Count a row that will become an error row."""
+        self.bad[error.code] += 1
+        examples = self.examples.setdefault(error.code, [])
+        if len(examples) < EXAMPLES:
+            examples.append(f"line {number + 1}: {error.message}")
+
+    def lines(self) -> list[str]:
+        """The report as text."""
+        bad = self.bad.total()
+        return [
+            f"rows          {self.good + bad}",
+            f"good          {self.good}",
+            f"bad           {bad}",
+            *self._bad_lines(),
+            *self._length_lines(),
+            *self._placement_lines(),
+        ]
+
+    def _bad_lines(self) -> list[str]:
+        lines = []
+        for code, count in self.bad.most_common():
+            lines.append(f"  {code}  {count}")
+            lines += [f"    {example}" for example in self.examples[code]]
+            if count > EXAMPLES:
+                lines.append(f"    … and {count - EXAMPLES} more")
+        return lines
+
+    def _length_lines(self) -> list[str]:
+        if not self.good:
+            return []
+        ordered = sorted(self.prompt_tokens)
+        shown = [f"p{p} {_percentile(ordered, p)}" for p in PERCENTILES]
+        lines = [
+            f"prompt tokens {sum(ordered)} in all; {', '.join(shown)}, max {ordered[-1]}",
+            f"output tokens {self.output_tokens} at most",
+        ]
+        if self.open_ended:
+            lines.append(
+                f"  and {self.open_ended} rows give no max_tokens: each may grow until prompt and "
+                f"output make {self.limits.tokens} tokens; below they count with their prompt alone"
+            )
+        return lines
+
+    def _placement_lines(self) -> list[str]:
+        if self.rank_tokens is None:
+            return []
+        return [
+            f"fit one rank  {self.one_rank} ({self.rank_tokens} tokens)",
+            f"need several  {self.several_ranks}",
+            f"fit nowhere   {self.bad['context_length_exceeded']} ({self.limits})",
+        ]
+
+
+def check_rows(path: str | Path, service: Service, report: Report) -> None:
+    """Stream the rows of a batch file into `report`. Raises InputError."""
+    intake = Intake(path)
+    try:
+        for envelope in intake.envelopes(Answered()):
+            try:
+                row = parse_row(envelope, service)
+            except RowError as error:
+                report.add_bad(envelope.number, error)
+            else:
+                report.add_good(row)
+    finally:
+        intake.close()
+
+
+def _percentile(ordered: list[int], percent: int) -> int:
+    """Nearest rank: the smallest value with at least `percent` % of all values at or below it."""
+    return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
+
+
+@click.command("validate")
+@click.option("--model", required=True, help="Model directory.")
+@click.option("-i", "--input", "source", required=True, help="Batch file (OpenAI JSONL).")
+@click.option(
+    "--max-model-len",
+    type=click.IntRange(min=1),
+    help="Longest prompt and output together, in tokens. [default: the model's]",
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), help="Output tokens of rows that give no number."
+)
+@click.option("--num-blocks", type=click.IntRange(min=1), help="rBlocks in the pool of one rank.")
+@click.option(
+    "--block-size", type=click.IntRange(min=1), default=16, show_default=True, help="Tokens."
+)
+@click.option(
+    "--ranks",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Instances that can lend to each other: ranks over the tensor-parallel size.",
+)
+def command(
+    model: str,
+    source: str,
+    max_model_len: int | None,
+    max_tokens: int | None,
+    num_blocks: int | None,
+    block_size: int,
+    ranks: int,
+) -> None:
+    """Check a batch file without loading the model: bad rows, lengths, and what fits where.
+
+    Exit status: 0 every row is good, 1 some rows are bad, 2 usage.
+    """
+    rank_tokens = None if num_blocks is None else num_blocks * block_size
+    try:
+        config = ModelConfig.from_dir(model)
+        limits = Limits(
+            max_model_len=max_model_len or config.max_position,
+            capacity_tokens=None if rank_tokens is None else rank_tokens * ranks,
+        )
+        defaults = SamplingDefaults(max_tokens=max_tokens)
+        service = Service.from_dir(model, config, limits, defaults)
+        report = Report(limits, rank_tokens)
+        check_rows(source, service, report)
+    except (ModelError, InputError) as error:
+        raise click.UsageError(str(error)) from error
+    for line in report.lines():
+        click.echo(line)
+    raise SystemExit(1 if report.bad else 0)

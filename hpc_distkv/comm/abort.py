@@ -1,0 +1,89 @@
+"""When one rank fails, the whole job ends: promptly, with a message and a status other than 0."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hpc_distkv.comm.transport import Comm, StallError
+
+BUG_STATUS = 70
+"""Exit status after an unexpected exception (EX_SOFTWARE of sysexits.h)."""
+INTERRUPTED_STATUS = 130
+LAST_WORDS = 2.0
+"""Seconds between a stall's message and the end: the waits of the other ranks run out at about the
+same time, and together their messages tell which rank they all wait for."""
+
+Expected = tuple[type[BaseException], ...]
+"""Exceptions whose message says everything: they are shown without a traceback."""
+
+
+@contextmanager
+def aborting(comm: Comm, expected: Expected = ()) -> Iterator[Comm]:
+    """Run a job so that no rank is left waiting for one that has gone.
+
+    Leaving normally, or by SystemExit(0), waits for the other ranks (`Comm.close`). Any exception,
+    SystemExit with another status, and any exception in a thread ends all ranks, unless the ranks
+    had closed together before: after `Comm.agree` and `Comm.close` each may leave as it likes.
+    In a world of one, exceptions simply pass through.
+    """
+    if comm.world.size == 1:
+        yield comm
+        return
+    previous_hook = threading.excepthook
+    threading.excepthook = lambda args: end_job(comm, args.exc_value or args.exc_type(), expected)
+    try:
+        try:
+            yield comm
+        except SystemExit as leaving:
+            if comm.closed or exit_status(leaving) == 0:
+                comm.close()
+            raise
+        comm.close()
+    except BaseException as error:
+        if not comm.closed:
+            end_job(comm, error, expected)
+        raise
+    finally:
+        threading.excepthook = previous_hook
+
+
+def end_job(comm: Comm, error: BaseException, expected: Expected = ()) -> None:
+    """Say why on stderr, then end all ranks."""
+    tag = f"[{comm.world.name(comm.world.rank)}] "
+    lines = last_words(error, (StallError, *expected)).rstrip("\n").split("\n")
+    # One write, every line tagged: the ranks' lines may mix, but stay readable.
+    sys.stderr.write("".join(f"{tag}{line}\n" for line in lines))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if isinstance(error, StallError):
+        time.sleep(LAST_WORDS)
+    comm.abort(exit_status(error))
+
+
+def last_words(error: BaseException, expected: Expected) -> str:
+    """The message of an expected error; message and traceback of a bug."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, SystemExit):
+        said = error.code if isinstance(error.code, str) else f"exit status {error.code}"
+        return f"left before the other ranks were done: {said}"
+    if isinstance(error, expected):
+        return str(error)
+    return f"{error}\n{''.join(traceback.format_exception(error))}"
+
+
+def exit_status(error: BaseException) -> int:
+    """The status with which the process would have left; a click exception carries its own."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED_STATUS
+    if isinstance(error, SystemExit):
+        if error.code is None:
+            return 0
+        return error.code if isinstance(error.code, int) else 1
+    status = getattr(error, "exit_code", BUG_STATUS)
+    return status if isinstance(status, int) and status else BUG_STATUS

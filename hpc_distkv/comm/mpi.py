@@ -1,0 +1,71 @@
+"""Ranks over MPI. MPI starts in `open_mpi`; importing this module does not touch it."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from hpc_distkv.comm.launch import check_launch, no_library
+from hpc_distkv.comm.transport import Comm
+from hpc_distkv.comm.waiter import Waiter
+from hpc_distkv.comm.world import World
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+
+def open_mpi(stall_timeout: float, tp: int = 1) -> Comm:
+    """Start MPI and connect this rank with the others. A process without a launcher is a world of
+    one. Collective.
+
+    `stall_timeout` is in seconds, `tp` the number of ranks per instance. Raises LaunchError if
+    there is no MPI library or it does not match the launcher, ValueError if the ranks cannot be
+    cut into instances.
+    """
+    start_mpi()
+    from mpi4py import MPI
+
+    from hpc_distkv.comm.mpi_mail import MpiMail
+    from hpc_distkv.comm.mpi_rounds import MpiRounds
+    from hpc_distkv.comm.mpi_transport import MpiTransport
+
+    everyone = MPI.COMM_WORLD
+    library = MPI.Get_library_version().splitlines()[0].strip(" \0")
+    check_launch(everyone.Get_size(), library, os.environ)
+    world = discover(everyone, tp)
+    waiter = Waiter(world, stall_timeout)
+    # One clone per purpose: messages of one cannot meet receives of another, and collectives need
+    # the same order on all ranks only within their own clone.
+    transport = MpiTransport(everyone.Dup(), waiter)
+    mail = MpiMail(everyone.Dup(), waiter)
+    rounds = MpiRounds(everyone.Dup(), everyone.Dup(), waiter)
+    waiter.background += [rounds.poke, mail.poke]
+    return Comm(world, transport, mail, rounds, waiter, everyone.Abort)
+
+
+def start_mpi() -> None:
+    """Load and initialise MPI for calls from one thread (an abort may come from another)."""
+    try:
+        import mpi4py
+
+        mpi4py.rc.thread_level = "serialized"
+        from mpi4py import MPI  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        raise no_library(error) from error
+
+
+def discover(everyone: MPI.Comm, tp: int) -> World:
+    """Which ranks there are and which of them share a node. Collective."""
+    from mpi4py import MPI
+
+    node = everyone.Split_type(MPI.COMM_TYPE_SHARED)
+    first_on_node = node.bcast(everyone.Get_rank())
+    node.Free()
+    places = everyone.allgather((first_on_node, MPI.Get_processor_name()))
+    numbers = {first: number for number, first in enumerate(sorted({first for first, _ in places}))}
+    return World(
+        rank=everyone.Get_rank(),
+        nodes=tuple(numbers[first] for first, _ in places),
+        tp=tp,
+        hosts=tuple(host for _, host in places),
+    )

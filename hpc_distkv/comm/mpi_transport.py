@@ -1,0 +1,109 @@
+"""Tensors in host memory over MPI. Importing this module starts MPI: only `open_mpi` does."""
+
+from __future__ import annotations
+
+import torch
+from mpi4py import MPI
+
+from hpc_distkv.comm.transport import Pairs, Pending, Transport
+from hpc_distkv.comm.waiter import Waiter
+
+
+def octets(tensor: torch.Tensor) -> tuple[MPI.buffer, MPI.Datatype]:
+    """The bytes of a contiguous CPU tensor of any type, in place."""
+    assert tensor.is_contiguous()
+    assert tensor.device.type == "cpu"
+    return MPI.buffer.fromaddress(tensor.data_ptr(), tensor.nbytes), MPI.BYTE
+
+
+class MpiTransport(Transport):
+    """Moves CPU tensors. All with one tag: MPI keeps the order between two ranks, and the callers
+    of both sides agree on it.
+
+    Why no wait here can be part of a circle: an exchange posts all its sends and receives before
+    anything is awaited, so what a rank waits for depends only on its peers reaching the call of
+    the same exchange, never on their leaving it.
+    """
+
+    def __init__(self, comm: MPI.Comm, waiter: Waiter) -> None:
+        self._comm = comm
+        self._waiter = waiter
+        self._under_way: dict[MpiPending, None] = {}
+
+    def exchange(self, sends: Pairs, recvs: Pairs) -> Pending:
+        """Post one hop. Receives come first, so that arriving bytes land in place."""
+        requests = [self._comm.Irecv(octets(tensor), peer) for peer, tensor in recvs]
+        requests += [self._comm.Isend(octets(tensor), peer) for peer, tensor in sends]
+        pending = MpiPending(requests, sends, recvs, self._waiter, self._under_way)
+        self._under_way[pending] = None
+        return pending
+
+    def poke(self) -> None:
+        """Test what is under way, here and in the background (control rounds)."""
+        if self._under_way:
+            self.drained()
+        else:
+            self._comm.Iprobe()
+        for push in self._waiter.background:
+            push()
+
+    def drained(self) -> bool:
+        """Whether all exchanges have completed."""
+        for pending in list(self._under_way):
+            pending.done()
+        return not self._under_way
+
+
+class MpiPending(Pending):
+    """One hop under way. It holds its tensors until MPI is done with them."""
+
+    def __init__(
+        self,
+        requests: list[MPI.Request],
+        sends: Pairs,
+        recvs: Pairs,
+        waiter: Waiter,
+        under_way: dict[MpiPending, None],
+    ) -> None:
+        self._requests = requests
+        self._recvs = recvs
+        self._sends = sends
+        self._waiter = waiter
+        self._under_way = under_way
+        self._left = len(requests)
+
+    def done(self) -> bool:
+        """Push on and tell whether all has completed."""
+        if self._left:
+            statuses: list[MPI.Status] = []
+            finished = MPI.Request.Testsome(self._requests, statuses)
+            if finished:
+                self._check(finished, statuses)
+                self._left -= len(finished)
+                self._waiter.moved()
+        if not self._left:
+            self._under_way.pop(self, None)
+        return not self._left
+
+    def wait(self, what: str) -> None:
+        """Return when all has completed."""
+        self._waiter.until(lambda: self.done() or None, what, self._awaited)
+
+    def _awaited(self) -> list[int]:
+        """The peers that still owe a message or have not fetched one."""
+        pairs = [*self._recvs, *self._sends]
+        return [
+            peer
+            for (peer, _), request in zip(pairs, self._requests, strict=True)
+            if request != MPI.REQUEST_NULL
+        ]
+
+    def _check(self, finished: list[int], statuses: list[MPI.Status]) -> None:
+        """A shorter message than its receive would leave stale bytes in the tensor."""
+        for index, status in zip(finished, statuses, strict=False):
+            if index < len(self._recvs):
+                peer, tensor = self._recvs[index]
+                count = status.Get_count(MPI.BYTE)
+                assert count == tensor.nbytes, (
+                    f"rank {peer} sent {count} bytes where {tensor.nbytes} were expected"
+                )

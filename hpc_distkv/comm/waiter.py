@@ -1,0 +1,89 @@
+"""The one way in which a rank waits."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from hpc_distkv.comm.transport import StallError
+from hpc_distkv.comm.world import World
+
+T = TypeVar("T")
+
+YIELDS = 50
+"""Polls that only offer the core to others, before sleeping begins: about as many microseconds."""
+SHORTEST_SLEEP, LONGEST_SLEEP = 50e-6, 1e-3
+SLEEP_SHARE = 1 / 20
+"""A sleep lasts this share of the wait so far, so sleeping never delays a wait by much more."""
+LONGEST_GAP = 1.0
+"""Seconds that one gap between two polls may add to the stall clock: a job that Slurm or a
+debugger suspended for an hour has not stalled for an hour."""
+
+
+def nobody() -> Iterable[int]:
+    """The ranks awaited by a wait that does not know."""
+    return ()
+
+
+class Waiter:
+    """Polls until something is there, politely, and gives up when nothing moves for too long.
+
+    A blocking MPI call would spin on a core that another rank may need, and would keep Python's
+    signal handlers from running; polls with yields and sleeps in between do neither.
+    """
+
+    def __init__(self, world: World, stall_timeout: float) -> None:
+        self.world = world
+        self.stall_timeout = stall_timeout
+        self.background: list[Callable[[], object]] = []
+        """Pushed on at every poll: whatever must advance while this rank waits for another thing."""
+        self._moves = 0
+
+    def moved(self) -> None:
+        """Something of this rank completed: the stall clock starts anew."""
+        self._moves += 1
+
+    def until(
+        self,
+        ready: Callable[[], T | None],
+        what: str,
+        awaited: Callable[[], Iterable[int]] = nobody,
+    ) -> T:
+        """The first value of `ready` that is not None.
+
+        Raises StallError, naming `what` and the ranks in `awaited`, if nothing of this rank
+        completed for the stall timeout.
+        """
+        if (value := ready()) is not None:
+            return value
+        polls, quiet, seen, last = 0, 0.0, self._moves, time.monotonic()
+        while True:
+            for push in self.background:
+                push()
+            if (value := ready()) is not None:
+                return value
+            now = time.monotonic()
+            if self._moves != seen:
+                polls, quiet, seen = 0, 0.0, self._moves
+            quiet += min(now - last, LONGEST_GAP)
+            last = now
+            if quiet > self.stall_timeout:
+                raise StallError(
+                    f"{self.waits(what, awaited)}: nothing moved for {self.stall_timeout:g} s"
+                )
+            self.pause(polls, quiet, lambda: self.waits(what, awaited))
+            polls += 1
+
+    def waits(self, what: str, awaited: Callable[[], Iterable[int]]) -> str:
+        """Who waits for whom."""
+        names = ", ".join(self.world.name(rank) for rank in sorted(set(awaited())))
+        return f"{self.world.name(self.world.rank)} waits for {names + ': ' if names else ''}{what}"
+
+    def pause(self, polls: int, quiet: float, waits: Callable[[], str]) -> None:
+        """Leave the core to others after the `polls`-th poll, `quiet` seconds into the wait."""
+        if polls < YIELDS:
+            os.sched_yield()
+        else:
+            time.sleep(min(max(quiet * SLEEP_SHARE, SHORTEST_SLEEP), LONGEST_SLEEP))

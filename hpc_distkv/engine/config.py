@@ -1,0 +1,31 @@
+"""The settings of an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes and limits of one instance; the same on all ranks but for `num_blocks`."""
+
+    num_blocks: int
+    block_size: int = 32
+    max_num_seqs: int = 128
+    max_num_batched_tokens: int = 512
+    lending: bool = True
+    stall_timeout: float = 300.0
+
+    def __post_init__(self) -> None:
+        for name in ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_num_seqs > self.max_num_batched_tokens:
+            raise ValueError(
+                f"max_num_seqs ({self.max_num_seqs}) may not exceed max_num_batched_tokens "
+                f"({self.max_num_batched_tokens}): every running row needs a token a step"
+            )
+
+    def blocks(self, tokens: int) -> int:
+        """rBlocks that hold `tokens` tokens."""
+        return -(-tokens // self.block_size)

@@ -1,0 +1,109 @@
+"""One forward pass of one rank: its rows' tokens through the layers, guests served on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from hpc_distkv.attention import PagedBatch, PagedRow, micro_attention, write_kv
+from hpc_distkv.engine.scheduler import Row
+from hpc_distkv.engine.traffic import Traffic
+from hpc_distkv.memory.pool import BlockPool
+from hpc_distkv.memory.rmanager import RManager
+
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Model(Protocol):
+    """What the engine needs of a decoder."""
+
+    def hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """Tokens and positions `[T]` → hidden states `[T, hidden]`; `attend` is called once a
+        layer with (layer, q, k, v) and returns the attention output."""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states `[n, hidden]` → float32 logits `[n, vocab]`."""
+
+
+class Forward:
+    """Runs plans through the model. Owns nothing but the tensors of the step at hand."""
+
+    def __init__(
+        self,
+        model: Model,
+        pool: BlockPool,
+        rmanager: RManager,
+        scale: float,
+        between_layers: Callable[[], None],
+    ) -> None:
+        """`between_layers` is called once a layer, so that control goes on during long steps."""
+        self._model, self._pool, self._rm, self._scale = model, pool, rmanager, scale
+        self._between_layers = between_layers
+
+    def run(self, rows: Sequence[Row], traffic: Traffic | None) -> torch.Tensor:
+        """Compute the rows' tokens and store their KV. Returns the float32 logits
+        `[sampled rows, vocab]` of those rows that have no token left to compute, in order.
+        `traffic` is given if any row has guests elsewhere, or guests have to be served."""
+        if not rows:
+            self._serve_only(traffic)
+            return torch.empty((0, 0))
+        tokens = [t for s, n in rows for t in s.tokens[s.computed : s.computed + n]]
+        positions = [p for s, n in rows for p in range(s.computed, s.computed + n)]
+        batch = PagedBatch.build([self._paged_row(row) for row in rows])
+        blocks, offsets = self._slots(rows)
+
+        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            self._between_layers()
+            k_cache, v_cache = self._pool.layer(layer)
+            write_kv(k, v, k_cache, v_cache, blocks, offsets)
+            if traffic:
+                traffic.post_queries(layer, q)
+            out, lse = micro_attention(q, k_cache, v_cache, batch, scale=self._scale, causal=True)
+            if traffic:
+                traffic.serve(layer)
+                traffic.merge(layer, out, lse)
+            return out
+
+        hidden = self._model.hidden(torch.tensor(tokens), torch.tensor(positions), attend)
+        ends, end = [], 0
+        for sequence, count in rows:
+            end += count
+            if sequence.remaining == count:
+                ends.append(end - 1)
+        return self._model.logits(hidden[ends])
+
+    def _serve_only(self, traffic: Traffic | None) -> None:
+        for layer in range(self._pool.layers if traffic else 0):
+            assert traffic
+            self._between_layers()
+            traffic.post_queries(layer, None)
+            traffic.serve(layer)
+            traffic.merge(layer, None, None)
+
+    def _paged_row(self, row: Row) -> PagedRow:
+        sequence, count = row
+        table, size = self._rm.tables[sequence.id], self._pool.block_size
+        return PagedRow(
+            queries=count,
+            query_position=sequence.computed,
+            blocks=table.slots,
+            first_token=[index * size for index in table.indices],
+            kv_len=sequence.computed + count - table.remote_blocks * size,
+        )
+
+    def _slots(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slot and place within it of every token of the step. They are in the last rBlocks of a
+        table, which are at home."""
+        blocks: list[int] = []
+        offsets: list[int] = []
+        size = self._pool.block_size
+        for sequence, count in rows:
+            table = self._rm.tables[sequence.id]
+            shift = table.remote_blocks
+            for position in range(sequence.computed, sequence.computed + count):
+                block, offset = divmod(position, size)
+                blocks.append(table.slots[block - shift])
+                offsets.append(offset)
+        return torch.tensor(blocks, dtype=torch.int32), torch.tensor(offsets, dtype=torch.int32)

@@ -1,0 +1,238 @@
+"""Which rows run in a step, what gives way when memory is short, and what moves out."""
+
+from __future__ import annotations
+
+import bisect
+from typing import NamedTuple
+
+from hpc_distkv.control.messages import NOBODY
+from hpc_distkv.engine.config import EngineConfig
+from hpc_distkv.engine.sequence import Sequence
+from hpc_distkv.memory.rmanager import Move, RManager
+
+GROWTH_TOKENS = 64
+"""Decode tokens foreseen when memory is asked for: what a row grows by until a grant arrives."""
+
+
+class Row(NamedTuple):
+    """The next `count` tokens of a sequence."""
+
+    sequence: Sequence
+    count: int
+
+
+class Plan(NamedTuple):
+    """One step of one instance."""
+
+    rows: list[Row]
+    """Ascending by request."""
+    moves: list[Move]
+
+
+class Demand(NamedTuple):
+    """What a report says of memory."""
+
+    wanted: int
+    wanted_for: int
+    starved: bool
+    lendable: int
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill, oldest first. Owner of the waiting and running
+    sequences; every rBlock it hands out it takes from its RManager. Pure.
+
+    Running sequences are always older than waiting ones. When a sequence lacks an rBlock it first
+    waits for credit it may hope for, then lets the youngest running sequence give way (to be
+    recomputed), and if it is itself the youngest it stalls. The oldest one stalled at home without
+    hope is reported as starved; the gManager then makes room elsewhere.
+    """
+
+    def __init__(self, rmanager: RManager, config: EngineConfig) -> None:
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+        self._rm = rmanager
+        self._config = config
+        self._admit_before = NOBODY
+        self._starved = False
+        self._denied = not config.lending
+        self._granted = 0
+        self._reserve = max(1, config.num_blocks // 100)
+
+    # -- between steps --------------------------------------------------------------------------
+
+    def add(self, sequence: Sequence) -> None:
+        """A newly assigned sequence."""
+        bisect.insort(self.waiting, sequence, key=lambda s: s.id)
+
+    def finish(self, sequence: Sequence) -> None:
+        """The sequence has all its output; its rBlocks go back, also to its creditors."""
+        self.running.remove(sequence)
+        self._rm.close(sequence.id)
+
+    def give_way(self, request: int) -> None:
+        """The gManager preempts `request`, if it still runs."""
+        for sequence in self.running:
+            if sequence.id == request:
+                self._preempt(sequence)
+                return
+
+    def answered(self, asked: int, granted: int, admit_before: int) -> None:
+        """What a control round brought: the last report asked for `asked` rBlocks."""
+        self._granted = granted
+        self._admit_before = admit_before
+        if self._config.lending:
+            self._denied = asked > 0 and granted == 0
+
+    def credit_opened(self, blocks: int) -> None:
+        """Granted rBlocks have become credit."""
+        self._granted = max(0, self._granted - blocks)
+
+    def demand(self) -> Demand:
+        """Foreseen need against what there is. Credit that is not needed is given back."""
+        rm = self._rm
+        need, wanted_for = self._reserve, NOBODY
+        held = rm.usable + rm.credit
+        for sequence in self.running[:1] if self._starved else self._foreseen():
+            need += self._missing(sequence, len(sequence.tokens) + GROWTH_TOKENS)
+            if need > held or self._starved:
+                wanted_for = min(wanted_for, sequence.id)
+        if wanted_for == NOBODY:
+            self._return_credit(held - need)
+            return Demand(0, NOBODY, False, max(0, rm.usable - need))
+        return Demand(max(1, need - held), wanted_for, self._starved, 0)
+
+    def room(self) -> tuple[int, int]:
+        """Rows and prompt tokens that may be assigned: enough to keep the batch full until the
+        next rounds, no more, so that rows stay free to go where there is time."""
+        queued = sum(sequence.remaining for sequence in self.waiting)
+        rows = self._config.max_num_seqs - len(self.running) - len(self.waiting)
+        return max(0, rows), max(0, 2 * self._config.max_num_batched_tokens - queued)
+
+    # -- a step ---------------------------------------------------------------------------------
+
+    def plan(self) -> Plan:
+        """The next step: decodes first, then prefill chunks up to the token budget."""
+        self._starved = False
+        rows: dict[int, Row] = {}
+        budget = self._config.max_num_batched_tokens
+        decodes = [sequence for sequence in self.running if sequence.remaining == 1]
+        for sequence in decodes:
+            if sequence.id in self._rm.tables and self._make_room(sequence, 1, rows):
+                rows[sequence.id] = Row(sequence, 1)
+        budget -= len(decodes)
+        prefills = [sequence for sequence in self.running if sequence.remaining > 1]
+        while budget > 0:
+            sequence = prefills.pop(0) if prefills else self._admit()
+            if sequence is None:
+                break
+            if sequence.id not in self._rm.tables:
+                continue
+            count = min(sequence.remaining, budget, self._fit(sequence))
+            if self._make_room(sequence, count, rows):
+                rows[sequence.id] = Row(sequence, count)
+                budget -= count
+            elif not prefills:
+                break
+        return Plan([rows[request] for request in sorted(rows)], self._move_out())
+
+    def _admit(self) -> Sequence | None:
+        """Let the oldest waiting sequence run if all prompts that run then have room, or if it is
+        the only one."""
+        if not self.waiting or len(self.running) >= self._config.max_num_seqs:
+            return None
+        sequence = self.waiting[0]
+        if sequence.id >= self._admit_before:
+            return None
+        if self.running:
+            need = self._reserve + self._config.blocks(len(sequence.tokens) + 1)
+            need += sum(self._missing(other, len(other.tokens) + 1) for other in self.running)
+            if need > self._rm.usable + self._rm.credit:
+                return None
+        self.running.append(self.waiting.pop(0))
+        self._rm.open(sequence.id)
+        return sequence
+
+    def _fit(self, sequence: Sequence) -> int:
+        """Tokens the sequence can compute with what is free now, at least one."""
+        held = self._rm.tables[sequence.id].blocks
+        spare = max(0, self._rm.usable - (self._reserve if len(self.running) > 1 else 0))
+        return max(1, (held + spare) * self._config.block_size - sequence.computed)
+
+    def _make_room(self, sequence: Sequence, count: int, rows: dict[int, Row]) -> bool:
+        """Give the sequence the rBlocks for `count` tokens, preempting younger ones if need be."""
+        needed = self._missing(sequence, sequence.computed + count)
+        while self._rm.usable < needed:
+            if self._hopes():
+                return False
+            youngest = self.running[-1]
+            if youngest is sequence:
+                self._starved = sequence is self.running[0]
+                return False
+            self._preempt(youngest)
+            rows.pop(youngest.id, None)
+        self._rm.grow(sequence.id, needed)
+        return True
+
+    def _hopes(self) -> bool:
+        """Whether rBlocks will come without anybody giving way."""
+        if self._rm.credit and any(self._sealed(sequence) for sequence in self.running):
+            return True
+        return self._granted > 0 or not self._denied
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._rm.close(sequence.id)
+        sequence.computed = 0
+        self.add(sequence)
+        self.preemptions += 1
+
+    # -- foresight ------------------------------------------------------------------------------
+
+    def _foreseen(self) -> list[Sequence]:
+        """Sequences to have room for, oldest first: those that run, then those that may soon.
+        While an older request is starved elsewhere, only what is older than that one."""
+        soon = self.waiting[: self._config.max_num_seqs - len(self.running)]
+        return [s for s in (*self.running, *soon) if s.id <= self._admit_before]
+
+    def _missing(self, sequence: Sequence, tokens: int) -> int:
+        """rBlocks the sequence lacks for its first `tokens` tokens."""
+        table = self._rm.tables.get(sequence.id)
+        held = table.blocks if table else 0
+        return max(0, self._config.blocks(min(tokens, sequence.final_len)) - held)
+
+    def _sealed(self, sequence: Sequence) -> int:
+        """Sealed rBlocks of the sequence that are at home: they may travel."""
+        sealed = sequence.computed // self._config.block_size
+        return bisect.bisect_left(self._rm.tables[sequence.id].indices, sealed)
+
+    def _return_credit(self, surplus: int) -> None:
+        for creditor, debt in list(self._rm.debts.items()):
+            blocks = min(debt.credit, surplus)
+            self._rm.return_credit(creditor, blocks)
+            surplus -= blocks
+
+    def _move_out(self) -> list[Move]:
+        """Moves that free what the next two steps need: the oldest rBlocks of the longest
+        sequences, to a creditor that hosts the sequence already if there is one."""
+        rm = self._rm
+        if not rm.credit:
+            return []
+        ahead = 2 * self._config.max_num_batched_tokens
+        short = self._reserve - rm.usable
+        for sequence in (*self.running, *self.waiting[:1]):
+            target = min(len(sequence.tokens) + 8, sequence.computed + ahead)
+            short += self._missing(sequence, target)
+        moves: list[Move] = []
+        for sequence in sorted(self.running, key=self._sealed, reverse=True):
+            table = rm.tables[sequence.id]
+            for index in table.indices[: self._sealed(sequence)]:
+                if len(moves) >= short or not rm.credit:
+                    return moves
+                creditor = max(
+                    (c for c, debt in rm.debts.items() if debt.credit),
+                    key=lambda c: (c in table.remote, rm.debts[c].credit),
+                )
+                moves.append(rm.move_out(sequence.id, index, creditor))
+        return moves

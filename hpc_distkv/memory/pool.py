@@ -1,0 +1,47 @@
+"""The bytes of the rBlocks of one rank."""
+
+from __future__ import annotations
+
+import torch
+
+
+class BlockPool:
+    """One tensor `[num_blocks, layers, 2, kv_heads, block_size, head_dim]`: an rBlock's keys (0)
+    and values (1) of all layers are contiguous, so it is sent as one message, and within a layer
+    and head its tokens are contiguous, so kernels read it in place.
+
+    Memory is reserved here and touched when it is first written.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        layers: int,
+        kv_heads: int,
+        block_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.block_size = block_size
+        self._kv = torch.empty(
+            (num_blocks, layers, 2, kv_heads, block_size, head_dim), dtype=dtype
+        )
+        self._layers = [(self._kv[:, layer, 0], self._kv[:, layer, 1]) for layer in range(layers)]
+
+    @property
+    def num_blocks(self) -> int:
+        """rBlocks in the pool."""
+        return self._kv.shape[0]
+
+    @property
+    def layers(self) -> int:
+        """Layers of the model shard."""
+        return len(self._layers)
+
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V caches of one layer: strided views `[num_blocks, kv_heads, block_size, head_dim]`."""
+        return self._layers[layer]
+
+    def rblock(self, slot: int) -> torch.Tensor:
+        """All bytes of one rBlock, contiguous."""
+        return self._kv[slot]

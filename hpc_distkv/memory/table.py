@@ -1,0 +1,43 @@
+"""Where each rBlock of one request is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class BlockTable:
+    """Logical rBlock j of a request → a slot of its home pool, or the instance that hosts it.
+
+    Only its RManager writes it. rBlocks stay in logical order in both lists, so positions inside
+    `slots` ascend and the unsealed tail, which never travels, is always the last.
+    """
+
+    slots: list[int] = field(default_factory=list)
+    """Home slots of the rBlocks that are at home."""
+    indices: list[int] = field(default_factory=list)
+    """Logical index of each of `slots`."""
+    remote: dict[int, list[int]] = field(default_factory=dict)
+    """Creditor → logical indices of the rBlocks it hosts, in the order it received them."""
+
+    @property
+    def remote_blocks(self) -> int:
+        """rBlocks hosted elsewhere."""
+        return sum(map(len, self.remote.values()))
+
+    @property
+    def blocks(self) -> int:
+        """rBlocks in all."""
+        return len(self.slots) + self.remote_blocks
+
+    def add(self, slot: int) -> None:
+        """Append a logical rBlock at home."""
+        self.indices.append(self.blocks)
+        self.slots.append(slot)
+
+    def to_creditor(self, index: int, creditor: int) -> int:
+        """Logical rBlock `index` is now hosted by `creditor`; returns the home slot it left."""
+        at = self.indices.index(index)
+        del self.indices[at]
+        self.remote.setdefault(creditor, []).append(index)
+        return self.slots.pop(at)

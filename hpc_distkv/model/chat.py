@@ -1,0 +1,131 @@
+"""The checkpoint's own chat template: messages to prompt tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from hpc_distkv.model.errors import ModelError
+from hpc_distkv.model.tokenizer import Tokenizer
+
+
+class ChatTemplate:
+    """Renders messages as the checkpoint was trained on, in a sandbox: templates are foreign code.
+
+    Filters, globals and whitespace rules are those templates are written for (transformers,
+    `apply_chat_template`).
+    """
+
+    def __init__(self, path: str | Path, tokenizer: Tokenizer) -> None:
+        """Read the template of directory `path`.
+
+        A directory without one is fine until `chat` is called: /v1/completions rows need none.
+        Raises ModelError if the template does not compile.
+        """
+        self._tokenizer = tokenizer
+        self._where = str(path)
+        source = _find_template(Path(path), tokenizer.settings)
+        try:
+            self._template = None if source is None else _environment().from_string(source)
+        except TemplateError as error:
+            raise ModelError(f"the chat template of {path} does not compile: {error}") from error
+
+    def __call__(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of a prompt that asks for the assistant's next message.
+
+        `messages`: [{"role": ..., "content": ...}, ...]. Raises ModelError with the template's
+        own words if it refuses them, and if the model has no template.
+        """
+        # The template writes the BOS itself, so the tokenizer must not add another.
+        return self._tokenizer.encode(self.render(messages), add_special_tokens=False)
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The prompt as text, special tokens spelled out."""
+        if self._template is None:
+            raise ModelError(
+                f"{self._where} has no chat template: use /v1/completions with a plain prompt, "
+                "or put a chat_template.jinja there"
+            )
+        if not messages:
+            raise ModelError("messages is empty: a chat needs at least one message")
+        try:
+            return self._template.render(
+                messages=[dict(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+                **self._tokenizer.special_tokens,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise ModelError(f"the chat template refused the messages: {error}") from error
+
+
+class _GenerationBlock(Extension):
+    """{% generation %} marks the assistant's words for training; here it is transparent."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlock]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Plain JSON: Jinja's own filter would escape HTML."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _find_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """chat_template.jinja, else the entry of tokenizer_config.json: a string or a named list."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"{file} cannot be read: {error}") from error
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template}
+        template = named.get("default")
+        if template is None:
+            raise ModelError(
+                f"{folder / 'tokenizer_config.json'} has the chat templates {sorted(named)}, "
+                "but none named 'default': put the right one into chat_template.jinja"
+            )
+    if template is not None and not isinstance(template, str):
+        raise ModelError(f"{folder / 'tokenizer_config.json'}: chat_template must be text")
+    return template

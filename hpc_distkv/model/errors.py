@@ -1,0 +1,8 @@
+"""The error of this package."""
+
+
+class ModelError(ValueError):
+    """A model directory, or a request to its tokenizer or chat template, that cannot be used.
+
+    The message names the file or key, and says what to do about it.
+    """

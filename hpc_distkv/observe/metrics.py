@@ -1,0 +1,34 @@
+"""The figures of a finished run."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from hpc_distkv.control.messages import Counters
+
+
+def total(counters: Sequence[Counters]) -> dict[str, float]:
+    """The counters of all instances added up; `peak_borrowed` is the largest of any."""
+    rows = [msgspec.to_builtins(each) for each in counters]
+    summed = {name: sum(row[name] for row in rows) for name in Counters.__struct_fields__}
+    summed["peak_borrowed"] = max((row["peak_borrowed"] for row in rows), default=0)
+    return summed
+
+
+def peak_memory() -> int:
+    """Most bytes of memory this process has had resident."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def write_json(path: Path, figures: dict[str, Any]) -> None:
+    """Replace `path` by `figures`, all of them or nothing. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(figures, indent=2) + "\n")
+    os.replace(temporary, path)

@@ -1,0 +1,108 @@
+"""Dense softmax attention in float64, one query and head at a time, and random paged batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpc_distkv.attention import PagedBatch, PagedRow
+
+
+@dataclass
+class Case:
+    """A call of micro_attention; its caches are strided views of a pool of two layers."""
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    rows: list[PagedRow]
+    scale: float
+    causal: bool
+
+    @property
+    def batch(self) -> PagedBatch:
+        return PagedBatch.build(self.rows)
+
+    def subset(self, indices: list[int]) -> Case:
+        """The same call with only these rows."""
+        ends = np.cumsum([row.queries for row in self.rows])
+        parts = [self.q[ends[i] - self.rows[i].queries : ends[i]] for i in indices]
+        rows = [self.rows[i] for i in indices]
+        q = torch.cat(parts) if parts else self.q[:0]
+        return Case(q, self.k_cache, self.v_cache, rows, self.scale, self.causal)
+
+
+def random_case(
+    seed: int,
+    *,
+    shapes: list[tuple[int, int]],
+    kv_heads: int = 2,
+    group: int = 2,
+    dim: int = 32,
+    block_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    causal: bool = True,
+    holes: bool = True,
+    scale: float | None = None,
+) -> Case:
+    """shapes: (queries, tokens) per row. With holes, rBlocks skip positions and queries start
+    anywhere, so that causal masks cut through rBlocks or leave queries without keys."""
+    random = np.random.default_rng(seed)
+    counts = [-(-tokens // block_size) for _, tokens in shapes]
+    num_blocks = sum(counts) + 3
+    free = random.permutation(num_blocks).tolist()
+    rows = []
+    for (queries, tokens), count in zip(shapes, counts, strict=True):
+        places = np.arange(count)
+        if holes:
+            places = np.sort(random.choice(2 * count + 1, count, replace=False))
+        first = (places * block_size).tolist()
+        end = first[-1] + block_size if count else 0
+        position = int(random.integers(0, end + 1)) if holes else tokens - queries
+        rows.append(PagedRow(queries, position, [free.pop() for _ in range(count)], first, tokens))
+    queries = sum(row.queries for row in rows)
+    generator = torch.Generator().manual_seed(seed)
+    pool = torch.randn(num_blocks, 2, 2, kv_heads, block_size, dim, generator=generator).to(dtype)
+    q = torch.randn(queries, kv_heads * group, dim, generator=generator).to(dtype)
+    return Case(
+        q, pool[:, 1, 0], pool[:, 1, 1], rows, dim**-0.5 if scale is None else scale, causal
+    )
+
+
+def dense(case: Case) -> tuple[Tensor, Tensor]:
+    """The oracle: (out, lse) in float64."""
+    q = case.q.double().numpy()
+    k_cache, v_cache = case.k_cache.double().numpy(), case.v_cache.double().numpy()
+    heads, kv_heads = q.shape[1], k_cache.shape[1]
+    out, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
+    query = 0
+    for row in case.rows:
+        keys = list(_keys(row, k_cache.shape[2]))
+        for offset in range(row.queries):
+            limit = row.query_position + offset if case.causal else np.inf
+            seen = [(block, inside) for block, inside, position in keys if position <= limit]
+            for head in range(heads if seen else 0):
+                kv_head = head // (heads // kv_heads)
+                k = np.array([k_cache[block, kv_head, inside] for block, inside in seen])
+                v = np.array([v_cache[block, kv_head, inside] for block, inside in seen])
+                scores = k @ q[query, head] * case.scale
+                weights = np.exp(scores - scores.max())
+                out[query, head] = weights @ v / weights.sum()
+                lse[query, head] = scores.max() + np.log(weights.sum())
+            query += 1
+    return torch.from_numpy(out), torch.from_numpy(lse)
+
+
+def _keys(row: PagedRow, block_size: int):
+    for index in range(row.kv_len):
+        block, inside = divmod(index, block_size)
+        yield row.blocks[block], inside, row.first_token[block] + inside
+
+
+def assert_close(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], tol: float = 2e-5):
+    for mine, theirs in zip(got, want, strict=True):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine.double(), theirs.double(), rtol=tol, atol=tol)

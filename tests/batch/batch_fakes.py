@@ -1,0 +1,125 @@
+"""A tokenizer of bytes, a service around it, and an engine that answers at once."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hpc_distkv.batch.intake import Intake
+from hpc_distkv.batch.job import Job, job_fingerprint
+from hpc_distkv.batch.journal import Journal
+from hpc_distkv.batch.service import Limits, SamplingDefaults, Service
+from hpc_distkv.control.messages import Request, Result, pack_tokens, unpack_tokens
+
+VOCABULARY = 300
+EOS = 299
+
+
+class ByteTokenizer:
+    """One token a byte; 256 is BOS, 257 and up are roles and specials."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [256] * add_special_tokens + list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+    def chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        tokens = [256]
+        for message in messages:
+            if message["role"] == "alien":
+                raise TypeError("no such role")
+            tokens += [257, *message["content"].encode()]
+        return [*tokens, 258]
+
+
+def make_service(max_model_len: int = 100, capacity: int | None = None, **defaults: Any) -> Service:
+    tokenizer = ByteTokenizer()
+    return Service(
+        tokenizer=tokenizer,
+        chat=tokenizer.chat,
+        vocab_size=VOCABULARY,
+        model_names=("tiny", "/models/tiny"),
+        limits=Limits(max_model_len, capacity),
+        defaults=SamplingDefaults(**defaults),
+        eos_ids=(EOS,),
+    )
+
+
+def completion(custom_id: Any, prompt: Any = "hi", **fields: Any) -> dict[str, Any]:
+    body = {"prompt": prompt, **fields}
+    return {"custom_id": custom_id, "method": "POST", "url": "/v1/completions", "body": body}
+
+
+def chat(custom_id: Any, content: Any = "hi", **fields: Any) -> dict[str, Any]:
+    body = {"messages": [{"role": "user", "content": content}], **fields}
+    return {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
+
+
+def write_lines(path: Path, rows: Sequence[Any]) -> None:
+    """Rows as JSON, bytes as they are; one a line."""
+    with path.open("wb") as file:
+        for row in rows:
+            file.write((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    content = path.read_bytes()
+    assert not content or content.endswith(b"\n")
+    return [json.loads(line) for line in content.splitlines()]
+
+
+def answer(request: Request) -> Result:
+    """The prompt backwards."""
+    tokens = unpack_tokens(request.prompt)[::-1][: request.sampling.max_tokens]
+    return Result(request.id, pack_tokens(tokens), "stop", 0.1, 0.2)
+
+
+def run_job(
+    source: Path, output: Path, service: Service | None = None, overwrite: bool = False
+) -> Job:
+    service = service or make_service()
+    fingerprint = job_fingerprint("f00d", service.model_names[0], service.defaults)
+    intake = Intake(source)
+    journal = Journal.open(output, fingerprint, overwrite=overwrite, source=source)
+    job = Job(intake, journal, service)
+    for request in job.requests():
+        job.finish(answer(request))
+        job.commit()
+    job.close()
+    return job
+
+
+MIXED: list[Any] = [
+    completion("a", "one"),
+    completion("a", "the same id again"),
+    b"",
+    chat("b", "two"),
+    b"not json",
+    completion(None, "no id"),
+    completion("c", "three", temperature=9),
+    completion("a", "and again"),
+    b"   ",
+    completion("c", "error rows hold their id too"),
+    chat("d", "x" * 200),
+    completion("e", "last", max_tokens=2),
+]
+MIXED_ROWS = 10
+
+
+def summary(row: dict[str, Any]) -> tuple[Any, ...]:
+    """A result row without its timestamp."""
+    body = row["response"]["body"]
+    return (
+        row["id"],
+        row["custom_id"],
+        row["response"]["status_code"],
+        json.dumps(body.get("choices", body.get("error"))),
+    )
+
+
+def summaries(path: Path) -> Counter[tuple[Any, ...]]:
+    return Counter(summary(row) for row in read_lines(path))

@@ -1,0 +1,164 @@
+"""Every input row has exactly one output row, whatever it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+from batch_fakes import (
+    MIXED,
+    MIXED_ROWS,
+    answer,
+    chat,
+    completion,
+    make_service,
+    read_lines,
+    run_job,
+    write_lines,
+)
+
+from hpc_distkv.batch import intake as intake_module
+from hpc_distkv.batch.errors import InputError
+from hpc_distkv.batch.intake import Intake
+from hpc_distkv.batch.job import Job
+from hpc_distkv.batch.journal import Journal
+
+
+def test_every_row_is_answered_once(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in", MIXED)
+    job = run_job(tmp_path / "in", tmp_path / "out")
+    rows = {row["id"]: row for row in read_lines(tmp_path / "out")}
+    assert len(rows) == MIXED_ROWS == len(read_lines(tmp_path / "out"))
+    codes = {key: row["error"] and row["error"]["code"] for key, row in rows.items()}
+    assert codes == {
+        "batch_req_0": None,
+        "batch_req_1": "duplicate_custom_id",
+        "batch_req_3": None,
+        "batch_req_4": "invalid_json",
+        "batch_req_5": "invalid_value",
+        "batch_req_6": "invalid_value",
+        "batch_req_7": "duplicate_custom_id",
+        "batch_req_9": "duplicate_custom_id",
+        "batch_req_10": "context_length_exceeded",
+        "batch_req_11": None,
+    }
+    assert (job.answered, job.failed, job.skipped, job.total_rows) == (3, 7, 0, MIXED_ROWS)
+    assert job.complete
+    assert job.bytes_read == job.input_bytes == (tmp_path / "in").stat().st_size
+    body = rows["batch_req_11"]["response"]["body"]
+    assert body["choices"][0]["text"] == "ts"
+    assert body["usage"] == {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
+
+
+def test_rerun_of_a_finished_job_adds_nothing(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in", MIXED)
+    run_job(tmp_path / "in", tmp_path / "out")
+    before = (tmp_path / "out").read_bytes()
+    job = run_job(tmp_path / "in", tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == before
+    assert (job.answered, job.failed, job.skipped) == (0, 0, MIXED_ROWS)
+    assert job.failed_before == 7
+
+
+def test_answered_rows_are_not_tokenized_again(tmp_path: Path) -> None:
+    source, output = tmp_path / "in", tmp_path / "out"
+    write_lines(source, [completion("a"), chat("b")])
+    run_job(source, output)
+    service = make_service()
+    object.__setattr__(service, "tokenizer", None)
+    object.__setattr__(service, "chat", None)
+    assert run_job(source, output, service).skipped == 2
+
+
+def test_rows_appended_to_the_input_are_answered_by_a_rerun(tmp_path: Path) -> None:
+    source, output = tmp_path / "in", tmp_path / "out"
+    write_lines(source, [completion("a")])
+    run_job(source, output)
+    write_lines(source, [completion("a"), completion("b")])
+    assert run_job(source, output).answered == 1
+
+
+def test_reading_is_lazy(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in", [completion(str(i), "x" * 80) for i in range(10_000)])
+    job = Job(Intake(tmp_path / "in"), Journal.open(tmp_path / "out", {}), make_service())
+    requests = job.requests()
+    next(requests)
+    assert job.in_flight == 1
+    assert job.bytes_read < 1000
+    assert job.total_rows is None
+
+
+def test_bom_crlf_and_a_missing_last_newline(tmp_path: Path) -> None:
+    lines = [json.dumps(completion(name)).encode() for name in "ab"]
+    (tmp_path / "in").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
+    assert run_job(tmp_path / "in", tmp_path / "out").answered == 2
+
+
+def test_empty_input(tmp_path: Path) -> None:
+    (tmp_path / "in").write_bytes(b"\n\n")
+    job = run_job(tmp_path / "in", tmp_path / "out")
+    assert (job.total_rows, job.complete) == (0, True)
+
+
+@pytest.mark.parametrize("end", [b"\n", b""])
+@pytest.mark.parametrize("length", [499, 500, 501, 999, 1000, 1001, 2500])
+def test_endless_lines_are_one_error_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int, end: bytes
+) -> None:
+    monkeypatch.setattr(intake_module, "LONGEST_LINE", 500)
+    rows = [json.dumps(completion("a")).encode(), b"x" * length]
+    content = b"\n".join(rows) + (end and end + json.dumps(completion("b")).encode())
+    (tmp_path / "in").write_bytes(content)
+    run_job(tmp_path / "in", tmp_path / "out")
+    results = {row["id"]: row for row in read_lines(tmp_path / "out")}
+    assert len(results) == 2 + bool(end)
+    code = "invalid_json" if length < 500 else "line_too_long"
+    assert results["batch_req_1"]["error"]["code"] == code
+    assert not end or results["batch_req_2"]["custom_id"] == "b"
+
+
+def test_inputs_that_cannot_be_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    writer = os.open(tmp_path / "pipe", os.O_RDWR)
+    for path in (tmp_path / "missing", tmp_path, "-", tmp_path / "pipe", "/dev/null"):
+        with pytest.raises(InputError):
+            Intake(path)
+    os.close(writer)
+
+
+def test_a_read_error_stops_the_job_and_keeps_what_was_answered(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in", [completion(str(i)) for i in range(3)])
+    intake = Intake(tmp_path / "in")
+    job = Job(intake, Journal.open(tmp_path / "out", {}), make_service())
+
+    class Failing:
+        def readline(self, limit: int) -> bytes:
+            raise OSError(5, "Input/output error")
+
+        def close(self) -> None:
+            pass
+
+    requests = job.requests()
+    job.finish(answer(next(requests)))
+    intake._file = Failing()  # type: ignore[assignment]
+    with pytest.raises(InputError, match="Input/output error"):
+        next(requests)
+    job.close()
+    assert len(read_lines(tmp_path / "out")) == 1
+
+
+def test_commits_are_rate_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_lines(tmp_path / "in", [completion(str(i)) for i in range(1000)])
+    count = 0
+
+    def fsync(fd: int) -> None:
+        nonlocal count
+        count += 1
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    began = time.monotonic()
+    run_job(tmp_path / "in", tmp_path / "out")
+    assert count <= 10 + (time.monotonic() - began)

@@ -1,0 +1,247 @@
+"""The results file survives what can happen to it, and refuses what it cannot make sense of."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc_distkv.batch.errors import JournalError, RowError
+from hpc_distkv.batch.journal import Journal
+from hpc_distkv.batch.response import error_line
+
+JOB = {"model": "f00d", "defaults": {"temperature": 1.0, "top_k": 0}}
+ERROR = RowError("no")
+
+
+def line(number: int, custom_id: str | None = None) -> bytes:
+    return error_line(number, custom_id, ERROR)
+
+
+def started(path: Path, rows: int = 3) -> Path:
+    journal = Journal.open(path, JOB)
+    for number in range(rows):
+        journal.append(line(number, f"row {number}"))
+    journal.close()
+    return path
+
+
+def test_rerun_finds_what_was_written(tmp_path: Path) -> None:
+    path = started(tmp_path / "out")
+    journal = Journal.open(path, JOB)
+    journal.append(line(3))
+    journal.append(error_line(4, "row 0", RowError("twice", code="duplicate_custom_id")))
+    journal.close()
+    answered = Journal.open(path, JOB).answered
+    assert answered.custom_ids == {"row 0", "row 1", "row 2"}
+    assert answered.numbers == {3, 4}
+    assert answered.failed == 5
+
+
+def test_fingerprint_lies_beside_the_results_before_the_first_row(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path / "out", JOB)
+    assert json.loads((tmp_path / "out.meta.json").read_bytes()) == {"format": 1, **JOB}
+    assert (tmp_path / "out").read_bytes() == b""
+    journal.close()
+
+
+def test_another_job_is_refused_with_every_difference(tmp_path: Path) -> None:
+    path = started(tmp_path / "out")
+    before = path.read_bytes()
+    other = {"model": "beef", "defaults": {"temperature": 0.5, "top_k": 0}, "new": True}
+    with pytest.raises(JournalError) as caught:
+        Journal.open(path, other)
+    message = str(caught.value)
+    assert 'model was "f00d", now "beef"' in message
+    assert "defaults.temperature was 1.0, now 0.5" in message
+    assert "new was absent, now true" in message
+    assert "top_k" not in message
+    assert "--overwrite" in message
+    assert path.read_bytes() == before
+    journal = Journal.open(path, other, overwrite=True)
+    journal.close()
+    assert path.read_bytes() == b""
+    Journal.open(path, other).close()
+
+
+def test_results_of_unknown_origin_are_refused_unless_empty(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    path.write_bytes(b"precious\n")
+    with pytest.raises(JournalError, match=r"out\.meta\.json"):
+        Journal.open(path, JOB)
+    assert path.read_bytes() == b"precious\n"
+    path.write_bytes(b"")
+    Journal.open(path, JOB).close()
+
+
+@pytest.mark.parametrize(
+    "tail", [b"{", b'{"id": "x"}\n', b"\n", b"\0" * 4096, b"\xff\n", b"[" * 99999]
+)
+def test_a_torn_last_line_is_cut_off(tmp_path: Path, tail: bytes) -> None:
+    path = started(tmp_path / "out")
+    sound = path.read_bytes()
+    path.write_bytes(sound + tail)
+    journal = Journal.open(path, JOB)
+    assert len(journal.answered.custom_ids) == 3
+    assert path.read_bytes() == sound
+    journal.append(line(9))
+    journal.close()
+    assert path.read_bytes() == sound + line(9) + b"\n"
+
+
+def test_a_last_line_without_newline_is_not_trusted(tmp_path: Path) -> None:
+    path = started(tmp_path / "out")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert Journal.open(path, JOB).answered.custom_ids == {"row 0", "row 1"}
+
+
+@pytest.mark.parametrize(
+    "corrupt", [b"", b"{", b"{}", b'{"id": "x", "custom_id": 1, "error": null}']
+)
+def test_a_corrupt_line_in_the_middle_is_named(tmp_path: Path, corrupt: bytes) -> None:
+    path = started(tmp_path / "out")
+    lines = path.read_bytes().splitlines()
+    lines[1] = corrupt
+    damaged = b"\n".join(lines) + b"\n"
+    path.write_bytes(damaged)
+    with pytest.raises(JournalError, match="line 2"):
+        Journal.open(path, JOB)
+    assert path.read_bytes() == damaged
+
+
+@pytest.mark.parametrize("meta", [b"", b"{", b"[]", b'{"a": \xff}'])
+def test_an_unreadable_fingerprint_is_refused(tmp_path: Path, meta: bytes) -> None:
+    path = started(tmp_path / "out")
+    (tmp_path / "out.meta.json").write_bytes(meta)
+    with pytest.raises(JournalError, match=r"out\.meta\.json"):
+        Journal.open(path, JOB)
+
+
+def test_places_that_cannot_hold_results(tmp_path: Path) -> None:
+    with pytest.raises(JournalError, match="no directory"):
+        Journal.open(tmp_path / "nowhere" / "out", JOB)
+    with pytest.raises(JournalError, match="regular file"):
+        Journal.open(tmp_path, JOB)
+    with pytest.raises(JournalError, match="regular file"):
+        Journal.open("/dev/null", JOB, overwrite=True)
+    with pytest.raises(JournalError, match="cannot use"):
+        Journal.open("/proc/out", JOB)
+
+
+def test_the_input_is_never_overwritten(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.write_bytes(b"precious")
+    (tmp_path / "link").symlink_to(source)
+    for output in (source, tmp_path / "link"):
+        with pytest.raises(JournalError, match="both the input and the output"):
+            Journal.open(output, JOB, overwrite=True, source=source)
+    assert source.read_bytes() == b"precious"
+
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def own_dir() -> Iterator[Path]:
+    """A directory of an ordinary user, who the test runs as: root may write anywhere."""
+    with tempfile.TemporaryDirectory() as name:
+        if os.geteuid() != 0:
+            yield Path(name)
+            return
+        os.chown(name, NOBODY, NOBODY)
+        os.seteuid(NOBODY)
+        try:
+            yield Path(name)
+        finally:
+            os.seteuid(0)
+
+
+def test_read_only_places(own_dir: Path) -> None:
+    path = started(own_dir / "out")
+    path.chmod(0o400)
+    with pytest.raises(JournalError, match="denied"):
+        Journal.open(path, JOB)
+    path.chmod(0o000)
+    with pytest.raises(JournalError, match="denied"):
+        Journal.open(path, JOB)
+    own_dir.chmod(0o500)
+    with pytest.raises(JournalError, match="denied"):
+        Journal.open(own_dir / "new", JOB)
+    own_dir.chmod(0o700)
+
+
+def test_denied_files_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = started(tmp_path / "out")
+
+    def denied(*args: Any, **kwargs: Any) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "open", denied)
+    for place, overwrite in ((path, False), (path, True), (tmp_path / "new", False)):
+        with pytest.raises(JournalError, match="Permission denied"):
+            Journal.open(place, JOB, overwrite=overwrite)
+
+
+def test_a_full_disk_leaves_whole_lines_and_a_way_on(tmp_path: Path) -> None:
+    path = started(tmp_path / "out")
+    sound = path.read_bytes()
+    journal = Journal.open(path, JOB)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # A file size limit stops a write in its middle, as a full disk does.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(sound) + 300, hard))
+    try:
+        journal.append(line(3) + b" " * 1000)
+        with pytest.raises(JournalError, match=r"results so far are safe.*rerun the same command"):
+            journal.commit()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    journal.close()
+    assert path.read_bytes() == sound
+    assert len(Journal.open(path, JOB).answered.custom_ids) == 3
+
+
+def test_a_failed_fsync_goes_back_to_the_last_good_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = started(tmp_path / "out")
+    sound = path.read_bytes()
+    journal = Journal.open(path, JOB)
+    journal.append(line(3))
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(JournalError, match="No space left"):
+            journal.commit()
+    journal.close()
+    assert path.read_bytes() == sound
+
+
+def test_two_runs_on_one_file_are_noticed(tmp_path: Path) -> None:
+    first, second = Journal.open(tmp_path / "out", JOB), Journal.open(tmp_path / "out", JOB)
+    first.append(line(0))
+    first.commit()
+    second.append(line(0))
+    with pytest.raises(JournalError, match="running twice"):
+        second.commit()
+    first.append(line(1))
+    first.close()
+    second.close()
+    assert (tmp_path / "out").read_bytes() == line(0) + b"\n" + line(1) + b"\n"
+
+
+def test_a_removed_file_is_noticed(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path / "out", JOB)
+    (tmp_path / "out").unlink()
+    journal.append(line(0))
+    with pytest.raises(JournalError, match="removed"):
+        journal.commit()
