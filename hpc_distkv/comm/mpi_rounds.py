@@ -9,13 +9,11 @@ Every rank posts in exactly this order on each of them: it begins round k+1 only
 answer k, so after its Iscatterv k has completed and long after its Igatherv k was posted; rank 0
 posts Igatherv k before it has `reports` k to `reply` to, and its report k+1 comes after that reply.
 A rank that is already in round k+1 has only posted its share of `up` k+1, which MPI keeps until
-rank 0 gets there; no rank can be in k+2 before rank 0 has answered k+1. With one communicator
-for both ways, rank 0's scatter k would have to come before another rank's gather k+1 and after its
-gather k: true as well, but two clones make it true without looking.
+rank 0 gets there; no rank can be in k+2 before rank 0 has answered k+1.
 
 The lengths go up as one small message per rank instead of an Igather: rank 0 then knows which
-ranks have not reported, and the stall message names them. Nothing here blocks, and rank 0's posts wait for nothing
-but the reports.
+ranks have not reported, and the stall message names them. Nothing here blocks, and rank 0's
+posts wait for nothing but the reports.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 
@@ -19,7 +20,23 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().reshape(-1).view(torch.uint8)
 
 
-class BytesChannel:
+class Channel(ABC):
+    """Messages of one kind under way from one rank to another."""
+
+    @abstractmethod
+    def has_event(self) -> bool:
+        """Whether something could happen to them."""
+
+    @abstractmethod
+    def event(self) -> None:
+        """Let it happen."""
+
+    @abstractmethod
+    def undelivered(self) -> int:
+        """How many nobody has received."""
+
+
+class BytesChannel(Channel):
     """Messages from one rank to another, in order."""
 
     def __init__(self) -> None:
@@ -50,7 +67,7 @@ class Half:
         self.done = False
 
 
-class TensorChannel:
+class TensorChannel(Channel):
     """Tensors from one rank to another: the n-th send meets the n-th receive.
 
     A send's memory is read when an event happens to it, not when it is posted: whoever changes it
@@ -151,19 +168,19 @@ class Network:
 
     def events(self) -> list[Callable[[], None]]:
         """What could happen next."""
-        channels = [*self._bytes.values(), *self._tensors.values()]
+        channels: list[Channel] = [*self._bytes.values(), *self._tensors.values()]
         return [channel.event for channel in channels if channel.has_event()]
 
     def leftovers(self) -> list[str]:
         """Every message that nobody took, and every receive that nothing came for."""
-        channels = {**self._bytes, **self._tensors}
+        channels: dict[tuple[str, int, int], Channel] = {**self._bytes, **self._tensors}
         return [
             f"{channel.undelivered()} {kind} from rank {source} to rank {target}"
             for (kind, source, target), channel in channels.items()
             if channel.undelivered()
         ]
 
-    def _settle(self, channel: BytesChannel | TensorChannel) -> None:
+    def _settle(self, channel: Channel) -> None:
         if self.schedule is None:
             while channel.has_event():
                 channel.event()

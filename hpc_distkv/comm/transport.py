@@ -143,12 +143,15 @@ class Comm:
         return self.waiter.until(ready, what, self.rounds.awaited)
 
     def agree(self, error: str | None) -> list[str | None]:
-        """What every rank has to say, by rank, on every rank: None where all is well.
+        """What every rank has to say, by rank, on every rank: None where all is well. So a user
+        error that only some ranks see makes all of them leave with the same status. Collective;
+        no round may be open."""
+        return self.share(error)
 
-        One whole control round, so that a user error that only some ranks see makes all of them
-        leave with the same status. Collective; no round may be open.
-        """
-        self.rounds.report(json.dumps(error).encode())
+    def share(self, value: T) -> list[T]:
+        """The JSON values of all ranks, by rank, on every rank: one whole control round.
+        Collective; no round may be open."""
+        self.rounds.report(json.dumps(value).encode())
 
         def everyone() -> bytes | None:
             reports = self.rounds.reports() if self.world.rank == 0 else None
@@ -156,8 +159,8 @@ class Comm:
                 self.rounds.reply([b"[" + b",".join(reports) + b"]"] * self.world.size)
             return self.rounds.answer()
 
-        said: list[str | None] = json.loads(self.idle(everyone, "all ranks to agree"))
-        return said
+        values: list[T] = json.loads(self.idle(everyone, "all ranks to agree"))
+        return values
 
     def close(self) -> None:
         """Wait until every rank is done and nothing is under way; afterwards a rank may leave with

@@ -38,7 +38,7 @@ class Waiter:
         self.world = world
         self.stall_timeout = stall_timeout
         self.background: list[Callable[[], object]] = []
-        """Pushed on at every poll: whatever must advance while this rank waits for another thing."""
+        """Pushed on at every poll: what must advance while this rank waits for something else."""
         self._moves = 0
 
     def moved(self) -> None:

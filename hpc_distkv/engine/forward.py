@@ -72,7 +72,7 @@ class Forward:
             end += count
             if sequence.remaining == count:
                 ends.append(end - 1)
-        return self._model.logits(hidden[ends])
+        return self._model.logits(hidden[ends]) if ends else torch.empty((0, 0))
 
     def _serve_only(self, traffic: Traffic | None) -> None:
         for layer in range(self._pool.layers if traffic else 0):

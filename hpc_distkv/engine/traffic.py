@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
-from hpc_distkv.attention.micro import merge_rows, micro_attention
-from hpc_distkv.attention.paged import PagedBatch, PagedRow
+from hpc_distkv.attention import PagedBatch, PagedRow, merge_rows, micro_attention
 from hpc_distkv.comm.transport import Comm, Pairs
 from hpc_distkv.control.messages import Counters, Header
 from hpc_distkv.engine.scheduler import Plan
@@ -53,12 +52,11 @@ class Traffic:
         rmanager: RManager,
         counters: Counters,
         shape: tuple[int, int],
-        dtype: torch.dtype,
         scale: float,
     ) -> None:
         """`shape`: query heads and head dimension of the shard."""
         self._comm, self._pool, self._rm, self._counters = comm, pool, rmanager, counters
-        self._shape, self._dtype, self._scale = shape, dtype, scale
+        self._shape, self._scale = shape, scale
         self._creditors: list[tuple[Peer, torch.Tensor]] = []
         self._debtors: list[Peer] = []
 
@@ -161,7 +159,7 @@ class Traffic:
     def _buffers(self, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         heads, head_dim = self._shape
         return (
-            torch.empty((rows, heads, head_dim), dtype=self._dtype),
+            torch.empty((rows, heads, head_dim), dtype=self._pool.dtype),
             torch.empty((rows, heads, head_dim)),
             torch.empty((rows, heads)),
         )
@@ -230,15 +228,16 @@ class Traffic:
         self._counters.query_wait += time.perf_counter() - started
         if self._debtors:
             k_cache, v_cache = self._pool.layer(layer)
+            queries, out, lse = self._served
             micro_attention(
-                self._served.queries,
+                queries,
                 k_cache,
                 v_cache,
                 self._guests,
                 scale=self._scale,
                 causal=False,
-                out=self._served.out,
-                lse=self._served.lse,
+                out=out,
+                lse=lse,
             )
         sends = [(p.rank, t) for p in self._debtors for t in (p.out, p.lse)]
         recvs = [(p.rank, t) for p, _ in self._creditors for t in (p.out, p.lse)]

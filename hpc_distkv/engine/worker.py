@@ -56,7 +56,7 @@ class Worker:
 
     def __init__(
         self, comm: Comm, model: Model, pool: BlockPool, config: EngineConfig,
-        shape: tuple[int, int], dtype: torch.dtype, leader: Leader | None,
+        shape: tuple[int, int], leader: Leader | None,
     ) -> None:
         """`shape`: query heads and head dimension. `leader`: on rank 0 only."""
         self.counters = Counters()
@@ -65,7 +65,7 @@ class Worker:
         self._scheduler = Scheduler(self._rm, config)
         scale = shape[1] ** -0.5
         self._forward = Forward(model, pool, self._rm, scale, self._attend_control)
-        self._traffic = Traffic(comm, pool, self._rm, self.counters, shape, dtype, scale)
+        self._traffic = Traffic(comm, pool, self._rm, self.counters, shape, scale)
         self._round = 0
         self._answer: Answer | None = None
         self._partners: list[int] = []
@@ -80,6 +80,8 @@ class Worker:
     @torch.inference_mode()
     def run(self) -> None:
         """Work until the gManager says stop. Raises StallError and ProtocolError."""
+        if self._leader:
+            self._comm.waiter.background.append(self._attend_control)
         self._report()
         while True:
             if self._at_boundary():
@@ -202,6 +204,8 @@ class Worker:
             sequence.computed += count
             if not sequence.remaining:
                 sampled.append(sequence)
+        if not sampled:
+            return
         tokens = sample(
             logits,
             [sequence.request.sampling for sequence in sampled],
@@ -229,3 +233,7 @@ class Worker:
                 total_time=now - sequence.assigned_at,
             )
         )
+
+    def check(self) -> None:
+        """Assert the bookkeeping invariants."""
+        self._rm.check()

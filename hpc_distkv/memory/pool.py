@@ -34,6 +34,11 @@ class BlockPool:
         return self._kv.shape[0]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        return self._kv.dtype
+
+    @property
     def layers(self) -> int:
         """Layers of the model shard."""
         return len(self._layers)

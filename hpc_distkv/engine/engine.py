@@ -1,0 +1,132 @@
+"""The engine of one rank: model shard, block pool and worker, set up from a model directory."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hpc_distkv.comm.transport import Comm
+from hpc_distkv.control.gmanager import GManager
+from hpc_distkv.control.messages import Request, Result
+from hpc_distkv.engine.config import EngineConfig
+from hpc_distkv.engine.worker import Leader, Worker
+from hpc_distkv.memory.pool import BlockPool
+from hpc_distkv.model.config import ModelConfig
+from hpc_distkv.model.decoder import Decoder
+from hpc_distkv.model.weights import load_decoder, torch_dtype
+
+log = logging.getLogger(__name__)
+
+KV_SHARE = 0.4
+"""Part of a node's available memory that its ranks' pools take unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What a user may choose about an engine. Sizes are per rank."""
+
+    dtype: str = "auto"
+    """Of weights, activations and KV: "auto" is the checkpoint's."""
+    num_blocks: int | None = None
+    """rBlocks in the pool; None: as many as `kv_memory` holds."""
+    kv_memory: int | None = None
+    """Bytes for the pool; None: a share of the memory that is available."""
+    block_size: int = 32
+    max_num_seqs: int = 128
+    max_num_batched_tokens: int = 512
+    lending: bool = True
+    threads: int | None = None
+    """Compute threads; None: this rank's share of the cores it may run on."""
+
+
+class Engine:
+    """One rank of an SPMD job: every rank makes one and calls `run`; rank 0 also feeds it."""
+
+    def __init__(self, comm: Comm, model: Decoder, options: EngineOptions) -> None:
+        """Lay out the pool. Collective. Raises ValueError for options that cannot work."""
+        self.comm = comm
+        self.model_config = model.config
+        set_threads(comm, options.threads)
+        config = model.config
+        block_bytes = options.block_size * config.kv_bytes_per_token(_name(model.dtype))
+        self.config = EngineConfig(
+            num_blocks=options.num_blocks or _blocks_that_fit(comm, options.kv_memory, block_bytes),
+            block_size=options.block_size,
+            max_num_seqs=min(options.max_num_seqs, options.max_num_batched_tokens),
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            lending=options.lending and comm.world.instances > 1,
+        )
+        self._model = model
+        self._pool = BlockPool(
+            self.config.num_blocks,
+            config.num_layers,
+            config.num_kv_heads,
+            options.block_size,
+            config.head_dim,
+            model.dtype,
+        )
+        pools = comm.share(self.config.num_blocks)
+        self.capacity_blocks = sum(pools) if self.config.lending else min(pools)
+        """rBlocks that one request may use at most."""
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens that one request may have at most."""
+        return self.capacity_blocks * self.config.block_size
+
+    def run(self, leader: Leader | None = None) -> Worker:
+        """Work until all requests of rank 0's leader are answered. Collective; `leader` is given
+        on rank 0 alone. Raises StallError, ProtocolError, and what the leader raises."""
+        config = self.model_config
+        worker = Worker(
+            self.comm,
+            self._model,
+            self._pool,
+            self.config,
+            (config.num_heads, config.head_dim),
+            leader,
+        )
+        worker.run()
+        return worker
+
+    def gmanager(self, requests: Iterator[Request]) -> GManager:
+        """The gManager for a run over `requests`: rank 0's leader owns one."""
+        world = self.comm.world
+        nodes = [world.node_of(instance) for instance in range(world.instances)]
+        return GManager(requests, nodes, self.config.lending)
+
+
+def load_engine(comm: Comm, path: str | Path, options: EngineOptions) -> Engine:
+    """An engine for the model directory `path`. Collective. Raises ModelError, ValueError."""
+    config = ModelConfig.from_dir(path)
+    set_threads(comm, options.threads)
+    dtype = None if options.dtype == "auto" else torch_dtype(options.dtype)
+    return Engine(comm, load_decoder(path, config, dtype), options)
+
+
+def set_threads(comm: Comm, threads: int | None) -> None:
+    """Give torch this rank's share of the cores; launchers often leave it one, or all."""
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads or max(1, cores // comm.world.local_size))
+
+
+def _blocks_that_fit(comm: Comm, kv_memory: int | None, block_bytes: int) -> int:
+    if kv_memory is None:
+        pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        kv_memory = int(KV_SHARE * pages / comm.world.local_size)
+    blocks = kv_memory // block_bytes
+    if blocks < 1:
+        raise ValueError(
+            f"one rBlock takes {block_bytes} bytes, the KV memory of {kv_memory} bytes holds none: "
+            "give more --kv-memory or a smaller --block-size"
+        )
+    return blocks
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,60 @@
+"""Whole clusters in one process: the real engine over the `local` transport."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hpc_distkv.comm.local import leftovers, open_local, run_local
+from hpc_distkv.comm.schedule import SeededSchedule
+from hpc_distkv.comm.transport import Comm
+from hpc_distkv.control.messages import Counters, Request, Result, unpack_tokens
+from hpc_distkv.engine.engine import Engine, EngineOptions
+from hpc_distkv.model.decoder import Decoder
+
+
+class Collect:
+    """A leader that keeps the results."""
+
+    def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
+        self.gmanager = engine.gmanager(iter(requests))
+        self.results: list[Result] = []
+
+    def finish(self, result: Result) -> None:
+        self.results.append(result)
+
+    def tick(self) -> None:
+        pass
+
+
+class Outcome:
+    """What a run on a cluster gave."""
+
+    def __init__(self, results: Sequence[Result], counters: Sequence[Counters]) -> None:
+        self.ids = sorted(result.id for result in results)
+        self.tokens = {result.id: unpack_tokens(result.tokens) for result in results}
+        self.counters = list(counters)
+
+
+def run_cluster(
+    model: Decoder,
+    requests: Sequence[Request],
+    ranks: int,
+    options: EngineOptions,
+    schedule: SeededSchedule | None = None,
+) -> Outcome:
+    """Answer `requests` on `ranks` threads; checks that no message and no rBlock is left over."""
+    comms = open_local(ranks, 60.0, schedule=schedule)
+    results: list[Result] = []
+
+    def work(comm: Comm) -> Counters:
+        engine = Engine(comm, model, options)
+        leader = Collect(engine, requests) if comm.world.rank == 0 else None
+        worker = engine.run(leader)
+        if leader:
+            results.extend(leader.results)
+        worker.check()
+        return worker.counters
+
+    counters = run_local(comms, work)
+    assert leftovers(comms) == []
+    return Outcome(results, counters)
