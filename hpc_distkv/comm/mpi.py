@@ -40,7 +40,12 @@ def open_mpi(stall_timeout: float, tp: int = 1) -> Comm:
     mail = MpiMail(everyone.Dup(), waiter)
     rounds = MpiRounds(everyone.Dup(), everyone.Dup(), waiter)
     waiter.background += [rounds.poke, mail.poke]
-    return Comm(world, transport, mail, rounds, waiter, everyone.Abort)
+
+    def abort(status: int) -> None:
+        everyone.Abort(status)
+        os._exit(status)  # MPICH returns from Abort and waits to be killed
+
+    return Comm(world, transport, mail, rounds, waiter, abort)
 
 
 def start_mpi() -> None:

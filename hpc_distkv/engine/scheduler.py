@@ -92,9 +92,10 @@ class Scheduler:
     def demand(self) -> Demand:
         """Foreseen need against what there is. Credit that is not needed is given back."""
         rm = self._rm
-        need, wanted_for = self._reserve, NOBODY
+        foreseen = self.running[:1] if self._starved else self._foreseen()
+        need, wanted_for = self._reserve if foreseen else 0, NOBODY
         held = rm.usable + rm.credit
-        for sequence in self.running[:1] if self._starved else self._foreseen():
+        for sequence in foreseen:
             need += self._missing(sequence, len(sequence.tokens) + GROWTH_TOKENS)
             if need > held or self._starved:
                 wanted_for = min(wanted_for, sequence.id)
@@ -209,7 +210,7 @@ class Scheduler:
 
     def _return_credit(self, surplus: int) -> None:
         for creditor, debt in list(self._rm.debts.items()):
-            blocks = min(debt.credit, surplus)
+            blocks = max(0, min(debt.credit, surplus))
             self._rm.return_credit(creditor, blocks)
             surplus -= blocks
 

@@ -74,7 +74,13 @@ class ModelConfig:
 
     def kv_bytes_per_token(self, dtype: str | None = None) -> int:
         """Bytes of K and V of one token in all layers, in `dtype` (the checkpoint's if None)."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype_bytes(dtype or self.dtype)
+        return (
+            2
+            * self.num_layers
+            * self.num_kv_heads
+            * self.head_dim
+            * dtype_bytes(dtype or self.dtype)
+        )
 
     @property
     def num_parameters(self) -> int:
@@ -88,7 +94,9 @@ class ModelConfig:
 def dtype_bytes(dtype: str) -> int:
     """Bytes of one value of the dtype named `dtype`; ModelError for a dtype not supported."""
     if dtype not in DTYPE_BYTES:
-        raise ModelError(f"dtype {dtype!r} is not supported; supported are {', '.join(DTYPE_BYTES)}")
+        raise ModelError(
+            f"dtype {dtype!r} is not supported; supported are {', '.join(DTYPE_BYTES)}"
+        )
     return DTYPE_BYTES[dtype]
 
 

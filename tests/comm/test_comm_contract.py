@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -38,8 +39,6 @@ def test_mpi_ranks_keep_the_contract(ranks):
 
 
 def test_one_process_without_a_launcher_keeps_the_contract():
-    import subprocess
-
     ran = subprocess.run(
         [sys.executable, SCRIPT, "1"],
         env=clean_environment(),

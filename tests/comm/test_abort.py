@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from mpirun import mpirun, run_mpi
+
+from hpc_distkv.comm import abort
+from hpc_distkv.comm.abort import aborting
+from hpc_distkv.comm.local import open_local, run_local
+from hpc_distkv.comm.schedule import PeerFailedError
+from hpc_distkv.comm.transport import StallError
+
+SCRIPT = str(Path(__file__).with_name("failing_rank.py"))
+needs_mpirun = pytest.mark.skipif(mpirun() is None, reason="needs mpirun")
+
+
+@needs_mpirun
+@pytest.mark.parametrize(
+    ("way", "ranks", "status", "said"),
+    [
+        ("exception", 3, 70, ["[rank 1 on ", "rank one has had enough", "Traceback"]),
+        ("thread", 2, 70, ["[rank 1 on ", "division by zero", "Traceback"]),
+        ("leaves", 2, 7, ["[rank 1 on ", "left before the other ranks were done: exit status 7"]),
+        ("leaves_too_early", 2, 70, ["[rank 0 on ", "waits for rank 1 on ", "that never comes"]),
+        ("sleeps_in_round", 3, 70, ["[rank 0 on ", "waits for rank 2 on ", "to agree"]),
+        (
+            "sleeps_in_step",
+            3,
+            70,
+            ["waits for rank 2 on ", "queries, layer 3", "headers of step 5"],
+        ),
+        ("agreed", 2, 2, ["[None, 'no such file']"]),
+        ("rows_failed", 2, 1, []),
+    ],
+)
+def test_one_rank_takes_all_along(way, ranks, status, said):
+    began = time.monotonic()
+    ran = run_mpi(ranks, [SCRIPT, way], timeout=50)
+    assert ran.returncode == status, ran.stderr
+    for words in said:
+        assert words in ran.stderr
+    assert ("Traceback" in ran.stderr) == ("Traceback" in said), ran.stderr
+    assert time.monotonic() - began < 30
+
+
+class UsageError(Exception):
+    """Stands for click's, which carries the status to leave with."""
+
+    exit_code = 2
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (
+            UsageError("--block-size must be positive"),
+            2,
+            "[rank 1] --block-size must be positive\n",
+        ),
+        (KeyboardInterrupt(), 130, "[rank 1] interrupted\n"),
+        (StallError("rank 1 waits for rank 0"), 70, "[rank 1] rank 1 waits for rank 0\n"),
+        (SystemExit("no"), 1, "[rank 1] left before the other ranks were done: no\n"),
+    ],
+)
+def test_last_words_and_status(error, status, said, capsys, monkeypatch):
+    monkeypatch.setattr(abort, "LAST_WORDS", 0.0)
+    comm = open_local(2)[1]
+    ended = []
+    comm.abort = ended.append
+    with pytest.raises(type(error)), aborting(comm, expected=(UsageError,)):
+        raise error
+    assert ended == [status]
+    assert capsys.readouterr().err == said
+
+
+def test_in_a_world_of_one_exceptions_pass_through():
+    (comm,) = open_local(1)
+    with pytest.raises(ValueError, match="mine"), aborting(comm):
+        raise ValueError("mine")
+
+
+def test_threads_hear_of_a_failed_rank(capsys):
+    def work(comm):
+        with aborting(comm):
+            if comm.world.rank == 1:
+                raise ValueError("mine")
+            comm.agree(None)
+
+    with pytest.raises(ValueError, match="mine"):
+        run_local(open_local(3), work)
+    assert "[rank 1] mine" in capsys.readouterr().err
+
+
+def test_a_failed_thread_rank_stops_the_others():
+    stopped = []
+
+    def work(comm):
+        if comm.world.rank == 0:
+            raise ValueError("mine")
+        try:
+            comm.mail.take([0], "mail that never comes")
+        except PeerFailedError:
+            stopped.append(comm.world.rank)
+            raise
+
+    with pytest.raises(ValueError, match="mine"):
+        run_local(open_local(3), work)
+    assert sorted(stopped) == [1, 2]
