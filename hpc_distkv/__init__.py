@@ -1,1 +1,20 @@
 """Offline batch generation with a KV cache that is spread over MPI ranks (arXiv 2401.02669)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hpc_distkv.api import Engine, Files
+    from hpc_distkv.engine.rank import EngineOptions
+
+__all__ = ["Engine", "EngineOptions", "Files"]
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, loaded when they are first used: importing the package loads no torch."""
+    if name in __all__:
+        from hpc_distkv import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

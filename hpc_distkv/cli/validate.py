@@ -140,7 +140,7 @@ def _percentile(ordered: list[int], percent: int) -> int:
 )
 @click.option("--num-blocks", type=click.IntRange(min=1), help="rBlocks in the pool of one rank.")
 @click.option(
-    "--block-size", type=click.IntRange(min=1), default=16, show_default=True, help="Tokens."
+    "--block-size", type=click.IntRange(min=1), default=32, show_default=True, help="Tokens."
 )
 @click.option(
     "--ranks",

@@ -38,7 +38,12 @@ def greedy_borrow(
     grants = []
     for _, debtor, wanted in sorted(needs):
         ranked = sorted(
-            (ledger.closes_circle(debtor, creditor), nodes[creditor] != nodes[debtor], -left[creditor], creditor)
+            (
+                ledger.closes_circle(debtor, creditor),
+                nodes[creditor] != nodes[debtor],
+                -left[creditor],
+                creditor,
+            )
             for creditor in range(len(left))
             if creditor != debtor and left[creditor] > 0
         )

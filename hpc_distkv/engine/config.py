@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+class OptionError(ValueError):
+    """Options that cannot work, or not together."""
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """Sizes and limits of one instance; the same on all ranks but for `num_blocks`."""
@@ -14,14 +18,13 @@ class EngineConfig:
     max_num_seqs: int = 128
     max_num_batched_tokens: int = 512
     lending: bool = True
-    stall_timeout: float = 300.0
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+                raise OptionError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.max_num_seqs > self.max_num_batched_tokens:
-            raise ValueError(
+            raise OptionError(
                 f"max_num_seqs ({self.max_num_seqs}) may not exceed max_num_batched_tokens "
                 f"({self.max_num_batched_tokens}): every running row needs a token a step"
             )

@@ -15,10 +15,10 @@ GROWTH_TOKENS = 64
 
 
 class Row(NamedTuple):
-    """The next `count` tokens of a sequence."""
+    """The next `tokens` tokens of a sequence."""
 
     sequence: Sequence
-    count: int
+    tokens: int
 
 
 class Plan(NamedTuple):
@@ -125,9 +125,10 @@ class Scheduler:
         budget -= len(decodes)
         prefills = [sequence for sequence in self.running if sequence.remaining > 1]
         while budget > 0:
-            sequence = prefills.pop(0) if prefills else self._admit()
-            if sequence is None:
+            next_one = prefills.pop(0) if prefills else self._admit()
+            if next_one is None:
                 break
+            sequence = next_one
             if sequence.id not in self._rm.tables:
                 continue
             count = min(sequence.remaining, budget, self._fit(sequence))

@@ -108,7 +108,7 @@ class Traffic:
             released=released,
             returned=returned,
             opened=self._rm.open_credit(instance),
-            moves=[(m.request, m.index) for m in moves if m.peer == instance],
+            moves=[(m.request, m.block) for m in moves if m.peer == instance],
             queries=[(request, len(rows)) for request, rows in wanted],
         )
 
@@ -181,7 +181,7 @@ class Traffic:
         self._debtors = [
             Peer(self._comm.world.rank_of(instance), *part)
             for instance, *part in zip(
-                asking, *(buffer.split(sizes) for buffer in self._served), strict=True
+                asking, *(torch.split(buffer, sizes) for buffer in self._served), strict=True
             )
         ]
         self._guests = PagedBatch.build(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
@@ -16,7 +15,7 @@ from hpc_distkv.control.messages import Answer, Counters, Report, Result, pack_t
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.forward import Forward, Model
 from hpc_distkv.engine.sampler import sample
-from hpc_distkv.engine.scheduler import Scheduler
+from hpc_distkv.engine.scheduler import Row, Scheduler
 from hpc_distkv.engine.sequence import Sequence
 from hpc_distkv.engine.traffic import Traffic
 from hpc_distkv.memory.pool import BlockPool
@@ -55,8 +54,13 @@ class Worker:
     """
 
     def __init__(
-        self, comm: Comm, model: Model, pool: BlockPool, config: EngineConfig,
-        shape: tuple[int, int], leader: Leader | None,
+        self,
+        comm: Comm,
+        model: Model,
+        pool: BlockPool,
+        config: EngineConfig,
+        shape: tuple[int, int],
+        leader: Leader | None,
     ) -> None:
         """`shape`: query heads and head dimension. `leader`: on rank 0 only."""
         self.counters = Counters()
@@ -80,8 +84,14 @@ class Worker:
     @torch.inference_mode()
     def run(self) -> None:
         """Work until the gManager says stop. Raises StallError and ProtocolError."""
-        if self._leader:
-            self._comm.waiter.background.append(self._attend_control)
+        background = self._comm.waiter.background
+        background.append(self._attend_control)
+        try:
+            self._loop()
+        finally:
+            background.remove(self._attend_control)
+
+    def _loop(self) -> None:
         self._report()
         while True:
             if self._at_boundary():
@@ -129,8 +139,8 @@ class Worker:
             log.error("refused a grant to instance %d beyond the promise: %s", debtor, answer.lend)
         for request in answer.assign:
             self._scheduler.add(Sequence(request, assigned_at=now))
-        for request in answer.preempt:
-            self._scheduler.give_way(request)
+        for victim in answer.preempt:
+            self._scheduler.give_way(victim)
         self._scheduler.answered(self._asked, answer.granted, answer.admit_before)
         self._partners, self._steps_left = answer.partners, answer.steps
         self._joint_step = 0
@@ -196,7 +206,7 @@ class Worker:
         else:
             self._step_time = 0.0
 
-    def _append_tokens(self, rows: list[tuple[Sequence, int]], logits: torch.Tensor) -> None:
+    def _append_tokens(self, rows: list[Row], logits: torch.Tensor) -> None:
         sampled = []
         for sequence, count in rows:
             if sequence.output_len == 0 or count > 1:

@@ -23,9 +23,7 @@ class BlockPool:
         dtype: torch.dtype,
     ) -> None:
         self.block_size = block_size
-        self._kv = torch.empty(
-            (num_blocks, layers, 2, kv_heads, block_size, head_dim), dtype=dtype
-        )
+        self._kv = torch.empty((num_blocks, layers, 2, kv_heads, block_size, head_dim), dtype=dtype)
         self._layers = [(self._kv[:, layer, 0], self._kv[:, layer, 1]) for layer in range(layers)]
 
     @property
@@ -44,7 +42,7 @@ class BlockPool:
         return len(self._layers)
 
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V caches of one layer: strided views `[num_blocks, kv_heads, block_size, head_dim]`."""
+        """K and V of one layer: views `[num_blocks, kv_heads, block_size, head_dim]`."""
         return self._layers[layer]
 
     def rblock(self, slot: int) -> torch.Tensor:

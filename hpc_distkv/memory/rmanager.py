@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -62,7 +62,7 @@ class Move(NamedTuple):
     """A sealed rBlock on its way from a debtor to a creditor."""
 
     request: int
-    index: int
+    block: int
     """Logical index in the request's block table."""
     slot: int
     """Home slot on the debtor's side, the receiving slot on the creditor's."""
@@ -239,7 +239,7 @@ class RManager:
         `commit`."""
         table, debt = self.tables[request], self.debts[creditor]
         assert debt.credit > 0
-        assert not any(m.request == request and m.index == index for m in self.outgoing)
+        assert not any(m.request == request and m.block == index for m in self.outgoing)
         debt.credit -= 1
         debt.used += 1
         move = Move(request, index, table.slots[table.indices.index(index)], creditor)
@@ -264,11 +264,11 @@ class RManager:
     def commit(self) -> None:
         """The bytes of all moves have arrived: from now on the creditors serve them."""
         for move in self.outgoing:
-            self._free.append(self.tables[move.request].to_creditor(move.index, move.peer))
+            self._free.append(self.tables[move.request].to_creditor(move.block, move.peer))
         for move in self.incoming:
             guest = self.guests.setdefault((move.peer, move.request), Guest())
             guest.slots.append(move.slot)
-            guest.indices.append(move.index)
+            guest.indices.append(move.block)
         self.outgoing.clear()
         self.incoming.clear()
 

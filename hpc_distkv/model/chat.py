@@ -56,16 +56,30 @@ class ChatTemplate:
             )
         if not messages:
             raise ModelError("messages is empty: a chat needs at least one message")
+        plain = [_plain(message) for message in messages]
         try:
             return self._template.render(
-                messages=[dict(message) for message in messages],
+                messages=plain,
                 tools=None,
                 documents=None,
                 add_generation_prompt=True,
                 **self._tokenizer.special_tokens,
             )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except Exception as error:  # a template is foreign code: it can fail in any way
             raise ModelError(f"the chat template refused the messages: {error}") from error
+
+
+def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message with content parts joined to one text, which every template understands."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return dict(message)
+    texts = []
+    for part in content:
+        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+            raise ModelError("content parts must be text: this is a text model")
+        texts.append(part["text"])
+    return {**message, "content": "\n".join(texts)}
 
 
 class _GenerationBlock(Extension):

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,43 +157,13 @@ def _parse(
     raw: Mapping[str, Any], generation: Mapping[str, Any], path: Path, fingerprint: str
 ) -> ModelConfig:
     where = str(path)
-    architectures = raw.get("architectures") or []
-    name = architectures[0] if isinstance(architectures, list) and architectures else None
-    if name not in FAMILIES:
-        raise ModelError(
-            f"{where}: architecture {name!r} is not supported; supported are {', '.join(FAMILIES)}"
-        )
-    family = FAMILIES[name]
-    for key, allowed in family.required.items():
-        if raw.get(key, allowed[0]) not in allowed:
-            raise ModelError(
-                f"{where}: {key} = {raw[key]!r} is not supported for {name}; "
-                f"supported: {', '.join(map(repr, allowed))}"
-            )
-
-    def whole(key: str, default: int | None = None) -> int:
-        value = raw.get(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ModelError(f"{where}: {key} must be a positive whole number, not {value!r}")
-        return value
-
-    def flag(key: str, default: bool) -> bool:
-        value = raw.get(key)
-        if value is not None and not isinstance(value, bool):
-            raise ModelError(f"{where}: {key} must be true or false, not {value!r}")
-        return default if value is None else value
-
+    family = _family(raw, where)
+    whole, flag = partial(_whole, raw, where), partial(_flag, raw, where)
     heads, hidden = whole("num_attention_heads"), whole("hidden_size")
     kv_heads = whole("num_key_value_heads", heads)
     if heads % kv_heads:
         raise ModelError(
             f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
-        )
-    if raw.get("head_dim") is None and hidden % heads:
-        raise ModelError(
-            f"{where}: hidden_size {hidden} is no multiple of num_attention_heads {heads}, "
-            "and there is no head_dim"
         )
     head_dim = whole("head_dim", hidden // heads)
     if head_dim % 2:
@@ -212,31 +183,70 @@ def _parse(
         head_dim=head_dim,
         vocab_size=whole("vocab_size"),
         max_position=whole("max_position_embeddings"),
-        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=_positive(raw, where, "rms_norm_eps", 1e-6),
         rope=Rope.from_config(raw, where),
         attention_bias=flag("attention_bias", family.attention_bias),
         mlp_bias=flag("mlp_bias", family.mlp_bias),
         tie_embeddings=flag("tie_word_embeddings", family.tie_embeddings),
         dtype=dtype,
-        eos_token_ids=_token_ids(raw, generation, where),
-        bos_token_id=raw.get("bos_token_id"),
+        eos_token_ids=_token_ids("eos_token_id", where, generation, raw),
+        bos_token_id=next(iter(_token_ids("bos_token_id", where, raw)), None),
         generation=_generation_defaults(generation),
         fingerprint=fingerprint,
     )
 
 
-def _token_ids(
-    raw: Mapping[str, Any], generation: Mapping[str, Any], where: str
-) -> tuple[int, ...]:
-    """The ids that end a text: those of both files, each a number or a list."""
+def _family(raw: Mapping[str, Any], where: str) -> Family:
+    """The row of the checkpoint's architecture, after a check that the row covers all it asks."""
+    architectures = raw.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    family = FAMILIES.get(str(name))
+    if family is None:
+        raise ModelError(
+            f"{where}: architecture {name!r} is not supported; supported are {', '.join(FAMILIES)}"
+        )
+    for key, allowed in family.required.items():
+        if raw.get(key, allowed[0]) not in allowed:
+            raise ModelError(
+                f"{where}: {key} = {raw[key]!r} is not supported for {name}; "
+                f"supported: {', '.join(map(repr, allowed))}"
+            )
+    return family
+
+
+def _whole(raw: Mapping[str, Any], where: str, key: str, default: int | None = None) -> int:
+    value = raw.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ModelError(f"{where}: {key} must be a positive whole number, not {value!r}")
+    return value
+
+
+def _positive(raw: Mapping[str, Any], where: str, key: str, default: float) -> float:
+    value = raw.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ModelError(f"{where}: {key} must be a positive number, not {value!r}")
+    return float(value)
+
+
+def _flag(raw: Mapping[str, Any], where: str, key: str, default: bool) -> bool:
+    value = raw.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ModelError(f"{where}: {key} must be true or false, not {value!r}")
+    return default if value is None else value
+
+
+def _token_ids(key: str, where: str, *sources: Mapping[str, Any]) -> tuple[int, ...]:
+    """The token ids under `key` in all `sources`, each a number or a list, without repeats."""
     ids: list[int] = []
-    for source in (generation, raw):
-        value = source.get("eos_token_id")
+    for source in sources:
+        value = source.get(key)
         for item in value if isinstance(value, list) else [value]:
             if item is None or item in ids:
                 continue
             if isinstance(item, bool) or not isinstance(item, int) or item < 0:
-                raise ModelError(f"{where}: eos_token_id must be token ids, not {value!r}")
+                raise ModelError(f"{where}: {key} must be token ids, not {value!r}")
             ids.append(item)
     return tuple(ids)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -12,7 +12,7 @@ class Family:
     """One row: what a family fixes, and what its checkpoints call things."""
 
     architecture: str
-    required: Mapping[str, tuple[Any, ...]]
+    required: Mapping[str, tuple[Any, ...]] = field(repr=False, hash=False)
     """Keys of config.json that change the maths, and the values this decoder computes for them;
     the first value is what a missing key means."""
     attention_bias: bool = False

@@ -10,6 +10,17 @@ from hpc_distkv.model.errors import ModelError
 
 ROPE_TYPES = ("default", "linear", "llama3")
 
+_KEYS = (
+    "rope_type",
+    "type",
+    "rope_theta",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+)
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -42,6 +53,8 @@ class Rope:
                 f"{where}: {key}.rope_type {kind!r} is not supported; "
                 f"supported are {', '.join(ROPE_TYPES)}"
             )
+        if unknown := [name for name in scaling if name not in _KEYS]:
+            raise ModelError(f"{where}: {key}.{unknown[0]} is not supported; supported are {_KEYS}")
         if scaling.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
             raise ModelError(f"{where}: partial_rotary_factor is not supported; it must be 1.0")
 
@@ -51,7 +64,7 @@ class Rope:
                 raise ModelError(f"{where}: {key}.{name} must be a positive number, not {value!r}")
             return float(value)
 
-        theta = number("rope_theta", raw.get("rope_theta", 10000.0))
+        theta = number("rope_theta", raw.get("rope_theta") or 10000.0)
         if kind == "default":
             return cls(theta)
         if kind == "linear":

@@ -38,8 +38,15 @@ class Tokenizer:
         self.eos_token_id = self._id_of("eos_token")
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`; `add_special_tokens` lets the tokenizer add its own BOS or EOS."""
-        ids: list[int] = self._fast.encode(text, add_special_tokens=add_special_tokens).ids
+        """Token ids of `text`; `add_special_tokens` lets the tokenizer add its own BOS or EOS.
+
+        Raises ModelError for text that is no Unicode text (half a surrogate pair).
+        """
+        try:
+            encoding = self._fast.encode(text, add_special_tokens=add_special_tokens)
+        except TypeError:
+            raise ModelError("the text is no valid Unicode: it cannot be tokenized") from None
+        ids: list[int] = encoding.ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

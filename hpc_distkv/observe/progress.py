@@ -69,7 +69,9 @@ class ProgressReport:
         if self._bar:
             self._bar.update(self._task, completed=state.fraction, description=text, refresh=True)
         else:
-            print(f"[{now - self._started:7.0f} s] {state.fraction:4.0%}  {text}", file=self._stream, flush=True)
+            passed = now - self._started
+            self._stream.write(f"[{passed:7.0f} s] {state.fraction:4.0%}  {text}\n")
+            self._stream.flush()
 
     def close(self) -> None:
         """End the bar, if there is one."""

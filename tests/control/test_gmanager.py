@@ -109,9 +109,7 @@ def test_a_circle_is_closed_only_if_nobody_else_can_lend():
 
 
 def test_the_oldest_request_is_served_first():
-    grants = greedy_borrow(
-        [Need(5, 0, 4), Need(2, 1, 4)], [0, 0, 5], DebtLedger(3), [0, 0, 0]
-    )
+    grants = greedy_borrow([Need(5, 0, 4), Need(2, 1, 4)], [0, 0, 5], DebtLedger(3), [0, 0, 0])
     assert [(g.debtor, g.blocks) for g in grants] == [(1, 4), (0, 1)]
 
 

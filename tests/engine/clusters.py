@@ -8,14 +8,14 @@ from hpc_distkv.comm.local import leftovers, open_local, run_local
 from hpc_distkv.comm.schedule import SeededSchedule
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages import Counters, Request, Result, unpack_tokens
-from hpc_distkv.engine.engine import Engine, EngineOptions
+from hpc_distkv.engine.rank import EngineOptions, RankEngine
 from hpc_distkv.model.decoder import Decoder
 
 
 class Collect:
     """A leader that keeps the results."""
 
-    def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
+    def __init__(self, engine: RankEngine, requests: Sequence[Request]) -> None:
         self.gmanager = engine.gmanager(iter(requests))
         self.results: list[Result] = []
 
@@ -47,7 +47,8 @@ def run_cluster(
     results: list[Result] = []
 
     def work(comm: Comm) -> Counters:
-        engine = Engine(comm, model, options)
+        engine = RankEngine(comm, model, options)
+        engine.join()
         leader = Collect(engine, requests) if comm.world.rank == 0 else None
         worker = engine.run(leader)
         if leader:

@@ -1,10 +1,9 @@
-"""The engine of one rank: model shard, block pool and worker, set up from a model directory."""
+"""The engine of one rank: model shard and block pool, and the worker that runs on them."""
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,15 +11,13 @@ import torch
 
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.gmanager import GManager
-from hpc_distkv.control.messages import Request, Result
-from hpc_distkv.engine.config import EngineConfig
+from hpc_distkv.control.messages import Request
+from hpc_distkv.engine.config import EngineConfig, OptionError
 from hpc_distkv.engine.worker import Leader, Worker
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
-from hpc_distkv.model.weights import load_decoder, torch_dtype
-
-log = logging.getLogger(__name__)
+from hpc_distkv.model.weights import load_decoder
 
 KV_SHARE = 0.4
 """Part of a node's available memory that its ranks' pools take unless told otherwise."""
@@ -44,15 +41,14 @@ class EngineOptions:
     """Compute threads; None: this rank's share of the cores it may run on."""
 
 
-class Engine:
-    """One rank of an SPMD job: every rank makes one and calls `run`; rank 0 also feeds it."""
+class RankEngine:
+    """One rank of an SPMD job: every rank makes one, joins, and runs; rank 0 also leads."""
 
     def __init__(self, comm: Comm, model: Decoder, options: EngineOptions) -> None:
-        """Lay out the pool. Collective. Raises ValueError for options that cannot work."""
+        """Lay out the pool. Raises OptionError."""
         self.comm = comm
-        self.model_config = model.config
-        set_threads(comm, options.threads)
         config = model.config
+        set_threads(comm, options.threads)
         block_bytes = options.block_size * config.kv_bytes_per_token(_name(model.dtype))
         self.config = EngineConfig(
             num_blocks=options.num_blocks or _blocks_that_fit(comm, options.kv_memory, block_bytes),
@@ -61,6 +57,8 @@ class Engine:
             max_num_batched_tokens=options.max_num_batched_tokens,
             lending=options.lending and comm.world.instances > 1,
         )
+        self.capacity_blocks = self.config.num_blocks
+        """rBlocks that one request may use at most."""
         self._model = model
         self._pool = BlockPool(
             self.config.num_blocks,
@@ -70,27 +68,39 @@ class Engine:
             config.head_dim,
             model.dtype,
         )
-        pools = comm.share(self.config.num_blocks)
+
+    @classmethod
+    def load(cls, comm: Comm, path: str | Path, options: EngineOptions) -> RankEngine:
+        """For the model directory `path`. Raises ModelError and OptionError."""
+        set_threads(comm, options.threads)
+        dtype = None if options.dtype == "auto" else options.dtype
+        return cls(comm, load_decoder(path, ModelConfig.from_dir(path), dtype), options)
+
+    def join(self) -> None:
+        """Learn what the pools of all ranks hold together. Collective, once, before `run`."""
+        pools = self.comm.share(self.config.num_blocks)
         self.capacity_blocks = sum(pools) if self.config.lending else min(pools)
-        """rBlocks that one request may use at most."""
 
     @property
     def capacity_tokens(self) -> int:
         """Tokens that one request may have at most."""
         return self.capacity_blocks * self.config.block_size
 
+    @property
+    def threads(self) -> int:
+        """Compute threads."""
+        return torch.get_num_threads()
+
+    @property
+    def dtype(self) -> str:
+        """Of weights and KV."""
+        return _name(self._model.dtype)
+
     def run(self, leader: Leader | None = None) -> Worker:
         """Work until all requests of rank 0's leader are answered. Collective; `leader` is given
         on rank 0 alone. Raises StallError, ProtocolError, and what the leader raises."""
-        config = self.model_config
-        worker = Worker(
-            self.comm,
-            self._model,
-            self._pool,
-            self.config,
-            (config.num_heads, config.head_dim),
-            leader,
-        )
+        heads = (self._model.config.num_heads, self._model.config.head_dim)
+        worker = Worker(self.comm, self._model, self._pool, self.config, heads, leader)
         worker.run()
         return worker
 
@@ -101,14 +111,6 @@ class Engine:
         return GManager(requests, nodes, self.config.lending)
 
 
-def load_engine(comm: Comm, path: str | Path, options: EngineOptions) -> Engine:
-    """An engine for the model directory `path`. Collective. Raises ModelError, ValueError."""
-    config = ModelConfig.from_dir(path)
-    set_threads(comm, options.threads)
-    dtype = None if options.dtype == "auto" else torch_dtype(options.dtype)
-    return Engine(comm, load_decoder(path, config, dtype), options)
-
-
 def set_threads(comm: Comm, threads: int | None) -> None:
     """Give torch this rank's share of the cores; launchers often leave it one, or all."""
     cores = len(os.sched_getaffinity(0))
@@ -117,15 +119,21 @@ def set_threads(comm: Comm, threads: int | None) -> None:
 
 def _blocks_that_fit(comm: Comm, kv_memory: int | None, block_bytes: int) -> int:
     if kv_memory is None:
-        pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        kv_memory = int(KV_SHARE * pages / comm.world.local_size)
-    blocks = kv_memory // block_bytes
-    if blocks < 1:
-        raise ValueError(
-            f"one rBlock takes {block_bytes} bytes, the KV memory of {kv_memory} bytes holds none: "
-            "give more --kv-memory or a smaller --block-size"
+        kv_memory = int(KV_SHARE * available_memory() / comm.world.local_size)
+    if kv_memory < block_bytes:
+        raise OptionError(
+            f"one rBlock takes {block_bytes} bytes, but there are {kv_memory} bytes for the KV "
+            "cache: give more --kv-memory or a smaller --block-size"
         )
-    return blocks
+    return kv_memory // block_bytes
+
+
+def available_memory() -> int:
+    """Bytes this node can still give: what the kernel says, or less if Slurm allows less."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) << 10
+    allowed = os.environ.get("SLURM_MEM_PER_NODE", "")
+    return min(available, int(allowed) << 20) if allowed.isdecimal() and int(allowed) else available
 
 
 def _name(dtype: torch.dtype) -> str:

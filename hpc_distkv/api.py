@@ -1,0 +1,182 @@
+"""The whole job, from a batch file to a results file: what `hpc-distkv generate` and a program
+that uses the library run."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from hpc_distkv.batch.errors import InputError, JournalError
+from hpc_distkv.batch.intake import Intake
+from hpc_distkv.batch.job import Job, job_fingerprint
+from hpc_distkv.batch.journal import Journal
+from hpc_distkv.batch.service import Limits, SamplingDefaults, Service, model_names
+from hpc_distkv.comm.mpi import open_mpi
+from hpc_distkv.comm.transport import Comm
+from hpc_distkv.control.messages import Result
+from hpc_distkv.engine.config import OptionError
+from hpc_distkv.engine.rank import EngineOptions, RankEngine
+from hpc_distkv.model.config import ModelConfig
+from hpc_distkv.model.errors import ModelError
+from hpc_distkv.observe.metrics import peak_memory
+from hpc_distkv.observe.progress import ProgressReport, State
+from hpc_distkv.observe.run import RunRecord
+
+USER_ERRORS = (ModelError, InputError, JournalError, OptionError)
+"""What a user can cause and mend: shown as a sentence, not as a traceback."""
+
+T = TypeVar("T")
+
+
+class SetupError(Exception):
+    """The job cannot start, on at least one rank; all ranks raise it together."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where rows come from and answers go."""
+
+    input: Path
+    output: Path
+    overwrite: bool = False
+
+
+class Engine:
+    """One rank's engine for a model directory. SPMD: every rank makes one with the same arguments
+    and makes the same calls; rank 0 reads and writes the files.
+
+        engine = Engine("models/SmolLM2-135M-Instruct")
+        rows = engine.generate([{"custom_id": "1", "method": "POST", "url": "/v1/completions",
+                                 "body": {"prompt": "Once upon a time", "max_tokens": 16}}])
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        options: EngineOptions | None = None,
+        *,
+        sampling: Mapping[str, Any] | None = None,
+        max_model_len: int | None = None,
+        comm: Comm | None = None,
+        stall_timeout: float = 300.0,
+    ) -> None:
+        """Load the model. `sampling` holds for fields that a row leaves out (temperature, top_p,
+        top_k, max_tokens, seed), before the checkpoint's own settings. Raises SetupError on all
+        ranks if one cannot."""
+        self.model = Path(model)
+        self.comm = comm or open_mpi(stall_timeout)
+        self.config = self._together(lambda: ModelConfig.from_dir(model))
+        own = self.config.generation
+        settings = {"temperature": own.temperature, "top_p": own.top_p, "top_k": own.top_k}
+        self.defaults = SamplingDefaults(**(settings | dict(sampling or {})))
+        self.max_model_len = max_model_len or self.config.max_position
+        self.rank = self._together(
+            lambda: RankEngine.load(self.comm, model, options or EngineOptions())
+        )
+        self.rank.join()
+
+    def run(self, files: Files, progress: ProgressReport | None = None) -> dict[str, Any] | None:
+        """Answer every row of a batch file; resumes if the results file holds answers already.
+        Returns the run's figures on rank 0, None elsewhere. Raises SetupError on all ranks."""
+        job = self._together(lambda: self._open(files) if self._first else None)
+        leader = JobLeader(self.rank, job, progress) if job else None
+        self.rank.run(leader)
+        peaks = self.comm.share(peak_memory())
+        return leader.close(peaks) if leader else None
+
+    def generate(self, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Answer OpenAI batch rows; returns OpenAI batch response rows in the order of `rows` on
+        rank 0, [] elsewhere, where `rows` is not looked at. Raises SetupError on all ranks."""
+        with tempfile.TemporaryDirectory(prefix="hpc-distkv-") as folder:
+            files = Files(Path(folder) / "rows.jsonl", Path(folder) / "results.jsonl")
+            if self._first:
+                lines = (json.dumps(row) for row in rows)
+                files.input.write_text("".join(f"{line}\n" for line in lines))
+            self.run(files)
+            if not self._first:
+                return []
+            answers = [json.loads(line) for line in files.output.read_text().splitlines()]
+        return sorted(answers, key=lambda row: int(row["id"].rpartition("_")[2]))
+
+    @property
+    def _first(self) -> bool:
+        return self.comm.world.rank == 0
+
+    def _open(self, files: Files) -> Job:
+        limits = Limits(self.max_model_len, self.rank.capacity_tokens)
+        service = Service.from_dir(self.model, self.config, limits, self.defaults)
+        fingerprint = job_fingerprint(
+            self.config.fingerprint, model_names(self.model)[0], self.defaults
+        )
+        intake = Intake(files.input)
+        journal = Journal.open(
+            files.output, fingerprint, overwrite=files.overwrite, source=files.input
+        )
+        return Job(intake, journal, service)
+
+    def _together(self, prepare: Callable[[], T]) -> T:
+        """The result of `prepare`, unless a rank has a user error: then all ranks raise it."""
+        result, error = None, None
+        try:
+            result = prepare()
+        except USER_ERRORS as problem:
+            error = str(problem)
+        for rank, said in enumerate(self.comm.agree(error)):
+            if said is not None:
+                where = f" ({self.comm.world.name(rank)})" if rank else ""
+                raise SetupError(said + where)
+        return cast(T, result)
+
+
+class JobLeader:
+    """What rank 0 does beside its own work: feed the gManager, keep results, show progress."""
+
+    def __init__(self, engine: RankEngine, job: Job, progress: ProgressReport | None) -> None:
+        self.gmanager = engine.gmanager(job.requests())
+        self._job = job
+        self._progress = progress
+        self._record = RunRecord()
+
+    def finish(self, result: Result) -> None:
+        """Write a row's answer."""
+        self._job.finish(result)
+        self._record.add(result)
+
+    def tick(self) -> None:
+        """After every control round: make results durable and show how far the run is."""
+        self._job.commit()
+        if self._progress and self._progress.due:
+            self._progress.show(self._state())
+
+    def close(self, peak_memory: list[int]) -> dict[str, Any]:
+        """Close the files; the figures of the run."""
+        self._job.close()
+        if self._progress:
+            self._progress.close()
+        rows = {
+            "answered": self._job.answered,
+            "failed": self._job.failed,
+            "answered_before": self._job.skipped - self._job.failed_before,
+            "failed_before": self._job.failed_before,
+            "total": self._job.total_rows,
+        }
+        return {"rows": rows, **self._record.summary(self.gmanager.counters, peak_memory)}
+
+    def _state(self) -> State:
+        job, manager = self._job, self.gmanager
+        done = job.answered + job.failed
+        # Rows that were read and wait for their answer are not behind us.
+        read = job.bytes_read / max(1, job.input_bytes)
+        return State(
+            fraction=read * done / max(1, done + job.in_flight),
+            rows=done + job.skipped,
+            failed=job.failed,
+            running=manager.running,
+            tokens=sum(c.prompt_tokens + c.generated_tokens for c in manager.counters),
+            used=1 - manager.free / max(1, manager.capacity),
+            lent=sum(blocks for _, _, blocks in manager.ledger.pairs()),
+        )

@@ -1,0 +1,106 @@
+"""`hpc-distkv generate`: answer a batch file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hpc_distkv.cli.options import POSITIVE, engine_options
+
+if TYPE_CHECKING:
+    from hpc_distkv.api import Engine
+    from hpc_distkv.comm.transport import Comm
+
+SAMPLING = ("temperature", "top_p", "top_k", "max_tokens", "seed")
+
+
+@click.command("generate")
+@click.option("--model", required=True, help="Model directory.")
+@click.option("-i", "--input", "source", required=True, help="Batch file (OpenAI JSONL).")
+@click.option("-o", "--output", required=True, help="Results file; a rerun resumes it.")
+@click.option("--overwrite", is_flag=True, help="Drop the answers that the results file holds.")
+@click.option(
+    "--max-model-len",
+    type=POSITIVE,
+    help="Longest prompt and output together, in tokens. [default: the model's]",
+)
+@click.option("--max-tokens", type=POSITIVE, help="Output tokens of rows that give no number.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0, 2),
+    help="For rows that give none; 0 is greedy. [default: the model's]",
+)
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Likewise.")
+@click.option("--top-k", type=click.IntRange(min=0), help="Likewise; 0: no limit.")
+@click.option("--seed", type=int, default=0, show_default=True, help="For rows that give none.")
+@click.option("--metrics", type=click.Path(dir_okay=False), help="Write the run's figures (JSON).")
+@engine_options
+def command(**options: Any) -> None:
+    """Answer every row of a batch file, once, on all ranks of the job.
+
+    Start it under srun or mpirun, or alone. Run the same command again after an interruption: it
+    goes on where it was.
+
+    Exit status: 0 all rows answered, 1 some rows are errors, 2 usage.
+    """
+    from hpc_distkv.cli.job import in_world
+
+    in_world(options["stall_timeout"], lambda comm: _generate(comm, options))
+
+
+def _generate(comm: Comm, options: dict[str, Any]) -> int:
+    from hpc_distkv.api import Engine, Files
+    from hpc_distkv.cli.job import say, set_options
+    from hpc_distkv.observe.metrics import write_json
+    from hpc_distkv.observe.progress import ProgressReport
+
+    engine = Engine(
+        options["model"],
+        set_options(options),
+        sampling={n: options[n] for n in SAMPLING if options[n] is not None},
+        max_model_len=options["max_model_len"],
+        comm=comm,
+    )
+    say(comm, _announcement(engine))
+    files = Files(Path(options["source"]), Path(options["output"]), options["overwrite"])
+    figures = engine.run(files, ProgressReport() if comm.world.rank == 0 else None)
+    if figures is None:
+        return 0
+    if options["metrics"]:
+        write_json(Path(options["metrics"]), figures)
+    click.echo(_summary(figures, files.output))
+    rows = figures["rows"]
+    return 1 if rows["failed"] + rows["failed_before"] else 0
+
+
+def _announcement(engine: Engine) -> str:
+    defaults, rank, world = engine.defaults, engine.rank, engine.comm.world
+    lending = f"one row may have {rank.capacity_tokens} tokens of KV"
+    if world.instances > 1:
+        lending += ", lent between ranks" if rank.config.lending else ", nothing is lent"
+    sampling = f"temperature {defaults.temperature:g}" if defaults.temperature else "greedy"
+    return (
+        f"{world.size} ranks, {rank.threads} threads each; {rank.dtype}; "
+        f"{rank.config.num_blocks} rBlocks of {rank.config.block_size} tokens a rank: {lending}\n"
+        f"unless a row says otherwise: {sampling}, top_p {defaults.top_p:g}, "
+        f"top_k {defaults.top_k or 'off'}, max_tokens {defaults.max_tokens or 'up to the limit'}, "
+        f"seed {defaults.seed}"
+    )
+
+
+def _summary(figures: dict[str, Any], output: Path) -> str:
+    rows, counters = figures["rows"], figures["counters"]
+    before = rows["answered_before"] + rows["failed_before"]
+    lines = [
+        f"rows      {rows['answered']} answered, {rows['failed']} errors"
+        + (f", {before} were there before" if before else ""),
+        f"time      {figures['seconds']:.1f} s, {figures['output_tokens_per_second']:.1f} output "
+        f"tokens/s, {figures['tokens_per_second']:.1f} tokens/s with prompts",
+        f"memory    {counters['blocks_borrowed']:.0f} rBlocks lent and borrowed between ranks, "
+        f"at most {counters['peak_borrowed']:.0f} by one rank at once; "
+        f"{counters['preemptions']:.0f} preemptions",
+        f"results   {output}",
+    ]
+    return "\n".join(lines)

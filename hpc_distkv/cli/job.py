@@ -1,0 +1,52 @@
+"""What the commands that run on all ranks have in common. Imported when a run starts."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import click
+
+from hpc_distkv.api import SetupError
+from hpc_distkv.batch.errors import InputError, JournalError
+from hpc_distkv.comm.abort import aborting
+from hpc_distkv.comm.launch import LaunchError
+from hpc_distkv.comm.mpi import open_mpi
+from hpc_distkv.comm.transport import Comm, StallError
+from hpc_distkv.engine.rank import EngineOptions
+from hpc_distkv.memory.rmanager import ProtocolError
+
+USAGE_STATUS = 2
+
+
+def in_world(stall_timeout: float, work: Callable[[Comm], int]) -> NoReturn:
+    """Start MPI, run `work` on this rank and exit together; rank 0's status is the job's."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    try:
+        comm = open_mpi(stall_timeout)
+    except LaunchError as error:
+        raise click.ClickException(str(error)) from error
+    with aborting(comm, (InputError, JournalError, StallError, ProtocolError)):
+        try:
+            status = work(comm)
+        except SetupError as error:
+            say(comm, f"Error: {error}")
+            status = USAGE_STATUS
+        comm.close()
+        sys.exit(status)
+
+
+def say(comm: Comm, text: str) -> None:
+    """Print on stderr, from rank 0 only."""
+    if comm.world.rank == 0:
+        click.echo(text, err=True)
+
+
+def set_options(options: dict[str, Any]) -> EngineOptions:
+    """The engine options among a command's options."""
+    return EngineOptions(
+        lending=not options["no_lending"],
+        **{name: options[name] for name in EngineOptions.__dataclass_fields__ if name in options},
+    )

@@ -1,0 +1,60 @@
+"""The `hpc-distkv` command. Starts without torch and without MPI."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import click
+
+COMMANDS = {
+    "generate": "Answer a batch file on all ranks of the job.",
+    "validate": "Check a batch file without loading the model.",
+    "bench": "Measure throughput, remote attention and the cost of lending.",
+}
+RANK_VARIABLES = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
+
+
+class LazyGroup(click.Group):
+    """Imports a command's module when the command is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All commands."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command, imported."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"hpc_distkv.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of commands, without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup)
+@click.version_option(package_name="hpc-distkv")
+def group() -> None:
+    """Offline batch generation with large language models on Slurm clusters, with a KV cache that
+    is spread over MPI ranks."""
+
+
+def main() -> None:
+    """Run a command. What a user gets wrong is said once, by the first rank."""
+    try:
+        group.main(standalone_mode=False)
+    except click.ClickException as error:
+        if first_rank():
+            error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(130)
+
+
+def first_rank() -> bool:
+    """Whether the launcher calls this process rank 0, or nothing at all. MPI need not run."""
+    return all(os.environ.get(name, "0") == "0" for name in RANK_VARIABLES)

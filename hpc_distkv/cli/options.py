@@ -1,0 +1,100 @@
+"""Options that several commands share, and the values they take."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from hpc_distkv.model.config import DTYPE_BYTES
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+POSITIVE = click.IntRange(min=1)
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes: 4GiB, 512MB, 1e9."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Text → bytes."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"([0-9.e+]+)\s*([kmgt]?)(i?)b?", str(value).strip().lower())
+        try:
+            number = float(match[1]) if match else -1.0
+        except ValueError:
+            number = -1.0
+        if not match or not 0 < number < float("inf"):
+            self.fail(f"'{value}' is no size: write for example 4GiB or 512MiB", param, ctx)
+        scale = _UNITS[match[2]]
+        if match[3]:
+            scale = 1024 ** len(str(scale)[::3][1:])
+        return int(number * scale)
+
+
+def engine_options(command: F) -> F:
+    """The options of an engine, spelled as in vLLM where it has them."""
+    for option in reversed(
+        (
+            click.option(
+                "--dtype",
+                type=click.Choice(["auto", *DTYPE_BYTES]),
+                default="auto",
+                show_default=True,
+                help="Of weights and KV cache; auto is the checkpoint's.",
+            ),
+            click.option("--num-blocks", type=POSITIVE, help="rBlocks in the pool of one rank."),
+            click.option(
+                "--kv-memory",
+                type=Size(),
+                help="KV cache of one rank, e.g. 4GiB, if --num-blocks is not given. "
+                "[default: 40 % of the node's available memory over its ranks]",
+            ),
+            click.option(
+                "--block-size",
+                type=POSITIVE,
+                default=32,
+                show_default=True,
+                help="Tokens per rBlock.",
+            ),
+            click.option(
+                "--max-num-seqs",
+                type=POSITIVE,
+                default=128,
+                show_default=True,
+                help="Rows that run at once on one rank.",
+            ),
+            click.option(
+                "--max-num-batched-tokens",
+                type=POSITIVE,
+                default=512,
+                show_default=True,
+                help="Tokens in one step of one rank.",
+            ),
+            click.option(
+                "--no-lending",
+                is_flag=True,
+                help="Independent instances: nothing is borrowed. The baseline.",
+            ),
+            click.option(
+                "--threads",
+                type=POSITIVE,
+                help="Compute threads of one rank. [default: its share of the cores]",
+            ),
+            click.option(
+                "--stall-timeout",
+                type=click.FloatRange(min=0, min_open=True),
+                default=300.0,
+                show_default=True,
+                help="Seconds without any progress after which a wait gives up.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command

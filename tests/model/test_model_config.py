@@ -1,0 +1,123 @@
+"""What a model directory may say, and what it is told otherwise."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc_distkv.model.config import GenerationDefaults, ModelConfig
+from hpc_distkv.model.errors import ModelError
+
+GOOD: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "max_position_embeddings": 4096,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": 1,
+}
+
+
+def directory(path: Path, generation: dict[str, Any] | None = None, **changes: Any) -> Path:
+    """A model directory with empty weights; a change to None removes the key."""
+    raw = {key: value for key, value in {**GOOD, **changes}.items() if value is not None}
+    (path / "config.json").write_text(json.dumps(raw))
+    (path / "model.safetensors").write_bytes(b"never read")
+    if generation is not None:
+        (path / "generation_config.json").write_text(json.dumps(generation))
+    return path
+
+
+def test_reads_the_numbers_and_derives_the_rest(tmp_path: Path) -> None:
+    config = ModelConfig.from_dir(directory(tmp_path))
+    assert (config.head_dim, config.num_kv_heads, config.dtype) == (16, 2, "bfloat16")
+    assert config.kv_bytes_per_token("float32") == 2 * 3 * 2 * 16 * 4
+    assert config.kv_bytes_per_token() == 2 * 3 * 2 * 16 * 2
+    assert config.eos_token_ids == (1,)
+    assert config.generation == GenerationDefaults(temperature=0.0)
+    assert config.rope.theta == 10000.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM.*LlamaForCausalLM"),
+        ({"architectures": None}, "architecture"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "yarn.*llama3"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.factor"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "full_attention"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"hidden_act": "gelu"}, "hidden_act.*gelu"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"num_attention_heads": 5, "num_key_value_heads": 5}, "head_dim"),
+        ({"head_dim": 15}, "head_dim"),
+        ({"hidden_size": "64"}, "hidden_size"),
+        ({"num_hidden_layers": None}, "num_hidden_layers"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps"),
+        ({"attention_bias": "no"}, "attention_bias"),
+        ({"torch_dtype": "float8_e4m3fn"}, "float8.*bfloat16"),
+        ({"eos_token_id": "end"}, "eos_token_id"),
+    ],
+)
+def test_refuses_what_it_would_compute_wrongly(tmp_path: Path, changes: dict, named: str) -> None:
+    with pytest.raises(ModelError, match=named):
+        ModelConfig.from_dir(directory(tmp_path, **changes))
+
+
+def test_generation_config_adds_stop_tokens_and_sampling(tmp_path: Path) -> None:
+    generation = {"eos_token_id": [7, 1], "do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    config = ModelConfig.from_dir(directory(tmp_path, generation))
+    assert config.eos_token_ids == (7, 1)
+    assert config.generation == GenerationDefaults(temperature=0.6, top_p=0.9, top_k=50)
+
+
+def test_sampling_settings_without_do_sample_stay_greedy(tmp_path: Path) -> None:
+    config = ModelConfig.from_dir(directory(tmp_path, {"temperature": 0.6, "do_sample": False}))
+    assert config.generation.temperature == 0.0
+
+
+def test_fingerprint_follows_config_and_weight_files(tmp_path: Path) -> None:
+    first = ModelConfig.from_dir(directory(tmp_path)).fingerprint
+    assert ModelConfig.from_dir(tmp_path).fingerprint == first
+    (tmp_path / "model.safetensors").write_bytes(b"longer than before")
+    second = ModelConfig.from_dir(tmp_path).fingerprint
+    third = ModelConfig.from_dir(directory(tmp_path, rms_norm_eps=1e-4)).fingerprint
+    assert len({first, second, third}) == 3
+
+
+def test_bad_directories_are_told_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="local model directory"):
+        ModelConfig.from_dir(tmp_path / "absent")
+    with pytest.raises(ModelError, match=r"config\.json is missing"):
+        ModelConfig.from_dir(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="not valid JSON"):
+        ModelConfig.from_dir(tmp_path)
+    directory(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="weights are missing"):
+        ModelConfig.from_dir(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(ModelError, match="save_pretrained"):
+        ModelConfig.from_dir(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}')
+    with pytest.raises(ModelError, match=r"b\.safetensors is missing"):
+        ModelConfig.from_dir(tmp_path)
+
+
+def test_config_tokenizer_and_chat_start_without_torch() -> None:
+    code = (
+        "import sys, hpc_distkv.model.config, hpc_distkv.model.chat\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
