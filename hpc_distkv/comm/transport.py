@@ -168,6 +168,7 @@ class Comm:
 
         Order: a rank tells the others that it is done once its own sends have left it, and rank 0
         leaves last of all its answers: so nobody tears down a connection that is still in use.
+        Do all work before: ranks that leave early spin in MPI's own farewell until the last comes.
         """
         if self.closed:
             return

@@ -72,8 +72,10 @@ class ChatTemplate:
 def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
     """The message with content parts joined to one text, which every template understands."""
     content = message.get("content")
-    if not isinstance(content, list):
+    if content is None or isinstance(content, str):
         return dict(message)
+    if not isinstance(content, list):
+        raise ModelError(f"content must be text or a list of text parts, not {content!r}")
     texts = []
     for part in content:
         if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):

@@ -165,7 +165,7 @@ def _parse(
         raise ModelError(
             f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
         )
-    head_dim = whole("head_dim", hidden // heads)
+    head_dim = whole("head_dim", None if hidden % heads else hidden // heads)
     if head_dim % 2:
         raise ModelError(f"{where}: head_dim must be even for rotary embedding, not {head_dim}")
     dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from hpc_distkv.comm.abort import aborting
+from hpc_distkv.comm import abort
 from hpc_distkv.comm.mpi import open_mpi
 from hpc_distkv.comm.transport import Comm
 
@@ -28,12 +28,6 @@ def thread(comm: Comm) -> None:
         other = threading.Thread(target=lambda: 1 // 0)
         other.start()
         time.sleep(60)
-    wait_for_all(comm)
-
-
-def leaves(comm: Comm) -> None:
-    if comm.world.rank == 1:
-        sys.exit(7)
     wait_for_all(comm)
 
 
@@ -78,5 +72,8 @@ def rows_failed(comm: Comm) -> None:
 
 
 if __name__ == "__main__":
-    with aborting(open_mpi(stall_timeout=1.0)) as comm:
-        globals()[sys.argv[1]](comm)
+    way = sys.argv[1]
+    stalls = way.startswith(("sleeps", "leaves"))
+    abort.LAST_WORDS = 1.0
+    with abort.aborting(open_mpi(stall_timeout=1.0 if stalls else 30.0)) as comm:
+        globals()[way](comm)

@@ -22,7 +22,6 @@ needs_mpirun = pytest.mark.skipif(mpirun() is None, reason="needs mpirun")
     [
         ("exception", 3, 70, ["[rank 1 on ", "rank one has had enough", "Traceback"]),
         ("thread", 2, 70, ["[rank 1 on ", "by zero", "Traceback"]),
-        ("leaves", 2, 7, ["[rank 1 on ", "left before the other ranks were done: exit status 7"]),
         ("leaves_too_early", 2, 70, ["[rank 0 on ", "waits for rank 1 on ", "that never comes"]),
         ("sleeps_in_round", 3, 70, ["[rank 0 on ", "waits for rank 2 on ", "to agree"]),
         (
@@ -61,6 +60,7 @@ class UsageError(Exception):
         ),
         (KeyboardInterrupt(), 130, "[rank 1] interrupted\n"),
         (StallError("rank 1 waits for rank 0"), 70, "[rank 1] rank 1 waits for rank 0\n"),
+        (SystemExit(7), 7, "[rank 1] left before the other ranks were done: exit status 7\n"),
         (SystemExit("no"), 1, "[rank 1] left before the other ranks were done: no\n"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,7 @@ def logits_of(decoder: Decoder, tokens: Tensor, cuts: tuple[int, ...] = ()) -> T
     edges = [0, *cuts, len(tokens)]
     with torch.inference_mode():
         rows = [
-            decoder.hidden(tokens[a:b], torch.arange(a, b), attention)
-            for a, b in zip(edges, edges[1:], strict=False)
+            decoder.hidden(tokens[a:b], torch.arange(a, b), attention) for a, b in pairwise(edges)
         ]
         return decoder.logits(torch.cat(rows))
 
