@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from hpc_distkv.comm.local import leftovers, open_local, run_local
 from hpc_distkv.comm.schedule import SeededSchedule
@@ -36,18 +36,19 @@ class Outcome:
 
 
 def run_cluster(
-    model: Decoder,
+    model: Decoder | Mapping[int, Decoder],
     requests: Sequence[Request],
     ranks: int,
     options: EngineOptions,
     schedule: SeededSchedule | None = None,
 ) -> Outcome:
-    """Answer `requests` on `ranks` threads; checks that no message and no rBlock is left over."""
+    """Answer `requests` on `ranks` threads, with a model for all or one for each; checks that no message and no rBlock is left over."""
     comms = open_local(ranks, 60.0, schedule=schedule)
     results: list[Result] = []
 
     def work(comm: Comm) -> Counters:
-        engine = RankEngine(comm, model, options)
+        own = model[comm.world.rank] if isinstance(model, Mapping) else model
+        engine = RankEngine(comm, own, options)
         engine.join()
         leader = Collect(engine, requests) if comm.world.rank == 0 else None
         worker = engine.run(leader)
