@@ -53,8 +53,8 @@ def demand_of(times: float, capacity: int, rng: random.Random) -> list[Request]:
     rows: list[Request] = []
     total = 0
     while total < times * capacity:
-        longest = rng.choice([40, 40, 40, 200, capacity // 2, capacity - 41])
-        prompt, output = rng.randint(1, longest), rng.randint(1, 40)
+        longest = rng.choice([40, 40, 40, 200, capacity // 2, capacity - 40])
+        prompt, output = rng.randint(1, min(longest, capacity - 40)), rng.randint(1, 40)
         rows.append(request(len(rows), prompt, output, rng))
         total += prompt + output
     return rows
