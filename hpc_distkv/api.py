@@ -19,7 +19,7 @@ from hpc_distkv.comm.mpi import open_mpi
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages import Result
 from hpc_distkv.engine.config import OptionError
-from hpc_distkv.engine.rank import EngineOptions, RankEngine
+from hpc_distkv.engine.rank import EngineOptions, RankEngine, load_model
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.errors import ModelError
 from hpc_distkv.observe.metrics import peak_memory
@@ -43,6 +43,21 @@ class Files:
     input: Path
     output: Path
     overwrite: bool = False
+
+
+def together(comm: Comm, prepare: Callable[[], T]) -> T:
+    """The result of `prepare`, which is not collective, unless a rank has a user error: then all
+    ranks raise SetupError. Collective."""
+    result, error = None, None
+    try:
+        result = prepare()
+    except USER_ERRORS as problem:
+        error = str(problem)
+    for rank, said in enumerate(comm.agree(error)):
+        if said is not None:
+            where = f" ({comm.world.name(rank)})" if rank else ""
+            raise SetupError(said + where)
+    return cast(T, result)
 
 
 class Engine:
@@ -71,11 +86,12 @@ class Engine:
         self.comm = comm or open_mpi(stall_timeout)
         self.config = self._together(lambda: ModelConfig.from_dir(model))
         own = self.config.generation
-        settings = {"temperature": own.temperature, "top_p": own.top_p, "top_k": own.top_k}
-        self.defaults = SamplingDefaults(**(settings | dict(sampling or {})))
+        sampled = {"temperature": own.temperature, "top_p": own.top_p, "top_k": own.top_k}
+        self.defaults = SamplingDefaults(**(sampled | dict(sampling or {})))
         self.max_model_len = max_model_len or self.config.max_position
+        settings = options or EngineOptions()
         self.rank = self._together(
-            lambda: RankEngine.load(self.comm, model, options or EngineOptions())
+            lambda: RankEngine(self.comm, load_model(self.comm, model, settings), settings)
         )
         self.rank.join()
 
@@ -119,17 +135,7 @@ class Engine:
         return Job(intake, journal, service)
 
     def _together(self, prepare: Callable[[], T]) -> T:
-        """The result of `prepare`, unless a rank has a user error: then all ranks raise it."""
-        result, error = None, None
-        try:
-            result = prepare()
-        except USER_ERRORS as problem:
-            error = str(problem)
-        for rank, said in enumerate(self.comm.agree(error)):
-            if said is not None:
-                where = f" ({self.comm.world.name(rank)})" if rank else ""
-                raise SetupError(said + where)
-        return cast(T, result)
+        return together(self.comm, prepare)
 
 
 class JobLeader:

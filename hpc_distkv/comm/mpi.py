@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from hpc_distkv.comm.launch import check_launch, no_library
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.comm.waiter import Waiter
+from hpc_distkv.comm.waiter import Waiter, eagerness
 from hpc_distkv.comm.world import World
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def open_mpi(stall_timeout: float, tp: int = 1) -> Comm:
     library = MPI.Get_library_version().splitlines()[0].strip(" \0")
     check_launch(everyone.Get_size(), library, os.environ)
     world = discover(everyone, tp)
-    waiter = Waiter(world, stall_timeout)
+    waiter = Waiter(world, stall_timeout, eagerness(world))
     # One clone per purpose: messages of one cannot meet receives of another, and collectives need
     # the same order on all ranks only within their own clone.
     transport = MpiTransport(everyone.Dup(), waiter)

@@ -14,12 +14,23 @@ T = TypeVar("T")
 
 YIELDS = 50
 """Polls that only offer the core to others, before sleeping begins: about as many microseconds."""
+OWN_CORE_SECONDS = 2e-3
+"""How long they go on where every rank of the node has a core to itself: longer than a layer of a
+decode step, since to wake from a sleep costs about as much as a whole exchange."""
 SHORTEST_SLEEP, LONGEST_SLEEP = 50e-6, 1e-3
 SLEEP_SHARE = 1 / 20
 """A sleep lasts this share of the wait so far, so sleeping never delays a wait by much more."""
 LONGEST_GAP = 1.0
 """Seconds that one gap between two polls may add to the stall clock: a job that Slurm or a
 debugger suspended for an hour has not stalled for an hour."""
+
+
+def eagerness(world: World) -> float:
+    """Seconds for which a waiting rank may keep its core busy: none where ranks share cores. A rank
+    that its launcher bound to some of the node's cores has those to itself."""
+    cores = len(os.sched_getaffinity(0))
+    bound = cores < (os.cpu_count() or 1)
+    return OWN_CORE_SECONDS if bound or world.local_size <= cores else 0.0
 
 
 def nobody() -> Iterable[int]:
@@ -34,9 +45,11 @@ class Waiter:
     signal handlers from running; polls with yields and sleeps in between do neither.
     """
 
-    def __init__(self, world: World, stall_timeout: float) -> None:
+    def __init__(self, world: World, stall_timeout: float, eager: float = 0.0) -> None:
+        """`eager`: seconds of polling before sleeping begins, where the core is free anyway."""
         self.world = world
         self.stall_timeout = stall_timeout
+        self._eager = eager
         self.background: list[Callable[[], object]] = []
         """Pushed on at every poll: what must advance while this rank waits for something else."""
         self._moves = 0
@@ -83,7 +96,7 @@ class Waiter:
 
     def pause(self, polls: int, quiet: float, waits: Callable[[], str]) -> None:
         """Leave the core to others after the `polls`-th poll, `quiet` seconds into the wait."""
-        if polls < YIELDS:
+        if polls < YIELDS or quiet < self._eager:
             os.sched_yield()
         else:
             time.sleep(min(max(quiet * SLEEP_SHARE, SHORTEST_SLEEP), LONGEST_SLEEP))

@@ -69,13 +69,6 @@ class RankEngine:
             model.dtype,
         )
 
-    @classmethod
-    def load(cls, comm: Comm, path: str | Path, options: EngineOptions) -> RankEngine:
-        """For the model directory `path`. Raises ModelError and OptionError."""
-        set_threads(comm, options.threads)
-        dtype = None if options.dtype == "auto" else options.dtype
-        return cls(comm, load_decoder(path, ModelConfig.from_dir(path), dtype), options)
-
     def join(self) -> None:
         """Learn what the pools of all ranks hold together. Collective, once, before `run`."""
         pools = self.comm.share(self.config.num_blocks)
@@ -109,6 +102,13 @@ class RankEngine:
         world = self.comm.world
         nodes = [world.node_of(instance) for instance in range(world.instances)]
         return GManager(requests, nodes, self.config.lending)
+
+
+def load_model(comm: Comm, path: str | Path, options: EngineOptions) -> Decoder:
+    """The decoder of model directory `path`. Raises ModelError."""
+    set_threads(comm, options.threads)
+    dtype = None if options.dtype == "auto" else options.dtype
+    return load_decoder(path, ModelConfig.from_dir(path), dtype)
 
 
 def set_threads(comm: Comm, threads: int | None) -> None:
