@@ -42,7 +42,8 @@ def run_cluster(
     options: EngineOptions,
     schedule: SeededSchedule | None = None,
 ) -> Outcome:
-    """Answer `requests` on `ranks` threads, with a model for all or one for each; checks that no message and no rBlock is left over."""
+    """Answer `requests` on `ranks` threads, with one model for all or one for each; checks that no
+    message and no rBlock is left over."""
     comms = open_local(ranks, 60.0, schedule=schedule)
     results: list[Result] = []
 
