@@ -11,6 +11,7 @@ is the form every model of a cluster's model store has. Does nothing if OUTDIR i
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -46,6 +47,7 @@ def main(arguments: list[str]) -> int:
         print(error, file=sys.stderr)
         return 1
     print(f"reading {gguf}")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries, unreadable in a log
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:

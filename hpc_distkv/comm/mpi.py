@@ -66,11 +66,14 @@ def discover(everyone: MPI.Comm, tp: int) -> World:
     node = everyone.Split_type(MPI.COMM_TYPE_SHARED)
     first_on_node = node.bcast(everyone.Get_rank())
     node.Free()
-    places = everyone.allgather((first_on_node, MPI.Get_processor_name()))
-    numbers = {first: number for number, first in enumerate(sorted({first for first, _ in places}))}
+    mine = sum(1 << core for core in os.sched_getaffinity(0))
+    places = everyone.allgather((first_on_node, MPI.Get_processor_name(), mine))
+    numbers = {first: number for number, first in enumerate(sorted({p[0] for p in places}))}
+    sharers = sum(first == first_on_node and bool(cores & mine) for first, _, cores in places)
     return World(
         rank=everyone.Get_rank(),
-        nodes=tuple(numbers[first] for first, _ in places),
+        nodes=tuple(numbers[first] for first, _, _ in places),
         tp=tp,
-        hosts=tuple(host for _, host in places),
+        hosts=tuple(host for _, host, _ in places),
+        cores=mine.bit_count() / sharers,
     )

@@ -26,11 +26,8 @@ debugger suspended for an hour has not stalled for an hour."""
 
 
 def eagerness(world: World) -> float:
-    """Seconds for which a waiting rank may keep its core busy: none where ranks share cores. A rank
-    that its launcher bound to some of the node's cores has those to itself."""
-    cores = len(os.sched_getaffinity(0))
-    bound = cores < (os.cpu_count() or 1)
-    return OWN_CORE_SECONDS if bound or world.local_size <= cores else 0.0
+    """Seconds for which a waiting rank may keep its core busy: none where ranks share cores."""
+    return OWN_CORE_SECONDS if world.cores >= 1 else 0.0
 
 
 def nobody() -> Iterable[int]:

@@ -16,6 +16,8 @@ class World:
     tp: int = 1
     hosts: tuple[str, ...] = ()
     """Host name of every rank, for messages; empty if unknown."""
+    cores: float = 1.0
+    """This rank's share of the cores it may run on; below 1 where ranks outnumber them."""
 
     def __post_init__(self) -> None:
         if self.size % self.tp:

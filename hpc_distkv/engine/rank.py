@@ -113,8 +113,7 @@ def load_model(comm: Comm, path: str | Path, options: EngineOptions) -> Decoder:
 
 def set_threads(comm: Comm, threads: int | None) -> None:
     """Give torch this rank's share of the cores; launchers often leave it one, or all."""
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads or max(1, cores // comm.world.local_size))
+    torch.set_num_threads(threads or max(1, int(comm.world.cores)))
 
 
 def _blocks_that_fit(comm: Comm, kv_memory: int | None, block_bytes: int) -> int:

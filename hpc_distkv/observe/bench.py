@@ -127,7 +127,7 @@ def unused_lending(
     (alone,) = open_local(1, comm.stall_timeout)
     together = RankEngine(comm, model, options)
     together.join()
-    single = RankEngine(alone, model, options)
+    single = RankEngine(alone, model, replace(options, threads=together.threads))
     single.join()
     mine = requests[comm.world.rank :: comm.world.size]
     warm_up(together, requests)
