@@ -115,7 +115,7 @@ class Engine:
             self.run(files)
             if not self._first:
                 return []
-            answers = [json.loads(line) for line in files.output.read_text().splitlines()]
+            answers = [json.loads(line) for line in files.output.read_bytes().splitlines()]
         return sorted(answers, key=lambda row: int(row["id"].rpartition("_")[2]))
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,11 +52,13 @@ def command(**options: Any) -> None:
 
 
 def _generate(comm: Comm, options: dict[str, Any]) -> int:
-    from hpc_distkv.api import Engine, Files
+    from hpc_distkv.api import Engine, Files, together
     from hpc_distkv.cli.job import say, set_options
     from hpc_distkv.observe.metrics import write_json
     from hpc_distkv.observe.progress import ProgressReport
 
+    together(comm, lambda: _check_place(options["metrics"]))
+    together(comm, lambda: _check_metrics(options["metrics"]) if comm.world.rank == 0 else None)
     engine = Engine(
         options["model"],
         set_options(options),
@@ -73,6 +76,23 @@ def _generate(comm: Comm, options: dict[str, Any]) -> int:
     click.echo(_summary(figures, files.output))
     rows = figures["rows"]
     return 1 if rows["failed"] + rows["failed_before"] else 0
+
+
+def _check_place(metrics: str | None) -> None:
+    """A job that could not write its figures at the end should not start."""
+    from hpc_distkv.engine.config import OptionError
+
+    folder = Path(metrics or ".").absolute().parent
+    if not os.access(folder, os.W_OK):
+        raise OptionError(f"cannot write --metrics {metrics}: {folder} is no folder to write in")
+
+
+def _check_metrics(path: str | None) -> None:
+    """Before hours of work, not after them. Raises OptionError."""
+    from hpc_distkv.engine.config import OptionError
+
+    if path is not None and not Path(path).parent.is_dir():
+        raise OptionError(f"cannot write --metrics {path}: there is no such directory")
 
 
 def _announcement(engine: Engine) -> str:

@@ -11,7 +11,7 @@ import click
 
 from hpc_distkv.api import SetupError
 from hpc_distkv.batch.errors import InputError, JournalError
-from hpc_distkv.comm.abort import aborting
+from hpc_distkv.comm.abort import BUG_STATUS, aborting
 from hpc_distkv.comm.launch import LaunchError
 from hpc_distkv.comm.mpi import open_mpi
 from hpc_distkv.comm.transport import Comm, StallError
@@ -19,6 +19,8 @@ from hpc_distkv.engine.rank import EngineOptions
 from hpc_distkv.memory.rmanager import ProtocolError
 
 USAGE_STATUS = 2
+EXPECTED = (InputError, JournalError, StallError, ProtocolError)
+"""What ends a running job with a sentence that says everything."""
 
 
 def in_world(stall_timeout: float, work: Callable[[Comm], int]) -> NoReturn:
@@ -28,12 +30,17 @@ def in_world(stall_timeout: float, work: Callable[[Comm], int]) -> NoReturn:
         comm = open_mpi(stall_timeout)
     except LaunchError as error:
         raise click.ClickException(str(error)) from error
-    with aborting(comm, (InputError, JournalError, StallError, ProtocolError)):
+    with aborting(comm, EXPECTED):
         try:
             status = work(comm)
         except SetupError as error:
             say(comm, f"Error: {error}")
             status = USAGE_STATUS
+        except EXPECTED as error:
+            if comm.world.size > 1:
+                raise
+            say(comm, f"Error: {error}")
+            status = BUG_STATUS
         comm.close()
         sys.exit(status)
 

@@ -83,6 +83,11 @@ def engine_options(command: F) -> F:
                 help="Independent instances: nothing is borrowed. The baseline.",
             ),
             click.option(
+                "--lend-cap",
+                type=click.IntRange(min=0),
+                help="Most rBlocks a rank lends to others. [default: all]",
+            ),
+            click.option(
                 "--threads",
                 type=POSITIVE,
                 help="Compute threads of one rank. [default: its share of the cores]",

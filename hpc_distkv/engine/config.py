@@ -18,6 +18,8 @@ class EngineConfig:
     max_num_seqs: int = 128
     max_num_batched_tokens: int = 512
     lending: bool = True
+    lend_cap: int | None = None
+    """Most rBlocks lent to others; None: all."""
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens"):

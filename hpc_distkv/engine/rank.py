@@ -37,6 +37,8 @@ class EngineOptions:
     max_num_seqs: int = 128
     max_num_batched_tokens: int = 512
     lending: bool = True
+    lend_cap: int | None = None
+    """Most rBlocks that a rank lends to others; None: all of its pool."""
     threads: int | None = None
     """Compute threads; None: this rank's share of the cores it may run on."""
 
@@ -56,6 +58,7 @@ class RankEngine:
             max_num_seqs=min(options.max_num_seqs, options.max_num_batched_tokens),
             max_num_batched_tokens=options.max_num_batched_tokens,
             lending=options.lending and comm.world.instances > 1,
+            lend_cap=options.lend_cap,
         )
         self.capacity_blocks = self.config.num_blocks
         """rBlocks that one request may use at most."""
@@ -71,8 +74,14 @@ class RankEngine:
 
     def join(self) -> None:
         """Learn what the pools of all ranks hold together. Collective, once, before `run`."""
-        pools = self.comm.share(self.config.num_blocks)
-        self.capacity_blocks = sum(pools) if self.config.lending else min(pools)
+        config = self.config
+        lendable = 0
+        if config.lending:
+            cap = config.num_blocks if config.lend_cap is None else config.lend_cap
+            lendable = min(config.num_blocks, cap)
+        pools = self.comm.share((config.num_blocks, lendable))
+        total = sum(lends for _, lends in pools)
+        self.capacity_blocks = min(own + total - lends for own, lends in pools)
 
     @property
     def capacity_tokens(self) -> int:

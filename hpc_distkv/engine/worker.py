@@ -65,7 +65,7 @@ class Worker:
         """`shape`: query heads and head dimension. `leader`: on rank 0 only."""
         self.counters = Counters()
         self._comm, self._config, self._leader, self._pool = comm, config, leader, pool
-        self._rm = RManager(comm.world.instance, config.num_blocks)
+        self._rm = RManager(comm.world.instance, config.num_blocks, config.lend_cap)
         self._scheduler = Scheduler(self._rm, config)
         scale = shape[1] ** -0.5
         self._forward = Forward(model, pool, self._rm, scale, self._attend_control)

@@ -9,9 +9,11 @@ import time
 import pytest
 from clusters import run_cluster
 
+from hpc_distkv.comm.local import open_local, run_local
 from hpc_distkv.comm.schedule import SeededSchedule
+from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages import Request, Sampling, pack_tokens
-from hpc_distkv.engine.rank import EngineOptions
+from hpc_distkv.engine.rank import EngineOptions, RankEngine
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.model.family import FAMILIES
@@ -23,6 +25,10 @@ BLOCK = 8
 
 @pytest.fixture(scope="module")
 def model() -> Decoder:
+    return tiny_decoder()
+
+
+def tiny_decoder() -> Decoder:
     config = ModelConfig(
         family=next(iter(FAMILIES.values())),
         num_layers=2,
@@ -136,3 +142,24 @@ def test_a_slow_rank_does_not_hold_back_ranks_it_has_no_loans_with(model):
     fast, slow = outcome.counters[1], outcome.counters[2]
     assert slow.steps >= 8
     assert fast.steps > 5 * slow.steps
+
+
+def test_no_rank_lends_more_than_its_cap(model):
+    rows = [request(0, (16 + 2 * 5) * BLOCK - 5, 6, random.Random(1))]
+    outcome = run_cluster(model, rows, 3, options(16, lend_cap=5))
+    assert outcome.tokens == unconstrained(model, rows)
+    assert outcome.counters[0].peak_borrowed == 2 * 5
+
+
+def test_a_row_may_be_as_long_as_the_smallest_home_can_make_it():
+    """What a row may use is its home's pool and what the others lend; any rank may be its home."""
+    sizes = [(16, None), (4, 3), (10, 20)]
+    comms = open_local(3)
+
+    def capacity(comm: Comm) -> int:
+        blocks, cap = sizes[comm.world.rank]
+        engine = RankEngine(comm, tiny_decoder(), options(blocks, lend_cap=cap))
+        engine.join()
+        return engine.capacity_blocks
+
+    assert run_local(comms, capacity) == [min(16 + 3 + 10, 4 + 16 + 10, 10 + 16 + 3)] * 3
