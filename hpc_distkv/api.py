@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar, cast
 
 from hpc_distkv.batch.errors import InputError, JournalError
@@ -15,6 +16,7 @@ from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.job import Job, job_fingerprint
 from hpc_distkv.batch.journal import Journal
 from hpc_distkv.batch.service import Limits, SamplingDefaults, Service, model_names
+from hpc_distkv.comm.abort import aborting
 from hpc_distkv.comm.mpi import open_mpi
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages import Result
@@ -64,9 +66,11 @@ class Engine:
     """One rank's engine for a model directory. SPMD: every rank makes one with the same arguments
     and makes the same calls; rank 0 reads and writes the files.
 
-        engine = Engine("models/SmolLM2-135M-Instruct")
-        rows = engine.generate([{"custom_id": "1", "method": "POST", "url": "/v1/completions",
-                                 "body": {"prompt": "Once upon a time", "max_tokens": 16}}])
+        with Engine("models/SmolLM2-135M-Instruct") as engine:
+            rows = engine.generate([{"custom_id": "1", "method": "POST", "url": "/v1/completions",
+                                     "body": {"prompt": "Once upon a time", "max_tokens": 16}}])
+
+    As a context manager it ends the job on all ranks when one of them raises.
     """
 
     def __init__(
@@ -90,10 +94,23 @@ class Engine:
         self.defaults = SamplingDefaults(**(sampled | dict(sampling or {})))
         self.max_model_len = max_model_len or self.config.max_position
         settings = options or EngineOptions()
-        self.rank = self._together(
-            lambda: RankEngine(self.comm, load_model(self.comm, model, settings), settings)
-        )
+        decoder = self._together(lambda: load_model(self.comm, model, settings))
+        # All ranks of a node have loaded their weights when the first one looks what is left.
+        self.rank = self._together(lambda: RankEngine(self.comm, decoder, settings))
         self.rank.join()
+
+    def __enter__(self) -> Engine:
+        self._guard = aborting(self.comm, USER_ERRORS)
+        self._guard.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
+        return self._guard.__exit__(kind, error, trace)
 
     def run(self, files: Files, progress: ProgressReport | None = None) -> dict[str, Any] | None:
         """Answer every row of a batch file; resumes if the results file holds answers already.

@@ -52,7 +52,9 @@ class BatchJob:
     def arguments(self, *options: str | int) -> list[str]:
         """What stands behind `hpc-distkv`: `options` override the small defaults of tests."""
         files = ["--model", self.model, "-i", self.input, "-o", self.output]
-        sizes = ["--dtype", "float32", "--block-size", 16, "--num-blocks", 64, "--threads", 1]
+        sizes = ["--dtype", "float32", "--block-size", 16, "--threads", 1]
+        if "--kv-memory" not in options:
+            sizes += ["--num-blocks", 64]
         steps = ["--max-num-batched-tokens", 128, "--metrics", self.metrics]
         return [str(word) for word in ("generate", *files, *sizes, *steps, *options)]
 
@@ -64,7 +66,7 @@ class BatchJob:
 
     def lines(self) -> list[dict[str, Any]]:
         """The results file; every line must be whole."""
-        return [json.loads(line) for line in self.output.read_text().splitlines()]
+        return [json.loads(line) for line in self.output.read_bytes().splitlines()]
 
     def answers(self) -> dict[str, tuple[str, int, str]]:
         """Text, output tokens and finish reason by custom_id; every row must be answered once."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import sys
 import time
 import uuid
@@ -30,7 +31,7 @@ RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
 # Long rows with remote KV, against transformers
 
 
-LONG_TOKENS = 640
+LONG_TOKENS = 480
 """Prompt and output of the longest row: on two ranks all of their memory."""
 
 
@@ -41,7 +42,7 @@ def demo_rows(demo_model: Path) -> list[dict]:
 
     story = " ".join(
         f"On day {day} the keeper counted {day * 37 % 101} ships, and {day * 17 % 29} birds."
-        for day in range(1, 60)
+        for day in range(1, 50)
     )
     long = AutoTokenizer.from_pretrained(demo_model)(story)["input_ids"][: LONG_TOKENS - 20]
     assert len(long) == LONG_TOKENS - 20
@@ -60,7 +61,7 @@ def demo_answers(demo_model: Path, demo_rows: list[dict]) -> dict:
     return Oracle(demo_model).answers(demo_rows)
 
 
-@pytest.mark.parametrize(("ranks", "blocks"), [(1, 48), (2, 20), (3, 15), (4, 12)])
+@pytest.mark.parametrize(("ranks", "blocks"), [(1, 40), (2, 15), (3, 11), (4, 9)])
 def test_the_demo_model_answers_as_transformers_with_most_of_the_long_row_remote(
     ranks, blocks, tmp_path, demo_model, demo_rows, demo_answers
 ):
@@ -73,7 +74,7 @@ def test_the_demo_model_answers_as_transformers_with_most_of_the_long_row_remote
     assert remote > with_kv / 2 if ranks > 1 else remote == 0
 
 
-@pytest.mark.parametrize(("ranks", "blocks", "seed"), [(2, 24, 0), (3, 16, 1), (4, 8, 2)])
+@pytest.mark.parametrize(("ranks", "blocks", "seed"), [(2, 24, 0), (4, 8, 2)])
 def test_a_wide_mix_is_answered_as_by_transformers(ranks, blocks, seed, tmp_path, tiny_model):
     rng = random.Random(seed)
     capacity = ranks * blocks * BLOCK
@@ -92,7 +93,7 @@ def test_a_wide_mix_is_answered_as_by_transformers(ranks, blocks, seed, tmp_path
 # One row as long as the cluster's memory
 
 
-@pytest.mark.parametrize(("ranks", "blocks"), [(2, 20), (3, 16), (4, 10)])
+@pytest.mark.parametrize(("ranks", "blocks"), [(2, 20), (3, 16)])
 def test_one_row_may_need_the_memory_of_all_ranks(ranks, blocks, tmp_path, tiny_model):
     tokens = -(-95 * ranks * blocks * BLOCK // 100)
     assert tokens > (ranks - 1) * blocks * BLOCK
@@ -116,8 +117,8 @@ def test_without_lending_the_same_row_is_an_error_with_the_arithmetic(tmp_path, 
     assert lines["short"]["error"] is None
     error = lines["whole"]["error"]
     assert error["code"] == "context_length_exceeded"
-    for number in (718, 12, 730, 4096, 16 * BLOCK):
-        assert str(number) in error["message"].replace(",", " ").replace(".", " ").split()
+    numbers = [int(number) for number in re.findall(r"\d+", error["message"])]
+    assert numbers == [730, 718, 12, 4096, 16 * BLOCK]
     assert job.figures()["counters"]["blocks_borrowed"] == 0
 
 
@@ -129,9 +130,9 @@ def killable_rows() -> list[dict]:
     rng = random.Random(11)
     rows = []
     for number in range(60):
-        ids = random_ids(rng.choice([10, 30, 100, 700]), rng)
-        temperature = rng.choice([0, 0.8])
-        rows.append(completion(f"row {number}", ids, 150, temperature=temperature, ignore_eos=True))
+        ids = random_ids(rng.choice([10, 30, 100, 500]), rng)
+        fields = {"temperature": rng.choice([0, 0.8]), "ignore_eos": True}
+        rows.append(completion(f"row {number}", ids, rng.randint(20, 120), **fields))
     return rows
 
 
@@ -160,9 +161,11 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
-def run_and_kill(job: BatchJob, options: list, ranks: int, rng: random.Random) -> bool:
-    """Kill one rank some time after the start, or after the first answers of this run; whether
-    the job was still running then."""
+def run_and_kill(
+    job: BatchJob, options: list, ranks: int, after_answers: bool, rng: random.Random
+) -> bool:
+    """Kill one rank some time after the start, or after this run's first answers; whether the job
+    was still running then."""
 
     def size() -> int:
         return job.output.stat().st_size if job.output.exists() else 0
@@ -170,14 +173,14 @@ def run_and_kill(job: BatchJob, options: list, ranks: int, rng: random.Random) -
     before, mark = size(), uuid.uuid4().hex
     with ThreadPoolExecutor(1) as pool:
         run = pool.submit(run_mpi, ranks, [COMMAND, *job.arguments(*options)], 90, {MARK: mark})
-        if rng.random() < 0.3:
-            time.sleep(rng.uniform(1.5, 5))
-        else:
+        if after_answers:
             wait_for(lambda: run.done() or size() > before, 60)
             time.sleep(rng.uniform(0, 1.5))
+        else:
+            time.sleep(rng.uniform(1, 5))
         victims = [process for process, known in processes(mark).items() if is_rank(known)]
         if len(victims) < ranks:
-            assert run.result().returncode == 0
+            assert run.result().returncode == 0, run.result().stderr
             return False
         rng.choice(victims).kill()
         assert wait_for(run.done, 60), "the job goes on without a rank"
@@ -191,7 +194,7 @@ def run_and_kill(job: BatchJob, options: list, ranks: int, rng: random.Random) -
 def test_after_kills_of_any_rank_a_rerun_has_every_row_once_with_the_same_text(
     tmp_path, tiny_model
 ):
-    rows, options, ranks = killable_rows(), ["--num-blocks", 24], 3
+    rows, options, ranks = killable_rows(), ["--num-blocks", 24, "--max-num-seqs", 5], 3
     (tmp_path / "whole").mkdir()
     whole = BatchJob(tmp_path / "whole", tiny_model, rows)
     ran = whole.run(ranks, *options)
@@ -202,8 +205,8 @@ def test_after_kills_of_any_rank_a_rerun_has_every_row_once_with_the_same_text(
     print(f"HPC_DISTKV_SEED={seed}", file=sys.stderr)
     rng = random.Random(seed)
     killed, rows_at_kills = 0, []
-    for _ in range(4 * KILLS):
-        if run_and_kill(job, options, ranks, rng):
+    for attempt in range(4 * KILLS):
+        if run_and_kill(job, options, ranks, attempt % 3 < 2, rng):
             killed += 1
             rows_at_kills.append(job.output.read_bytes().count(b"\n") if job.output.exists() else 0)
         else:  # all rows were answered before the kill: begin again
@@ -213,6 +216,7 @@ def test_after_kills_of_any_rank_a_rerun_has_every_row_once_with_the_same_text(
             break
     print(f"rows answered at the kills: {rows_at_kills}", file=sys.stderr)
     assert killed == KILLS
+    assert any(0 < answered < len(rows) for answered in rows_at_kills)
     ran = job.run(ranks, *options)
     assert ran.returncode == 0, ran.stderr
     assert len(job.lines()) == len(rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import time
 
 import click
 
@@ -14,6 +15,9 @@ COMMANDS = {
     "bench": "Measure throughput, remote attention and the cost of lending.",
 }
 RANK_VARIABLES = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
+FIRST_WORDS = 2.0
+"""Seconds that the other ranks leave the first one to say what is wrong: Open MPI's mpirun ends the
+whole job when the first process leaves with a status other than 0."""
 
 
 class LazyGroup(click.Group):
@@ -50,6 +54,8 @@ def main() -> None:
     except click.ClickException as error:
         if first_rank():
             error.show()
+        else:
+            time.sleep(FIRST_WORDS)
         sys.exit(error.exit_code)
     except click.Abort:
         sys.exit(130)

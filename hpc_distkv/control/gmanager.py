@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 ROUND_SECONDS = 0.2
 """Goal for the wall time between two boundaries of instances that have loans."""
-MAX_STEPS = 256
+MAX_STEPS = 64
 """Most steps between two boundaries: bounds the harm of a wrong step time."""
 PATIENCE = 3
 """Rounds between two calls for victims: the blocks of the last ones need that long to show."""
@@ -60,7 +60,7 @@ class GManager:
         assigned = self.assignment.assign(
             [report.room_rows for report in reports], [report.room_tokens for report in reports]
         )
-        steps = self._steps([report.step_time for report in reports])
+        steps = self._steps(reports, assigned)
         partners = self.ledger.partners()
         answers = [
             Answer(
@@ -131,15 +131,21 @@ class GManager:
         log.debug("request %d is starved: %s give way", starved.wanted_for, victims)
         return victims
 
-    def _steps(self, step_times: Sequence[float]) -> list[int]:
+    def _steps(self, reports: Sequence[Report], assigned: Sequence[Sequence[Request]]) -> list[int]:
         """Steps to the next boundary, so that a round lasts about equally long everywhere: as long
-        as the slowest component needs for one step, but no shorter than the goal."""
-        slowest = max(ROUND_SECONDS, *step_times)
-        steps = [0] * len(step_times)
+        as the slowest component needs for one step, but no shorter than the goal. New rows mean
+        steps with prompts; where none was measured yet, one step is all that is foreseeable."""
+        times = [
+            (report.chunk_time if new else report.step_time)
+            for report, new in zip(reports, assigned, strict=True)
+        ]
+        slowest = max(ROUND_SECONDS, *times)
+        steps = [0] * len(times)
         for component in self.ledger.components():
             if len(component) > 1:
-                pace = max(step_times[instance] for instance in component)
-                count = min(MAX_STEPS, max(1, int(slowest / pace))) if pace else 1
+                pace = max(times[instance] for instance in component)
+                known = all(times[i] or not (assigned[i]) for i in component)
+                count = min(MAX_STEPS, max(1, int(slowest / pace))) if pace and known else 1
                 for instance in component:
                     steps[instance] = count
         return steps

@@ -1,7 +1,8 @@
 """The records that travel between instances and the gManager, and between loan partners.
 
-All are frozen msgspec structs: compact on the wire and checked when they are decoded, so a
-malformed message is refused rather than obeyed. Blocks are counted in rBlocks, times are in
+They are frozen msgspec structs: compact on the wire and checked when they are decoded, so a
+malformed message is refused rather than obeyed. (`Counters` alone is mutable: an instance keeps
+one and its reports carry what it holds then.) Blocks are counted in rBlocks, times are in
 seconds, token ids travel as little-endian int32.
 """
 
@@ -136,7 +137,9 @@ class Report(msgspec.Struct, frozen=True, array_like=True):
     """Running request → instance → rBlocks, for those that changed; empty: holds nothing now."""
     results: list[Result]
     step_time: float
-    """Recent seconds per step; 0 without work."""
+    """Expected seconds per step until the next boundary; 0 without work."""
+    chunk_time: float
+    """Recent seconds of a step that computes prompts; 0 if there was none yet."""
     counters: Counters
 
 

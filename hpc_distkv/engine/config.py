@@ -25,11 +25,6 @@ class EngineConfig:
         for name in ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.max_num_seqs > self.max_num_batched_tokens:
-            raise OptionError(
-                f"max_num_seqs ({self.max_num_seqs}) may not exceed max_num_batched_tokens "
-                f"({self.max_num_batched_tokens}): every running row needs a token a step"
-            )
 
     def blocks(self, tokens: int) -> int:
         """rBlocks that hold `tokens` tokens."""

@@ -47,7 +47,8 @@ class Forward:
         `[sampled rows, vocab]` of those rows that have no token left to compute, in order.
         `traffic` is given if any row has guests elsewhere, or guests have to be served."""
         if not rows:
-            self._serve_only(traffic)
+            if traffic:
+                self._serve_only(traffic)
             return torch.empty((0, 0))
         tokens = [t for s, n in rows for t in s.tokens[s.computed : s.computed + n]]
         positions = [p for s, n in rows for p in range(s.computed, s.computed + n)]
@@ -74,9 +75,8 @@ class Forward:
                 ends.append(end - 1)
         return self._model.logits(hidden[ends]) if ends else torch.empty((0, 0))
 
-    def _serve_only(self, traffic: Traffic | None) -> None:
-        for layer in range(self._pool.layers if traffic else 0):
-            assert traffic
+    def _serve_only(self, traffic: Traffic) -> None:
+        for layer in range(self._pool.layers):
             self._between_layers()
             traffic.post_queries(layer, None)
             traffic.serve(layer)

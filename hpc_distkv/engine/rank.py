@@ -110,7 +110,19 @@ class RankEngine:
         """The gManager for a run over `requests`: rank 0's leader owns one."""
         world = self.comm.world
         nodes = [world.node_of(instance) for instance in range(world.instances)]
-        return GManager(requests, nodes, self.config.lending)
+        return GManager(self._fitting(requests), nodes, self.config.lending)
+
+    def _fitting(self, requests: Iterator[Request]) -> Iterator[Request]:
+        """The requests as they are; one that could never end is refused before it starts."""
+        for request in requests:
+            tokens = request.prompt_len + request.sampling.max_tokens - 1
+            if tokens > self.capacity_tokens:
+                raise OptionError(
+                    f"request {request.id} may come to need the KV of {tokens} tokens "
+                    f"({request.prompt_len} of its prompt), but there is room for "
+                    f"{self.capacity_tokens}: give more --num-blocks, or more ranks"
+                )
+            yield request
 
 
 def load_model(comm: Comm, path: str | Path, options: EngineOptions) -> Decoder:
@@ -137,11 +149,35 @@ def _blocks_that_fit(comm: Comm, kv_memory: int | None, block_bytes: int) -> int
 
 
 def available_memory() -> int:
-    """Bytes this node can still give: what the kernel says, or less if Slurm allows less."""
+    """Bytes this node can still give: what the kernel says, or less if Slurm or a control group
+    allows less."""
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(fields["MemAvailable"].split()[0]) << 10
-    allowed = os.environ.get("SLURM_MEM_PER_NODE", "")
-    return min(available, int(allowed) << 20) if allowed.isdecimal() and int(allowed) else available
+    limits = [int(fields["MemAvailable"].split()[0]) << 10, *_group_limits()]
+    for name, unit in (
+        ("SLURM_MEM_PER_NODE", 1),
+        ("SLURM_MEM_PER_CPU", int(os.environ.get("SLURM_CPUS_ON_NODE") or 1)),
+    ):
+        allowed = os.environ.get(name, "")
+        if allowed.isdecimal() and int(allowed):
+            limits.append((int(allowed) << 20) * unit)
+    return min(limits)
+
+
+def _group_limits() -> Iterator[int]:
+    """What is left to the control groups (version 2) that this process is in."""
+    try:
+        path = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
+    except OSError:
+        return
+    group = Path("/sys/fs/cgroup") / path.lstrip("/")
+    for folder in (group, *group.parents):
+        try:
+            most = (folder / "memory.max").read_text().strip()
+            used = (folder / "memory.current").read_text().strip()
+        except OSError:
+            continue
+        if most.isdecimal():
+            yield max(0, int(most) - int(used))
 
 
 def _name(dtype: torch.dtype) -> str:

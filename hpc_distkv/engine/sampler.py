@@ -10,6 +10,9 @@ import torch
 
 from hpc_distkv.control.messages import Sampling
 
+HEAD = 1024
+"""Tokens that are sorted first for top-p: nearly always more than it keeps."""
+
 
 def sample(
     logits: torch.Tensor, samplings: Sequence[Sampling], positions: Sequence[int]
@@ -24,19 +27,40 @@ def sample(
     tokens: list[int] = logits.argmax(dim=-1).tolist()
     for row, (sampling, position) in enumerate(zip(samplings, positions, strict=True)):
         if sampling.temperature > 0:
-            tokens[row] = _draw(logits[row].double().numpy(), sampling, position)
+            tokens[row] = _draw(logits[row], sampling, position)
     return tokens
 
 
-def _draw(logits: npt.NDArray[np.float64], sampling: Sampling, position: int) -> int:
+def _draw(logits: torch.Tensor, sampling: Sampling, position: int) -> int:
     """Temperature, then top-k, then top-p of what is left, then one uniform number."""
-    order = np.argsort(-logits, kind="stable")
-    if sampling.top_k > 0:
-        order = order[: sampling.top_k]
-    scaled = logits[order] / sampling.temperature
-    cumulative = np.cumsum(np.exp(scaled - scaled[0]))
-    if sampling.top_p < 1:
-        keep = int(np.searchsorted(cumulative, sampling.top_p * cumulative[-1])) + 1
-        cumulative = cumulative[:keep]
+    order, weights = _candidates(logits, sampling)
+    cumulative = np.cumsum(weights)
     uniform = np.random.Generator(np.random.Philox(key=sampling.seed, counter=position)).random()
-    return int(order[np.searchsorted(cumulative, uniform * cumulative[-1], side="right")])
+    place = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
+    place = min(place, len(weights) - 1)
+    return place if order is None else int(order[place])
+
+
+def _candidates(
+    logits: torch.Tensor, sampling: Sampling
+) -> tuple[npt.NDArray[np.int64] | None, npt.NDArray[np.float64]]:
+    """The tokens that may be drawn (None: all) and their weights, not normalised. Sorting the
+    whole vocabulary would cost more than a small model's step, so as little is sorted as will do.
+    """
+    vocab = len(logits)
+    weights = np.exp((logits - logits.max()).double().numpy() / sampling.temperature)
+    if sampling.top_k == 0 and sampling.top_p >= 1:
+        return None, weights
+    count = min(sampling.top_k or HEAD, vocab)
+    total = weights.sum()
+    while True:
+        order = logits.topk(count).indices.numpy()
+        kept = weights[order]
+        cumulative = np.cumsum(kept)
+        if sampling.top_k:
+            total = cumulative[-1]
+        if count == vocab or sampling.top_k or cumulative[-1] >= sampling.top_p * total:
+            break
+        count = min(8 * count, vocab)
+    keep = int(np.searchsorted(cumulative, sampling.top_p * total)) + 1
+    return order[:keep], kept[:keep]

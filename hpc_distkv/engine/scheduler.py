@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from itertools import islice
 from typing import NamedTuple
 
 from hpc_distkv.control.messages import NOBODY
@@ -12,6 +13,11 @@ from hpc_distkv.memory.rmanager import Move, RManager
 
 GROWTH_TOKENS = 64
 """Decode tokens foreseen when memory is asked for: what a row grows by until a grant arrives."""
+STARVED_GROWTH = 8
+"""A starved row asks for room to grow by 1/8 of its length: others give way, and are computed
+again, only as often as that pays."""
+PATIENCE = 2
+"""Answers after which a sequence that lacks memory no longer waits for a grant."""
 
 
 class Row(NamedTuple):
@@ -42,10 +48,11 @@ class Scheduler:
     """Continuous batching with chunked prefill, oldest first. Owner of the waiting and running
     sequences; every rBlock it hands out it takes from its RManager. Pure.
 
-    Running sequences are always older than waiting ones. When a sequence lacks an rBlock it first
-    waits for credit it may hope for, then lets the youngest running sequence give way (to be
-    recomputed), and if it is itself the youngest it stalls. The oldest one stalled at home without
-    hope is reported as starved; the gManager then makes room elsewhere.
+    Both lists ascend by age. When a sequence lacks an rBlock it first waits for credit it may hope
+    for, then lets the youngest running sequence give way (to be recomputed), and if it is itself
+    the youngest it stalls. The oldest one stalled at home without hope is reported as starved; the
+    gManager then makes room elsewhere. Hope is bounded: it ends with a denial, or when a shortage
+    has outlasted `PATIENCE` answers.
     """
 
     def __init__(self, rmanager: RManager, config: EngineConfig) -> None:
@@ -56,9 +63,15 @@ class Scheduler:
         self._config = config
         self._admit_before = NOBODY
         self._starved = False
+        self._short = False
+        self._short_answers = 0
         self._denied = not config.lending
         self._granted = 0
         self._reserve = max(1, config.num_blocks // 100)
+        self._first_chunk = min(
+            config.blocks(config.max_num_batched_tokens), max(1, config.num_blocks // 8)
+        )
+        """Room that is not lent, so that rows assigned here can begin, unless one starves."""
 
     # -- between steps --------------------------------------------------------------------------
 
@@ -82,6 +95,7 @@ class Scheduler:
         """What a control round brought: the last report asked for `asked` rBlocks."""
         self._granted = granted
         self._admit_before = admit_before
+        self._short_answers = self._short_answers + 1 if self._short else 0
         if self._config.lending:
             self._denied = asked > 0 and granted == 0
 
@@ -91,22 +105,30 @@ class Scheduler:
 
     def demand(self) -> Demand:
         """Foreseen need against what there is. Credit that is not needed is given back."""
-        rm = self._rm
-        foreseen = self.running[:1] if self._starved else self._foreseen()
-        need, wanted_for = self._reserve if foreseen else 0, NOBODY
-        held = rm.usable + rm.credit
-        for sequence in foreseen:
+        held = self._rm.usable + self._usable_credit()
+        if self._starved and self.running:
+            oldest = self.running[0]
+            growth = max(GROWTH_TOKENS, len(oldest.tokens) // STARVED_GROWTH)
+            missing = self._missing(oldest, len(oldest.tokens) + growth)
+            return Demand(max(1, missing - held), oldest.id, True, 0)
+        need = self._reserve
+        for sequence in (*self.running, *self._next_waiting()):
             need += self._missing(sequence, len(sequence.tokens) + GROWTH_TOKENS)
-            if need > held or self._starved:
-                wanted_for = min(wanted_for, sequence.id)
-        if wanted_for == NOBODY:
-            self._return_credit(held - need)
-            return Demand(0, NOBODY, False, max(0, rm.usable - need))
-        return Demand(max(1, need - held), wanted_for, self._starved, 0)
+            if need > held:
+                return Demand(self._need() - held, sequence.id, False, 0)
+        self._return_credit(held - need)
+        return Demand(0, NOBODY, False, self._lendable())
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether prompts are left to compute in the next steps."""
+        return bool(self.waiting) or any(s.remaining > 1 for s in self.running)
 
     def room(self) -> tuple[int, int]:
         """Rows and prompt tokens that may be assigned: enough to keep the batch full until the
         next rounds, no more, so that rows stay free to go where there is time."""
+        if self._rm.usable < self._first_chunk and (self.waiting or not self.running):
+            return 0, 0
         queued = sum(sequence.remaining for sequence in self.waiting)
         rows = self._config.max_num_seqs - len(self.running) - len(self.waiting)
         return max(0, rows), max(0, 2 * self._config.max_num_batched_tokens - queued)
@@ -115,29 +137,32 @@ class Scheduler:
 
     def plan(self) -> Plan:
         """The next step: decodes first, then prefill chunks up to the token budget."""
-        self._starved = False
+        self._starved = self._short = False
         rows: dict[int, Row] = {}
-        budget = self._config.max_num_batched_tokens
-        decodes = [sequence for sequence in self.running if sequence.remaining == 1]
-        for sequence in decodes:
+        self._plan_decodes(rows)
+        self._plan_prefills(rows, self._config.max_num_batched_tokens - len(rows))
+        return Plan([rows[request] for request in sorted(rows)], self._move_out())
+
+    def _plan_decodes(self, rows: dict[int, Row]) -> None:
+        for sequence in [s for s in self.running if s.remaining == 1]:
+            # An older one may have made it give way meanwhile.
             if sequence.id in self._rm.tables and self._make_room(sequence, 1, rows):
                 rows[sequence.id] = Row(sequence, 1)
-        budget -= len(decodes)
-        prefills = [sequence for sequence in self.running if sequence.remaining > 1]
+
+    def _plan_prefills(self, rows: dict[int, Row], budget: int) -> None:
+        prefills = [s for s in self.running if s.remaining > 1]
         while budget > 0:
-            next_one = prefills.pop(0) if prefills else self._admit()
-            if next_one is None:
-                break
-            sequence = next_one
+            sequence = prefills.pop(0) if prefills else self._admit()
+            if sequence is None:
+                return
             if sequence.id not in self._rm.tables:
                 continue
-            count = min(sequence.remaining, budget, self._fit(sequence))
-            if self._make_room(sequence, count, rows):
-                rows[sequence.id] = Row(sequence, count)
-                budget -= count
+            tokens = min(sequence.remaining, budget, self._fit(sequence))
+            if self._make_room(sequence, tokens, rows):
+                rows[sequence.id] = Row(sequence, tokens)
+                budget -= tokens
             elif not prefills:
-                break
-        return Plan([rows[request] for request in sorted(rows)], self._move_out())
+                return
 
     def _admit(self) -> Sequence | None:
         """Let the oldest waiting sequence run if all prompts that run then have room, or if it is
@@ -152,7 +177,8 @@ class Scheduler:
             need += sum(self._missing(other, len(other.tokens) + 1) for other in self.running)
             if need > self._rm.usable + self._rm.credit:
                 return None
-        self.running.append(self.waiting.pop(0))
+        # A victim of another instance's starved row may be older than what runs here by now.
+        bisect.insort(self.running, self.waiting.pop(0), key=lambda s: s.id)
         self._rm.open(sequence.id)
         return sequence
 
@@ -166,11 +192,12 @@ class Scheduler:
         """Give the sequence the rBlocks for `count` tokens, preempting younger ones if need be."""
         needed = self._missing(sequence, sequence.computed + count)
         while self._rm.usable < needed:
+            self._short = True
             if self._hopes():
                 return False
             youngest = self.running[-1]
             if youngest is sequence:
-                self._starved = sequence is self.running[0]
+                self._starved |= sequence is self.running[0]
                 return False
             self._preempt(youngest)
             rows.pop(youngest.id, None)
@@ -179,9 +206,9 @@ class Scheduler:
 
     def _hopes(self) -> bool:
         """Whether rBlocks will come without anybody giving way."""
-        if self._rm.credit and any(self._sealed(sequence) for sequence in self.running):
+        if self._rm.credit and self._movable():
             return True
-        return self._granted > 0 or not self._denied
+        return not self._denied and self._short_answers < PATIENCE
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
@@ -192,11 +219,36 @@ class Scheduler:
 
     # -- foresight ------------------------------------------------------------------------------
 
-    def _foreseen(self) -> list[Sequence]:
-        """Sequences to have room for, oldest first: those that run, then those that may soon.
-        While an older request is starved elsewhere, only what is older than that one."""
-        soon = self.waiting[: self._config.max_num_seqs - len(self.running)]
-        return [s for s in (*self.running, *soon) if s.id <= self._admit_before]
+    def _next_waiting(self) -> list[Sequence]:
+        """The sequence that is next to be admitted, if any may be."""
+        if len(self.running) >= self._config.max_num_seqs:
+            return []
+        return [sequence for sequence in self.waiting[:1] if sequence.id < self._admit_before]
+
+    def _need(self) -> int:
+        """rBlocks that what runs, and the next to run, lack."""
+        return self._reserve + sum(
+            self._missing(sequence, len(sequence.tokens) + GROWTH_TOKENS)
+            for sequence in (*self.running, *self._next_waiting())
+        )
+
+    def _lendable(self) -> int:
+        """Room that nobody here needs: not what runs nor what waits for a seat, nor what new rows
+        begin with. While an older request is starved elsewhere, only what is older counts."""
+        waiting = self.waiting[: self._config.max_num_seqs - len(self.running)]
+        need = self._first_chunk if self._admit_before == NOBODY else 0
+        for sequence in (*self.running, *waiting):
+            if sequence.id <= self._admit_before:
+                need += self._missing(sequence, len(sequence.tokens) + GROWTH_TOKENS)
+        return max(0, self._rm.usable - need)
+
+    def _usable_credit(self) -> int:
+        """Credit that can help: through it flows what is sealed at home, so without room or sealed
+        rBlocks at home it is worth nothing."""
+        return self._rm.credit if self._rm.usable or self._movable() else 0
+
+    def _movable(self) -> bool:
+        return any(self._sealed(sequence) for sequence in self.running)
 
     def _missing(self, sequence: Sequence, tokens: int) -> int:
         """rBlocks the sequence lacks for its first `tokens` tokens."""
@@ -223,13 +275,14 @@ class Scheduler:
             return []
         ahead = 2 * self._config.max_num_batched_tokens
         short = self._reserve - rm.usable
-        for sequence in (*self.running, *self.waiting[:1]):
+        for sequence in (*self.running, *self._next_waiting()):
             target = min(len(sequence.tokens) + 8, sequence.computed + ahead)
             short += self._missing(sequence, target)
+        short = min(short, 2 * self._config.blocks(ahead))
         moves: list[Move] = []
         for sequence in sorted(self.running, key=self._sealed, reverse=True):
             table = rm.tables[sequence.id]
-            for index in table.indices[: self._sealed(sequence)]:
+            for index in islice(table.indices, self._sealed(sequence)):
                 if len(moves) >= short or not rm.credit:
                     return moves
                 creditor = max(

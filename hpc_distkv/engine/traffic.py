@@ -65,11 +65,6 @@ class Traffic:
         """Whether layers have to exchange anything in this step."""
         return bool(self._creditors or self._debtors)
 
-    @property
-    def serves(self) -> bool:
-        """Whether guests have to be served in this step, with or without rows of one's own."""
-        return bool(self._debtors)
-
     # -- headers and moves ----------------------------------------------------------------------
 
     def announce(self, plan: Plan, partners: Sequence[int], step: int) -> None:

@@ -36,6 +36,11 @@ class Leader(Protocol):
         """Called after every control round."""
 
 
+def smoothed(average: float, value: float) -> float:
+    """The moving average after one more value; the first value starts it."""
+    return 0.7 * average + 0.3 * value if average else value
+
+
 class Worker:
     """One rank at work: round boundaries, steps, results.
 
@@ -45,12 +50,16 @@ class Worker:
     the same point of their common order. A rank without partners has nobody to agree with: its
     boundary is the first step that finds the answer there, so it never waits while it has work.
 
-    Why this ends: a rank waits (1) in a step, for partners' messages of the same joint step, and
-    (2) at a boundary, for the answer, hence for every rank's report. Take the rank with the
-    fewest boundaries behind it, and in its component the one with the fewest joint steps: its
-    partners are not behind it, so it can step; and if it waits at a boundary, all ranks have
-    passed that boundary's predecessor, have reported, and rank 0 can answer. Rank 0 answers
-    between layers and wherever it waits for its own answer.
+    Why no wait lasts for ever: partnership is symmetric and its members are told the same number
+    of steps, since one answer of the gManager makes both sides and the ledger still counts what a
+    creditor has set aside but not opened. A rank waits (1) in a step, for partners' messages of
+    the same joint step, whose order within the step `Traffic` gives, and (2) at a boundary, for
+    the answer, hence for every rank's report. Take the rank with the fewest boundaries behind it,
+    and in its component the one with the fewest joint steps: its partners are not behind it, so it
+    can step; and if it waits at a boundary, all ranks have passed that boundary's predecessor,
+    have reported, and rank 0 can answer. Rank 0 answers between layers and during all its waits.
+    That rows wait for memory, which is no wait for a message, is bounded by the scheduler's
+    patience and the gManager's victims.
     """
 
     def __init__(
@@ -77,7 +86,7 @@ class Worker:
         self._joint_step = 0
         self._idle = True
         self._asked = 0
-        self._step_time = 0.0
+        self._step_time = self._chunk_time = 0.0
         self._results: list[Result] = []
         self._held: dict[int, dict[int, int]] = {}
 
@@ -168,7 +177,8 @@ class Worker:
             lent={debtor: loan.total for debtor, loan in self._rm.loans.items()},
             held=changed,
             results=self._results,
-            step_time=self._step_time,
+            step_time=self._expected_step_time(),
+            chunk_time=self._chunk_time,
             counters=self.counters,
         )
         self._results = []
@@ -197,14 +207,21 @@ class Worker:
             self._traffic.finish()
         self._append_tokens(plan.rows, logits)
         self._idle = not plan.rows
-        worked = bool(plan.rows) or exchanging
-        if worked:
-            self.counters.steps += 1
-            took = time.perf_counter() - started
-            self.counters.step_time += took
-            self._step_time = 0.7 * self._step_time + 0.3 * took if self._step_time else took
-        else:
+        self._note_time(plan.rows, exchanging, time.perf_counter() - started)
+
+    def _note_time(self, rows: list[Row], exchanging: bool, took: float) -> None:
+        if not rows and not exchanging:
             self._step_time = 0.0
+            return
+        self.counters.steps += 1
+        self.counters.step_time += took
+        if any(row.tokens > 1 for row in rows):
+            self._chunk_time = smoothed(self._chunk_time, took)
+        else:
+            self._step_time = smoothed(self._step_time, took)
+
+    def _expected_step_time(self) -> float:
+        return max(self._step_time, self._chunk_time if self._scheduler.has_prompts else 0.0)
 
     def _append_tokens(self, rows: list[Row], logits: torch.Tensor) -> None:
         sampled = []

@@ -239,10 +239,9 @@ class RManager:
         `commit`."""
         table, debt = self.tables[request], self.debts[creditor]
         assert debt.credit > 0
-        assert not any(m.request == request and m.block == index for m in self.outgoing)
         debt.credit -= 1
         debt.used += 1
-        move = Move(request, index, table.slots[table.indices.index(index)], creditor)
+        move = Move(request, index, table.slots[table.place(index)], creditor)
         self.outgoing.append(move)
         return move
 
@@ -275,6 +274,8 @@ class RManager:
     def check(self) -> None:
         """Assert the invariants: every slot has exactly one owner, and the counts agree."""
         owned = [*self._free, *(move.slot for move in self.incoming)]
+        moving = [(move.request, move.block) for move in self.outgoing]
+        assert len(set(moving)) == len(moving), "an rBlock moves twice at once"
         for table in self.tables.values():
             owned += table.slots
             held = sorted(sum(table.remote.values(), list(table.indices)))

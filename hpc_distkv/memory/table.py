@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass, field
 
 
@@ -35,9 +36,13 @@ class BlockTable:
         self.indices.append(self.blocks)
         self.slots.append(slot)
 
+    def place(self, index: int) -> int:
+        """Where logical rBlock `index`, which is at home, stands in both lists."""
+        return bisect.bisect_left(self.indices, index)
+
     def to_creditor(self, index: int, creditor: int) -> int:
         """Logical rBlock `index` is now hosted by `creditor`; returns the home slot it left."""
-        at = self.indices.index(index)
+        at = self.place(index)
         del self.indices[at]
         self.remote.setdefault(creditor, []).append(index)
         return self.slots.pop(at)

@@ -149,6 +149,7 @@ def report(number: int, **fields: object) -> Report:
         held={},
         results=[],
         step_time=0.01,
+        chunk_time=0.0,
         counters=Counters(),
     )
     return msgspec.structs.replace(base, **fields)
@@ -185,7 +186,7 @@ def test_the_victim_is_sought_first_where_the_starved_request_lives():
 
 
 def test_partners_count_the_same_steps_and_slow_components_do_not_set_the_pace():
-    manager = GManager(iter([request(0)]), [0] * 5)
+    manager = GManager(iter(()), [0] * 5)
     lent = [{}, {0: 3}, {}, {2: 1}, {}]
     times = [0.01, 0.02, 0.5, 0.1, 0.01]
     answers, _ = manager.round(
@@ -193,6 +194,23 @@ def test_partners_count_the_same_steps_and_slow_components_do_not_set_the_pace()
     )
     assert [a.partners for a in answers] == [[1], [0], [3], [2], []]
     assert [a.steps for a in answers] == [25, 25, 1, 1, 0]
+
+
+def test_new_rows_are_reckoned_with_the_time_of_a_prompt_chunk():
+    manager = GManager(iter([request(i) for i in range(2)]), [0, 0])
+    lent = [{}, {0: 3}]
+    rounds = [
+        [report(0, lent=row, step_time=0.01, chunk_time=0.1) for row in lent],
+        [report(1, lent=row, step_time=0.01, chunk_time=0.1, room_rows=0) for row in lent],
+    ]
+    steps = [[a.steps for a in manager.round(reports)[0]] for reports in rounds]
+    assert steps == [[2, 2], [20, 20]]
+
+
+def test_before_a_prompt_was_timed_a_round_is_one_step():
+    manager = GManager(iter([request(0)]), [0, 0])
+    answers, _ = manager.round([report(0), report(0, lent={0: 3})])
+    assert [a.steps for a in answers] == [1, 1]
 
 
 def test_a_stale_report_is_refused():

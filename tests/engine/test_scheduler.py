@@ -135,8 +135,35 @@ def test_credit_that_is_not_needed_is_returned():
     assert scheduler.rm.settle_debt(3) == ([], 8)
 
 
+def test_a_victim_of_another_instances_row_keeps_its_age_when_it_comes_back():
+    scheduler = make(num_blocks=5)
+    for number in (3, 5):
+        add(scheduler, number, prompt=4, max_tokens=12)
+    step(scheduler)
+    scheduler.give_way(3)
+    step(scheduler)
+    assert [sequence.id for sequence in scheduler.running] == [3, 5]
+    for _ in range(5):
+        step(scheduler)
+    assert 3 in [sequence.id for sequence in scheduler.running], "the younger one gave way"
+
+
+def test_room_for_a_first_chunk_is_not_lent_unless_somebody_starves():
+    scheduler = make(num_blocks=40, lending=True)
+    assert 0 < scheduler.demand().lendable < 40
+    scheduler.answered(asked=0, granted=0, admit_before=0)
+    assert scheduler.demand().lendable == 40
+
+
+def test_an_instance_whose_pool_is_full_of_guests_takes_no_rows():
+    scheduler = make(num_blocks=8, lending=True)
+    scheduler.rm.promise(8)
+    scheduler.rm.settle({1: 8})
+    assert scheduler.room() == (0, 0)
+
+
 @pytest.mark.parametrize(
-    "sizes", [{"num_blocks": 0}, {"num_blocks": 4, "max_num_seqs": 9, "max_num_batched_tokens": 8}]
+    "sizes", [{"num_blocks": 0}, {"num_blocks": 4, "max_num_batched_tokens": 0}]
 )
 def test_sizes_that_cannot_work_are_refused(sizes):
     with pytest.raises(OptionError):

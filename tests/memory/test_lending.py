@@ -111,6 +111,7 @@ class Lending(RuleBasedStateMachine):
                 held={},
                 results=[],
                 step_time=0.0,
+                chunk_time=0.0,
                 counters=Counters(),
             )
             for instance, want in zip(self.all, wanted, strict=False)

@@ -1,0 +1,131 @@
+"""`generate` with the tiny model: statuses, reruns, figures, and the same answers from Python."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from batch_job import BatchJob, answer, chat, completion, random_ids, run_script
+from mpirun import mpirun
+
+LAUNCHED = [0, pytest.param(2, marks=pytest.mark.skipif(mpirun() is None, reason="needs mpirun"))]
+FOLDER = Path(__file__).parent
+
+
+def some_rows(count: int = 12) -> list[dict]:
+    rng = random.Random(5)
+    rows = [completion(f"row {n}", random_ids(5 + 3 * n, rng), 10 + n) for n in range(count)]
+    return [chat("chat", "Hello.", 9), *rows]
+
+
+@pytest.fixture
+def job(tmp_path: Path, tiny_model: Path) -> BatchJob:
+    return BatchJob(tmp_path, tiny_model, some_rows())
+
+
+@pytest.mark.parametrize("ranks", LAUNCHED)
+def test_a_rerun_of_a_finished_job_changes_nothing_and_says_so(ranks, job):
+    first = job.run(ranks, "--temperature", 0)
+    assert first.returncode == 0, first.stderr
+    assert "13 answered, 0 errors" in first.stdout
+    before = job.output.read_bytes()
+    again = job.run(ranks, "--temperature", 0)
+    assert again.returncode == 0, again.stderr
+    assert "0 answered, 0 errors, 13 were there before" in again.stdout
+    assert job.output.read_bytes() == before
+
+
+def test_results_of_another_job_are_refused_and_overwritten_on_request(job):
+    greedy = job.run(0, "--temperature", 0)
+    assert greedy.returncode == 0, greedy.stderr
+    before = job.output.read_bytes()
+    refused = job.run(0, "--temperature", 1)
+    assert refused.returncode == 2
+    assert "defaults.temperature was 0.0, now 1.0" in refused.stderr
+    assert "--overwrite" in refused.stderr
+    assert job.output.read_bytes() == before
+    overwritten = job.run(0, "--temperature", 1, "--overwrite")
+    assert overwritten.returncode == 0, overwritten.stderr
+    assert "13 answered, 0 errors\n" in overwritten.stdout
+    assert len(job.answers()) == 13
+    assert job.output.read_bytes() != before
+
+
+@pytest.mark.parametrize("ranks", LAUNCHED)
+def test_bad_rows_become_error_rows_and_status_1_also_in_a_rerun(ranks, tmp_path, tiny_model):
+    rows = [
+        completion("good", "once", 5),
+        completion("too long", "once", 5000),
+        completion("good", "twice", 5),
+        {"custom_id": "no body"},
+    ]
+    job = BatchJob(tmp_path, tiny_model, rows)
+    with job.input.open("a") as file:
+        file.write("{nonsense\n")
+    for said in ("1 answered, 4 errors", "0 answered, 0 errors, 5 were there before"):
+        ran = job.run(ranks)
+        assert ran.returncode == 1, ran.stderr
+        assert said in ran.stdout
+        assert "Traceback" not in ran.stderr
+    lines = sorted(job.lines(), key=lambda line: line["id"])
+    assert [line["id"] for line in lines] == [f"batch_req_{n}" for n in range(5)]
+    assert [line["error"] is None for line in lines] == [True, False, False, False, False]
+    assert lines[1]["error"]["code"] == "context_length_exceeded"
+    assert lines[2]["error"]["code"] == "duplicate_custom_id"
+
+
+def test_an_empty_file_is_a_finished_job(tmp_path, tiny_model):
+    job = BatchJob(tmp_path, tiny_model, [])
+    ran = job.run(0)
+    assert ran.returncode == 0, ran.stderr
+    assert job.lines() == []
+
+
+def test_metrics_agree_with_the_results(job):
+    ran = job.run(0, "--temperature", 0)
+    assert ran.returncode == 0, ran.stderr
+    figures = job.figures()
+    assert figures["rows"] == {
+        "answered": 13,
+        "failed": 0,
+        "answered_before": 0,
+        "failed_before": 0,
+        "total": 13,
+    }
+    usages = [line["response"]["body"]["usage"] for line in job.lines()]
+    made = sum(usage["completion_tokens"] for usage in usages)
+    read = sum(usage["prompt_tokens"] for usage in usages)
+    assert figures["output_tokens"] == made
+    assert figures["counters"]["prompt_tokens"] == read
+    assert figures["counters"]["generated_tokens"] >= made  # and the stop tokens
+    assert figures["counters"]["preemptions"] == 0
+    assert figures["counters"]["blocks_lent"] == figures["counters"]["blocks_borrowed"] == 0
+    assert figures["output_tokens_per_second"] == pytest.approx(made / figures["seconds"], 0.02)
+    assert len(figures["peak_memory_bytes"]) == 1
+    assert min(figures["peak_memory_bytes"]) > 10**7
+    assert figures["latency_s"].keys() == figures["time_to_first_token_s"].keys()
+
+
+@pytest.mark.parametrize("ranks", LAUNCHED)
+def test_the_python_api_answers_in_order_like_the_command(ranks, tmp_path, job):
+    answers = tmp_path / "answers.json"
+    script = FOLDER / "spmd_generate.py"
+    ran = run_script(ranks, script, job.model, job.input, answers)
+    assert ran.returncode == 0, ran.stderr
+    *found, again = json.loads(answers.read_text())
+    asked = [json.loads(line) for line in job.input.read_text().splitlines()]
+    assert [line["custom_id"] for line in found] == [row["custom_id"] for row in asked]
+    assert answer(again) == answer(found[-1])
+    assert job.run(0, "--temperature", 0).returncode == 0
+    assert {line["custom_id"]: answer(line) for line in found} == job.answers()
+
+
+@pytest.mark.skipif(mpirun() is None, reason="needs mpirun")
+def test_a_failure_of_one_rank_ends_the_job_with_its_message(job):
+    script = FOLDER / "failing_model.py"
+    ran = run_script(2, script, *job.arguments("--temperature", 0), timeout=60)
+    assert ran.returncode == 70, ran.stderr
+    assert "[rank 1 on " in ran.stderr
+    assert "the accelerator of this rank is out of memory" in ran.stderr
