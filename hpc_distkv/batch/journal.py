@@ -56,7 +56,7 @@ class Journal:
         path = Path(path)
         wanted = _plain({"format": FORMAT, **fingerprint})
         with _reported(f"cannot use {path} for the results"):
-            _check_place(path, source)
+            check_place(path, source)
             if overwrite or not path.exists() or path.stat().st_size == 0:
                 # Old rows go before the new fingerprint comes: at no instant are they together.
                 _empty(path)
@@ -153,7 +153,8 @@ def _meta_path(path: Path) -> Path:
     return path.with_name(path.name + ".meta.json")
 
 
-def _check_place(path: Path, source: str | os.PathLike[str] | None) -> None:
+def check_place(path: Path, source: str | os.PathLike[str] | None) -> None:
+    """Whether results could go to `path`, as far as a look can tell. Raises JournalError."""
     if not path.parent.is_dir():
         raise JournalError(
             f"cannot use {path} for the results: there is no directory {path.parent}."

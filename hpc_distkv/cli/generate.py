@@ -11,7 +11,7 @@ import click
 from hpc_distkv.cli.options import POSITIVE, engine_options
 
 if TYPE_CHECKING:
-    from hpc_distkv.api import Engine
+    from hpc_distkv.api import Engine, Files
     from hpc_distkv.comm.transport import Comm
 
 SAMPLING = ("temperature", "top_p", "top_k", "max_tokens", "seed")
@@ -57,8 +57,9 @@ def _generate(comm: Comm, options: dict[str, Any]) -> int:
     from hpc_distkv.observe.metrics import write_json
     from hpc_distkv.observe.progress import ProgressReport
 
-    together(comm, lambda: _check_place(options["metrics"]))
-    together(comm, lambda: _check_metrics(options["metrics"]) if comm.world.rank == 0 else None)
+    files = Files(Path(options["source"]), Path(options["output"]), options["overwrite"])
+    first = comm.world.rank == 0
+    together(comm, lambda: _check_files(files, options["metrics"]) if first else None)
     engine = Engine(
         options["model"],
         set_options(options),
@@ -67,8 +68,7 @@ def _generate(comm: Comm, options: dict[str, Any]) -> int:
         comm=comm,
     )
     say(comm, _announcement(engine))
-    files = Files(Path(options["source"]), Path(options["output"]), options["overwrite"])
-    figures = engine.run(files, ProgressReport() if comm.world.rank == 0 else None)
+    figures = engine.run(files, ProgressReport() if first else None)
     if figures is None:
         return 0
     if options["metrics"]:
@@ -78,21 +78,18 @@ def _generate(comm: Comm, options: dict[str, Any]) -> int:
     return 1 if rows["failed"] + rows["failed_before"] else 0
 
 
-def _check_place(metrics: str | None) -> None:
-    """A job that could not write its figures at the end should not start."""
+def _check_files(files: Files, metrics: str | None) -> None:
+    """What can be said of the files before the model is loaded. Raises InputError, JournalError
+    and OptionError."""
+    from hpc_distkv.batch.intake import Intake
+    from hpc_distkv.batch.journal import check_place
     from hpc_distkv.engine.config import OptionError
 
+    Intake(files.input).close()
+    check_place(files.output, files.input)
     folder = Path(metrics or ".").absolute().parent
     if not os.access(folder, os.W_OK):
-        raise OptionError(f"cannot write --metrics {metrics}: {folder} is no folder to write in")
-
-
-def _check_metrics(path: str | None) -> None:
-    """Before hours of work, not after them. Raises OptionError."""
-    from hpc_distkv.engine.config import OptionError
-
-    if path is not None and not Path(path).parent.is_dir():
-        raise OptionError(f"cannot write --metrics {path}: there is no such directory")
+        raise OptionError(f"cannot write --metrics {metrics}: {folder} is no directory to write in")
 
 
 def _announcement(engine: Engine) -> str:

@@ -63,14 +63,20 @@ class RankEngine:
         self.capacity_blocks = self.config.num_blocks
         """rBlocks that one request may use at most."""
         self._model = model
-        self._pool = BlockPool(
-            self.config.num_blocks,
-            config.num_layers,
-            config.num_kv_heads,
-            options.block_size,
-            config.head_dim,
-            model.dtype,
-        )
+        try:
+            self._pool = BlockPool(
+                self.config.num_blocks,
+                config.num_layers,
+                config.num_kv_heads,
+                options.block_size,
+                config.head_dim,
+                model.dtype,
+            )
+        except RuntimeError as error:  # how torch says that memory is short
+            raise OptionError(
+                f"there is no memory for {self.config.num_blocks} rBlocks of {block_bytes} bytes: "
+                "give less --num-blocks or --kv-memory"
+            ) from error
 
     def join(self) -> None:
         """Learn what the pools of all ranks hold together. Collective, once, before `run`."""

@@ -105,18 +105,24 @@ class Scheduler:
 
     def demand(self) -> Demand:
         """Foreseen need against what there is. Credit that is not needed is given back."""
-        held = self._rm.usable + self._usable_credit()
+        credit = self._usable_credit()
+        self._return_credit(self._rm.credit - credit)
+        held = self._rm.usable + credit
         if self._starved and self.running:
             oldest = self.running[0]
             growth = max(GROWTH_TOKENS, len(oldest.tokens) // STARVED_GROWTH)
             missing = self._missing(oldest, len(oldest.tokens) + growth)
             return Demand(max(1, missing - held), oldest.id, True, 0)
-        need = self._reserve
-        for sequence in (*self.running, *self._next_waiting()):
+        soon = (*self.running, *self._next_waiting())
+        need = self._reserve if soon else 0
+        wanted_for = NOBODY
+        for sequence in soon:
             need += self._missing(sequence, len(sequence.tokens) + GROWTH_TOKENS)
             if need > held:
-                return Demand(self._need() - held, sequence.id, False, 0)
-        self._return_credit(held - need)
+                wanted_for = min(wanted_for, sequence.id)
+        if need > held:
+            return Demand(need - held, wanted_for, False, 0)
+        self._return_credit(self._rm.usable + self._rm.credit - need)
         return Demand(0, NOBODY, False, self._lendable())
 
     @property
@@ -224,13 +230,6 @@ class Scheduler:
         if len(self.running) >= self._config.max_num_seqs:
             return []
         return [sequence for sequence in self.waiting[:1] if sequence.id < self._admit_before]
-
-    def _need(self) -> int:
-        """rBlocks that what runs, and the next to run, lack."""
-        return self._reserve + sum(
-            self._missing(sequence, len(sequence.tokens) + GROWTH_TOKENS)
-            for sequence in (*self.running, *self._next_waiting())
-        )
 
     def _lendable(self) -> int:
         """Room that nobody here needs: not what runs nor what waits for a seat, nor what new rows

@@ -116,15 +116,12 @@ WRONG_JOBS = {
         "missing",
     ),
 }
-NOT_YET = ("no room for the pool",)
-"""Ends with a traceback: engine/rank.py should raise OptionError when the pool cannot be had."""
 
 
 @pytest.mark.parametrize(
     ("ranks", "wrong"),
     [
-        *((0, wrong) for wrong in WRONG_JOBS if wrong not in NOT_YET),
-        *(pytest.param(0, wrong, marks=pytest.mark.xfail) for wrong in NOT_YET),
+        *((0, wrong) for wrong in WRONG_JOBS),
         *((2, wrong) for wrong in ("no model directory", "results of another job") if mpirun()),
     ],
 )
