@@ -67,11 +67,12 @@ class Scheduler:
         self._short_answers = 0
         self._denied = not config.lending
         self._granted = 0
-        self._reserve = max(1, config.num_blocks // 100)
-        self._first_chunk = min(
-            config.blocks(config.max_num_batched_tokens), max(1, config.num_blocks // 8)
-        )
-        """Room that is not lent, so that rows assigned here can begin, unless one starves."""
+        chunk = config.blocks(config.max_num_batched_tokens)
+        self._reserve = min(chunk, max(1, config.num_blocks // 100))
+        """Room that stays free when a row is admitted, for those that run to grow into."""
+        self._first_chunk = min(chunk, max(1, config.num_blocks // 8))
+        """Room that is not lent, so that rows assigned here can begin, unless one starves. At
+        least the reserve."""
 
     # -- between steps --------------------------------------------------------------------------
 

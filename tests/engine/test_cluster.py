@@ -115,6 +115,18 @@ def test_an_even_load_that_fits_borrows_nothing(model):
     assert min(counters.generated_tokens for counters in outcome.counters) > 0
 
 
+def test_what_is_promised_to_others_does_not_keep_own_rows_waiting(model):
+    rows = [request(i, 60, 40, random.Random(i)) for i in range(16)]
+    steps = {
+        lending: max(
+            counters.steps
+            for counters in run_cluster(model, rows, 2, options(3000, lending=lending)).counters
+        )
+        for lending in (True, False)
+    }
+    assert steps[True] < 1.3 * steps[False]
+
+
 class Slow:
     """The model of one rank that needs long for every step."""
 
