@@ -57,7 +57,9 @@ def _generate(comm: Comm, options: dict[str, Any]) -> int:
     from hpc_distkv.observe.metrics import write_json
     from hpc_distkv.observe.progress import ProgressReport
 
-    files = Files(Path(options["source"]), Path(options["output"]), options["overwrite"])
+    # A job that Slurm requeued goes on where it was, also if its first start was to overwrite.
+    afresh = options["overwrite"] and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
+    files = Files(Path(options["source"]), Path(options["output"]), afresh)
     first = comm.world.rank == 0
     together(comm, lambda: _check_files(files, options["metrics"]) if first else None)
     engine = Engine(
