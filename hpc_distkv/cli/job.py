@@ -14,7 +14,8 @@ from hpc_distkv.batch.errors import InputError, JournalError
 from hpc_distkv.comm.abort import BUG_STATUS, aborting
 from hpc_distkv.comm.launch import LaunchError
 from hpc_distkv.comm.mpi import open_mpi
-from hpc_distkv.comm.transport import Comm, StallError
+from hpc_distkv.comm.transport import Comm
+from hpc_distkv.comm.waiter import StallError
 from hpc_distkv.engine.rank import EngineOptions
 from hpc_distkv.memory.rmanager import ProtocolError
 

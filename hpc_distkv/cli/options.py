@@ -13,7 +13,7 @@ from hpc_distkv.model.config import DTYPE_BYTES
 F = TypeVar("F", bound=Callable[..., Any])
 
 POSITIVE = click.IntRange(min=1)
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 class Size(click.ParamType[int]):
@@ -32,74 +32,73 @@ class Size(click.ParamType[int]):
             number = -1.0
         if not match or not 0 < number < float("inf"):
             self.fail(f"'{value}' is no size: write for example 4GiB or 512MiB", param, ctx)
-        scale = _UNITS[match[2]]
-        if match[3]:
-            scale = 1024 ** len(str(scale)[::3][1:])
-        return int(number * scale)
+        return int(number * (1024 if match[3] else 1000) ** _POWERS[match[2]])
+
+
+ENGINE_OPTIONS = (
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", *DTYPE_BYTES]),
+        default="auto",
+        show_default=True,
+        help="Of weights and KV cache; auto is the checkpoint's.",
+    ),
+    click.option("--num-blocks", type=POSITIVE, help="rBlocks in the pool of one rank."),
+    click.option(
+        "--kv-memory",
+        type=Size(),
+        help="KV cache of one rank, e.g. 4GiB, if --num-blocks is not given. "
+        "[default: 40 % of the node's available memory over its ranks]",
+    ),
+    click.option(
+        "--block-size",
+        type=POSITIVE,
+        default=32,
+        show_default=True,
+        help="Tokens per rBlock.",
+    ),
+    click.option(
+        "--max-num-seqs",
+        type=POSITIVE,
+        default=128,
+        show_default=True,
+        help="Rows that run at once on one rank.",
+    ),
+    click.option(
+        "--max-num-batched-tokens",
+        type=POSITIVE,
+        default=512,
+        show_default=True,
+        help="Tokens in one step of one rank.",
+    ),
+    click.option(
+        "--no-lending",
+        is_flag=True,
+        help="Independent instances: nothing is borrowed. The baseline.",
+    ),
+    click.option(
+        "--lend-cap",
+        type=click.IntRange(min=0),
+        help="Most rBlocks a rank lends to others. [default: all]",
+    ),
+    click.option(
+        "--threads",
+        type=POSITIVE,
+        help="Compute threads of one rank. [default: its share of the cores]",
+    ),
+    click.option(
+        "--stall-timeout",
+        type=click.FloatRange(min=0, min_open=True),
+        default=300.0,
+        show_default=True,
+        help="Seconds without any progress after which a wait gives up.",
+    ),
+)
+"""The options of an engine, spelled as in vLLM where it has them."""
 
 
 def engine_options(command: F) -> F:
-    """The options of an engine, spelled as in vLLM where it has them."""
-    for option in reversed(
-        (
-            click.option(
-                "--dtype",
-                type=click.Choice(["auto", *DTYPE_BYTES]),
-                default="auto",
-                show_default=True,
-                help="Of weights and KV cache; auto is the checkpoint's.",
-            ),
-            click.option("--num-blocks", type=POSITIVE, help="rBlocks in the pool of one rank."),
-            click.option(
-                "--kv-memory",
-                type=Size(),
-                help="KV cache of one rank, e.g. 4GiB, if --num-blocks is not given. "
-                "[default: 40 % of the node's available memory over its ranks]",
-            ),
-            click.option(
-                "--block-size",
-                type=POSITIVE,
-                default=32,
-                show_default=True,
-                help="Tokens per rBlock.",
-            ),
-            click.option(
-                "--max-num-seqs",
-                type=POSITIVE,
-                default=128,
-                show_default=True,
-                help="Rows that run at once on one rank.",
-            ),
-            click.option(
-                "--max-num-batched-tokens",
-                type=POSITIVE,
-                default=512,
-                show_default=True,
-                help="Tokens in one step of one rank.",
-            ),
-            click.option(
-                "--no-lending",
-                is_flag=True,
-                help="Independent instances: nothing is borrowed. The baseline.",
-            ),
-            click.option(
-                "--lend-cap",
-                type=click.IntRange(min=0),
-                help="Most rBlocks a rank lends to others. [default: all]",
-            ),
-            click.option(
-                "--threads",
-                type=POSITIVE,
-                help="Compute threads of one rank. [default: its share of the cores]",
-            ),
-            click.option(
-                "--stall-timeout",
-                type=click.FloatRange(min=0, min_open=True),
-                default=300.0,
-                show_default=True,
-                help="Seconds without any progress after which a wait gives up.",
-            ),
-        )
-    ):
+    """Add `ENGINE_OPTIONS` to a command."""
+    for option in reversed(ENGINE_OPTIONS):
         command = option(command)
     return command

@@ -9,7 +9,8 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from hpc_distkv.comm.transport import Comm, StallError
+from hpc_distkv.comm.transport import Comm
+from hpc_distkv.comm.waiter import StallError
 
 BUG_STATUS = 70
 """Exit status after an unexpected exception (EX_SOFTWARE of sysexits.h)."""

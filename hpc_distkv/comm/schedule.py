@@ -6,7 +6,7 @@ import random
 import threading
 from collections.abc import Callable, Sequence
 
-from hpc_distkv.comm.transport import StallError
+from hpc_distkv.comm.waiter import StallError
 
 
 class PeerFailedError(RuntimeError):

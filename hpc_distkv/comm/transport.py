@@ -15,23 +15,17 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 
+from hpc_distkv.comm.waiter import Waiter
 from hpc_distkv.comm.world import World
-
-if TYPE_CHECKING:
-    from hpc_distkv.comm.waiter import Waiter
 
 T = TypeVar("T")
 
 Pairs = Sequence[tuple[int, torch.Tensor]]
 """(peer rank, contiguous tensor) in the order in which the peer sees them."""
-
-
-class StallError(RuntimeError):
-    """A wait made no progress for the stall timeout; the text says who waits for whom."""
 
 
 class Pending(ABC):

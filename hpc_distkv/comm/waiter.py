@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from hpc_distkv.comm.transport import StallError
 from hpc_distkv.comm.world import World
 
 T = TypeVar("T")
@@ -23,6 +22,10 @@ SLEEP_SHARE = 1 / 20
 LONGEST_GAP = 1.0
 """Seconds that one gap between two polls may add to the stall clock: a job that Slurm or a
 debugger suspended for an hour has not stalled for an hour."""
+
+
+class StallError(RuntimeError):
+    """A wait made no progress for the stall timeout; the text says who waits for whom."""
 
 
 def eagerness(world: World) -> float:

@@ -10,7 +10,7 @@ import msgspec
 import torch
 
 from hpc_distkv.attention import PagedBatch, PagedRow, merge_rows, micro_attention
-from hpc_distkv.comm.transport import Comm, Pairs
+from hpc_distkv.comm.transport import Comm, Pairs, Pending
 from hpc_distkv.control.messages import Counters, Header
 from hpc_distkv.engine.scheduler import Plan
 from hpc_distkv.memory.pool import BlockPool
@@ -59,6 +59,9 @@ class Traffic:
         self._shape, self._scale = shape, scale
         self._creditors: list[tuple[Peer, torch.Tensor]] = []
         self._debtors: list[Peer] = []
+        self._partners: dict[int, int] = {}
+        """Rank → instance."""
+        self._moves: Pending | None = None
 
     @property
     def any_queries(self) -> bool:

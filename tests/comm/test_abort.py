@@ -10,7 +10,7 @@ from hpc_distkv.comm import abort
 from hpc_distkv.comm.abort import aborting
 from hpc_distkv.comm.local import open_local, run_local
 from hpc_distkv.comm.schedule import PeerFailedError
-from hpc_distkv.comm.transport import StallError
+from hpc_distkv.comm.waiter import StallError
 
 SCRIPT = str(Path(__file__).with_name("failing_rank.py"))
 needs_mpirun = pytest.mark.skipif(mpirun() is None, reason="needs mpirun")

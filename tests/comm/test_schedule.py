@@ -7,7 +7,7 @@ import torch
 
 from hpc_distkv.comm.local import leftovers, open_local, run_local
 from hpc_distkv.comm.schedule import SeededSchedule
-from hpc_distkv.comm.transport import StallError
+from hpc_distkv.comm.waiter import StallError
 
 SEEDS = range(30)
 

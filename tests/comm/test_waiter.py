@@ -5,8 +5,7 @@ import time
 
 import pytest
 
-from hpc_distkv.comm.transport import StallError
-from hpc_distkv.comm.waiter import Waiter
+from hpc_distkv.comm.waiter import StallError, Waiter
 from hpc_distkv.comm.world import World
 
 
