@@ -66,7 +66,6 @@ class Scheduler:
         self._short = False
         self._short_answers = 0
         self._denied = not config.lending
-        self._granted = 0
         chunk = config.blocks(config.max_num_batched_tokens)
         self._reserve = min(chunk, max(1, config.num_blocks // 100))
         """Room that stays free when a row is admitted, for those that run to grow into."""
@@ -94,15 +93,10 @@ class Scheduler:
 
     def answered(self, asked: int, granted: int, admit_before: int) -> None:
         """What a control round brought: the last report asked for `asked` rBlocks."""
-        self._granted = granted
         self._admit_before = admit_before
         self._short_answers = self._short_answers + 1 if self._short else 0
         if self._config.lending:
             self._denied = asked > 0 and granted == 0
-
-    def credit_opened(self, blocks: int) -> None:
-        """Granted rBlocks have become credit."""
-        self._granted = max(0, self._granted - blocks)
 
     def demand(self) -> Demand:
         """Foreseen need against what there is. Credit that is not needed is given back."""

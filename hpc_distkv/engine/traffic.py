@@ -85,17 +85,16 @@ class Traffic:
             self._comm.mail.post(rank, msgspec.msgpack.encode(header))
         self._lay_out_debts(wanted)
 
-    def accept(self) -> int:
+    def accept(self) -> None:
         """Take the partners' headers, apply them, lay out the buffers for guests and post the
-        moves. Returns the credit that was opened."""
+        moves."""
         started = time.perf_counter()
         mail = self._comm.mail.take(list(self._partners), f"header, step {self._step}")
         self._counters.header_wait += time.perf_counter() - started
         headers = {self._partners[rank]: self._decode(rank, mail[rank]) for rank in self._partners}
-        opened, incoming = self._apply(headers)
+        incoming = self._apply(headers)
         self._lay_out_guests(headers)
         self._post_moves(self._plan.moves, incoming)
-        return opened
 
     def _header(
         self, instance: int, moves: Iterable[Move], wanted: list[tuple[int, list[int]]]
@@ -119,15 +118,14 @@ class Traffic:
             )
         return header
 
-    def _apply(self, headers: dict[int, Header]) -> tuple[int, list[Move]]:
-        opened, incoming = 0, []
+    def _apply(self, headers: dict[int, Header]) -> list[Move]:
+        incoming = []
         for instance, header in headers.items():
             self._rm.evict(instance, header.released)
             self._rm.take_back(instance, header.returned)
             self._rm.credit_opened(instance, header.opened)
-            opened += header.opened
             incoming += self._rm.host(instance, header.moves)
-        return opened, incoming
+        return incoming
 
     def _post_moves(self, outgoing: Sequence[Move], incoming: Sequence[Move]) -> None:
         rank_of, rblock = self._comm.world.rank_of, self._pool.rblock

@@ -198,7 +198,7 @@ class Worker:
         plan = self._scheduler.plan()
         if self._partners:
             self._traffic.announce(plan, self._partners, self._joint_step)
-            self._scheduler.credit_opened(self._traffic.accept())
+            self._traffic.accept()
             self._steps_left -= 1
             self._joint_step += 1
         exchanging = bool(self._partners) and self._traffic.any_queries
