@@ -80,6 +80,8 @@ class Mail(ABC):
 class Rounds(ABC):
     """Control rounds: a nonblocking gather of reports to rank 0, a nonblocking scatter of answers.
 
+    Answers are scattered and not broadcast: they carry prompts, which no other rank needs.
+
     Round k of a rank is: `report` → (compute) → `answer`. Every rank takes part in every round,
     in the same order; on rank 0 `reports` and `reply` serve the gManager beside its own part.
     Nothing here blocks; a rank that has nothing else to do waits with `Comm.idle`.
