@@ -60,7 +60,7 @@ class Forward:
             k_cache, v_cache = self._pool.layer(layer)
             write_kv(k, v, k_cache, v_cache, blocks, offsets)
             if traffic:
-                traffic.post_queries(layer, q)
+                traffic.post_queries(q)
             out, lse = micro_attention(q, k_cache, v_cache, batch, scale=self._scale, causal=True)
             if traffic:
                 traffic.serve(layer)
@@ -78,7 +78,7 @@ class Forward:
     def _serve_only(self, traffic: Traffic) -> None:
         for layer in range(self._pool.layers):
             self._between_layers()
-            traffic.post_queries(layer, None)
+            traffic.post_queries(None)
             traffic.serve(layer)
             traffic.merge(layer, None, None)
 

@@ -172,6 +172,9 @@ class Traffic:
         """All guests are served by one call, so their queries lie one after another in one buffer
         of which each debtor fills its part."""
         asking = {i: header.queries for i, header in headers.items() if header.queries}
+        self._debtors = []
+        if not asking:
+            return
         sizes = [sum(rows for _, rows in queries) for queries in asking.values()]
         self._served = self._buffers(sum(sizes))
         self._debtors = [
@@ -206,7 +209,7 @@ class Traffic:
 
     # -- layers ---------------------------------------------------------------------------------
 
-    def post_queries(self, layer: int, q: torch.Tensor | None) -> None:
+    def post_queries(self, q: torch.Tensor | None) -> None:
         """Send the rows of `q` `[tokens, heads, head_dim]` that have rBlocks elsewhere."""
         sends: list[tuple[int, torch.Tensor]] = []
         if q is not None:

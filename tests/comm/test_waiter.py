@@ -71,3 +71,4 @@ def test_background_work_goes_on_while_waiting():
     count = []
     busy.background.append(lambda: count.append(1))
     busy.until(lambda: len(count) >= 3 or None, "the background")
+    assert len(count) >= 3
