@@ -111,7 +111,7 @@ def test_without_lending_the_same_row_is_an_error_with_the_arithmetic(tmp_path, 
     prompt = random_ids(718, random.Random(3))
     rows = [completion("whole", prompt, 12), completion("short", prompt[:20], 4)]
     job = BatchJob(tmp_path, tiny_model, rows)
-    ran = job.run(3, "--num-blocks", 16, "--temperature", 0, "--no-lending")
+    ran = job.run(3, "--num-blocks", 16, "--temperature", 0, "--policy", "queue")
     assert ran.returncode == 1, ran.stderr
     lines = {line["custom_id"]: line for line in job.lines()}
     assert lines["short"]["error"] is None

@@ -98,7 +98,7 @@ def _announcement(engine: Engine) -> str:
     defaults, rank, world = engine.defaults, engine.rank, engine.comm.world
     lending = f"one row may have {rank.capacity_tokens} tokens of KV"
     if world.instances > 1:
-        lending += ", lent between ranks" if rank.config.lending else ", nothing is lent"
+        lending += ", lent between ranks" if rank.config.policy.lending else ", nothing is lent"
     sampling = f"temperature {defaults.temperature:g}" if defaults.temperature else "greedy"
     return (
         f"{world.size} ranks, {rank.threads} threads each; {rank.dtype}; "

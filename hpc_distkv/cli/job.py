@@ -17,7 +17,7 @@ from hpc_distkv.comm.mpi import open_mpi
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.comm.waiter import StallError
 from hpc_distkv.engine.rank import EngineOptions
-from hpc_distkv.memory.rmanager import ProtocolError
+from hpc_distkv.memory.loan import ProtocolError
 
 USAGE_STATUS = 2
 EXPECTED = (InputError, JournalError, StallError, ProtocolError)
@@ -55,6 +55,7 @@ def say(comm: Comm, text: str) -> None:
 def set_options(options: dict[str, Any]) -> EngineOptions:
     """The engine options among a command's options."""
     return EngineOptions(
-        lending=not options["no_lending"],
+        policy=options["policy"],
+        move_budget=options["move_budget"],
         **{name: options[name] for name in EngineOptions.__dataclass_fields__ if name in options},
     )

@@ -72,9 +72,19 @@ ENGINE_OPTIONS = (
         help="Tokens in one step of one rank.",
     ),
     click.option(
-        "--no-lending",
-        is_flag=True,
-        help="Independent instances: nothing is borrowed. The baseline.",
+        "--policy",
+        type=click.Choice(["lend", "lend-greedy", "migrate", "queue", "isolated"]),
+        default="lend",
+        show_default=True,
+        help="How ranks share memory: lend rBlocks where it pays; only where they are short; "
+        "migrate whole requests; share nothing but the queue of rows; or not even that.",
+    ),
+    click.option(
+        "--move-budget",
+        type=click.IntRange(min=0),
+        default=16,
+        show_default=True,
+        help="KV tokens a rank may move per step though no row waits for them.",
     ),
     click.option(
         "--lend-cap",

@@ -3,80 +3,132 @@
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from hpc_distkv.control.messages import Request, Result
+from hpc_distkv.control.work import MeanOutput, work
 
+DEALT_AHEAD = 10_000
+"""Rows dealt to one instance ahead of its room at most; then the others wait for it."""
 
-@dataclass
-class Share:
-    """What one instance has been given and not finished."""
-
-    rows: int = 0
-    tokens: float = 0.0
-    """Predicted work: prompt and expected output tokens."""
+Numbers = np.ndarray[Any, Any]
 
 
 class Assignment:
-    """Gives waiting rows to instances by load, oldest first; owner of every unfinished row's
-    whereabouts. Pulls rows only as fast as instances have room for them."""
+    """Gives waiting rows to instances, oldest first; owner of every unfinished row's whereabouts.
+    Pulls rows only as fast as instances have room for them."""
 
-    def __init__(self, requests: Iterator[Request], instances: int) -> None:
+    def __init__(
+        self,
+        requests: Iterator[Request],
+        instances: int,
+        queue: bool = True,
+        attention_tokens: float = float("inf"),
+    ) -> None:
+        """`queue`: a row goes to the instance with least predicted work; otherwise rows are dealt
+        out in turn, as to replicas that each got their part of the input."""
         self.exhausted = False
         self.home: dict[int, int] = {}
         """Unfinished request → its home instance."""
         self._requests = requests
-        self._work: dict[int, float] = {}
-        self._shares = [Share() for _ in range(instances)]
-        self._outputs, self._output_tokens = 0, 0
+        self._attention_tokens = attention_tokens
+        self._outputs = MeanOutput()
+        self._dealt = None if queue else [deque[Request]() for _ in range(instances)]
+        self._next = 0
 
     @property
     def done(self) -> bool:
         """Every row was assigned and has its result."""
-        return self.exhausted and not self.home
+        return self.exhausted and not self.home and not any(self._dealt or ())
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there may be rows that no instance has yet."""
+        return not self.exhausted or any(self._dealt or ())
 
     def finish(self, result: Result) -> None:
         """A row has its result."""
-        share = self._shares[self.home.pop(result.id)]
-        share.rows -= 1
-        share.tokens -= self._work.pop(result.id)
-        self._outputs += 1
-        self._output_tokens += len(result.tokens) // 4
+        del self.home[result.id]
+        self._outputs.add(len(result.tokens) // 4)
 
-    def assign(self, room_rows: Sequence[int], room_tokens: Sequence[int]) -> list[list[Request]]:
-        """New rows for every instance: to the least loaded first, while it has room for rows and
-        for prompt tokens."""
-        given: list[list[Request]] = [[] for _ in self._shares]
-        rows, tokens = list(room_rows), list(room_tokens)
-        ready = [
-            (share.tokens, instance)
-            for instance, share in enumerate(self._shares)
-            if rows[instance] > 0 and tokens[instance] > 0
+    def assign(
+        self, room_rows: Numbers, room_tokens: Numbers, work_left: Numbers
+    ) -> dict[int, list[Request]]:
+        """New rows by instance; instances without any are left out. Arguments have one value per
+        instance: rows and prompt tokens there is room for, work it has already."""
+        given: dict[int, list[Request]] = {}
+        if not self.waiting:
+            return given
+        ready = np.flatnonzero((room_rows > 0) & (room_tokens > 0))
+        if self._dealt is not None:
+            self._deal(ready.tolist(), room_rows, room_tokens, given)
+            return given
+        loads = work_left[ready]
+        order = np.argsort(loads, kind="stable")
+        heap = [
+            (load, instance, rows, tokens)
+            for load, instance, rows, tokens in zip(
+                loads[order].tolist(),
+                ready[order].tolist(),
+                room_rows[ready][order].tolist(),
+                room_tokens[ready][order].tolist(),
+                strict=True,
+            )
         ]
-        heapq.heapify(ready)
-        while ready and (request := self._pull()) is not None:
-            _, instance = heapq.heappop(ready)
-            given[instance].append(request)
-            self._enter(request, instance)
-            rows[instance] -= 1
-            tokens[instance] -= request.prompt_len
-            if rows[instance] > 0 and tokens[instance] > 0:
-                heapq.heappush(ready, (self._shares[instance].tokens, instance))
+        while heap and (request := self._pull()) is not None:
+            load, instance, rows, tokens = heap[0]
+            self._give(request, instance, given)
+            rows, tokens = rows - 1, tokens - request.prompt_len
+            if rows > 0 and tokens > 0:
+                heapq.heapreplace(heap, (load + self._work(request), instance, rows, tokens))
+            else:
+                heapq.heappop(heap)
         return given
 
+    def _deal(
+        self,
+        ready: Sequence[int],
+        room_rows: Numbers,
+        room_tokens: Numbers,
+        given: dict[int, list[Request]],
+    ) -> None:
+        assert self._dealt is not None
+        for instance in ready:
+            rows, tokens = int(room_rows[instance]), int(room_tokens[instance])
+            hand = self._dealt[instance]
+            while rows > 0 and tokens > 0 and (hand or self._deal_until(instance)):
+                request = hand.popleft()
+                self._give(request, instance, given)
+                rows, tokens = rows - 1, tokens - request.prompt_len
+
+    def _deal_until(self, instance: int) -> bool:
+        """Deal rows until `instance` gets one."""
+        assert self._dealt is not None
+        while not self._dealt[instance]:
+            if len(self._dealt[self._next]) >= DEALT_AHEAD:
+                return False
+            request = self._pull()
+            if request is None:
+                return False
+            self._dealt[self._next].append(request)
+            self._next = (self._next + 1) % len(self._dealt)
+        return True
+
     def _pull(self) -> Request | None:
+        if self.exhausted:
+            return None
         request = next(self._requests, None)
         self.exhausted = request is None
         return request
 
-    def _enter(self, request: Request, instance: int) -> None:
-        work = request.prompt_len + self._expected_output(request)
+    def _give(self, request: Request, instance: int, given: dict[int, list[Request]]) -> None:
         self.home[request.id] = instance
-        self._work[request.id] = work
-        self._shares[instance].rows += 1
-        self._shares[instance].tokens += work
+        given.setdefault(instance, []).append(request)
 
-    def _expected_output(self, request: Request) -> float:
-        limit = request.sampling.max_tokens
-        return min(limit, self._output_tokens / self._outputs) if self._outputs else limit
+    def _work(self, request: Request) -> float:
+        output = self._outputs.expected(request.sampling.max_tokens)
+        return work(0, request.prompt_len + output, self._attention_tokens)

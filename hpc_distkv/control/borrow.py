@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hpc_distkv.control.ledger import DebtLedger
+from hpc_distkv.control.links import Links
 
 CANDIDATES = 3
 """Creditors one debtor may be sent to in one round (DistKV-LLM)."""
@@ -29,30 +33,46 @@ class Grant(NamedTuple):
 
 
 def greedy_borrow(
-    needs: Sequence[Need], promised: Sequence[int], ledger: DebtLedger, nodes: Sequence[int]
+    needs: Sequence[Need], promised: NDArray[np.int64], ledger: DebtLedger, links: Links
 ) -> list[Grant]:
-    """Serve `needs` oldest first out of `promised` rBlocks per instance and enter the grants in
-    `ledger`. A debtor gets at most `CANDIDATES` creditors: those that close no circle of debts
-    first, then those on its own node, then those with most rBlocks left."""
-    left = list(promised)
+    """Serve `needs` oldest first out of `promised` rBlocks [instances]. The grants are entered in
+    `ledger` and taken out of `promised`, in place: what it holds afterwards is left.
+
+    A debtor gets at most `CANDIDATES` creditors: those that close no circle of debts first, then
+    those behind the cheapest links, then those with most rBlocks left.
+    """
     grants = []
+    left = int(promised.sum())
     for _, debtor, wanted in sorted(needs):
-        ranked = sorted(
-            (
-                ledger.closes_circle(debtor, creditor),
-                nodes[creditor] != nodes[debtor],
-                -left[creditor],
-                creditor,
-            )
-            for creditor in range(len(left))
-            if creditor != debtor and left[creditor] > 0
-        )
-        for *_, creditor in ranked[:CANDIDATES]:
-            blocks = min(wanted, left[creditor])
-            if blocks < 1:
+        if left == 0:
+            break
+        rank = _ranks(debtor, promised, ledger, links)
+        for _ in range(CANDIDATES):
+            creditor = int(rank.argmin())
+            if wanted == 0 or rank[creditor] == _NEVER:
                 break
+            blocks = min(wanted, int(promised[creditor]))
+            rank[creditor] = _NEVER
             wanted -= blocks
-            left[creditor] -= blocks
+            left -= blocks
+            promised[creditor] -= blocks
             ledger.grant(debtor, creditor, blocks)
             grants.append(Grant(debtor, creditor, blocks))
     return grants
+
+
+# A rank is one integer: circle, link class, rBlocks, from the highest bits to the lowest.
+_CLOSES_CIRCLE = 1 << 56
+_CLASS_BIT = 48
+_NEVER = np.iinfo(np.int64).max
+
+
+def _ranks(
+    debtor: int, promised: NDArray[np.int64], ledger: DebtLedger, links: Links
+) -> NDArray[np.int64]:
+    """The order in which instances lend to `debtor`, lowest first: int64 [instances]."""
+    ranks = (links.classes(debtor).astype(np.int64) << _CLASS_BIT) - promised
+    ranks[list(ledger.owing(debtor))] += _CLOSES_CIRCLE
+    ranks[promised == 0] = _NEVER
+    ranks[debtor] = _NEVER
+    return ranks

@@ -3,26 +3,62 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from hpc_distkv.control.assign import Assignment
 from hpc_distkv.control.borrow import Grant, Need, greedy_borrow
+from hpc_distkv.control.dgfm import plan_recalls
 from hpc_distkv.control.ledger import DebtLedger
-from hpc_distkv.control.messages import NOBODY, Answer, Counters, Report, Request, Result
+from hpc_distkv.control.links import Links
+from hpc_distkv.control.messages import Answer, Counters, Request, Result
+from hpc_distkv.control.pace import paces
+from hpc_distkv.control.planner import Planner
+from hpc_distkv.control.policy import POLICIES, Policy
+from hpc_distkv.control.wire import Reports
 
 log = logging.getLogger(__name__)
 
-ROUND_SECONDS = 0.2
-"""Goal for the wall time between two boundaries of instances that have loans."""
-MAX_STEPS = 64
-"""Most steps between two boundaries: bounds the harm of a wrong step time."""
 PATIENCE = 3
 """Rounds between two calls for victims: the blocks of the last ones need that long to show."""
+PLAN_EVERY = 5
+"""Rounds between two plans: what the last one moved has to show in the reports."""
+RECALL_STEPS = 16
+"""Steps whose budget for moves one round's recalls may use."""
+
+Blocks = NDArray[np.int64]
+
+
+class Answers(dict[int, Answer]):
+    """The answers of a round by instance, those left out being like `plain`."""
+
+    def __init__(self, plain: Answer) -> None:
+        super().__init__()
+        self.plain = plain
+
+    def __missing__(self, instance: int) -> Answer:
+        answer = self[instance] = Answer(round=self.plain.round)
+        return answer
+
+    def encode(self, instances: int) -> list[bytes]:
+        """The messages to all instances."""
+        encoder = msgspec.msgpack.Encoder()
+        encoded = [encoder.encode(self.plain)] * instances
+        for instance, answer in self.items():
+            answer.admit_before, answer.stop = self.plain.admit_before, self.plain.stop
+            encoded[instance] = encoder.encode(answer)
+        return encoded
 
 
 class GManager:
     """Owner of the debt ledger, of every row's whereabouts and of the plan of each round. Pure:
     it sees reports and makes answers; the engine carries both.
+
+    A promise goes, in this order, to debtors that are short, oldest request first; to transfers
+    that pay; and back to its own instance, to bring its rBlocks home.
 
     Progress of the oldest request is guaranteed here. A request that can't go on although all
     younger ones at its home gave way reports itself starved; then nobody younger is admitted
@@ -33,119 +69,171 @@ class GManager:
     """
 
     def __init__(
-        self, requests: Iterator[Request], nodes: Sequence[int], lending: bool = True
+        self,
+        requests: Iterator[Request],
+        links: Links,
+        instances: int,
+        policy: Policy = POLICIES["lend"],
+        *,
+        block_size: int = 32,
+        move_budget: int = 16,
+        max_tokens: int = 512,
+        attention_tokens: float = float("inf"),
+        exchange_seconds: Callable[[int], float] = lambda link_class: 0.0,
     ) -> None:
-        """`nodes`: the node of every instance."""
-        self.ledger = DebtLedger(len(nodes))
-        self.assignment = Assignment(requests, len(nodes))
-        self.counters = [Counters() for _ in nodes]
+        """`links`: of the instances; `block_size`, `move_budget` (KV tokens per step), `max_tokens`
+        (of a step) and `attention_tokens` as the engines'; `exchange_seconds`: link class → what an
+        exchange over such a link adds to a step."""
+        self.ledger = DebtLedger(instances)
+        self.assignment = Assignment(requests, instances, policy.queue, attention_tokens)
+        self.counters = [Counters() for _ in range(instances)]
         self.running = self.free = self.capacity = 0
-        self._nodes = tuple(nodes)
-        self._lending = lending
-        self._round = 0
-        self._held: dict[int, dict[int, int]] = {}
+        self.round_number = 0
+        self._links = links
+        self._policy = policy
+        self._planner = Planner(block_size, links, exchange_seconds) if policy.planner else None
+        self._planned: dict[tuple[int, int], int] = {}
+        """(debtor, creditor) → rBlocks of a transfer that are not granted yet."""
+        self._block_size, self._move_budget, self._max_tokens = block_size, move_budget, max_tokens
         self._patience = 0
 
-    def round(self, reports: Sequence[Report]) -> tuple[list[Answer], list[Result]]:
-        """One control round: the reports of all instances by instance → an answer for each, and
-        the results they carried."""
-        self._check(reports)
-        results = [result for report in reports for result in report.results]
+    def round(self, messages: Sequence[bytes]) -> tuple[list[bytes], list[Result]]:
+        """One control round: the encoded reports of all instances by instance → an encoded answer
+        for each, and the results they carried. Raises ReportError, and does nothing, for messages
+        that no healthy instance sends."""
+        reports = Reports(messages)
+        reports.check(self.round_number)
+        results = self._observe(reports)
+        plain = Answer(round=self.round_number)
+        answers = Answers(plain)
+        promised = reports["promised"].astype(np.int64)
+        self._serve_needs(reports, promised, answers)
+        if (starved := self._starved(reports)) is not None:
+            plain.admit_before = int(reports["wanted_for"][starved])
+            self._call_victims(reports, starved, answers)
+        elif self._planner:
+            self._transfer(reports, promised, answers)
+        for instance, rows in self.assignment.assign(
+            reports["room_rows"], reports["room_tokens"], reports["work_left"]
+        ).items():
+            answers[instance].assign = rows
+        self._set_paces(reports, answers)
+        if self._policy.dgfm and self.ledger.total:
+            self._recall(reports, promised, answers)
+        plain.stop = self.assignment.done
+        self.round_number += 1
+        return answers.encode(len(reports)), results
+
+    def _observe(self, reports: Reports) -> list[Result]:
+        results: list[Result] = []
+        for instance, changes in reports.changes.items():
+            if changes.lent is not None:
+                self.ledger.set_row(instance, changes.lent)
+            if changes.counters is not None:
+                self.counters[instance] = changes.counters
+            results += changes.results
+            self.assignment.home.update(dict.fromkeys(changes.adopted, instance))
         for result in results:
             self.assignment.finish(result)
-        self._observe(reports)
-        grants = self._lend(reports) if self._lending else []
-        starved = min((r for r in reports if r.starved), key=lambda r: r.wanted_for, default=None)
-        victims = self._victims(starved, grants) if starved else {}
-        assigned = self.assignment.assign(
-            [report.room_rows for report in reports], [report.room_tokens for report in reports]
-        )
-        steps = self._steps(reports, assigned)
-        partners = self.ledger.partners()
-        answers = [
-            Answer(
-                round=self._round,
-                assign=assigned[instance],
-                lend={g.debtor: g.blocks for g in grants if g.creditor == instance},
-                granted=sum(g.blocks for g in grants if g.debtor == instance),
-                preempt=victims.get(instance, []),
-                admit_before=starved.wanted_for if starved else NOBODY,
-                partners=sorted(partners[instance]),
-                steps=steps[instance],
-                stop=self.assignment.done,
-            )
-            for instance in range(len(reports))
-        ]
-        self._round += 1
-        return answers, results
+        self.running = int(reports["running"].sum())
+        self.free = int(reports["free"].sum())
+        self.capacity = int(reports["capacity"].sum())
+        return results
 
-    def _check(self, reports: Sequence[Report]) -> None:
-        for instance, report in enumerate(reports):
-            if report.round != self._round:
-                raise RuntimeError(
-                    f"instance {instance} reported for round {report.round} in round {self._round}"
-                )
+    def _set_paces(self, reports: Reports, answers: Answers) -> None:
+        """Partners and pace of all instances with loans; the others need neither."""
+        components = self.ledger.components()
+        new = {instance for instance, answer in answers.items() if answer.assign}
+        for component, steps, budget in paces(reports, components, new, self._max_tokens):
+            for instance in component:
+                answer = answers[instance]
+                answer.partners = sorted(self.ledger.partners(instance))
+                answer.steps, answer.budget = steps, budget
 
-    def _observe(self, reports: Sequence[Report]) -> None:
-        for instance, report in enumerate(reports):
-            self.ledger.set_row(instance, report.lent)
-            self.counters[instance] = report.counters
-            for request, places in report.held.items():
-                if places:
-                    self._held[request] = places
-                else:
-                    self._held.pop(request, None)
-        self.running = len(self._held)
-        self.free = sum(report.free for report in reports)
-        self.capacity = sum(report.capacity for report in reports)
+    # -- loans ----------------------------------------------------------------------------------
 
-    def _lend(self, reports: Sequence[Report]) -> list[Grant]:
+    def _serve_needs(self, reports: Reports, promised: Blocks, answers: Answers) -> None:
+        """Grants for those that are short, oldest request first."""
         needs = [
-            Need(report.wanted_for, instance, report.wanted)
-            for instance, report in enumerate(reports)
-            if report.wanted > 0
+            Need(int(reports["wanted_for"][i]), i, self._need(reports, i))
+            for i in np.flatnonzero(reports["wanted"]).tolist()
         ]
-        if not needs:
-            return []
-        promised = [report.promised for report in reports]
-        return greedy_borrow(needs, promised, self.ledger, self._nodes)
+        if needs:
+            for grant in greedy_borrow(needs, promised, self.ledger, self._links):
+                self._enter(grant, answers)
 
-    def _victims(self, starved: Report, grants: Sequence[Grant]) -> dict[int, list[int]]:
-        """Home instance → requests that give way to the starved one."""
-        home = self.assignment.home.get(starved.wanted_for)
-        if home is None or not self._lending:
-            return {}
-        missing = starved.wanted - sum(g.blocks for g in grants if g.debtor == home)
-        if missing <= 0 or self._round < self._patience:
-            return {}
-        self._patience = self._round + PATIENCE
-        younger = [request for request in self._held if request > starved.wanted_for]
-        younger.sort(key=lambda request: (home not in self._held[request], -request))
-        victims: dict[int, list[int]] = {}
-        for request in younger:
+    def _need(self, reports: Reports, instance: int) -> int:
+        """A request that migrates needs room for all of itself."""
+        wanted = int(reports["wanted"][instance])
+        return wanted + int(reports["longest"][instance]) if self._policy.migrate else wanted
+
+    def _enter(self, grant: Grant, answers: Answers) -> None:
+        lend = answers[grant.creditor].lend
+        lend[grant.debtor] = lend.get(grant.debtor, 0) + grant.blocks
+        answers[grant.debtor].granted += grant.blocks
+
+    def _transfer(self, reports: Reports, promised: Blocks, answers: Answers) -> None:
+        """Go on with the transfers that pay: grant what their creditors have promised, and let
+        them keep free what is missing."""
+        assert self._planner
+        if self.round_number % PLAN_EVERY == 0:
+            plan = self._planner.plan(reports, self.ledger, self.assignment.waiting)
+            self._planned = {(t.debtor, t.creditor): t.blocks for t in plan}
+        for (debtor, creditor), blocks in list(self._planned.items()):
+            granted = min(blocks, int(promised[creditor]))
+            if granted:
+                promised[creditor] -= granted
+                self.ledger.grant(debtor, creditor, granted)
+                self._enter(Grant(debtor, creditor, granted), answers)
+                answers[debtor].shed[creditor] = granted
+            self._planned[debtor, creditor] -= granted
+            answers[creditor].keep += blocks - granted
+
+    def _recall(self, reports: Reports, promised: Blocks, answers: Answers) -> None:
+        """DGFM: what is left of a debtor's own promise takes its rBlocks in, unless their loans
+        pay; and circles of debts are cancelled."""
+        spare: dict[int, int] = {}
+        for debtor in np.flatnonzero(promised).tolist():
+            creditors = self.ledger.creditors_of(debtor)
+            if creditors and not (
+                self._planner and self._planner.pays(debtor, self.ledger, reports)
+            ):
+                new = sum(request.prompt_len for request in answers[debtor].assign)
+                spare[debtor] = int(promised[debtor]) - new // self._block_size
+        urgent = set(np.flatnonzero(reports["wanted"]).tolist())
+        budget = RECALL_STEPS * self._move_budget // self._block_size
+        for debtor, creditor, blocks in plan_recalls(
+            self.ledger, spare, self._links, budget, urgent
+        ):
+            answers[debtor].recall[creditor] = blocks
+
+    # -- starvation -----------------------------------------------------------------------------
+
+    def _starved(self, reports: Reports) -> int | None:
+        """The instance of the oldest request that cannot go on."""
+        starved = np.flatnonzero(reports["starved"])
+        if not self._policy.lending or not len(starved):
+            return None
+        return int(starved[reports["wanted_for"][starved].argmin()])
+
+    def _call_victims(self, reports: Reports, starved: int, answers: Answers) -> None:
+        """Let younger requests give way until the starved one has what it wants: first those that
+        have rBlocks at its home, then the youngest."""
+        missing = int(reports["wanted"][starved]) - answers[starved].granted
+        if missing <= 0 or self.round_number < self._patience:
+            return
+        self._patience = self.round_number + PATIENCE
+        oldest, youngest = int(reports["wanted_for"][starved]), reports["youngest"]
+        order = [int(i) for i in np.argsort(-youngest) if youngest[i] > oldest]
+        guests = self.ledger.debtors_of(starved)
+        for instance in [i for i in order if i in guests]:
+            blocks = min(missing, guests[instance])
+            if blocks > 0:
+                answers[instance].give_way, answers[instance].give_way_at = blocks, starved
+                missing -= blocks
+        for instance in [i for i in order if not answers[i].give_way]:
             if missing <= 0:
                 break
-            if (owner := self.assignment.home.get(request)) is not None:
-                missing -= sum(self._held[request].values())
-                victims.setdefault(owner, []).append(request)
-        log.debug("request %d is starved: %s give way", starved.wanted_for, victims)
-        return victims
-
-    def _steps(self, reports: Sequence[Report], assigned: Sequence[Sequence[Request]]) -> list[int]:
-        """Steps to the next boundary, so that a round lasts about equally long everywhere: as long
-        as the slowest component needs for one step, but no shorter than the goal. New rows mean
-        steps with prompts; where none was measured yet, one step is all that is foreseeable."""
-        times = [
-            (report.chunk_time if new else report.step_time)
-            for report, new in zip(reports, assigned, strict=True)
-        ]
-        slowest = max(ROUND_SECONDS, *times)
-        steps = [0] * len(times)
-        for component in self.ledger.components():
-            if len(component) > 1:
-                pace = max(times[instance] for instance in component)
-                known = all(times[i] or not (assigned[i]) for i in component)
-                count = min(MAX_STEPS, max(1, int(slowest / pace))) if pace and known else 1
-                for instance in component:
-                    steps[instance] = count
-        return steps
+            answers[instance].give_way = min(missing, int(reports["youngest_blocks"][instance]))
+            missing -= answers[instance].give_way
+        log.debug("request %d is starved: others give way", oldest)

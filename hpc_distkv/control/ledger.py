@@ -2,69 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 
 
 class DebtLedger:
     """The global debt graph: an edge u → v of weight w says that instance u borrows w rBlocks
     from instance v (DistKV-LLM's debt ledger). The creditors' reports are the authority.
+
+    Indexed both ways: a call costs what it returns or changes, however many instances there are.
+    The mappings and sets it hands out are live views, to be read before the next change.
     """
 
     def __init__(self, instances: int) -> None:
-        self.instances = instances
+        self.total = 0
+        """rBlocks of all debts."""
         self._lent: list[dict[int, int]] = [{} for _ in range(instances)]
+        self._owed: list[dict[int, int]] = [{} for _ in range(instances)]
+        self._members: set[int] = set()
 
     def set_row(self, creditor: int, lent: Mapping[int, int]) -> None:
         """What `creditor` reports to lend: debtor → rBlocks."""
-        self._lent[creditor] = {debtor: blocks for debtor, blocks in lent.items() if blocks}
+        for debtor in self._lent[creditor].keys() - lent.keys():
+            self._put(debtor, creditor, 0)
+        for debtor, blocks in lent.items():
+            self._put(debtor, creditor, blocks)
 
     def grant(self, debtor: int, creditor: int, blocks: int) -> None:
         """Enter a grant of this round."""
-        row = self._lent[creditor]
-        row[debtor] = row.get(debtor, 0) + blocks
+        self._put(debtor, creditor, self._lent[creditor].get(debtor, 0) + blocks)
 
-    def pairs(self) -> Iterable[tuple[int, int, int]]:
+    def creditors_of(self, debtor: int) -> Mapping[int, int]:
+        """Creditor → rBlocks that `debtor` borrows from it."""
+        return self._owed[debtor]
+
+    def debtors_of(self, creditor: int) -> Mapping[int, int]:
+        """Debtor → rBlocks that `creditor` lends to it."""
+        return self._lent[creditor]
+
+    def pairs(self) -> Iterator[tuple[int, int, int]]:
         """(debtor, creditor, rBlocks) of every debt."""
-        for creditor, row in enumerate(self._lent):
-            for debtor, blocks in row.items():
+        for creditor in self._members:
+            for debtor, blocks in self._lent[creditor].items():
                 yield debtor, creditor, blocks
 
-    def creditors(self, debtor: int) -> list[int]:
-        """Instances that lend to `debtor`."""
-        return [creditor for creditor, row in enumerate(self._lent) if debtor in row]
+    def partners(self, instance: int) -> set[int]:
+        """Instances that `instance` has a loan with, in either direction."""
+        return self._owed[instance].keys() | self._lent[instance].keys()
 
-    def partners(self) -> list[set[int]]:
-        """For every instance, those it has a loan with in either direction."""
-        partners: list[set[int]] = [set() for _ in range(self.instances)]
-        for debtor, creditor, _ in self.pairs():
-            partners[debtor].add(creditor)
-            partners[creditor].add(debtor)
-        return partners
+    def members(self) -> AbstractSet[int]:
+        """Instances that borrow or lend."""
+        return self._members
 
     def components(self) -> list[list[int]]:
-        """Sets of instances that step together, each ascending."""
-        partners, seen, components = self.partners(), set[int](), []
-        for start in range(self.instances):
-            if start in seen:
-                continue
-            component, todo = {start}, [start]
-            while todo:
-                new = partners[todo.pop()] - component
-                component |= new
-                todo += new
-            seen |= component
-            components.append(sorted(component))
+        """Sets of instances that step together, each ascending; instances without loans are in
+        none."""
+        seen, components = set[int](), []
+        for start in sorted(self._members):
+            if start not in seen:
+                component = _reachable(start, self.partners)
+                seen |= component
+                components.append(sorted(component))
         return components
 
     def closes_circle(self, debtor: int, creditor: int) -> bool:
         """Whether a debt of `debtor` to `creditor` would close a circle of debts: `creditor`
         already owes `debtor`, directly or through others."""
-        seen, todo = {creditor}, [creditor]
-        while todo:
-            at = todo.pop()
-            if at == debtor:
-                return True
-            new = set(self.creditors(at)) - seen
-            seen |= new
-            todo += new
-        return False
+        return debtor in _reachable(creditor, self.creditors_of)
+
+    def owing(self, creditor: int) -> set[int]:
+        """`creditor` and all that owe it, directly or through others: those it cannot borrow from
+        without closing a circle of debts."""
+        return _reachable(creditor, self.debtors_of)
+
+    def _put(self, debtor: int, creditor: int, blocks: int) -> None:
+        lent, owed = self._lent[creditor], self._owed[debtor]
+        self.total += blocks - lent.get(debtor, 0)
+        if blocks:
+            lent[debtor] = owed[creditor] = blocks
+        else:
+            lent.pop(debtor, None)
+            owed.pop(creditor, None)
+        for instance in (debtor, creditor):
+            if self._owed[instance] or self._lent[instance]:
+                self._members.add(instance)
+            else:
+                self._members.discard(instance)
+
+
+def _reachable(start: int, onward: Callable[[int], Iterable[int]]) -> set[int]:
+    """`start` and every instance that steps `onward` lead to."""
+    reached, todo = {start}, [start]
+    while todo:
+        for instance in onward(todo.pop()):
+            if instance not in reached:
+                reached.add(instance)
+                todo.append(instance)
+    return reached

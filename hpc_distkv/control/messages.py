@@ -13,6 +13,9 @@ from collections.abc import Iterable
 import msgspec
 import numpy as np
 
+NOBODY = 2**62
+"""Younger than any request."""
+
 
 def pack_tokens(tokens: Iterable[int]) -> bytes:
     """Token ids → bytes."""
@@ -74,16 +77,30 @@ class Counters(msgspec.Struct):
     """Prompt tokens computed, recomputed ones included."""
     generated_tokens: int = 0
     preemptions: int = 0
+    stalls: int = 0
+    """Times a row could not take part in a step for want of an rBlock."""
     refused_grants: int = 0
     blocks_lent: int = 0
     """rBlocks received from debtors."""
     blocks_borrowed: int = 0
     """rBlocks moved to creditors."""
+    blocks_returned: int = 0
+    """rBlocks brought home from creditors."""
+    blocks_copied: int = 0
+    """rBlocks copied to the instance that a request migrates to."""
+    migrations: int = 0
+    """Requests handed over to another instance."""
     peak_borrowed: int = 0
     """Most rBlocks hosted elsewhere at once."""
+    held_block_steps: int = 0
+    """rBlocks of running requests, summed over steps."""
+    remote_block_steps: int = 0
+    """Those of them that were hosted elsewhere."""
     bytes_moved: int = 0
     bytes_queried: int = 0
     """Query vectors sent and partial results returned."""
+    bytes_reported: int = 0
+    """Reports sent to the gManager and answers received."""
     step_time: float = 0.0
     query_wait: float = 0.0
     """Waiting for guests' queries."""
@@ -93,6 +110,22 @@ class Counters(msgspec.Struct):
     move_wait: float = 0.0
     control_wait: float = 0.0
     """Waiting at round boundaries, without work included."""
+    prediction_error: float = 0.0
+    """Mean error of predicted decode step times, relative to the measured ones."""
+    gaps: dict[int, int] = {}
+    """Times between two tokens of a row: bin of `observe.latency` → count."""
+
+
+class Handover(msgspec.Struct, frozen=True, array_like=True):
+    """A request that goes on at another instance. Ages are seconds before the header."""
+
+    request: Request
+    tokens: bytes
+    """`pack_tokens` of prompt and output so far."""
+    computed: int
+    assigned_age: float
+    first_token_age: float | None
+    last_token_age: float | None
 
 
 class Header(msgspec.Struct, frozen=True, array_like=True):
@@ -108,12 +141,28 @@ class Header(msgspec.Struct, frozen=True, array_like=True):
     """Credit I set aside for you."""
     moves: list[tuple[int, int]]
     """(request, logical index) of the rBlocks I send you behind this step's layers."""
+    recalls: list[tuple[int, int]]
+    """(request, logical index) of my rBlocks with you: send them back behind this step's layers."""
+    handovers: list[Handover]
+    """Requests of mine of which you host all rBlocks after this step: they are yours from then."""
     queries: list[tuple[int, int]]
     """(request, query rows) of mine that attend to their guests with you, in order of the rows."""
 
 
-class Report(msgspec.Struct, frozen=True, array_like=True):
-    """One instance to the gManager at a round boundary."""
+class Changes(msgspec.Struct, frozen=True, array_like=True):
+    """The part of a report that most reports do without."""
+
+    lent: dict[int, int] | None = None
+    """Debtor → rBlocks lent or set aside; None: as reported last."""
+    results: list[Result] = []
+    adopted: list[int] = []
+    """Requests of other instances that were handed over to this one."""
+    counters: Counters | None = None
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """One instance to the gManager at a round boundary. All but `changes` is a row of numbers
+    (`control.wire`)."""
 
     round: int
     capacity: int
@@ -121,47 +170,71 @@ class Report(msgspec.Struct, frozen=True, array_like=True):
     free: int
     promised: int
     """rBlocks set aside until the answer: the most that may be granted."""
-    wanted: int
+    wanted: int = 0
     """rBlocks to borrow."""
-    wanted_for: int
+    wanted_for: int = NOBODY
     """The oldest request that wants them; NOBODY when nothing is wanted."""
-    starved: bool
+    starved: bool = False
     """`wanted_for` cannot go on, and no younger request at home could give way."""
-    room_rows: int
+    room_rows: int = 0
     """Rows that may be assigned now."""
-    room_tokens: int
+    room_tokens: int = 0
     """Prompt tokens after which no further row should be assigned."""
-    lent: dict[int, int]
-    """Debtor → rBlocks lent or set aside."""
-    held: dict[int, dict[int, int]]
-    """Running request → instance → rBlocks, for those that changed; empty: holds nothing now."""
-    results: list[Result]
-    step_time: float
+    running: int = 0
+    """Rows that have rBlocks."""
+    seats: int = 0
+    """Further rows that may run, if there is memory."""
+    youngest: int = -1
+    """The youngest running request; -1: none runs."""
+    youngest_blocks: int = 0
+    longest: int = 0
+    """Sealed rBlocks at home of the request that has most of them."""
+    kv_tokens: int = 0
+    """KV tokens attended to here in a step of decodes: own ones at home, and guests."""
+    prompt_left: int = 0
+    """Prompt tokens to compute, of all rows that run or wait here."""
+    work_left: float = 0.0
+    """Predicted work of all rows that run or wait here (`control.work`)."""
+    row_blocks: float = 0.0
+    """rBlocks that a row here comes to need in the mean; 0 if unknown."""
+    step_time: float = 0.0
     """Expected seconds per step until the next boundary; 0 without work."""
-    chunk_time: float
+    chunk_time: float = 0.0
     """Recent seconds of a step that computes prompts; 0 if there was none yet."""
-    counters: Counters
+    fixed: float = 0.0
+    """Fitted seconds of a decode step, whatever its rows."""
+    per_token: float = 0.0
+    """Fitted seconds of a decode step per row."""
+    per_kv: float = 0.0
+    """Fitted seconds of a decode step per KV token."""
+    changes: Changes = Changes()
 
 
-class Answer(msgspec.Struct, frozen=True, array_like=True):
-    """The gManager to one instance, in force from its next boundary."""
+class Answer(msgspec.Struct, omit_defaults=True):
+    """The gManager to one instance, in force from its next boundary. Mutable while it is made."""
 
     round: int
-    assign: list[Request]
-    lend: dict[int, int]
-    """Debtor → rBlocks of the promise to set aside for it."""
-    granted: int
-    """rBlocks of the wish that were granted: their creditors will open them as credit."""
-    preempt: list[int]
-    """Requests that give way to an older one elsewhere."""
-    admit_before: int
-    """Only requests older than this may be admitted; NOBODY: all."""
-    partners: list[int]
-    """The instances to exchange headers with from now on."""
-    steps: int
+    steps: int = 0
     """Steps until the next boundary; 0: without partners, wherever the next answer finds it."""
-    stop: bool
-
-
-NOBODY = 2**62
-"""Younger than any request."""
+    budget: int = 0
+    """Most tokens in a step, so that partners' steps take about equally long; 0: no limit."""
+    partners: list[int] = []
+    """The instances to exchange headers with from now on."""
+    assign: list[Request] = []
+    lend: dict[int, int] = {}
+    """Debtor → rBlocks of the promise to set aside for it."""
+    granted: int = 0
+    """rBlocks of the wish that were granted: their creditors will open them as credit."""
+    shed: dict[int, int] = {}
+    """Creditor → rBlocks of the longest requests to move there as credit is opened."""
+    recall: dict[int, int] = {}
+    """Creditor → rBlocks to bring home."""
+    keep: int = 0
+    """rBlocks to leave free for loans to come: admit nothing into them."""
+    admit_before: int = NOBODY
+    """Only requests older than this may be admitted; NOBODY: all."""
+    give_way: int = 0
+    """rBlocks that requests younger than `admit_before` have to free."""
+    give_way_at: int = -1
+    """Where; -1: anywhere."""
+    stop: bool = False

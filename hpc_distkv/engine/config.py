@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hpc_distkv.control.policy import POLICIES, Policy
+
+BOUNCE_BLOCKS = 4
+"""rBlocks beyond the pool through which circles of debts are cancelled."""
+
 
 class OptionError(ValueError):
     """Options that cannot work, or not together."""
@@ -17,14 +22,23 @@ class EngineConfig:
     block_size: int = 32
     max_num_seqs: int = 128
     max_num_batched_tokens: int = 512
-    lending: bool = True
+    policy: Policy = POLICIES["lend"]
     lend_cap: int | None = None
     """Most rBlocks lent to others; None: all."""
+    move_budget: int = 16
+    """KV tokens that may move in a step though no row waits for them; 0: none."""
+    attention_tokens: float = float("inf")
+    """Context length at which a token costs twice what its linear layers cost."""
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    @property
+    def bounce(self) -> int:
+        """rBlocks beyond the pool."""
+        return BOUNCE_BLOCKS if self.policy.dgfm else 0
 
     def blocks(self, tokens: int) -> int:
         """rBlocks that hold `tokens` tokens."""

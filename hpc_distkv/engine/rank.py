@@ -7,11 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from hpc_distkv.comm.probe import LinkCosts, probe
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.gmanager import GManager
+from hpc_distkv.control.links import Links
 from hpc_distkv.control.messages import Request
+from hpc_distkv.control.policy import POLICIES, Policy
 from hpc_distkv.engine.config import EngineConfig, OptionError
 from hpc_distkv.engine.worker import Leader, Worker
 from hpc_distkv.memory.pool import BlockPool
@@ -36,7 +40,10 @@ class EngineOptions:
     block_size: int = 32
     max_num_seqs: int = 128
     max_num_batched_tokens: int = 512
-    lending: bool = True
+    policy: str | Policy = "lend"
+    """How ranks share memory: one of `control.policy.POLICIES`."""
+    move_budget: int = 16
+    """KV tokens that may move in a step though no row waits for them."""
     lend_cap: int | None = None
     """Most rBlocks that a rank lends to others; None: all of its pool."""
     threads: int | None = None
@@ -57,15 +64,18 @@ class RankEngine:
             block_size=options.block_size,
             max_num_seqs=min(options.max_num_seqs, options.max_num_batched_tokens),
             max_num_batched_tokens=options.max_num_batched_tokens,
-            lending=options.lending and comm.world.instances > 1,
+            policy=_policy(options.policy, comm.world.instances),
             lend_cap=options.lend_cap,
+            move_budget=options.move_budget,
+            attention_tokens=config.attention_tokens,
         )
         self.capacity_blocks = self.config.num_blocks
         """rBlocks that one request may use at most."""
         self._model = model
+        self._links: LinkCosts | None = None
         try:
             self._pool = BlockPool(
-                self.config.num_blocks,
+                self.config.num_blocks + self.config.bounce,
                 config.num_layers,
                 config.num_kv_heads,
                 options.block_size,
@@ -79,10 +89,14 @@ class RankEngine:
             ) from error
 
     def join(self) -> None:
-        """Learn what the pools of all ranks hold together. Collective, once, before `run`."""
+        """Learn what the pools of all ranks hold together, and what links between ranks cost.
+        Collective, once, before `run`."""
         config = self.config
+        if config.policy.sharing:
+            block = self._pool.rblock(0).nbytes
+            self._links = probe(self.comm, self._query_bytes(), block)
         lendable = 0
-        if config.lending:
+        if config.policy.lending:
             cap = config.num_blocks if config.lend_cap is None else config.lend_cap
             lendable = min(config.num_blocks, cap)
         pools = self.comm.share((config.num_blocks, lendable))
@@ -114,9 +128,29 @@ class RankEngine:
 
     def gmanager(self, requests: Iterator[Request]) -> GManager:
         """The gManager for a run over `requests`: rank 0's leader owns one."""
-        world = self.comm.world
+        world, config = self.comm.world, self.config
         nodes = [world.node_of(instance) for instance in range(world.instances)]
-        return GManager(self._fitting(requests), nodes, self.config.lending)
+        measured = np.array(self._links.round_trip) if self._links else None
+        fastest = 0.0
+        if measured is not None and len(nodes) > 1:
+            fastest = float(measured[measured > 0].min())
+        layers = self._model.config.num_layers
+        return GManager(
+            self._fitting(requests),
+            Links(nodes, seconds=measured),
+            len(nodes),
+            config.policy,
+            block_size=config.block_size,
+            move_budget=config.move_budget,
+            max_tokens=config.max_num_batched_tokens,
+            attention_tokens=config.attention_tokens,
+            exchange_seconds=lambda link_class: layers * fastest * 2.0**link_class,
+        )
+
+    def _query_bytes(self) -> int:
+        """One query row of one layer."""
+        config = self._model.config
+        return config.num_heads * config.head_dim * self._model.dtype.itemsize
 
     def _fitting(self, requests: Iterator[Request]) -> Iterator[Request]:
         """The requests as they are; one that could never end is refused before it starts."""
@@ -188,3 +222,12 @@ def _group_limits() -> Iterator[int]:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _policy(policy: str | Policy, instances: int) -> Policy:
+    """The policy by name; a lone instance has nobody to share with. Raises OptionError."""
+    if isinstance(policy, str):
+        if policy not in POLICIES:
+            raise OptionError(f"there is no policy {policy!r}; there are {', '.join(POLICIES)}")
+        policy = POLICIES[policy]
+    return policy if instances > 1 else POLICIES["queue"]

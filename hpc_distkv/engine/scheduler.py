@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import bisect
-from itertools import islice
 from typing import NamedTuple
 
-from hpc_distkv.control.messages import NOBODY
+from hpc_distkv.control.messages import NOBODY, Answer
 from hpc_distkv.engine.config import EngineConfig
+from hpc_distkv.engine.migration import Migrations
+from hpc_distkv.engine.moves import Moves
 from hpc_distkv.engine.sequence import Sequence
-from hpc_distkv.memory.rmanager import Move, RManager
+from hpc_distkv.memory.loan import Move
+from hpc_distkv.memory.rmanager import RManager
 
-GROWTH_TOKENS = 64
-"""Decode tokens foreseen when memory is asked for: what a row grows by until a grant arrives."""
+GROWTH_ROUNDS = 3
+"""Control rounds in which rows grow before rBlocks that are asked for now can be used."""
+LEAST_GROWTH, MOST_GROWTH = 16, 256
+"""Bounds of the decode tokens per row that are foreseen when memory is asked for."""
 STARVED_GROWTH = 8
 """A starved row asks for room to grow by 1/8 of its length: others give way, and are computed
 again, only as often as that pays."""
@@ -33,6 +37,11 @@ class Plan(NamedTuple):
     rows: list[Row]
     """Ascending by request."""
     moves: list[Move]
+    """rBlocks that leave."""
+    recalls: list[Move]
+    """rBlocks that come home."""
+    leaving: list[Sequence]
+    """Sequences that are handed over after this step."""
 
 
 class Demand(NamedTuple):
@@ -58,14 +67,21 @@ class Scheduler:
     def __init__(self, rmanager: RManager, config: EngineConfig) -> None:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self.preemptions = 0
+        self.preemptions = self.stalls = 0
         self._rm = rmanager
         self._config = config
         self._admit_before = NOBODY
         self._starved = False
         self._short = False
         self._short_answers = 0
-        self._denied = not config.lending
+        self._migrations = Migrations(rmanager, config) if config.policy.migrate else None
+        self._steps = 0
+        self._growth = MOST_GROWTH // 4
+        """Tokens that a row is foreseen to grow by."""
+        self._budget = config.max_num_batched_tokens
+        self._keep = 0
+        self._moves = Moves(rmanager, config)
+        self._denied = not config.policy.sharing
         chunk = config.blocks(config.max_num_batched_tokens)
         self._reserve = min(chunk, max(1, config.num_blocks // 100))
         """Room that stays free when a row is admitted, for those that run to grow into."""
@@ -84,41 +100,76 @@ class Scheduler:
         self.running.remove(sequence)
         self._rm.close(sequence.id)
 
-    def give_way(self, request: int) -> None:
-        """The gManager preempts `request`, if it still runs."""
-        for sequence in self.running:
-            if sequence.id == request:
-                self._preempt(sequence)
-                return
+    def adopt(self, sequence: Sequence) -> None:
+        """A running sequence that another instance handed over, with its rBlocks."""
+        bisect.insort(self.running, sequence, key=lambda s: s.id)
 
-    def answered(self, asked: int, granted: int, admit_before: int) -> None:
+    def hand_over(self, sequence: Sequence) -> None:
+        """The sequence runs elsewhere from now on."""
+        self.running.remove(sequence)
+        self._rm.hand_over(sequence.id)
+
+    def apply(self, answer: Answer, asked: int) -> None:
         """What a control round brought: the last report asked for `asked` rBlocks."""
-        self._admit_before = admit_before
+        self._admit_before = answer.admit_before
         self._short_answers = self._short_answers + 1 if self._short else 0
-        if self._config.lending:
-            self._denied = asked > 0 and granted == 0
+        if self._config.policy.sharing:
+            self._denied = asked > 0 and answer.granted == 0
+        foreseen = GROWTH_ROUNDS * self._steps
+        self._growth = max(LEAST_GROWTH, min(MOST_GROWTH, (self._growth + foreseen) // 2))
+        self._steps = 0
+        self._budget = answer.budget or self._config.max_num_batched_tokens
+        self._keep = answer.keep
+        self._moves.apply(answer)
+        if answer.give_way:
+            self._give_way(answer.give_way, answer.give_way_at)
+
+    def _give_way(self, blocks: int, at: int) -> None:
+        """Preempt sequences younger than the one that is starved, the youngest first, until
+        `blocks` are free, at instance `at` if it is given."""
+        for sequence in [s for s in reversed(self.running) if s.id > self._admit_before]:
+            if blocks <= 0:
+                return
+            table = self._rm.tables[sequence.id]
+            freed = table.blocks if at < 0 else len(table.remote.get(at, ()))
+            if freed:
+                blocks -= freed
+                self._preempt(sequence)
 
     def demand(self) -> Demand:
         """Foreseen need against what there is. Credit that is not needed is given back."""
         credit = self._usable_credit()
         self._return_credit(self._rm.credit - credit)
-        held = self._rm.usable + credit
+        held = max(0, self._rm.usable) + (credit if self._config.policy.lending else 0)
         if self._starved and self.running:
             oldest = self.running[0]
-            growth = max(GROWTH_TOKENS, len(oldest.tokens) // STARVED_GROWTH)
-            missing = self._missing(oldest, len(oldest.tokens) + growth)
+            growth = max(self._growth, oldest.length // STARVED_GROWTH)
+            missing = self._missing(oldest, oldest.length + growth)
             return Demand(max(1, missing - held), oldest.id, True, 0)
         soon = (*self.running, *self._next_waiting())
         need = self._reserve if soon else 0
         wanted_for = NOBODY
         for sequence in soon:
-            need += self._missing(sequence, len(sequence.tokens) + GROWTH_TOKENS)
+            need += self._missing(sequence, sequence.length + self._growth)
             if need > held:
                 wanted_for = min(wanted_for, sequence.id)
         if need > held:
             return Demand(need - held, wanted_for, False, 0)
-        self._return_credit(self._rm.usable + self._rm.credit - need)
+        if not (self._migrations and self._migrations.active):
+            shed = sum(self._moves.sheddable().values())
+            self._return_credit(self._rm.usable + self._rm.credit - need - shed)
         return Demand(0, NOBODY, False, self._lendable())
+
+    @property
+    def longest(self) -> int:
+        """Sealed rBlocks at home of the running sequence that has most of them."""
+        return max(map(self._moves.sealed, self.running), default=0)
+
+    @property
+    def prompt_left(self) -> int:
+        """Prompt tokens to compute."""
+        rows = (*self.running, *self.waiting)
+        return sum(s.remaining for s in rows if s.remaining > 1)
 
     @property
     def has_prompts(self) -> bool:
@@ -128,7 +179,8 @@ class Scheduler:
     def room(self) -> tuple[int, int]:
         """Rows and prompt tokens that may be assigned: enough to keep the batch full until the
         next rounds, no more, so that rows stay free to go where there is time."""
-        if self._rm.usable < self._first_chunk and (self.waiting or not self.running):
+        room = self._rm.usable - self._keep
+        if room < self._first_chunk and (self.waiting or not self.running or self._keep):
             return 0, 0
         queued = sum(sequence.remaining for sequence in self.waiting)
         rows = self._config.max_num_seqs - len(self.running) - len(self.waiting)
@@ -139,13 +191,26 @@ class Scheduler:
     def plan(self) -> Plan:
         """The next step: decodes first, then prefill chunks up to the token budget."""
         self._starved = self._short = False
+        self._steps += 1
+        copies, leaving = self._plan_migrations()
         rows: dict[int, Row] = {}
-        self._plan_decodes(rows)
-        self._plan_prefills(rows, self._config.max_num_batched_tokens - len(rows))
-        return Plan([rows[request] for request in sorted(rows)], self._move_out())
+        self._plan_decodes(rows, leaving)
+        # Rows that decode alone fill a small budget, but prompts must go on.
+        least = min(self._budget, self._config.block_size)
+        self._plan_prefills(rows, max(least, self._budget - len(rows)))
+        moves, recalls = self._plan_moves() if self._rm.debts else ([], [])
+        return Plan([rows[request] for request in sorted(rows)], copies + moves, recalls, leaving)
 
-    def _plan_decodes(self, rows: dict[int, Row]) -> None:
-        for sequence in [s for s in self.running if s.remaining == 1]:
+    def _plan_migrations(self) -> tuple[list[Move], list[Sequence]]:
+        if not self._migrations:
+            return [], []
+        need = self._reserve
+        for sequence in (*self.running, *self._next_waiting()):
+            need += self._missing(sequence, sequence.length + self._growth)
+        return self._migrations.plan(self.running, need - self._rm.usable)
+
+    def _plan_decodes(self, rows: dict[int, Row], leaving: list[Sequence]) -> None:
+        for sequence in [s for s in self.running if s.remaining == 1 and s not in leaving]:
             # An older one may have made it give way meanwhile.
             if sequence.id in self._rm.tables and self._make_room(sequence, 1, rows):
                 rows[sequence.id] = Row(sequence, 1)
@@ -174,8 +239,8 @@ class Scheduler:
         if sequence.id >= self._admit_before:
             return None
         if self.running:
-            need = self._reserve + self._config.blocks(len(sequence.tokens) + 1)
-            need += sum(self._missing(other, len(other.tokens) + 1) for other in self.running)
+            need = self._keep + self._reserve + self._config.blocks(sequence.length + 1)
+            need += sum(self._missing(other, other.length + 1) for other in self.running)
             if need > self._rm.usable + self._rm.credit:
                 return None
         # A victim of another instance's starved row may be older than what runs here by now.
@@ -195,10 +260,12 @@ class Scheduler:
         while self._rm.usable < needed:
             self._short = True
             if self._hopes():
+                self.stalls += 1
                 return False
             youngest = self.running[-1]
             if youngest is sequence:
-                self._starved |= sequence is self.running[0]
+                self.stalls += 1
+                self._starved |= sequence is self.running[0] and self._config.policy.lending
                 return False
             self._preempt(youngest)
             rows.pop(youngest.id, None)
@@ -228,21 +295,23 @@ class Scheduler:
 
     def _lendable(self) -> int:
         """Room that nobody here needs: not what runs nor what waits for a seat, nor what new rows
-        begin with. While an older request is starved elsewhere, only what is older counts."""
-        waiting = self.waiting[: self._config.max_num_seqs - len(self.running)]
+        begin with. While an older request is starved elsewhere, only what is older counts; and
+        what was to be kept for loans is not for those that wait."""
+        seats = 0 if self._keep else self._config.max_num_seqs - len(self.running)
+        waiting = self.waiting[:seats]
         need = self._first_chunk if self._admit_before == NOBODY else 0
         for sequence in (*self.running, *waiting):
             if sequence.id <= self._admit_before:
-                need += self._missing(sequence, len(sequence.tokens) + GROWTH_TOKENS)
+                need += self._missing(sequence, sequence.length + self._growth)
         return max(0, self._rm.usable - need)
 
     def _usable_credit(self) -> int:
         """Credit that can help: through it flows what is sealed at home, so without room or sealed
         rBlocks at home it is worth nothing."""
-        return self._rm.credit if self._rm.usable or self._movable() else 0
+        return self._rm.credit if self._rm.usable > 0 or self._movable() else 0
 
     def _movable(self) -> bool:
-        return any(self._sealed(sequence) for sequence in self.running)
+        return any(self._moves.sealed(sequence) for sequence in self.running)
 
     def _missing(self, sequence: Sequence, tokens: int) -> int:
         """rBlocks the sequence lacks for its first `tokens` tokens."""
@@ -250,38 +319,19 @@ class Scheduler:
         held = table.blocks if table else 0
         return max(0, self._config.blocks(min(tokens, sequence.final_len)) - held)
 
-    def _sealed(self, sequence: Sequence) -> int:
-        """Sealed rBlocks of the sequence that are at home: they may travel."""
-        sealed = sequence.computed // self._config.block_size
-        return bisect.bisect_left(self._rm.tables[sequence.id].indices, sealed)
-
     def _return_credit(self, surplus: int) -> None:
         for creditor, debt in list(self._rm.debts.items()):
             blocks = max(0, min(debt.credit, surplus))
             self._rm.return_credit(creditor, blocks)
             surplus -= blocks
 
-    def _move_out(self) -> list[Move]:
-        """Moves that free what the next two steps need: the oldest rBlocks of the longest
-        sequences, to a creditor that hosts the sequence already if there is one."""
-        rm = self._rm
-        if not rm.credit:
-            return []
+    def _plan_moves(self) -> tuple[list[Move], list[Move]]:
+        """Moves out, at least those that free what the next two steps need, and moves home."""
+        if not self._config.policy.lending:
+            return [], []
         ahead = 2 * self._config.max_num_batched_tokens
-        short = self._reserve - rm.usable
+        short = self._reserve - max(0, self._rm.usable)
         for sequence in (*self.running, *self._next_waiting()):
-            target = min(len(sequence.tokens) + 8, sequence.computed + ahead)
+            target = min(sequence.length + 8, sequence.computed + ahead)
             short += self._missing(sequence, target)
-        short = min(short, 2 * self._config.blocks(ahead))
-        moves: list[Move] = []
-        for sequence in sorted(self.running, key=self._sealed, reverse=True):
-            table = rm.tables[sequence.id]
-            for index in islice(table.indices, self._sealed(sequence)):
-                if len(moves) >= short or not rm.credit:
-                    return moves
-                creditor = max(
-                    (c for c, debt in rm.debts.items() if debt.credit),
-                    key=lambda c: (c in table.remote, rm.debts[c].credit),
-                )
-                moves.append(rm.move_out(sequence.id, index, creditor))
-        return moves
+        return self._moves.plan(self.running, min(short, 2 * self._config.blocks(ahead)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hpc_distkv.control.messages import Request, unpack_tokens
+from hpc_distkv.control.messages import Request, pack_tokens, unpack_tokens
 
 
 @dataclass(eq=False)
@@ -17,6 +17,7 @@ class Sequence:
     """Prompt and output so far."""
     computed: int = 0
     first_token_at: float | None = None
+    last_token_at: float | None = None
 
     def __post_init__(self) -> None:
         self.tokens = unpack_tokens(self.request.prompt)
@@ -27,14 +28,26 @@ class Sequence:
         return self.request.id
 
     @property
+    def length(self) -> int:
+        """Tokens of prompt and output so far."""
+        return len(self.tokens)
+
+    @property
     def remaining(self) -> int:
         """Tokens whose KV is missing; 1 in decode."""
-        return len(self.tokens) - self.computed
+        return self.length - self.computed
 
     @property
     def output_len(self) -> int:
         """Output tokens so far."""
-        return len(self.tokens) - self.request.prompt_len
+        return self.length - self.request.prompt_len
+
+    def append(self, token: int, now: float) -> None:
+        """One more output token."""
+        self.tokens.append(token)
+        self.last_token_at = now
+        if self.first_token_at is None:
+            self.first_token_at = now
 
     @property
     def final_len(self) -> int:
@@ -50,7 +63,16 @@ class Sequence:
         return "length" if self.output_len >= sampling.max_tokens else None
 
     @property
-    def output(self) -> list[int]:
-        """Output tokens without the stop token."""
+    def packed(self) -> bytes:
+        """`pack_tokens` of prompt and output so far."""
+        return pack_tokens(self.tokens)
+
+    @property
+    def packed_output(self) -> bytes:
+        """`pack_tokens` of the output without the stop token."""
         output = self.tokens[self.request.prompt_len :]
-        return output[:-1] if self.finish_reason == "stop" else output
+        return pack_tokens(output[:-1] if self.finish_reason == "stop" else output)
+
+    def restore(self, packed: bytes, computed: int) -> None:
+        """Go on where another instance left off."""
+        self.tokens, self.computed = unpack_tokens(packed), computed

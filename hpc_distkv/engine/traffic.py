@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -11,10 +11,11 @@ import torch
 
 from hpc_distkv.attention import PagedBatch, PagedRow, merge_rows, micro_attention
 from hpc_distkv.comm.transport import Comm, Pairs, Pending
-from hpc_distkv.control.messages import Counters, Header
+from hpc_distkv.control.messages import Header
+from hpc_distkv.engine.instance import Instance
 from hpc_distkv.engine.scheduler import Plan
+from hpc_distkv.memory.loan import Move, ProtocolError
 from hpc_distkv.memory.pool import BlockPool
-from hpc_distkv.memory.rmanager import Move, ProtocolError, RManager
 
 
 @dataclass(frozen=True)
@@ -49,24 +50,34 @@ class Traffic:
         self,
         comm: Comm,
         pool: BlockPool,
-        rmanager: RManager,
-        counters: Counters,
+        instance: Instance,
         shape: tuple[int, int],
         scale: float,
     ) -> None:
         """`shape`: query heads and head dimension of the shard."""
-        self._comm, self._pool, self._rm, self._counters = comm, pool, rmanager, counters
+        self._comm, self._pool, self._instance = comm, pool, instance
+        self._rm, self._counters = instance.rm, instance.counters
         self._shape, self._scale = shape, scale
         self._creditors: list[tuple[Peer, torch.Tensor]] = []
         self._debtors: list[Peer] = []
         self._partners: dict[int, int] = {}
         """Rank → instance."""
         self._moves: Pending | None = None
+        self.served_kv = 0
+        """KV tokens that decodes of debtors attend to here in this step."""
+        self.served_prompts = False
+        """Whether a debtor's prompt is served in this step."""
 
     @property
     def any_queries(self) -> bool:
         """Whether layers have to exchange anything in this step."""
         return bool(self._creditors or self._debtors)
+
+    @property
+    def waited(self) -> float:
+        """Seconds waited for partners so far."""
+        c = self._counters
+        return c.header_wait + c.query_wait + c.partial_wait + c.move_wait
 
     # -- headers and moves ----------------------------------------------------------------------
 
@@ -80,8 +91,10 @@ class Traffic:
             for creditor in self._rm.tables[sequence.id].remote:
                 wanted[creditor].append((sequence.id, list(range(first, first + count))))
             first += count
+        now = time.monotonic()
         for rank, instance in self._partners.items():
-            header = self._header(instance, plan.moves, wanted[instance])
+            queries = [(request, len(rows)) for request, rows in wanted[instance]]
+            header = self._instance.header(instance, plan, step, queries, now)
             self._comm.mail.post(rank, msgspec.msgpack.encode(header))
         self._lay_out_debts(wanted)
 
@@ -92,25 +105,15 @@ class Traffic:
         mail = self._comm.mail.take(list(self._partners), f"header, step {self._step}")
         self._counters.header_wait += time.perf_counter() - started
         headers = {self._partners[rank]: self._decode(rank, mail[rank]) for rank in self._partners}
-        incoming = self._apply(headers)
+        outgoing, incoming = self._instance.accept(headers, time.monotonic())
         self._lay_out_guests(headers)
-        self._post_moves(self._plan.moves, incoming)
-
-    def _header(
-        self, instance: int, moves: Iterable[Move], wanted: list[tuple[int, list[int]]]
-    ) -> Header:
-        released, returned = self._rm.settle_debt(instance)
-        return Header(
-            step=self._step,
-            released=released,
-            returned=returned,
-            opened=self._rm.open_credit(instance),
-            moves=[(m.request, m.block) for m in moves if m.peer == instance],
-            queries=[(request, len(rows)) for request, rows in wanted],
-        )
+        self._post_moves([*self._plan.moves, *outgoing], [*incoming, *self._plan.recalls])
 
     def _decode(self, rank: int, message: bytes) -> Header:
-        header = msgspec.msgpack.decode(message, type=Header)
+        try:
+            header = msgspec.msgpack.decode(message, type=Header)
+        except msgspec.DecodeError as error:
+            raise ProtocolError(f"the header of rank {rank} is malformed: {error}") from error
         if header.step != self._step:
             raise ProtocolError(
                 f"rank {rank} is at joint step {header.step}, "
@@ -118,19 +121,8 @@ class Traffic:
             )
         return header
 
-    def _apply(self, headers: dict[int, Header]) -> list[Move]:
-        incoming = []
-        for instance, header in headers.items():
-            self._rm.evict(instance, header.released)
-            self._rm.take_back(instance, header.returned)
-            self._rm.credit_opened(instance, header.opened)
-            incoming += self._rm.host(instance, header.moves)
-        return incoming
-
     def _post_moves(self, outgoing: Sequence[Move], incoming: Sequence[Move]) -> None:
         rank_of, rblock = self._comm.world.rank_of, self._pool.rblock
-        self._counters.blocks_borrowed += len(outgoing)
-        self._counters.blocks_lent += len(incoming)
         self._counters.bytes_moved += sum(rblock(move.slot).nbytes for move in outgoing)
         self._moves = (
             self._comm.transport.exchange(
@@ -142,13 +134,12 @@ class Traffic:
         )
 
     def finish(self) -> None:
-        """Wait for the moves; from here on the creditors serve what moved."""
+        """Wait for the moves; from here on they are served where they went."""
         if self._moves is not None:
             started = time.perf_counter()
             self._moves.wait(f"rBlocks, step {self._step}")
             self._counters.move_wait += time.perf_counter() - started
-            self._rm.commit()
-        self._counters.peak_borrowed = max(self._counters.peak_borrowed, self._rm.borrowed)
+        self._instance.commit()
 
     # -- layout ---------------------------------------------------------------------------------
 
@@ -173,6 +164,7 @@ class Traffic:
         of which each debtor fills its part."""
         asking = {i: header.queries for i, header in headers.items() if header.queries}
         self._debtors = []
+        self.served_kv, self.served_prompts = 0, False
         if not asking:
             return
         sizes = [sum(rows for _, rows in queries) for queries in asking.values()]
@@ -183,13 +175,14 @@ class Traffic:
                 asking, *(torch.split(buffer, sizes) for buffer in self._served), strict=True
             )
         ]
-        self._guests = PagedBatch.build(
-            [
-                self._guest(instance, request, rows)
-                for instance, queries in asking.items()
-                for request, rows in queries
-            ]
-        )
+        guests = [
+            self._guest(instance, request, rows)
+            for instance, queries in asking.items()
+            for request, rows in queries
+        ]
+        self._guests = PagedBatch.build(guests)
+        self.served_kv = sum(guest.kv_len for guest in guests if guest.queries == 1)
+        self.served_prompts = any(guest.queries > 1 for guest in guests)
 
     def _guest(self, debtor: int, request: int, rows: int) -> PagedRow:
         guest = self._rm.guests.get((debtor, request))

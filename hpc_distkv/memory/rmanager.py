@@ -3,70 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
+from hpc_distkv.memory.loan import Copies, Debt, Guest, Kind, Loan, Move, ProtocolError
 from hpc_distkv.memory.table import BlockTable
-
-
-class ProtocolError(RuntimeError):
-    """A partner did what it may not do; continuing would corrupt somebody's KV cache."""
-
-
-@dataclass
-class Debt:
-    """What this instance owes one creditor, in rBlocks."""
-
-    credit: int = 0
-    """Opened by the creditor and not used yet."""
-    used: int = 0
-    """Hosted by the creditor, or on their way to it."""
-    returned: int = 0
-    """Credit given up of which the creditor has not been told."""
-    released: dict[int, int] = field(default_factory=dict)
-    """Requests that ended → their rBlocks that the creditor has not been told to free."""
-
-    @property
-    def total(self) -> int:
-        """Everything the creditor has set aside or hosts for this instance, as far as known."""
-        return self.credit + self.used + self.returned
-
-
-@dataclass
-class Loan:
-    """What this instance lends one debtor, in rBlocks."""
-
-    unopened: int = 0
-    """Granted by the gManager; the debtor has not been told."""
-    credit: int = 0
-    """Set aside for the debtor."""
-    used: int = 0
-    """Hosted for the debtor, or on their way here."""
-
-    @property
-    def total(self) -> int:
-        """Everything set aside for or used by the debtor."""
-        return self.unopened + self.credit + self.used
-
-
-@dataclass
-class Guest:
-    """The rBlocks hosted for one request of one debtor, in the order of their arrival."""
-
-    slots: list[int] = field(default_factory=list)
-    indices: list[int] = field(default_factory=list)
-    """Logical index of each slot in the debtor's block table."""
-
-
-class Move(NamedTuple):
-    """A sealed rBlock on its way from a debtor to a creditor."""
-
-    request: int
-    block: int
-    """Logical index in the request's block table."""
-    slot: int
-    """Home slot on the debtor's side, the receiving slot on the creditor's."""
-    peer: int
 
 
 class RManager:
@@ -76,14 +15,22 @@ class RManager:
     A loan's life, with the one who writes each line in brackets:
         promise [creditor] → settle a grant [gManager's answer] → open_credit [header to debtor]
         → move_out [debtor] / host [creditor, from the header] → bytes travel → commit [both]
-        → close [debtor] → released, evict [header to creditor]
+        → bring_home [debtor] / give_back [creditor, from the header] → bytes travel → commit
+        or close [debtor] → released, evict [header to creditor]
+    A migration is a loan of copies (`copy_out`) that ends with hand_over [debtor] / adopt
+    [creditor, from the header].
     Every slot is free, in one block table, in one guest, or receiving; `check` proves it.
+    `bounce` slots beyond the pool take in what comes home while all else is taken: so the
+    instances of a circle of debts can all bring rBlocks home at once.
     """
 
-    def __init__(self, instance: int, num_blocks: int, lend_cap: int | None = None) -> None:
+    def __init__(
+        self, instance: int, num_blocks: int, lend_cap: int | None = None, bounce: int = 0
+    ) -> None:
         self.instance = instance
         self.num_blocks = num_blocks
         self.lend_cap = num_blocks if lend_cap is None else lend_cap
+        self.bounce = bounce
         self.promised = 0
         self.tables: dict[int, BlockTable] = {}
         self.guests: dict[tuple[int, int], Guest] = {}
@@ -91,19 +38,22 @@ class RManager:
         self.loans: dict[int, Loan] = {}
         self.outgoing: list[Move] = []
         self.incoming: list[Move] = []
-        self._free = list(range(num_blocks - 1, -1, -1))
+        self.copies: dict[int, Copies] = {}
+        """Migrating request → what its next home has of it."""
+        self._free = list(range(num_blocks + bounce - 1, -1, -1))
 
     # -- capacity -------------------------------------------------------------------------------
 
     @property
     def free(self) -> int:
         """Slots that hold nothing, whatever they are set aside for."""
-        return len(self._free)
+        return max(0, len(self._free) - self.bounce)
 
     @property
     def usable(self) -> int:
-        """Slots this instance may fill itself: free, not promised, not set aside for a debtor."""
-        return self.free - self.promised - self._set_aside
+        """Slots this instance may fill itself: free, not promised, not set aside for a debtor.
+        Negative while the bounce slots are in use."""
+        return len(self._free) - self.bounce - self.promised - self._set_aside
 
     @property
     def credit(self) -> int:
@@ -121,6 +71,12 @@ class RManager:
         return sum(debt.used for debt in self.debts.values())
 
     @property
+    def held(self) -> int:
+        """rBlocks of this instance's requests, wherever they are."""
+        hosted = sum(loan.used for loan in self.loans.values())
+        return self.num_blocks + self.bounce - len(self._free) - hosted + self.borrowed
+
+    @property
     def _set_aside(self) -> int:
         return sum(loan.unopened + loan.credit for loan in self.loans.values())
 
@@ -134,7 +90,7 @@ class RManager:
 
     def grow(self, request: int, blocks: int) -> None:
         """Append `blocks` home rBlocks to a table. The caller has looked at `usable`."""
-        assert 0 <= blocks <= self.usable
+        assert 0 <= blocks <= max(0, self.usable)
         table = self.tables[request]
         for _ in range(blocks):
             table.add(self._free.pop())
@@ -142,11 +98,14 @@ class RManager:
     def close(self, request: int) -> None:
         """Free a request's rBlocks, at home now and at its creditors by the next header. Its
         moves must have been committed."""
-        assert all(move.request != request for move in self.outgoing)
+        assert all(move.request != request for move in (*self.outgoing, *self.incoming))
         table = self.tables.pop(request)
         self._free.extend(table.slots)
         for creditor, indices in table.remote.items():
             self.debts[creditor].released[request] = len(indices)
+        copies = self.copies.pop(request, None)
+        if copies and copies.blocks:
+            self.debts[copies.creditor].released[request] = copies.blocks
 
     # -- as a creditor --------------------------------------------------------------------------
 
@@ -207,18 +166,37 @@ class RManager:
         self.incoming.extend(accepted)
         return accepted
 
+    def give_back(self, debtor: int, recalls: Iterable[tuple[int, int]]) -> list[Move]:
+        """Begin to return the rBlocks (request, logical index) that `debtor` calls home."""
+        accepted = []
+        for request, index in recalls:
+            guest = self.guests.get((debtor, request), Guest())
+            if index not in guest.indices:
+                raise ProtocolError(
+                    f"instance {debtor} calls home rBlock {index} of request {request}, which "
+                    f"instance {self.instance} does not host"
+                )
+            slot = guest.slots[guest.indices.index(index)]
+            accepted.append(Move(request, index, slot, debtor, Kind.RECALL))
+        self.outgoing.extend(accepted)
+        return accepted
+
     def evict(self, debtor: int, requests: Iterable[int]) -> None:
         """Free the guests of `debtor`'s requests that ended."""
         for request in requests:
-            guest = self.guests.pop((debtor, request), None)
-            if guest is None:
-                raise ProtocolError(
-                    f"instance {debtor} released request {request}, of which instance "
-                    f"{self.instance} hosts nothing"
-                )
-            self._free.extend(guest.slots)
-            self.loans[debtor].used -= len(guest.slots)
-            self._forget_loan(debtor)
+            self._free.extend(self._pop_guest(debtor, request).slots)
+
+    def adopt(self, debtor: int, request: int) -> None:
+        """The guest of `debtor`'s request is the block table of a request of this instance."""
+        guest = self._pop_guest(debtor, request)
+        if request in self.tables or sorted(guest.indices) != list(range(len(guest.indices))):
+            raise ProtocolError(
+                f"instance {debtor} handed over request {request}, of which instance "
+                f"{self.instance} does not have every rBlock"
+            )
+        table = self.open(request)
+        for _, slot in sorted(zip(guest.indices, guest.slots, strict=True)):
+            table.add(slot)
 
     # -- as a debtor ----------------------------------------------------------------------------
 
@@ -235,15 +213,33 @@ class RManager:
         debt.returned += blocks
 
     def move_out(self, request: int, index: int, creditor: int) -> Move:
-        """Begin to move a sealed rBlock to a creditor with credit. It is served from here until
-        `commit`."""
-        table, debt = self.tables[request], self.debts[creditor]
-        assert debt.credit > 0
-        debt.credit -= 1
-        debt.used += 1
-        move = Move(request, index, table.slots[table.place(index)], creditor)
-        self.outgoing.append(move)
+        """Begin to move a sealed rBlock to a creditor with credit."""
+        table = self.tables[request]
+        return self._send(Move(request, index, table.slots[table.place(index)], creditor))
+
+    def bring_home(self, request: int, index: int, creditor: int) -> Move:
+        """Begin to bring an rBlock back from its creditor; there must be a free slot, if need be a
+        bounce slot."""
+        assert self.usable + self.bounce > 0
+        move = Move(request, index, self._free.pop(), creditor, Kind.RECALL)
+        self.incoming.append(move)
         return move
+
+    def copy_out(self, request: int, creditor: int) -> Move:
+        """Begin to copy the next rBlock of a request that is all at home."""
+        copies = self.copies.setdefault(request, Copies(creditor))
+        assert copies.creditor == creditor
+        slot = self.tables[request].slots[copies.blocks]
+        copies.blocks += 1
+        return self._send(Move(request, copies.blocks - 1, slot, creditor, Kind.COPY))
+
+    def hand_over(self, request: int) -> None:
+        """A request of which every rBlock was copied belongs to the creditor from now on."""
+        table, copies = self.tables.pop(request), self.copies.pop(request)
+        assert copies.blocks == len(table.slots) == table.blocks
+        self._free.extend(table.slots)
+        self.debts[copies.creditor].used -= copies.blocks
+        self._forget_debt(copies.creditor)
 
     def settle_debt(self, creditor: int) -> tuple[list[int], int]:
         """What the header to `creditor` tells: requests that ended, credit returned. Both stop
@@ -254,27 +250,34 @@ class RManager:
         released, returned = debt.released, debt.returned
         debt.released, debt.returned = {}, 0
         debt.used -= sum(released.values())
-        if not debt.total:
-            del self.debts[creditor]
+        self._forget_debt(creditor)
         return list(released), returned
 
     # -- both -----------------------------------------------------------------------------------
 
     def commit(self) -> None:
-        """The bytes of all moves have arrived: from now on the creditors serve them."""
+        """The bytes of all moves have arrived: from now on they are served where they went."""
         for move in self.outgoing:
-            self._free.append(self.tables[move.request].to_creditor(move.block, move.peer))
+            if move.kind is Kind.LEND:
+                self._free.append(self.tables[move.request].to_creditor(move.block, move.peer))
+            elif move.kind is Kind.RECALL:
+                self._take_from_guest(move)
         for move in self.incoming:
-            guest = self.guests.setdefault((move.peer, move.request), Guest())
-            guest.slots.append(move.slot)
-            guest.indices.append(move.block)
+            if move.kind is Kind.RECALL:
+                self.tables[move.request].to_home(move.block, move.peer, move.slot)
+                self.debts[move.peer].used -= 1
+                self._forget_debt(move.peer)
+            else:
+                guest = self.guests.setdefault((move.peer, move.request), Guest())
+                guest.slots.append(move.slot)
+                guest.indices.append(move.block)
         self.outgoing.clear()
         self.incoming.clear()
 
     def check(self) -> None:
         """Assert the invariants: every slot has exactly one owner, and the counts agree."""
         owned = [*self._free, *(move.slot for move in self.incoming)]
-        moving = [(move.request, move.block) for move in self.outgoing]
+        moving = [(m.peer, m.request, m.block) for m in (*self.outgoing, *self.incoming)]
         assert len(set(moving)) == len(moving), "an rBlock moves twice at once"
         for table in self.tables.values():
             owned += table.slots
@@ -282,14 +285,57 @@ class RManager:
             assert held == list(range(table.blocks)), "a logical rBlock is lost or owned twice"
         for guest in self.guests.values():
             owned += guest.slots
-        assert sorted(owned) == list(range(self.num_blocks)), "a slot is lost or owned twice"
-        assert self.usable >= 0, "more set aside than free"
+        slots = range(self.num_blocks + self.bounce)
+        assert sorted(owned) == list(slots), "a slot is lost or owned twice"
+        assert self.usable >= -self.bounce, "more set aside than free"
         assert self.lent <= self.lend_cap, "more lent than the cap"
+        for creditor, debt in self.debts.items():
+            used = sum(len(table.remote.get(creditor, ())) for table in self.tables.values())
+            used += sum(m.peer == creditor and m.kind is Kind.LEND for m in self.outgoing)
+            used += sum(c.blocks for c in self.copies.values() if c.creditor == creditor)
+            assert debt.used == used + sum(debt.released.values()), "a debt differs from its tables"
         for debtor, loan in self.loans.items():
             hosted = sum(len(g.slots) for (d, _), g in self.guests.items() if d == debtor)
-            arriving = sum(move.peer == debtor for move in self.incoming)
+            arriving = sum(
+                move.peer == debtor and move.kind is not Kind.RECALL for move in self.incoming
+            )
             assert loan.used == hosted + arriving, "a loan's count differs from its guests"
+
+    def _send(self, move: Move) -> Move:
+        """Use credit for a move."""
+        debt = self.debts[move.peer]
+        assert debt.credit > 0
+        debt.credit -= 1
+        debt.used += 1
+        self.outgoing.append(move)
+        return move
+
+    def _pop_guest(self, debtor: int, request: int) -> Guest:
+        guest = self.guests.pop((debtor, request), None)
+        if guest is None:
+            raise ProtocolError(
+                f"instance {debtor} released request {request}, of which instance "
+                f"{self.instance} hosts nothing"
+            )
+        self.loans[debtor].used -= len(guest.slots)
+        self._forget_loan(debtor)
+        return guest
+
+    def _take_from_guest(self, move: Move) -> None:
+        key = (move.peer, move.request)
+        guest = self.guests[key]
+        at = guest.indices.index(move.block)
+        del guest.indices[at]
+        self._free.append(guest.slots.pop(at))
+        if not guest.slots:
+            del self.guests[key]
+        self.loans[move.peer].used -= 1
+        self._forget_loan(move.peer)
 
     def _forget_loan(self, debtor: int) -> None:
         if not self.loans[debtor].total:
             del self.loans[debtor]
+
+    def _forget_debt(self, creditor: int) -> None:
+        if not self.debts[creditor].total:
+            del self.debts[creditor]

@@ -46,3 +46,13 @@ class BlockTable:
         del self.indices[at]
         self.remote.setdefault(creditor, []).append(index)
         return self.slots.pop(at)
+
+    def to_home(self, index: int, creditor: int, slot: int) -> None:
+        """Logical rBlock `index`, hosted by `creditor` so far, is now in home slot `slot`."""
+        hosted = self.remote[creditor]
+        hosted.remove(index)
+        if not hosted:
+            del self.remote[creditor]
+        at = self.place(index)
+        self.indices.insert(at, index)
+        self.slots.insert(at, slot)

@@ -91,6 +91,11 @@ class ModelConfig:
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
         return self.num_layers * layer + embeddings + self.hidden_size
 
+    @property
+    def attention_tokens(self) -> float:
+        """Context length at which a token's attention costs as much as its linear layers."""
+        return self.num_parameters / (2 * self.num_layers * self.num_heads * self.head_dim)
+
 
 def dtype_bytes(dtype: str) -> int:
     """Bytes of one value of the dtype named `dtype`; ModelError for a dtype not supported."""

@@ -82,7 +82,7 @@ def remote_against_local(
     home, on the same cores: alone the home rank has the threads of both."""
     threads = options.threads or 1
     blocks = -(-(context + steps) // options.block_size)
-    local = replace(options, num_blocks=blocks + 2, lending=False, threads=2 * threads)
+    local = replace(options, num_blocks=blocks + 2, policy="queue", threads=2 * threads)
     remote = replace(options, num_blocks=blocks // 2 + 2, threads=threads)
     ways = {
         "local": lambda: decode_rate(comm, model, local, context, steps),

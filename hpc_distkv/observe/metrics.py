@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,19 @@ import msgspec
 from hpc_distkv.control.messages import Counters
 
 
-def total(counters: Sequence[Counters]) -> dict[str, float]:
-    """The counters of all instances added up; `peak_borrowed` is the largest of any."""
-    rows = [msgspec.to_builtins(each) for each in counters]
-    summed = {name: sum(row[name] for row in rows) for name in Counters.__struct_fields__}
+def total(counters: Sequence[Counters]) -> dict[str, Any]:
+    """The counters of all instances added up; `peak_borrowed` is the largest of any, and
+    `prediction_error` the mean of those that have one."""
+    rows = [msgspec.structs.asdict(each) for each in counters]
+    numbers = [name for name in Counters.__struct_fields__ if name != "gaps"]
+    summed: dict[str, Any] = {name: sum(row[name] for row in rows) for name in numbers}
     summed["peak_borrowed"] = max((row["peak_borrowed"] for row in rows), default=0)
-    return summed
+    errors = [row["prediction_error"] for row in rows if row["prediction_error"]]
+    summed["prediction_error"] = sum(errors) / len(errors) if errors else 0.0
+    gaps: Counter[int] = Counter()
+    for row in rows:
+        gaps.update(row["gaps"])
+    return summed | {"gaps": dict(gaps)}
 
 
 def peak_memory() -> int:

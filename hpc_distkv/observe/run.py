@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from hpc_distkv.control.gaps import gap_summary
 from hpc_distkv.control.messages import Counters, Result
 from hpc_distkv.observe.latency import Latencies
 from hpc_distkv.observe.metrics import total
@@ -31,6 +32,8 @@ class RunRecord:
         assignment to an instance."""
         seconds = time.monotonic() - self._started
         figures = total(counters)
+        gaps = gap_summary(figures.pop("gaps"))
+        held = figures["held_block_steps"]
         computed = figures["prompt_tokens"] + figures["generated_tokens"]
         return {
             "seconds": round(seconds, 3),
@@ -39,6 +42,8 @@ class RunRecord:
             "tokens_per_second": round(computed / seconds, 2),
             "time_to_first_token_s": self._first_token.summary(),
             "latency_s": self._total.summary(),
+            "between_tokens_s": gaps,
+            "remote_share": round(figures["remote_block_steps"] / held, 4) if held else 0.0,
             "peak_memory_bytes": list(peak_memory),
             "counters": {name: round(value, 4) for name, value in figures.items()},
         }

@@ -102,7 +102,7 @@ def test_one_row_may_fill_the_whole_cluster(model, ranks, blocks):
 
 def test_nothing_is_lent_when_lending_is_off(model):
     rows = demand_of(2, 12 * BLOCK, random.Random(3))
-    outcome = run_cluster(model, rows, 3, options(30, lending=False))
+    outcome = run_cluster(model, rows, 3, options(30, policy="queue"))
     assert outcome.tokens == unconstrained(model, rows)
     assert all(counters.blocks_borrowed == 0 for counters in outcome.counters)
 
@@ -118,13 +118,13 @@ def test_an_even_load_that_fits_borrows_nothing(model):
 def test_what_is_promised_to_others_does_not_keep_own_rows_waiting(model):
     rows = [request(i, 60, 40, random.Random(i)) for i in range(16)]
     steps = {
-        lending: max(
+        policy: max(
             counters.steps
-            for counters in run_cluster(model, rows, 2, options(3000, lending=lending)).counters
+            for counters in run_cluster(model, rows, 2, options(3000, policy=policy)).counters
         )
-        for lending in (True, False)
+        for policy in ("lend", "queue")
     }
-    assert steps[True] < 1.3 * steps[False]
+    assert steps["lend"] < 1.3 * steps["queue"]
 
 
 class Slow:

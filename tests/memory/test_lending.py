@@ -18,7 +18,8 @@ from hpc_distkv.control.messages import NOBODY, Answer, Counters, Report
 from hpc_distkv.engine.scheduler import Plan
 from hpc_distkv.engine.traffic import Traffic
 from hpc_distkv.memory.pool import BlockPool
-from hpc_distkv.memory.rmanager import ProtocolError, RManager
+from hpc_distkv.memory.loan import ProtocolError
+from hpc_distkv.memory.rmanager import RManager
 
 BLOCK = 4
 

@@ -1,0 +1,236 @@
+"""Loans that pay although nobody is short of memory yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from hpc_distkv.control.ledger import DebtLedger
+from hpc_distkv.control.links import Links
+from hpc_distkv.control.wire import Reports
+
+CONSIDERED = 8
+"""Debtors and creditors looked at in one plan: it costs the same in any cluster."""
+SIZES = 8
+"""Numbers of rBlocks tried for a pair: halves, from all that may move."""
+LEAST_GAIN = 0.05
+"""Share of the pair's throughput that a transfer must promise, so that plans do not oscillate."""
+KEPT_PLANS = 4
+"""Plans for which what was moved is left alone."""
+
+
+class Transfer(NamedTuple):
+    """`debtor` moves `blocks` rBlocks of its longest request to `creditor`."""
+
+    debtor: int
+    creditor: int
+    blocks: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """One instance as the model sees it."""
+
+    rows: float
+    seats: float
+    """Further rows it may run."""
+    kv_tokens: float
+    spare: int
+    """rBlocks that nothing at the instance needs."""
+    longest: int
+    row_blocks: float
+    fixed: float
+    per_token: float
+    per_kv: float
+
+    @property
+    def time(self) -> float:
+        """Seconds of a decode step: W(β)/f(β) + Σ S/g, linear in β; guests alone need no W."""
+        fixed = self.fixed if self.rows else 0.0
+        return fixed + self.per_token * self.rows + self.per_kv * self.kv_tokens
+
+
+class Planner:
+    """Infinite-LLM's greedy planner (arXiv 2401.02669v2) on fitted layer times.
+
+    Debtors by ascending batch, creditors by ascending memory use, the debtor's longest request,
+    the number of rBlocks with the best predicted gain. Partners step together, so the gain counts
+    what a pair loses to the slower of the two: Σ rows / pace over both components, before and
+    after. Rows that wait fill the room that a debtor gains; a creditor loses those that its room
+    would have taken.
+    """
+
+    def __init__(
+        self, block_size: int, links: Links, exchange_seconds: Callable[[int], float]
+    ) -> None:
+        """`exchange_seconds`: link class → what an exchange over it adds to a step."""
+        self._size = block_size
+        self._links = links
+        self._exchange_seconds = exchange_seconds
+        self._recent: dict[tuple[int, int], int] = {}
+        """Pair → the last plan that moved anything between them."""
+        self._plans = 0
+
+    def plan(self, reports: Reports, ledger: DebtLedger, waiting: bool) -> list[Transfer]:
+        """The transfers that pay now, at most one per debtor. `waiting`: rows wait for a seat
+        somewhere in the job."""
+        self._plans += 1
+        self._recent = {p: n for p, n in self._recent.items() if self._plans - n < KEPT_PLANS}
+        self._read(reports, waiting)
+        if not self._means:
+            return []
+        known = reports["fixed"] > 0
+        use = 1 - reports["free"] / np.maximum(1, reports["capacity"])
+        debtors = _least(reports["running"], (reports["longest"] > 0) & known)
+        creditors = _least(use, reports["promised"] > 0 if not waiting else reports["capacity"] > 0)
+        state = {i: self._load(i) for i in {*debtors, *creditors}}
+        self._component = {i: group for group in ledger.components() for i in group}
+        transfers = []
+        for debtor in debtors:
+            best = max(
+                (
+                    self._best(debtor, creditor, state, ledger)
+                    for creditor in creditors
+                    if self._may_lend(debtor, creditor, ledger)
+                ),
+                default=(0.0, Transfer(debtor, debtor, 0)),
+            )
+            if best[0] > LEAST_GAIN:
+                transfers.append(best[1])
+                self._recent[best[1][:2]] = self._plans
+                ends = (debtor, best[1].creditor)
+                moved = _shift(state[ends[0]], state[ends[1]], best[1].blocks, self._size)
+                state.update(zip(ends, moved, strict=True))
+        return transfers
+
+    def pays(self, debtor: int, ledger: DebtLedger, reports: Reports) -> bool:
+        """Whether the debtor's loans are worth what they cost: a recent plan made one, or the
+        instances would be slower each for itself with the debtor's rBlocks at home."""
+        if any(pair[0] == debtor for pair in self._recent):
+            return True
+        loans = ledger.creditors_of(debtor)
+        self._read(reports, waiting=False)
+        if not self._means:
+            return False
+        lent = {i: self._load(i) for i in (debtor, *loans)}
+        exchange = max(self._exchange_seconds(self._links.between(debtor, c)) for c in loans)
+        home = {
+            i: replace(lent[i], kv_tokens=lent[i].kv_tokens - loans[i] * self._size) for i in loans
+        }
+        kv_tokens = lent[debtor].kv_tokens + sum(loans.values()) * self._size
+        home[debtor] = replace(lent[debtor], kv_tokens=kv_tokens)
+        return _rate([*lent.values()], exchange) > sum(_rate([load]) for load in home.values())
+
+    def _read(self, reports: Reports, waiting: bool) -> None:
+        """Whatever has not stepped yet is taken to be like the mean of what has."""
+        self._reports, self._waiting = reports, waiting
+        known = reports["fixed"] > 0
+        names = ("fixed", "per_token", "per_kv") if known.any() else ()
+        self._means = {name: float(reports[name][known].mean()) for name in names}
+
+    def _may_lend(self, debtor: int, creditor: int, ledger: DebtLedger) -> bool:
+        return (
+            debtor != creditor
+            and (creditor, debtor) not in self._recent
+            and not ledger.closes_circle(debtor, creditor)
+        )
+
+    def _load(self, instance: int) -> Load:
+        """The instance with the rows that its spare room is about to take in."""
+        row = {name: float(self._reports[name][instance]) for name in _READ}
+        model = {n: row[n] if row["fixed"] > 0 else mean for n, mean in self._means.items()}
+        row_blocks = max(1.0, row["row_blocks"])
+        new = min(row["seats"], row["promised"] / row_blocks) if self._waiting else 0.0
+        return Load(
+            rows=row["running"] + new,
+            seats=row["seats"] - new if self._waiting else 0.0,
+            kv_tokens=row["kv_tokens"] + new * row_blocks * self._size,
+            spare=int(row["promised"] - new * row_blocks),
+            longest=int(row["longest"]),
+            row_blocks=row_blocks,
+            **model,
+        )
+
+    def _best(
+        self, debtor: int, creditor: int, state: dict[int, Load], ledger: DebtLedger
+    ) -> tuple[float, Transfer]:
+        """The relative gain of the best number of rBlocks, and the transfer."""
+        groups = {frozenset(self._component.get(i, (i,))) for i in (debtor, creditor)}
+        for instance in frozenset().union(*groups):
+            state.setdefault(instance, self._load(instance))
+        before = sum(_rate([state[i] for i in group]) for group in groups)
+        others = [state[i] for group in groups for i in group if i not in (debtor, creditor)]
+        exchange = 0.0
+        if creditor not in ledger.creditors_of(debtor):
+            exchange = self._exchange_seconds(self._links.between(debtor, creditor))
+        best = (0.0, Transfer(debtor, creditor, 0))
+        blocks = self._most(state[debtor], state[creditor])
+        for _ in range(SIZES if before else 0):
+            if blocks < 1:
+                break
+            moved = _shift(state[debtor], state[creditor], blocks, self._size)
+            gain = _rate([*others, *moved], exchange) / before - 1
+            best = max(best, (gain, Transfer(debtor, creditor, blocks)))
+            blocks //= 2
+        return best
+
+    def _most(self, one: Load, other: Load) -> int:
+        """Most rBlocks that may move: what the creditor attends to must hide behind the debtor's
+        own step, and unless rows wait only what is spare is there to lend."""
+        hidden = one.time / (other.per_kv * self._size) if other.per_kv else float("inf")
+        room = other.spare + (other.rows * other.row_blocks if self._waiting else 0)
+        return int(min(one.longest, hidden, room))
+
+
+_READ = (
+    "running",
+    "seats",
+    "kv_tokens",
+    "promised",
+    "longest",
+    "row_blocks",
+    "fixed",
+    "per_token",
+    "per_kv",
+)
+
+
+def _shift(one: Load, other: Load, blocks: int, size: int) -> tuple[Load, Load]:
+    """Debtor and creditor after a transfer of `blocks` rBlocks of `size` tokens."""
+    more = min(one.seats, blocks / one.row_blocks)
+    fewer = min(other.rows, max(0, blocks - other.spare) / other.row_blocks)
+    return (
+        replace(
+            one,
+            rows=one.rows + more,
+            seats=one.seats - more,
+            kv_tokens=one.kv_tokens + (more * one.row_blocks - blocks) * size,
+            longest=one.longest - blocks,
+        ),
+        replace(
+            other,
+            rows=other.rows - fewer,
+            seats=other.seats + fewer,
+            kv_tokens=other.kv_tokens + (blocks - fewer * other.row_blocks) * size,
+            spare=max(0, other.spare - blocks),
+        ),
+    )
+
+
+def _rate(loads: Sequence[Load], exchange: float = 0.0) -> float:
+    """Tokens per second of instances that step together: the slowest sets the pace."""
+    pace = max(load.time for load in loads) + exchange
+    return sum(load.rows for load in loads) / pace if pace else 0.0
+
+
+def _least(values: np.ndarray, allowed: np.ndarray) -> list[int]:
+    """The allowed instances with the least values, ascending."""
+    candidates = np.flatnonzero(allowed)
+    if len(candidates) > CONSIDERED:
+        part = np.argpartition(values[candidates], CONSIDERED)[:CONSIDERED]
+        candidates = candidates[part]
+    order: list[int] = candidates[np.argsort(values[candidates], kind="stable")].tolist()
+    return order

@@ -1,0 +1,316 @@
+"""What one instance decides and remembers between messages."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Rows
+from typing import NamedTuple
+
+from hpc_distkv.control.gaps import gap_bin
+from hpc_distkv.control.messages import (
+    Answer,
+    Changes,
+    Counters,
+    Handover,
+    Header,
+    Report,
+    Request,
+    Result,
+)
+from hpc_distkv.control.step_time import StepTime
+from hpc_distkv.control.work import MeanOutput, work
+from hpc_distkv.engine.config import EngineConfig
+from hpc_distkv.engine.scheduler import Plan, Row, Scheduler
+from hpc_distkv.engine.sequence import Sequence
+from hpc_distkv.memory.loan import Kind, Move, ProtocolError
+from hpc_distkv.memory.rmanager import RManager
+
+log = logging.getLogger(__name__)
+
+COUNTED_ROUNDS = 25
+"""Reports between two that carry the counters while there is work."""
+
+
+class StepWork(NamedTuple):
+    """What a step had to compute, for the performance model."""
+
+    rows: int
+    """Rows in decode."""
+    kv_tokens: int
+    """KV tokens that decodes attended to here: own ones, and guests."""
+    prompts: bool
+    """Whether there were more than decodes, here or for guests: such a step tells the model
+    nothing."""
+
+
+def smoothed(average: float, value: float) -> float:
+    """The moving average after one more value; the first value starts it."""
+    return 0.7 * average + 0.3 * value if average else value
+
+
+class Instance:
+    """One instance between its messages: reports out, answers in, plans, headers, tokens. Pure: the
+    worker drives it with real messages and tensors, the simulator in virtual time.
+
+        boundary: apply(answer) → report()
+        step:     plan() → header(partner)… → accept(headers) → compute → commit() → append(tokens)
+    """
+
+    def __init__(
+        self,
+        number: int,
+        config: EngineConfig,
+        sequence: Callable[[Request, float], Sequence] = Sequence,
+    ) -> None:
+        self.config = config
+        self.counters = Counters()
+        self.rm = RManager(number, config.num_blocks, config.lend_cap, config.bounce)
+        self.scheduler = Scheduler(self.rm, config)
+        self.model = StepTime()
+        self.round = 0
+        self._sequence = sequence
+        self._outputs = MeanOutput()
+        self._asked = 0
+        self._step_time = self._chunk_time = 0.0
+        self._results: list[Result] = []
+        self._adopted: list[int] = []
+        self._lent: dict[int, int] = {}
+        """As reported last."""
+        self._leaving: list[Sequence] = []
+        self._arriving: list[tuple[int, Sequence]] = []
+
+    # -- boundaries -----------------------------------------------------------------------------
+
+    def apply(self, answer: Answer, now: float) -> None:
+        """The answer to the last report. Raises ProtocolError for any other; what goes beyond the
+        promise is refused."""
+        if answer.round != self.round:
+            raise ProtocolError(
+                f"instance {self.rm.instance} got the answer of round {answer.round} "
+                f"in round {self.round}"
+            )
+        for debtor in self.rm.settle(answer.lend):
+            self.counters.refused_grants += 1
+            log.error("refused a grant to instance %d beyond the promise: %s", debtor, answer.lend)
+        if answer.lend:
+            self._lent = {-1: 0}  # The ledger counts the grants by now: report what became of them.
+        for request in answer.assign:
+            self.scheduler.add(self._sequence(request, now))
+        self.scheduler.apply(answer, self._asked)
+        self.round += 1
+
+    def report(self) -> Report:
+        """What the gManager has to know at this boundary."""
+        demand, room = self.scheduler.demand(), self.scheduler.room()
+        sharing = self.config.policy.sharing
+        self._asked = demand.wanted
+        running = self.scheduler.running
+        youngest = running[-1] if running else None
+        return Report(
+            round=self.round,
+            capacity=self.rm.num_blocks,
+            free=self.rm.free,
+            promised=self.rm.promise(demand.lendable if sharing else 0),
+            wanted=demand.wanted if sharing else 0,
+            wanted_for=demand.wanted_for,
+            starved=demand.starved,
+            room_rows=room[0],
+            room_tokens=room[1],
+            running=len(running),
+            seats=self.config.max_num_seqs - len(running),
+            youngest=youngest.id if youngest else -1,
+            youngest_blocks=self.rm.tables[youngest.id].blocks if youngest else 0,
+            longest=self.scheduler.longest if self.config.policy.planner else 0,
+            kv_tokens=self._kv_tokens(),
+            prompt_left=self.scheduler.prompt_left,
+            work_left=self._work_left(),
+            row_blocks=self._row_blocks(),
+            step_time=self._expected_step_time(),
+            chunk_time=self._chunk_time,
+            fixed=self.model.fixed,
+            per_token=self.model.per_token,
+            per_kv=self.model.per_kv,
+            changes=self._changes(),
+        )
+
+    def _changes(self) -> Changes:
+        lent = {debtor: loan.total for debtor, loan in self.rm.loans.items()}
+        idle = not self.scheduler.running and not self.scheduler.waiting
+        changes = Changes(
+            lent=lent if lent != self._lent else None,
+            results=self._results,
+            adopted=self._adopted,
+            counters=self._count() if idle or self.round % COUNTED_ROUNDS == 0 else None,
+        )
+        self._lent, self._results, self._adopted = lent, [], []
+        return changes
+
+    def _count(self) -> Counters:
+        self.counters.preemptions = self.scheduler.preemptions
+        self.counters.stalls = self.scheduler.stalls
+        self.counters.prediction_error = self.model.error
+        return self.counters
+
+    def _kv_tokens(self) -> int:
+        size = self.config.block_size
+        own = sum(s.computed for s in self.scheduler.running)
+        away = sum(table.remote_blocks for table in self.rm.tables.values())
+        return own + size * (sum(loan.used for loan in self.rm.loans.values()) - away)
+
+    def _expected_end(self, sequence: Sequence) -> float:
+        output = self._outputs.expected(sequence.request.sampling.max_tokens)
+        return sequence.request.prompt_len + max(output, sequence.output_len + 1)
+
+    def _work_left(self) -> float:
+        rows = (*self.scheduler.running, *self.scheduler.waiting)
+        per_row = self.config.attention_tokens
+        return sum(work(s.computed, self._expected_end(s), per_row) for s in rows)
+
+    def _row_blocks(self) -> float:
+        """The rows that wait say best what rows to come will need."""
+        rows = self.scheduler.waiting or self.scheduler.running
+        if not rows:
+            return 0.0
+        return sum(self._expected_end(s) for s in rows) / len(rows) / self.config.block_size
+
+    def _expected_step_time(self) -> float:
+        return max(self._step_time, self._chunk_time if self.scheduler.has_prompts else 0.0)
+
+    # -- steps ----------------------------------------------------------------------------------
+
+    def plan(self) -> Plan:
+        """What this step computes and moves."""
+        plan = self.scheduler.plan()
+        self._leaving = plan.leaving
+        return plan
+
+    def header(
+        self, partner: int, plan: Plan, step: int, queries: Rows[tuple[int, int]], now: float
+    ) -> Header:
+        """What `partner` has to know of joint step `step`. `queries`: (request, query rows)."""
+        released, returned = self.rm.settle_debt(partner)
+        return Header(
+            step=step,
+            released=released,
+            returned=returned,
+            opened=self.rm.open_credit(partner),
+            moves=[(m.request, m.block) for m in plan.moves if m.peer == partner],
+            recalls=[(m.request, m.block) for m in plan.recalls if m.peer == partner],
+            handovers=[
+                self._handover(s, now)
+                for s in plan.leaving
+                if self.rm.copies[s.id].creditor == partner
+            ],
+            queries=list(queries),
+        )
+
+    def accept(self, headers: Mapping[int, Header], now: float) -> tuple[list[Move], list[Move]]:
+        """Apply the partners' headers, by instance. Returns the moves that they ask for: out of
+        this instance, and into it. Raises ProtocolError."""
+        outgoing: list[Move] = []
+        incoming: list[Move] = []
+        for instance, header in headers.items():
+            self.rm.evict(instance, header.released)
+            self.rm.take_back(instance, header.returned)
+            self.rm.credit_opened(instance, header.opened)
+            incoming += self.rm.host(instance, header.moves)
+            outgoing += self.rm.give_back(instance, header.recalls)
+            self._arriving += [(instance, self._arrival(h, now)) for h in header.handovers]
+        return outgoing, incoming
+
+    def commit(self) -> None:
+        """All moves of the step have arrived."""
+        for move in self.rm.outgoing:
+            self.counters.blocks_borrowed += move.kind is Kind.LEND
+            self.counters.blocks_copied += move.kind is Kind.COPY
+        for move in self.rm.incoming:
+            self.counters.blocks_lent += move.kind is Kind.LEND
+            self.counters.blocks_returned += move.kind is Kind.RECALL
+        self.rm.commit()
+        for sequence in self._leaving:
+            self.scheduler.hand_over(sequence)
+            self.counters.migrations += 1
+        for debtor, sequence in self._arriving:
+            self.rm.adopt(debtor, sequence.id)
+            self.scheduler.adopt(sequence)
+            self._adopted.append(sequence.id)
+        self._leaving, self._arriving = [], []
+        self.counters.peak_borrowed = max(self.counters.peak_borrowed, self.rm.borrowed)
+
+    def append(self, rows: Rows[Row], tokens: Rows[int], now: float) -> None:
+        """The step's rows are computed; `tokens` are the new ones of those rows that have no token
+        left to compute, in order."""
+        new = iter(tokens)
+        for sequence, count in rows:
+            if sequence.output_len == 0 or count > 1:
+                self.counters.prompt_tokens += count
+            sequence.computed += count
+            if not sequence.remaining:
+                self._append(sequence, next(new), now)
+        self.counters.generated_tokens += len(tokens)
+
+    def _append(self, sequence: Sequence, token: int, now: float) -> None:
+        if sequence.last_token_at is not None:
+            gap = gap_bin(now - sequence.last_token_at)
+            self.counters.gaps[gap] = self.counters.gaps.get(gap, 0) + 1
+        sequence.append(token, now)
+        if reason := sequence.finish_reason:
+            self.scheduler.finish(sequence)
+            self._outputs.add(sequence.output_len)
+            assert sequence.first_token_at is not None
+            self._results.append(
+                Result(
+                    id=sequence.id,
+                    tokens=sequence.packed_output,
+                    finish_reason=reason,
+                    first_token_time=sequence.first_token_at - sequence.assigned_at,
+                    total_time=now - sequence.assigned_at,
+                )
+            )
+
+    def note_step(self, step: StepWork, seconds: float, waited: float) -> None:
+        """How long a step with work took, and how much of that it waited for partners."""
+        self.counters.steps += 1
+        self.counters.step_time += seconds
+        self.counters.held_block_steps += self.rm.held
+        self.counters.remote_block_steps += self.rm.borrowed
+        if step.prompts:
+            self._chunk_time = smoothed(self._chunk_time, seconds)
+            return
+        self._step_time = smoothed(self._step_time, seconds)
+        if step.rows:
+            self.model.observe(step.rows, step.kv_tokens, seconds - waited)
+
+    def note_idle(self) -> None:
+        """A step without work."""
+        self._step_time = 0.0
+
+    def check(self) -> None:
+        """Assert the bookkeeping invariants."""
+        self.rm.check()
+
+    # -- handing over ---------------------------------------------------------------------------
+
+    def _handover(self, sequence: Sequence, now: float) -> Handover:
+        def age(moment: float | None) -> float | None:
+            return None if moment is None else now - moment
+
+        return Handover(
+            request=sequence.request,
+            tokens=sequence.packed,
+            computed=sequence.computed,
+            assigned_age=now - sequence.assigned_at,
+            first_token_age=age(sequence.first_token_at),
+            last_token_age=age(sequence.last_token_at),
+        )
+
+    def _arrival(self, handover: Handover, now: float) -> Sequence:
+        def moment(age: float | None) -> float | None:
+            return None if age is None else now - age
+
+        sequence = self._sequence(handover.request, now - handover.assigned_age)
+        sequence.restore(handover.tokens, handover.computed)
+        sequence.first_token_at = moment(handover.first_token_age)
+        sequence.last_token_at = moment(handover.last_token_age)
+        return sequence

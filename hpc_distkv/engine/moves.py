@@ -1,0 +1,99 @@
+"""Which rBlocks move in a step."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence as Rows
+from itertools import islice
+
+from hpc_distkv.control.messages import Answer
+from hpc_distkv.engine.config import EngineConfig
+from hpc_distkv.engine.sequence import Sequence
+from hpc_distkv.memory.loan import Move
+from hpc_distkv.memory.rmanager import RManager
+
+
+class Moves:
+    """Chooses the rBlocks that leave and those that come home. Moves that rows wait for are made at
+    once; those that the gManager planned keep to a budget, so that they stay behind compute."""
+
+    def __init__(self, rmanager: RManager, config: EngineConfig) -> None:
+        self._rm = rmanager
+        self._config = config
+        self._shed: dict[int, int] = {}
+        """Creditor → rBlocks planned to move there."""
+        self._recall: dict[int, int] = {}
+        """Creditor → rBlocks planned to come home."""
+        self._tokens = 0
+        """What is left of the budget."""
+
+    def apply(self, answer: Answer) -> None:
+        """What a control round planned."""
+        self._recall = dict(answer.recall)
+        for creditor, blocks in answer.shed.items():
+            self._shed[creditor] = self._shed.get(creditor, 0) + blocks
+
+    def sealed(self, sequence: Sequence) -> int:
+        """Sealed rBlocks of the sequence that are at home: they may travel."""
+        sealed = sequence.computed // self._config.block_size
+        return bisect.bisect_left(self._rm.tables[sequence.id].indices, sealed)
+
+    def sheddable(self) -> dict[int, int]:
+        """Creditor → rBlocks that were planned to move there and have credit."""
+        debts = self._rm.debts
+        shed = {c: min(n, debts[c].credit) for c, n in self._shed.items() if c in debts}
+        return {creditor: blocks for creditor, blocks in shed.items() if blocks > 0}
+
+    def plan(self, running: Rows[Sequence], short: int) -> tuple[list[Move], list[Move]]:
+        """Moves of this step: out, of which `short` are waited for, and home."""
+        self._tokens = min(self._tokens, self._config.block_size) + self._config.move_budget
+        out = self._out(running, short) if self._rm.credit else []
+        return out, self._home()
+
+    def _out(self, running: Rows[Sequence], short: int) -> list[Move]:
+        """The oldest rBlocks of the longest sequences, to a creditor that hosts the sequence
+        already if there is one."""
+        rm, shed = self._rm, self.sheddable()
+        moves: list[Move] = []
+        for sequence in sorted(running, key=self.sealed, reverse=True):
+            table = rm.tables[sequence.id]
+            for index in islice(table.indices, self.sealed(sequence)):
+                if len(moves) < short and rm.credit:
+                    creditor = max(
+                        (c for c, debt in rm.debts.items() if debt.credit),
+                        key=lambda c: (c in table.remote, rm.debts[c].credit),
+                    )
+                elif shed and self._afford():
+                    creditor = next(iter(shed))
+                else:
+                    return moves
+                moves.append(rm.move_out(sequence.id, index, creditor))
+                if creditor in shed:  # it serves the plan, for whatever reason it was made
+                    self._shed[creditor] -= 1
+                    shed = self.sheddable()
+        return moves
+
+    def _home(self) -> list[Move]:
+        """Of the requests with fewest rBlocks at the creditor first."""
+        moves: list[Move] = []
+        for creditor in self._recall:
+            hosted = [
+                (len(table.remote[creditor]), request)
+                for request, table in self._rm.tables.items()
+                if creditor in table.remote
+            ]
+            for _, request in sorted(hosted):
+                for index in self._rm.tables[request].remote[creditor]:
+                    room = self._rm.usable + self._rm.bounce > 0
+                    if not (room and self._recall[creditor] > 0 and self._afford()):
+                        return moves
+                    moves.append(self._rm.bring_home(request, index, creditor))
+                    self._recall[creditor] -= 1
+        return moves
+
+    def _afford(self) -> bool:
+        """Spend the budget for one more move that no row waits for."""
+        if self._tokens < self._config.block_size:
+            return False
+        self._tokens -= self._config.block_size
+        return True

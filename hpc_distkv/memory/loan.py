@@ -1,0 +1,89 @@
+"""The records of a loan: what one instance owes another, hosts for it, and has under way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+
+class ProtocolError(RuntimeError):
+    """A partner did what it may not do; continuing would corrupt somebody's KV cache."""
+
+
+@dataclass
+class Debt:
+    """What this instance owes one creditor, in rBlocks."""
+
+    credit: int = 0
+    """Opened by the creditor and not used yet."""
+    used: int = 0
+    """Hosted by the creditor, or on their way to it."""
+    returned: int = 0
+    """Credit given up of which the creditor has not been told."""
+    released: dict[int, int] = field(default_factory=dict)
+    """Requests that ended → their rBlocks that the creditor has not been told to free."""
+
+    @property
+    def total(self) -> int:
+        """Everything the creditor has set aside or hosts for this instance, as far as known."""
+        return self.credit + self.used + self.returned
+
+
+@dataclass
+class Loan:
+    """What this instance lends one debtor, in rBlocks."""
+
+    unopened: int = 0
+    """Granted by the gManager; the debtor has not been told."""
+    credit: int = 0
+    """Set aside for the debtor."""
+    used: int = 0
+    """Hosted for the debtor, or on their way here."""
+
+    @property
+    def total(self) -> int:
+        """Everything set aside for or used by the debtor."""
+        return self.unopened + self.credit + self.used
+
+
+@dataclass
+class Guest:
+    """The rBlocks hosted for one request of one debtor, in the order of their arrival."""
+
+    slots: list[int] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
+    """Logical index of each slot in the debtor's block table."""
+
+
+class Kind(Enum):
+    """What a move does when it is committed."""
+
+    LEND = "lend"
+    """The creditor hosts the rBlock, its home slot is free."""
+    RECALL = "recall"
+    """The rBlock is at home again, the creditor's slot is free."""
+    COPY = "copy"
+    """The creditor has it too, to own it when the request is handed over."""
+
+
+class Move(NamedTuple):
+    """An rBlock on its way between a debtor and a creditor. Until `commit` it is served from where
+    it was."""
+
+    request: int
+    block: int
+    """Logical index in the request's block table."""
+    slot: int
+    """This instance's slot: the one it leaves on the sender's side, the receiving one on the
+    other."""
+    peer: int
+    kind: Kind = Kind.LEND
+
+
+@dataclass
+class Copies:
+    """A request's rBlocks that an instance has copies of, in logical order from the first."""
+
+    creditor: int
+    blocks: int = 0

@@ -1,0 +1,74 @@
+"""Cost classes of links."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpc_distkv.control.links import Links
+
+places = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=8)
+
+
+@given(places)
+def test_without_a_measurement_the_node_counts_then_the_switch(nodes_and_switches):
+    nodes, switches = zip(*nodes_and_switches, strict=True)
+    links = Links(nodes, switches)
+    for one, (node, switch) in enumerate(nodes_and_switches):
+        expected = [
+            0 if node == other else 1 if switch == behind else 2
+            for other, behind in nodes_and_switches
+        ]
+        assert links.classes(one).tolist() == expected
+        assert [links.between(one, other) for other in range(len(nodes))] == expected
+
+
+def test_without_switches_other_nodes_are_anywhere():
+    assert Links([0, 0, 1, 2]).classes(1).tolist() == [0, 0, 2, 2]
+
+
+LEVELS = np.array([[0, 3e-6, 3e-6, 5e-5], [0, 0, 3e-6, 5e-5], [0, 0, 0, 5e-5], [0, 0, 0, 0]])
+
+
+def test_classes_are_powers_of_two_above_the_shortest_round_trip():
+    """log2(50 / 3) = 4.06."""
+    classes = [Links([0] * 4, seconds=LEVELS + LEVELS.T).classes(i).tolist() for i in range(4)]
+    assert classes == [[0, 0, 0, 4], [0, 0, 0, 4], [0, 0, 0, 4], [4, 4, 4, 0]]
+
+
+@given(st.lists(st.floats(1.0, 1.4), min_size=16, max_size=16))
+def test_delays_of_some_ten_per_cent_do_not_set_equal_links_apart(noise):
+    seconds = (LEVELS + LEVELS.T) * np.array(noise).reshape(4, 4)
+    links = Links([0] * 4, seconds=seconds)
+    assert links.classes(0)[:3].tolist() == [0, 0, 0]
+    assert links.classes(0)[3] >= 3
+
+
+@given(st.lists(st.floats(1e-7, 1.0), min_size=25, max_size=25))
+def test_measured_classes_are_symmetric_and_never_reverse_an_order(times):
+    seconds = np.array(times).reshape(5, 5)
+    links = Links([0] * 5, seconds=seconds)
+    classes = np.array([links.classes(i) for i in range(5)])
+    assert (classes == classes.T).all()
+    assert (classes.diagonal() == 0).all()
+    pairs = [(min(seconds[i, j], seconds[j, i]), classes[i, j]) for i in range(5) for j in range(i)]
+    ordered = [int(link_class) for _, link_class in sorted(pairs)]
+    assert ordered == sorted(ordered)
+    assert ordered[0] == 0
+    assert links.between(1, 3) == classes[1, 3]
+
+
+def test_an_instance_alone_is_near_itself():
+    assert Links([0], seconds=np.zeros((1, 1))).classes(0).tolist() == [0]
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="1 switches for 2 instances"):
+        Links([0, 1], [0])
+    with pytest.raises(ValueError, match=r"times \[3, 3\] for 2 instances"):
+        Links([0, 1], seconds=np.ones((3, 3)))
+    for bad in (0.0, -1.0, np.nan, np.inf):
+        with pytest.raises(ValueError, match="positive and finite"):
+            Links([0, 1], seconds=np.full((2, 2), bad))
