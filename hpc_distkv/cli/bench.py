@@ -127,3 +127,39 @@ def unused_lending(**options: Any) -> None:
         return bench.unused_lending(comm, model, settings, requests, options["repeats"])
 
     _measured(options, measure)
+
+
+@command.command()
+@click.option("--model", required=True, help="Model directory.")
+@click.option("--trace", "traces", required=True, multiple=True, help="Trace: FILE.toml#NAME.")
+@click.option("--rows", type=POSITIVE, help="Rows of each trace. [default: the trace's]")
+@click.option("--scale", default=1.0, show_default=True, help="Divide all prompts by this.")
+@click.option("--scale-output", type=float, help="Divide all outputs by this. [default: --scale]")
+@click.option(
+    "--against",
+    default="lend,lend-greedy,migrate,queue,isolated",
+    show_default=True,
+    help="Policies in the order of their runs; ratios are to the last one.",
+)
+@click.option("--repeats", type=POSITIVE, default=1, show_default=True)
+@engine_options
+def policies(**options: Any) -> None:
+    """The rows of a trace under every policy, on the same ranks."""
+
+    def measure(comm: Comm, model: Decoder, settings: EngineOptions) -> dict[str, Any]:
+        from hpc_distkv.observe.policies import compare_policies
+        from hpc_distkv.simulate.trace import Trace
+
+        named = {name: name for name in options["against"].split(",")}
+        results = {}
+        for name in options["traces"]:
+            trace = Trace.load(name)
+            trace = trace.head(options["rows"]) if options["rows"] else trace
+            trace = trace.scaled(options["scale"], options["scale_output"])
+            requests = trace.requests(model.config.vocab_size)
+            results[trace.name] = compare_policies(
+                comm, model, settings, requests, named, options["repeats"]
+            )
+        return {"traces": results}
+
+    _measured(options, measure)

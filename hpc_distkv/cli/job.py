@@ -55,7 +55,5 @@ def say(comm: Comm, text: str) -> None:
 def set_options(options: dict[str, Any]) -> EngineOptions:
     """The engine options among a command's options."""
     return EngineOptions(
-        policy=options["policy"],
-        move_budget=options["move_budget"],
         **{name: options[name] for name in EngineOptions.__dataclass_fields__ if name in options},
     )

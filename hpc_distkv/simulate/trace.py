@@ -174,7 +174,9 @@ class Trace:
     classes: Mapping[str, RowClass]
     mix: Mapping[str, int]
     factor: float = 1.0
-    """Every length is divided by it."""
+    """Every prompt is divided by it."""
+    output_factor: float = 1.0
+    """Every output is divided by it."""
 
     @staticmethod
     def load(path: str | Path) -> Trace:
@@ -201,15 +203,20 @@ class Trace:
             raise OptionError(f"a trace needs at least 1 row, not {rows}")
         return replace(self, count=rows)
 
-    def scaled(self, factor: float) -> Trace:
-        """The same rows with every length divided by `factor`, but at least 1 token."""
-        if not 0 < factor < math.inf:
-            raise OptionError(f"lengths cannot be divided by {factor:g}: use a number above 0")
+    def scaled(self, factor: float, output_factor: float | None = None) -> Trace:
+        """The same rows with every length divided by `factor`, but at least 1 token; outputs by
+        `output_factor` if it is given."""
+        outputs = factor if output_factor is None else output_factor
+        for number in (factor, outputs):
+            if not 0 < number < math.inf:
+                raise OptionError(f"lengths cannot be divided by {number:g}: use a number above 0")
+        apart = "" if outputs == factor else f", outputs by {outputs:g}"
         return replace(
             self,
-            name=f"{self.name}/{factor:g}",
-            description=f"{self.description}, lengths divided by {factor:g}",
+            name=f"{self.name}/{factor:g}" + (f":{outputs:g}" if apart else ""),
+            description=f"{self.description}, lengths divided by {factor:g}{apart}",
             factor=self.factor * factor,
+            output_factor=self.output_factor * outputs,
         )
 
     @cached_property
@@ -225,10 +232,11 @@ class Trace:
         return [self._scale(row) for row in _shuffled(rows, random.Random(self.seed))]
 
     def _scale(self, row: Row) -> Row:
-        own, output, prefix = (
+        own, prefix = (
             max(1, round(tokens / self.factor))
-            for tokens in (row.prompt - row.prefix_tokens, row.output, row.prefix_tokens)
+            for tokens in (row.prompt - row.prefix_tokens, row.prefix_tokens)
         )
+        output = max(1, round(row.output / self.output_factor))
         prefix = prefix if row.prefix_tokens else 0
         return row._replace(prompt=prefix + own, output=output, prefix_tokens=prefix)
 

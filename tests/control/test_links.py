@@ -33,9 +33,11 @@ LEVELS = np.array([[0, 3e-6, 3e-6, 5e-5], [0, 0, 3e-6, 5e-5], [0, 0, 0, 5e-5], [
 
 
 def test_classes_are_powers_of_two_above_the_shortest_round_trip():
-    """log2(50 / 3) = 4.06."""
-    classes = [Links([0] * 4, seconds=LEVELS + LEVELS.T).classes(i).tolist() for i in range(4)]
-    assert classes == [[0, 0, 0, 4], [0, 0, 0, 4], [0, 0, 0, 4], [4, 4, 4, 0]]
+    """log2(3 / 1.5) = 1, log2(11 / 1.5) = 2.87."""
+    seconds = np.outer([1, 1.5, 3, 11], [1, 1, 1, 1])
+    links = Links([0] * 4, seconds=np.maximum(seconds, seconds.T))
+    assert links.classes(0).tolist() == [0, 0, 1, 3]
+    assert links.classes(3).tolist() == [3, 3, 3, 0]
 
 
 @given(st.lists(st.floats(1.0, 1.4), min_size=16, max_size=16))
