@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 from hpc_distkv.comm.network import Half, Network
 from hpc_distkv.comm.schedule import PeerFailedError, SeededSchedule
-from hpc_distkv.comm.transport import Comm, Mail, Pairs, Pending, Rounds, Transport
+from hpc_distkv.comm.transport import TO_CREDITOR, Comm, Mail, Pairs, Pending, Rounds, Transport
 from hpc_distkv.comm.waiter import Waiter
 from hpc_distkv.comm.world import World
 
@@ -125,17 +126,16 @@ class LocalTransport(Transport):
         self._rank = waiter.world.rank
         self._under_way: list[Half] = []
 
-    def exchange(self, sends: Pairs, recvs: Pairs) -> Pending:
+    def exchange(
+        self, sends: Pairs, recvs: Pairs, send_on: int = TO_CREDITOR, receive_on: int = TO_CREDITOR
+    ) -> Pending:
         """Post one hop."""
         self._network.switch(self._rank)
-        pairs = [(*pair, False) for pair in recvs] + [(*pair, True) for pair in sends]
-        halves = [self._network.post_tensor(self._rank, *pair) for pair in pairs]
+        post = partial(self._network.post_tensor, self._rank)
+        halves = [post(*pair, receive_on, send=False) for pair in recvs]
+        halves += [post(*pair, send_on, send=True) for pair in sends]
         self._under_way = [half for half in self._under_way if not half.done] + halves
         return LocalPending(self._network, self._waiter, halves)
-
-    def poke(self) -> None:
-        """Let others go on, if a schedule says so."""
-        self._network.switch(self._rank)
 
     def drained(self) -> bool:
         """Whether all exchanges have completed."""
@@ -168,7 +168,7 @@ class LocalPending(Pending):
 
 
 class LocalMail(Mail):
-    """Headers between ranks of this process."""
+    """Mail between ranks of this process."""
 
     def __init__(self, network: Network, waiter: LocalWaiter) -> None:
         self._network = network
@@ -178,25 +178,16 @@ class LocalMail(Mail):
     def post(self, peer: int, message: bytes) -> None:
         """Send without waiting."""
         self._network.switch(self._rank)
-        self._network.post_bytes("headers", self._rank, peer, message)
+        self._network.post_bytes("mail", self._rank, peer, message)
 
-    def take(self, peers: Sequence[int], what: str) -> dict[int, bytes]:
-        """The next message of each of `peers`."""
-        taken: dict[int, bytes] = {}
-
-        def missing() -> list[int]:
-            return [peer for peer in peers if peer not in taken]
-
-        def all_taken() -> bool | None:
-            self._network.switch(self._rank)
-            for peer in missing():
-                if self._network.peek_bytes("headers", peer, self._rank):
-                    taken[peer] = self._network.take_bytes("headers", peer, self._rank)
-                    self._waiter.moved()
-            return len(taken) == len(set(peers)) or None
-
-        self._waiter.until(all_taken, what, missing)
-        return taken
+    def poll(self) -> tuple[int, bytes] | None:
+        """The next message of anybody."""
+        self._network.switch(self._rank)
+        for peer in range(self._network.ranks):
+            if self._network.peek_bytes("mail", peer, self._rank):
+                self._waiter.moved()
+                return peer, self._network.take_bytes("mail", peer, self._rank)
+        return None
 
 
 class LocalRounds(Rounds):

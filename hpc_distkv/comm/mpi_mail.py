@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from mpi4py import MPI
 
 from hpc_distkv.comm.transport import Mail
@@ -11,51 +9,37 @@ from hpc_distkv.comm.waiter import Waiter
 
 
 class MpiMail(Mail):
-    """Small messages of unknown length: probed, then received.
+    """Small messages of unknown length: probed, then received, one after another.
 
-    A message is matched (Improbe) only by a `take` that returns it, and at most one per peer, so
-    what a partner posts ahead of time stays in MPI's queue, in order, for the next `take`.
-    Posting never waits, so two ranks that post to each other and then take cannot block.
+    Neither posting nor polling ever waits, so two ranks that write to each other cannot block.
     """
 
     def __init__(self, comm: MPI.Comm, waiter: Waiter) -> None:
         self._comm = comm
         self._waiter = waiter
-        self._posted: list[tuple[MPI.Request, int, bytes]] = []
+        self._posted: list[tuple[MPI.Request, bytes]] = []
+        self._arriving: tuple[int, MPI.Request, bytearray] | None = None
 
     def post(self, peer: int, message: bytes) -> None:
         """Send without waiting. MPI reads the bytes until its request completes."""
         self.poke()
-        self._posted.append((self._comm.Isend((message, MPI.BYTE), peer), peer, message))
+        self._posted.append((self._comm.Isend((message, MPI.BYTE), peer), message))
 
-    def take(self, peers: Sequence[int], what: str) -> dict[int, bytes]:
-        """The next message of each of `peers`."""
-        arriving: dict[int, tuple[MPI.Request, bytearray]] = {}
-        taken: dict[int, bytes] = {}
-
-        def advance(peer: int) -> None:
-            if peer not in arriving:
-                status = MPI.Status()
-                matched = self._comm.Improbe(peer, status=status)
-                if matched is None:
-                    return
-                room = bytearray(status.Get_count(MPI.BYTE))
-                arriving[peer] = matched.Irecv((room, MPI.BYTE)), room
-            request, room = arriving[peer]
-            if request.Test():
-                taken[peer] = bytes(room)
-                self._waiter.moved()
-
-        def missing() -> list[int]:
-            return [peer for peer in peers if peer not in taken]
-
-        def all_taken() -> bool | None:
-            for peer in missing():
-                advance(peer)
-            return len(taken) == len(set(peers)) or None
-
-        self._waiter.until(all_taken, what, missing)
-        return taken
+    def poll(self) -> tuple[int, bytes] | None:
+        """The next message, when all of it is here. MPI keeps those behind it, in order."""
+        if self._arriving is None:
+            status = MPI.Status()
+            matched = self._comm.Improbe(status=status)
+            if matched is None:
+                return None
+            room = bytearray(status.Get_count(MPI.BYTE))
+            self._arriving = status.Get_source(), matched.Irecv((room, MPI.BYTE)), room
+        peer, request, room = self._arriving
+        if not request.Test():
+            return None
+        self._arriving = None
+        self._waiter.moved()
+        return peer, bytes(room)
 
     def poke(self) -> None:
         """Let go of messages that have left."""

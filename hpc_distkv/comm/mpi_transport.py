@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from mpi4py import MPI
 
-from hpc_distkv.comm.transport import Pairs, Pending, Transport
+from hpc_distkv.comm.transport import TO_CREDITOR, Pairs, Pending, Transport
 from hpc_distkv.comm.waiter import Waiter
 
 
@@ -17,35 +17,23 @@ def octets(tensor: torch.Tensor) -> tuple[MPI.buffer, MPI.Datatype]:
 
 
 class MpiTransport(Transport):
-    """Moves CPU tensors. All with one tag: MPI keeps the order between two ranks, and the callers
-    of both sides agree on it.
-
-    Why no wait here can be part of a circle: an exchange posts all its sends and receives before
-    anything is awaited, so what a rank waits for depends only on its peers reaching the call of
-    the same exchange, never on their leaving it.
-    """
+    """Moves CPU tensors. A channel is a tag: MPI keeps the order between two ranks on each, and
+    the callers of both sides agree on it. Posting never waits."""
 
     def __init__(self, comm: MPI.Comm, waiter: Waiter) -> None:
         self._comm = comm
         self._waiter = waiter
         self._under_way: dict[MpiPending, None] = {}
 
-    def exchange(self, sends: Pairs, recvs: Pairs) -> Pending:
+    def exchange(
+        self, sends: Pairs, recvs: Pairs, send_on: int = TO_CREDITOR, receive_on: int = TO_CREDITOR
+    ) -> Pending:
         """Post one hop. Receives come first, so that arriving bytes land in place."""
-        requests = [self._comm.Irecv(octets(tensor), peer) for peer, tensor in recvs]
-        requests += [self._comm.Isend(octets(tensor), peer) for peer, tensor in sends]
+        requests = [self._comm.Irecv(octets(tensor), peer, receive_on) for peer, tensor in recvs]
+        requests += [self._comm.Isend(octets(tensor), peer, send_on) for peer, tensor in sends]
         pending = MpiPending(requests, sends, recvs, self._waiter, self._under_way)
         self._under_way[pending] = None
         return pending
-
-    def poke(self) -> None:
-        """Test what is under way, here and in the background (control rounds)."""
-        if self._under_way:
-            self.drained()
-        else:
-            self._comm.Iprobe()
-        for push in self._waiter.background:
-            push()
 
     def drained(self) -> bool:
         """Whether all exchanges have completed."""

@@ -150,11 +150,14 @@ class Network:
         with self.lock:
             return self._bytes[kind, source, target].arrived.popleft()
 
-    def post_tensor(self, rank: int, peer: int, tensor: torch.Tensor, send: bool) -> Half:
+    def post_tensor(
+        self, rank: int, peer: int, tensor: torch.Tensor, channel_number: int, *, send: bool
+    ) -> Half:
         """One half of an exchange between `rank` and `peer`."""
         eager = self.schedule is None or self.schedule.random.random() < 0.5
         half = Half(peer, tensor, eager)
-        key = ("tensors", rank, peer) if send else ("tensors", peer, rank)
+        kind = f"tensors on channel {channel_number}"
+        key = (kind, rank, peer) if send else (kind, peer, rank)
         with self.lock:
             channel = self._tensors.setdefault(key, TensorChannel())
             if send:

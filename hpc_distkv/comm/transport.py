@@ -3,10 +3,11 @@
 Each has an MPI implementation (`comm.mpi`) and one in a single process (`comm.local`).
 All of them post first and wait later, so that a step can compute while bytes travel.
 
-Order is the whole protocol: there are no tags. The n-th tensor that rank a sends to rank b
-meets the n-th receive that b posts from a, and the same for headers. The engine derives both
-orders from the headers of the step, so they agree by construction. A GPU transport can then put
-all pairs of one hop into one NCCL group on one stream without changing its callers.
+Order is the whole protocol. The n-th tensor that rank a sends to rank b on a channel meets the
+n-th receive that b posts from a on that channel, and messages of mail arrive in the order in which
+they were posted. There are two channels, since two ranks may be debtor and creditor of each other
+at once: from debtors to creditors, and back. The engine derives the order on each from the headers,
+so both sides agree by construction.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from hpc_distkv.comm.waiter import Waiter
 from hpc_distkv.comm.world import World
 
 T = TypeVar("T")
+
+TO_CREDITOR, TO_DEBTOR = 0, 1
+"""The channels of tensors."""
 
 Pairs = Sequence[tuple[int, torch.Tensor]]
 """(peer rank, contiguous tensor) in the order in which the peer sees them."""
@@ -48,13 +52,12 @@ class Transport(ABC):
     """Moves tensors between ranks."""
 
     @abstractmethod
-    def exchange(self, sends: Pairs, recvs: Pairs) -> Pending:
-        """Post one hop: all its sends and receives at once. Tensors must stay untouched until
-        `wait` returns; they are contiguous and both sides know their sizes beforehand."""
-
-    @abstractmethod
-    def poke(self) -> None:
-        """Give messages under way a chance to progress. Cheap: called between kernels."""
+    def exchange(
+        self, sends: Pairs, recvs: Pairs, send_on: int = TO_CREDITOR, receive_on: int = TO_CREDITOR
+    ) -> Pending:
+        """Post one hop: all its sends and receives at once, each on a channel. Tensors must stay
+        untouched until it is done; they are contiguous and both sides know their sizes
+        beforehand."""
 
     def drained(self) -> bool:
         """Whether nothing this rank posted is under way any more. Never blocks."""
@@ -62,15 +65,15 @@ class Transport(ABC):
 
 
 class Mail(ABC):
-    """Small messages of unknown length between loan partners: the headers of a step."""
+    """Small messages of unknown length between loan partners: headers and credit."""
 
     @abstractmethod
     def post(self, peer: int, message: bytes) -> None:
         """Send without waiting."""
 
     @abstractmethod
-    def take(self, peers: Sequence[int], what: str) -> dict[int, bytes]:
-        """The next message of each of `peers`, waiting for them. Raises StallError."""
+    def poll(self) -> tuple[int, bytes] | None:
+        """The next message of anybody and its sender; None if there is none. Never blocks."""
 
     def drained(self) -> bool:
         """Whether every message this rank posted has left it. Never blocks."""

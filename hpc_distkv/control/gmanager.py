@@ -15,7 +15,6 @@ from hpc_distkv.control.dgfm import plan_recalls
 from hpc_distkv.control.ledger import DebtLedger
 from hpc_distkv.control.links import Links
 from hpc_distkv.control.messages import Answer, Counters, Request, Result
-from hpc_distkv.control.pace import paces
 from hpc_distkv.control.planner import Planner
 from hpc_distkv.control.policy import POLICIES, Policy
 from hpc_distkv.control.wire import Reports
@@ -77,13 +76,12 @@ class GManager:
         *,
         block_size: int = 32,
         move_budget: int = 16,
-        max_tokens: int = 512,
         attention_tokens: float = float("inf"),
         exchange_seconds: Callable[[int], float] = lambda link_class: 0.0,
     ) -> None:
-        """`links`: of the instances; `block_size`, `move_budget` (KV tokens per step), `max_tokens`
-        (of a step) and `attention_tokens` as the engines'; `exchange_seconds`: link class → what an
-        exchange over such a link adds to a step."""
+        """`links`: of the instances; `block_size`, `move_budget` (KV tokens per step) and
+        `attention_tokens` as the engines'; `exchange_seconds`: link class → what an exchange over
+        such a link adds to a step."""
         self.ledger = DebtLedger(instances)
         self.assignment = Assignment(requests, instances, policy.queue, attention_tokens)
         self.counters = [Counters() for _ in range(instances)]
@@ -94,7 +92,7 @@ class GManager:
         self._planner = Planner(block_size, links, exchange_seconds) if policy.planner else None
         self._planned: dict[tuple[int, int], int] = {}
         """(debtor, creditor) → rBlocks of a transfer that are not granted yet."""
-        self._block_size, self._move_budget, self._max_tokens = block_size, move_budget, max_tokens
+        self._block_size, self._move_budget = block_size, move_budget
         self._patience = 0
 
     def round(self, messages: Sequence[bytes]) -> tuple[list[bytes], list[Result]]:
@@ -117,7 +115,6 @@ class GManager:
             reports["room_rows"], reports["room_tokens"], reports["work_left"]
         ).items():
             answers[instance].assign = rows
-        self._set_paces(reports, answers)
         if self._policy.dgfm and self.ledger.total:
             self._recall(reports, promised, answers)
         plain.stop = self.assignment.done
@@ -139,16 +136,6 @@ class GManager:
         self.free = int(reports["free"].sum())
         self.capacity = int(reports["capacity"].sum())
         return results
-
-    def _set_paces(self, reports: Reports, answers: Answers) -> None:
-        """Partners and pace of all instances with loans; the others need neither."""
-        components = self.ledger.components()
-        new = {instance for instance, answer in answers.items() if answer.assign}
-        for component, steps, budget in paces(reports, components, new, self._max_tokens):
-            for instance in component:
-                answer = answers[instance]
-                answer.partners = sorted(self.ledger.partners(instance))
-                answer.steps, answer.budget = steps, budget
 
     # -- loans ----------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ Classes = NDArray[np.int8]
 
 
 class Links:
-    """Cost classes between instances: 0 is nearest, and only their order means something.
+    """Cost classes between instances; 0 is nearest.
 
     Without a measurement: 0 on the same node, 1 behind the same switch, 2 anywhere else.
     """

@@ -102,11 +102,10 @@ class Counters(msgspec.Struct):
     bytes_reported: int = 0
     """Reports sent to the gManager and answers received."""
     step_time: float = 0.0
-    query_wait: float = 0.0
-    """Waiting for guests' queries."""
     partial_wait: float = 0.0
     """Waiting for partial results from creditors."""
-    header_wait: float = 0.0
+    serve_time: float = 0.0
+    """Attending debtors' queries to their guests."""
     move_wait: float = 0.0
     control_wait: float = 0.0
     """Waiting at round boundaries, without work included."""
@@ -128,17 +127,14 @@ class Handover(msgspec.Struct, frozen=True, array_like=True):
     last_token_age: float | None
 
 
-class Header(msgspec.Struct, frozen=True, array_like=True):
-    """One partner to another before layer 0 of their joint step. Applied in this field order."""
+class Header(msgspec.Struct, frozen=True, array_like=True, tag="header"):
+    """A debtor to a creditor before layer 0 of a step of the debtor, if there is anything to tell.
+    Applied in this field order."""
 
-    step: int
-    """Joint steps of the pair's component since its last boundary: a check, not a clock."""
     released: list[int]
     """Requests of mine that ended: free their guests."""
     returned: int
     """Credit of mine that I give back."""
-    opened: int
-    """Credit I set aside for you."""
     moves: list[tuple[int, int]]
     """(request, logical index) of the rBlocks I send you behind this step's layers."""
     recalls: list[tuple[int, int]]
@@ -147,6 +143,13 @@ class Header(msgspec.Struct, frozen=True, array_like=True):
     """Requests of mine of which you host all rBlocks after this step: they are yours from then."""
     queries: list[tuple[int, int]]
     """(request, query rows) of mine that attend to their guests with you, in order of the rows."""
+
+
+class Credit(msgspec.Struct, frozen=True, array_like=True, tag="credit"):
+    """A creditor to a debtor."""
+
+    blocks: int
+    """rBlocks that I set aside for you."""
 
 
 class Changes(msgspec.Struct, frozen=True, array_like=True):
@@ -191,16 +194,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Sealed rBlocks at home of the request that has most of them."""
     kv_tokens: int = 0
     """KV tokens attended to here in a step of decodes: own ones at home, and guests."""
-    prompt_left: int = 0
-    """Prompt tokens to compute, of all rows that run or wait here."""
     work_left: float = 0.0
     """Predicted work of all rows that run or wait here (`control.work`)."""
     row_blocks: float = 0.0
     """rBlocks that a row here comes to need in the mean; 0 if unknown."""
-    step_time: float = 0.0
-    """Expected seconds per step until the next boundary; 0 without work."""
-    chunk_time: float = 0.0
-    """Recent seconds of a step that computes prompts; 0 if there was none yet."""
     fixed: float = 0.0
     """Fitted seconds of a decode step, whatever its rows."""
     per_token: float = 0.0
@@ -214,17 +211,11 @@ class Answer(msgspec.Struct, omit_defaults=True):
     """The gManager to one instance, in force from its next boundary. Mutable while it is made."""
 
     round: int
-    steps: int = 0
-    """Steps until the next boundary; 0: without partners, wherever the next answer finds it."""
-    budget: int = 0
-    """Most tokens in a step, so that partners' steps take about equally long; 0: no limit."""
-    partners: list[int] = []
-    """The instances to exchange headers with from now on."""
     assign: list[Request] = []
     lend: dict[int, int] = {}
     """Debtor → rBlocks of the promise to set aside for it."""
     granted: int = 0
-    """rBlocks of the wish that were granted: their creditors will open them as credit."""
+    """rBlocks of the wish that were granted: credit that their creditors will open by mail."""
     shed: dict[int, int] = {}
     """Creditor → rBlocks of the longest requests to move there as credit is opened."""
     recall: dict[int, int] = {}

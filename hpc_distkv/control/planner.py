@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -52,15 +52,17 @@ class Load:
         fixed = self.fixed if self.rows else 0.0
         return fixed + self.per_token * self.rows + self.per_kv * self.kv_tokens
 
+    def rate(self, exchange: float = 0.0) -> float:
+        """Tokens per second if `exchange` seconds are added to every step."""
+        return self.rows / (self.time + exchange) if self.rows else 0.0
+
 
 class Planner:
     """Infinite-LLM's greedy planner (arXiv 2401.02669v2) on fitted layer times.
 
     Debtors by ascending batch, creditors by ascending memory use, the debtor's longest request,
-    the number of rBlocks with the best predicted gain. Partners step together, so the gain counts
-    what a pair loses to the slower of the two: Σ rows / pace over both components, before and
-    after. Rows that wait fill the room that a debtor gains; a creditor loses those that its room
-    would have taken.
+    the number of rBlocks with the best predicted gain in Σ β/T over both. Rows that wait fill the
+    room that a debtor gains; a creditor loses those that its room would have taken.
     """
 
     def __init__(
@@ -87,7 +89,6 @@ class Planner:
         debtors = _least(reports["running"], (reports["longest"] > 0) & known)
         creditors = _least(use, reports["promised"] > 0 if not waiting else reports["capacity"] > 0)
         state = {i: self._load(i) for i in {*debtors, *creditors}}
-        self._component = {i: group for group in ledger.components() for i in group}
         transfers = []
         for debtor in debtors:
             best = max(
@@ -122,7 +123,8 @@ class Planner:
         }
         kv_tokens = lent[debtor].kv_tokens + sum(loans.values()) * self._size
         home[debtor] = replace(lent[debtor], kv_tokens=kv_tokens)
-        return _rate([*lent.values()], exchange) > sum(_rate([load]) for load in home.values())
+        now = lent.pop(debtor).rate(exchange) + sum(load.rate() for load in lent.values())
+        return now > sum(load.rate() for load in home.values())
 
     def _read(self, reports: Reports, waiting: bool) -> None:
         """Whatever has not stepped yet is taken to be like the mean of what has."""
@@ -158,21 +160,18 @@ class Planner:
         self, debtor: int, creditor: int, state: dict[int, Load], ledger: DebtLedger
     ) -> tuple[float, Transfer]:
         """The relative gain of the best number of rBlocks, and the transfer."""
-        groups = {frozenset(self._component.get(i, (i,))) for i in (debtor, creditor)}
-        for instance in frozenset().union(*groups):
-            state.setdefault(instance, self._load(instance))
-        before = sum(_rate([state[i] for i in group]) for group in groups)
-        others = [state[i] for group in groups for i in group if i not in (debtor, creditor)]
+        one, other = state[debtor], state[creditor]
+        before = one.rate() + other.rate()
         exchange = 0.0
         if creditor not in ledger.creditors_of(debtor):
             exchange = self._exchange_seconds(self._links.between(debtor, creditor))
         best = (0.0, Transfer(debtor, creditor, 0))
-        blocks = self._most(state[debtor], state[creditor])
+        blocks = self._most(one, other)
         for _ in range(SIZES if before else 0):
             if blocks < 1:
                 break
-            moved = _shift(state[debtor], state[creditor], blocks, self._size)
-            gain = _rate([*others, *moved], exchange) / before - 1
+            with_less, with_more = _shift(one, other, blocks, self._size)
+            gain = (with_less.rate(exchange) + with_more.rate()) / before - 1
             best = max(best, (gain, Transfer(debtor, creditor, blocks)))
             blocks //= 2
         return best
@@ -218,12 +217,6 @@ def _shift(one: Load, other: Load, blocks: int, size: int) -> tuple[Load, Load]:
             spare=max(0, other.spare - blocks),
         ),
     )
-
-
-def _rate(loads: Sequence[Load], exchange: float = 0.0) -> float:
-    """Tokens per second of instances that step together: the slowest sets the pace."""
-    pace = max(load.time for load in loads) + exchange
-    return sum(load.rows for load in loads) / pace if pace else 0.0
 
 
 def _least(values: np.ndarray, allowed: np.ndarray) -> list[int]:

@@ -1,4 +1,4 @@
-"""One forward pass of one rank: its rows' tokens through the layers, guests served on the way."""
+"""One forward pass of one rank: its rows' tokens through the layers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 
 from hpc_distkv.attention import PagedBatch, PagedRow, micro_attention, write_kv
+from hpc_distkv.engine.debtor import Debtor
 from hpc_distkv.engine.scheduler import Row
-from hpc_distkv.engine.traffic import Traffic
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.memory.rmanager import RManager
 
@@ -38,17 +38,16 @@ class Forward:
         scale: float,
         between_layers: Callable[[], None],
     ) -> None:
-        """`between_layers` is called once a layer, so that control goes on during long steps."""
+        """`between_layers` is called twice a layer, so that debtors are served and control rounds
+        go on during a step."""
         self._model, self._pool, self._rm, self._scale = model, pool, rmanager, scale
         self._between_layers = between_layers
 
-    def run(self, rows: Sequence[Row], traffic: Traffic | None) -> torch.Tensor:
+    def run(self, rows: Sequence[Row], debtor: Debtor | None) -> torch.Tensor:
         """Compute the rows' tokens and store their KV. Returns the float32 logits
         `[sampled rows, vocab]` of those rows that have no token left to compute, in order.
-        `traffic` is given if any row has guests elsewhere, or guests have to be served."""
+        `debtor` is given if any row has rBlocks elsewhere."""
         if not rows:
-            if traffic:
-                self._serve_only(traffic)
             return torch.empty((0, 0))
         tokens = [t for s, n in rows for t in s.tokens[s.computed : s.computed + n]]
         positions = [p for s, n in rows for p in range(s.computed, s.computed + n)]
@@ -59,12 +58,12 @@ class Forward:
             self._between_layers()
             k_cache, v_cache = self._pool.layer(layer)
             write_kv(k, v, k_cache, v_cache, blocks, offsets)
-            if traffic:
-                traffic.post_queries(q)
+            if debtor:
+                debtor.post_queries(q)
             out, lse = micro_attention(q, k_cache, v_cache, batch, scale=self._scale, causal=True)
-            if traffic:
-                traffic.serve(layer)
-                traffic.merge(layer, out, lse)
+            self._between_layers()
+            if debtor:
+                debtor.merge(layer, out, lse)
             return out
 
         hidden = self._model.hidden(torch.tensor(tokens), torch.tensor(positions), attend)
@@ -74,13 +73,6 @@ class Forward:
             if sequence.remaining == count:
                 ends.append(end - 1)
         return self._model.logits(hidden[ends]) if ends else torch.empty((0, 0))
-
-    def _serve_only(self, traffic: Traffic) -> None:
-        for layer in range(self._pool.layers):
-            self._between_layers()
-            traffic.post_queries(None)
-            traffic.serve(layer)
-            traffic.merge(layer, None, None)
 
     def _paged_row(self, row: Row) -> PagedRow:
         sequence, count = row

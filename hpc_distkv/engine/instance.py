@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from typing import NamedTuple
 
@@ -38,23 +38,19 @@ class StepWork(NamedTuple):
     rows: int
     """Rows in decode."""
     kv_tokens: int
-    """KV tokens that decodes attended to here: own ones, and guests."""
+    """KV tokens at home that decodes attended to."""
     prompts: bool
-    """Whether there were more than decodes, here or for guests: such a step tells the model
-    nothing."""
-
-
-def smoothed(average: float, value: float) -> float:
-    """The moving average after one more value; the first value starts it."""
-    return 0.7 * average + 0.3 * value if average else value
+    """Whether there were more than decodes: such a step tells the model nothing."""
 
 
 class Instance:
     """One instance between its messages: reports out, answers in, plans, headers, tokens. Pure: the
     worker drives it with real messages and tensors, the simulator in virtual time.
 
-        boundary: apply(answer) → report()
-        step:     plan() → header(partner)… → accept(headers) → compute → commit() → append(tokens)
+        boundary:  apply(answer) → credits() to debtors → report()
+        step:      plan() → headers(plan) to creditors → compute → commit(plan) → append(tokens)
+        any time:  accept(header of a debtor) → serve its queries, move → commit_served
+                   open_credit(from a creditor)
     """
 
     def __init__(
@@ -72,13 +68,12 @@ class Instance:
         self._sequence = sequence
         self._outputs = MeanOutput()
         self._asked = 0
-        self._step_time = self._chunk_time = 0.0
         self._results: list[Result] = []
         self._adopted: list[int] = []
         self._lent: dict[int, int] = {}
         """As reported last."""
-        self._leaving: list[Sequence] = []
-        self._arriving: list[tuple[int, Sequence]] = []
+        self._arriving: dict[int, list[Sequence]] = {}
+        """Debtor → what the header that is being served hands over."""
 
     # -- boundaries -----------------------------------------------------------------------------
 
@@ -123,11 +118,8 @@ class Instance:
             youngest_blocks=self.rm.tables[youngest.id].blocks if youngest else 0,
             longest=self.scheduler.longest if self.config.policy.planner else 0,
             kv_tokens=self._kv_tokens(),
-            prompt_left=self.scheduler.prompt_left,
             work_left=self._work_left(),
             row_blocks=self._row_blocks(),
-            step_time=self._expected_step_time(),
-            chunk_time=self._chunk_time,
             fixed=self.model.fixed,
             per_token=self.model.per_token,
             per_kv=self.model.per_kv,
@@ -152,6 +144,11 @@ class Instance:
         self.counters.prediction_error = self.model.error
         return self.counters
 
+    def credits(self) -> dict[int, int]:
+        """Debtor → rBlocks that it has to be told of: they are set aside for it."""
+        granted = [debtor for debtor, loan in self.rm.loans.items() if loan.unopened]
+        return {debtor: self.rm.open_credit(debtor) for debtor in granted}
+
     def _kv_tokens(self) -> int:
         size = self.config.block_size
         own = sum(s.computed for s in self.scheduler.running)
@@ -174,68 +171,46 @@ class Instance:
             return 0.0
         return sum(self._expected_end(s) for s in rows) / len(rows) / self.config.block_size
 
-    def _expected_step_time(self) -> float:
-        return max(self._step_time, self._chunk_time if self.scheduler.has_prompts else 0.0)
-
     # -- steps ----------------------------------------------------------------------------------
 
     def plan(self) -> Plan:
         """What this step computes and moves."""
-        plan = self.scheduler.plan()
-        self._leaving = plan.leaving
-        return plan
+        return self.scheduler.plan()
 
-    def header(
-        self, partner: int, plan: Plan, step: int, queries: Rows[tuple[int, int]], now: float
-    ) -> Header:
-        """What `partner` has to know of joint step `step`. `queries`: (request, query rows)."""
-        released, returned = self.rm.settle_debt(partner)
-        return Header(
-            step=step,
-            released=released,
-            returned=returned,
-            opened=self.rm.open_credit(partner),
-            moves=[(m.request, m.block) for m in plan.moves if m.peer == partner],
-            recalls=[(m.request, m.block) for m in plan.recalls if m.peer == partner],
-            handovers=[
-                self._handover(s, now)
-                for s in plan.leaving
-                if self.rm.copies[s.id].creditor == partner
-            ],
-            queries=list(queries),
-        )
+    def headers(self, plan: Plan, now: float) -> dict[int, Header]:
+        """What creditors have to know of this step; those without news are left out."""
+        queries: dict[int, list[tuple[int, int]]] = {}
+        for sequence, count in plan.rows:
+            for creditor in self.rm.tables[sequence.id].remote:
+                queries.setdefault(creditor, []).append((sequence.id, count))
+        leaving = {s.id: self.rm.copies[s.id].creditor for s in plan.leaving}
+        creditors = {move.peer for move in (*plan.moves, *plan.recalls)}
+        creditors |= {c for c, debt in self.rm.debts.items() if debt.released or debt.returned}
+        headers = {}
+        for creditor in sorted({*queries, *creditors, *leaving.values()}):
+            released, returned = self.rm.settle_debt(creditor)
+            headers[creditor] = Header(
+                released=released,
+                returned=returned,
+                moves=[(m.request, m.block) for m in plan.moves if m.peer == creditor],
+                recalls=[(m.request, m.block) for m in plan.recalls if m.peer == creditor],
+                handovers=[
+                    self._handover(s, now) for s in plan.leaving if leaving[s.id] == creditor
+                ],
+                queries=queries.get(creditor, []),
+            )
+        return headers
 
-    def accept(self, headers: Mapping[int, Header], now: float) -> tuple[list[Move], list[Move]]:
-        """Apply the partners' headers, by instance. Returns the moves that they ask for: out of
-        this instance, and into it. Raises ProtocolError."""
-        outgoing: list[Move] = []
-        incoming: list[Move] = []
-        for instance, header in headers.items():
-            self.rm.evict(instance, header.released)
-            self.rm.take_back(instance, header.returned)
-            self.rm.credit_opened(instance, header.opened)
-            incoming += self.rm.host(instance, header.moves)
-            outgoing += self.rm.give_back(instance, header.recalls)
-            self._arriving += [(instance, self._arrival(h, now)) for h in header.handovers]
-        return outgoing, incoming
-
-    def commit(self) -> None:
-        """All moves of the step have arrived."""
-        for move in self.rm.outgoing:
+    def commit(self, plan: Plan) -> None:
+        """The moves of this instance's own step have arrived."""
+        for move in plan.moves:
             self.counters.blocks_borrowed += move.kind is Kind.LEND
             self.counters.blocks_copied += move.kind is Kind.COPY
-        for move in self.rm.incoming:
-            self.counters.blocks_lent += move.kind is Kind.LEND
-            self.counters.blocks_returned += move.kind is Kind.RECALL
-        self.rm.commit()
-        for sequence in self._leaving:
+        self.counters.blocks_returned += len(plan.recalls)
+        self.rm.commit(plan.moves, plan.recalls)
+        for sequence in plan.leaving:
             self.scheduler.hand_over(sequence)
             self.counters.migrations += 1
-        for debtor, sequence in self._arriving:
-            self.rm.adopt(debtor, sequence.id)
-            self.scheduler.adopt(sequence)
-            self._adopted.append(sequence.id)
-        self._leaving, self._arriving = [], []
         self.counters.peak_borrowed = max(self.counters.peak_borrowed, self.rm.borrowed)
 
     def append(self, rows: Rows[Row], tokens: Rows[int], now: float) -> None:
@@ -270,21 +245,38 @@ class Instance:
             )
 
     def note_step(self, step: StepWork, seconds: float, waited: float) -> None:
-        """How long a step with work took, and how much of that it waited for partners."""
+        """How long a step with rows took, and how much of that was not its own work."""
         self.counters.steps += 1
         self.counters.step_time += seconds
         self.counters.held_block_steps += self.rm.held
         self.counters.remote_block_steps += self.rm.borrowed
-        if step.prompts:
-            self._chunk_time = smoothed(self._chunk_time, seconds)
-            return
-        self._step_time = smoothed(self._step_time, seconds)
-        if step.rows:
+        if not step.prompts and seconds > waited:
             self.model.observe(step.rows, step.kv_tokens, seconds - waited)
 
-    def note_idle(self) -> None:
-        """A step without work."""
-        self._step_time = 0.0
+    # -- letters of others, at any time ---------------------------------------------------------
+
+    def accept(self, debtor: int, header: Header, now: float) -> tuple[list[Move], list[Move]]:
+        """Apply a header. Returns the moves that it asks for: out of this instance and into it.
+        A debtor's next header is accepted after `commit_served`. Raises ProtocolError."""
+        self.rm.evict(debtor, header.released)
+        self.rm.take_back(debtor, header.returned)
+        incoming = self.rm.host(debtor, header.moves)
+        outgoing = self.rm.give_back(debtor, header.recalls)
+        self._arriving[debtor] = [self._arrival(handover, now) for handover in header.handovers]
+        return outgoing, incoming
+
+    def open_credit(self, creditor: int, blocks: int) -> None:
+        """A creditor has set rBlocks aside for this instance."""
+        self.rm.credit_opened(creditor, blocks)
+
+    def commit_served(self, debtor: int, outgoing: Rows[Move], incoming: Rows[Move]) -> None:
+        """The moves of a header have arrived, and its queries have been served."""
+        self.counters.blocks_lent += sum(move.kind is Kind.LEND for move in incoming)
+        self.rm.commit(outgoing, incoming)
+        for sequence in self._arriving.pop(debtor):
+            self.rm.adopt(debtor, sequence.id)
+            self.scheduler.adopt(sequence)
+            self._adopted.append(sequence.id)
 
     def check(self) -> None:
         """Assert the bookkeeping invariants."""

@@ -142,7 +142,6 @@ class RankEngine:
             config.policy,
             block_size=config.block_size,
             move_budget=config.move_budget,
-            max_tokens=config.max_num_batched_tokens,
             attention_tokens=config.attention_tokens,
             exchange_seconds=lambda link_class: layers * fastest * 2.0**link_class,
         )

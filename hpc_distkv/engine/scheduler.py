@@ -20,6 +20,8 @@ LEAST_GROWTH, MOST_GROWTH = 16, 256
 STARVED_GROWTH = 8
 """A starved row asks for room to grow by 1/8 of its length: others give way, and are computed
 again, only as often as that pays."""
+GUEST_CHUNK = 128
+"""Prompt tokens in a step while guests are hosted: their queries are served between layers."""
 PATIENCE = 2
 """Answers after which a sequence that lacks memory no longer waits for a grant."""
 
@@ -78,7 +80,6 @@ class Scheduler:
         self._steps = 0
         self._growth = MOST_GROWTH // 4
         """Tokens that a row is foreseen to grow by."""
-        self._budget = config.max_num_batched_tokens
         self._keep = 0
         self._moves = Moves(rmanager, config)
         self._denied = not config.policy.sharing
@@ -118,7 +119,6 @@ class Scheduler:
         foreseen = GROWTH_ROUNDS * self._steps
         self._growth = max(LEAST_GROWTH, min(MOST_GROWTH, (self._growth + foreseen) // 2))
         self._steps = 0
-        self._budget = answer.budget or self._config.max_num_batched_tokens
         self._keep = answer.keep
         self._moves.apply(answer)
         if answer.give_way:
@@ -165,17 +165,6 @@ class Scheduler:
         """Sealed rBlocks at home of the running sequence that has most of them."""
         return max(map(self._moves.sealed, self.running), default=0)
 
-    @property
-    def prompt_left(self) -> int:
-        """Prompt tokens to compute."""
-        rows = (*self.running, *self.waiting)
-        return sum(s.remaining for s in rows if s.remaining > 1)
-
-    @property
-    def has_prompts(self) -> bool:
-        """Whether prompts are left to compute in the next steps."""
-        return bool(self.waiting) or any(s.remaining > 1 for s in self.running)
-
     def room(self) -> tuple[int, int]:
         """Rows and prompt tokens that may be assigned: enough to keep the batch full until the
         next rounds, no more, so that rows stay free to go where there is time."""
@@ -195,9 +184,10 @@ class Scheduler:
         copies, leaving = self._plan_migrations()
         rows: dict[int, Row] = {}
         self._plan_decodes(rows, leaving)
-        # Rows that decode alone fill a small budget, but prompts must go on.
-        least = min(self._budget, self._config.block_size)
-        self._plan_prefills(rows, max(least, self._budget - len(rows)))
+        budget = self._config.max_num_batched_tokens
+        if self._rm.guests:
+            budget = min(budget, len(rows) + GUEST_CHUNK)
+        self._plan_prefills(rows, budget - len(rows))
         moves, recalls = self._plan_moves() if self._rm.debts else ([], [])
         return Plan([rows[request] for request in sorted(rows)], copies + moves, recalls, leaving)
 

@@ -13,13 +13,16 @@ from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.messages import Answer, Result
 from hpc_distkv.control.wire import encode_report
 from hpc_distkv.engine.config import EngineConfig
+from hpc_distkv.engine.creditor import Creditor
+from hpc_distkv.engine.debtor import Debtor
 from hpc_distkv.engine.forward import Forward, Model
 from hpc_distkv.engine.instance import Instance, StepWork
 from hpc_distkv.engine.sampler import sample
-from hpc_distkv.engine.scheduler import Row
-from hpc_distkv.engine.traffic import Traffic
+from hpc_distkv.engine.scheduler import Plan, Row
 from hpc_distkv.memory.loan import ProtocolError
 from hpc_distkv.memory.pool import BlockPool
+
+NOTHING = Plan([], [], [], [])
 
 
 class Leader(Protocol):
@@ -37,22 +40,20 @@ class Leader(Protocol):
 class Worker:
     """One rank at work: round boundaries, steps, results.
 
-    Boundaries: a rank reports, goes on with the steps that the last answer announced, takes the
-    answer to its report at its next boundary, applies it there, and reports again. Ranks that are
-    partners count the same joint steps, so they apply answers that change their partnership at
-    the same point of their common order. A rank without partners has nobody to agree with: its
-    boundary is the first step that finds the answer there, so it never waits while it has work.
+    A rank reports, goes on with its steps, and applies the answer at the first step that finds it
+    there; then it reports again. So no rank waits for the answer while it has work, and ranks agree
+    on nothing but the order of mail between two of them.
 
-    Why no wait lasts for ever: partnership is symmetric and its members are told the same number
-    of steps, since one answer of the gManager makes both sides and the ledger still counts what a
-    creditor has set aside but not opened. A rank waits (1) in a step, for partners' messages of
-    the same joint step, whose order within the step `Traffic` gives, and (2) at a boundary, for
-    the answer, hence for every rank's report. Take the rank with the fewest boundaries behind it,
-    and in its component the one with the fewest joint steps: its partners are not behind it, so it
-    can step; and if it waits at a boundary, all ranks have passed that boundary's predecessor,
-    have reported, and rank 0 can answer. Rank 0 answers between layers and during all its waits.
-    That rows wait for memory, which is no wait for a message, is bounded by the scheduler's
-    patience and the gManager's victims.
+    Why no wait lasts for ever: a rank waits (1) in a step, for its creditors' partial results and
+    for moves, and (2) without work, for the answer, hence for every rank's report. In every wait
+    and between layers it serves its debtors and, on rank 0, answers rounds; serving waits for
+    nothing. So whatever a debtor waits for is done by its creditor sooner or later, wherever that
+    one is, even if both are debtors of each other; then every step ends, every rank reports, and
+    rank 0 can answer. That rows wait for memory, which is no wait for a message, is bounded by the
+    scheduler's patience and the gManager's victims.
+
+    At the end every rank returns what it borrowed and serves on until all loans are settled
+    everywhere: no message is left behind.
     """
 
     def __init__(
@@ -69,23 +70,25 @@ class Worker:
         self._instance = Instance(comm.world.instance, config)
         self.counters = self._instance.counters
         scale = shape[1] ** -0.5
-        self._forward = Forward(model, pool, self._instance.rm, scale, self._attend_control)
-        self._traffic = Traffic(comm, pool, self._instance, shape, scale)
+        self._forward = Forward(model, pool, self._instance.rm, scale, self._attend)
+        self._debtor = Debtor(comm, pool, self._instance, shape)
+        self._creditor = Creditor(comm, pool, self._instance, shape, scale)
         self._answer: Answer | None = None
-        self._partners: list[int] = []
-        self._steps_left = 0
-        self._joint_step = 0
+        self._sharing = config.policy.sharing
         self._idle = True
+        self._leaving = False
 
     @torch.inference_mode()
     def run(self) -> None:
         """Work until the gManager says stop. Raises StallError and ProtocolError."""
         background = self._comm.waiter.background
-        background.append(self._attend_control)
+        background.append(self._attend)
         try:
             self._loop()
+            if self._sharing:
+                self._leave()
         finally:
-            background.remove(self._attend_control)
+            background.remove(self._attend)
 
     def _loop(self) -> None:
         self._report()
@@ -95,21 +98,35 @@ class Worker:
                 if answer.stop:
                     return
                 self._instance.apply(answer, time.monotonic())
-                self._partners, self._steps_left = answer.partners, answer.steps
-                self._joint_step = 0
+                self._creditor.open_credits()
                 self._report()
             self._step()
 
     # -- control --------------------------------------------------------------------------------
 
     def _at_boundary(self) -> bool:
-        if self._partners:
-            return self._steps_left == 0
         return self._idle or self._poll_answer() is not None
 
     def _poll_answer(self) -> Answer | None:
-        self._attend_control()
+        self._attend()
         return self._answer
+
+    def _leave(self) -> None:
+        """Return what was borrowed, and serve until nobody has anything of this rank's. Credit may
+        still come until everybody is here: it goes back at once."""
+        self._leaving = True
+        rm = self._instance.rm
+        self._comm.idle(
+            lambda: (not rm.loans and self._creditor.idle) or None, "debtors to return their loans"
+        )
+        self._comm.share(None)
+
+    def _return_all(self) -> None:
+        rm = self._instance.rm
+        if any(debt.credit or debt.released or debt.returned for debt in rm.debts.values()):
+            for creditor, debt in rm.debts.items():
+                rm.return_credit(creditor, debt.credit)
+            self._debtor.begin(NOTHING)
 
     def _take_answer(self) -> Answer:
         started = time.perf_counter()
@@ -118,8 +135,15 @@ class Worker:
         self._answer = None
         return answer
 
-    def _attend_control(self) -> None:
-        """Let control rounds progress: on rank 0 the gManager's part, everywhere one's own."""
+    def _attend(self) -> None:
+        """What goes on beside a rank's own step: debtors are served, and control rounds progress,
+        on rank 0 the gManager's part, everywhere one's own."""
+        if self._sharing:
+            self._creditor.attend()
+        if self._leaving:
+            self._return_all()
+            self._comm.rounds.drained()
+            return
         if self._leader and (messages := self._comm.rounds.reports()) is not None:
             answers, results = self._leader.gmanager.round(messages)
             self._comm.rounds.reply(answers)
@@ -141,34 +165,30 @@ class Worker:
     # -- steps ----------------------------------------------------------------------------------
 
     def _step(self) -> None:
-        started, waited = time.perf_counter(), self._traffic.waited
+        started, waited = time.perf_counter(), self._waited
         plan = self._instance.plan()
-        if self._partners:
-            self._traffic.announce(plan, self._partners, self._joint_step)
-            self._traffic.accept()
-            self._steps_left -= 1
-            self._joint_step += 1
-        exchanging = bool(self._partners) and self._traffic.any_queries
-        logits = self._forward.run(plan.rows, self._traffic if exchanging else None)
-        if self._partners:
-            self._traffic.finish()
-        work = self._work(plan.rows, exchanging)
+        exchanging = self._sharing and self._debtor.begin(plan)
+        logits = self._forward.run(plan.rows, self._debtor if exchanging else None)
+        if self._sharing:
+            self._debtor.finish(plan)
+        work = self._work(plan.rows)
         self._instance.append(plan.rows, self._sample(plan.rows, logits), time.monotonic())
         self._idle = not plan.rows
-        if plan.rows or exchanging:
+        if plan.rows:
             took = time.perf_counter() - started
-            self._instance.note_step(work, took, self._traffic.waited - waited)
-        else:
-            self._instance.note_idle()
+            self._instance.note_step(work, took, self._waited - waited)
 
-    def _work(self, rows: list[Row], exchanging: bool) -> StepWork:
+    @property
+    def _waited(self) -> float:
+        """Seconds so far that steps spent on anything but own work."""
+        return self.counters.partial_wait + self.counters.move_wait + self.counters.serve_time
+
+    def _work(self, rows: list[Row]) -> StepWork:
         tables, size = self._instance.rm.tables, self._pool.block_size
-        kv_tokens = sum(s.length - tables[s.id].remote_blocks * size for s, _ in rows)
         return StepWork(
             rows=len(rows),
-            kv_tokens=kv_tokens + (self._traffic.served_kv if exchanging else 0),
-            prompts=any(row.tokens > 1 for row in rows)
-            or (exchanging and self._traffic.served_prompts),
+            kv_tokens=sum(s.length - tables[s.id].remote_blocks * size for s, _ in rows),
+            prompts=any(row.tokens > 1 for row in rows),
         )
 
     def _sample(self, rows: list[Row], logits: torch.Tensor) -> list[int]:

@@ -13,7 +13,7 @@ class RManager:
     never sees a byte of KV, a message or a clock.
 
     A loan's life, with the one who writes each line in brackets:
-        promise [creditor] → settle a grant [gManager's answer] → open_credit [header to debtor]
+        promise [creditor] → settle a grant [gManager's answer] → open_credit [mail to debtor]
         → move_out [debtor] / host [creditor, from the header] → bytes travel → commit [both]
         → bring_home [debtor] / give_back [creditor, from the header] → bytes travel → commit
         or close [debtor] → released, evict [header to creditor]
@@ -37,6 +37,7 @@ class RManager:
         self.debts: dict[int, Debt] = {}
         self.loans: dict[int, Loan] = {}
         self.outgoing: list[Move] = []
+        """Under way, like `incoming`."""
         self.incoming: list[Move] = []
         self.copies: dict[int, Copies] = {}
         """Migrating request → what its next home has of it."""
@@ -129,7 +130,7 @@ class RManager:
         return refused
 
     def open_credit(self, debtor: int) -> int:
-        """The grants to tell `debtor` of in this header."""
+        """The grants that `debtor` is told of now."""
         loan = self.loans.get(debtor)
         if loan is None:
             return 0
@@ -255,14 +256,16 @@ class RManager:
 
     # -- both -----------------------------------------------------------------------------------
 
-    def commit(self) -> None:
-        """The bytes of all moves have arrived: from now on they are served where they went."""
-        for move in self.outgoing:
+    def commit(self, outgoing: Iterable[Move], incoming: Iterable[Move]) -> None:
+        """These moves have arrived: from now on they are served where they went."""
+        for move in outgoing:
+            self.outgoing.remove(move)
             if move.kind is Kind.LEND:
                 self._free.append(self.tables[move.request].to_creditor(move.block, move.peer))
             elif move.kind is Kind.RECALL:
                 self._take_from_guest(move)
-        for move in self.incoming:
+        for move in incoming:
+            self.incoming.remove(move)
             if move.kind is Kind.RECALL:
                 self.tables[move.request].to_home(move.block, move.peer, move.slot)
                 self.debts[move.peer].used -= 1
@@ -271,8 +274,6 @@ class RManager:
                 guest = self.guests.setdefault((move.peer, move.request), Guest())
                 guest.slots.append(move.slot)
                 guest.indices.append(move.block)
-        self.outgoing.clear()
-        self.incoming.clear()
 
     def check(self) -> None:
         """Assert the invariants: every slot has exactly one owner, and the counts agree."""

@@ -6,12 +6,14 @@ once. Messages travel, and memory is read, as late as MPI might."""
 from __future__ import annotations
 
 import itertools
+import random
+from collections.abc import Iterator
 
 import msgspec
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from hpc_distkv.comm.local import leftovers, network_of, open_local
 from hpc_distkv.comm.schedule import SeededSchedule
@@ -37,6 +39,9 @@ from hpc_distkv.memory.loan import Move
 from hpc_distkv.memory.pool import BlockPool
 
 BLOCK = 4
+
+choices = st.integers(0, 2**32).map(random.Random)
+"""One number for all the choices of a rule: examples are long, and shrink by whole rules."""
 
 
 class Node:
@@ -64,17 +69,14 @@ class Node:
 
 
 class Lending(RuleBasedStateMachine):
-    @initialize(
-        n=st.integers(2, 4), blocks=st.integers(3, 8), dgfm=st.booleans(), data=st.data()
-    )
-    def start(self, n: int, blocks: int, dgfm: bool, data: st.DataObject) -> None:
-        self.comms = open_local(n, schedule=SeededSchedule(data.draw(st.integers(0, 999))))
+    @initialize(n=st.integers(2, 4), blocks=st.integers(3, 8), dgfm=st.booleans(), rng=choices)
+    def start(self, n: int, blocks: int, dgfm: bool, rng: random.Random) -> None:
+        self.comms = open_local(n, schedule=SeededSchedule(rng.randrange(1000)))
         self.network = network_of(self.comms)
         policy = Policy(planner=False, dgfm=dgfm)
         self.all = [
-            Node(comm, EngineConfig(blocks, BLOCK, policy=policy, lend_cap=cap))
+            Node(comm, EngineConfig(blocks, BLOCK, policy=policy, lend_cap=rng.choice((None, 2))))
             for comm in self.comms
-            for cap in [data.draw(st.sampled_from((blocks, 2)), label="lend cap")]
         ]
         links = Links([i % 2 for i in range(n)])
         self.gmanager = GManager(iter(()), links, n, policy, block_size=BLOCK)
@@ -87,22 +89,22 @@ class Lending(RuleBasedStateMachine):
 
     # -- what instances do between steps ---------------------------------------------------------
 
-    @rule(data=st.data(), blocks=st.integers(1, 5))
-    def begin(self, data: st.DataObject, blocks: int) -> None:
-        node = data.draw(st.sampled_from(self.all))
-        if node.rm.usable > 0:
-            request = Request(next(self.ids), pack_tokens([1]), Sampling(max_tokens=9))
-            node.rm.open(request.id)
-            node.instance.scheduler.adopt(Sequence(request, assigned_at=0.0))
-            for _ in range(min(blocks, node.rm.usable)):
-                self.append(node, request.id)
+    @rule(rng=choices)
+    def begin(self, rng: random.Random) -> None:
+        for node in rng.sample(self.all, rng.randint(1, len(self.all))):
+            if node.rm.usable > 0:
+                request = Request(next(self.ids), pack_tokens([1]), Sampling(max_tokens=9))
+                node.rm.open(request.id)
+                node.instance.scheduler.adopt(Sequence(request, assigned_at=0.0))
+                for _ in range(rng.randint(1, node.rm.usable)):
+                    self.append(node, request.id)
 
-    @rule(data=st.data(), blocks=st.integers(1, 3))
-    def grow(self, data: st.DataObject, blocks: int) -> None:
-        node = data.draw(st.sampled_from(self.all))
-        for _ in range(min(blocks, node.rm.usable)):
-            if node.rm.tables:
-                self.append(node, data.draw(st.sampled_from(sorted(node.rm.tables))))
+    @rule(rng=choices)
+    def grow(self, rng: random.Random) -> None:
+        for node in self.all:
+            for _ in range(rng.randint(0, max(0, node.rm.usable))):
+                if node.rm.tables:
+                    self.append(node, rng.choice(sorted(node.rm.tables)))
 
     def append(self, node: Node, request: int) -> None:
         node.rm.grow(request, 1)
@@ -113,37 +115,36 @@ class Lending(RuleBasedStateMachine):
         mark = self.bytes[request, table.indices[-1]] = float(next(self.marks))
         node.pool.rblock(table.slots[-1]).fill_(mark)
 
-    @rule(data=st.data())
-    def end(self, data: st.DataObject) -> None:
-        node = data.draw(st.sampled_from(self.all))
+    @rule(rng=choices)
+    def end(self, rng: random.Random) -> None:
+        node = rng.choice(self.all)
         if node.sequences:
-            sequence = node.sequences[data.draw(st.sampled_from(sorted(node.sequences)))]
+            sequence = node.sequences[rng.choice(sorted(node.sequences))]
             node.instance.scheduler.finish(sequence)
 
-    @rule(data=st.data())
-    def give_credit_back(self, data: st.DataObject) -> None:
-        node = data.draw(st.sampled_from(self.all))
+    @rule(rng=choices)
+    def give_credit_back(self, rng: random.Random) -> None:
+        node = rng.choice(self.all)
         for creditor, debt in list(node.rm.debts.items()):
-            node.rm.return_credit(creditor, data.draw(st.integers(0, debt.credit)))
+            node.rm.return_credit(creditor, rng.randint(0, debt.credit))
 
     # -- rounds ----------------------------------------------------------------------------------
 
-    @rule(
-        wanted=st.lists(st.sampled_from((0, 0, 2, 5)), min_size=4, max_size=4),
-        promising=st.lists(st.booleans(), min_size=4, max_size=4),
-    )
-    def boundary(self, wanted: list[int], promising: list[bool]) -> None:
-        """The answers of the last round take effect, the next round is planned. An instance may
-        promise although it wants something itself: so circles come about more often."""
+    @rule(rng=choices)
+    def round_and_steps(self, rng: random.Random) -> None:
+        """A boundary, then some joint steps of every component."""
+        self.boundary(rng)
+        for component in self.components():
+            for _ in range(rng.randint(0, 3)):
+                self.joint_step(component, rng)
+
+    def boundary(self, rng: random.Random) -> None:
+        """The answers of the last round take effect, the next round is planned."""
         for node, answer in zip(self.all, self.answers, strict=True):
             assert node.rm.settle(answer.lend) == []
             node.answer, node.recall = answer, dict(answer.recall)
             assert {*node.rm.debts, *node.rm.loans} <= {*node.partners}
-        reports = [
-            self.report(node, want, promise)
-            for node, want, promise in zip(self.all, wanted, promising, strict=False)
-        ]
-        encoded, _ = self.gmanager.round(reports)
+        encoded, _ = self.gmanager.round([self.report(node, rng) for node in self.all])
         self.answers = [msgspec.msgpack.decode(answer, type=Answer) for answer in encoded]
         self.round += 1
         counted = {
@@ -156,37 +157,40 @@ class Lending(RuleBasedStateMachine):
                 counted[debtor, creditor] = counted.get((debtor, creditor), 0) + blocks
         assert {(d, c): w for d, c, w in self.gmanager.ledger.pairs()} == counted
 
-    def report(self, node: Node, wanted: int, promise: bool) -> bytes:
+    def report(self, node: Node, rng: random.Random) -> bytes:
+        """An instance may promise although it wants something itself: so circles of debts come
+        about more often."""
+        wanted = rng.choice((0, 2, 5))
         report = Report(
             round=self.round,
             capacity=node.rm.num_blocks,
             free=node.rm.free,
-            promised=node.rm.promise(node.rm.usable if promise else 0),
+            promised=node.rm.promise(rng.choice((0, node.rm.usable))),
             wanted=wanted,
             wanted_for=0 if wanted else NOBODY,
             changes=Changes(lent={d: loan.total for d, loan in node.rm.loans.items()}),
         )
         return encode_report(report)
 
+    def components(self) -> Iterator[list[int]]:
+        seen: set[int] = set()
+        for start, node in enumerate(self.all):
+            component, todo = {start}, [start]
+            while todo:
+                new = set(self.all[todo.pop()].partners) - component
+                component |= new
+                todo += new
+            if node.partners and start not in seen:
+                seen |= component
+                yield sorted(component)
+
     # -- joint steps -----------------------------------------------------------------------------
 
-    @precondition(lambda self: any(node.partners for node in self.all))
-    @rule(data=st.data(), steps=st.integers(1, 3))
-    def joint_steps(self, data: st.DataObject, steps: int) -> None:
-        for _ in range(steps):
-            self.joint_step(data)
-
-    def joint_step(self, data: st.DataObject) -> None:
-        start = data.draw(st.sampled_from([i for i, x in enumerate(self.all) if x.partners]))
-        component, todo = {start}, [start]
-        while todo:
-            new = set(self.all[todo.pop()].partners) - component
-            component |= new
-            todo += new
-        members = [self.all[i] for i in sorted(component)]
+    def joint_step(self, component: list[int], rng: random.Random) -> None:
+        members = [self.all[i] for i in component]
         leaving: set[int] = set()
         for node in members:
-            plan = self.plan(node, data)
+            plan = self.plan(node, rng)
             leaving |= {sequence.id for sequence in plan.leaving}
             node.instance._leaving = plan.leaving
             node.traffic.announce(plan, node.partners, 0)
@@ -208,7 +212,8 @@ class Lending(RuleBasedStateMachine):
             assert self.happens() or not moving
         while self.happens():
             pass
-        for a, b in itertools.permutations(sorted(component), 2):
+        self.look()
+        for a, b in itertools.permutations(component, 2):
             self.check_pair(a, b)
 
     def happens(self) -> bool:
@@ -218,26 +223,26 @@ class Lending(RuleBasedStateMachine):
             self.network.schedule.random.choice(events)()
         return bool(events)
 
-    def plan(self, node: Node, data: st.DataObject) -> Plan:
+    def plan(self, node: Node, rng: random.Random) -> Plan:
         moves: list[Move] = []
         leaving: list[Sequence] = []
         for creditor, debt in list(node.rm.debts.items()):
-            act = data.draw(st.sampled_from(("lend", "lend", "copy", "hand over")), label="act")
+            act = rng.choice(("lend", "lend", "copy", "hand over"))
             if act == "lend":
-                count = data.draw(st.sampled_from((debt.credit, 1, 0)), label="moves")
-                moves += self.lend(node, creditor, count, data)
-            elif request := self.migrant(node, creditor, act == "hand over", data):
-                copied, blocks = self.copied(node, *request)
+                moves += self.lend(node, creditor, rng.choice((debt.credit, 1, 0)), rng)
+            elif able := self.migrants(node, creditor, whole=act == "hand over"):
+                request = rng.choice(able)
+                copied, blocks = self.copied(node, request)
                 if act == "hand over":
-                    leaving.append(node.sequences[request[0]])
+                    leaving.append(node.sequences[request])
                 else:
                     blocks = min(debt.credit + copied, blocks - 1)
-                moves += [node.rm.copy_out(request[0], creditor) for _ in range(copied, blocks)]
-        return Plan([], moves, list(self.recalls(node, data)), leaving)
+                moves += [node.rm.copy_out(request, creditor) for _ in range(copied, blocks)]
+        return Plan([], moves, list(self.recalls(node, rng)), leaving)
 
-    def lend(self, node: Node, creditor: int, count: int, data: st.DataObject):
+    def lend(self, node: Node, creditor: int, count: int, rng: random.Random) -> Iterator[Move]:
         rm = node.rm
-        for _ in range(min(count, rm.debts[creditor].credit)):
+        for _ in range(count):
             going = {(m.request, m.block) for m in rm.outgoing}
             sealed = [
                 (request, index)
@@ -247,11 +252,11 @@ class Lending(RuleBasedStateMachine):
                 if index < table.blocks - 1 and (request, index) not in going
             ]
             if sealed:
-                yield rm.move_out(*data.draw(st.sampled_from(sealed)), creditor)
+                yield rm.move_out(*rng.choice(sealed), creditor)
 
-    def migrant(self, node: Node, creditor: int, whole: bool, data: st.DataObject):
-        """(request,) of one that can be copied to `creditor`, with all that is left of it if it is
-        to be handed over."""
+    def migrants(self, node: Node, creditor: int, whole: bool) -> list[int]:
+        """Requests that can be copied to `creditor`, in this step with all that is left of them
+        if `whole`."""
         rm = node.rm
         going = {move.request for move in rm.outgoing}
         able = []
@@ -261,13 +266,13 @@ class Lending(RuleBasedStateMachine):
             fits = not whole or blocks - copied <= rm.debts[creditor].credit
             if here and fits and not table.remote and request not in going:
                 able.append(request)
-        return (data.draw(st.sampled_from(sorted(able)), label="migrant"),) if able else ()
+        return able
 
     def copied(self, node: Node, request: int) -> tuple[int, int]:
         copies = node.rm.copies.get(request)
         return copies.blocks if copies else 0, node.rm.tables[request].blocks
 
-    def recalls(self, node: Node, data: st.DataObject):
+    def recalls(self, node: Node, rng: random.Random) -> Iterator[Move]:
         """What DGFM planned, or anything."""
         rm = node.rm
         for creditor in list(rm.debts):
@@ -277,10 +282,10 @@ class Lending(RuleBasedStateMachine):
                 for index in table.remote.get(creditor, ())
             ]
             planned = node.recall.get(creditor, 0)
-            count = data.draw(st.sampled_from((planned, planned, 1, len(hosted))), label="home")
+            count = rng.choice((planned, planned, 1, len(hosted)))
             for _ in range(min(count, len(hosted))):
                 if rm.usable + rm.bounce > 0:
-                    hosted.remove(chosen := data.draw(st.sampled_from(hosted)))
+                    hosted.remove(chosen := rng.choice(hosted))
                     yield rm.bring_home(*chosen, creditor)
             node.recall[creditor] = max(0, planned - count)
 

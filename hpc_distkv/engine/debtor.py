@@ -1,0 +1,114 @@
+"""A rank's own step, as far as it concerns its creditors."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import msgspec
+import torch
+
+from hpc_distkv.attention import merge_rows
+from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR, Comm, Pending
+from hpc_distkv.engine.instance import Instance
+from hpc_distkv.engine.scheduler import Plan
+from hpc_distkv.memory.pool import BlockPool
+
+
+@dataclass(frozen=True)
+class Leg:
+    """What goes to one creditor in every layer of a step, and what comes back."""
+
+    rank: int
+    rows: torch.Tensor
+    """int32 `[rows]`: which of the step's tokens."""
+    queries: torch.Tensor
+    """`[rows, heads, head_dim]` in the model's dtype: contiguous."""
+    out: torch.Tensor
+    """`[rows, heads, head_dim]` float32: the creditor's partial results."""
+    lse: torch.Tensor
+    """`[rows, heads]` float32."""
+
+
+class Debtor:
+    """The step of a rank that has rBlocks elsewhere. In this order, to every creditor it concerns:
+
+        header      by mail
+        moves       the rBlocks of the header, posted before layer 0, awaited after the last
+        layer 0..n  queries posted → own attention runs meanwhile → partial results awaited, merged
+
+    `Creditor` on the other side reads the header, so it knows every size and the order of every
+    message. A debtor waits for its creditors and for nobody else; a creditor waits for nobody.
+    """
+
+    def __init__(
+        self, comm: Comm, pool: BlockPool, instance: Instance, shape: tuple[int, int]
+    ) -> None:
+        """`shape`: query heads and head dimension of the shard."""
+        self._comm, self._pool, self._instance, self._shape = comm, pool, instance, shape
+        self._counters = instance.counters
+        self._legs: list[Leg] = []
+        self._moves: Pending | None = None
+        self._steps = 0
+
+    def begin(self, plan: Plan) -> bool:
+        """Tell the creditors of the step and post its moves. Returns whether its layers have
+        anything to exchange."""
+        self._steps += 1
+        world = self._comm.world
+        for creditor, header in self._instance.headers(plan, time.monotonic()).items():
+            self._comm.mail.post(world.rank_of(creditor), msgspec.msgpack.encode(header))
+        self._post_moves(plan)
+        wanted: dict[int, list[int]] = {}
+        first = 0
+        for sequence, count in plan.rows:
+            for creditor in self._instance.rm.tables[sequence.id].remote:
+                wanted.setdefault(creditor, []).extend(range(first, first + count))
+            first += count
+        self._legs = [self._leg(world.rank_of(c), rows) for c, rows in wanted.items()]
+        return bool(self._legs)
+
+    def post_queries(self, q: torch.Tensor) -> None:
+        """Send the rows of `q` `[tokens, heads, head_dim]` that have rBlocks elsewhere."""
+        for leg in self._legs:
+            torch.index_select(q, 0, leg.rows, out=leg.queries)
+        sends = [(leg.rank, leg.queries) for leg in self._legs]
+        partials = [(leg.rank, part) for leg in self._legs for part in (leg.out, leg.lse)]
+        self._counters.bytes_queried += sum(tensor.nbytes for _, tensor in sends)
+        self._partials = self._comm.transport.exchange(sends, partials, TO_CREDITOR, TO_DEBTOR)
+
+    def merge(self, layer: int, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """Merge the creditors' partial results into the rank's own, in place."""
+        started, served = time.perf_counter(), self._counters.serve_time
+        self._partials.wait(f"partial results, layer {layer}, step {self._steps}")
+        took = time.perf_counter() - started
+        self._counters.partial_wait += took - (self._counters.serve_time - served)
+        for leg in self._legs:
+            merge_rows(out, lse, leg.rows, leg.out, leg.lse)
+
+    def finish(self, plan: Plan) -> None:
+        """Wait for the moves; from here on they are served where they went."""
+        if self._moves is not None:
+            started = time.perf_counter()
+            self._moves.wait(f"rBlocks, step {self._steps}")
+            self._counters.move_wait += time.perf_counter() - started
+        self._instance.commit(plan)
+
+    def _post_moves(self, plan: Plan) -> None:
+        rank_of, rblock = self._comm.world.rank_of, self._pool.rblock
+        sends = [(rank_of(move.peer), rblock(move.slot)) for move in plan.moves]
+        recvs = [(rank_of(move.peer), rblock(move.slot)) for move in plan.recalls]
+        self._moves = None
+        if sends or recvs:
+            self._counters.bytes_moved += sum(tensor.nbytes for _, tensor in (*sends, *recvs))
+            self._moves = self._comm.transport.exchange(sends, recvs, TO_CREDITOR, TO_DEBTOR)
+
+    def _leg(self, rank: int, rows: list[int]) -> Leg:
+        heads, head_dim = self._shape
+        return Leg(
+            rank,
+            torch.tensor(rows, dtype=torch.int32),
+            torch.empty((len(rows), heads, head_dim), dtype=self._pool.dtype),
+            torch.empty((len(rows), heads, head_dim)),
+            torch.empty((len(rows), heads)),
+        )

@@ -1,0 +1,84 @@
+"""A model on a cluster: how many instances of how many ranks, and what each has room for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from hpc_distkv.control.policy import POLICIES
+from hpc_distkv.engine.config import EngineConfig, OptionError
+from hpc_distkv.simulate.cluster import Cluster
+from hpc_distkv.simulate.models import ModelShape
+from hpc_distkv.simulate.trace import Row
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """Equal instances that fill a cluster."""
+
+    cluster: Cluster
+    model: ModelShape
+    tp: int
+    config: EngineConfig
+    """Of every instance; its pool is counted for all ranks of the instance together."""
+
+    @classmethod
+    def fit(
+        cls, cluster: Cluster, model: ModelShape, config: EngineConfig, tp: int | None = None
+    ) -> Deployment:
+        """Instances of `tp` ranks (None: as few as the model fits on) whose pools take all the
+        memory there is. Of `config` all but `num_blocks` counts. Raises OptionError."""
+        if tp is None:
+            tp = usable_tp(cluster, model, config.block_size)[0]
+        blocks = cluster.kv_blocks(model, tp, config.block_size)
+        alone = cluster.instances(tp) == 1
+        return cls(
+            cluster,
+            model,
+            tp,
+            replace(
+                config,
+                num_blocks=blocks,
+                max_num_seqs=min(config.max_num_seqs, config.max_num_batched_tokens),
+                policy=POLICIES["queue"] if alone else config.policy,
+                attention_tokens=model.attention_tokens,
+            ),
+        )
+
+    @property
+    def instances(self) -> int:
+        """Instances that share the rows."""
+        return self.cluster.instances(self.tp)
+
+    @property
+    def gpus(self) -> int:
+        """Ranks of all instances."""
+        return self.instances * self.tp
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens whose KV one row may come to need: its home's pool and all that others lend."""
+        blocks = self.config.num_blocks
+        cap = blocks if self.config.lend_cap is None else min(blocks, self.config.lend_cap)
+        lent = cap * (self.instances - 1) if self.config.policy.lending else 0
+        return (blocks + lent) * self.config.block_size
+
+    def fits(self, row: Row) -> bool:
+        """Whether a row could ever end; others are refused before they start."""
+        return row.prompt + row.output - 1 <= self.capacity_tokens
+
+
+def usable_tp(cluster: Cluster, model: ModelShape, block_size: int) -> list[int]:
+    """The tensor parallel sizes that cut the cluster and the heads evenly and leave room for KV,
+    ascending. Raises OptionError, with the reason of the largest, if there is none."""
+    usable = []
+    reason: OptionError | None = None
+    for tp in range(1, cluster.nodes * cluster.gpus_per_node + 1):
+        try:
+            cluster.kv_blocks(model, tp, block_size)
+        except OptionError as error:
+            reason = error
+        else:
+            usable.append(tp)
+    if not usable:
+        raise reason or OptionError(f"the cluster has no place for {model.name}")
+    return usable

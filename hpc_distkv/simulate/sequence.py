@@ -1,0 +1,88 @@
+"""Requests and sequences without tokens: only their lengths decide anything."""
+
+from __future__ import annotations
+
+from hpc_distkv.control.messages import Request, Sampling
+from hpc_distkv.engine.sequence import Sequence
+
+
+class SizedRequest(Request, frozen=True, array_like=True):
+    """A request whose `prompt` says how long the prompt is, in place of its tokens: little-endian
+    uint32. On the wire it is any request."""
+
+    @classmethod
+    def of(cls, id: int, prompt: int, output: int) -> SizedRequest:
+        """A request of `prompt` tokens that makes exactly `output` tokens."""
+        return cls(id, prompt.to_bytes(4, "little"), Sampling(max_tokens=output))
+
+    @property
+    def prompt_len(self) -> int:
+        """Prompt tokens."""
+        return int.from_bytes(self.prompt, "little")
+
+
+class SizedSequence(Sequence):
+    """A sequence that counts tokens. What is derived in `Sequence` and asked for in every step is
+    kept here."""
+
+    __slots__ = (
+        "_max_tokens",
+        "assigned_at",
+        "computed",
+        "final_len",
+        "first_token_at",
+        "id",
+        "last_token_at",
+        "length",
+        "output_len",
+        "request",
+    )
+    request: Request
+    assigned_at: float
+    computed: int
+    first_token_at: float | None
+    last_token_at: float | None
+    id: int
+    length: int
+    output_len: int
+    final_len: int
+
+    def __init__(self, request: Request, assigned_at: float) -> None:
+        """`request`: a `SizedRequest`, or what the wire made of it."""
+        self.request = sized = SizedRequest(request.id, request.prompt, request.sampling)
+        self.assigned_at = assigned_at
+        self.computed = 0
+        self.first_token_at = self.last_token_at = None
+        self.id = sized.id
+        self.length = sized.prompt_len
+        self.output_len = 0
+        self._max_tokens = sized.sampling.max_tokens
+        self.final_len = self.length + self._max_tokens - 1
+
+    def append(self, token: int, now: float) -> None:
+        """One more output token, whichever."""
+        self.length += 1
+        self.output_len += 1
+        self.last_token_at = now
+        if self.first_token_at is None:
+            self.first_token_at = now
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Its length alone ends it."""
+        return "length" if self.output_len >= self._max_tokens else None
+
+    @property
+    def packed(self) -> bytes:
+        """The number of output tokens, for `restore`."""
+        return self.output_len.to_bytes(4, "little")
+
+    @property
+    def packed_output(self) -> bytes:
+        """As many bytes as the output has."""
+        return bytes(4 * self.output_len)
+
+    def restore(self, packed: bytes, computed: int) -> None:
+        """Go on where another instance left off."""
+        self.output_len, self.computed = int.from_bytes(packed, "little"), computed
+        self.length += self.output_len

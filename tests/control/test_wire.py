@@ -1,0 +1,159 @@
+"""Reports on the wire: what comes out is what went in, and what cannot be is refused by name."""
+
+from __future__ import annotations
+
+import math
+import struct
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpc_distkv.control.messages import NOBODY, Changes, Counters, Report, Result, pack_tokens
+from hpc_distkv.control.wire import COLUMNS, SIGNED, ReportError, Reports, encode_report
+
+counts = st.integers(0, 2**31 - 1)
+FORMATS = {
+    "?": st.booleans(),
+    "i": counts,
+    "q": st.integers(0, NOBODY),
+    "f": st.floats(0, 2.0**99, width=32, allow_subnormal=False),
+}
+results = st.builds(
+    Result, st.integers(0, NOBODY), st.binary(max_size=9), st.just("stop"), st.just(0.5), st.just(2)
+)
+changes = st.builds(
+    Changes,
+    st.none() | st.dictionaries(counts, counts, max_size=3),
+    st.lists(results, max_size=2),
+    st.lists(counts, max_size=2),
+    st.none() | st.builds(Counters, counts, gaps=st.dictionaries(st.integers(-300, 99), counts)),
+)
+reports = st.builds(
+    Report, **{name: FORMATS[code] for name, code in COLUMNS.items()}, changes=changes
+)
+
+
+def report(number: int = 0, **fields: object) -> Report:
+    return Report(**{"round": number, "capacity": 10, "free": 8, "promised": 5} | fields)
+
+
+def read(*given_reports: Report) -> Reports:
+    return Reports([encode_report(each) for each in given_reports])
+
+
+@given(st.lists(reports, max_size=4))
+def test_columns_hold_what_was_reported(sent):
+    received = read(*sent)
+    assert len(received) == len(sent)
+    for name in COLUMNS:
+        assert received[name].tolist() == [getattr(each, name) for each in sent]
+    said = {i: each.changes for i, each in enumerate(sent) if each.changes != Changes()}
+    assert received.changes == said
+
+
+def test_every_number_of_a_report_has_a_column():
+    assert {*COLUMNS} == {*Report.__struct_fields__} - {"changes"}
+
+
+def test_a_report_without_changes_is_only_its_numbers():
+    sizes = {"?": 1, "i": 4, "q": 8, "f": 4}
+    message = encode_report(report())
+    assert len(message) == sum(sizes[code] for code in COLUMNS.values())
+    assert Reports([message, message]).size == 2 * len(message)
+
+
+def test_columns_are_read_only():
+    with pytest.raises(ValueError, match="read-only"):
+        read(report())["free"][0] = 1
+
+
+def refuse(bad: Report, words: str) -> None:
+    """The report of instance 1 of three is refused, and the error names it."""
+    with pytest.raises(ReportError, match=rf"instance 1 .*{words}"):
+        read(report(), bad, report()).check(0)
+
+
+@given(reports, st.integers(0, 99))
+def test_what_a_healthy_instance_sends_passes(sent, number):
+    capacity = sent.capacity
+    free = min(sent.free, capacity)
+    healthy = msgspec.structs.replace(
+        sent, round=number, free=free, promised=min(sent.promised, free), changes=Changes()
+    )
+    read(healthy).check(number)
+
+
+@pytest.mark.parametrize("stale", [1, 3, NOBODY])
+def test_a_report_of_another_round_is_refused(stale):
+    refuse(report(stale), "stale")
+
+
+@pytest.mark.parametrize("name", [n for n, code in COLUMNS.items() if code in "iq"])
+def test_a_negative_number_is_refused(name):
+    if name in SIGNED:
+        read(report(**{name: -1})).check(0)
+    elif name == "round":
+        refuse(report(-1), "stale")
+    else:
+        refuse(report(**{name: -1}), f"{name} -1: negative")
+
+
+@pytest.mark.parametrize("name", [n for n, code in COLUMNS.items() if code == "f"])
+@pytest.mark.parametrize("value", [-0.001, math.nan, math.inf, -math.inf])
+def test_a_time_that_is_none_is_refused(name, value):
+    refuse(report(**{name: value}), f"{name} .*no time")
+
+
+def test_more_free_than_there_is_and_more_promised_than_free_are_refused():
+    refuse(report(free=11), "free 11: more than its pool")
+    refuse(report(free=4, promised=5), "promised 5: more than is free")
+
+
+@pytest.mark.parametrize(("debtor", "blocks"), [(3, 1), (-1, 1), (1, 1), (0, -1)])
+def test_a_loan_that_cannot_be_is_refused(debtor, blocks):
+    refuse(report(changes=Changes(lent={debtor: blocks})), f"a loan of {blocks} rBlocks to {debtor}")
+
+
+def test_the_first_bad_instance_is_named():
+    with pytest.raises(ReportError, match="instance 2 "):
+        read(report(), report(), report(wanted=-3), report(wanted=-9)).check(0)
+
+
+@given(st.integers(1, len(encode_report(report()))))
+def test_a_message_that_is_too_short_is_refused(missing):
+    whole = encode_report(report())
+    with pytest.raises(ReportError, match="instance 1 sent .* no report"):
+        Reports([whole, whole[:-missing]])
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        b"\x81",
+        b"\xc1",
+        msgspec.msgpack.encode("text"),
+        msgspec.msgpack.encode([{"a": 1}]),
+        msgspec.msgpack.encode([None, [[0, 1]]]),
+        msgspec.msgpack.encode(Changes(adopted=[1])) + b"\x00",
+        msgspec.msgpack.encode(Changes(results=[Result(0, pack_tokens([1]), "stop", 0.1, 0.2)]))[:9],
+    ],
+)
+def test_malformed_changes_are_refused(tail):
+    whole = encode_report(report())
+    with pytest.raises(ReportError, match="instance 1 is malformed"):
+        Reports([whole, whole + tail])
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_do_anything_but_be_read_or_refused(noise):
+    try:
+        Reports([noise]).check(0)
+    except ReportError as error:
+        assert "instance 0" in str(error)
+
+
+def test_a_number_beyond_its_column_does_not_wrap_around():
+    with pytest.raises(struct.error):
+        encode_report(report(free=2**31))
