@@ -204,6 +204,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Fitted seconds of a decode step per row."""
     per_kv: float = 0.0
     """Fitted seconds of a decode step per KV token."""
+    exchange: float = 0.0
+    """Measured seconds that remote rBlocks add to a decode step; 0 if there were none yet."""
     changes: Changes = Changes()
 
 

@@ -68,7 +68,8 @@ class Planner:
     def __init__(
         self, block_size: int, links: Links, exchange_seconds: Callable[[int], float]
     ) -> None:
-        """`exchange_seconds`: link class → what an exchange over it adds to a step."""
+        """`exchange_seconds`: link class → what an exchange over it adds to a step, as long as no
+        instance has measured it in its steps."""
         self._size = block_size
         self._links = links
         self._exchange_seconds = exchange_seconds
@@ -84,7 +85,7 @@ class Planner:
         self._read(reports, waiting)
         if not self._means:
             return []
-        known = reports["fixed"] > 0
+        known = _fitted(reports)
         use = 1 - reports["free"] / np.maximum(1, reports["capacity"])
         debtors = _least(reports["running"], (reports["longest"] > 0) & known)
         creditors = _least(use, reports["promised"] > 0 if not waiting else reports["capacity"] > 0)
@@ -117,7 +118,7 @@ class Planner:
         if not self._means:
             return False
         lent = {i: self._load(i) for i in (debtor, *loans)}
-        exchange = max(self._exchange_seconds(self._links.between(debtor, c)) for c in loans)
+        exchange = max(self._exchange(debtor, creditor) for creditor in loans)
         home = {
             i: replace(lent[i], kv_tokens=lent[i].kv_tokens - loans[i] * self._size) for i in loans
         }
@@ -129,9 +130,16 @@ class Planner:
     def _read(self, reports: Reports, waiting: bool) -> None:
         """Whatever has not stepped yet is taken to be like the mean of what has."""
         self._reports, self._waiting = reports, waiting
-        known = reports["fixed"] > 0
+        known = _fitted(reports)
+        measured = reports["exchange"][reports["exchange"] > 0]
+        self._measured = float(measured.mean()) if len(measured) else 0.0
         names = ("fixed", "per_token", "per_kv") if known.any() else ()
         self._means = {name: float(reports[name][known].mean()) for name in names}
+
+    def _exchange(self, debtor: int, creditor: int) -> float:
+        """Seconds that remote rBlocks add to a step of the debtor."""
+        assumed = self._exchange_seconds(self._links.between(debtor, creditor))
+        return max(assumed, float(self._reports["exchange"][debtor]) or self._measured)
 
     def _may_lend(self, debtor: int, creditor: int, ledger: DebtLedger) -> bool:
         return (
@@ -143,7 +151,10 @@ class Planner:
     def _load(self, instance: int) -> Load:
         """The instance with the rows that its spare room is about to take in."""
         row = {name: float(self._reports[name][instance]) for name in _READ}
-        model = {n: row[n] if row["fixed"] > 0 else mean for n, mean in self._means.items()}
+        model = {
+            n: row[n] if row["fixed"] + row["per_token"] > 0 else mean
+            for n, mean in self._means.items()
+        }
         row_blocks = max(1.0, row["row_blocks"])
         new = min(row["seats"], row["promised"] / row_blocks) if self._waiting else 0.0
         return Load(
@@ -162,9 +173,7 @@ class Planner:
         """The relative gain of the best number of rBlocks, and the transfer."""
         one, other = state[debtor], state[creditor]
         before = one.rate() + other.rate()
-        exchange = 0.0
-        if creditor not in ledger.creditors_of(debtor):
-            exchange = self._exchange_seconds(self._links.between(debtor, creditor))
+        exchange = 0.0 if ledger.creditors_of(debtor) else self._exchange(debtor, creditor)
         best = (0.0, Transfer(debtor, creditor, 0))
         blocks = self._most(one, other)
         for _ in range(SIZES if before else 0):
@@ -217,6 +226,12 @@ def _shift(one: Load, other: Load, blocks: int, size: int) -> tuple[Load, Load]:
             spare=max(0, other.spare - blocks),
         ),
     )
+
+
+def _fitted(reports: Reports) -> np.ndarray:
+    """Which instances have a model of their steps."""
+    fitted: np.ndarray = reports["fixed"] + reports["per_token"] > 0
+    return fitted
 
 
 def _least(values: np.ndarray, allowed: np.ndarray) -> list[int]:

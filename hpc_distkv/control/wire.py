@@ -32,6 +32,7 @@ COLUMNS = {
     "fixed": "f",
     "per_token": "f",
     "per_kv": "f",
+    "exchange": "f",
 }
 """Field of `Report` → its format, as of `struct` and of a numpy dtype; little-endian."""
 SIGNED = frozenset({"youngest"})

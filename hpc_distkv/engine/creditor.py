@@ -56,6 +56,10 @@ class Creditor:
         """Read the mail and push on every visit. Never blocks. Raises ProtocolError."""
         while (letter := self._comm.mail.poll()) is not None:
             self._read(*letter)
+        self.serve()
+
+    def serve(self) -> None:
+        """Push on every visit. Never blocks, and costs next to nothing if there is none."""
         for rank in list(self._visits):
             while (visit := self._visits.get(rank)) is not None and visit.advance():
                 del self._visits[rank]

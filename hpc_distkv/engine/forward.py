@@ -19,9 +19,16 @@ Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 class Model(Protocol):
     """What the engine needs of a decoder."""
 
-    def hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def hidden(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        attend: Attend,
+        pause: Callable[[], None],
+    ) -> torch.Tensor:
         """Tokens and positions `[T]` → hidden states `[T, hidden]`; `attend` is called once a
-        layer with (layer, q, k, v) and returns the attention output."""
+        layer with (layer, q, k, v) and returns the attention output, `pause` between large
+        operators."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states `[n, hidden]` → float32 logits `[n, vocab]`."""
@@ -37,11 +44,12 @@ class Forward:
         rmanager: RManager,
         scale: float,
         between_layers: Callable[[], None],
+        pause: Callable[[], None],
     ) -> None:
-        """`between_layers` is called twice a layer, so that debtors are served and control rounds
-        go on during a step."""
+        """`between_layers` is called once a layer, so that control rounds go on during a step,
+        `pause` more often, so that debtors are served."""
         self._model, self._pool, self._rm, self._scale = model, pool, rmanager, scale
-        self._between_layers = between_layers
+        self._between_layers, self._pause = between_layers, pause
 
     def run(self, rows: Sequence[Row], debtor: Debtor | None) -> torch.Tensor:
         """Compute the rows' tokens and store their KV. Returns the float32 logits
@@ -61,12 +69,14 @@ class Forward:
             if debtor:
                 debtor.post_queries(q)
             out, lse = micro_attention(q, k_cache, v_cache, batch, scale=self._scale, causal=True)
-            self._between_layers()
+            self._pause()
             if debtor:
                 debtor.merge(layer, out, lse)
             return out
 
-        hidden = self._model.hidden(torch.tensor(tokens), torch.tensor(positions), attend)
+        hidden = self._model.hidden(
+            torch.tensor(tokens), torch.tensor(positions), attend, self._pause
+        )
         ends, end = [], 0
         for sequence, count in rows:
             end += count

@@ -33,14 +33,30 @@ COUNTED_ROUNDS = 25
 
 
 class StepWork(NamedTuple):
-    """What a step had to compute, for the performance model."""
+    """What a step had to compute."""
 
-    rows: int
+    decodes: int
     """Rows in decode."""
     kv_tokens: int
-    """KV tokens at home that decodes attended to."""
-    prompts: bool
-    """Whether there were more than decodes: such a step tells the model nothing."""
+    """KV tokens at home that they attended to."""
+    prompt_tokens: int
+    exchanging: bool
+    """Whether rows had rBlocks elsewhere."""
+
+
+class StepSeconds(NamedTuple):
+    """How long a step took, in seconds."""
+
+    total: float
+    partial_wait: float
+    """Of that, waiting for creditors' partial results."""
+    beside: float
+    """Of that, waiting for moves, and serving debtors."""
+
+
+def smoothed(average: float, value: float) -> float:
+    """The moving average after one more value; the first value starts it."""
+    return 0.9 * average + 0.1 * value if average else value
 
 
 class Instance:
@@ -68,6 +84,8 @@ class Instance:
         self._sequence = sequence
         self._outputs = MeanOutput()
         self._asked = 0
+        self._prompt_time = self._exchange = 0.0
+        """Measured seconds per prompt token, and of a decode step's waits for partial results."""
         self._results: list[Result] = []
         self._adopted: list[int] = []
         self._lent: dict[int, int] = {}
@@ -123,6 +141,7 @@ class Instance:
             fixed=self.model.fixed,
             per_token=self.model.per_token,
             per_kv=self.model.per_kv,
+            exchange=self._exchange,
             changes=self._changes(),
         )
 
@@ -244,14 +263,22 @@ class Instance:
                 )
             )
 
-    def note_step(self, step: StepWork, seconds: float, waited: float) -> None:
-        """How long a step with rows took, and how much of that was not its own work."""
+    def note_step(self, work: StepWork, seconds: StepSeconds) -> None:
+        """How long a step with rows took."""
         self.counters.steps += 1
-        self.counters.step_time += seconds
+        self.counters.step_time += seconds.total
         self.counters.held_block_steps += self.rm.held
         self.counters.remote_block_steps += self.rm.borrowed
-        if not step.prompts and seconds > waited:
-            self.model.observe(step.rows, step.kv_tokens, seconds - waited)
+        own = seconds.total - seconds.partial_wait - seconds.beside
+        if work.prompt_tokens:
+            rest = own - self.model.predict(work.decodes, work.kv_tokens)
+            self._prompt_time = smoothed(self._prompt_time, max(0.0, rest) / work.prompt_tokens)
+        elif own > 0:
+            self.model.observe(work.decodes, work.kv_tokens, own)
+            if work.exchanging:
+                self._exchange = smoothed(self._exchange, seconds.partial_wait)
+        if self._exchange and self._prompt_time:
+            self.scheduler.exchange_tokens = self._exchange / self._prompt_time
 
     # -- letters of others, at any time ---------------------------------------------------------
 

@@ -20,6 +20,8 @@ LEAST_GROWTH, MOST_GROWTH = 16, 256
 STARVED_GROWTH = 8
 """A starved row asks for room to grow by 1/8 of its length: others give way, and are computed
 again, only as often as that pays."""
+EXCHANGE_TOKENS = 10.0
+"""Prompt tokens computed in the time that remote rBlocks add to a step, until it was measured."""
 GUEST_CHUNK = 128
 """Prompt tokens in a step while guests are hosted: their queries are served between layers."""
 PATIENCE = 2
@@ -70,6 +72,8 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = self.stalls = 0
+        self.exchange_tokens = EXCHANGE_TOKENS
+        """Prompt tokens computed in the time that remote rBlocks add to a step."""
         self._rm = rmanager
         self._config = config
         self._admit_before = NOBODY
@@ -148,13 +152,13 @@ class Scheduler:
             return Demand(max(1, missing - held), oldest.id, True, 0)
         soon = (*self.running, *self._next_waiting())
         need = self._reserve if soon else 0
-        wanted_for = NOBODY
+        wanted, wanted_for = 0, NOBODY
         for sequence in soon:
             need += self._missing(sequence, sequence.length + self._growth)
-            if need > held:
-                wanted_for = min(wanted_for, sequence.id)
-        if need > held:
-            return Demand(need - held, wanted_for, False, 0)
+            if need > held and self._worth_borrowing(sequence):
+                wanted, wanted_for = need - held, min(wanted_for, sequence.id)
+        if wanted:
+            return Demand(wanted, wanted_for, False, 0)
         if not (self._migrations and self._migrations.active):
             shed = sum(self._moves.sheddable().values())
             self._return_credit(self._rm.usable + self._rm.credit - need - shed)
@@ -249,7 +253,7 @@ class Scheduler:
         needed = self._missing(sequence, sequence.computed + count)
         while self._rm.usable < needed:
             self._short = True
-            if self._hopes():
+            if self._hopes(sequence):
                 self.stalls += 1
                 return False
             youngest = self.running[-1]
@@ -262,11 +266,30 @@ class Scheduler:
         self._rm.grow(sequence.id, needed)
         return True
 
-    def _hopes(self) -> bool:
+    def _hopes(self, sequence: Sequence) -> bool:
         """Whether rBlocks will come without anybody giving way."""
         if self._rm.credit and self._movable():
             return True
-        return not self._denied and self._short_answers < PATIENCE
+        hope = not self._denied and self._short_answers < PATIENCE
+        return hope and self._worth_borrowing(sequence)
+
+    def _worth_borrowing(self, sequence: Sequence) -> bool:
+        """Whether a sequence that lacks memory had better get it elsewhere. It must if it does not
+        fit here or runs alone. Otherwise, with a planner, a waiting one waits, and a running one
+        lets the youngest give way if that costs less: to compute its tokens again once, against an
+        exchange in every step that is left."""
+        if not self._config.policy.planner or not self.running or self.running == [sequence]:
+            return True
+        if self._config.blocks(sequence.length + 1) + self._reserve > self._own_room():
+            return True
+        youngest = self.running[-1]
+        if sequence.id not in self._rm.tables or sequence is youngest:
+            return False
+        return youngest.length > self.exchange_tokens * (sequence.final_len - sequence.length)
+
+    def _own_room(self) -> int:
+        """rBlocks that one sequence could have at home if it were alone."""
+        return self._config.num_blocks - self._rm.lent
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

@@ -16,7 +16,7 @@ from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.creditor import Creditor
 from hpc_distkv.engine.debtor import Debtor
 from hpc_distkv.engine.forward import Forward, Model
-from hpc_distkv.engine.instance import Instance, StepWork
+from hpc_distkv.engine.instance import Instance, StepSeconds, StepWork
 from hpc_distkv.engine.sampler import sample
 from hpc_distkv.engine.scheduler import Plan, Row
 from hpc_distkv.memory.loan import ProtocolError
@@ -70,9 +70,11 @@ class Worker:
         self._instance = Instance(comm.world.instance, config)
         self.counters = self._instance.counters
         scale = shape[1] ** -0.5
-        self._forward = Forward(model, pool, self._instance.rm, scale, self._attend)
         self._debtor = Debtor(comm, pool, self._instance, shape)
         self._creditor = Creditor(comm, pool, self._instance, shape, scale)
+        self._forward = Forward(
+            model, pool, self._instance.rm, scale, self._attend, self._creditor.serve
+        )
         self._answer: Answer | None = None
         self._sharing = config.policy.sharing
         self._idle = True
@@ -165,30 +167,32 @@ class Worker:
     # -- steps ----------------------------------------------------------------------------------
 
     def _step(self) -> None:
-        started, waited = time.perf_counter(), self._waited
+        started, before = time.perf_counter(), msgspec.structs.replace(self.counters)
         plan = self._instance.plan()
         exchanging = self._sharing and self._debtor.begin(plan)
         logits = self._forward.run(plan.rows, self._debtor if exchanging else None)
         if self._sharing:
             self._debtor.finish(plan)
-        work = self._work(plan.rows)
+        work = self._work(plan.rows, exchanging)
         self._instance.append(plan.rows, self._sample(plan.rows, logits), time.monotonic())
         self._idle = not plan.rows
         if plan.rows:
-            took = time.perf_counter() - started
-            self._instance.note_step(work, took, self._waited - waited)
+            now = self.counters
+            seconds = StepSeconds(
+                time.perf_counter() - started,
+                now.partial_wait - before.partial_wait,
+                now.move_wait + now.serve_time - before.move_wait - before.serve_time,
+            )
+            self._instance.note_step(work, seconds)
 
-    @property
-    def _waited(self) -> float:
-        """Seconds so far that steps spent on anything but own work."""
-        return self.counters.partial_wait + self.counters.move_wait + self.counters.serve_time
-
-    def _work(self, rows: list[Row]) -> StepWork:
+    def _work(self, rows: list[Row], exchanging: bool) -> StepWork:
         tables, size = self._instance.rm.tables, self._pool.block_size
+        decodes = [sequence for sequence, count in rows if count == 1]
         return StepWork(
-            rows=len(rows),
-            kv_tokens=sum(s.length - tables[s.id].remote_blocks * size for s, _ in rows),
-            prompts=any(row.tokens > 1 for row in rows),
+            decodes=len(decodes),
+            kv_tokens=sum(s.length - tables[s.id].remote_blocks * size for s in decodes),
+            prompt_tokens=sum(count for _, count in rows if count > 1),
+            exchanging=exchanging,
         )
 
     def _sample(self, rows: list[Row], logits: torch.Tensor) -> list[int]:

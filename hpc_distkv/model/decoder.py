@@ -19,6 +19,11 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 q and k are already rotated; the scale 1/√head_dim is Attend's. The last dimension of q, k and v is
 contiguous. The result may be float32 or the model's dtype."""
+Pause = Callable[[], None]
+
+
+def nothing() -> None:
+    """The pause of a step that may take as long as it takes."""
 
 
 @dataclass
@@ -66,16 +71,19 @@ class Decoder:
         """Where the weights are."""
         return self.embedding.device
 
-    def hidden(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, positions: Tensor, attend: Attend, pause: Pause = nothing
+    ) -> Tensor:
         """All layers over `tokens` [T] int64 at `positions` [T] int64 → [T, hidden].
 
-        The rows may belong to different requests; only `attend` knows. The result is what `logits`
-        takes: the final norm is still to come.
+        The rows may belong to different requests; only `attend` knows. `pause` is called between
+        the large operators, for what cannot wait for the end of a step. The result is what
+        `logits` takes: the final norm is still to come.
         """
         x = self.embed(tokens)
         rotation = self.rotation(positions)
         for index in range(len(self.layers)):
-            x = self.layer(index, x, rotation, attend)
+            x = self.layer(index, x, rotation, attend, pause)
         return x
 
     def logits(self, hidden_rows: Tensor) -> Tensor:
@@ -90,7 +98,9 @@ class Decoder:
         """The rotary tables of a step, for `layer`: positions [T] int64."""
         return self._rotary.rotation(positions, self.dtype)
 
-    def layer(self, index: int, x: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
+    def layer(
+        self, index: int, x: Tensor, rotation: Rotation, attend: Attend, pause: Pause = nothing
+    ) -> Tensor:
         """One layer: x [T, hidden] → [T, hidden], in place."""
         layer, config = self.layers[index], self.config
         heads, kv_heads = config.num_heads, config.num_kv_heads
@@ -98,8 +108,11 @@ class Decoder:
         qk = rotate(qkv[:, : heads + kv_heads], rotation)
         mixed = attend(index, qk[:, :heads], qk[:, heads:], qkv[:, heads + kv_heads :])
         x += layer.out(mixed.reshape(len(x), -1).to(self.dtype))
+        pause()
         gate, up = layer.gate_up(self._normed(x, layer.mlp_norm)).chunk(2, dim=-1)
+        pause()
         x += layer.down(functional.silu(gate).mul_(up))
+        pause()
         return x
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from hpc_distkv.control.links import Links
 from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.engine.config import EngineConfig, OptionError
 from hpc_distkv.simulate.cluster import Cluster
+from hpc_distkv.simulate.cost import CostModel
 from hpc_distkv.simulate.models import ModelShape
 from hpc_distkv.simulate.trace import Row
 
@@ -61,6 +63,26 @@ class Deployment:
         cap = blocks if self.config.lend_cap is None else min(blocks, self.config.lend_cap)
         lent = cap * (self.instances - 1) if self.config.policy.lending else 0
         return (blocks + lent) * self.config.block_size
+
+    @property
+    def block_bytes(self) -> int:
+        """Of one rBlock on all ranks of an instance."""
+        share = self.model.kv_share(self.tp) * self.tp
+        return int(self.model.kv_bytes_per_token * share * self.config.block_size)
+
+    def cost(self) -> CostModel:
+        """Seconds of what an instance does. Raises OptionError if the cluster does not say."""
+        return CostModel(self.cluster, self.model, self.tp, self.config.block_size)
+
+    def links(self) -> Links:
+        """Between the instances; a class is a level of distance."""
+        numbers = range(self.instances)
+        nodes = [self.cluster.node_of(number, self.tp) for number in numbers]
+        return Links(nodes, [self.cluster.switch_of(number, self.tp) for number in numbers])
+
+    def level(self, a: int, b: int) -> int:
+        """How far two instances are apart."""
+        return self.cluster.level(a, b, self.tp)
 
     def fits(self, row: Row) -> bool:
         """Whether a row could ever end; others are refused before they start."""

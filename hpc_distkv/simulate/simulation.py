@@ -6,16 +6,17 @@ import heapq
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
 from hpc_distkv.control.gmanager import GManager
-from hpc_distkv.control.links import Links
 from hpc_distkv.control.messages import Answer
 from hpc_distkv.control.wire import encode_report
 from hpc_distkv.engine.instance import Instance
+from hpc_distkv.engine.scheduler import Plan
 from hpc_distkv.simulate.deployment import Deployment
-from hpc_distkv.simulate.group import Group, Member, form_groups
+from hpc_distkv.simulate.member import Member
 from hpc_distkv.simulate.report import Record
 from hpc_distkv.simulate.sequence import SizedRequest, SizedSequence
 from hpc_distkv.simulate.step import Steps
@@ -23,10 +24,11 @@ from hpc_distkv.simulate.trace import Row
 
 QUIET_ROUNDS = 1000
 """Rounds in which nothing is computed, after which the job counts as stuck."""
+NOTHING = Plan([], [], [], [])
 
 
 class StuckError(RuntimeError):
-    """Rows are left that no round will ever bring on: a fault of the policy, not of its user."""
+    """Rows are left that no round brings on: a fault of the policy, not of its user."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Rounds:
     """Times of control rounds in seconds; assumed."""
 
     floor: float = 0.02
-    """Least between two rounds: idle instances would answer at once."""
+    """Least between the beginnings of two rounds, for idle instances report at once."""
     answer: float = 1e-3
     """From the last report to the answers, and ..."""
     per_instance: float = 5e-6
@@ -44,50 +46,49 @@ class Rounds:
 class Simulation:
     """Owner of the virtual clock. It is to all instances what `engine.worker.Worker` is to one:
 
-        round      once every instance has reported the gManager answers all of them; the answers
+        round      once every instance has reported, the gManager answers all of them; the answers
                    arrive together a little later
-        boundary   of a component after the announced number of joint steps, of an instance alone
-                   at its first step that finds the answer. Who is there before the answer, and who
-                   is alone with nothing to do, waits for it
-        step       of a group once all its members have passed the boundary at which it forms
+        boundary   of an instance: at the first end of a step that finds the answer, or when the
+                   answer comes if there is nothing to do. It applies the answer, tells its debtors
+                   of credit, reports, and takes the next step
+        step       begins with headers to creditors, and ends later by what is served meanwhile
 
-    All rows are there at the start. What a group does in a step is done at once, with the times
-    of its end: nobody else looks at it before its next boundary.
+    All rows are there at the start. Mail takes no time.
     """
 
     def __init__(
         self, deployment: Deployment, rows: Sequence[Row], rounds: Rounds | None = None
     ) -> None:
-        """Raises OptionError for a deployment that has no cost model."""
+        """Raises OptionError for a cluster that does not say how fast it is."""
         config, count = deployment.config, deployment.instances
         self.now = 0.0
         """Seconds since the start."""
         self.record = Record()
         self._rounds = rounds or Rounds()
-        self._steps = Steps(deployment)
         self._members = [Member(n, Instance(n, config, SizedSequence)) for n in range(count)]
+        self._steps = Steps(deployment, self._members)
         self._gmanager = GManager(
             self._requests(deployment, rows),
-            Links(*deployment.places()),
+            deployment.links(),
             count,
             config.policy,
             block_size=config.block_size,
             move_budget=config.move_budget,
-            max_tokens=config.max_num_batched_tokens,
             attention_tokens=config.attention_tokens,
             exchange_seconds=lambda level: self._steps.cost.exchange_time(1, level),
         )
-        self._events: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
-        self._scheduled = self._quiet = 0
+        self._events: list[tuple[float, int, Callable[[Any], None], Any]] = []
+        self._scheduled = 0
         self._reports = [b""] * count
         self._missing = count
-        self._round_started = -self._rounds.floor
         self._answers: list[Answer] = []
         self._answered = 0
         """Rounds whose answers have arrived."""
-        self._waiting = [member.alone for member in self._members]
-        """Groups at a boundary whose answer has not arrived."""
-        self._stopped = False
+        self._waiting = list(self._members)
+        """Instances that have nothing to do before the next answer."""
+        self._round_began = -self._rounds.floor
+        self._worked, self._quiet = False, 0
+        self._done = False
         for member in self._members:
             self._report(member)
 
@@ -98,29 +99,28 @@ class Simulation:
         return self.record
 
     def advance(self) -> bool:
-        """The next event; False: there is none, the job is done. Between two events no message
-        between partners is under way. Raises StuckError."""
-        if self._stopped:
+        """The next event; False: the job is done. Raises StuckError."""
+        if self._done:
             return False
-        self.now, _, event, arguments = heapq.heappop(self._events)
-        event(*arguments)
+        self.now, _, event, subject = heapq.heappop(self._events)
+        event(subject)
         return True
 
     def check(self) -> None:
-        """Assert that every slot has one owner, and that every debt is a creditor's loan."""
+        """Assert, between two events, that every slot has one owner and that every debt is its
+        creditor's loan."""
         owed, lent = {}, {}
         for member in self._members:
             member.instance.check()
             for creditor, debt in member.instance.rm.debts.items():
                 owed[member.number, creditor] = debt.total
             for debtor, loan in member.instance.rm.loans.items():
-                if told := loan.total - loan.unopened:
-                    lent[debtor, member.number] = told
+                lent[debtor, member.number] = loan.total
         assert owed == lent, "debts and loans differ"
 
-    def _at(self, moment: float, event: Callable[..., None], *arguments: object) -> None:
+    def _at(self, moment: float, event: Callable[[Any], None], subject: Any) -> None:
         self._scheduled += 1
-        heapq.heappush(self._events, (moment, self._scheduled, event, arguments))
+        heapq.heappush(self._events, (moment, self._scheduled, event, subject))
 
     def _requests(self, deployment: Deployment, rows: Sequence[Row]) -> Iterator[SizedRequest]:
         """The rows that fit, as the gManager asks for them."""
@@ -137,20 +137,22 @@ class Simulation:
         self._reports[member.number] = encode_report(member.instance.report())
         self._missing -= 1
         if not self._missing:
-            self._at(max(self.now, self._round_started + self._rounds.floor), self._round)
+            begin = max(self.now, self._round_began + self._rounds.floor)
+            self._at(begin, self._round, self._reports)
 
-    def _round(self) -> None:
-        self._round_started, self._missing = self.now, len(self._members)
+    def _round(self, reports: Sequence[bytes]) -> None:
+        self._round_began, self._missing = self.now, len(self._members)
         started = time.perf_counter()
-        messages, results = self._gmanager.round(self._reports)
-        self.record.round(time.perf_counter() - started, self._reports, messages)
+        answers, results = self._gmanager.round(reports)
+        self.record.round(time.perf_counter() - started, reports, answers)
         for result in results:
             self.record.finish(result)
-        self._quiet = self._quiet + 1 if self.record.last_step < self.now else 0
+        self._quiet = 0 if self._worked else self._quiet + 1
+        self._worked = False
         if self._quiet > QUIET_ROUNDS:
-            raise StuckError(f"rows are left, but {QUIET_ROUNDS} rounds have brought none of them on")
+            raise StuckError(f"rows are left, but {QUIET_ROUNDS} rounds brought none of them on")
         delay = self._rounds.answer + self._rounds.per_instance * len(self._members)
-        self._at(self.now + delay, self._deliver, messages)
+        self._at(self.now + delay, self._deliver, answers)
 
     def _deliver(self, messages: Sequence[bytes]) -> None:
         # Most instances get the same message, and none changes its answer.
@@ -158,36 +160,57 @@ class Simulation:
         self._answers = [decoded[message] for message in messages]
         self._answered += 1
         if self._answers[0].stop:
-            self._stopped = True
+            self._leave()
             return
-        form_groups(self._members, self._answers)
         waiting, self._waiting = self._waiting, []
-        for group in waiting:
-            self._boundary(group)
+        for member in waiting:
+            self._boundary(member)
 
-    # -- boundaries and steps -------------------------------------------------------------------
+    # -- instances ------------------------------------------------------------------------------
 
-    def _boundary(self, group: Group) -> None:
-        """The group's members take the answer if it is there, and go on in their next groups."""
-        if group.members[0].instance.round == self._answered:
-            self._waiting.append(group)
+    def _boundary(self, member: Member) -> None:
+        member.instance.apply(self._answers[member.number], self.now)
+        self._open_credits(member)
+        self._report(member)
+        self._step(member)
+
+    def _open_credits(self, member: Member) -> None:
+        for debtor, blocks in member.instance.credits().items():
+            self._members[debtor].instance.open_credit(member.number, blocks)
+
+    def _step(self, member: Member) -> None:
+        seconds = self._steps.begin(member, self.now)
+        if seconds:
+            self._at(self.now + seconds, self._end, member)
+        else:
+            self._end(member)
+
+    def _end(self, member: Member) -> None:
+        due = member.due(self.now)
+        if due is not None:
+            self._at(due, self._end, member)
             return
-        formed = []
-        for member in group.members:
-            answer = self._answers[member.number]
-            member.instance.apply(answer, self.now)
-            member.partners, member.ready = answer.partners, self.now
-            self._report(member)
-            member.next.missing -= 1
-            if not member.next.missing:
-                formed.append(member.next)
-        for each in formed:
-            self._step(each)
+        busy = self._steps.end(member, self.now)
+        if busy:
+            self._worked = True
+            self.record.seconds = self.now
+        if member.instance.round < self._answered:
+            self._boundary(member)
+        elif busy:
+            self._step(member)
+        else:
+            self._waiting.append(member)
 
-    def _step(self, group: Group) -> None:
-        if group.joint:
-            end: float | None = self._steps.joint(group, self.now)
-            ...
-
-    def _advance(self, group: Group) -> None:
-        ...
+    def _leave(self) -> None:
+        """Every instance returns what it borrowed."""
+        self._done = True
+        for member in self._members:
+            self._open_credits(member)
+        for member in self._members:
+            rm = member.instance.rm
+            for creditor, debt in rm.debts.items():
+                rm.return_credit(creditor, debt.credit)
+            for creditor, header in member.instance.headers(NOTHING, self.now).items():
+                lender = self._members[creditor].instance
+                lender.commit_served(member.number, *lender.accept(member.number, header, self.now))
+        self.record.counters = self._gmanager.counters

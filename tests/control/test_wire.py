@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import struct
 
@@ -9,8 +10,9 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from made_reports import read, report
 
-from hpc_distkv.control.messages import NOBODY, Changes, Counters, Report, Result, pack_tokens
+from hpc_distkv.control.messages import NOBODY, Changes, Counters, Report, Result
 from hpc_distkv.control.wire import COLUMNS, SIGNED, ReportError, Reports, encode_report
 
 counts = st.integers(0, 2**31 - 1)
@@ -33,14 +35,6 @@ changes = st.builds(
 reports = st.builds(
     Report, **{name: FORMATS[code] for name, code in COLUMNS.items()}, changes=changes
 )
-
-
-def report(number: int = 0, **fields: object) -> Report:
-    return Report(**{"round": number, "capacity": 10, "free": 8, "promised": 5} | fields)
-
-
-def read(*given_reports: Report) -> Reports:
-    return Reports([encode_report(each) for each in given_reports])
 
 
 @given(st.lists(reports, max_size=4))
@@ -113,7 +107,8 @@ def test_more_free_than_there_is_and_more_promised_than_free_are_refused():
 
 @pytest.mark.parametrize(("debtor", "blocks"), [(3, 1), (-1, 1), (1, 1), (0, -1)])
 def test_a_loan_that_cannot_be_is_refused(debtor, blocks):
-    refuse(report(changes=Changes(lent={debtor: blocks})), f"a loan of {blocks} rBlocks to {debtor}")
+    bad = report(changes=Changes(lent={debtor: blocks}))
+    refuse(bad, f"a loan of {blocks} rBlocks to {debtor}")
 
 
 def test_the_first_bad_instance_is_named():
@@ -124,7 +119,7 @@ def test_the_first_bad_instance_is_named():
 @given(st.integers(1, len(encode_report(report()))))
 def test_a_message_that_is_too_short_is_refused(missing):
     whole = encode_report(report())
-    with pytest.raises(ReportError, match="instance 1 sent .* no report"):
+    with pytest.raises(ReportError, match=r"instance 1 sent \d+ bytes, no report"):
         Reports([whole, whole[:-missing]])
 
 
@@ -137,7 +132,7 @@ def test_a_message_that_is_too_short_is_refused(missing):
         msgspec.msgpack.encode([{"a": 1}]),
         msgspec.msgpack.encode([None, [[0, 1]]]),
         msgspec.msgpack.encode(Changes(adopted=[1])) + b"\x00",
-        msgspec.msgpack.encode(Changes(results=[Result(0, pack_tokens([1]), "stop", 0.1, 0.2)]))[:9],
+        msgspec.msgpack.encode(Changes(adopted=[300, 300]))[:-1],
     ],
 )
 def test_malformed_changes_are_refused(tail):
@@ -148,10 +143,8 @@ def test_malformed_changes_are_refused(tail):
 
 @given(st.binary(max_size=200))
 def test_no_bytes_do_anything_but_be_read_or_refused(noise):
-    try:
+    with contextlib.suppress(ReportError):
         Reports([noise]).check(0)
-    except ReportError as error:
-        assert "instance 0" in str(error)
 
 
 def test_a_number_beyond_its_column_does_not_wrap_around():

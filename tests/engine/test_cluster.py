@@ -134,9 +134,9 @@ class Slow:
         self._model, self._delay = model, delay
         self.config, self.dtype = model.config, model.dtype
 
-    def hidden(self, tokens, positions, attend):
+    def hidden(self, tokens, positions, attend, pause):
         time.sleep(self._delay)
-        return self._model.hidden(tokens, positions, attend)
+        return self._model.hidden(tokens, positions, attend, pause)
 
     def logits(self, rows):
         return self._model.logits(rows)

@@ -1,0 +1,91 @@
+"""One instance in virtual time: where it stands in its step, and whom it serves meanwhile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from hpc_distkv.engine.instance import Instance
+from hpc_distkv.engine.scheduler import Plan
+from hpc_distkv.memory.loan import Move
+
+MOST_SERVING = 0.9
+"""Share of its time that an instance spends on guests at most while it has a step of its own."""
+EXACT_ENOUGH = 1e-7
+"""Seconds by which the end of a step may be early."""
+
+
+class Load(NamedTuple):
+    """What the rows of a step compute at home: as in `CostModel.step_time`."""
+
+    decode_rows: int = 0
+    decode_kv: int = 0
+    prefill_tokens: int = 0
+    prefill_pairs: float = 0.0
+    new_tokens: int = 0
+    """Rows that get a token."""
+
+
+class Visit(NamedTuple):
+    """A debtor's step at its creditor."""
+
+    seconds: float
+    """MicroAttention for it."""
+    rate: float
+    """The same per second of the debtor's step."""
+    outgoing: list[Move]
+    incoming: list[Move]
+
+
+@dataclass(eq=False, slots=True)
+class Member:
+    """An instance and its step. Guests are served between the layers of the step, so each second
+    of serving makes it a second longer."""
+
+    number: int
+    instance: Instance
+    plan: Plan | None = None
+    """Of the step it is in."""
+    load: Load = Load()
+    began: float = 0.0
+    computing: float = 0.0
+    """Seconds of the step's own work."""
+    lasting: float = 0.0
+    """Seconds of the step without guests: computing, and waiting for creditors and moves."""
+    gaps: float = 0.0
+    """Seconds by which layers of the step delay all queries of a debtor's step."""
+    creditors: list[Member] = field(default_factory=list)
+    """Those that its step visits."""
+    visits: dict[int, Visit] = field(default_factory=dict)
+    """Debtor → what is done for its step."""
+    _served: float = 0.0
+    _counted: float = 0.0
+    """Seconds of serving since the step began, up to this moment."""
+
+    def begin(self, now: float, plan: Plan) -> None:
+        """A step begins."""
+        self.plan, self.began = plan, now
+        self._served, self._counted = 0.0, now
+
+    @property
+    def rate(self) -> float:
+        """Share of its time that goes to guests."""
+        return min(MOST_SERVING, sum(visit.rate for visit in self.visits.values()))
+
+    def count_serving(self, now: float) -> None:
+        """To be called before `visits` changes."""
+        self._served += (now - self._counted) * self.rate
+        self._counted = now
+
+    def due(self, now: float) -> float | None:
+        """When the step will end if visits stay as they are; None: it has ended."""
+        if self.visits:
+            self.count_serving(now)
+        left = self.began + self.lasting + self._served - now
+        return now + left / (1 - self.rate) if left > EXACT_ENOUGH else None
+
+    def delay(self, debtor: int) -> float:
+        """Seconds by which this instance, as a creditor, delays the queries of one step of
+        `debtor`: until the layer at hand is done, and until other debtors' guests are."""
+        others = (visit for number, visit in self.visits.items() if number != debtor)
+        return self.gaps + sum(visit.rate * visit.seconds / 2 for visit in others)
