@@ -163,3 +163,16 @@ def policies(**options: Any) -> None:
         return {"traces": results}
 
     _measured(options, measure)
+
+
+@command.command()
+@click.option(
+    "--instances", multiple=True, type=POSITIVE, default=(32, 1_000, 10_000), show_default=True
+)
+@click.option("--rounds", "count", type=POSITIVE, default=50, show_default=True)
+def rounds(instances: tuple[int, ...], count: int) -> None:
+    """The gManager alone: time and bytes of a control round, by number of instances."""
+    from hpc_distkv.observe.rounds import round_times
+
+    figures = [round_times(number, count) for number in instances]
+    click.echo(json.dumps(figures, indent=2))

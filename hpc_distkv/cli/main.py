@@ -13,6 +13,7 @@ COMMANDS = {
     "generate": "Answer a batch file on all ranks of the job.",
     "validate": "Check a batch file without loading the model.",
     "bench": "Measure throughput, remote attention and the cost of lending.",
+    "simulate": "Run a trace on a described cluster in virtual time.",
 }
 RANK_VARIABLES = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 FIRST_WORDS = 2.0

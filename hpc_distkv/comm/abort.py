@@ -15,6 +15,8 @@ from hpc_distkv.comm.waiter import StallError
 BUG_STATUS = 70
 """Exit status after an unexpected exception (EX_SOFTWARE of sysexits.h)."""
 INTERRUPTED_STATUS = 130
+FORWARDED = 0.1
+"""Seconds for the launcher to forward last words."""
 LAST_WORDS = 2.0
 """Seconds between a stall's message and the end: the waits of the other ranks run out at about the
 same time, and together their messages tell which rank they all wait for."""
@@ -61,8 +63,8 @@ def end_job(comm: Comm, error: BaseException, expected: Expected = ()) -> None:
     sys.stderr.write("".join(f"{tag}{line}\n" for line in lines))
     sys.stdout.flush()
     sys.stderr.flush()
-    if isinstance(error, StallError):
-        time.sleep(LAST_WORDS)
+    # A launcher that ends the job at once may drop what it has not forwarded yet.
+    time.sleep(LAST_WORDS if isinstance(error, StallError) else FORWARDED)
     comm.abort(exit_status(error))
 
 

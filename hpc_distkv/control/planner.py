@@ -76,6 +76,7 @@ class Planner:
         self._recent: dict[tuple[int, int], int] = {}
         """Pair → the last plan that moved anything between them."""
         self._plans = 0
+        self._reports: Reports | None = None
 
     def plan(self, reports: Reports, ledger: DebtLedger, waiting: bool) -> list[Transfer]:
         """The transfers that pay now, at most one per debtor. `waiting`: rows wait for a seat
@@ -129,7 +130,10 @@ class Planner:
 
     def _read(self, reports: Reports, waiting: bool) -> None:
         """Whatever has not stepped yet is taken to be like the mean of what has."""
-        self._reports, self._waiting = reports, waiting
+        self._waiting = waiting
+        if reports is self._reports:
+            return
+        self._reports = reports
         known = _fitted(reports)
         measured = reports["exchange"][reports["exchange"] > 0]
         self._measured = float(measured.mean()) if len(measured) else 0.0
@@ -138,6 +142,7 @@ class Planner:
 
     def _exchange(self, debtor: int, creditor: int) -> float:
         """Seconds that remote rBlocks add to a step of the debtor."""
+        assert self._reports is not None
         assumed = self._exchange_seconds(self._links.between(debtor, creditor))
         return max(assumed, float(self._reports["exchange"][debtor]) or self._measured)
 
@@ -150,6 +155,7 @@ class Planner:
 
     def _load(self, instance: int) -> Load:
         """The instance with the rows that its spare room is about to take in."""
+        assert self._reports is not None
         row = {name: float(self._reports[name][instance]) for name in _READ}
         model = {
             n: row[n] if row["fixed"] + row["per_token"] > 0 else mean

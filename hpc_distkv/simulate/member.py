@@ -26,6 +26,9 @@ class Load(NamedTuple):
     """Rows that get a token."""
 
 
+NO_LOAD = Load()
+
+
 class Visit(NamedTuple):
     """A debtor's step at its creditor."""
 
@@ -46,12 +49,16 @@ class Member:
     instance: Instance
     plan: Plan | None = None
     """Of the step it is in."""
-    load: Load = Load()
+    load: Load = NO_LOAD
     began: float = 0.0
     computing: float = 0.0
     """Seconds of the step's own work."""
+    partial_wait: float = 0.0
+    """Seconds of the step that it waits for its creditors' partial results."""
     lasting: float = 0.0
     """Seconds of the step without guests: computing, and waiting for creditors and moves."""
+    exchanging: bool = False
+    """Whether rows of the step have rBlocks elsewhere."""
     gaps: float = 0.0
     """Seconds by which layers of the step delay all queries of a debtor's step."""
     creditors: list[Member] = field(default_factory=list)

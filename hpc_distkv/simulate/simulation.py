@@ -65,8 +65,8 @@ class Simulation:
         """Seconds since the start."""
         self.record = Record()
         self._rounds = rounds or Rounds()
-        self._members = [Member(n, Instance(n, config, SizedSequence)) for n in range(count)]
-        self._steps = Steps(deployment, self._members)
+        self.members = [Member(n, Instance(n, config, SizedSequence)) for n in range(count)]
+        self._steps = Steps(deployment, self.members)
         self._gmanager = GManager(
             self._requests(deployment, rows),
             deployment.links(),
@@ -84,12 +84,12 @@ class Simulation:
         self._answers: list[Answer] = []
         self._answered = 0
         """Rounds whose answers have arrived."""
-        self._waiting = list(self._members)
+        self._waiting = list(self.members)
         """Instances that have nothing to do before the next answer."""
         self._round_began = -self._rounds.floor
         self._worked, self._quiet = False, 0
         self._done = False
-        for member in self._members:
+        for member in self.members:
             self._report(member)
 
     def run(self) -> Record:
@@ -110,7 +110,7 @@ class Simulation:
         """Assert, between two events, that every slot has one owner and that every debt is its
         creditor's loan."""
         owed, lent = {}, {}
-        for member in self._members:
+        for member in self.members:
             member.instance.check()
             for creditor, debt in member.instance.rm.debts.items():
                 owed[member.number, creditor] = debt.total
@@ -141,7 +141,7 @@ class Simulation:
             self._at(begin, self._round, self._reports)
 
     def _round(self, reports: Sequence[bytes]) -> None:
-        self._round_began, self._missing = self.now, len(self._members)
+        self._round_began, self._missing = self.now, len(self.members)
         started = time.perf_counter()
         answers, results = self._gmanager.round(reports)
         self.record.round(time.perf_counter() - started, reports, answers)
@@ -151,7 +151,7 @@ class Simulation:
         self._worked = False
         if self._quiet > QUIET_ROUNDS:
             raise StuckError(f"rows are left, but {QUIET_ROUNDS} rounds brought none of them on")
-        delay = self._rounds.answer + self._rounds.per_instance * len(self._members)
+        delay = self._rounds.answer + self._rounds.per_instance * len(self.members)
         self._at(self.now + delay, self._deliver, answers)
 
     def _deliver(self, messages: Sequence[bytes]) -> None:
@@ -176,7 +176,7 @@ class Simulation:
 
     def _open_credits(self, member: Member) -> None:
         for debtor, blocks in member.instance.credits().items():
-            self._members[debtor].instance.open_credit(member.number, blocks)
+            self.members[debtor].instance.open_credit(member.number, blocks)
 
     def _step(self, member: Member) -> None:
         seconds = self._steps.begin(member, self.now)
@@ -204,13 +204,13 @@ class Simulation:
     def _leave(self) -> None:
         """Every instance returns what it borrowed."""
         self._done = True
-        for member in self._members:
+        for member in self.members:
             self._open_credits(member)
-        for member in self._members:
+        for member in self.members:
             rm = member.instance.rm
             for creditor, debt in rm.debts.items():
                 rm.return_credit(creditor, debt.credit)
             for creditor, header in member.instance.headers(NOTHING, self.now).items():
-                lender = self._members[creditor].instance
+                lender = self.members[creditor].instance
                 lender.commit_served(member.number, *lender.accept(member.number, header, self.now))
         self.record.counters = self._gmanager.counters

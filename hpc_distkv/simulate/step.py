@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from hpc_distkv.control.messages import Header
-from hpc_distkv.engine.instance import Instance, StepWork
+from hpc_distkv.engine.instance import Instance, StepSeconds, StepWork
 from hpc_distkv.engine.scheduler import Plan
 from hpc_distkv.memory.loan import Move
 from hpc_distkv.simulate.deployment import Deployment
-from hpc_distkv.simulate.member import Load, Member, Visit
+from hpc_distkv.simulate.member import NO_LOAD, Load, Member, Visit
 
 LEAST_SECONDS = 1e-6
 """Of a step with rows, however fast the cluster."""
@@ -40,13 +40,13 @@ class Steps:
         instance = member.instance
         plan = instance.plan()
         member.begin(now, plan)
-        member.load = load = self._load(instance, plan) if plan.rows else Load()
+        member.load = load = self._load(instance, plan) if plan.rows else NO_LOAD
         member.computing = self.cost.step_time(*load[:4])
         if plan.rows:
             member.computing = max(LEAST_SECONDS, member.computing)
         attention = self.cost.attention_time(load.decode_kv, load.prefill_pairs)
         member.gaps = _residual(attention, member.computing - attention)
-        member.lasting = member.computing
+        member.lasting, member.partial_wait, member.exchanging = member.computing, 0.0, False
         if instance.rm.debts:
             self._visit_creditors(member, attention, now)
         return member.lasting
@@ -67,9 +67,9 @@ class Steps:
         if not plan.rows:
             return False
         instance.append(plan.rows, [0] * load.new_tokens, now)
-        took = now - member.began
-        work = StepWork(load.decode_rows, load.decode_kv, load.prefill_tokens > 0)
-        instance.note_step(work, took, took - member.computing)
+        took, waited = now - member.began, member.partial_wait
+        work = StepWork(load.decode_rows, load.decode_kv, load.prefill_tokens, member.exchanging)
+        instance.note_step(work, StepSeconds(took, waited, took - member.computing - waited))
         return True
 
     def _load(self, instance: Instance, plan: Plan) -> Load:
@@ -109,7 +109,8 @@ class Steps:
             (s + self._members[c].delay(member.number) for c, s in served.items() if s), default=0.0
         )
         exchange = self.cost.exchanges_time(legs) + remote
-        exposed = self.cost.overlap(attention, exchange) if remote else 0.0
+        member.exchanging = any(rows for rows, _ in legs)
+        member.partial_wait = exposed = self.cost.overlap(attention, exchange)
         moves = max(self._moving(member.number, m) for m in (plan.moves, plan.recalls))
         member.lasting = max(member.computing + exposed, moves)
         counters.partial_wait += exposed

@@ -11,8 +11,9 @@ import time
 
 import pytest
 import torch
+from letters import take
 
-from hpc_distkv.comm.transport import Comm, Pairs
+from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR, Comm, Pairs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8)
 
@@ -65,10 +66,30 @@ def exchanges_arrive_in_order(comm: Comm, steps: int = 40) -> None:
         pending = comm.transport.exchange(sends, recvs)
         if before is not None:
             check(*before)
-        comm.transport.poke()
+        comm.transport.drained()
         before = pending, sends, recvs, expected
     assert before is not None
     check(*before)
+
+
+def channels_do_not_mix(comm: Comm, steps: int = 30) -> None:
+    """Everybody is debtor and creditor of the next one at once, and posts both in any order."""
+    me, size = comm.world.rank, comm.world.size
+    peers = [peer for peer in range(size) if peer != me]
+    order = random.Random(me)
+    pendings = []
+    for step in range(steps):
+        hops = []
+        for send_on, receive_on in ((TO_CREDITOR, TO_DEBTOR), (TO_DEBTOR, TO_CREDITOR)):
+            sends = [(p, torch.full((8,), 1000.0 * step + 10 * me + send_on)) for p in peers]
+            recvs = [(p, torch.empty(8)) for p in peers]
+            hops.append((sends, recvs, send_on, receive_on))
+        order.shuffle(hops)
+        pendings += [(step, hop, comm.transport.exchange(*hop)) for hop in hops]
+    for step, (_, recvs, _, receive_on), pending in pendings:
+        pending.wait("a hop on two channels")
+        for peer, tensor in recvs:
+            assert tensor.tolist() == [1000.0 * step + 10 * peer + receive_on] * 8
 
 
 def check(pending, sends: Pairs, recvs: Pairs, expected: list[torch.Tensor]) -> None:
@@ -91,13 +112,13 @@ def receives_may_come_first_or_last(comm: Comm) -> None:
             if comm.world.rank == first:
                 receiving = comm.transport.exchange([], [(other, into)])
                 comm.mail.post(other, b"go")
-                comm.mail.take([other], "the turn")
+                take(comm, [other], "the turn")
                 comm.transport.exchange([(other, out)], []).wait("a late send")
                 receiving.wait("an early receive")
             else:
                 sending = comm.transport.exchange([(other, out)], [])
                 comm.mail.post(other, b"go")
-                comm.mail.take([other], "the turn")
+                take(comm, [other], "the turn")
                 comm.transport.exchange([], [(other, into)]).wait("a late receive")
                 sending.wait("an early send")
             assert torch.equal(into, out)
@@ -115,7 +136,7 @@ def mail_keeps_its_order(comm: Comm, steps: int = 60) -> None:
             posted += 1
         rng.shuffle(peers)
         for part in (peers[: len(peers) // 2], peers[len(peers) // 2 :]):
-            got = comm.mail.take(part, f"headers of step {step}")
+            got = take(comm, part, f"headers of step {step}")
             assert got == {peer: letter(peer, comm.world.rank, step) for peer in part}
 
 
@@ -141,7 +162,7 @@ def rounds_answer_every_report(comm: Comm, rounds: int = 60) -> None:
             return comm.rounds.answer()
 
         for _ in range(rng.randrange(4)):  # a step of compute
-            comm.transport.poke()
+            comm.transport.drained()
             if rng.random() < 0.2:
                 time.sleep(0.002)
         assert comm.idle(ready, f"round {k}") == note("answer", me, k)
@@ -160,7 +181,7 @@ def all_kinds_at_once(comm: Comm, steps: int = 12) -> None:
     for step in range(steps):
         comm.rounds.report(b"%d" % step)
         comm.mail.post(after, b"header %d" % step)
-        assert comm.mail.take([before], "a header") == {before: b"header %d" % step}
+        assert take(comm, [before], "a header") == {before: b"header %d" % step}
         for layer in range(3):
             out = torch.full((50_000,), step * 10.0 + layer)
             into = torch.zeros_like(out)
@@ -198,7 +219,7 @@ def a_round_has_one_report(comm: Comm) -> None:
 
 def closing_leaves_nothing(comm: Comm) -> None:
     comm.mail.post(comm.world.rank, b"to myself")
-    assert comm.mail.take([comm.world.rank], "mail") == {comm.world.rank: b"to myself"}
+    assert take(comm, [comm.world.rank], "mail") == {comm.world.rank: b"to myself"}
     comm.close()
     comm.close()
     assert comm.closed
@@ -208,6 +229,7 @@ def closing_leaves_nothing(comm: Comm) -> None:
 CONTRACT = (
     exchanges_arrive_in_order,
     receives_may_come_first_or_last,
+    channels_do_not_mix,
     mail_keeps_its_order,
     rounds_answer_every_report,
     all_kinds_at_once,

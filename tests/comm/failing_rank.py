@@ -7,6 +7,7 @@ import threading
 import time
 
 import torch
+from letters import take
 
 from hpc_distkv.comm import abort
 from hpc_distkv.comm.mpi import open_mpi
@@ -50,7 +51,7 @@ def sleeps_in_step(comm: Comm) -> None:
         comm.transport.exchange([], [(2, torch.zeros(4))]).wait("queries, layer 3")
     else:
         comm.mail.post(0, b"here")
-        comm.mail.take([0, 2], "headers of step 5")
+        take(comm, [0, 2], "headers of step 5")
 
 
 def agreed(comm: Comm) -> None:

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
+from letters import take
 from mpirun import mpirun, run_mpi
 
 from hpc_distkv.comm import abort
@@ -100,7 +101,7 @@ def test_a_failed_thread_rank_stops_the_others():
         if comm.world.rank == 0:
             raise ValueError("mine")
         try:
-            comm.mail.take([0], "mail that never comes")
+            take(comm, [0], "mail that never comes")
         except PeerFailedError:
             stopped.append(comm.world.rank)
             raise

@@ -16,7 +16,7 @@ from hpc_distkv.comm import probe as module
 from hpc_distkv.comm.local import leftovers, open_local, run_local
 from hpc_distkv.comm.probe import opponent, probe, turns
 from hpc_distkv.comm.schedule import SeededSchedule
-from hpc_distkv.comm.transport import Pending, Transport
+from hpc_distkv.comm.transport import TO_CREDITOR, Pending, Transport
 from hpc_distkv.comm.waiter import StallError
 
 SCRIPT = str(Path(__file__).with_name("probe_ranks.py"))
@@ -29,16 +29,13 @@ class Watched(Transport):
         self.inner, self.slow = inner, slow
         self.sent, self.received = [], []
 
-    def exchange(self, sends, recvs) -> Pending:
+    def exchange(self, sends, recvs, send_on=TO_CREDITOR, receive_on=TO_CREDITOR) -> Pending:
         for peer, _ in sends:
             if peer in self.slow:
                 time.sleep(0.05)
         self.sent += [(peer, tensor.nbytes) for peer, tensor in sends]
         self.received += [(peer, tensor.nbytes) for peer, tensor in recvs]
-        return self.inner.exchange(sends, recvs)
-
-    def poke(self):
-        self.inner.poke()
+        return self.inner.exchange(sends, recvs, send_on, receive_on)
 
     def drained(self):
         return self.inner.drained()

@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from letters import take
 
 from hpc_distkv.comm.local import leftovers, open_local, run_local
 from hpc_distkv.comm.schedule import SeededSchedule
@@ -20,7 +21,7 @@ def seeded(ranks: int, seed: int):
 def test_a_circle_of_waits_is_found_at_once(seed):
     def work(comm):
         before, after = (comm.world.rank - 1) % 3, (comm.world.rank + 1) % 3
-        comm.mail.take([before], "a header")
+        take(comm, [before], "a header")
         comm.mail.post(after, b"too late")
 
     began = time.monotonic()
@@ -111,7 +112,7 @@ def test_a_seed_is_one_interleaving():
 
         def work(comm):
             for step in range(5):
-                comm.transport.poke()
+                comm.transport.drained()
                 log.append((comm.world.rank, step))
 
         run_local(seeded(3, seed), work)
@@ -131,14 +132,14 @@ def test_an_event_between_two_polls_is_not_missed():
 
             def ready():
                 reports = comm.rounds.reports()
-                comm.transport.poke()  # others go on here
+                comm.transport.drained()  # others go on here
                 if reports:
                     comm.rounds.reply(reports)
                 return comm.rounds.answer()
 
             comm.idle(ready, "answer")
         else:
-            comm.transport.poke()
+            comm.transport.drained()
             comm.rounds.report(b"")
             comm.idle(comm.rounds.answer, "answer")
 
@@ -151,10 +152,10 @@ def test_leftovers_name_what_was_not_received():
     comms[0].mail.post(1, b"lost")
     comms[1].transport.exchange([], [(0, torch.ones(1))])
     assert sorted(leftovers(comms)) == [
-        "1 headers from rank 0 to rank 1",
-        "1 tensors from rank 0 to rank 1",
+        "1 mail from rank 0 to rank 1",
+        "1 tensors on channel 0 from rank 0 to rank 1",
     ]
-    comms[1].mail.take([0], "mail")
+    take(comms[1], [0], "mail")
     comms[0].transport.exchange([(1, torch.ones(1))], [])
     assert leftovers(comms) == []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -29,8 +29,9 @@ Its keys are 0: so attention to some rBlocks is the mean of their marks."""
 class Node:
     """One instance that makes random, but legal use of its rBlocks."""
 
-    def __init__(self, comm: Comm, config: EngineConfig, marks: Marks) -> None:
-        self.number = comm.world.rank
+    def __init__(self, comm: Comm, config: EngineConfig, marks: Marks, nodes: list[Node]) -> None:
+        """`nodes`: those of all instances, by number."""
+        self.number, self.nodes = comm.world.rank, nodes
         self.instance = Instance(self.number, config)
         self.rm = self.instance.rm
         blocks = config.num_blocks + config.bounce
@@ -92,7 +93,7 @@ class Node:
         for creditor, debt in list(self.rm.debts.items()):
             act = rng.choice(("lend", "lend", "copy", "hand over"))
             if act == "lend":
-                moves += self._lend(creditor, rng.choice((debt.credit, 1, 0)), rng)
+                moves += self._lend(creditor, rng.choice((debt.credit, debt.credit // 2)), rng)
             elif able := self._migrants(creditor, whole=act == "hand over"):
                 request = rng.choice(able)
                 copied, blocks = self._copied(request)
@@ -141,7 +142,7 @@ class Node:
             sealed = [
                 (request, index)
                 for request, table in self.rm.tables.items()
-                if request not in self.rm.copies
+                if request not in self.rm.copies and not self._just_came(request, creditor)
                 for index in table.indices
                 if index < table.blocks - 1 and (request, index) not in going
             ]
@@ -158,9 +159,14 @@ class Node:
             copies = self.rm.copies.get(request)
             fits = not whole or blocks - copied <= self.rm.debts[creditor].credit
             there = not copies or copies.creditor == creditor
+            there &= not self._just_came(request, creditor)
             if fits and there and not table.remote and request not in going:
                 able.append(request)
         return able
+
+    def _just_came(self, request: int, creditor: int) -> bool:
+        """Whether the step in which `creditor` hands the request over to here is not over there."""
+        return request in self.nodes[creditor].rm.tables
 
     def _copied(self, request: int) -> tuple[int, int]:
         copies = self.rm.copies.get(request)
@@ -182,14 +188,16 @@ class Node:
 
     # -- what must hold at every instant ----------------------------------------------------------
 
-    def check(self, others: Callable[[int], Node]) -> None:
+    def check(self) -> None:
         """The bookkeeping is sound, and what this instance serves has the right bytes."""
         self.instance.check()
-        for request, table in self.rm.tables.items():
+        leaving = {sequence.id for sequence in self.plan.leaving} if self.plan else set()
+        for request in self.rm.tables.keys() - leaving:  # new homes may be at work on those
+            table = self.rm.tables[request]
             for index, slot in zip(table.indices, table.slots, strict=True):
                 assert self.holds(slot, self.marks[request, index])
         for (debtor, request), guest in self.rm.guests.items():
-            table = others(debtor).rm.tables.get(request)  # None: it waits to be evicted
+            table = self.nodes[debtor].rm.tables.get(request)  # None: it waits to be evicted
             for index, slot in zip(guest.indices, guest.slots, strict=True):
                 if table and index in table.remote.get(self.number, ()):
                     assert self.holds(slot, self.marks[request, index])

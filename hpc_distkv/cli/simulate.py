@@ -1,0 +1,168 @@
+"""`hpc-distkv simulate`: a job on a cluster that need not be there."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hpc_distkv.cli.options import POSITIVE
+
+if TYPE_CHECKING:
+    from hpc_distkv.control.policy import Policy
+    from hpc_distkv.simulate.deployment import Deployment
+    from hpc_distkv.simulate.trace import Trace
+
+TENSOR_PARALLEL = "tensor-parallel"
+
+
+@click.command("simulate")
+@click.argument("cluster")
+@click.option("--model", required=True, help="A published shape such as llama2-7b, or a directory.")
+@click.option("--trace", required=True, help="Rows: FILE.toml#NAME.")
+@click.option(
+    "--policy",
+    type=click.Choice(["lend", "lend-greedy", "migrate", "queue", "isolated", TENSOR_PARALLEL]),
+    default="lend",
+    show_default=True,
+    help="As in generate; tensor-parallel: as few and as large instances as the model allows.",
+)
+@click.option("--no-planner", is_flag=True, help="Lend only where memory is short.")
+@click.option("--no-dgfm", is_flag=True, help="Bring nothing home before its row ends.")
+@click.option("--rows", type=POSITIVE, help="Rows of the trace. [default: the trace's]")
+@click.option("--scale", default=1.0, show_default=True, help="Divide all prompts by this.")
+@click.option("--scale-output", type=float, help="Divide all outputs by this. [default: --scale]")
+@click.option(
+    "--tensor-parallel-size",
+    "--tp",
+    "tp",
+    type=POSITIVE,
+    help="GPUs of one instance. [default: as few as the model fits on]",
+)
+@click.option(
+    "--block-size", type=POSITIVE, default=256, show_default=True, help="Tokens per rBlock."
+)
+@click.option(
+    "--max-num-seqs",
+    type=POSITIVE,
+    default=256,
+    show_default=True,
+    help="Rows that run at once on one instance.",
+)
+@click.option(
+    "--max-num-batched-tokens",
+    type=POSITIVE,
+    default=8192,
+    show_default=True,
+    help="Tokens in one step of one instance.",
+)
+@click.option(
+    "--move-budget",
+    type=click.IntRange(min=0),
+    default=16,
+    show_default=True,
+    help="KV tokens an instance may move per step though no row waits for them.",
+)
+@click.option(
+    "--lend-cap",
+    type=click.IntRange(min=0),
+    help="Most rBlocks an instance lends to others. [default: all]",
+)
+@click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write all figures (JSON).")
+def command(**options: Any) -> None:
+    """Answer the rows of a trace on CLUSTER, the description of a cluster (TOML), in virtual time.
+
+    The scheduler, the memory managers and the gManager are those of a real job; only the times of
+    steps, exchanges and moves are computed, from the cluster's speeds. All rows are there at the
+    start.
+    """
+    from hpc_distkv.engine.config import OptionError
+    from hpc_distkv.model.errors import ModelError
+    from hpc_distkv.observe.metrics import write_json
+    from hpc_distkv.simulate.simulation import Simulation
+
+    output = options.pop("output")
+    try:
+        if output and not os.access(Path(output).absolute().parent, os.W_OK):
+            raise OptionError(f"cannot write {output}: there is no directory to write in")
+        deployment, trace = _deployment(options), _trace(options)
+        simulation = Simulation(deployment, trace.rows)
+    except (OptionError, ModelError) as error:
+        raise click.UsageError(str(error)) from error
+    figures = simulation.run().figures(deployment)
+    click.echo(_summary(figures, deployment))
+    if output:
+        write_json(Path(output), {"options": options, "trace": trace.summary(), **figures})
+
+
+def _deployment(options: dict[str, Any]) -> Deployment:
+    from hpc_distkv.engine.config import EngineConfig
+    from hpc_distkv.simulate.cluster import Cluster
+    from hpc_distkv.simulate.deployment import Deployment, usable_tp
+    from hpc_distkv.simulate.models import ModelShape
+
+    cluster, model = Cluster.load(options["cluster"]), ModelShape.named(options["model"])
+    config = EngineConfig(
+        num_blocks=1,
+        block_size=options["block_size"],
+        max_num_seqs=options["max_num_seqs"],
+        max_num_batched_tokens=options["max_num_batched_tokens"],
+        policy=_policy(options),
+        lend_cap=options["lend_cap"],
+        move_budget=options["move_budget"],
+    )
+    tp = options["tp"]
+    if tp is None and options["policy"] == TENSOR_PARALLEL:
+        tp = usable_tp(cluster, model, config.block_size)[-1]
+    return Deployment.fit(cluster, model, config, tp)
+
+
+def _policy(options: dict[str, Any]) -> Policy:
+    from hpc_distkv.control.policy import POLICIES
+
+    name = options["policy"]
+    policy = POLICIES["queue" if name == TENSOR_PARALLEL else name]
+    return replace(
+        policy,
+        planner=policy.planner and not options["no_planner"],
+        dgfm=policy.dgfm and not options["no_dgfm"],
+    )
+
+
+def _trace(options: dict[str, Any]) -> Trace:
+    from hpc_distkv.simulate.trace import Trace
+
+    trace = Trace.load(options["trace"])
+    trace = trace.head(options["rows"]) if options["rows"] else trace
+    return trace.scaled(options["scale"], options["scale_output"])
+
+
+def _summary(figures: dict[str, Any], deployment: Deployment) -> str:
+    rows, counters, rounds = figures["rows"], figures["counters"], figures["rounds"]
+    wall, cost = rounds["wall_s"], figures["simulation"]
+    lines = [
+        f"cluster    {deployment.instances} instances of {deployment.tp} "
+        f"{deployment.cluster.device.name} with {figures['pool_blocks']} rBlocks each: a row may "
+        f"have {figures['row_capacity_tokens']} tokens",
+        f"rows       {rows['answered']} answered, {rows['refused']} too long for that",
+        f"time       {figures['seconds']:.2f} s, {figures['output_tokens_per_second']:.1f} output "
+        f"tokens/s ({figures['output_tokens_per_second_per_gpu']:.2f} a GPU), "
+        f"{figures['tokens_per_second']:.1f} tokens/s with prompts",
+        f"latency    {_times('first token', figures['time_to_first_token_s'])}; "
+        f"{_times('between tokens', figures['between_tokens_s'])}",
+        f"memory     {figures['remote_share']:.1%} of rBlocks were remote; "
+        f"{counters['blocks_borrowed']} lent, {counters['blocks_returned']} brought home, "
+        f"{counters['migrations']} rows migrated, {counters['preemptions']} preemptions",
+        f"gManager   {rounds['count']} rounds: {wall['mean'] * 1e3:.2f} ms in the mean, "
+        f"p99 {wall['p99'] * 1e3:.2f} ms; {rounds['bytes']['mean'] / 1e3:.1f} kB",
+        f"simulated  in {cost['wall_s']:.1f} s, {cost['peak_memory_bytes'] / 1e6:.0f} MB",
+    ]
+    return "\n".join(lines)
+
+
+def _times(name: str, seconds: dict[str, float]) -> str:
+    shown = (f"{which} {seconds[which]:.3g} s" for which in ("p50", "p99", "max") if seconds)
+    return f"{name} {', '.join(shown)}"

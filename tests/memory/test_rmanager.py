@@ -1,0 +1,302 @@
+"""The life of a loan by hand: promise, grant, credit, move, recall, copy, hand-over."""
+
+from __future__ import annotations
+
+import pytest
+
+from hpc_distkv.memory.loan import Kind, ProtocolError
+from hpc_distkv.memory.rmanager import RManager
+
+
+def with_credit(blocks: int, one: RManager, other: RManager) -> None:
+    """`other` has set `blocks` aside for `one`, and both know it."""
+    other.promise(blocks)
+    assert other.settle({one.instance: blocks}) == []
+    one.credit_opened(other.instance, other.open_credit(one.instance))
+
+
+def request_of(rm: RManager, number: int, blocks: int) -> None:
+    rm.open(number)
+    rm.grow(number, blocks)
+
+
+def lend(one: RManager, other: RManager, request: int, *indices: int) -> None:
+    moves = [one.move_out(request, index, other.instance) for index in indices]
+    hosted = other.host(one.instance, [(move.request, move.block) for move in moves])
+    one.commit(moves, [])
+    other.commit([], hosted)
+
+
+def pair(blocks: int = 4, **others: int) -> tuple[RManager, RManager]:
+    return RManager(0, blocks, **others), RManager(1, blocks, **others)
+
+
+def check(*instances: RManager) -> None:
+    for rm in instances:
+        rm.check()
+
+
+# -- promises and grants ------------------------------------------------------------------------
+
+
+def test_a_grant_beyond_the_promise_is_refused_and_sets_nothing_aside():
+    rm = RManager(0, 4)
+    rm.promise(2)
+    assert rm.settle({1: 2, 2: 1}) == [2]
+    assert rm.usable == 2
+    assert set(rm.loans) == {1}
+
+
+@pytest.mark.parametrize("grant", [{0: 1}, {1: -1}, {1: 3}])
+def test_a_grant_to_oneself_or_of_less_than_nothing_is_refused(grant):
+    rm = RManager(0, 4)
+    rm.promise(2)
+    assert rm.settle(grant) == [*grant]
+    assert rm.usable == 4
+
+
+def test_what_is_promised_is_not_used_at_home():
+    rm = RManager(0, 4)
+    assert rm.promise(3) == 3
+    assert rm.usable == 1
+    rm.settle({})
+    assert rm.usable == 4
+
+
+def test_the_lend_cap_bounds_promises():
+    rm = RManager(0, 10, lend_cap=3)
+    assert rm.promise(8) == 3
+    rm.settle({1: 2})
+    assert rm.promise(8) == 1
+
+
+def test_bounce_slots_are_neither_free_nor_promised():
+    rm = RManager(0, 4, bounce=3)
+    assert rm.free == rm.usable == 4
+    assert rm.promise(10) == 4
+
+
+# -- moves --------------------------------------------------------------------------------------
+
+
+def test_a_lent_rblock_counts_where_it_is_and_belongs_where_it_came_from():
+    one, other = pair()
+    with_credit(2, one, other)
+    request_of(one, 7, 3)
+    lend(one, other, 7, 0, 1)
+    check(one, other)
+    assert one.tables[7].remote == {1: [0, 1]}
+    assert one.tables[7].indices == [2]
+    assert (one.free, one.borrowed, one.held, one.credit) == (3, 2, 3, 0)
+    assert (other.free, other.lent, other.held) == (2, 2, 0)
+
+
+def test_a_move_is_served_at_home_until_it_is_committed():
+    one, other = pair()
+    with_credit(1, one, other)
+    request_of(one, 7, 2)
+    move = one.move_out(7, 0, 1)
+    assert one.tables[7].remote == {}
+    assert one.free == 2
+    one.check()
+    one.commit([move], [])
+    assert one.tables[7].remote == {1: [0]}
+    assert one.free == 3
+
+
+def recall(one: RManager, other: RManager, request: int, *indices: int) -> None:
+    home = [one.bring_home(request, index, other.instance) for index in indices]
+    back = other.give_back(one.instance, [(move.request, move.block) for move in home])
+    check(one, other)
+    one.commit([], home)
+    other.commit(back, [])
+    check(one, other)
+
+
+def test_what_comes_home_is_in_its_place_again():
+    one, other = pair()
+    with_credit(3, one, other)
+    request_of(one, 7, 4)
+    lend(one, other, 7, 2, 0, 1)
+    recall(one, other, 7, 1)
+    table = one.tables[7]
+    assert table.indices == [1, 3]
+    assert table.remote == {1: [2, 0]}
+    assert other.guests[0, 7].indices == [2, 0]
+    recall(one, other, 7, 0, 2)
+    assert table.indices == [0, 1, 2, 3]
+    assert table.remote == {}
+    assert not one.debts
+    assert not other.loans
+    assert other.free == 4
+
+
+def test_two_full_instances_bring_their_rblocks_home_at_once_through_bounce_slots():
+    one, other = pair(4, bounce=2)
+    sides = ((one, other), (other, one))
+    for here, there in sides:
+        with_credit(2, here, there)
+    for here, there in sides:
+        request_of(here, here.instance, 4 - 2)
+        lend(here, there, here.instance, 0)
+        here.grow(here.instance, 1)
+        lend(here, there, here.instance, 1)
+        here.grow(here.instance, 1)
+        assert here.usable == 0
+    home = [[h.bring_home(h.instance, i, t.instance) for i in (0, 1)] for h, t in sides]
+    back = [h.give_back(t.instance, [(t.instance, 0), (t.instance, 1)]) for h, t in sides]
+    check(one, other)
+    assert one.usable == other.usable == -2
+    assert one.free == other.free == 0
+    for rm in (one, other):
+        rm.commit(back[rm.instance], home[rm.instance])
+    check(one, other)
+    assert one.usable == other.usable == 0
+    assert one.tables[0].indices == other.tables[1].indices == [0, 1, 2, 3]
+    assert not one.debts
+    assert not one.loans
+
+
+def test_more_than_the_bounce_slots_does_not_come_home_into_a_full_pool():
+    one, other = pair(3, bounce=1)
+    with_credit(2, one, other)
+    request_of(one, 7, 3)
+    lend(one, other, 7, 0, 1)
+    one.grow(7, 2)
+    one.bring_home(7, 0, 1)
+    with pytest.raises(AssertionError):
+        one.bring_home(7, 1, 1)
+
+
+# -- ends ---------------------------------------------------------------------------------------
+
+
+def test_a_request_that_ends_is_told_to_all_its_creditors():
+    one, other = pair()
+    third = RManager(2, 4)
+    with_credit(1, one, other)
+    with_credit(2, one, third)
+    request_of(one, 7, 4)
+    lend(one, other, 7, 0)
+    lend(one, third, 7, 1, 2)
+    one.close(7)
+    assert one.free == 4
+    assert one.borrowed == 3, "until the creditors are told"
+    one.check()
+    for creditor in (other, third):
+        released, returned = one.settle_debt(creditor.instance)
+        assert (released, returned) == ([7], 0)
+        creditor.evict(0, released)
+        assert creditor.usable == 4
+    assert not one.debts
+
+
+def test_credit_that_is_returned_is_the_creditors_again():
+    one, other = pair()
+    with_credit(3, one, other)
+    one.return_credit(1, 2)
+    assert one.credit == 1
+    released, returned = one.settle_debt(1)
+    assert (released, returned) == ([], 2)
+    other.take_back(0, returned)
+    assert other.usable == 3
+    check(one, other)
+
+
+# -- migration ----------------------------------------------------------------------------------
+
+
+def copy(one: RManager, other: RManager, request: int, count: int) -> None:
+    moves = [one.copy_out(request, other.instance) for _ in range(count)]
+    assert {move.kind for move in moves} == {Kind.COPY}
+    hosted = other.host(one.instance, [(move.request, move.block) for move in moves])
+    one.commit(moves, [])
+    other.commit([], hosted)
+    check(one, other)
+
+
+def test_a_request_is_copied_while_it_grows_and_then_handed_over():
+    one, other = pair(6)
+    with_credit(4, one, other)
+    request_of(one, 7, 3)
+    copy(one, other, 7, 2)
+    assert one.tables[7].indices == [0, 1, 2], "it is served at home"
+    one.grow(7, 1)
+    copy(one, other, 7, 2)
+    one.hand_over(7)
+    other.adopt(0, 7)
+    check(one, other)
+    assert one.free == 6
+    assert (one.debts, other.loans, other.guests) == ({}, {}, {})
+    assert other.tables[7].indices == [0, 1, 2, 3]
+    assert (other.free, other.held) == (2, 4)
+
+
+def test_copies_of_a_request_that_ends_are_freed_at_the_creditor():
+    one, other = pair()
+    with_credit(3, one, other)
+    request_of(one, 7, 3)
+    copy(one, other, 7, 2)
+    one.close(7)
+    released, _ = one.settle_debt(1)
+    other.evict(0, released)
+    check(one, other)
+    assert other.usable == 3, "and one of credit is left"
+    assert one.credit == 1
+
+
+def test_a_request_that_is_not_all_there_is_not_taken_over():
+    one, other = pair()
+    with_credit(2, one, other)
+    request_of(one, 7, 4)
+    lend(one, other, 7, 1, 2)
+    with pytest.raises(ProtocolError, match="instance 0 handed over request 7"):
+        other.adopt(0, 7)
+
+
+def test_a_request_that_is_here_already_is_not_taken_over():
+    one, other = pair()
+    with_credit(1, one, other)
+    request_of(one, 7, 1)
+    request_of(other, 7, 1)
+    copy(one, other, 7, 1)
+    with pytest.raises(ProtocolError, match="instance 0 handed over request 7"):
+        other.adopt(0, 7)
+
+
+# -- partners that break the protocol -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("act", "words"),
+    [
+        (lambda rm: rm.host(1, [(0, 0)]), "instance 1 sent instance 0 an rBlock .* without credit"),
+        (lambda rm: rm.take_back(1, 1), "returned 1 rBlocks .* set aside 0"),
+        (lambda rm: rm.take_back(1, -1), "returned -1 rBlocks"),
+        (lambda rm: rm.evict(1, [7]), "released request 7, of which instance 0 hosts nothing"),
+        (lambda rm: rm.give_back(1, [(7, 0)]), "calls home rBlock 0 of request 7"),
+        (lambda rm: rm.adopt(1, 7), "request 7, of which instance 0 hosts nothing"),
+    ],
+)
+def test_a_partner_that_breaks_the_protocol_is_refused(act, words):
+    rm = RManager(0, 4)
+    with pytest.raises(ProtocolError, match=words):
+        act(rm)
+    rm.check()
+
+
+def test_an_rblock_is_called_home_only_from_where_it_is():
+    one, other = pair()
+    with_credit(1, one, other)
+    request_of(one, 7, 2)
+    lend(one, other, 7, 0)
+    with pytest.raises(ProtocolError, match="calls home rBlock 1 of request 7"):
+        other.give_back(0, [(7, 1)])
+
+
+def test_credit_is_used_once():
+    one, other = pair()
+    with_credit(1, one, other)
+    other.host(0, [(7, 0)])
+    with pytest.raises(ProtocolError, match="without credit"):
+        other.host(0, [(7, 1)])

@@ -1,0 +1,195 @@
+"""Simulated jobs: every row once, the books agree at all times, and times by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpc_distkv.control.policy import POLICIES
+from hpc_distkv.engine.config import EngineConfig
+from hpc_distkv.simulate.cluster import Cluster, Device, Measured
+from hpc_distkv.simulate.deployment import Deployment
+from hpc_distkv.simulate.member import Member
+from hpc_distkv.simulate.models import ModelShape
+from hpc_distkv.simulate.simulation import Rounds, Simulation
+from hpc_distkv.simulate.step import Steps
+from hpc_distkv.simulate.trace import Row
+
+SPEED = Measured(
+    fixed=0.010,
+    per_token=0.001,
+    prefill_per_token=0.0005,
+    per_kv_token=1e-5,
+    per_pair=2e-6,
+    exchange=1e-4,
+    bytes_per_second=1e9,
+)
+MODEL = ModelShape("tiny", 2, 64, 128, 4, 2, 16, 100)
+BLOCK = 4
+
+
+def deployment(
+    instances: int = 3, blocks: int = 12, policy: str = "lend", batched: int = 16, seqs: int = 4
+) -> Deployment:
+    """Instances of one rank on two nodes, with pools of a few rBlocks."""
+    cluster = Cluster(
+        nodes=instances, gpus_per_node=1, device=Device("toy", 1e9, 0), measured=SPEED
+    )
+    config = EngineConfig(blocks, BLOCK, seqs, batched, POLICIES[policy], move_budget=BLOCK)
+    return Deployment(cluster, MODEL, 1, config)
+
+
+def run(where: Deployment, rows: Sequence[Row]) -> tuple[list[int], Simulation]:
+    """The rows' numbers in the order of their answers; the books are checked after every event."""
+    simulation = Simulation(where, rows)
+    answered: list[int] = []
+    note = simulation.record.finish
+    simulation.record.finish = lambda result: (answered.append(result.id), note(result))[1]
+    while simulation.advance():
+        simulation.check()
+    simulation.check()
+    return answered, simulation
+
+
+def virtual(figures: dict[str, Any]) -> dict[str, Any]:
+    """Without what depends on the machine."""
+    rounds = {name: figures["rounds"][name] for name in ("count", "bytes")}
+    return {**figures, "rounds": rounds, "simulation": None}
+
+
+rows = st.lists(st.builds(Row, st.integers(1, 90), st.integers(1, 30)), min_size=1, max_size=14)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows, st.sampled_from(sorted(POLICIES)), st.integers(1, 4), st.integers(3, 12))
+def test_every_row_that_fits_is_answered_once_and_the_books_agree(rows, policy, instances, blocks):
+    where = deployment(instances, blocks, policy)
+    answered, simulation = run(where, rows)
+    room = BLOCK * blocks * (instances if policy.startswith("lend") else 1)
+    fitting = [n for n, row in enumerate(rows) if row.prompt + row.output - 1 <= room]
+    assert sorted(answered) == fitting
+    figures = simulation.record.figures(where)
+    assert figures["rows"] == {"answered": len(fitting), "refused": len(rows) - len(fitting)}
+    assert figures["output_tokens"] == sum(rows[n].output for n in fitting)
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows, st.sampled_from(["lend", "lend-greedy", "migrate"]))
+def test_nobody_owes_anything_at_the_end(rows, policy):
+    ended = run(deployment(policy=policy), rows)[1]
+    for member in ended.members:
+        rm = member.instance.rm
+        assert not rm.loans
+        assert not rm.debts
+        assert rm.free == rm.num_blocks
+
+
+@settings(max_examples=10, deadline=None)
+@given(rows, st.sampled_from(["lend", "migrate"]))
+def test_the_same_rows_give_the_same_figures(rows, policy):
+    where = deployment(policy=policy)
+    first, second = (run(where, rows)[1].record.figures(where) for _ in range(2))
+    assert virtual(first) == virtual(second)
+
+
+def test_one_row_takes_the_sum_of_its_steps():
+    """A prompt of 37 in chunks of 16, 16 and 5; three more tokens at contexts of 38 to 40."""
+    pairs = [sum(range(1, 17)), sum(range(17, 33)), sum(range(33, 38))]
+    prompt = 3 * 0.010 + 37 * 0.0005 + sum(pairs) * 2e-6
+    decode = 3 * (0.010 + 0.001) + (38 + 39 + 40) * 1e-5
+    rounds = Rounds(floor=0.5, answer=0.25, per_instance=0.125)
+    simulation = Simulation(deployment(1), [Row(37, 4)], rounds)
+    record = simulation.run()
+    assert record.seconds == pytest.approx(0.375 + prompt + decode, abs=1e-12)
+    latency = record.figures(deployment(1))["latency_s"]["max"]
+    assert latency == pytest.approx(prompt + decode, abs=1e-4)
+
+
+def test_rows_beside_each_other_share_the_step():
+    """Two prompts of 5 in one step, then each step has both until the shorter one ends."""
+    prompt = 0.010 + 10 * 0.0005 + 2 * sum(range(1, 6)) * 2e-6
+    both = 0.010 + 2 * 0.001 + 2 * 6 * 1e-5
+    one = 0.010 + 0.001 + 7 * 1e-5
+    rounds = Rounds(floor=0.0, answer=0.0, per_instance=0.0)
+    record = Simulation(deployment(1), [Row(5, 2), Row(5, 3)], rounds).run()
+    assert record.seconds == pytest.approx(prompt + both + one, abs=1e-12)
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_only_lending_answers_a_row_longer_than_a_pool(policy):
+    answered, simulation = run(deployment(policy=policy), [Row(100, 10), Row(10, 3)])
+    lends = policy.startswith("lend")
+    assert answered == ([1, 0] if lends else [1])
+    figures = simulation.record.figures(deployment(policy=policy))
+    assert figures["rows"]["refused"] == (0 if lends else 1)
+    assert (figures["remote_share"] > 0.3) == lends
+
+
+def test_a_step_waits_for_the_longer_of_its_own_and_its_creditors_attention(monkeypatch):
+    """One row, so creditors are idle: they attend in 1e-5 s a token, and queries and partial
+    results take 2 layers · 0.1 ms and the wire."""
+    seen = []
+    begin = Steps.begin
+
+    def watch(steps: Steps, member: Member, now: float) -> float:
+        tables = {n: dict(table.remote) for n, table in member.instance.rm.tables.items()}
+        sizes = {
+            n: {c: len(blocks) for c, blocks in remote.items()} for n, remote in tables.items()
+        }
+        seconds = begin(steps, member, now)
+        moved = member.plan.moves or member.plan.recalls
+        if [count for _, count in member.plan.rows] == [1] and not moved:
+            sequence = member.plan.rows[0].sequence
+            seen.append((seconds, sequence.length, sizes[sequence.id]))
+        return seconds
+
+    monkeypatch.setattr(Steps, "begin", watch)
+    run(deployment(instances=4), [Row(120, 12)])
+    several = 0
+    for seconds, length, remote in seen:
+        home = length - BLOCK * sum(remote.values())
+        exchange = 2 * 1e-4 + len(remote) * MODEL.wire_bytes / 1e9 if remote else 0.0
+        away = BLOCK * max(remote.values(), default=0) * 1e-5 + exchange
+        assert seconds == pytest.approx(0.011 + max(home * 1e-5, away), abs=1e-12)
+        several += len(remote) > 1
+    assert several
+
+
+def test_a_guest_makes_the_creditors_step_longer_by_its_serving():
+    """A step of 1 s; from 0.2 s to 0.6 s half of the time goes to a guest: it ends at 1.2 s."""
+    from hpc_distkv.engine.scheduler import Plan
+    from hpc_distkv.simulate.member import Visit
+
+    member = Member(0, None)
+    member.begin(0.0, Plan([], [], [], []))
+    member.lasting = 1.0
+    member.count_serving(0.2)
+    member.visits[1] = Visit(0.2, 0.5, [], [])
+    assert member.due(0.4) == pytest.approx(0.4 + (1 - 0.3) / 0.5)
+    member.count_serving(0.6)
+    del member.visits[1]
+    assert member.due(1.0) == pytest.approx(1.2)
+    assert member.due(1.2) is None
+
+
+def test_many_instances_share_the_rows_evenly():
+    """Equal rows on equal instances: as fast as one instance with its part of them."""
+    where = deployment(8, blocks=64, policy="queue")
+    alone = deployment(1, blocks=64)
+    rounds = Rounds(floor=0.0, answer=0.0, per_instance=0.0)
+    many = Simulation(where, [Row(20, 10)] * 16, rounds).run()
+    one = Simulation(alone, [Row(20, 10)] * 2, rounds).run()
+    assert many.seconds == pytest.approx(one.seconds, abs=1e-12)
+
+
+def test_planner_and_dgfm_can_be_left_out():
+    lend = POLICIES["lend"]
+    for policy in (replace(lend, planner=False), replace(lend, dgfm=False)):
+        where = deployment()
+        where = replace(where, config=replace(where.config, policy=policy))
+        assert len(run(where, [Row(60, 8)] * 6)[0]) == 6
