@@ -15,6 +15,10 @@ CANDIDATES = 3
 """Creditors one debtor may be sent to in one round (DistKV-LLM)."""
 
 
+ANYWHERE = np.iinfo(np.int8).max
+"""A link class that includes all."""
+
+
 class Need(NamedTuple):
     """A debtor's wish."""
 
@@ -22,6 +26,8 @@ class Need(NamedTuple):
     """The oldest request that wants the rBlocks: its age decides who is served first."""
     debtor: int
     blocks: int
+    reach: int = ANYWHERE
+    """The highest link class of a creditor that will do."""
 
 
 class Grant(NamedTuple):
@@ -43,10 +49,11 @@ def greedy_borrow(
     """
     grants = []
     left = int(promised.sum())
-    for _, debtor, wanted in sorted(needs):
+    for _, debtor, wanted, reach in sorted(needs):
         if left == 0:
             break
         rank = _ranks(debtor, promised, ledger, links)
+        rank[links.classes(debtor) > reach] = _NEVER
         for _ in range(CANDIDATES):
             creditor = int(rank.argmin())
             if wanted == 0 or rank[creditor] == _NEVER:

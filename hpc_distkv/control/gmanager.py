@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_distkv.control.assign import Assignment
-from hpc_distkv.control.borrow import Grant, Need, greedy_borrow
+from hpc_distkv.control.borrow import ANYWHERE, Grant, Need, greedy_borrow
 from hpc_distkv.control.dgfm import plan_recalls
 from hpc_distkv.control.ledger import DebtLedger
 from hpc_distkv.control.links import Links
@@ -25,10 +25,16 @@ PATIENCE = 3
 """Rounds between two calls for victims: the blocks of the last ones need that long to show."""
 PLAN_EVERY = 5
 """Rounds between two plans: what the last one moved has to show in the reports."""
+ROOMY = 1.1
+"""How much larger than a request the pools within its reach are together."""
 RECALL_STEPS = 16
 """Steps whose budget for moves one round's recalls may use."""
 
+PROMPT_ROWS = 1024
+"""Query rows for which links are compared with computing."""
+
 Blocks = NDArray[np.int64]
+ExchangeSeconds = Callable[[int, int], float]
 
 
 class Answers(dict[int, Answer]):
@@ -77,19 +83,22 @@ class GManager:
         block_size: int = 32,
         move_budget: int = 16,
         attention_tokens: float = float("inf"),
-        exchange_seconds: Callable[[int], float] = lambda link_class: 0.0,
+        exchange_seconds: ExchangeSeconds = lambda link_class, rows: 0.0,
     ) -> None:
         """`links`: of the instances; `block_size`, `move_budget` (KV tokens per step) and
-        `attention_tokens` as the engines'; `exchange_seconds`: link class → what an exchange over
-        such a link adds to a step."""
+        `attention_tokens` as the engines'; `exchange_seconds`: (link class, query rows) → what
+        exchanges over such a link add to a step."""
         self.ledger = DebtLedger(instances)
         self.assignment = Assignment(requests, instances, policy.queue, attention_tokens)
         self.counters = [Counters() for _ in range(instances)]
         self.running = self.free = self.capacity = 0
         self.round_number = 0
         self._links = links
+        self._exchange_seconds = exchange_seconds
         self._policy = policy
-        self._planner = Planner(block_size, links, exchange_seconds) if policy.planner else None
+        self._planner = (
+            Planner(block_size, links, lambda c: exchange_seconds(c, 1)) if policy.planner else None
+        )
         self._planned: dict[tuple[int, int], int] = {}
         """(debtor, creditor) → rBlocks of a transfer that are not granted yet."""
         self._block_size, self._move_budget = block_size, move_budget
@@ -142,12 +151,30 @@ class GManager:
     def _serve_needs(self, reports: Reports, promised: Blocks, answers: Answers) -> None:
         """Grants for those that are short, oldest request first."""
         needs = [
-            Need(int(reports["wanted_for"][i]), i, self._need(reports, i))
+            Need(int(reports["wanted_for"][i]), i, self._need(reports, i), self._reach(reports, i))
             for i in np.flatnonzero(reports["wanted"]).tolist()
         ]
         if needs:
             for grant in greedy_borrow(needs, promised, self.ledger, self._links):
                 self._enter(grant, answers)
+
+    def _reach(self, reports: Reports, debtor: int) -> int:
+        """How far the debtor's rBlocks may go: over links on which the queries of a prompt take no
+        longer than computing it, if there is room enough for its largest request in all; over any
+        otherwise. A row had better wait for room nearby than have all its prompt's queries cross a
+        slow network."""
+        if not self._policy.lending:
+            return ANYWHERE
+        classes = self._links.classes(debtor)
+        known = reports["prompt_time"][reports["prompt_time"] > 0]
+        others = np.unique(np.delete(classes, debtor)).tolist()
+        fast = others[:1]
+        if len(known):
+            limit = PROMPT_ROWS * float(known.mean())
+            fast += [c for c in others[1:] if self._exchange_seconds(c, PROMPT_ROWS) <= limit]
+        reach = max(fast, default=ANYWHERE)
+        room = int(reports["capacity"][classes <= reach].sum())
+        return reach if room > ROOMY * reports["largest"][debtor] else ANYWHERE
 
     def _need(self, reports: Reports, instance: int) -> int:
         """A request that migrates needs room for all of itself."""
@@ -211,7 +238,8 @@ class GManager:
             return
         self._patience = self.round_number + PATIENCE
         oldest, youngest = int(reports["wanted_for"][starved]), reports["youngest"]
-        order = [int(i) for i in np.argsort(-youngest) if youngest[i] > oldest]
+        near = self._links.classes(starved) <= self._reach(reports, starved)
+        order = [int(i) for i in np.argsort(-youngest) if youngest[i] > oldest and near[i]]
         guests = self.ledger.debtors_of(starved)
         for instance in [i for i in order if i in guests]:
             blocks = min(missing, guests[instance])

@@ -177,6 +177,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """rBlocks to borrow."""
     wanted_for: int = NOBODY
     """The oldest request that wants them; NOBODY when nothing is wanted."""
+    largest: int = 0
+    """rBlocks that the largest request that wants any may come to need in all."""
     starved: bool = False
     """`wanted_for` cannot go on, and no younger request at home could give way."""
     room_rows: int = 0
@@ -204,6 +206,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Fitted seconds of a decode step per row."""
     per_kv: float = 0.0
     """Fitted seconds of a decode step per KV token."""
+    prompt_time: float = 0.0
+    """Measured seconds to compute a prompt token; 0 if there were none yet."""
     exchange: float = 0.0
     """Measured seconds that remote rBlocks add to a decode step; 0 if there were none yet."""
     changes: Changes = Changes()

@@ -18,6 +18,7 @@ COLUMNS = {
     "promised": "i",
     "wanted": "i",
     "wanted_for": "q",
+    "largest": "i",
     "starved": "?",
     "room_rows": "i",
     "room_tokens": "i",
@@ -32,6 +33,7 @@ COLUMNS = {
     "fixed": "f",
     "per_token": "f",
     "per_kv": "f",
+    "prompt_time": "f",
     "exchange": "f",
 }
 """Field of `Report` → its format, as of `struct` and of a numpy dtype; little-endian."""

@@ -127,6 +127,7 @@ class Instance:
             promised=self.rm.promise(demand.lendable if sharing else 0),
             wanted=demand.wanted if sharing else 0,
             wanted_for=demand.wanted_for,
+            largest=demand.largest,
             starved=demand.starved,
             room_rows=room[0],
             room_tokens=room[1],
@@ -141,6 +142,7 @@ class Instance:
             fixed=self.model.fixed,
             per_token=self.model.per_token,
             per_kv=self.model.per_kv,
+            prompt_time=self._prompt_time,
             exchange=self._exchange,
             changes=self._changes(),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,19 +131,33 @@ class RankEngine:
         world, config = self.comm.world, self.config
         nodes = [world.node_of(instance) for instance in range(world.instances)]
         measured = np.array(self._links.round_trip) if self._links else None
-        fastest = 0.0
-        if measured is not None and len(nodes) > 1:
-            fastest = float(measured[measured > 0].min())
-        layers = self._model.config.num_layers
+        links = Links(nodes, seconds=measured)
         return GManager(
             self._fitting(requests),
-            Links(nodes, seconds=measured),
+            links,
             len(nodes),
             config.policy,
             block_size=config.block_size,
             move_budget=config.move_budget,
             attention_tokens=config.attention_tokens,
-            exchange_seconds=lambda link_class: layers * fastest * 2.0**link_class,
+            exchange_seconds=self._exchange_seconds(links),
+        )
+
+    def _exchange_seconds(self, links: Links) -> Callable[[int, int], float]:
+        """(link class, query rows) → seconds that exchanges over such a link add to a step, from
+        the probe: every layer a round trip, and the bytes of queries and partial results."""
+        if self._links is None or len(self._links.round_trip) < 2:
+            return lambda link_class, rows: 0.0
+        config = self._model.config
+        row_bytes = self._query_bytes() + 4 * config.num_heads * (config.head_dim + 1)
+        slowest: dict[int, tuple[float, float]] = {}
+        for a, times in enumerate(self._links.round_trip):
+            for b, seconds in enumerate(times[:a]):
+                per_row = row_bytes / self._links.bandwidth[a][b]
+                worst = slowest.get(links.between(a, b), (0.0, 0.0))
+                slowest[links.between(a, b)] = max(worst[0], seconds), max(worst[1], per_row)
+        return lambda link_class, rows: (
+            config.num_layers * (slowest[link_class][0] + rows * slowest[link_class][1])
         )
 
     def _query_bytes(self) -> int:

@@ -53,6 +53,8 @@ class Demand(NamedTuple):
 
     wanted: int
     wanted_for: int
+    largest: int
+    """rBlocks that the largest sequence that wants any may come to need."""
     starved: bool
     lendable: int
 
@@ -149,20 +151,22 @@ class Scheduler:
             oldest = self.running[0]
             growth = max(self._growth, oldest.length // STARVED_GROWTH)
             missing = self._missing(oldest, oldest.length + growth)
-            return Demand(max(1, missing - held), oldest.id, True, 0)
+            largest = self._config.blocks(oldest.final_len)
+            return Demand(max(1, missing - held), oldest.id, largest, True, 0)
         soon = (*self.running, *self._next_waiting())
         need = self._reserve if soon else 0
-        wanted, wanted_for = 0, NOBODY
+        wanted, wanted_for, largest = 0, NOBODY, 0
         for sequence in soon:
             need += self._missing(sequence, sequence.length + self._growth)
             if need > held and self._worth_borrowing(sequence):
                 wanted, wanted_for = need - held, min(wanted_for, sequence.id)
+                largest = max(largest, self._config.blocks(sequence.final_len))
         if wanted:
-            return Demand(wanted, wanted_for, False, 0)
+            return Demand(wanted, wanted_for, largest, False, 0)
         if not (self._migrations and self._migrations.active):
             shed = sum(self._moves.sheddable().values())
             self._return_credit(self._rm.usable + self._rm.credit - need - shed)
-        return Demand(0, NOBODY, False, self._lendable())
+        return Demand(0, NOBODY, 0, False, self._lendable())
 
     @property
     def longest(self) -> int:

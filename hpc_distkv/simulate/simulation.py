@@ -39,7 +39,7 @@ class Rounds:
     """Least between the beginnings of two rounds, for idle instances report at once."""
     answer: float = 1e-3
     """From the last report to the answers, and ..."""
-    per_instance: float = 5e-6
+    per_instance: float = 1e-5
     """... for every instance."""
 
 
@@ -75,7 +75,7 @@ class Simulation:
             block_size=config.block_size,
             move_budget=config.move_budget,
             attention_tokens=config.attention_tokens,
-            exchange_seconds=lambda level: self._steps.cost.exchange_time(1, level),
+            exchange_seconds=lambda level, rows: self._steps.cost.exchange_time(rows, level),
         )
         self._events: list[tuple[float, int, Callable[[Any], None], Any]] = []
         self._scheduled = 0

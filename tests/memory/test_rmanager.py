@@ -137,7 +137,7 @@ def test_two_full_instances_bring_their_rblocks_home_at_once_through_bounce_slot
     for here, there in sides:
         with_credit(2, here, there)
     for here, there in sides:
-        request_of(here, here.instance, 4 - 2)
+        request_of(here, here.instance, 2)
         lend(here, there, here.instance, 0)
         here.grow(here.instance, 1)
         lend(here, there, here.instance, 1)
