@@ -28,6 +28,8 @@ class Need(NamedTuple):
     blocks: int
     reach: int = ANYWHERE
     """The highest link class of a creditor that will do."""
+    whole: bool = False
+    """Nothing less than all of it will do."""
 
 
 class Grant(NamedTuple):
@@ -49,12 +51,21 @@ def greedy_borrow(
     """
     grants = []
     left = int(promised.sum())
-    for _, debtor, wanted, reach in sorted(needs):
+    claimed = np.zeros(len(promised), dtype=bool)
+    """What an older request that needs it all at once is waiting for."""
+    for _, debtor, wanted, reach, whole in sorted(needs):
         if left == 0:
             break
         rank = _ranks(debtor, promised, ledger, links)
-        rank[links.classes(debtor) > reach] = _NEVER
-        for _ in range(CANDIDATES):
+        near = links.classes(debtor) <= reach
+        rank[~near] = _NEVER
+        if whole:
+            rank[claimed] = _NEVER
+            if promised[rank != _NEVER].sum() < wanted:
+                claimed |= near
+                continue
+            promised[debtor] = 0  # It needs its own room as well.
+        for _ in range(len(rank) if whole else CANDIDATES):
             creditor = int(rank.argmin())
             if wanted == 0 or rank[creditor] == _NEVER:
                 break

@@ -151,12 +151,38 @@ class GManager:
     def _serve_needs(self, reports: Reports, promised: Blocks, answers: Answers) -> None:
         """Grants for those that are short, oldest request first."""
         needs = [
-            Need(int(reports["wanted_for"][i]), i, self._need(reports, i), self._reach(reports, i))
+            Need(
+                int(reports["wanted_for"][i]),
+                i,
+                self._need(reports, i),
+                self._reach(reports, i),
+                bool(reports["whole"][i]),
+            )
             for i in np.flatnonzero(reports["wanted"]).tolist()
         ]
-        if needs:
-            for grant in greedy_borrow(needs, promised, self.ledger, self._links):
-                self._enter(grant, answers)
+        if not needs:
+            return
+        for grant in greedy_borrow(needs, promised, self.ledger, self._links):
+            self._enter(grant, answers)
+        self._keep_for_whole_needs(needs, promised, answers)
+
+    def _keep_for_whole_needs(
+        self, needs: Sequence[Need], promised: Blocks, answers: Answers
+    ) -> None:
+        """Let what becomes free gather for the oldest request that needs it all at once, and for
+        others that don't reach the same instances."""
+        keeping: set[int] = set()
+        for need in sorted(need for need in needs if need.whole):
+            near = np.flatnonzero(self._links.classes(need.debtor) <= need.reach).tolist()
+            if answers[need.debtor].granted or not keeping.isdisjoint(near):
+                continue
+            keeping.update(near)
+            missing = need.blocks - int(promised[near].sum())
+            for creditor in near:
+                if creditor != need.debtor:
+                    share = int(promised[creditor]) + max(0, missing) // max(1, len(near) - 1) + 1
+                    answers[creditor].keep += share
+            promised[near] = 0
 
     def _reach(self, reports: Reports, debtor: int) -> int:
         """How far the debtor's rBlocks may go: over links on which the queries of a prompt take no
@@ -191,7 +217,9 @@ class GManager:
         them keep free what is missing."""
         assert self._planner
         if self.round_number % PLAN_EVERY == 0:
-            plan = self._planner.plan(reports, self.ledger, self.assignment.waiting)
+            plan = self._planner.plan(
+                reports, self.ledger, self.assignment.waiting, lambda i: self._reach(reports, i)
+            )
             self._planned = {(t.debtor, t.creditor): t.blocks for t in plan}
         for (debtor, creditor), blocks in list(self._planned.items()):
             granted = min(blocks, int(promised[creditor]))
@@ -225,10 +253,16 @@ class GManager:
 
     def _starved(self, reports: Reports) -> int | None:
         """The instance of the oldest request that cannot go on."""
-        starved = np.flatnonzero(reports["starved"])
-        if not self._policy.lending or not len(starved):
+        if not self._policy.lending:
             return None
-        return int(starved[reports["wanted_for"][starved].argmin()])
+        starved = np.flatnonzero(reports["starved"]).tolist()
+        starved = [i for i in starved if not reports["whole"][i] or self._alone(reports, i)]
+        return min(starved, key=lambda i: int(reports["wanted_for"][i]), default=None)
+
+    def _alone(self, reports: Reports, instance: int) -> bool:
+        """Whether nothing runs that could make room by ending."""
+        near = self._links.classes(instance) <= self._reach(reports, instance)
+        return not reports["running"][near].any()
 
     def _call_victims(self, reports: Reports, starved: int, answers: Answers) -> None:
         """Let younger requests give way until the starved one has what it wants: first those that

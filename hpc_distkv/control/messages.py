@@ -179,6 +179,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """The oldest request that wants them; NOBODY when nothing is wanted."""
     largest: int = 0
     """rBlocks that the largest request that wants any may come to need in all."""
+    whole: bool = False
+    """`wanted_for` does not run yet, and will only with all that is wanted."""
     starved: bool = False
     """`wanted_for` cannot go on, and no younger request at home could give way."""
     room_rows: int = 0
@@ -229,7 +231,7 @@ class Answer(msgspec.Struct, omit_defaults=True):
     keep: int = 0
     """rBlocks to leave free for loans to come: admit nothing into them."""
     admit_before: int = NOBODY
-    """Only requests older than this may be admitted; NOBODY: all."""
+    """No request younger than this may be admitted; NOBODY: all may."""
     give_way: int = 0
     """rBlocks that requests younger than `admit_before` have to free."""
     give_way_at: int = -1

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hpc_distkv.control.borrow import ANYWHERE
 from hpc_distkv.control.ledger import DebtLedger
 from hpc_distkv.control.links import Links
 from hpc_distkv.control.wire import Reports
@@ -78,9 +79,15 @@ class Planner:
         self._plans = 0
         self._reports: Reports | None = None
 
-    def plan(self, reports: Reports, ledger: DebtLedger, waiting: bool) -> list[Transfer]:
+    def plan(
+        self,
+        reports: Reports,
+        ledger: DebtLedger,
+        waiting: bool,
+        reach: Callable[[int], int] = lambda debtor: ANYWHERE,
+    ) -> list[Transfer]:
         """The transfers that pay now, at most one per debtor. `waiting`: rows wait for a seat
-        somewhere in the job."""
+        somewhere in the job; `reach`: debtor → the highest link class of its creditors."""
         self._plans += 1
         self._recent = {p: n for p, n in self._recent.items() if self._plans - n < KEPT_PLANS}
         self._read(reports, waiting)
@@ -89,10 +96,13 @@ class Planner:
         known = _fitted(reports)
         use = 1 - reports["free"] / np.maximum(1, reports["capacity"])
         debtors = _least(reports["running"], (reports["longest"] > 0) & known)
-        creditors = _least(use, reports["promised"] > 0 if not waiting else reports["capacity"] > 0)
-        state = {i: self._load(i) for i in {*debtors, *creditors}}
+        able = reports["promised"] > 0 if not waiting else reports["capacity"] > 0
+        state: dict[int, Load] = {}
         transfers = []
         for debtor in debtors:
+            creditors = _least(use, able & (self._links.classes(debtor) <= reach(debtor)))
+            for instance in (debtor, *creditors):
+                state.setdefault(instance, self._load(instance))
             best = max(
                 (
                     self._best(debtor, creditor, state, ledger)

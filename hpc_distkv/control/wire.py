@@ -19,6 +19,7 @@ COLUMNS = {
     "wanted": "i",
     "wanted_for": "q",
     "largest": "i",
+    "whole": "?",
     "starved": "?",
     "room_rows": "i",
     "room_tokens": "i",

@@ -128,6 +128,7 @@ class Instance:
             wanted=demand.wanted if sharing else 0,
             wanted_for=demand.wanted_for,
             largest=demand.largest,
+            whole=demand.whole,
             starved=demand.starved,
             room_rows=room[0],
             room_tokens=room[1],

@@ -55,6 +55,8 @@ class Demand(NamedTuple):
     wanted_for: int
     largest: int
     """rBlocks that the largest sequence that wants any may come to need."""
+    whole: bool
+    """`wanted_for` does not run yet, and will only with all that is wanted."""
     starved: bool
     lendable: int
 
@@ -82,6 +84,8 @@ class Scheduler:
         self._starved = False
         self._short = False
         self._short_answers = 0
+        self._whole_reports = 0
+        """Reports in a row that asked for a whole sequence while nothing ran."""
         self._migrations = Migrations(rmanager, config) if config.policy.migrate else None
         self._steps = 0
         self._growth = MOST_GROWTH // 4
@@ -152,9 +156,9 @@ class Scheduler:
             growth = max(self._growth, oldest.length // STARVED_GROWTH)
             missing = self._missing(oldest, oldest.length + growth)
             largest = self._config.blocks(oldest.final_len)
-            return Demand(max(1, missing - held), oldest.id, largest, True, 0)
+            return Demand(max(1, missing - held), oldest.id, largest, False, True, 0)
         soon = (*self.running, *self._next_waiting())
-        need = self._reserve if soon else 0
+        need = self._reserve if self.running else 0
         wanted, wanted_for, largest = 0, NOBODY, 0
         for sequence in soon:
             need += self._missing(sequence, sequence.length + self._growth)
@@ -162,11 +166,17 @@ class Scheduler:
                 wanted, wanted_for = need - held, min(wanted_for, sequence.id)
                 largest = max(largest, self._config.blocks(sequence.final_len))
         if wanted:
-            return Demand(wanted, wanted_for, largest, False, 0)
+            whole = bool(self.waiting) and wanted_for == self.waiting[0].id
+            self._whole_reports = self._whole_reports + 1 if whole and not self.running else 0
+            stuck = self._whole_reports > PATIENCE
+            return Demand(
+                wanted, wanted_for, largest, whole, stuck, self._lendable() if whole else 0
+            )
         if not (self._migrations and self._migrations.active):
             shed = sum(self._moves.sheddable().values())
             self._return_credit(self._rm.usable + self._rm.credit - need - shed)
-        return Demand(0, NOBODY, 0, False, self._lendable())
+        rest = max(0, self._rm.usable + self._rm.credit - need)
+        return Demand(0, NOBODY, 0, False, False, min(rest, self._lendable()))
 
     @property
     def longest(self) -> int:
@@ -179,9 +189,12 @@ class Scheduler:
         room = self._rm.usable - self._keep
         if room < self._first_chunk and (self.waiting or not self.running or self._keep):
             return 0, 0
-        queued = sum(sequence.remaining for sequence in self.waiting)
+        most = self._config.max_num_batched_tokens
+        queued = sum(
+            min(s.remaining, most) if self._large(s) else s.remaining for s in self.waiting
+        )
         rows = self._config.max_num_seqs - len(self.running) - len(self.waiting)
-        return max(0, rows), max(0, 2 * self._config.max_num_batched_tokens - queued)
+        return max(0, rows), max(0, 2 * most - queued)
 
     # -- a step ---------------------------------------------------------------------------------
 
@@ -230,21 +243,44 @@ class Scheduler:
 
     def _admit(self) -> Sequence | None:
         """Let the oldest waiting sequence run if all prompts that run then have room, or if it is
-        the only one."""
-        if not self.waiting or len(self.running) >= self._config.max_num_seqs:
+        the only one. One that is too large for this instance alone waits for all the credit it
+        needs, and others pass it meanwhile."""
+        if len(self.running) >= self._config.max_num_seqs:
             return None
-        sequence = self.waiting[0]
-        if sequence.id >= self._admit_before:
-            return None
-        if self.running:
-            need = self._keep + self._reserve + self._config.blocks(sequence.length + 1)
-            need += sum(self._missing(other, other.length + 1) for other in self.running)
-            if need > self._rm.usable + self._rm.credit:
+        for sequence in self.waiting:
+            if sequence.id > self._admit_before:
                 return None
-        # A victim of another instance's starved row may be older than what runs here by now.
-        bisect.insort(self.running, self.waiting.pop(0), key=lambda s: s.id)
-        self._rm.open(sequence.id)
-        return sequence
+            if self._has_room(sequence):
+                # A victim of another's starved row may be older than what runs here by now.
+                self.waiting.remove(sequence)
+                bisect.insort(self.running, sequence, key=lambda s: s.id)
+                self._rm.open(sequence.id)
+                return sequence
+            if not self._large(sequence):
+                return None
+        return None
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        if not self.running and not self._large(sequence):
+            return True
+        need = self._reserve if self.running else 0
+        need += self._missing(sequence, sequence.length + 1)
+        need += sum(self._missing(other, other.length + 1) for other in self.running)
+        if self._large(sequence):
+            return need <= self._rm.usable + self._rm.credit
+        return need + self._keep <= self._rm.usable + self._rm.credit - self._large_credit()
+
+    def _large(self, sequence: Sequence) -> bool:
+        """Whether the planner has to find room elsewhere for the sequence before it can run."""
+        own = self._own_room() - self._reserve
+        return self._config.policy.planner and self._config.blocks(sequence.length + 1) > own
+
+    def _waits_for_whole(self, sequence: Sequence) -> bool:
+        return sequence.id not in self._rm.tables and self._large(sequence)
+
+    def _large_credit(self) -> int:
+        """Credit that waits for a large sequence."""
+        return self._rm.credit if any(map(self._large, self.waiting)) else 0
 
     def _fit(self, sequence: Sequence) -> int:
         """Tokens the sequence can compute with what is free now, at least one."""
@@ -284,7 +320,7 @@ class Scheduler:
         exchange in every step that is left."""
         if not self._config.policy.planner or not self.running or self.running == [sequence]:
             return True
-        if self._config.blocks(sequence.length + 1) + self._reserve > self._own_room():
+        if self._large(sequence):
             return True
         youngest = self.running[-1]
         if sequence.id not in self._rm.tables or sequence is youngest:
@@ -308,7 +344,7 @@ class Scheduler:
         """The sequence that is next to be admitted, if any may be."""
         if len(self.running) >= self._config.max_num_seqs:
             return []
-        return [sequence for sequence in self.waiting[:1] if sequence.id < self._admit_before]
+        return [sequence for sequence in self.waiting[:1] if sequence.id <= self._admit_before]
 
     def _lendable(self) -> int:
         """Room that nobody here needs: not what runs nor what waits for a seat, nor what new rows
@@ -318,7 +354,7 @@ class Scheduler:
         waiting = self.waiting[:seats]
         need = self._first_chunk if self._admit_before == NOBODY else 0
         for sequence in (*self.running, *waiting):
-            if sequence.id <= self._admit_before:
+            if sequence.id <= self._admit_before and not self._waits_for_whole(sequence):
                 need += self._missing(sequence, sequence.length + self._growth)
         return max(0, self._rm.usable - need)
 

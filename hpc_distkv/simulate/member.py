@@ -70,8 +70,11 @@ class Member:
     """Seconds of serving since the step began, up to this moment."""
 
     def begin(self, now: float, plan: Plan) -> None:
-        """A step begins."""
+        """A step begins; what it takes is set after this."""
         self.plan, self.began = plan, now
+        self.load = NO_LOAD
+        self.computing = self.partial_wait = self.lasting = self.gaps = 0.0
+        self.exchanging = False
         self._served, self._counted = 0.0, now
 
     @property

@@ -22,7 +22,7 @@ from hpc_distkv.simulate.sequence import SizedRequest, SizedSequence
 from hpc_distkv.simulate.step import Steps
 from hpc_distkv.simulate.trace import Row
 
-QUIET_ROUNDS = 1000
+QUIET_ROUNDS = 100
 """Rounds in which nothing is computed, after which the job counts as stuck."""
 NOTHING = Plan([], [], [], [])
 

@@ -10,7 +10,8 @@ from hpc_distkv.engine.instance import Instance, StepSeconds, StepWork
 from hpc_distkv.engine.scheduler import Plan
 from hpc_distkv.memory.loan import Move
 from hpc_distkv.simulate.deployment import Deployment
-from hpc_distkv.simulate.member import NO_LOAD, Load, Member, Visit
+from hpc_distkv.simulate.member import Load, Member, Visit
+from hpc_distkv.simulate.models import ModelShape
 
 LEAST_SECONDS = 1e-6
 """Of a step with rows, however fast the cluster."""
@@ -33,6 +34,7 @@ class Steps:
         self._block_size = deployment.config.block_size
         self._block_bytes = deployment.block_bytes
         self._wire_bytes = deployment.model.wire_bytes
+        self._unevenness = _unevenness(deployment.model)
 
     def begin(self, member: Member, now: float) -> float:
         """Plan a step, and tell its creditors. Returns the seconds that it lasts if nobody is
@@ -40,13 +42,13 @@ class Steps:
         instance = member.instance
         plan = instance.plan()
         member.begin(now, plan)
-        member.load = load = self._load(instance, plan) if plan.rows else NO_LOAD
-        member.computing = self.cost.step_time(*load[:4])
+        attention = 0.0
         if plan.rows:
-            member.computing = max(LEAST_SECONDS, member.computing)
-        attention = self.cost.attention_time(load.decode_kv, load.prefill_pairs)
-        member.gaps = _residual(attention, member.computing - attention)
-        member.lasting, member.partial_wait, member.exchanging = member.computing, 0.0, False
+            member.load = load = self._load(instance, plan)
+            member.computing = max(LEAST_SECONDS, self.cost.step_time(*load[:4]))
+            attention = self.cost.attention_time(load.decode_kv, load.prefill_pairs)
+            member.gaps = self._gaps(attention, member.computing - attention)
+        member.lasting = member.computing
         if instance.rm.debts:
             self._visit_creditors(member, attention, now)
         return member.lasting
@@ -88,6 +90,12 @@ class Steps:
                 prefill += count
                 pairs += count * at_home + count * (count + 1) / 2
         return Load(decodes, kv, prefill, pairs, new)
+
+    def _gaps(self, attention: float, linear: float) -> float:
+        """Seconds that a query in each layer waits for the operator during which it comes: half of
+        what that one takes, weighed by how likely it is that one."""
+        both = attention + linear
+        return (attention**2 + self._unevenness * linear**2) / (2 * both) if both else 0.0
 
     # -- creditors ------------------------------------------------------------------------------
 
@@ -141,9 +149,9 @@ class Steps:
         return sum(self.cost.move_time(n, self._level(number, p)) for p, n in blocks.items())
 
 
-def _residual(attention: float, other: float) -> float:
-    """Seconds that as many queries as there are layers wait for the end of the part of a layer in
-    which they come, attention or what is between two of them: half of a part's length, weighed by
-    how likely each is."""
-    both = attention + other
-    return (attention**2 + other**2) / (2 * both) if both else 0.0
+def _unevenness(model: ModelShape) -> float:
+    """Σ share² of the linear operators of a layer, between which guests are served."""
+    up = (2 if model.gated else 1) * model.intermediate
+    query, key_value = model.heads * model.head_dim, 2 * model.kv_heads * model.head_dim
+    sizes = [query + key_value, query, up, model.intermediate]
+    return sum(size**2 for size in sizes) / sum(sizes) ** 2

@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.engine.config import EngineConfig
+from hpc_distkv.engine.instance import Instance
+from hpc_distkv.engine.scheduler import Plan
 from hpc_distkv.simulate.cluster import Cluster, Device, Measured
 from hpc_distkv.simulate.deployment import Deployment
-from hpc_distkv.simulate.member import Member
+from hpc_distkv.simulate.member import Member, Visit
 from hpc_distkv.simulate.models import ModelShape
 from hpc_distkv.simulate.simulation import Rounds, Simulation
 from hpc_distkv.simulate.step import Steps
@@ -162,10 +165,7 @@ def test_a_step_waits_for_the_longer_of_its_own_and_its_creditors_attention(monk
 
 def test_a_guest_makes_the_creditors_step_longer_by_its_serving():
     """A step of 1 s; from 0.2 s to 0.6 s half of the time goes to a guest: it ends at 1.2 s."""
-    from hpc_distkv.engine.scheduler import Plan
-    from hpc_distkv.simulate.member import Visit
-
-    member = Member(0, None)
+    member = Member(0, Instance(0, deployment().config))
     member.begin(0.0, Plan([], [], [], []))
     member.lasting = 1.0
     member.count_serving(0.2)
@@ -175,6 +175,30 @@ def test_a_guest_makes_the_creditors_step_longer_by_its_serving():
     del member.visits[1]
     assert member.due(1.0) == pytest.approx(1.2)
     assert member.due(1.2) is None
+
+
+def test_a_busy_creditor_answers_when_its_operator_is_done(monkeypatch):
+    """The mean wait of queries that come at any time of a layer, by brute force. A layer of the
+    model has attention and matrices of 128, 64, 256 and 128 columns of the hidden size."""
+    seen = []
+    begin = Steps.begin
+
+    def watch(steps: Steps, member: Member, now: float) -> float:
+        seconds = begin(steps, member, now)
+        if member.plan.rows:
+            seen.append((member.load, member.computing, member.gaps))
+        return seconds
+
+    monkeypatch.setattr(Steps, "begin", watch)
+    run(deployment(1), [Row(20, 3), Row(5, 5)])
+    for load, computing, gaps in seen:
+        attention = load.decode_kv * 1e-5 + load.prefill_pairs * 2e-6
+        linear = computing - attention
+        parts = [attention, *(linear * columns / 576 for columns in (128, 64, 256, 128))]
+        ends = np.cumsum(parts)
+        moments = (np.arange(200_000) + 0.5) / 200_000 * computing
+        waits = ends[np.searchsorted(ends, moments)] - moments
+        assert gaps == pytest.approx(waits.mean(), rel=1e-3)
 
 
 def test_many_instances_share_the_rows_evenly():
