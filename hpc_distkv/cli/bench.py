@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -139,28 +140,41 @@ def unused_lending(**options: Any) -> None:
     "--against",
     default="lend,lend-greedy,migrate,queue,isolated",
     show_default=True,
-    help="Policies in the order of their runs; ratios are to the last one.",
+    help="Ways in the order of their runs: policies, no-dgfm, no-planner, budget-N (KV tokens "
+    "moved per step). Ratios are to the last one.",
 )
 @click.option("--repeats", type=POSITIVE, default=1, show_default=True)
+@click.option("-o", "--output", type=click.Path(file_okay=False), help="Folder for JSON and plots.")
 @engine_options
 def policies(**options: Any) -> None:
-    """The rows of a trace under every policy, on the same ranks."""
+    """The rows of traces under every policy, on the same ranks, and what the simulator says."""
 
     def measure(comm: Comm, model: Decoder, settings: EngineOptions) -> dict[str, Any]:
-        from hpc_distkv.observe.policies import compare_policies
+        from hpc_distkv.api import together
+        from hpc_distkv.observe.policies import compare, draw, way
         from hpc_distkv.simulate.trace import Trace
 
-        named = {name: name for name in options["against"].split(",")}
-        results = {}
-        for name in options["traces"]:
-            trace = Trace.load(name)
-            trace = trace.head(options["rows"]) if options["rows"] else trace
-            trace = trace.scaled(options["scale"], options["scale_output"])
-            requests = trace.requests(model.config.vocab_size)
-            results[trace.name] = compare_policies(
-                comm, model, settings, requests, named, options["repeats"]
+        def prepared() -> tuple[dict[str, EngineOptions], list[Trace]]:
+            names = options["against"].split(",")
+            traces = [Trace.load(name) for name in options["traces"]]
+            traces = [t.head(options["rows"]) if options["rows"] else t for t in traces]
+            scaled = [t.scaled(options["scale"], options["scale_output"]) for t in traces]
+            return {name: way(name, settings) for name in names}, scaled
+
+        ways, traces = together(comm, prepared)
+        results = {
+            trace.name: compare(
+                comm, model, ways, trace.requests(model.config.vocab_size), options["repeats"]
             )
-        return {"traces": results}
+            for trace in traces
+        }
+        figures = {"ways": list(ways), "traces": results}
+        if comm.world.rank == 0 and options["output"]:
+            folder = Path(options["output"])
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "policies.json").write_text(json.dumps(figures, indent=2) + "\n")
+            draw(folder, results)
+        return figures
 
     _measured(options, measure)
 

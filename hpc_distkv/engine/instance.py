@@ -39,9 +39,25 @@ class StepWork(NamedTuple):
     """Rows in decode."""
     kv_tokens: int
     """KV tokens at home that they attended to."""
-    prompt_tokens: int
+    prompt_work: float
+    """Of prompts, as `control.work`."""
     exchanging: bool
     """Whether rows had rBlocks elsewhere."""
+
+
+class Speed(NamedTuple):
+    """Measured seconds of one instance; 0 where nothing was measured."""
+
+    fixed: float
+    """Of a decode step, whatever its rows."""
+    per_token: float
+    """Of a decode step, per row."""
+    per_kv: float
+    """Of a decode step, per KV token at home."""
+    prompt: float
+    """Per prompt token, attention left out."""
+    exchange: float
+    """That remote rBlocks add to a decode step."""
 
 
 class StepSeconds(NamedTuple):
@@ -266,6 +282,12 @@ class Instance:
                 )
             )
 
+    @property
+    def speed(self) -> Speed:
+        """What its steps have shown so far."""
+        model = self.model
+        return Speed(model.fixed, model.per_token, model.per_kv, self._prompt_time, self._exchange)
+
     def note_step(self, work: StepWork, seconds: StepSeconds) -> None:
         """How long a step with rows took."""
         self.counters.steps += 1
@@ -273,9 +295,9 @@ class Instance:
         self.counters.held_block_steps += self.rm.held
         self.counters.remote_block_steps += self.rm.borrowed
         own = seconds.total - seconds.partial_wait - seconds.beside
-        if work.prompt_tokens:
+        if work.prompt_work:
             rest = own - self.model.predict(work.decodes, work.kv_tokens)
-            self._prompt_time = smoothed(self._prompt_time, max(0.0, rest) / work.prompt_tokens)
+            self._prompt_time = smoothed(self._prompt_time, max(0.0, rest) / work.prompt_work)
         elif own > 0:
             self.model.observe(work.decodes, work.kv_tokens, own)
             if work.exchanging:

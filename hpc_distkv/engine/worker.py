@@ -12,11 +12,12 @@ from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.messages import Answer, Result
 from hpc_distkv.control.wire import encode_report
+from hpc_distkv.control.work import work
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.creditor import Creditor
 from hpc_distkv.engine.debtor import Debtor
 from hpc_distkv.engine.forward import Forward, Model
-from hpc_distkv.engine.instance import Instance, StepSeconds, StepWork
+from hpc_distkv.engine.instance import Instance, Speed, StepSeconds, StepWork
 from hpc_distkv.engine.sampler import sample
 from hpc_distkv.engine.scheduler import Plan, Row
 from hpc_distkv.memory.loan import ProtocolError
@@ -77,6 +78,7 @@ class Worker:
         )
         self._answer: Answer | None = None
         self._sharing = config.policy.sharing
+        self._attention_tokens = config.attention_tokens
         self._idle = True
         self._leaving = False
 
@@ -173,7 +175,7 @@ class Worker:
         logits = self._forward.run(plan.rows, self._debtor if exchanging else None)
         if self._sharing:
             self._debtor.finish(plan)
-        work = self._work(plan.rows, exchanging)
+        done = self._work(plan.rows, exchanging)
         self._instance.append(plan.rows, self._sample(plan.rows, logits), time.monotonic())
         self._idle = not plan.rows
         if plan.rows:
@@ -183,7 +185,7 @@ class Worker:
                 now.partial_wait - before.partial_wait,
                 now.move_wait + now.serve_time - before.move_wait - before.serve_time,
             )
-            self._instance.note_step(work, seconds)
+            self._instance.note_step(done, seconds)
 
     def _work(self, rows: list[Row], exchanging: bool) -> StepWork:
         tables, size = self._instance.rm.tables, self._pool.block_size
@@ -191,7 +193,11 @@ class Worker:
         return StepWork(
             decodes=len(decodes),
             kv_tokens=sum(s.length - tables[s.id].remote_blocks * size for s in decodes),
-            prompt_tokens=sum(count for _, count in rows if count > 1),
+            prompt_work=sum(
+                work(s.computed, s.computed + count, self._attention_tokens)
+                for s, count in rows
+                if count > 1
+            ),
             exchanging=exchanging,
         )
 
@@ -205,6 +211,11 @@ class Worker:
             [sequence.request.sampling for sequence in sequences],
             [sequence.length for sequence in sequences],
         )
+
+    @property
+    def speed(self) -> Speed:
+        """What its steps have shown."""
+        return self._instance.speed
 
     def check(self) -> None:
         """Assert the bookkeeping invariants."""

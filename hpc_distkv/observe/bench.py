@@ -12,6 +12,7 @@ from typing import Any
 from hpc_distkv.comm.local import open_local
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages import Request, Result, Sampling, pack_tokens
+from hpc_distkv.engine.instance import Speed
 from hpc_distkv.engine.rank import EngineOptions, RankEngine
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.observe.metrics import peak_memory
@@ -50,12 +51,13 @@ def run_once(engine: RankEngine, requests: Sequence[Request]) -> dict[str, Any]:
     comm = engine.comm
     leader = BenchLeader(engine, iter(requests)) if comm.world.rank == 0 else None
     started = time.perf_counter()
-    engine.run(leader)
+    worker = engine.run(leader)
     seconds = time.perf_counter() - started
-    peaks = comm.share(peak_memory())
-    return (
-        leader.record.summary(leader.gmanager.counters, peaks) if leader else {"seconds": seconds}
-    )
+    shared = comm.share((peak_memory(), worker.speed))
+    if leader is None:
+        return {"seconds": seconds}
+    figures = leader.record.summary(leader.gmanager.counters, [peak for peak, _ in shared])
+    return figures | {"speed": [Speed(*speed)._asdict() for _, speed in shared]}
 
 
 def throughput(

@@ -1,63 +1,118 @@
-"""The same rows under every policy, on the same ranks, side by side in one run."""
+"""The same rows in several ways, on the same ranks, side by side in one run."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages import Request
-from hpc_distkv.control.policy import Policy
+from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.engine.config import OptionError
 from hpc_distkv.engine.rank import EngineOptions, RankEngine
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.observe.bench import ratios, run_once, warm_up
+from hpc_distkv.observe.plots import bars
+from hpc_distkv.observe.prediction import predicted_rate
 
 RATE = "output_tokens_per_second"
+LEND = POLICIES["lend"]
+ABLATIONS = {
+    "no-dgfm": replace(LEND, dgfm=False),
+    "no-planner": replace(LEND, planner=False),
+}
 
 
-def compare_policies(
+def way(name: str, options: EngineOptions) -> EngineOptions:
+    """The options of a way by its name: a policy, an ablation of `lend`, or `budget-N` for `lend`
+    with a move budget of N tokens per step. Raises OptionError."""
+    if name in POLICIES:
+        return replace(options, policy=name)
+    if name in ABLATIONS:
+        return replace(options, policy=ABLATIONS[name])
+    kind, _, number = name.partition("-")
+    if kind == "budget" and number.isdecimal():
+        return replace(options, policy="lend", move_budget=int(number))
+    known = ", ".join([*POLICIES, *ABLATIONS, "budget-N"])
+    raise OptionError(f"there is no way {name!r} of running rows; there are {known}")
+
+
+def compare(
     comm: Comm,
     model: Decoder,
-    options: EngineOptions,
+    ways: Mapping[str, EngineOptions],
     requests: Sequence[Request],
-    policies: Mapping[str, str | Policy],
     repeats: int,
 ) -> dict[str, Any]:
-    """Every policy in turn, `repeats` times: on rank 0 the figures of each one's last run, its
-    rates, and the ratios of its rates to those of the last policy. Collective. Raises OptionError
-    for rows that a policy could not answer."""
+    """Every way in turn, `repeats` times: on rank 0 the figures of each one's last run, the median
+    rates, what the simulator predicts from the speeds measured in the last way, and the ratios to
+    the last way. Collective. Raises OptionError for rows that a way could not answer."""
     engines = {}
-    for name, policy in policies.items():
-        engines[name] = RankEngine(comm, model, replace(options, policy=policy))
+    for name, options in ways.items():
+        engines[name] = RankEngine(comm, model, options)
         engines[name].join()
         _check(name, engines[name], requests)
     warm_up(next(iter(engines.values())), requests)
     figures: dict[str, dict[str, Any]] = {}
-    rates: dict[str, list[float]] = {name: [] for name in policies}
+    rates: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, engine in engines.items():
             comm.share(None)
             figures[name] = run_once(engine, requests)
             rates[name].append(figures[name].get(RATE, 1.0))
-    *_, baseline = policies
+    if comm.world.rank:
+        return {}
+    *_, baseline = ways
+    speeds = [speed for each in figures.values() for speed in each["speed"]]
+    config = engines[baseline].config
+    predicted = {
+        name: predicted_rate(
+            model.config, engine.config, engine.config.policy, comm.world.size, speeds, requests
+        )
+        for name, engine in engines.items()
+    }
+    measured = {name: statistics.median(rates[name]) for name in ways}
     return {
         "rows": len(requests),
         "prompt_tokens": sum(request.prompt_len for request in requests),
         "output_tokens": sum(request.sampling.max_tokens for request in requests),
-        "pool_tokens": options.block_size * engines[baseline].config.num_blocks,
-        "median_rate": {name: statistics.median(rates[name]) for name in policies},
-        f"over_{baseline}": {name: ratios(rates[name], rates[baseline]) for name in policies},
+        "pool_tokens": config.block_size * config.num_blocks,
+        RATE: measured,
+        f"over_{baseline}": {name: ratios(rates[name], rates[baseline]) for name in ways},
+        "predicted_over_measured": {name: predicted[name] / measured[name] for name in ways},
         "figures": figures,
     }
+
+
+def draw(folder: Path, traces: Mapping[str, Mapping[str, Any]]) -> None:
+    """The comparisons by trace as plots in `folder`. Raises OptionError without matplotlib."""
+    baseline = next(key for key in next(iter(traces.values())) if key.startswith("over_"))
+    base = baseline.removeprefix("over_")
+    throughput = {
+        trace: {name: ratio["median"] for name, ratio in result[baseline].items()}
+        for trace, result in traces.items()
+    }
+    bars(folder / "throughput.svg", f"Throughput over {base}", throughput, "×", base)
+    for percentile in ("p50", "p99"):
+        gaps = {
+            trace: {
+                name: 1e3 * figures["between_tokens_s"][percentile]
+                for name, figures in result["figures"].items()
+                if figures["between_tokens_s"]
+            }
+            for trace, result in traces.items()
+        }
+        title = f"Time between two tokens of a row, {percentile}"
+        bars(folder / f"between-tokens-{percentile}.svg", title, gaps, "ms", None)
 
 
 def _check(name: str, engine: RankEngine, requests: Sequence[Request]) -> None:
     longest = max(request.prompt_len + request.sampling.max_tokens for request in requests)
     if longest > engine.capacity_tokens:
         raise OptionError(
-            f"the longest row may need the KV of {longest} tokens, and policy {name} has room for "
+            f"the longest row may need the KV of {longest} tokens, and {name} has room for "
             f"{engine.capacity_tokens}: give more --num-blocks, or scale the trace down"
         )

@@ -43,9 +43,13 @@ class ModelShape:
             raise OptionError(
                 f"{name_or_dir} is neither a model directory nor one of {', '.join(MODELS)}"
             )
-        config = ModelConfig.from_dir(folder)
+        return cls.of(ModelConfig.from_dir(folder), folder.resolve().name)
+
+    @classmethod
+    def of(cls, config: ModelConfig, name: str = "model") -> ModelShape:
+        """The shape of a model directory's configuration."""
         return cls(
-            name=folder.resolve().name,
+            name=name,
             layers=config.num_layers,
             hidden=config.hidden_size,
             intermediate=config.intermediate_size,

@@ -1,0 +1,57 @@
+"""What the simulator says of a run on real ranks, from speeds that such ranks have measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from statistics import mean
+
+from hpc_distkv.control.messages import Request
+from hpc_distkv.control.policy import POLICIES, Policy
+from hpc_distkv.engine.config import EngineConfig
+from hpc_distkv.model.config import ModelConfig
+from hpc_distkv.simulate.cluster import Cluster, Device, Measured
+from hpc_distkv.simulate.deployment import Deployment
+from hpc_distkv.simulate.models import ModelShape
+from hpc_distkv.simulate.simulation import Simulation
+from hpc_distkv.simulate.trace import Row
+
+BYTES_PER_SECOND = 2e9
+"""Of rBlocks that move in host memory; assumed: they are a small part of any run."""
+
+
+def predicted_rate(
+    model: ModelConfig,
+    config: EngineConfig,
+    policy: str | Policy,
+    ranks: int,
+    speeds: Sequence[Mapping[str, float]],
+    requests: Sequence[Request],
+) -> float:
+    """Output tokens per second that the simulator predicts for `requests` on `ranks` ranks of one
+    node. `speeds`: what ranks measured (`engine.instance.Speed`); their means count."""
+    policy = POLICIES[policy] if isinstance(policy, str) else policy
+    deployment = Deployment(
+        Cluster(1, ranks, Device("rank", 1e12, 0.0), measured=_measured(model, speeds)),
+        ModelShape.of(model),
+        1,
+        replace(config, policy=policy if ranks > 1 else POLICIES["queue"]),
+    )
+    rows = [Row(request.prompt_len, request.sampling.max_tokens) for request in requests]
+    figures = Simulation(deployment, rows).run().figures(deployment)
+    return float(figures["output_tokens_per_second"])
+
+
+def _measured(model: ModelConfig, speeds: Sequence[Mapping[str, float]]) -> Measured:
+    def typical(name: str) -> float:
+        return mean([speed[name] for speed in speeds if speed[name]] or [0.0])
+
+    return Measured(
+        fixed=typical("fixed"),
+        per_token=typical("per_token"),
+        prefill_per_token=typical("prompt"),
+        per_kv_token=typical("per_kv"),
+        per_pair=typical("prompt") / model.attention_tokens,
+        exchange=typical("exchange") / model.num_layers,
+        bytes_per_second=BYTES_PER_SECOND,
+    )
