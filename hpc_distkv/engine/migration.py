@@ -24,11 +24,16 @@ class Migrations:
         self._config = config
         self._target: dict[int, int] = {}
         """Migrating request → its next home."""
+        self._idle: set[int] = set()
+        """Creditors whose credit was of no use at the last report."""
 
-    @property
-    def active(self) -> bool:
-        """Whether any request migrates."""
-        return bool(self._target)
+    def return_credit(self) -> None:
+        """Give back what no request has used between two reports: its creditor has other uses."""
+        targets = set(self._target.values())
+        idle = {c for c, d in self._rm.debts.items() if d.credit and c not in targets}
+        for creditor in idle & self._idle:
+            self._rm.return_credit(creditor, self._rm.debts[creditor].credit)
+        self._idle = idle - self._idle
 
     def plan(self, running: Rows[Sequence], short: int) -> tuple[list[Move], list[Sequence]]:
         """Copies of this step, and the sequences that are handed over with it. `short`: rBlocks

@@ -148,8 +148,11 @@ class Scheduler:
 
     def demand(self) -> Demand:
         """Foreseen need against what there is. Credit that is not needed is given back."""
+        if self._migrations:
+            self._migrations.return_credit()
         credit = self._usable_credit()
-        self._return_credit(self._rm.credit - credit)
+        if self._config.policy.lending:
+            self._return_credit(self._rm.credit - credit)
         held = max(0, self._rm.usable) + (credit if self._config.policy.lending else 0)
         if self._starved and self.running:
             oldest = self.running[0]
@@ -172,7 +175,7 @@ class Scheduler:
             return Demand(
                 wanted, wanted_for, largest, whole, stuck, self._lendable() if whole else 0
             )
-        if not (self._migrations and self._migrations.active):
+        if self._config.policy.lending:
             shed = sum(self._moves.sheddable().values())
             self._return_credit(self._rm.usable + self._rm.credit - need - shed)
         rest = max(0, self._rm.usable + self._rm.credit - need)

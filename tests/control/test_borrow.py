@@ -22,7 +22,7 @@ def by_sorting(
     needs: list[Need], promised: list[int], debts: Debts, nodes: list[int], switches: list[int]
 ) -> list[Grant]:
     grants, left, debts = [], list(promised), dict(debts)
-    for _, debtor, wanted in sorted(needs):
+    for _, debtor, wanted, *_ in sorted(needs):
         ranked = sorted(
             (
                 reaches(set(debts), creditor, debtor),

@@ -199,9 +199,8 @@ def test_every_row_that_fits_alone_is_finished_and_the_oldest_never_goes_back(
 # -- what is asked for --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", ["lend", "lend-greedy"])
-def test_a_row_alone_is_admitted_beyond_the_pool_and_asks_for_what_it_lacks(policy):
-    scheduler = make(num_blocks=4, policy=policy)
+def test_a_row_alone_is_admitted_beyond_the_pool_and_asks_for_what_it_lacks():
+    scheduler = make(num_blocks=4, policy="lend-greedy")
     add(scheduler, 0, prompt=100)
     assert step(scheduler) == {0: 16}
     demand = scheduler.demand()
@@ -211,7 +210,7 @@ def test_a_row_alone_is_admitted_beyond_the_pool_and_asks_for_what_it_lacks(poli
 
 
 def test_it_is_starved_only_when_nobody_will_lend():
-    scheduler = make(num_blocks=4, policy="lend")
+    scheduler = make(num_blocks=4, policy="lend-greedy")
     add(scheduler, 0, prompt=100)
     step(scheduler)
     assert step(scheduler) == {}
@@ -222,7 +221,7 @@ def test_it_is_starved_only_when_nobody_will_lend():
 
 
 def test_it_is_starved_when_what_was_granted_does_not_come():
-    scheduler = make(num_blocks=4, policy="lend")
+    scheduler = make(num_blocks=4, policy="lend-greedy")
     add(scheduler, 0, prompt=100)
     step(scheduler)
     for _ in range(PATIENCE):
@@ -245,7 +244,7 @@ def test_nobody_starves_another_instances_rows_without_lending(policy):
 
 def test_more_steps_in_a_round_mean_more_growth_to_ask_for():
     def wanted(steps: int) -> int:
-        scheduler = make(num_blocks=1, policy="lend", max_num_batched_tokens=4)
+        scheduler = make(num_blocks=1, policy="lend-greedy", max_num_batched_tokens=4)
         add(scheduler, 0, prompt=3, max_tokens=1000)
         for _ in range(8):
             for _ in range(steps):
@@ -291,16 +290,56 @@ def test_a_row_waits_for_no_loan_that_does_not_pay(policy):
     assert (scheduler.preemptions == 1) == (policy == "lend")
 
 
-def test_a_row_that_waits_does_not_borrow_to_be_admitted_unless_it_fits_nowhere_else():
+def test_a_row_that_waits_and_fits_here_does_not_borrow_to_be_admitted():
     scheduler = make(num_blocks=12, policy="lend", max_num_batched_tokens=64)
     add(scheduler, 0, prompt=36, max_tokens=2)
     step(scheduler)
     add(scheduler, 1, prompt=20)
     assert scheduler.demand().wanted == 0
-    scheduler.waiting.clear()
-    add(scheduler, 2, prompt=60)
-    assert scheduler.demand().wanted > 0
-    assert scheduler.demand().wanted_for == 2
+
+
+# -- with a planner, a row too large for its instance begins with all it needs --------------------
+
+
+def large_and_small() -> Scheduler:
+    """A row of 15 rBlocks and one of 2 wait for the same 12."""
+    scheduler = make(num_blocks=12, policy="lend", max_num_batched_tokens=64)
+    add(scheduler, 0, prompt=59, max_tokens=2)
+    add(scheduler, 1, prompt=7, max_tokens=2)
+    return scheduler
+
+
+def test_a_row_too_large_waits_for_all_it_needs_and_others_pass_it():
+    scheduler = large_and_small()
+    assert step(scheduler) == {1: 7}
+    demand = scheduler.demand()
+    assert (demand.wanted_for, demand.whole, demand.largest) == (0, True, 15)
+    assert not demand.starved
+    assert step(scheduler) == {1: 1}
+    scheduler.rm.credit_opened(3, 2)
+    assert step(scheduler) == {}
+    scheduler.rm.credit_opened(3, 1)
+    assert 0 in step(scheduler)
+
+
+def test_the_credit_of_a_row_too_large_is_not_for_those_that_pass_it():
+    scheduler = large_and_small()
+    add(scheduler, 2, prompt=36)
+    scheduler.rm.credit_opened(3, 2)
+    assert step(scheduler) == {1: 7}
+
+
+def test_a_row_too_large_that_nobody_makes_room_for_is_starved_when_nothing_runs_here():
+    scheduler = make(num_blocks=12, policy="lend")
+    add(scheduler, 0, prompt=59)
+    starved = []
+    for _ in range(PATIENCE + 2):
+        demand = scheduler.demand()
+        starved.append(demand.starved)
+        assert (demand.wanted_for, demand.whole) == (0, True)
+        answer(scheduler, asked=demand.wanted)
+        assert step(scheduler) == {}
+    assert starved == [False] * PATIENCE + [True] * 2
 
 
 # -- what is lent -------------------------------------------------------------------------------
@@ -359,7 +398,7 @@ def test_what_is_kept_for_a_loan_is_neither_assigned_nor_admitted_into_but_lent(
 
 
 def test_credit_is_used_for_the_oldest_rblocks_of_the_longest_row():
-    scheduler = make(num_blocks=6, policy="lend")
+    scheduler = make(num_blocks=6, policy="lend-greedy")
     add(scheduler, 0, prompt=40)
     step(scheduler)
     scheduler.rm.credit_opened(3, 8)
