@@ -12,7 +12,7 @@ import click
 COMMANDS = {
     "generate": "Answer a batch file on all ranks of the job.",
     "validate": "Check a batch file without loading the model.",
-    "bench": "Measure throughput, remote attention and the cost of lending.",
+    "bench": "Measure throughput, policies, lending, the gManager; the published tables.",
     "simulate": "Run a trace on a described cluster in virtual time.",
 }
 RANK_VARIABLES = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")

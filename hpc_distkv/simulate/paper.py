@@ -27,8 +27,8 @@ EXPLAINED = {
     "GPUs as one instance do not, rows are refused and the ratio counts answered rows only.",
     "short": "Baseline: as many isolated instances as lend has, rows dealt out in turn. Rows that "
     "do not fit one instance are refused there and answered by lend.",
-    "long": "Baseline: tensor parallelism over as many GPUs as divide the heads. Across the paper's "
-    "125 MB/s Ethernet its all-reduces take seconds a step, so the ratio is far above the "
+    "long": "Baseline: tensor parallelism over as many GPUs as divide the heads. Across the "
+    "paper's 125 MB/s Ethernet its all-reduces take seconds a step, so the ratio is far above the "
     "published one, whose baseline is not described in detail; the second ratio is to one such "
     "instance per node.",
 }

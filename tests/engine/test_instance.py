@@ -10,6 +10,7 @@ from hpc_distkv.control.messages import (
     Changes,
     Counters,
     Header,
+    Report,
     Request,
     Sampling,
     pack_tokens,
@@ -34,10 +35,11 @@ def request(number: int, prompt: int, max_tokens: int = 8) -> Request:
     return Request(number, pack_tokens(range(prompt)), Sampling(max_tokens=max_tokens))
 
 
-def boundary(instance: Instance, now: float = 0.0, **answer: object) -> None:
-    """A round's answer, and the next report, which is not looked at."""
+def boundary(instance: Instance, now: float = 0.0, **answer: object) -> Report:
+    """A report and the answer to it."""
+    report = instance.report()
     instance.apply(Answer(round=instance.round, **answer), now)
-    instance.report()
+    return report
 
 
 def step(instance: Instance, now: float = 0.0, token: int = 5) -> dict[int, Header]:
@@ -52,7 +54,6 @@ def step(instance: Instance, now: float = 0.0, token: int = 5) -> dict[int, Head
 
 
 def give_credit(creditor: Instance, debtor: Instance, blocks: int) -> None:
-    creditor.report()
     boundary(creditor, lend={debtor.rm.instance: blocks})
     assert creditor.credits() == {debtor.rm.instance: blocks}
     debtor.open_credit(creditor.rm.instance, blocks)
@@ -71,8 +72,7 @@ def serve(creditor: Instance, debtor: int, header: Header, now: float = 0.0) -> 
 @pytest.mark.parametrize("number", [0, 2])
 def test_the_answer_of_another_round_is_refused(number):
     instance = make(3)
-    instance.report()
-    instance.apply(Answer(round=0), 0.0)
+    boundary(instance)
     instance.report()
     words = f"instance 3 got the answer of round {number} in round 1"
     with pytest.raises(ProtocolError, match=words):
@@ -91,109 +91,85 @@ def test_grants_beyond_the_promise_are_refused_and_counted():
 
 def test_nothing_is_promised_or_wanted_without_sharing():
     instance = make(policy="queue", num_blocks=4)
-    assert instance.report().promised == 0
+    assert boundary(instance).promised == 0
     boundary(instance, assign=[request(0, 16), request(1, 16)])
     step(instance)
-    report = instance.report
-    instance.rm.settle({})
-    assert (report().promised, report().wanted) == (0, 0)
+    report = boundary(instance)
+    assert (report.promised, report.wanted) == (0, 0)
 
 
 def test_loans_are_reported_when_they_change():
     instance = make()
 
-    def lent(**answer: object) -> dict[int, int] | None:
-        instance.apply(Answer(round=instance.round, **answer), 0.0)
-        return instance.report().changes.lent
-
-    assert instance.report().changes.lent is None
-    assert lent() is None
-    assert lent(lend={1: 2}) == {1: 2}
-    assert lent() is None
-    instance.credits()
-    assert lent() is None
-    instance.accept(1, Header([], 1, [], [], [], []), 0.0)
-    assert lent() == {1: 1}
+    assert boundary(instance, lend={1: 2}).changes.lent is None
+    assert boundary(instance).changes.lent == {1: 2}
+    assert boundary(instance).changes.lent is None
+    assert instance.credits() == {1: 2}
+    assert boundary(instance).changes.lent is None, "set aside is set aside"
+    serve(instance, 1, Header([], 1, [], [], [], []))
+    assert boundary(instance).changes.lent == {1: 1}
+    serve(instance, 1, Header([], 1, [], [], [], []))
+    assert boundary(instance).changes.lent == {}
 
 
 def test_loans_are_reported_after_a_grant_though_they_are_as_before():
-    """The ledger counts the grant of 1, but meanwhile 1 was returned."""
+    """The ledger counts the new rBlock, but as many were returned meanwhile."""
     instance = make()
-    instance.report()
     boundary(instance, lend={1: 2})
     instance.credits()
-    instance.accept(1, Header([], 1, [], [], [], []), 0.0)
-    instance.commit_served(1, [], [])
-    instance.apply(Answer(round=instance.round, lend={1: 1}), 0.0)
-    assert instance.report().changes.lent == {1: 2}
+    assert boundary(instance, lend={1: 1}).changes.lent == {1: 2}
+    serve(instance, 1, Header([], 1, [], [], [], []))
+    assert boundary(instance).changes.lent == {1: 2}
 
 
 def test_a_report_says_what_runs_and_what_is_free():
     instance = make(num_blocks=40, max_num_seqs=3)
-    instance.report()
     boundary(instance, assign=[request(3, 9), request(7, 12)])
     step(instance)
-    report = instance.report
-    instance.rm.settle({})
-    assert report().capacity == 40
-    assert report().free == 40 - 3 - 3
-    assert (report().running, report().seats) == (2, 1)
-    assert (report().youngest, report().youngest_blocks) == (7, 3)
-    assert report().kv_tokens == 9 + 12
+    report = boundary(instance)
+    assert report.capacity == 40
+    assert report.free == 40 - 3 - 3
+    assert (report.running, report.seats) == (2, 1)
+    assert (report.youngest, report.youngest_blocks) == (7, 3)
+    assert report.kv_tokens == 9 + 12
     # 8 tokens of output each; the first of them is made already.
-    assert report().row_blocks == pytest.approx((17 + 20) / 2 / BLOCK)
-    assert report().work_left == pytest.approx((17 - 9) + (20 - 12))
+    assert report.row_blocks == pytest.approx((17 + 20) / 2 / BLOCK)
+    assert report.work_left == pytest.approx((17 - 9) + (20 - 12))
 
 
 def test_kv_tokens_are_those_attended_to_here():
-    one, other = make(0), make(1)
-    give_credit(other, one, 2)
-    one.report()
-    boundary(one, assign=[request(0, 13)])
-    step(one)
-    moves = [one.rm.move_out(0, index, 1) for index in (0, 1)]
-    headers = one.headers(Plan([], moves, [], []), 0.0)
-    one.commit(Plan([], moves, [], []))
-    serve(other, 0, headers[1])
-    for instance in (one, other):
-        instance.rm.settle({})
+    one, other = borrowing()
     assert one.report().kv_tokens == 13 - 2 * BLOCK
     assert other.report().kv_tokens == 2 * BLOCK
 
 
 def test_outputs_are_expected_to_be_as_long_as_those_that_ended():
     instance = make()
-    instance.report()
     boundary(instance, assign=[request(0, 4, max_tokens=2)])
     for _ in range(2):
         step(instance)
     boundary(instance, assign=[request(1, 4, max_tokens=100)])
-    instance.rm.settle({})
     assert instance.report().work_left == pytest.approx(4 + 2)
 
 
 def test_counters_come_along_when_there_is_nothing_to_do():
     instance = make()
-    assert isinstance(instance.report().changes.counters, Counters)
+    assert isinstance(boundary(instance).changes.counters, Counters)
     boundary(instance, assign=[request(0, 4)])
-    instance.rm.settle({})
     assert instance.report().changes == Changes()
 
 
 def test_a_result_is_reported_once_with_its_times():
     instance = make()
-    instance.report()
     boundary(instance, now=10.0, assign=[request(0, 4, max_tokens=3)])
     for now in (11.0, 11.5, 13.0):
         step(instance, now)
-    instance.rm.settle({})
-    (result,) = instance.report().changes.results
+    (result,) = boundary(instance).changes.results
     assert (result.id, unpack_tokens(result.tokens)) == (0, [5, 5, 5])
     assert (result.first_token_time, result.total_time) == (1.0, 3.0)
     assert instance.counters.gaps == {gap_bin(0.5): 1, gap_bin(1.5): 1}
     assert instance.counters.generated_tokens == 3
     assert instance.counters.prompt_tokens == 4
-    instance.rm.settle({})
     assert instance.report().changes.results == []
 
 
@@ -203,10 +179,9 @@ def test_a_result_is_reported_once_with_its_times():
 def borrowing() -> tuple[Instance, Instance]:
     """Instance 0 has a row of which 1 hosts two rBlocks."""
     one, other = make(0), make(1)
-    give_credit(other, one, 5)
-    one.report()
     boundary(one, assign=[request(0, 13, max_tokens=30)])
     step(one)
+    give_credit(other, one, 5)
     moves = [one.rm.move_out(0, index, 1) for index in (0, 1)]
     headers = one.headers(Plan([], moves, [], []), 0.0)
     assert headers[1].moves == [(0, 0), (0, 1)]
@@ -261,11 +236,10 @@ def test_rblocks_come_home_by_the_same_header_on_both_sides():
 def migrating(**sizes: int) -> tuple[Instance, Instance, Plan, Header]:
     """Instance 0's row is about to go on at 1 at time 20."""
     one, other = make(0, policy="migrate"), make(1, policy="migrate", **sizes)
-    give_credit(other, one, 10)
-    one.report()
     boundary(one, now=10.0, assign=[request(0, 13, max_tokens=30)])
     step(one, now=12.0)
     step(one, now=13.0)
+    give_credit(other, one, 10)
     plan = one.plan()
     assert [sequence.id for sequence in plan.leaving] == [0]
     (header,) = one.headers(plan, 20.0).values()
@@ -286,7 +260,6 @@ def test_a_row_that_is_handed_over_keeps_its_tokens_and_its_ages():
     assert sequence.assigned_at == pytest.approx(1000 - 10)
     assert sequence.first_token_at == pytest.approx(1000 - 8)
     assert sequence.last_token_at == pytest.approx(1000 - 7)
-    other.rm.settle({})
     assert other.report().changes.adopted == [0]
     step(other, now=1001.0)
     assert sequence.tokens == [*range(13), 5, 5, 5]
@@ -303,7 +276,6 @@ def test_an_instance_with_a_row_too_many_reports_what_is_no_fault():
     step(other)
     serve(other, 0, header)
     assert len(other.scheduler.running) == 2
-    other.rm.settle({})
     Reports([encode_report(other.report())]).check(other.round)
 
 
