@@ -16,11 +16,12 @@ from hpc_distkv.comm.launch import LaunchError
 from hpc_distkv.comm.mpi import open_mpi
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.comm.waiter import StallError
+from hpc_distkv.control.wire import ReportError
 from hpc_distkv.engine.rank import EngineOptions
 from hpc_distkv.memory.loan import ProtocolError
 
 USAGE_STATUS = 2
-EXPECTED = (InputError, JournalError, StallError, ProtocolError)
+EXPECTED = (InputError, JournalError, StallError, ProtocolError, ReportError)
 """What ends a running job with a sentence that says everything."""
 
 

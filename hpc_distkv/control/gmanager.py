@@ -17,7 +17,7 @@ from hpc_distkv.control.links import Links
 from hpc_distkv.control.messages import Answer, Counters, Request, Result
 from hpc_distkv.control.planner import Planner
 from hpc_distkv.control.policy import POLICIES, Policy
-from hpc_distkv.control.wire import Reports
+from hpc_distkv.control.wire import ReportError, Reports
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +110,7 @@ class GManager:
         that no healthy instance sends."""
         reports = Reports(messages)
         reports.check(self.round_number)
+        self._check_rows(reports)
         results = self._observe(reports)
         plain = Answer(round=self.round_number)
         answers = Answers(plain)
@@ -129,6 +130,14 @@ class GManager:
         plain.stop = self.assignment.done
         self.round_number += 1
         return answers.encode(len(reports)), results
+
+    def _check_rows(self, reports: Reports) -> None:
+        for instance, changes in reports.changes.items():
+            for request in (*changes.adopted, *(result.id for result in changes.results)):
+                if request not in self.assignment.home:
+                    raise ReportError(
+                        f"instance {instance} reports request {request}, which nobody has to answer"
+                    )
 
     def _observe(self, reports: Reports) -> list[Result]:
         results: list[Result] = []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import msgspec
 import pytest
@@ -40,9 +41,16 @@ class Job:
     """A gManager, and the rounds with it."""
 
     def __init__(
-        self, instances: int, rows: Iterable[Request] = (), policy: Policy = GREEDY, **sizes: int
+        self,
+        instances: int,
+        rows: Iterable[Request] = (),
+        policy: Policy = GREEDY,
+        nodes: Sequence[int] = (),
+        **others: Any,
     ) -> None:
-        self.manager = GManager(iter(rows), Links([0] * instances), instances, policy, **sizes)
+        """All on one node but for `nodes`."""
+        links = Links(nodes or [0] * instances)
+        self.manager = GManager(iter(rows), links, instances, policy, **others)
         self.results: list[Result] = []
 
     def round(self, *reports: Report) -> list[Answer]:
@@ -161,6 +169,88 @@ def test_what_a_creditor_reports_replaces_what_was_granted():
     assert [*job.manager.ledger.pairs()] == [(0, 1, 1)]
     job.round(report(), lends({}))
     assert [*job.manager.ledger.pairs()] == []
+
+
+# -- how far loans may go -----------------------------------------------------------------------
+
+
+def granted(*reports: Report, **others: Any) -> dict[int, int]:
+    """Creditor → what instance 0 gets of it; two instances on one node, a third on another."""
+    answers = Job(3, nodes=[0, 0, 1], **others).round(*reports)
+    return {i: answer.lend[0] for i, answer in enumerate(answers) if answer.lend}
+
+
+def test_a_request_with_room_enough_nearby_waits_for_it():
+    wish = {"wanted": 5, "wanted_for": 0}
+    lenders = report(promised=2), report(promised=9)
+    assert granted(report(**wish, largest=15), *lenders) == {1: 2}
+    assert granted(report(**wish, largest=25), *lenders) == {1: 2, 2: 3}
+
+
+def test_links_are_near_over_which_a_prompts_queries_take_no_longer_than_computing_it():
+    def reaches_far(prompt_time: float) -> bool:
+        lenders = report(promised=2), report(promised=9, prompt_time=prompt_time)
+        short = report(wanted=5, wanted_for=0, largest=15, prompt_time=prompt_time)
+        return 2 in granted(short, *lenders, exchange_seconds=lambda c, rows: c * rows * 1e-4)
+
+    assert reaches_far(3e-4)
+    assert not reaches_far(5e-5)
+
+
+def test_victims_are_sought_where_their_room_is_of_use():
+    younger = [report(youngest=3, youngest_blocks=9), report(youngest=8, youngest_blocks=9)]
+    answers = Job(3, nodes=[0, 0, 1]).round(starving(3, largest=15), *younger)
+    assert [answer.give_way for answer in answers] == [0, 3, 0]
+    answers = Job(3, nodes=[0, 0, 1]).round(starving(3, largest=25), *younger)
+    assert [answer.give_way for answer in answers] == [0, 0, 3]
+
+
+@pytest.mark.xfail(strict=True, reason="victims are sought by where they live, not what they hold")
+def test_a_younger_row_that_holds_the_room_nearby_gives_way_wherever_it_lives():
+    """Its home is starved as well, so it never ends by itself."""
+    guest = report(wanted=4, wanted_for=9, starved=True, free=0, youngest=9, youngest_blocks=20)
+    answers = Job(3, nodes=[0, 0, 1]).round(starving(3, largest=15), lends({2: 10}, free=0), guest)
+    assert answers[2].give_way > 0
+
+
+# -- all at once --------------------------------------------------------------------------------
+
+
+def whole(wanted: int, **fields: object) -> Report:
+    return report(wanted=wanted, wanted_for=0, whole=True, largest=wanted, **fields)
+
+
+def test_a_row_that_needs_all_at_once_gets_all_or_nothing():
+    lenders = report(promised=2), report(promised=3), report(promised=1), report(promised=2)
+    answers = Job(5).round(whole(8), *lenders)
+    assert answers[0].granted == 8
+    assert [sum(answer.lend.values()) for answer in answers[1:]] == [2, 3, 1, 2]
+    answers = Job(5).round(whole(9), *lenders)
+    assert answers[0].granted == 0
+    assert not any(answer.lend for answer in answers)
+
+
+def test_room_gathers_for_a_row_that_needs_all_at_once():
+    answers = Job(3).round(whole(9), report(promised=2), report(promised=3))
+    assert answers[0].keep == 0
+    kept = answers[1].keep - 2, answers[2].keep - 3
+    assert sum(kept) >= 9 - 2 - 3
+    assert min(kept) > 0
+
+
+def test_room_that_gathers_for_an_older_row_is_not_for_a_younger_one_that_needs_all_too():
+    younger = msgspec.structs.replace(whole(4), wanted_for=7)
+    answers = Job(4).round(whole(9), younger, report(promised=3), report(promised=3))
+    assert [answer.granted for answer in answers] == [0, 0, 0, 0]
+
+
+def test_a_row_that_waits_for_all_starves_only_when_nothing_runs_that_could_end():
+    waiting = msgspec.structs.replace(whole(9), starved=True, wanted_for=0)
+    answers = Job(2).round(waiting, report(running=1, youngest=4, youngest_blocks=5))
+    assert [answer.give_way for answer in answers] == [0, 0]
+    assert answers[0].admit_before == NOBODY
+    answers = Job(2).round(waiting, report())
+    assert answers[0].admit_before == 0
 
 
 # -- loans that pay -----------------------------------------------------------------------------
