@@ -282,7 +282,12 @@ class GManager:
         self._patience = self.round_number + PATIENCE
         oldest, youngest = int(reports["wanted_for"][starved]), reports["youngest"]
         near = self._links.classes(starved) <= self._reach(reports, starved)
-        order = [int(i) for i in np.argsort(-youngest) if youngest[i] > oldest and near[i]]
+        order = [
+            int(i)
+            for i in np.argsort(-youngest)
+            if youngest[i] > oldest
+            and (near[i] or any(near[c] for c in self.ledger.creditors_of(int(i))))
+        ]
         guests = self.ledger.debtors_of(starved)
         for instance in [i for i in order if i in guests]:
             blocks = min(missing, guests[instance])

@@ -81,7 +81,7 @@ class Counters(msgspec.Struct):
     """Times a row could not take part in a step for want of an rBlock."""
     refused_grants: int = 0
     blocks_lent: int = 0
-    """rBlocks received from debtors."""
+    """rBlocks received from debtors, copies included."""
     blocks_borrowed: int = 0
     """rBlocks moved to creditors."""
     blocks_returned: int = 0

@@ -99,7 +99,11 @@ class Planner:
         able = reports["promised"] > 0 if not waiting else reports["capacity"] > 0
         state: dict[int, Load] = {}
         transfers = []
+        lending: set[int] = set()
+        borrowing: set[int] = set()
         for debtor in debtors:
+            if debtor in lending:
+                continue
             creditors = _least(use, able & (self._links.classes(debtor) <= reach(debtor)))
             for instance in (debtor, *creditors):
                 state.setdefault(instance, self._load(instance))
@@ -107,13 +111,15 @@ class Planner:
                 (
                     self._best(debtor, creditor, state, ledger)
                     for creditor in creditors
-                    if self._may_lend(debtor, creditor, ledger)
+                    if creditor not in borrowing and self._may_lend(debtor, creditor, ledger)
                 ),
                 default=(0.0, Transfer(debtor, debtor, 0)),
             )
             if best[0] > LEAST_GAIN:
                 transfers.append(best[1])
                 self._recent[best[1][:2]] = self._plans
+                borrowing.add(debtor)
+                lending.add(best[1].creditor)
                 ends = (debtor, best[1].creditor)
                 moved = _shift(state[ends[0]], state[ends[1]], best[1].blocks, self._size)
                 state.update(zip(ends, moved, strict=True))

@@ -108,6 +108,8 @@ class Instance:
         """As reported last."""
         self._arriving: dict[int, list[Sequence]] = {}
         """Debtor → what the header that is being served hands over."""
+        self._back: list[tuple[int, Sequence]] = []
+        """What came back while the step that handed it over was not over here."""
 
     # -- boundaries -----------------------------------------------------------------------------
 
@@ -149,7 +151,7 @@ class Instance:
             room_rows=room[0],
             room_tokens=room[1],
             running=len(running),
-            seats=self.config.max_num_seqs - len(running),
+            seats=max(0, self.config.max_num_seqs - len(running)),
             youngest=youngest.id if youngest else -1,
             youngest_blocks=self.rm.tables[youngest.id].blocks if youngest else 0,
             longest=self.scheduler.longest if self.config.policy.planner else 0,
@@ -249,6 +251,9 @@ class Instance:
         for sequence in plan.leaving:
             self.scheduler.hand_over(sequence)
             self.counters.migrations += 1
+        for debtor, sequence in self._back:
+            self._adopt(debtor, sequence)
+        self._back.clear()
         self.counters.peak_borrowed = max(self.counters.peak_borrowed, self.rm.borrowed)
 
     def append(self, rows: Rows[Row], tokens: Rows[int], now: float) -> None:
@@ -323,16 +328,22 @@ class Instance:
 
     def commit_served(self, debtor: int, outgoing: Rows[Move], incoming: Rows[Move]) -> None:
         """The moves of a header have arrived, and its queries have been served."""
-        self.counters.blocks_lent += sum(move.kind is Kind.LEND for move in incoming)
+        self.counters.blocks_lent += len(incoming)
         self.rm.commit(outgoing, incoming)
         for sequence in self._arriving.pop(debtor):
-            self.rm.adopt(debtor, sequence.id)
-            self.scheduler.adopt(sequence)
-            self._adopted.append(sequence.id)
+            if sequence.id in self.rm.tables:
+                self._back.append((debtor, sequence))
+            else:
+                self._adopt(debtor, sequence)
 
     def check(self) -> None:
         """Assert the bookkeeping invariants."""
         self.rm.check()
+
+    def _adopt(self, debtor: int, sequence: Sequence) -> None:
+        self.rm.adopt(debtor, sequence.id)
+        self.scheduler.adopt(sequence)
+        self._adopted.append(sequence.id)
 
     # -- handing over ---------------------------------------------------------------------------
 

@@ -82,13 +82,16 @@ class Moves:
                 for request, table in self._rm.tables.items()
                 if creditor in table.remote
             ]
-            for _, request in sorted(hosted):
-                for index in self._rm.tables[request].remote[creditor]:
-                    room = self._rm.usable + self._rm.bounce > 0
-                    if not (room and self._recall[creditor] > 0 and self._afford()):
-                        return moves
-                    moves.append(self._rm.bring_home(request, index, creditor))
-                    self._recall[creditor] -= 1
+            blocks = [
+                (request, index)
+                for _, request in sorted(hosted)
+                for index in self._rm.tables[request].remote[creditor]
+            ]
+            for request, index in blocks[: self._recall[creditor]]:
+                if self._rm.usable + self._rm.bounce <= 0 or not self._afford():
+                    return moves
+                moves.append(self._rm.bring_home(request, index, creditor))
+                self._recall[creditor] -= 1
         return moves
 
     def _afford(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from hpc_distkv.control.messages import NOBODY, Answer
@@ -26,6 +27,9 @@ GUEST_CHUNK = 128
 """Prompt tokens in a step while guests are hosted: their queries are served between layers."""
 PATIENCE = 2
 """Answers after which a sequence that lacks memory no longer waits for a grant."""
+
+
+NOTHING_PLANNED: Mapping[int, int] = {}
 
 
 class Row(NamedTuple):
@@ -176,8 +180,9 @@ class Scheduler:
                 wanted, wanted_for, largest, whole, stuck, self._lendable() if whole else 0
             )
         if self._config.policy.lending:
-            shed = sum(self._moves.sheddable().values())
-            self._return_credit(self._rm.usable + self._rm.credit - need - shed)
+            shed = self._moves.sheddable()
+            lacking = max(0, need - self._rm.usable)
+            self._return_credit(self._rm.credit - lacking - sum(shed.values()), shed)
         rest = max(0, self._rm.usable + self._rm.credit - need)
         return Demand(0, NOBODY, 0, False, False, min(rest, self._lendable()))
 
@@ -205,13 +210,15 @@ class Scheduler:
         """The next step: decodes first, then prefill chunks up to the token budget."""
         self._starved = self._short = False
         self._steps += 1
-        copies, leaving = self._plan_migrations()
         rows: dict[int, Row] = {}
-        self._plan_decodes(rows, leaving)
+        self._plan_decodes(rows)
         budget = self._config.max_num_batched_tokens
         if self._rm.guests:
             budget = min(budget, len(rows) + GUEST_CHUNK)
         self._plan_prefills(rows, budget - len(rows))
+        copies, leaving = self._plan_migrations()
+        for sequence in leaving:
+            rows.pop(sequence.id, None)
         moves, recalls = self._plan_moves() if self._rm.debts else ([], [])
         return Plan([rows[request] for request in sorted(rows)], copies + moves, recalls, leaving)
 
@@ -223,8 +230,8 @@ class Scheduler:
             need += self._missing(sequence, sequence.length + self._growth)
         return self._migrations.plan(self.running, need - self._rm.usable)
 
-    def _plan_decodes(self, rows: dict[int, Row], leaving: list[Sequence]) -> None:
-        for sequence in [s for s in self.running if s.remaining == 1 and s not in leaving]:
+    def _plan_decodes(self, rows: dict[int, Row]) -> None:
+        for sequence in [s for s in self.running if s.remaining == 1]:
             # An older one may have made it give way meanwhile.
             if sequence.id in self._rm.tables and self._make_room(sequence, 1, rows):
                 rows[sequence.id] = Row(sequence, 1)
@@ -375,9 +382,10 @@ class Scheduler:
         held = table.blocks if table else 0
         return max(0, self._config.blocks(min(tokens, sequence.final_len)) - held)
 
-    def _return_credit(self, surplus: int) -> None:
+    def _return_credit(self, surplus: int, planned: Mapping[int, int] = NOTHING_PLANNED) -> None:
+        """Give back `surplus` of the credit, but not what is `planned` to be used (by creditor)."""
         for creditor, debt in list(self._rm.debts.items()):
-            blocks = max(0, min(debt.credit, surplus))
+            blocks = max(0, min(debt.credit - planned.get(creditor, 0), surplus))
             self._rm.return_credit(creditor, blocks)
             surplus -= blocks
 

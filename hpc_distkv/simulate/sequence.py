@@ -59,6 +59,9 @@ class SizedSequence(Sequence):
         self._max_tokens = sized.sampling.max_tokens
         self.final_len = self.length + self._max_tokens - 1
 
+    def __repr__(self) -> str:
+        return f"SizedSequence({self.id}: {self.computed} of {self.length} computed)"
+
     def append(self, token: int, now: float) -> None:
         """One more output token, whichever."""
         self.length += 1

@@ -123,7 +123,7 @@ class Steps:
         moves = max(self._moving(member.number, m) for m in (plan.moves, plan.recalls))
         member.lasting = max(member.computing + exposed, moves)
         counters.partial_wait += exposed
-        counters.move_wait += member.lasting - member.computing - exposed
+        counters.move_wait += max(0.0, moves - member.computing - exposed)
         counters.bytes_queried += sum(rows for rows, _ in legs) * self._wire_bytes
         counters.bytes_moved += (len(plan.moves) + len(plan.recalls)) * self._block_bytes
         for number, seconds in served.items():

@@ -179,7 +179,6 @@ def test_a_row_misses_only_the_step_that_hands_it_over():
     assert [sequence.id for sequence in plan.leaving] == [1]
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="rows on their way give way too")
 def test_a_row_that_leaves_is_not_preempted_in_the_same_step():
     """Row 0 is denied what it asked for, so the youngest would have to give way."""
     scheduler = two_rows()

@@ -225,7 +225,6 @@ def test_bounce_slots_take_in_what_finds_no_room_and_only_that():
     assert roomy.rm.usable == 10
 
 
-@pytest.mark.xfail(strict=True, reason="a creditor whose part is done ends the recalls of all")
 def test_every_creditors_part_comes_home():
     rig = Rig({0: 41})
     rig.lend(3, (0, 0), (0, 1))

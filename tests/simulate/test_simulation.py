@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from hpc_distkv.control.policy import POLICIES
@@ -65,10 +65,12 @@ def virtual(figures: dict[str, Any]) -> dict[str, Any]:
     return {**figures, "rounds": rounds, "simulation": None}
 
 
+QUICK = [Phase.explicit, Phase.reuse, Phase.generate]
+"""A job that is stuck takes long to shrink."""
 rows = st.lists(st.builds(Row, st.integers(1, 90), st.integers(1, 30)), min_size=1, max_size=14)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, phases=QUICK)
 @given(rows, st.sampled_from(sorted(POLICIES)), st.integers(1, 4), st.integers(3, 12))
 def test_every_row_that_fits_is_answered_once_and_the_books_agree(rows, policy, instances, blocks):
     where = deployment(instances, blocks, policy)
@@ -81,7 +83,7 @@ def test_every_row_that_fits_is_answered_once_and_the_books_agree(rows, policy, 
     assert figures["output_tokens"] == sum(rows[n].output for n in fitting)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20, deadline=None, phases=QUICK)
 @given(rows, st.sampled_from(["lend", "lend-greedy", "migrate"]))
 def test_nobody_owes_anything_at_the_end(rows, policy):
     ended = run(deployment(policy=policy), rows)[1]
@@ -92,7 +94,7 @@ def test_nobody_owes_anything_at_the_end(rows, policy):
         assert rm.free == rm.num_blocks
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10, deadline=None, phases=QUICK)
 @given(rows, st.sampled_from(["lend", "migrate"]))
 def test_the_same_rows_give_the_same_figures(rows, policy):
     where = deployment(policy=policy)

@@ -1,0 +1,98 @@
+"""Instances as the planner sees them, and Infinite-LLM's model of a transfer by brute force."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hypothesis import strategies as st
+
+from hpc_distkv.control.links import Links
+from hpc_distkv.control.planner import Planner
+
+SIZE = 4
+"""Tokens of an rBlock."""
+EQUAL = {"fixed": 0.01, "per_token": 0.001, "per_kv": 1e-4}
+
+
+def free(link_class: int) -> float:
+    return 0.0
+
+
+def planner(instances: int, exchange: Callable[[int], float] = free) -> Planner:
+    return Planner(SIZE, Links([0] * instances), exchange)
+
+
+@st.composite
+def instance(draw: st.DrawFn) -> dict[str, float]:
+    longest = draw(st.sampled_from((0, 3, 30, 100)))
+    return {
+        "capacity": 400,
+        "free": 300,
+        "promised": draw(st.integers(0, 60)),
+        "running": draw(st.integers(1, 20)),
+        "seats": draw(st.sampled_from((0, 5, 20))),
+        "kv_tokens": longest * SIZE + draw(st.integers(0, 2000)),
+        "longest": longest,
+        "row_blocks": draw(st.sampled_from((1.0, 4.0, 10.0))),
+        "fixed": draw(st.sampled_from((0.01, 0.02))),
+        "per_token": draw(st.sampled_from((0.0, 0.0005, 0.001))),
+        "per_kv": draw(st.sampled_from((1e-5, 1e-4))),
+    }
+
+
+clusters = st.lists(instance(), min_size=2, max_size=4)
+
+
+@dataclass
+class Pair:
+    """What becomes of two instances when rBlocks move from one to the other, by Infinite-LLM's
+    model: a step takes W(β)/f(β) + Σ S/g, rows that wait fill all room."""
+
+    one: dict[str, float]
+    other: dict[str, float]
+    waiting: bool
+    exchange: float
+
+    def filled(self, one: dict[str, float]) -> tuple[float, float, float, int]:
+        """(rows, seats, KV tokens, spare rBlocks) after waiting rows took their seats."""
+        if not self.waiting:
+            return one["running"], 0, one["kv_tokens"], int(one["promised"])
+        new = min(one["seats"], one["promised"] / one["row_blocks"])
+        blocks = new * one["row_blocks"]
+        kv_tokens = one["kv_tokens"] + blocks * SIZE
+        return one["running"] + new, one["seats"] - new, kv_tokens, int(one["promised"] - blocks)
+
+    def time(self, one: dict[str, float], rows: float, kv_tokens: float) -> float:
+        return one["fixed"] * (rows > 0) + one["per_token"] * rows + one["per_kv"] * kv_tokens
+
+    def rate(self, one: dict[str, float], rows: float, kv_tokens: float, extra: float = 0) -> float:
+        return rows / (self.time(one, rows, kv_tokens) + extra) if rows else 0.0
+
+    def most(self) -> int:
+        """As many as the debtor has, the creditor has room for and its own step hides."""
+        rows, _, kv_tokens, _ = self.filled(self.one)
+        others, _, _, spare = self.filled(self.other)
+        hidden = self.time(self.one, rows, kv_tokens) / (self.other["per_kv"] * SIZE)
+        room = spare + (others * self.other["row_blocks"] if self.waiting else 0)
+        return int(min(self.one["longest"], hidden, room))
+
+    def gain(self, blocks: int) -> float:
+        rows, seats, kv_tokens, _ = self.filled(self.one)
+        others, _, other_kv, spare = self.filled(self.other)
+        more = min(seats, blocks / self.one["row_blocks"])
+        fewer = min(others, max(0, blocks - spare) / self.other["row_blocks"])
+        less_kv = kv_tokens + (more * self.one["row_blocks"] - blocks) * SIZE
+        more_kv = other_kv + (blocks - fewer * self.other["row_blocks"]) * SIZE
+        after = self.rate(self.one, rows + more, less_kv, self.exchange)
+        after += self.rate(self.other, others - fewer, more_kv)
+        before = self.rate(self.one, rows, kv_tokens) + self.rate(self.other, others, other_kv)
+        return after / before - 1
+
+
+def uneven() -> list[dict[str, float]]:
+    """One long row that fills an instance, and an instance of short rows that is half empty."""
+    return [
+        {"capacity": 100, "free": 0, "running": 1, "seats": 15, "kv_tokens": 400, "longest": 99},
+        {"capacity": 100, "free": 60, "promised": 50, "running": 16, "kv_tokens": 160},
+    ]

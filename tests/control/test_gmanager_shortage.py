@@ -1,0 +1,216 @@
+"""The gManager's answers when instances are short of memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from gmanager_rounds import Job, lends, requests, starving, uneven
+from hypothesis import given
+from hypothesis import strategies as st
+from made_reports import report
+
+from hpc_distkv.control.gmanager import PATIENCE
+from hpc_distkv.control.messages import NOBODY, Changes, Report
+from hpc_distkv.control.policy import POLICIES, Policy
+
+# -- loans --------------------------------------------------------------------------------------
+
+
+def test_both_sides_of_a_grant_are_told():
+    answers = Job(3).round(report(wanted=7, wanted_for=5), report(promised=4), report(promised=6))
+    assert [answer.granted for answer in answers] == [7, 0, 0]
+    assert [answer.lend for answer in answers] == [{}, {0: 1}, {0: 6}]
+
+
+def test_the_oldest_request_is_served_first():
+    answers = Job(3).round(
+        report(wanted=4, wanted_for=5), report(wanted=4, wanted_for=2), report(promised=5)
+    )
+    assert [answer.granted for answer in answers] == [1, 4, 0]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 50)), max_size=5),
+    st.sampled_from(sorted(POLICIES)),
+)
+def test_grants_stay_within_promises(instances, policy):
+    job = Job(len(instances), policy=POLICIES[policy])
+    reports = [
+        report(promised=promised, wanted=wanted, wanted_for=age, longest=1, running=1, fixed=0.1)
+        for promised, wanted, age in instances
+    ]
+    answers = job.round(*reports)
+    for instance, (promised, _, _) in enumerate(instances):
+        assert sum(answers[instance].lend.values()) <= promised
+        received = sum(answer.lend.get(instance, 0) for answer in answers)
+        assert answers[instance].granted == received
+    debts = {(d, c): w for c, answer in enumerate(answers) for d, w in answer.lend.items()}
+    assert {(d, c): w for d, c, w in job.manager.ledger.pairs()} == debts
+
+
+def test_a_migrating_request_needs_room_for_all_of_itself():
+    reports = report(wanted=2, wanted_for=1, longest=5), report(promised=10)
+    assert Job(2, policy=POLICIES["migrate"]).round(*reports)[0].granted == 7
+    assert Job(2).round(*reports)[0].granted == 2
+
+
+def test_what_a_creditor_reports_replaces_what_was_granted():
+    job = Job(2)
+    job.round(report(wanted=3), report(promised=5))
+    job.round(report(), lends({0: 1}))
+    assert [*job.manager.ledger.pairs()] == [(0, 1, 1)]
+    job.round(report(), report())
+    assert [*job.manager.ledger.pairs()] == [(0, 1, 1)]
+    job.round(report(), lends({}))
+    assert [*job.manager.ledger.pairs()] == []
+
+
+# -- how far loans may go -----------------------------------------------------------------------
+
+
+def granted(*reports: Report, **others: Any) -> dict[int, int]:
+    """Creditor → what instance 0 gets of it; two instances on one node, a third on another."""
+    answers = Job(3, nodes=[0, 0, 1], **others).round(*reports)
+    return {i: answer.lend[0] for i, answer in enumerate(answers) if answer.lend}
+
+
+def test_a_request_with_room_enough_nearby_waits_for_it():
+    wish = {"wanted": 5, "wanted_for": 0}
+    lenders = report(promised=2), report(promised=9)
+    assert granted(report(**wish, largest=15), *lenders) == {1: 2}
+    assert granted(report(**wish, largest=25), *lenders) == {1: 2, 2: 3}
+
+
+def test_links_are_near_over_which_a_prompts_queries_take_no_longer_than_computing_it():
+    def reaches_far(prompt_time: float) -> bool:
+        lenders = report(promised=2), report(promised=9, prompt_time=prompt_time)
+        short = report(wanted=5, wanted_for=0, largest=15, prompt_time=prompt_time)
+        return 2 in granted(short, *lenders, exchange_seconds=lambda c, rows: c * rows * 1e-4)
+
+    assert reaches_far(3e-4)
+    assert not reaches_far(5e-5)
+
+
+def test_victims_are_sought_where_their_room_is_of_use():
+    younger = [report(youngest=3, youngest_blocks=9), report(youngest=8, youngest_blocks=9)]
+    answers = Job(3, nodes=[0, 0, 1]).round(starving(3, largest=15), *younger)
+    assert [answer.give_way for answer in answers] == [0, 3, 0]
+    answers = Job(3, nodes=[0, 0, 1]).round(starving(3, largest=25), *younger)
+    assert [answer.give_way for answer in answers] == [0, 0, 3]
+
+
+def test_a_younger_row_that_holds_the_room_nearby_gives_way_wherever_it_lives():
+    """Its home is starved as well, so it never ends by itself."""
+    guest = report(wanted=4, wanted_for=9, starved=True, free=0, youngest=9, youngest_blocks=20)
+    answers = Job(3, nodes=[0, 0, 1]).round(starving(3, largest=15), lends({2: 10}, free=0), guest)
+    assert answers[2].give_way > 0
+
+
+# -- all at once --------------------------------------------------------------------------------
+
+
+def whole(wanted: int, **fields: object) -> Report:
+    return report(wanted=wanted, wanted_for=0, whole=True, largest=wanted, **fields)
+
+
+def test_a_row_that_needs_all_at_once_gets_all_or_nothing():
+    lenders = report(promised=2), report(promised=3), report(promised=1), report(promised=2)
+    answers = Job(5).round(whole(8), *lenders)
+    assert answers[0].granted == 8
+    assert [sum(answer.lend.values()) for answer in answers[1:]] == [2, 3, 1, 2]
+    answers = Job(5).round(whole(9), *lenders)
+    assert answers[0].granted == 0
+    assert not any(answer.lend for answer in answers)
+
+
+def test_room_gathers_for_a_row_that_needs_all_at_once():
+    answers = Job(3).round(whole(9), report(promised=2), report(promised=3))
+    assert answers[0].keep == 0
+    kept = answers[1].keep - 2, answers[2].keep - 3
+    assert sum(kept) >= 9 - 2 - 3
+    assert min(kept) > 0
+
+
+def test_room_that_gathers_for_an_older_row_is_not_for_a_younger_one_that_needs_all_too():
+    younger = msgspec.structs.replace(whole(4), wanted_for=7)
+    answers = Job(4).round(whole(9), younger, report(promised=3), report(promised=3))
+    assert [answer.granted for answer in answers] == [0, 0, 0, 0]
+
+
+def test_a_row_that_waits_for_all_starves_only_when_nothing_runs_that_could_end():
+    waiting = msgspec.structs.replace(whole(9), starved=True, wanted_for=0)
+    answers = Job(2).round(waiting, report(running=1, youngest=4, youngest_blocks=5))
+    assert [answer.give_way for answer in answers] == [0, 0]
+    assert answers[0].admit_before == NOBODY
+    answers = Job(2).round(waiting, report())
+    assert answers[0].admit_before == 0
+
+
+# -- starvation ---------------------------------------------------------------------------------
+
+
+def test_a_starved_request_makes_the_youngest_elsewhere_give_way_and_bars_admission():
+    job = Job(3)
+    for _ in range(PATIENCE):
+        job.round(report(), report(), report())
+    younger = [report(youngest=3, youngest_blocks=5), report(youngest=8, youngest_blocks=2)]
+    answers = job.round(starving(3), *younger)
+    assert [answer.admit_before for answer in answers] == [0, 0, 0]
+    assert [answer.give_way for answer in answers] == [0, 1, 2], "the youngest first"
+    assert all(answer.give_way_at == -1 for answer in answers)
+
+
+def test_those_with_rblocks_at_the_starved_ones_home_give_way_first():
+    job = Job(3)
+    job.round(report(), report(), report())
+    younger = [report(youngest=3, youngest_blocks=5), report(youngest=8, youngest_blocks=9)]
+    answers = job.round(starving(3, changes=Changes(lent={1: 4})), *younger)
+    assert [answer.give_way for answer in answers] == [0, 3, 0]
+    assert answers[1].give_way_at == 0
+
+
+def test_older_requests_never_give_way():
+    job = Job(3)
+    answers = job.round(starving(3, wanted_for=5), report(youngest=4, youngest_blocks=9), report())
+    assert [answer.give_way for answer in answers] == [0, 0, 0]
+    assert [answer.admit_before for answer in answers] == [5, 5, 5]
+
+
+def test_the_oldest_of_two_starved_requests_counts():
+    job = Job(3)
+    answers = job.round(
+        starving(3, wanted_for=5), starving(2, wanted_for=4), report(youngest=9, youngest_blocks=9)
+    )
+    assert answers[0].admit_before == 4
+    assert answers[2].give_way == 2
+
+
+def test_what_was_granted_needs_no_victims():
+    job = Job(3)
+    answers = job.round(starving(5), report(promised=3), report(youngest=9, youngest_blocks=9))
+    assert answers[0].granted == 3
+    assert answers[2].give_way == 2
+
+
+def test_victims_get_time_before_others_are_called():
+    job = Job(2)
+    rows = starving(3), report(youngest=3, youngest_blocks=1)
+    called = [job.round(*rows)[1].give_way for _ in range(2 * PATIENCE)]
+    assert called == [1, *[0] * (PATIENCE - 1)] * 2
+
+
+def test_nothing_is_shed_while_somebody_starves():
+    job = Job(3, requests(1), Policy(dgfm=False))
+    answers = job.round(*uneven(promised=10), starving(5))
+    assert answers[0].shed == {}
+    assert answers[1].lend == {2: 5}
+
+
+@pytest.mark.parametrize("policy", ["migrate", "queue", "isolated"])
+def test_nobody_gives_way_to_another_instance_without_lending(policy):
+    job = Job(2, policy=POLICIES[policy])
+    answers = job.round(starving(3), report(youngest=9, youngest_blocks=9))
+    assert [answer.admit_before for answer in answers] == [NOBODY, NOBODY]
+    assert answers[1].give_way == 0

@@ -1,0 +1,50 @@
+"""A scheduler without an engine."""
+
+from __future__ import annotations
+
+from hpc_distkv.control.messages import Answer, Request, Sampling, pack_tokens
+from hpc_distkv.control.policy import POLICIES
+from hpc_distkv.engine.config import EngineConfig
+from hpc_distkv.engine.scheduler import Scheduler
+from hpc_distkv.engine.sequence import Sequence
+from hpc_distkv.memory.rmanager import RManager
+
+BLOCK = 4
+
+
+def make(num_blocks: int = 100, policy: str = "queue", **limits: int) -> Scheduler:
+    sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 16} | limits
+    config = EngineConfig(num_blocks, BLOCK, policy=POLICIES[policy], **sizes)
+    scheduler = Scheduler(RManager(0, num_blocks), config)
+    scheduler.rm = scheduler._rm
+    return scheduler
+
+
+def add(scheduler: Scheduler, number: int, prompt: int, max_tokens: int = 8) -> Sequence:
+    request = Request(number, pack_tokens(range(prompt)), Sampling(max_tokens=max_tokens))
+    sequence = Sequence(request, assigned_at=0.0)
+    scheduler.add(sequence)
+    return sequence
+
+
+def step(scheduler: Scheduler) -> dict[int, int]:
+    """One step as the worker does it, with token 0 sampled; request → tokens computed."""
+    plan = scheduler.plan()
+    scheduler.rm.check()
+    scheduler.rm.commit(plan.moves, plan.recalls)
+    for sequence, tokens in plan.rows:
+        sequence.computed += tokens
+        if not sequence.remaining:
+            sequence.append(0, 0.0)
+            if sequence.finish_reason:
+                scheduler.finish(sequence)
+    scheduler.rm.check()
+    return {sequence.id: tokens for sequence, tokens in plan.rows}
+
+
+def answer(scheduler: Scheduler, asked: int = 0, **fields: object) -> None:
+    scheduler.apply(Answer(round=0, **fields), asked)
+
+
+def running(scheduler: Scheduler) -> list[int]:
+    return [sequence.id for sequence in scheduler.running]

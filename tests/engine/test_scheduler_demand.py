@@ -1,0 +1,247 @@
+"""What an instance asks of others and promises them, and what becomes of its credit."""
+
+from __future__ import annotations
+
+import pytest
+from schedules import add, answer, make, running, step
+
+from hpc_distkv.engine.scheduler import PATIENCE, Scheduler
+
+# -- what is asked for --------------------------------------------------------------------------
+
+
+def test_a_row_alone_is_admitted_beyond_the_pool_and_asks_for_what_it_lacks():
+    scheduler = make(num_blocks=4, policy="lend-greedy")
+    add(scheduler, 0, prompt=100)
+    assert step(scheduler) == {0: 16}
+    demand = scheduler.demand()
+    assert demand.wanted >= 25 - 4
+    assert demand.wanted_for == 0
+    assert demand.lendable == 0
+
+
+def test_it_is_starved_only_when_nobody_will_lend():
+    scheduler = make(num_blocks=4, policy="lend-greedy")
+    add(scheduler, 0, prompt=100)
+    step(scheduler)
+    assert step(scheduler) == {}
+    assert not scheduler.demand().starved
+    answer(scheduler, asked=21)
+    assert step(scheduler) == {}
+    assert scheduler.demand().starved
+
+
+def test_it_is_starved_when_what_was_granted_does_not_come():
+    scheduler = make(num_blocks=4, policy="lend-greedy")
+    add(scheduler, 0, prompt=100)
+    step(scheduler)
+    for _ in range(PATIENCE):
+        step(scheduler)
+        assert not scheduler.demand().starved
+        answer(scheduler, asked=21, granted=21)
+    step(scheduler)
+    assert scheduler.demand().starved
+
+
+@pytest.mark.parametrize("policy", ["migrate", "queue", "isolated"])
+def test_nobody_starves_another_instances_rows_without_lending(policy):
+    scheduler = make(num_blocks=4, policy=policy)
+    add(scheduler, 0, prompt=16, max_tokens=8)
+    for _ in range(3):
+        step(scheduler)
+        answer(scheduler, asked=2)
+    assert not scheduler.demand().starved
+
+
+def test_more_steps_in_a_round_mean_more_growth_to_ask_for():
+    def wanted(steps: int) -> int:
+        scheduler = make(num_blocks=1, policy="lend-greedy", max_num_batched_tokens=4)
+        add(scheduler, 0, prompt=3, max_tokens=1000)
+        for _ in range(8):
+            for _ in range(steps):
+                scheduler.plan()
+            answer(scheduler, granted=1)
+        return scheduler.demand().wanted
+
+    assert wanted(1) < wanted(20) < wanted(60)
+
+
+# -- with a planner, loans must pay -------------------------------------------------------------
+
+
+def two_that_fill(policy: str) -> Scheduler:
+    """Two rows that have 6 and 5 of 13 rBlocks, and are about to need more."""
+    scheduler = make(num_blocks=13, policy=policy, max_num_batched_tokens=64)
+    add(scheduler, 0, prompt=23, max_tokens=20)
+    add(scheduler, 1, prompt=20, max_tokens=20)
+    step(scheduler)
+    assert running(scheduler) == [0, 1]
+    return scheduler
+
+
+def test_without_a_planner_any_shortage_is_borrowed_against():
+    assert two_that_fill("lend-greedy").demand().wanted > 0
+
+
+def test_a_row_borrows_if_that_costs_less_than_to_compute_the_youngest_again():
+    """18 steps with an exchange each, against 21 tokens computed again."""
+    scheduler = two_that_fill("lend")
+    scheduler.exchange_tokens = 0.5
+    assert scheduler.demand().wanted > 0
+    scheduler.exchange_tokens = 2.0
+    assert scheduler.demand().wanted == 0
+
+
+@pytest.mark.parametrize("policy", ["lend", "lend-greedy"])
+def test_a_row_waits_for_no_loan_that_does_not_pay(policy):
+    scheduler = two_that_fill(policy)
+    scheduler.exchange_tokens = 100.0
+    goes_on = [0 in step(scheduler) for _ in range(8)]
+    assert all(goes_on) == (policy == "lend")
+    assert (scheduler.preemptions == 1) == (policy == "lend")
+
+
+def test_a_row_that_waits_and_fits_here_does_not_borrow_to_be_admitted():
+    scheduler = make(num_blocks=12, policy="lend", max_num_batched_tokens=64)
+    add(scheduler, 0, prompt=36, max_tokens=2)
+    step(scheduler)
+    add(scheduler, 1, prompt=20)
+    assert scheduler.demand().wanted == 0
+
+
+# -- with a planner, a row too large for its instance begins with all it needs --------------------
+
+
+def large_and_small() -> Scheduler:
+    """A row of 15 rBlocks and one of 2 wait for the same 12."""
+    scheduler = make(num_blocks=12, policy="lend", max_num_batched_tokens=64)
+    add(scheduler, 0, prompt=59, max_tokens=2)
+    add(scheduler, 1, prompt=7, max_tokens=2)
+    return scheduler
+
+
+def test_a_row_too_large_waits_for_all_it_needs_and_others_pass_it():
+    scheduler = large_and_small()
+    assert step(scheduler) == {1: 7}
+    demand = scheduler.demand()
+    assert (demand.wanted_for, demand.whole, demand.largest) == (0, True, 15)
+    assert not demand.starved
+    assert step(scheduler) == {1: 1}
+    scheduler.rm.credit_opened(3, 2)
+    assert step(scheduler) == {}
+    scheduler.rm.credit_opened(3, 1)
+    assert 0 in step(scheduler)
+
+
+def test_the_credit_of_a_row_too_large_is_not_for_those_that_pass_it():
+    scheduler = large_and_small()
+    add(scheduler, 2, prompt=36)
+    scheduler.rm.credit_opened(3, 2)
+    assert step(scheduler) == {1: 7}
+
+
+def test_a_row_too_large_that_nobody_makes_room_for_is_starved_when_nothing_runs_here():
+    scheduler = make(num_blocks=12, policy="lend")
+    add(scheduler, 0, prompt=59)
+    starved = []
+    for _ in range(PATIENCE + 2):
+        demand = scheduler.demand()
+        starved.append(demand.starved)
+        assert (demand.wanted_for, demand.whole) == (0, True)
+        answer(scheduler, asked=demand.wanted)
+        assert step(scheduler) == {}
+    assert starved == [False] * PATIENCE + [True] * 2
+
+
+# -- what is lent -------------------------------------------------------------------------------
+
+
+def test_nobody_younger_than_a_starved_request_is_admitted_and_its_room_is_lendable():
+    scheduler = make(num_blocks=10, policy="lend")
+    answer(scheduler, admit_before=3)
+    add(scheduler, 5, prompt=8)
+    assert step(scheduler) == {}
+    assert scheduler.demand().lendable == 10
+    add(scheduler, 2, prompt=8)
+    assert step(scheduler) == {2: 8}
+
+
+def test_room_for_a_first_chunk_is_not_lent_unless_somebody_starves():
+    scheduler = make(num_blocks=40, policy="lend")
+    assert 0 < scheduler.demand().lendable < 40
+    answer(scheduler, admit_before=0)
+    assert scheduler.demand().lendable == 40
+
+
+def test_room_that_rows_here_will_need_is_not_lent():
+    scheduler = make(num_blocks=40, policy="lend")
+    empty = scheduler.demand().lendable
+    add(scheduler, 0, prompt=9, max_tokens=8)
+    assert scheduler.demand().lendable == empty - 4, "16 tokens come to have KV"
+
+
+def test_an_instance_whose_pool_is_full_of_guests_takes_no_rows():
+    scheduler = make(num_blocks=8, policy="lend")
+    scheduler.rm.promise(8)
+    scheduler.rm.settle({1: 8})
+    assert scheduler.room() == (0, 0)
+
+
+def test_what_is_kept_for_a_loan_is_neither_assigned_nor_admitted_into_but_lent():
+    scheduler = make(num_blocks=20, policy="lend")
+    add(scheduler, 0, prompt=4)
+    step(scheduler)
+    add(scheduler, 1, prompt=30)
+    lendable = scheduler.demand().lendable
+    answer(scheduler, keep=15)
+    step(scheduler)
+    assert running(scheduler) == [0]
+    assert scheduler.room()[0] > 0
+    assert scheduler.demand().lendable > lendable
+    answer(scheduler, keep=18)
+    assert scheduler.room() == (0, 0)
+    answer(scheduler)
+    step(scheduler)
+    assert running(scheduler) == [0, 1]
+
+
+# -- credit -------------------------------------------------------------------------------------
+
+
+def test_credit_is_used_for_the_oldest_rblocks_of_the_longest_row():
+    scheduler = make(num_blocks=6, policy="lend-greedy")
+    add(scheduler, 0, prompt=40)
+    step(scheduler)
+    scheduler.rm.credit_opened(3, 8)
+    plan = scheduler.plan()
+    assert {(m.request, m.peer) for m in plan.moves} == {(0, 3)}
+    assert [m.block for m in plan.moves] == list(range(len(plan.moves)))
+    assert len(plan.moves) == 4, "all that is sealed may go"
+
+
+def test_credit_that_is_not_needed_is_returned():
+    scheduler = make(num_blocks=50, policy="lend")
+    scheduler.rm.credit_opened(3, 8)
+    assert scheduler.demand().wanted == 0
+    assert scheduler.rm.settle_debt(3) == ([], 8)
+
+
+def test_credit_for_what_the_planner_moves_is_kept():
+    scheduler = make(num_blocks=50, policy="lend")
+    add(scheduler, 0, prompt=16)
+    step(scheduler)
+    scheduler.rm.credit_opened(3, 8)
+    answer(scheduler, shed={3: 2})
+    scheduler.demand()
+    assert scheduler.rm.settle_debt(3) == ([], 6)
+
+
+def test_the_longest_row_counts_by_what_is_sealed_at_home():
+    scheduler = make(num_blocks=50, policy="lend")
+    assert scheduler.longest == 0
+    add(scheduler, 0, prompt=11)
+    step(scheduler)
+    assert scheduler.longest == 2
+    scheduler.rm.credit_opened(3, 1)
+    scheduler.rm.commit([scheduler.rm.move_out(0, 0, 3)], [])
+    assert scheduler.longest == 1
