@@ -37,18 +37,25 @@ class Assignment:
         self._requests = requests
         self._attention_tokens = attention_tokens
         self._outputs = MeanOutput()
+        self._returned = deque[Request]()
+        """Rows that come before all others."""
         self._dealt = None if queue else [deque[Request]() for _ in range(instances)]
         self._next = 0
 
     @property
     def done(self) -> bool:
         """Every row was assigned and has its result."""
-        return self.exhausted and not self.home and not any(self._dealt or ())
+        return not self.waiting and not self.home
 
     @property
     def waiting(self) -> bool:
         """Whether there may be rows that no instance has yet."""
-        return not self.exhausted or any(self._dealt or ())
+        return not self.exhausted or bool(self._returned) or any(self._dealt or ())
+
+    def take_back(self, request: Request) -> None:
+        """An instance returns a row that it has not begun."""
+        del self.home[request.id]
+        self._returned.append(request)
 
     def finish(self, result: Result) -> None:
         """A row has its result."""
@@ -119,6 +126,8 @@ class Assignment:
         return True
 
     def _pull(self) -> Request | None:
+        if self._returned:
+            return self._returned.popleft()
         if self.exhausted:
             return None
         request = next(self._requests, None)

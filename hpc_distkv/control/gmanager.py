@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 
 import msgspec
 import numpy as np
@@ -121,10 +121,13 @@ class GManager:
             self._call_victims(reports, starved, answers)
         elif self._planner:
             self._transfer(reports, promised, answers)
-        for instance, rows in self.assignment.assign(
+        given = self.assignment.assign(
             reports["room_rows"], reports["room_tokens"], reports["work_left"]
-        ).items():
+        )
+        for instance, rows in given.items():
             answers[instance].assign = rows
+        if self._policy.queue and not self.assignment.waiting:
+            self._spread_tail(reports, given, answers)
         if self._policy.dgfm and self.ledger.total:
             self._recall(reports, promised, answers)
         plain.stop = self.assignment.done
@@ -133,7 +136,9 @@ class GManager:
 
     def _check_rows(self, reports: Reports) -> None:
         for instance, changes in reports.changes.items():
-            for request in (*changes.adopted, *(result.id for result in changes.results)):
+            rows = [result.id for result in changes.results]
+            rows += [request.id for request in changes.returned]
+            for request in (*changes.adopted, *rows):
                 if request not in self.assignment.home:
                     raise ReportError(
                         f"instance {instance} reports request {request}, which nobody has to answer"
@@ -147,6 +152,8 @@ class GManager:
             if changes.counters is not None:
                 self.counters[instance] = changes.counters
             results += changes.results
+            for request in changes.returned:
+                self.assignment.take_back(request)
             self.assignment.home.update(dict.fromkeys(changes.adopted, instance))
         for result in results:
             self.assignment.finish(result)
@@ -154,6 +161,18 @@ class GManager:
         self.free = int(reports["free"].sum())
         self.capacity = int(reports["capacity"].sum())
         return results
+
+    def _spread_tail(self, reports: Reports, given: Container[int], answers: Answers) -> None:
+        """No row is left to assign: instances with nothing to do get what waits at others."""
+        waiting = np.where(reports["running"] > 0, reports["waiting"], 0)
+        idle = np.flatnonzero((reports["running"] == 0) & (reports["waiting"] == 0)).tolist()
+        for _ in [instance for instance in idle if instance not in given]:
+            donor = int(waiting.argmax())
+            if not waiting[donor]:
+                return
+            share = (int(waiting[donor]) + 1) // 2
+            answers[donor].give_back += share
+            waiting[donor] -= share
 
     # -- loans ----------------------------------------------------------------------------------
 

@@ -161,6 +161,8 @@ class Changes(msgspec.Struct, frozen=True, array_like=True):
     adopted: list[int] = []
     """Requests of other instances that were handed over to this one."""
     counters: Counters | None = None
+    returned: list[Request] = []
+    """Rows that were not begun and go to another instance."""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -189,6 +191,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Prompt tokens after which no further row should be assigned."""
     running: int = 0
     """Rows that have rBlocks."""
+    waiting: int = 0
+    """Rows that were not begun."""
     seats: int = 0
     """Further rows that may run, if there is memory."""
     youngest: int = -1
@@ -220,6 +224,8 @@ class Answer(msgspec.Struct, omit_defaults=True):
 
     round: int
     assign: list[Request] = []
+    give_back: int = 0
+    """Rows that were not begun to return, the youngest first."""
     lend: dict[int, int] = {}
     """Debtor → rBlocks of the promise to set aside for it."""
     granted: int = 0

@@ -24,6 +24,7 @@ COLUMNS = {
     "room_rows": "i",
     "room_tokens": "i",
     "running": "i",
+    "waiting": "i",
     "seats": "i",
     "youngest": "q",
     "youngest_blocks": "i",

@@ -104,6 +104,7 @@ class Instance:
         """Measured seconds per prompt token, and of a decode step's waits for partial results."""
         self._results: list[Result] = []
         self._adopted: list[int] = []
+        self._returned: list[Sequence] = []
         self._lent: dict[int, int] = {}
         """As reported last."""
         self._arriving: dict[int, list[Sequence]] = {}
@@ -129,6 +130,7 @@ class Instance:
         for request in answer.assign:
             self.scheduler.add(self._sequence(request, now))
         self.scheduler.apply(answer, self._asked)
+        self._returned = self.scheduler.give_back(answer.give_back)
         self.round += 1
 
     def report(self) -> Report:
@@ -151,6 +153,7 @@ class Instance:
             room_rows=room[0],
             room_tokens=room[1],
             running=len(running),
+            waiting=sum(not sequence.output_len for sequence in self.scheduler.waiting),
             seats=max(0, self.config.max_num_seqs - len(running)),
             youngest=youngest.id if youngest else -1,
             youngest_blocks=self.rm.tables[youngest.id].blocks if youngest else 0,
@@ -173,9 +176,10 @@ class Instance:
             lent=lent if lent != self._lent else None,
             results=self._results,
             adopted=self._adopted,
+            returned=[sequence.request for sequence in self._returned],
             counters=self._count() if idle or self.round % COUNTED_ROUNDS == 0 else None,
         )
-        self._lent, self._results, self._adopted = lent, [], []
+        self._lent, self._results, self._adopted, self._returned = lent, [], [], []
         return changes
 
     def _count(self) -> Counters:

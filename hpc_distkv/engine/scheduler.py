@@ -124,6 +124,14 @@ class Scheduler:
         self.running.remove(sequence)
         self._rm.hand_over(sequence.id)
 
+    def give_back(self, rows: int) -> list[Sequence]:
+        """The youngest waiting sequences, up to `rows`, that were not begun: they go elsewhere."""
+        fresh = [sequence for sequence in self.waiting if not sequence.output_len]
+        given = fresh[max(0, len(fresh) - rows) :]
+        for sequence in given:
+            self.waiting.remove(sequence)
+        return given
+
     def apply(self, answer: Answer, asked: int) -> None:
         """What a control round brought: the last report asked for `asked` rBlocks."""
         self._admit_before = answer.admit_before
