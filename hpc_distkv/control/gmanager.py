@@ -67,10 +67,10 @@ class GManager:
 
     Progress of the oldest request is guaranteed here. A request that can't go on although all
     younger ones at its home gave way reports itself starved; then nobody younger is admitted
-    anywhere, and if the promises don't suffice, the youngest requests of the cluster are
-    preempted, those with rBlocks at the starved request's home first, until the rBlocks it wants
-    are free. Every request fits in the whole cluster, so this ends with its finish at the latest
-    when it is alone.
+    anywhere, any promise will do, and if the promises don't suffice, the youngest requests of the
+    cluster are preempted, those with rBlocks at the starved request's home first and those nearby
+    before others, until the rBlocks it wants are free. Every request fits in the whole cluster, so
+    this ends with its finish at the latest when it is alone.
     """
 
     def __init__(
@@ -115,8 +115,9 @@ class GManager:
         plain = Answer(round=self.round_number)
         answers = Answers(plain)
         promised = reports["promised"].astype(np.int64)
-        self._serve_needs(reports, promised, answers)
-        if (starved := self._starved(reports)) is not None:
+        starved = self._starved(reports)
+        self._serve_needs(reports, starved, promised, answers)
+        if starved is not None:
             plain.admit_before = int(reports["wanted_for"][starved])
             self._call_victims(reports, starved, answers)
         elif self._planner:
@@ -176,14 +177,16 @@ class GManager:
 
     # -- loans ----------------------------------------------------------------------------------
 
-    def _serve_needs(self, reports: Reports, promised: Blocks, answers: Answers) -> None:
+    def _serve_needs(
+        self, reports: Reports, starved: int | None, promised: Blocks, answers: Answers
+    ) -> None:
         """Grants for those that are short, oldest request first."""
         needs = [
             Need(
                 int(reports["wanted_for"][i]),
                 i,
                 self._need(reports, i),
-                self._reach(reports, i),
+                ANYWHERE if i == starved else self._reach(reports, i),
                 bool(reports["whole"][i]),
             )
             for i in np.flatnonzero(reports["wanted"]).tolist()
@@ -301,12 +304,8 @@ class GManager:
         self._patience = self.round_number + PATIENCE
         oldest, youngest = int(reports["wanted_for"][starved]), reports["youngest"]
         near = self._links.classes(starved) <= self._reach(reports, starved)
-        order = [
-            int(i)
-            for i in np.argsort(-youngest)
-            if youngest[i] > oldest
-            and (near[i] or any(near[c] for c in self.ledger.creditors_of(int(i))))
-        ]
+        order = [int(i) for i in np.argsort(-youngest) if youngest[i] > oldest]
+        order.sort(key=lambda i: not (near[i] or any(near[c] for c in self.ledger.creditors_of(i))))
         guests = self.ledger.debtors_of(starved)
         for instance in [i for i in order if i in guests]:
             blocks = min(missing, guests[instance])
