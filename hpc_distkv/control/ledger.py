@@ -46,24 +46,9 @@ class DebtLedger:
             for debtor, blocks in self._lent[creditor].items():
                 yield debtor, creditor, blocks
 
-    def partners(self, instance: int) -> set[int]:
-        """Instances that `instance` has a loan with, in either direction."""
-        return self._owed[instance].keys() | self._lent[instance].keys()
-
     def members(self) -> AbstractSet[int]:
         """Instances that borrow or lend."""
         return self._members
-
-    def components(self) -> list[list[int]]:
-        """Sets of instances that step together, each ascending; instances without loans are in
-        none."""
-        seen, components = set[int](), []
-        for start in sorted(self._members):
-            if start not in seen:
-                component = _reachable(start, self.partners)
-                seen |= component
-                components.append(sorted(component))
-        return components
 
     def closes_circle(self, debtor: int, creditor: int) -> bool:
         """Whether a debt of `debtor` to `creditor` would close a circle of debts: `creditor`

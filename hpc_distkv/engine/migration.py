@@ -27,6 +27,16 @@ class Migrations:
         self._idle: set[int] = set()
         """Creditors whose credit was of no use at the last report."""
 
+    @property
+    def active(self) -> bool:
+        """Whether a request is on its way that has credit for all that is left of it."""
+        return any(
+            request in self._rm.tables
+            and creditor in self._rm.debts
+            and self._left(request) <= self._rm.debts[creditor].credit
+            for request, creditor in self._target.items()
+        )
+
     def return_credit(self) -> None:
         """Give back what no request has used between two reports: its creditor has other uses."""
         targets = set(self._target.values())
@@ -46,7 +56,8 @@ class Migrations:
             creditor = self._target.get(sequence.id)
             if creditor is None or sequence.remaining != 1:
                 continue
-            copied, left = self._progress(sequence)
+            left = self._left(sequence.id)
+            copied = self._rm.tables[sequence.id].blocks - left
             if creditor not in self._rm.debts or self._rm.debts[creditor].credit < left:
                 continue
             sealed = sequence.computed // self._config.block_size
@@ -76,8 +87,7 @@ class Migrations:
                 _, request = min(enough) if enough else max(fitting)
                 self._target[request] = creditor
 
-    def _progress(self, sequence: Sequence) -> tuple[int, int]:
-        """rBlocks copied, and rBlocks left to copy."""
-        copies = self._rm.copies.get(sequence.id)
-        copied = copies.blocks if copies else 0
-        return copied, self._rm.tables[sequence.id].blocks - copied
+    def _left(self, request: int) -> int:
+        """rBlocks left to copy."""
+        copies = self._rm.copies.get(request)
+        return self._rm.tables[request].blocks - (copies.blocks if copies else 0)

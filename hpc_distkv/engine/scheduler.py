@@ -89,7 +89,7 @@ class Scheduler:
         self._short = False
         self._short_answers = 0
         self._whole_reports = 0
-        """Reports in a row that asked for a whole sequence while nothing ran."""
+        """Reports in a row that asked for all that a waiting sequence needs."""
         self._migrations = Migrations(rmanager, config) if config.policy.migrate else None
         self._steps = 0
         self._growth = MOST_GROWTH // 4
@@ -182,13 +182,17 @@ class Scheduler:
                 largest = max(largest, self._config.blocks(sequence.final_len))
         if wanted:
             whole = bool(self.waiting) and wanted_for == self.waiting[0].id
-            self._whole_reports = self._whole_reports + 1 if whole and not self.running else 0
-            stuck = self._whole_reports > PATIENCE
+            self._whole_reports = self._whole_reports + 1 if whole else 0
+            stuck = self._whole_reports > PATIENCE and not self.running
+            if self._whole_reports > PATIENCE and self._denied:
+                # What does not suffice is not held back from others.
+                wanted += self._rm.credit
+                self._return_credit(self._rm.credit)
             return Demand(
                 wanted, wanted_for, largest, whole, stuck, self._lendable() if whole else 0
             )
         if self._config.policy.lending:
-            shed = self._moves.sheddable()
+            shed = self._moves.sheddable() if self._movable() else {}
             lacking = max(0, need - self._rm.usable)
             self._return_credit(self._rm.credit - lacking - sum(shed.values()), shed)
         rest = max(0, self._rm.usable + self._rm.credit - need)
@@ -326,7 +330,9 @@ class Scheduler:
 
     def _hopes(self, sequence: Sequence) -> bool:
         """Whether rBlocks will come without anybody giving way."""
-        if self._rm.credit and self._movable():
+        if self._migrations and self._migrations.active:
+            return True
+        if self._config.policy.lending and self._rm.credit and self._movable():
             return True
         hope = not self._denied and self._short_answers < PATIENCE
         return hope and self._worth_borrowing(sequence)

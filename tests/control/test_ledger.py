@@ -40,7 +40,6 @@ def test_reports_replace_a_creditors_row_and_grants_add_to_it(changes):
     for i in range(MOST):
         assert ledger.creditors_of(i) == {c: w for (d, c), w in debts.items() if d == i}
         assert ledger.debtors_of(i) == {d: w for (d, c), w in debts.items() if c == i}
-        assert ledger.partners(i) == {sum(pair) - i for pair in debts if i in pair}
 
 
 @given(graphs)
@@ -51,16 +50,3 @@ def test_a_circle_closes_exactly_where_the_creditor_already_reaches_the_debtor(g
         closes = reaches(set(debts), creditor, debtor)
         assert ledger.closes_circle(debtor, creditor) == closes
         assert (creditor in ledger.owing(debtor)) == closes
-
-
-@given(graphs)
-def test_components_are_the_members_joined_by_debts(graph):
-    n, debts = graph
-    ledger = ledger_of(n, debts)
-    components = ledger.components()
-    assert sorted(itertools.chain(*components)) == sorted(ledger.members())
-    assert all(len(c) > 1 and c == sorted(c) for c in components)
-    both_ways = {arc for d, c in debts for arc in ((d, c), (c, d))}
-    for a, b in itertools.combinations(range(n), 2):
-        together = any(a in component and b in component for component in components)
-        assert together == reaches(both_ways, a, b)
