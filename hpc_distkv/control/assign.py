@@ -15,6 +15,14 @@ from hpc_distkv.control.work import MeanOutput, work
 DEALT_AHEAD = 10_000
 """Rows dealt to one instance ahead of its room at most; then the others wait for it."""
 
+LOOK_AHEAD = 16
+"""Rows per instance that are read before they can be assigned: when these are the last ones, the
+longest of them go first."""
+MOST_AHEAD = 16_384
+"""Rows that are read ahead at most, however many instances there are."""
+READ_AT_ONCE = 8
+"""Rows read for each that is assigned, until enough are ahead: so no round takes long."""
+
 Numbers = np.ndarray[Any, Any]
 
 
@@ -34,13 +42,27 @@ class Assignment:
         self.exhausted = False
         self.home: dict[int, int] = {}
         """Unfinished request → its home instance."""
+        self._limits: dict[int, int] = {}
+        """Unfinished request → output tokens that it may make."""
+        self._given_work, self._given_limits = 0.0, 0
+        """Of all rows given so far: work of their prompts, and output limits."""
         self._requests = requests
         self._attention_tokens = attention_tokens
         self._outputs = MeanOutput()
+        self._ahead = deque[Request]()
+        """Rows that were read and wait for an instance."""
+        self._most_ahead = min(instances * LOOK_AHEAD, MOST_AHEAD)
+        self._step_tokens = 1.0
         self._returned = deque[Request]()
         """Rows that come before all others."""
         self._dealt = None if queue else [deque[Request]() for _ in range(instances)]
         self._next = 0
+
+    @property
+    def prompt_work(self) -> float:
+        """Work of prompts for each output token, of all rows assigned so far."""
+        outputs = self._outputs.expected(self._given_limits)
+        return self._given_work / outputs if outputs else 0.0
 
     @property
     def done(self) -> bool:
@@ -50,23 +72,29 @@ class Assignment:
     @property
     def waiting(self) -> bool:
         """Whether there may be rows that no instance has yet."""
-        return not self.exhausted or bool(self._returned) or any(self._dealt or ())
+        return not self.exhausted or bool(self._returned or self._ahead) or any(self._dealt or ())
 
     def take_back(self, request: Request) -> None:
         """An instance returns a row that it has not begun."""
-        del self.home[request.id]
+        del self.home[request.id], self._limits[request.id]
         self._returned.append(request)
 
     def finish(self, result: Result) -> None:
         """A row has its result."""
         del self.home[result.id]
-        self._outputs.add(len(result.tokens) // 4)
+        self._outputs.add(len(result.tokens) // 4, self._limits.pop(result.id))
 
     def assign(
-        self, room_rows: Numbers, room_tokens: Numbers, work_left: Numbers
+        self,
+        room_rows: Numbers,
+        room_tokens: Numbers,
+        work_left: Numbers,
+        step_tokens: float = 1.0,
     ) -> dict[int, list[Request]]:
-        """New rows by instance; instances without any are left out. Arguments have one value per
-        instance: rows and prompt tokens there is room for, work it has already."""
+        """New rows by instance; instances without any are left out. Numbers have one value per
+        instance: rows and prompt tokens there is room for, work it has already. `step_tokens`:
+        prompt tokens that could be computed in the time of a decode step."""
+        self._step_tokens = step_tokens
         given: dict[int, list[Request]] = {}
         if not self.waiting:
             return given
@@ -126,16 +154,36 @@ class Assignment:
         return True
 
     def _pull(self) -> Request | None:
+        if not self.exhausted:
+            self._read_ahead()
         if self._returned:
             return self._returned.popleft()
-        if self.exhausted:
-            return None
-        request = next(self._requests, None)
-        self.exhausted = request is None
-        return request
+        return self._ahead.popleft() if self._ahead else None
+
+    def _read_ahead(self) -> None:
+        """Read on. When the last rows are in sight, those come first that take longest: one that
+        began last would be waited for at the end."""
+        for _ in range(READ_AT_ONCE):
+            if len(self._ahead) >= self._most_ahead:
+                return
+            request = next(self._requests, None)
+            if request is None:
+                self.exhausted = True
+                if self._dealt is None:
+                    self._ahead = deque(sorted(self._ahead, key=self._duration, reverse=True))
+                return
+            self._ahead.append(request)
+
+    def _duration(self, request: Request) -> float:
+        """How long a row takes, in prompt tokens."""
+        prompt = work(0, request.prompt_len, self._attention_tokens)
+        return prompt + self._step_tokens * self._outputs.expected(request.sampling.max_tokens)
 
     def _give(self, request: Request, instance: int, given: dict[int, list[Request]]) -> None:
         self.home[request.id] = instance
+        self._limits[request.id] = request.sampling.max_tokens
+        self._given_work += work(0, request.prompt_len, self._attention_tokens)
+        self._given_limits += request.sampling.max_tokens
         given.setdefault(instance, []).append(request)
 
     def _work(self, request: Request) -> float:

@@ -123,7 +123,10 @@ class GManager:
         elif self._planner:
             self._transfer(reports, promised, answers)
         given = self.assignment.assign(
-            reports["room_rows"], reports["room_tokens"], reports["work_left"]
+            reports["room_rows"],
+            reports["room_tokens"],
+            reports["work_left"],
+            _step_tokens(reports),
         )
         for instance, rows in given.items():
             answers[instance].assign = rows
@@ -164,16 +167,20 @@ class GManager:
         return results
 
     def _spread_tail(self, reports: Reports, given: Container[int], answers: Answers) -> None:
-        """No row is left to assign: instances with nothing to do get what waits at others."""
+        """No row is left to assign: instances that have begun all theirs get half of what waits at
+        others with more than twice their work."""
         waiting = np.where(reports["running"] > 0, reports["waiting"], 0)
-        idle = np.flatnonzero((reports["running"] == 0) & (reports["waiting"] == 0)).tolist()
-        for _ in [instance for instance in idle if instance not in given]:
-            donor = int(waiting.argmax())
-            if not waiting[donor]:
+        left = reports["work_left"].copy()
+        able = np.flatnonzero((reports["waiting"] == 0) & (reports["room_rows"] > 0))
+        for receiver in able[np.argsort(left[able], kind="stable")].tolist():
+            donor = int(np.where(waiting > 0, left, 0.0).argmax())
+            if not waiting[donor] or 2 * left[receiver] > left[donor]:
                 return
-            share = (int(waiting[donor]) + 1) // 2
-            answers[donor].give_back += share
-            waiting[donor] -= share
+            if receiver not in given:
+                share = (int(waiting[donor]) + 1) // 2
+                answers[donor].give_back += share
+                waiting[donor] -= share
+                left[donor] /= 2
 
     # -- loans ----------------------------------------------------------------------------------
 
@@ -249,7 +256,11 @@ class GManager:
         assert self._planner
         if self.round_number % PLAN_EVERY == 0:
             plan = self._planner.plan(
-                reports, self.ledger, self.assignment.waiting, lambda i: self._reach(reports, i)
+                reports,
+                self.ledger,
+                self.assignment.waiting,
+                lambda i: self._reach(reports, i),
+                self.assignment.prompt_work,
             )
             self._planned = {(t.debtor, t.creditor): t.blocks for t in plan}
         for (debtor, creditor), blocks in list(self._planned.items()):
@@ -318,3 +329,14 @@ class GManager:
             answers[instance].give_way = min(missing, int(reports["youngest_blocks"][instance]))
             missing -= answers[instance].give_way
         log.debug("request %d is starved: others give way", oldest)
+
+
+def _step_tokens(reports: Reports) -> float:
+    """Prompt tokens that could be computed in the time of a decode step, in the mean over what
+    runs; 1 as long as nobody knows."""
+    known = (reports["prompt_time"] > 0) & (reports["running"] > 0) & (reports["fixed"] > 0)
+    if not known.any():
+        return 1.0
+    steps = reports["fixed"] + reports["per_token"] * reports["running"]
+    steps = steps + reports["per_kv"] * reports["kv_tokens"]
+    return float(steps[known].mean() / reports["prompt_time"][known].mean())

@@ -46,6 +46,8 @@ class Load:
     fixed: float
     per_token: float
     per_kv: float
+    prompts: float = 0.0
+    """Seconds of prompts that each output token brings along."""
 
     @property
     def time(self) -> float:
@@ -55,15 +57,19 @@ class Load:
 
     def rate(self, exchange: float = 0.0) -> float:
         """Tokens per second if `exchange` seconds are added to every step."""
-        return self.rows / (self.time + exchange) if self.rows else 0.0
+        if not self.rows:
+            return 0.0
+        return self.rows / (self.time + exchange + self.rows * self.prompts)
 
 
 class Planner:
     """Infinite-LLM's greedy planner (arXiv 2401.02669v2) on fitted layer times.
 
     Debtors by ascending batch, creditors by ascending memory use, the debtor's longest request,
-    the number of rBlocks with the best predicted gain in Σ β/T over both. Rows that wait fill the
-    room that a debtor gains; a creditor loses those that its room would have taken.
+    the number of rBlocks with the best predicted gain in Σ β/T over both, where T has the prompts
+    that each output token brings along. Rows that wait fill the room that a debtor gains. A
+    creditor lends what nothing there needs: room that its own rows could use is worth as much to
+    them, and to clear it costs more than it brings.
     """
 
     def __init__(
@@ -77,6 +83,7 @@ class Planner:
         self._recent: dict[tuple[int, int], int] = {}
         """Pair → the last plan that moved anything between them."""
         self._plans = 0
+        self._prompt_work = 0.0
         self._reports: Reports | None = None
 
     def plan(
@@ -85,9 +92,12 @@ class Planner:
         ledger: DebtLedger,
         waiting: bool,
         reach: Callable[[int], int] = lambda debtor: ANYWHERE,
+        prompt_work: float = 0.0,
     ) -> list[Transfer]:
         """The transfers that pay now, at most one per debtor. `waiting`: rows wait for a seat
-        somewhere in the job; `reach`: debtor → the highest link class of its creditors."""
+        somewhere in the job; `reach`: debtor → the highest link class of its creditors;
+        `prompt_work`: prompt tokens that have to be computed for each output token."""
+        self._prompt_work = prompt_work if waiting else 0.0
         self._plans += 1
         self._recent = {p: n for p, n in self._recent.items() if self._plans - n < KEPT_PLANS}
         self._read(reports, waiting)
@@ -95,8 +105,8 @@ class Planner:
             return []
         known = _fitted(reports)
         use = 1 - reports["free"] / np.maximum(1, reports["capacity"])
+        able = reports["promised"] > 0
         debtors = _least(reports["running"], (reports["longest"] > 0) & known)
-        able = reports["promised"] > 0 if not waiting else reports["capacity"] > 0
         state: dict[int, Load] = {}
         transfers = []
         lending: set[int] = set()
@@ -153,6 +163,8 @@ class Planner:
         known = _fitted(reports)
         measured = reports["exchange"][reports["exchange"] > 0]
         self._measured = float(measured.mean()) if len(measured) else 0.0
+        prompt_times = reports["prompt_time"][reports["prompt_time"] > 0]
+        self._prompt_time = float(prompt_times.mean()) if len(prompt_times) else 0.0
         names = ("fixed", "per_token", "per_kv") if known.any() else ()
         self._means = {name: float(reports[name][known].mean()) for name in names}
 
@@ -186,6 +198,7 @@ class Planner:
             spare=int(row["promised"] - new * row_blocks),
             longest=int(row["longest"]),
             row_blocks=row_blocks,
+            prompts=self._prompt_work * self._prompt_time,
             **model,
         )
 
@@ -209,10 +222,9 @@ class Planner:
 
     def _most(self, one: Load, other: Load) -> int:
         """Most rBlocks that may move: what the creditor attends to must hide behind the debtor's
-        own step, and unless rows wait only what is spare is there to lend."""
+        own step."""
         hidden = one.time / (other.per_kv * self._size) if other.per_kv else float("inf")
-        room = other.spare + (other.rows * other.row_blocks if self._waiting else 0)
-        return int(min(one.longest, hidden, room))
+        return int(min(one.longest, hidden, other.spare))
 
 
 _READ = (
@@ -229,9 +241,8 @@ _READ = (
 
 
 def _shift(one: Load, other: Load, blocks: int, size: int) -> tuple[Load, Load]:
-    """Debtor and creditor after a transfer of `blocks` rBlocks of `size` tokens."""
+    """Debtor and creditor after a transfer of `blocks` spare rBlocks of `size` tokens."""
     more = min(one.seats, blocks / one.row_blocks)
-    fewer = min(other.rows, max(0, blocks - other.spare) / other.row_blocks)
     return (
         replace(
             one,
@@ -240,13 +251,7 @@ def _shift(one: Load, other: Load, blocks: int, size: int) -> tuple[Load, Load]:
             kv_tokens=one.kv_tokens + (more * one.row_blocks - blocks) * size,
             longest=one.longest - blocks,
         ),
-        replace(
-            other,
-            rows=other.rows - fewer,
-            seats=other.seats + fewer,
-            kv_tokens=other.kv_tokens + (blocks - fewer * other.row_blocks) * size,
-            spare=max(0, other.spare - blocks),
-        ),
+        replace(other, kv_tokens=other.kv_tokens + blocks * size, spare=other.spare - blocks),
     )
 
 

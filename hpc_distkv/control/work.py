@@ -12,16 +12,17 @@ def work(start: int, end: float, attention_tokens: float) -> float:
 
 
 class MeanOutput:
-    """What outputs of rows not finished yet are expected to be: as long as those that are."""
+    """What outputs of rows not finished yet are expected to be: as large a part of their limits as
+    those that are."""
 
     def __init__(self) -> None:
-        self._rows = self._tokens = 0
+        self._tokens = self._limits = 0
 
-    def add(self, tokens: int) -> None:
-        """A row ended with so many output tokens."""
-        self._rows += 1
+    def add(self, tokens: int, limit: int) -> None:
+        """A row that might make `limit` output tokens ended with `tokens`."""
         self._tokens += tokens
+        self._limits += limit
 
     def expected(self, limit: int) -> float:
         """Output tokens of a row that may make `limit`."""
-        return min(limit, self._tokens / self._rows) if self._rows else limit
+        return limit * self._tokens / self._limits if self._limits else limit

@@ -19,7 +19,7 @@ from hpc_distkv.control.messages import (
     Result,
 )
 from hpc_distkv.control.step_time import StepTime
-from hpc_distkv.control.work import MeanOutput, work
+from hpc_distkv.control.work import work
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.scheduler import Plan, Row, Scheduler
 from hpc_distkv.engine.sequence import Sequence
@@ -98,7 +98,6 @@ class Instance:
         self.model = StepTime()
         self.round = 0
         self._sequence = sequence
-        self._outputs = MeanOutput()
         self._asked = 0
         self._prompt_time = self._exchange = 0.0
         """Measured seconds per prompt token, and of a decode step's waits for partial results."""
@@ -199,21 +198,23 @@ class Instance:
         away = sum(table.remote_blocks for table in self.rm.tables.values())
         return own + size * (sum(loan.used for loan in self.rm.loans.values()) - away)
 
-    def _expected_end(self, sequence: Sequence) -> float:
-        output = self._outputs.expected(sequence.request.sampling.max_tokens)
-        return sequence.request.prompt_len + max(output, sequence.output_len + 1)
-
     def _work_left(self) -> float:
         rows = (*self.scheduler.running, *self.scheduler.waiting)
         per_row = self.config.attention_tokens
-        return sum(work(s.computed, self._expected_end(s), per_row) for s in rows)
+        return sum(
+            work(s.computed, self.scheduler.foresight.expected_end(s), per_row) for s in rows
+        )
 
     def _row_blocks(self) -> float:
         """The rows that wait say best what rows to come will need."""
         rows = self.scheduler.waiting or self.scheduler.running
         if not rows:
             return 0.0
-        return sum(self._expected_end(s) for s in rows) / len(rows) / self.config.block_size
+        return (
+            sum(self.scheduler.foresight.expected_end(s) for s in rows)
+            / len(rows)
+            / self.config.block_size
+        )
 
     # -- steps ----------------------------------------------------------------------------------
 
@@ -279,7 +280,6 @@ class Instance:
         sequence.append(token, now)
         if reason := sequence.finish_reason:
             self.scheduler.finish(sequence)
-            self._outputs.add(sequence.output_len)
             assert sequence.first_token_at is not None
             self._results.append(
                 Result(

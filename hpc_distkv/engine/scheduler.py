@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from hpc_distkv.control.messages import NOBODY, Answer
+from hpc_distkv.engine.admission import Admission
 from hpc_distkv.engine.config import EngineConfig
+from hpc_distkv.engine.foresight import Foresight
 from hpc_distkv.engine.migration import Migrations
 from hpc_distkv.engine.moves import Moves
 from hpc_distkv.engine.sequence import Sequence
@@ -84,7 +86,8 @@ class Scheduler:
         """Prompt tokens computed in the time that remote rBlocks add to a step."""
         self._rm = rmanager
         self._config = config
-        self._admit_before = NOBODY
+        self.foresight = Foresight(rmanager, config)
+        self._admission = Admission(rmanager, config, self.foresight)
         self._starved = False
         self._short = False
         self._short_answers = 0
@@ -94,12 +97,9 @@ class Scheduler:
         self._steps = 0
         self._growth = MOST_GROWTH // 4
         """Tokens that a row is foreseen to grow by."""
-        self._keep = 0
         self._moves = Moves(rmanager, config)
         self._denied = not config.policy.sharing
         chunk = config.blocks(config.max_num_batched_tokens)
-        self._reserve = min(chunk, max(1, config.num_blocks // 100))
-        """Room that stays free when a row is admitted, for those that run to grow into."""
         self._first_chunk = min(chunk, max(1, config.num_blocks // 8))
         """Room that is not lent, so that rows assigned here can begin, unless one starves. At
         least the reserve."""
@@ -114,6 +114,7 @@ class Scheduler:
         """The sequence has all its output; its rBlocks go back, also to its creditors."""
         self.running.remove(sequence)
         self._rm.close(sequence.id)
+        self.foresight.outputs.add(sequence.output_len, sequence.request.sampling.max_tokens)
 
     def adopt(self, sequence: Sequence) -> None:
         """A running sequence that another instance handed over, with its rBlocks."""
@@ -134,14 +135,14 @@ class Scheduler:
 
     def apply(self, answer: Answer, asked: int) -> None:
         """What a control round brought: the last report asked for `asked` rBlocks."""
-        self._admit_before = answer.admit_before
+        self._admission.before = answer.admit_before
         self._short_answers = self._short_answers + 1 if self._short else 0
         if self._config.policy.sharing:
             self._denied = asked > 0 and answer.granted == 0
         foreseen = GROWTH_ROUNDS * self._steps
         self._growth = max(LEAST_GROWTH, min(MOST_GROWTH, (self._growth + foreseen) // 2))
         self._steps = 0
-        self._keep = answer.keep
+        self._admission.keep = answer.keep
         self._moves.apply(answer)
         if answer.give_way:
             self._give_way(answer.give_way, answer.give_way_at)
@@ -149,7 +150,7 @@ class Scheduler:
     def _give_way(self, blocks: int, at: int) -> None:
         """Preempt sequences younger than the one that is starved, the youngest first, until
         `blocks` are free, at instance `at` if it is given."""
-        for sequence in [s for s in reversed(self.running) if s.id > self._admit_before]:
+        for sequence in [s for s in reversed(self.running) if s.id > self._admission.before]:
             if blocks <= 0:
                 return
             table = self._rm.tables[sequence.id]
@@ -169,14 +170,14 @@ class Scheduler:
         if self._starved and self.running:
             oldest = self.running[0]
             growth = max(self._growth, oldest.length // STARVED_GROWTH)
-            missing = self._missing(oldest, oldest.length + growth)
+            missing = self.foresight.missing(oldest, oldest.length + growth)
             largest = self._config.blocks(oldest.final_len)
             return Demand(max(1, missing - held), oldest.id, largest, False, True, 0)
         soon = (*self.running, *self._next_waiting())
-        need = self._reserve if self.running else 0
+        need = self._admission.reserve if self.running else 0
         wanted, wanted_for, largest = 0, NOBODY, 0
         for sequence in soon:
-            need += self._missing(sequence, sequence.length + self._growth)
+            need += self.foresight.missing(sequence, sequence.length + self._growth)
             if need > held and self._worth_borrowing(sequence):
                 wanted, wanted_for = need - held, min(wanted_for, sequence.id)
                 largest = max(largest, self._config.blocks(sequence.final_len))
@@ -206,13 +207,11 @@ class Scheduler:
     def room(self) -> tuple[int, int]:
         """Rows and prompt tokens that may be assigned: enough to keep the batch full until the
         next rounds, no more, so that rows stay free to go where there is time."""
-        room = self._rm.usable - self._keep
-        if room < self._first_chunk and (self.waiting or not self.running or self._keep):
+        room = self._rm.usable - self._admission.keep
+        if room < self._first_chunk and (self.waiting or not self.running or self._admission.keep):
             return 0, 0
         most = self._config.max_num_batched_tokens
-        queued = sum(
-            min(s.remaining, most) if self._large(s) else s.remaining for s in self.waiting
-        )
+        queued = sum(min(s.remaining, most) for s in self.waiting)
         rows = self._config.max_num_seqs - len(self.running) - len(self.waiting)
         return max(0, rows), max(0, 2 * most - queued)
 
@@ -237,9 +236,9 @@ class Scheduler:
     def _plan_migrations(self) -> tuple[list[Move], list[Sequence]]:
         if not self._migrations:
             return [], []
-        need = self._reserve
+        need = self._admission.reserve
         for sequence in (*self.running, *self._next_waiting()):
-            need += self._missing(sequence, sequence.length + self._growth)
+            need += self.foresight.missing(sequence, sequence.length + self._growth)
         return self._migrations.plan(self.running, need - self._rm.usable)
 
     def _plan_decodes(self, rows: dict[int, Row]) -> None:
@@ -264,55 +263,26 @@ class Scheduler:
                 return
 
     def _admit(self) -> Sequence | None:
-        """Let the oldest waiting sequence run if all prompts that run then have room, or if it is
-        the only one. One that is too large for this instance alone waits for all the credit it
-        needs, and others pass it meanwhile."""
-        if len(self.running) >= self._config.max_num_seqs:
-            return None
-        for sequence in self.waiting:
-            if sequence.id > self._admit_before:
-                return None
-            if self._has_room(sequence):
-                # A victim of another's starved row may be older than what runs here by now.
-                self.waiting.remove(sequence)
-                bisect.insort(self.running, sequence, key=lambda s: s.id)
-                self._rm.open(sequence.id)
-                return sequence
-            if not self._large(sequence):
-                return None
-        return None
-
-    def _has_room(self, sequence: Sequence) -> bool:
-        if not self.running and not self._large(sequence):
-            return True
-        need = self._reserve if self.running else 0
-        need += self._missing(sequence, sequence.length + 1)
-        need += sum(self._missing(other, other.length + 1) for other in self.running)
-        if self._large(sequence):
-            return need <= self._rm.usable + self._rm.credit
-        return need + self._keep <= self._rm.usable + self._rm.credit - self._large_credit()
-
-    def _large(self, sequence: Sequence) -> bool:
-        """Whether the planner has to find room elsewhere for the sequence before it can run."""
-        own = self._own_room() - self._reserve
-        return self._config.policy.planner and self._config.blocks(sequence.length + 1) > own
+        sequence = self._admission.next(self.waiting, self.running)
+        if sequence is not None:
+            # A victim of another's starved row may be older than what runs here by now.
+            self.waiting.remove(sequence)
+            bisect.insort(self.running, sequence, key=lambda s: s.id)
+            self._rm.open(sequence.id)
+        return sequence
 
     def _waits_for_whole(self, sequence: Sequence) -> bool:
-        return sequence.id not in self._rm.tables and self._large(sequence)
-
-    def _large_credit(self) -> int:
-        """Credit that waits for a large sequence."""
-        return self._rm.credit if any(map(self._large, self.waiting)) else 0
+        return sequence.id not in self._rm.tables and self._admission.large(sequence)
 
     def _fit(self, sequence: Sequence) -> int:
         """Tokens the sequence can compute with what is free now, at least one."""
         held = self._rm.tables[sequence.id].blocks
-        spare = max(0, self._rm.usable - (self._reserve if len(self.running) > 1 else 0))
+        spare = max(0, self._rm.usable - (self._admission.reserve if len(self.running) > 1 else 0))
         return max(1, (held + spare) * self._config.block_size - sequence.computed)
 
     def _make_room(self, sequence: Sequence, count: int, rows: dict[int, Row]) -> bool:
         """Give the sequence the rBlocks for `count` tokens, preempting younger ones if need be."""
-        needed = self._missing(sequence, sequence.computed + count)
+        needed = self.foresight.missing(sequence, sequence.computed + count)
         while self._rm.usable < needed:
             self._short = True
             if self._hopes(sequence):
@@ -344,16 +314,12 @@ class Scheduler:
         exchange in every step that is left."""
         if not self._config.policy.planner or not self.running or self.running == [sequence]:
             return True
-        if self._large(sequence):
+        if self._admission.large(sequence):
             return True
         youngest = self.running[-1]
         if sequence.id not in self._rm.tables or sequence is youngest:
             return False
         return youngest.length > self.exchange_tokens * (sequence.final_len - sequence.length)
-
-    def _own_room(self) -> int:
-        """rBlocks that one sequence could have at home if it were alone."""
-        return self._config.num_blocks - self._rm.lent
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
@@ -368,19 +334,22 @@ class Scheduler:
         """The sequence that is next to be admitted, if any may be."""
         if len(self.running) >= self._config.max_num_seqs:
             return []
-        return [sequence for sequence in self.waiting[:1] if sequence.id <= self._admit_before]
+        return [sequence for sequence in self.waiting[:1] if sequence.id <= self._admission.before]
 
     def _lendable(self) -> int:
         """Room that nobody here needs: not what runs nor what waits for a seat, nor what new rows
         begin with. While an older request is starved elsewhere, only what is older counts; and
         what was to be kept for loans is not for those that wait."""
-        seats = 0 if self._keep else self._config.max_num_seqs - len(self.running)
-        waiting = self.waiting[:seats]
-        need = self._first_chunk if self._admit_before == NOBODY else 0
-        for sequence in (*self.running, *waiting):
-            if sequence.id <= self._admit_before and not self._waits_for_whole(sequence):
-                need += self._missing(sequence, sequence.length + self._growth)
-        return max(0, self._rm.usable - need)
+        seats = 0 if self._admission.keep else self._config.max_num_seqs - len(self.running)
+        need = self._first_chunk if self._admission.before == NOBODY else 0
+        held = sum(len(self._rm.tables[s.id].slots) for s in self.running)
+        claims = [
+            self.foresight.claim(sequence)
+            for sequence in (*self.running, *self.waiting[:seats])
+            if sequence.id <= self._admission.before and not self._waits_for_whole(sequence)
+        ]
+        peak = self.foresight.peak(claims) if claims else 0
+        return max(0, int(self._rm.usable - need - max(0, peak - held)))
 
     def _usable_credit(self) -> int:
         """Credit that can help: through it flows what is sealed at home, so without room or sealed
@@ -389,12 +358,6 @@ class Scheduler:
 
     def _movable(self) -> bool:
         return any(self._moves.sealed(sequence) for sequence in self.running)
-
-    def _missing(self, sequence: Sequence, tokens: int) -> int:
-        """rBlocks the sequence lacks for its first `tokens` tokens."""
-        table = self._rm.tables.get(sequence.id)
-        held = table.blocks if table else 0
-        return max(0, self._config.blocks(min(tokens, sequence.final_len)) - held)
 
     def _return_credit(self, surplus: int, planned: Mapping[int, int] = NOTHING_PLANNED) -> None:
         """Give back `surplus` of the credit, but not what is `planned` to be used (by creditor)."""
@@ -408,8 +371,8 @@ class Scheduler:
         if not self._config.policy.lending:
             return [], []
         ahead = 2 * self._config.max_num_batched_tokens
-        short = self._reserve - max(0, self._rm.usable)
+        short = self._admission.reserve - max(0, self._rm.usable)
         for sequence in (*self.running, *self._next_waiting()):
             target = min(sequence.length + 8, sequence.computed + ahead)
-            short += self._missing(sequence, target)
+            short += self.foresight.missing(sequence, target)
         return self._moves.plan(self.running, min(short, 2 * self._config.blocks(ahead)))

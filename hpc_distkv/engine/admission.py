@@ -1,0 +1,98 @@
+"""Which waiting row begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+
+from hpc_distkv.control.messages import NOBODY
+from hpc_distkv.engine.config import EngineConfig
+from hpc_distkv.engine.foresight import Claim, Foresight
+from hpc_distkv.engine.sequence import Sequence
+from hpc_distkv.memory.rmanager import RManager
+
+CANDIDATES = 16
+"""Waiting sequences that are looked at in a step."""
+
+
+class Admission:
+    """Admits the oldest waiting sequence for which there is room: now, and as all that run grow,
+    by what is expected of their outputs. One for which there is none has a place in time, as soon
+    as enough of what runs has ended; younger ones pass it if they do not take that place (EASY
+    backfilling, Lifka 1995). One that is too large for this instance alone waits until it has
+    credit for all of itself.
+    """
+
+    def __init__(self, rmanager: RManager, config: EngineConfig, foresight: Foresight) -> None:
+        self.before = NOBODY
+        """No sequence younger than this may begin."""
+        self.keep = 0
+        """rBlocks to leave free for loans to come."""
+        chunk = config.blocks(config.max_num_batched_tokens)
+        self.reserve = min(chunk, max(1, config.num_blocks // 100))
+        """Room that stays free when a row is admitted, for those that run to grow into."""
+        self._rm, self._config, self._foresight = rmanager, config, foresight
+        self._refused: tuple[object, ...] = ()
+        """The state in which nobody could begin."""
+        self._blocked: Claim | None = None
+        """The place in time of the oldest one that could not."""
+
+    def next(self, waiting: Rows[Sequence], running: Rows[Sequence]) -> Sequence | None:
+        """The sequence of `waiting` that begins now; both lists ascend by age."""
+        if len(running) >= self._config.max_num_seqs:
+            return None
+        state = self._state(waiting, running)
+        if running and state == self._refused:
+            return None
+        self._blocked = None
+        for sequence in waiting[:CANDIDATES]:
+            if sequence.id > self.before:
+                break
+            if self._may_begin(sequence, waiting, running):
+                return sequence
+        self._refused = state
+        return None
+
+    def large(self, sequence: Sequence) -> bool:
+        """Whether the planner has to find room elsewhere for the sequence before it can run."""
+        own = self._config.num_blocks - self._rm.lent - self.reserve
+        return self._config.policy.planner and self._config.blocks(sequence.length + 1) > own
+
+    def _state(self, waiting: Rows[Sequence], running: Rows[Sequence]) -> tuple[object, ...]:
+        """All that decides on who may begin, but for the growth that was foreseen."""
+        rm = self._rm
+        numbers = (self.before, self.keep, rm.credit, rm.promised, rm.lent, rm.borrowed)
+        ids = (sequence.id for sequence in (*running, *waiting[:CANDIDATES]))
+        return (*numbers, len(running), *ids)
+
+    def _may_begin(
+        self, sequence: Sequence, waiting: Rows[Sequence], running: Rows[Sequence]
+    ) -> bool:
+        free = self._rm.usable + self._rm.credit
+        if self.large(sequence):
+            return self._prompts(sequence, running) <= free
+        if not running:
+            return True
+        if any(map(self.large, waiting)):
+            free -= self._rm.credit
+        return self._fits(sequence, running, free - self.keep)
+
+    def _fits(self, sequence: Sequence, running: Rows[Sequence], free: int) -> bool:
+        now = self._prompts(sequence, running) <= free
+        if not now and self._blocked:
+            return False
+        claim = self._foresight.claim(sequence)
+        claims = [self._foresight.claim(other) for other in running]
+        held = sum(len(self._rm.tables[other.id].slots) for other in running)
+        room = max(0, free + held - self.reserve)
+        first = [self._blocked] if self._blocked else []
+        if now and self._foresight.peak([*claims, *first, claim]) <= room:
+            return True
+        if not self._blocked:
+            self._blocked = claim.at(self._foresight.start(claims, claim, room))
+        return False
+
+    def _prompts(self, sequence: Sequence, running: Rows[Sequence]) -> int:
+        """rBlocks that the prompts of all that run and of `sequence` lack, and the reserve."""
+        rows = (*running, sequence)
+        need = sum(self._foresight.missing(row, row.length + 1) for row in rows)
+        return need + (self.reserve if running else 0)

@@ -1,0 +1,90 @@
+"""What memory the rows of an instance come to need, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Rows
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpc_distkv.control.work import MeanOutput
+from hpc_distkv.engine.config import EngineConfig
+from hpc_distkv.engine.sequence import Sequence
+from hpc_distkv.memory.rmanager import RManager
+
+
+class Claim(NamedTuple):
+    """The home rBlocks of one row over time, in steps from now. It grows by a token a step."""
+
+    start: float
+    """When it takes its first ones."""
+    end: float
+    """When it gives all back; after `start`."""
+    tokens: float
+    """Tokens at home at its start, those of its prompt that are still to be computed included."""
+
+    def at(self, start: float) -> Claim:
+        """The same row, begun at `start`."""
+        return Claim(start, start + self.end - self.start, self.tokens)
+
+
+class Foresight:
+    """Looks ahead: rows decode a token a step, and use as much of their output limits as those
+    that are finished. Owner of what is known of outputs."""
+
+    def __init__(self, rmanager: RManager, config: EngineConfig) -> None:
+        self.outputs = MeanOutput()
+        self._rm = rmanager
+        self._config = config
+
+    def missing(self, sequence: Sequence, tokens: int) -> int:
+        """rBlocks the sequence lacks for its first `tokens` tokens."""
+        table = self._rm.tables.get(sequence.id)
+        held = table.blocks if table else 0
+        return max(0, self._config.blocks(min(tokens, sequence.final_len)) - held)
+
+    def expected_end(self, sequence: Sequence) -> float:
+        """Tokens of prompt and output that the sequence is expected to have at its end."""
+        output = self.outputs.expected(sequence.request.sampling.max_tokens)
+        return sequence.request.prompt_len + max(output, sequence.output_len + 1)
+
+    def claim(self, sequence: Sequence) -> Claim:
+        """What the sequence needs if it runs from now on."""
+        table = self._rm.tables.get(sequence.id)
+        away = table.remote_blocks * self._config.block_size if table else 0
+        return Claim(0, self.expected_end(sequence) - sequence.length, sequence.length - away)
+
+    def peak(self, claims: Iterable[Claim]) -> float:
+        """Most rBlocks that the claims take at once."""
+        # Claims grow until they end, so the most is taken just before one of them ends.
+        return max(self._taken(claims, [claim.end for claim in claims]), default=0.0)
+
+    def start(self, running: Rows[Claim], row: Claim, room: float) -> float:
+        """The first step from which `row` fits into `room` beside `running` claims."""
+        ends = np.unique([claim.end for claim in running])
+        taken = self._taken(running, ends)
+        # Begun when a claim ends, the row meets those that end later. Where it ends before one of
+        # them, it is counted as if it stayed that long without growing.
+        age = np.clip(ends[None, :] - ends[:, None], 0, row.end)
+        before = np.concatenate([[0.0], ends[:-1]])
+        meets = (ends[None, :] > ends[:, None]) & (before[None, :] < ends[:, None] + row.end)
+        most = np.where(meets, taken[None, :] + self._blocks(row.tokens + age), 0.0)
+        free = np.flatnonzero(most.max(axis=1) <= room)
+        return float(ends[free[0]])
+
+    def _taken(
+        self, claims: Iterable[Claim], moments: Rows[float] | NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """rBlocks that the claims take just before `moments`."""
+        start, end, tokens = np.array(list(claims), dtype=float).reshape(-1, 3).T
+        moment = np.asarray(moments, dtype=float)[:, None]
+        live = (start < moment) & (moment <= end)
+        blocks: NDArray[np.float64] = np.where(live, self._blocks(tokens + moment - start), 0.0)
+        taken: NDArray[np.float64] = blocks.sum(axis=1)
+        return taken
+
+    def _blocks(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
+        """rBlocks of so many tokens: the last one is half full in the mean."""
+        return tokens / self._config.block_size + 0.5
