@@ -192,7 +192,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     running: int = 0
     """Rows that have rBlocks."""
     waiting: int = 0
-    """Rows that were not begun."""
+    """Rows that were not begun and could begin there."""
     seats: int = 0
     """Further rows that may run, if there is memory."""
     youngest: int = -1

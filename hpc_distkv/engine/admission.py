@@ -69,7 +69,8 @@ class Admission:
     ) -> bool:
         free = self._rm.usable + self._rm.credit
         if self.large(sequence):
-            return self._prompts(sequence, running) <= free
+            end = int(self._foresight.expected_end(sequence))
+            return self._prompts(running) + self._foresight.missing(sequence, end) <= free
         if not running:
             return True
         if any(map(self.large, waiting)):
@@ -77,7 +78,7 @@ class Admission:
         return self._fits(sequence, running, free - self.keep)
 
     def _fits(self, sequence: Sequence, running: Rows[Sequence], free: int) -> bool:
-        now = self._prompts(sequence, running) <= free
+        now = self._prompts([*running, sequence]) <= free
         if not now and self._blocked:
             return False
         claim = self._foresight.claim(sequence)
@@ -91,8 +92,7 @@ class Admission:
             self._blocked = claim.at(self._foresight.start(claims, claim, room))
         return False
 
-    def _prompts(self, sequence: Sequence, running: Rows[Sequence]) -> int:
-        """rBlocks that the prompts of all that run and of `sequence` lack, and the reserve."""
-        rows = (*running, sequence)
+    def _prompts(self, rows: Rows[Sequence]) -> int:
+        """rBlocks that the prompts of these rows lack, and the reserve if there are others."""
         need = sum(self._foresight.missing(row, row.length + 1) for row in rows)
-        return need + (self.reserve if running else 0)
+        return need + self.reserve if rows else 0

@@ -152,7 +152,7 @@ class Instance:
             room_rows=room[0],
             room_tokens=room[1],
             running=len(running),
-            waiting=sum(not sequence.output_len for sequence in self.scheduler.waiting),
+            waiting=self.scheduler.fresh,
             seats=max(0, self.config.max_num_seqs - len(running)),
             youngest=youngest.id if youngest else -1,
             youngest_blocks=self.rm.tables[youngest.id].blocks if youngest else 0,

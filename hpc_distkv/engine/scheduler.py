@@ -177,7 +177,7 @@ class Scheduler:
         need = self._admission.reserve if self.running else 0
         wanted, wanted_for, largest = 0, NOBODY, 0
         for sequence in soon:
-            need += self.foresight.missing(sequence, sequence.length + self._growth)
+            need += self.foresight.missing(sequence, self._foreseen(sequence))
             if need > held and self._worth_borrowing(sequence):
                 wanted, wanted_for = need - held, min(wanted_for, sequence.id)
                 largest = max(largest, self._config.blocks(sequence.final_len))
@@ -198,6 +198,11 @@ class Scheduler:
             self._return_credit(self._rm.credit - lacking - sum(shed.values()), shed)
         rest = max(0, self._rm.usable + self._rm.credit - need)
         return Demand(0, NOBODY, 0, False, False, min(rest, self._lendable()))
+
+    @property
+    def fresh(self) -> int:
+        """Waiting sequences that were not begun and could begin here."""
+        return sum(not s.output_len and not self._admission.large(s) for s in self.waiting)
 
     @property
     def longest(self) -> int:
@@ -270,6 +275,12 @@ class Scheduler:
             bisect.insort(self.running, sequence, key=lambda s: s.id)
             self._rm.open(sequence.id)
         return sequence
+
+    def _foreseen(self, sequence: Sequence) -> int:
+        """Tokens for which memory is asked for now: of one that waits for all of itself, all."""
+        if self._waits_for_whole(sequence):
+            return int(self.foresight.expected_end(sequence))
+        return sequence.length + self._growth
 
     def _waits_for_whole(self, sequence: Sequence) -> bool:
         return sequence.id not in self._rm.tables and self._admission.large(sequence)
