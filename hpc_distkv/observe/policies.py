@@ -16,7 +16,7 @@ from hpc_distkv.engine.rank import EngineOptions, RankEngine
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.observe.bench import ratios, run_once, warm_up
 from hpc_distkv.observe.plots import bars
-from hpc_distkv.observe.prediction import predicted_rate
+from hpc_distkv.observe.prediction import most_rate, predicted_rate
 
 RATE = "output_tokens_per_second"
 LEND = POLICIES["lend"]
@@ -48,8 +48,9 @@ def compare(
     repeats: int,
 ) -> dict[str, Any]:
     """Every way in turn, `repeats` times: on rank 0 the figures of each one's last run, the median
-    rates, what the simulator predicts from the speeds measured in the last way, and the ratios to
-    the last way. Collective. Raises OptionError for rows that a way could not answer."""
+    rates, their ratios to the last way's and the most that any could reach, and what the simulator
+    predicts, both from the speeds measured in all of them. Collective. Raises OptionError for rows
+    that a way could not answer."""
     engines = {}
     for name, options in ways.items():
         engines[name] = RankEngine(comm, model, options)
@@ -82,6 +83,8 @@ def compare(
         "pool_tokens": config.block_size * config.num_blocks,
         RATE: measured,
         f"over_{baseline}": {name: ratios(rates[name], rates[baseline]) for name in ways},
+        f"most_over_{baseline}": most_rate(model.config, config, comm.world.size, speeds, requests)
+        / measured[baseline],
         "predicted_over_measured": {name: predicted[name] / measured[name] for name in ways},
         "figures": figures,
     }

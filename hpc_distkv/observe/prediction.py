@@ -1,4 +1,4 @@
-"""What the simulator says of a run on real ranks, from speeds that such ranks have measured."""
+"""What can be said of a run on real ranks from speeds that such ranks have measured."""
 
 from __future__ import annotations
 
@@ -40,6 +40,30 @@ def predicted_rate(
     rows = [Row(request.prompt_len, request.sampling.max_tokens) for request in requests]
     figures = Simulation(deployment, rows).run().figures(deployment)
     return float(figures["output_tokens_per_second"])
+
+
+def most_rate(
+    model: ModelConfig,
+    config: EngineConfig,
+    ranks: int,
+    speeds: Sequence[Mapping[str, float]],
+    requests: Sequence[Request],
+) -> float:
+    """Output tokens per second that no policy can exceed: as if all work were spread evenly over
+    the ranks, with memory full at every moment, or as long as the longest row takes alone."""
+    rates = _measured(model, speeds)
+    pool = config.num_blocks * config.block_size
+    shared = longest = 0.0
+    for request in requests:
+        prompt, output = request.prompt_len, request.sampling.max_tokens
+        held = prompt + output / 2
+        own = prompt * (rates.prefill_per_token + prompt / 2 * rates.per_pair)
+        own += output * (rates.per_token + held * rates.per_kv_token)
+        # A step's fixed time is shared by the rows that fit into memory beside this one.
+        shared += own + output * rates.fixed * min(1.0, held / pool)
+        longest = max(longest, own + output * rates.fixed)
+    outputs = sum(request.sampling.max_tokens for request in requests)
+    return outputs / max(shared / ranks, longest)
 
 
 def _measured(model: ModelConfig, speeds: Sequence[Mapping[str, float]]) -> Measured:

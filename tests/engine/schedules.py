@@ -20,6 +20,12 @@ def make(num_blocks: int = 100, policy: str = "queue", **limits: int) -> Schedul
     return scheduler
 
 
+def expect_short(scheduler: Scheduler) -> None:
+    """Let the scheduler have seen only outputs far shorter than their limits: it will begin rows
+    that outgrow memory together."""
+    scheduler.foresight.outputs.add(1, 1000)
+
+
 def add(scheduler: Scheduler, number: int, prompt: int, max_tokens: int = 8) -> Sequence:
     request = Request(number, pack_tokens(range(prompt)), Sampling(max_tokens=max_tokens))
     sequence = Sequence(request, assigned_at=0.0)

@@ -30,8 +30,9 @@ def make(number: int = 0, num_blocks: int = 40, policy: str = "lend-greedy", **s
     return Instance(number, EngineConfig(num_blocks, BLOCK, policy=POLICIES[policy], **limits))
 
 
-def request(number: int, prompt: int, max_tokens: int = 8) -> Request:
-    return Request(number, pack_tokens(range(prompt)), Sampling(max_tokens=max_tokens))
+def request(number: int, prompt: int, max_tokens: int = 8, stop: tuple[int, ...] = ()) -> Request:
+    sampling = Sampling(max_tokens=max_tokens, stop_token_ids=stop)
+    return Request(number, pack_tokens(range(prompt)), sampling)
 
 
 def boundary(instance: Instance, now: float = 0.0, **answer: object) -> Report:
@@ -142,13 +143,13 @@ def test_kv_tokens_are_those_attended_to_here():
     assert other.report().kv_tokens == 2 * BLOCK
 
 
-def test_outputs_are_expected_to_be_as_long_as_those_that_ended():
+def test_outputs_are_expected_to_be_as_large_a_part_of_their_limits_as_those_that_ended():
     instance = make()
-    boundary(instance, assign=[request(0, 4, max_tokens=2)])
-    for _ in range(2):
-        step(instance)
+    boundary(instance, assign=[request(0, 4, max_tokens=10, stop=(7,))])
+    step(instance)
+    step(instance, token=7)
     boundary(instance, assign=[request(1, 4, max_tokens=100)])
-    assert instance.report().work_left == pytest.approx(4 + 2)
+    assert instance.report().work_left == pytest.approx(4 + 20)
 
 
 def test_counters_come_along_when_there_is_nothing_to_do():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from schedules import BLOCK, add, answer, make, running, step
+from schedules import BLOCK, add, answer, expect_short, make, running, step
 
 from hpc_distkv.control.messages import NOBODY
 from hpc_distkv.engine.config import EngineConfig, OptionError
@@ -73,7 +73,8 @@ def test_sizes_that_cannot_work_are_refused(sizes):
 
 
 def test_the_youngest_gives_way_and_is_computed_again():
-    scheduler = make(num_blocks=5)
+    scheduler = make(num_blocks=6)
+    expect_short(scheduler)
     add(scheduler, 0, prompt=7, max_tokens=9)
     add(scheduler, 1, prompt=7, max_tokens=9)
     computed = {0: 0, 1: 0}
@@ -96,7 +97,8 @@ def test_a_row_waits_until_all_running_prompts_have_room():
 
 
 def three_rows(scheduler: Scheduler) -> None:
-    """Three rows of two rBlocks each."""
+    """Three rows of two rBlocks each, that are about to need more."""
+    expect_short(scheduler)
     for number in (3, 5, 8):
         add(scheduler, number, prompt=5, max_tokens=12)
     step(scheduler)
@@ -148,12 +150,15 @@ def test_rblocks_at_one_instance_are_freed_only_by_those_that_have_some_there():
     st.integers(2, 12),
     st.lists(st.tuples(st.integers(1, 40), st.integers(1, 20)), min_size=1, max_size=12),
     st.sampled_from(["queue", "lend", "lend-greedy"]),
+    st.booleans(),
 )
 def test_every_row_that_fits_alone_is_finished_and_the_oldest_never_goes_back(
-    num_blocks, rows, policy
+    num_blocks, rows, policy, short
 ):
     """Nobody lends: every round denies what was asked for."""
     scheduler = make(num_blocks, policy)
+    if short:
+        expect_short(scheduler)
     fitting = [(p, o) for p, o in rows if p + o - 1 <= num_blocks * BLOCK]
     sequences = [add(scheduler, number, *row) for number, row in enumerate(fitting)]
     progress: dict[int, int] = {}

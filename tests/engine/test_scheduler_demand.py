@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from schedules import add, answer, make, running, step
+from schedules import add, answer, expect_short, make, running, step
 
 from hpc_distkv.engine.scheduler import PATIENCE, Scheduler
 
@@ -70,8 +70,9 @@ def test_more_steps_in_a_round_mean_more_growth_to_ask_for():
 
 
 def two_that_fill(policy: str) -> Scheduler:
-    """Two rows that have 6 and 5 of 13 rBlocks, and are about to need more."""
-    scheduler = make(num_blocks=13, policy=policy, max_num_batched_tokens=64)
+    """Two rows that have 6 and 5 of 14 rBlocks, and are about to need more."""
+    scheduler = make(num_blocks=14, policy=policy, max_num_batched_tokens=64)
+    expect_short(scheduler)
     add(scheduler, 0, prompt=23, max_tokens=20)
     add(scheduler, 1, prompt=20, max_tokens=20)
     step(scheduler)
@@ -177,7 +178,17 @@ def test_room_that_rows_here_will_need_is_not_lent():
     scheduler = make(num_blocks=40, policy="lend")
     empty = scheduler.demand().lendable
     add(scheduler, 0, prompt=9, max_tokens=8)
-    assert scheduler.demand().lendable == empty - 4, "16 tokens come to have KV"
+    assert scheduler.demand().lendable == empty - 5, "17 tokens, and half an rBlock"
+
+
+def test_what_one_row_gives_back_before_another_needs_it_is_needed_once():
+    """Row 1 ends when it has 50 tokens and row 0 has 19: in 18.25 rBlocks. Row 0 alone comes to 17:
+    together, but not at once, they need 30."""
+    scheduler = make(num_blocks=40, policy="lend", max_num_batched_tokens=64)
+    empty = scheduler.demand().lendable
+    add(scheduler, 0, prompt=9, max_tokens=57)
+    add(scheduler, 1, prompt=40, max_tokens=10)
+    assert scheduler.demand().lendable == empty - 19
 
 
 def test_an_instance_whose_pool_is_full_of_guests_takes_no_rows():
