@@ -56,9 +56,10 @@ def most_rate(
     shared = longest = 0.0
     for request in requests:
         prompt, output = request.prompt_len, request.sampling.max_tokens
-        held = prompt + output / 2
+        held = prompt + (output - 1) / 2
         own = prompt * (rates.prefill_per_token + prompt / 2 * rates.per_pair)
-        own += output * (rates.per_token + held * rates.per_kv_token)
+        # The first output token comes with the prompt.
+        own += (output - 1) * (rates.per_token + held * rates.per_kv_token)
         # A step's fixed time is shared by the rows that fit into memory beside this one.
         shared += own + output * rates.fixed * min(1.0, held / pool)
         longest = max(longest, own + output * rates.fixed)
