@@ -45,7 +45,7 @@ class Assignment:
         self._limits: dict[int, int] = {}
         """Unfinished request → output tokens that it may make."""
         self._given_work, self._given_limits = 0.0, 0
-        """Of all rows given so far: work of their prompts, and output limits."""
+        """Of all rows given so far and not taken back: work of their prompts, and output limits."""
         self._requests = requests
         self._attention_tokens = attention_tokens
         self._outputs = MeanOutput()
@@ -77,6 +77,8 @@ class Assignment:
     def take_back(self, request: Request) -> None:
         """An instance returns a row that it has not begun."""
         del self.home[request.id], self._limits[request.id]
+        self._given_work -= work(0, request.prompt_len, self._attention_tokens)
+        self._given_limits -= request.sampling.max_tokens
         self._returned.append(request)
 
     def finish(self, result: Result) -> None:

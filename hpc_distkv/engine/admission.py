@@ -12,6 +12,9 @@ from hpc_distkv.memory.rmanager import RManager
 
 CANDIDATES = 16
 """Waiting sequences that are looked at in a step."""
+REFUSED_STEPS = 8
+"""Steps after which those that were refused are looked at again though nobody came or went: one
+that begins later has grown less when others end."""
 
 
 class Admission:
@@ -33,6 +36,8 @@ class Admission:
         self._rm, self._config, self._foresight = rmanager, config, foresight
         self._refused: tuple[object, ...] = ()
         """The state in which nobody could begin."""
+        self._refused_steps = 0
+        """Steps in which it was not looked at again."""
         self._blocked: Claim | None = None
         """The place in time of the oldest one that could not."""
 
@@ -41,7 +46,8 @@ class Admission:
         if len(running) >= self._config.max_num_seqs:
             return None
         state = self._state(waiting, running)
-        if running and state == self._refused:
+        if running and state == self._refused and self._refused_steps < REFUSED_STEPS:
+            self._refused_steps += 1
             return None
         self._blocked = None
         for sequence in waiting[:CANDIDATES]:
@@ -49,7 +55,7 @@ class Admission:
                 break
             if self._may_begin(sequence, waiting, running):
                 return sequence
-        self._refused = state
+        self._refused, self._refused_steps = state, 0
         return None
 
     def large(self, sequence: Sequence) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 from typing import NamedTuple
 
@@ -56,29 +55,30 @@ class Foresight:
         away = table.remote_blocks * self._config.block_size if table else 0
         return Claim(0, self.expected_end(sequence) - sequence.length, sequence.length - away)
 
-    def peak(self, claims: Iterable[Claim]) -> float:
+    def peak(self, claims: Rows[Claim]) -> float:
         """Most rBlocks that the claims take at once."""
         # Claims grow until they end, so the most is taken just before one of them ends.
         return max(self._taken(claims, [claim.end for claim in claims]), default=0.0)
 
     def start(self, running: Rows[Claim], row: Claim, room: float) -> float:
-        """The first step from which `row` fits into `room` beside `running` claims."""
+        """The first end of a `running` claim from which `row` fits into `room` beside the others.
+        All of them have begun, and `row` would begin now."""
         ends = np.unique([claim.end for claim in running])
-        taken = self._taken(running, ends)
-        # Begun when a claim ends, the row meets those that end later. Where it ends before one of
-        # them, it is counted as if it stayed that long without growing.
-        age = np.clip(ends[None, :] - ends[:, None], 0, row.end)
-        before = np.concatenate([[0.0], ends[:-1]])
-        meets = (ends[None, :] > ends[:, None]) & (before[None, :] < ends[:, None] + row.end)
-        most = np.where(meets, taken[None, :] + self._blocks(row.tokens + age), 0.0)
-        free = np.flatnonzero(most.max(axis=1) <= room)
+        # Begun when a claim ends, the row takes most beside others just before one of them ends,
+        # or just before it ends itself.
+        age = ends[None, :] - ends[:, None]
+        beside = self._taken(running, ends)[None, :] + self._blocks(row.tokens + age)
+        most = np.where((age > 0) & (age <= row.end), beside, 0.0).max(axis=1)
+        others = self._taken(running, ends + row.end)
+        last = np.where(others > 0, others + self._blocks(np.array(row.tokens + row.end)), 0.0)
+        free = np.flatnonzero(np.maximum(most, last) <= room)
         return float(ends[free[0]])
 
     def _taken(
-        self, claims: Iterable[Claim], moments: Rows[float] | NDArray[np.float64]
+        self, claims: Rows[Claim], moments: Rows[float] | NDArray[np.float64]
     ) -> NDArray[np.float64]:
         """rBlocks that the claims take just before `moments`."""
-        start, end, tokens = np.array(list(claims), dtype=float).reshape(-1, 3).T
+        start, end, tokens = np.array(claims, dtype=float).reshape(-1, 3).T
         moment = np.asarray(moments, dtype=float)[:, None]
         live = (start < moment) & (moment <= end)
         blocks: NDArray[np.float64] = np.where(live, self._blocks(tokens + moment - start), 0.0)

@@ -46,13 +46,15 @@ clusters = st.lists(instance(), min_size=2, max_size=4)
 
 @dataclass
 class Pair:
-    """What becomes of two instances when rBlocks move from one to the other, by Infinite-LLM's
-    model: a step takes W(β)/f(β) + Σ S/g, rows that wait fill all room."""
+    """What becomes of two instances when spare rBlocks move from one to the other, by
+    Infinite-LLM's model: a step takes W(β)/f(β) + Σ S/g, rows that wait fill all room. Each token
+    of output has `prompts` seconds of prompts come after it."""
 
     one: dict[str, float]
     other: dict[str, float]
     waiting: bool
     exchange: float
+    prompts: float = 0.0
 
     def filled(self, one: dict[str, float]) -> tuple[float, float, float, int]:
         """(rows, seats, KV tokens, spare rBlocks) after waiting rows took their seats."""
@@ -67,25 +69,25 @@ class Pair:
         return one["fixed"] * (rows > 0) + one["per_token"] * rows + one["per_kv"] * kv_tokens
 
     def rate(self, one: dict[str, float], rows: float, kv_tokens: float, extra: float = 0) -> float:
-        return rows / (self.time(one, rows, kv_tokens) + extra) if rows else 0.0
+        if not rows:
+            return 0.0
+        return 1 / ((self.time(one, rows, kv_tokens) + extra) / rows + self.prompts)
 
     def most(self) -> int:
-        """As many as the debtor has, the creditor has room for and its own step hides."""
+        """As many as the debtor has, the creditor has to spare and the debtor's step hides."""
         rows, _, kv_tokens, _ = self.filled(self.one)
-        others, _, _, spare = self.filled(self.other)
+        _, _, _, spare = self.filled(self.other)
         hidden = self.time(self.one, rows, kv_tokens) / (self.other["per_kv"] * SIZE)
-        room = spare + (others * self.other["row_blocks"] if self.waiting else 0)
-        return int(min(self.one["longest"], hidden, room))
+        return int(min(self.one["longest"], hidden, spare))
 
     def gain(self, blocks: int) -> float:
         rows, seats, kv_tokens, _ = self.filled(self.one)
-        others, _, other_kv, spare = self.filled(self.other)
+        others, _, other_kv, _ = self.filled(self.other)
         more = min(seats, blocks / self.one["row_blocks"])
-        fewer = min(others, max(0, blocks - spare) / self.other["row_blocks"])
         less_kv = kv_tokens + (more * self.one["row_blocks"] - blocks) * SIZE
-        more_kv = other_kv + (blocks - fewer * self.other["row_blocks"]) * SIZE
+        more_kv = other_kv + blocks * SIZE
         after = self.rate(self.one, rows + more, less_kv, self.exchange)
-        after += self.rate(self.other, others - fewer, more_kv)
+        after += self.rate(self.other, others, more_kv)
         before = self.rate(self.one, rows, kv_tokens) + self.rate(self.other, others, other_kv)
         return after / before - 1
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hpc_distkv.control import assign
-from hpc_distkv.control.assign import Assignment
+from hpc_distkv.control.assign import LOOK_AHEAD, READ_AT_ONCE, Assignment
 from hpc_distkv.control.messages import Request, Result, Sampling, pack_tokens
 
 PLENTY = 10**6
@@ -17,7 +20,8 @@ INSTANCES = 4
 Rooms = list[tuple[int, int, float]]
 """(rows, prompt tokens, work that is left) of every instance."""
 
-sizes = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), max_size=40)
+lengths_of_rows = st.tuples(st.integers(1, 60), st.integers(1, 60))
+sizes = st.lists(lengths_of_rows, max_size=40)
 rooms = st.lists(
     st.tuples(st.integers(0, 5), st.integers(0, 150), st.sampled_from((0.0, 30.0, 100.0))),
     min_size=INSTANCES,
@@ -32,9 +36,10 @@ def rows(lengths: list[tuple[int, int]]) -> list[Request]:
     ]
 
 
-def give(assignment: Assignment, room: Rooms) -> dict[int, list[int]]:
+def give(assignment: Assignment, room: Rooms, step_tokens: float = 1.0) -> dict[int, list[int]]:
     """Ids of the rows that instances get."""
-    given_rows = assignment.assign(*(np.array(column) for column in zip(*room, strict=True)))
+    columns = (np.array(column) for column in zip(*room, strict=True))
+    given_rows = assignment.assign(*columns, step_tokens)
     return {instance: [row.id for row in some] for instance, some in given_rows.items()}
 
 
@@ -45,13 +50,29 @@ def finish(assignment: Assignment, number: int, tokens: int = 1) -> None:
 # -- one queue for all ------------------------------------------------------------------------
 
 
-@given(sizes, rooms, st.sampled_from((64.0, float("inf"))))
+def longest_first(lengths: list[tuple[int, int]], attention_tokens: float) -> list[int]:
+    """Rows in the order in which they are given if the last ones are in sight from the first: those
+    that take longest come first. So far a step takes as long as a prompt token."""
+
+    def duration(number: int) -> float:
+        prompt, output = lengths[number]
+        return output + sum(1 + p / attention_tokens for p in np.arange(prompt) + 0.5)
+
+    return sorted(range(len(lengths)), key=lambda number: (-duration(number), number))
+
+
+@given(
+    st.lists(lengths_of_rows, max_size=READ_AT_ONCE - 1),
+    rooms,
+    st.sampled_from((64.0, float("inf"))),
+)
 def test_every_row_goes_where_least_work_is_predicted(lengths, room, attention_tokens):
     """A row of P prompt and O output tokens is P + O tokens, each of which attends to as many as
     are before it, in the mean to half of them. All numbers here are exact in floating point."""
     left = [list(instance) for instance in room]
     expected: dict[int, list[int]] = {}
-    for number, (prompt, output) in enumerate(lengths):
+    for number in longest_first(lengths, attention_tokens):
+        prompt, output = lengths[number]
         open_to_it = [i for i, (seats, tokens, _) in enumerate(left) if seats > 0 and tokens > 0]
         if not open_to_it:
             break
@@ -75,7 +96,7 @@ def test_no_row_is_lost_or_given_twice_or_beyond_the_room(lengths, rounds, queue
             seats, tokens, _ = room[instance]
             assert 0 < len(numbers) <= seats
             assert sum(lengths[n][0] for n in numbers[:-1]) < tokens
-            assert numbers == sorted(numbers)
+            assert numbers == sorted(numbers) or (queue and assignment.exhausted)
             assert not home.keys() & set(numbers)
             home |= dict.fromkeys(numbers, instance)
         assert assignment.home == {n: i for n, i in home.items() if i >= 0}
@@ -97,13 +118,90 @@ def test_no_row_is_lost_or_given_twice_or_beyond_the_room(lengths, rounds, queue
     assert not assignment.waiting
 
 
-def test_rows_are_pulled_only_while_there_is_room():
-    source = iter(rows([(10, 1)] * 100))
-    assignment = Assignment(source, 2)
+def test_rows_are_given_only_while_there_is_room():
+    assignment = Assignment(iter(rows([(10, 1)] * 100)), 2)
     assert give(assignment, [(3, 1000, 0.0), (0, 1000, 0.0)]) == {0: [0, 1, 2]}
     assert give(assignment, [(0, 0, 0.0), (50, 25, 0.0)]) == {1: [3, 4, 5]}
-    assert next(source).id == 6
     assert not assignment.exhausted
+
+
+@given(st.lists(rooms, max_size=12), st.booleans(), st.sampled_from((3, PLENTY)))
+def test_rows_are_read_ahead_only_so_far_and_by_and_by(rounds, queue, most):
+    """Dealt rows aside, which are read for instances that have no room yet."""
+    read = 0
+
+    def source() -> Iterator[Request]:
+        nonlocal read
+        while True:
+            read += 1
+            yield rows([(1, 1)])[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assign, "MOST_AHEAD", most)
+        assignment = Assignment(source(), INSTANCES, queue)
+    taken = 0
+    for room in rounds:
+        some = assignment.assign(*(np.array(column) for column in zip(*room, strict=True)))
+        taken += sum(map(len, some.values()))
+        taken_or_dealt = taken + sum(map(len, assignment._dealt or ()))
+        assert read <= taken_or_dealt + min(INSTANCES * LOOK_AHEAD, most)
+        assert read <= taken_or_dealt * READ_AT_ONCE
+
+
+def in_order(count: int) -> int:
+    """Rows of `count` that one instance, with room for one at a time, gets before the last ones are
+    in sight."""
+    return next(
+        given_before
+        for given_before in itertools.count()
+        if min(READ_AT_ONCE * (given_before + 1), given_before + LOOK_AHEAD) > count
+    )
+
+
+@given(st.lists(lengths_of_rows, max_size=60))
+@example([(5, 1), *[(1, number) for number in range(1, 50)]])
+def test_rows_keep_their_order_until_the_last_are_in_sight_then_the_longest_come_first(lengths):
+    assignment = Assignment(iter(rows(lengths)), 1)
+    order = []
+    while given_rows := give(assignment, [(1, PLENTY, 0.0)]):
+        order += given_rows[0]
+    before = in_order(len(lengths))
+    last = longest_first(lengths[before:], float("inf"))
+    assert order == [*range(before), *(before + number for number in last)]
+    assert len(lengths) - before >= min(len(lengths), LOOK_AHEAD) - 2
+
+
+def test_the_longest_row_is_the_one_that_takes_most_time():
+    """A step takes as long as 10 tokens of prompt, and outputs come to half of their limits."""
+    lengths = [(90, 20), (1, 30), (150, 1), (1, 20)]
+    assignment = Assignment(iter(rows([(999, 2), *lengths])), 1)
+    assignment._most_ahead = 1
+    assert give(assignment, [(1, 999, 0.0)]) == {0: [0]}
+    finish(assignment, 0, tokens=1)
+    assignment._most_ahead = PLENTY
+    assert give(assignment, [(9, 999, 0.0)], step_tokens=10.0) == {0: [1, 3, 2, 4]}
+
+
+def test_rows_that_come_back_are_given_before_all_others():
+    given_first = rows([(1, 1)] * 3)
+    assignment = Assignment(iter([*given_first, *rows([(1, 1)] * 99)[3:]]), 1)
+    give(assignment, [(3, 99, 0.0)])
+    assignment.take_back(given_first[2])
+    assert assignment.home.keys() == {0, 1}
+    assert give(assignment, [(2, 99, 0.0)]) == {0: [2, 3]}
+
+
+def test_prompts_are_work_for_each_token_of_output_that_is_expected():
+    first, second = rows([(10, 20), (30, 20)])
+    assignment = Assignment(iter([first, second]), 1)
+    assert assignment.prompt_work == 0.0
+    give(assignment, [(2, 99, 0.0)])
+    assert assignment.prompt_work == (10 + 30) / (20 + 20)
+    assignment.take_back(second)
+    assert assignment.prompt_work == 10 / 20
+    give(assignment, [(1, 99, 0.0)])
+    finish(assignment, 0, tokens=5)
+    assert assignment.prompt_work == (10 + 30) / ((20 + 20) / 4)
 
 
 def test_a_long_row_counts_by_its_work_and_not_as_one():
@@ -135,20 +233,15 @@ def test_the_last_rows_go_to_those_that_are_done_first():
     assert given_rows == {2: [0, 2], 1: [1, 3]}
 
 
-def test_outputs_are_expected_to_be_as_long_as_those_seen():
-    """Row 10 + 1000 was long as long as nothing was known, and is short when outputs have 2."""
-
-    def third_row_goes_to(assignment: Assignment) -> int:
-        room = [(PLENTY, PLENTY, 0.0)] * 2
-        given_rows = give(assignment, room)
-        return next(i for i, numbers in given_rows.items() if max(numbers) == max(assignment.home))
-
-    lengths = [(10, 1000), (100, 10), (1, 1)]
-    assert third_row_goes_to(Assignment(iter(rows(lengths)), 2)) == 1
-    informed = Assignment(iter(rows([(1, 5), *lengths])), 2)
+def test_outputs_are_expected_to_be_as_large_a_part_of_their_limits_as_those_seen():
+    """Row 10 + 1000 is long as long as nothing is known, and short when outputs come to 1% of their
+    limits: then the last row goes where it went."""
+    lengths, room = [(10, 1000), (100, 10), (1, 1)], [(PLENTY, PLENTY, 0.0)] * 2
+    assert give(Assignment(iter(rows(lengths)), 2), room) == {0: [0], 1: [1, 2]}
+    informed = Assignment(iter(rows([(1, 5000), *lengths])), 2)
     assert give(informed, [(1, 9, 0.0), (0, 0, 0.0)]) == {0: [0]}
-    finish(informed, 0, tokens=2)
-    assert third_row_goes_to(informed) == 0
+    finish(informed, 0, tokens=50)
+    assert give(informed, room) == {0: [1, 3], 1: [2]}
 
 
 def test_a_row_that_moved_is_finished_by_its_new_home():
@@ -183,12 +276,14 @@ def test_an_isolated_instance_takes_no_rows_of_another_though_it_idles():
 
 def test_rows_are_dealt_only_so_far_ahead_of_an_instance_that_has_no_room(monkeypatch):
     monkeypatch.setattr(assign, "DEALT_AHEAD", 3)
-    source = iter(rows([(5, 5)] * 20))
+    source = iter(rows([(5, 5)] * 99))
     assignment = Assignment(source, 2, queue=False)
     idle, busy = (PLENTY, PLENTY, 0.0), (0, 0, 0.0)
     assert give(assignment, [idle, busy]) == {0: [0, 2, 4, 6]}
     assert give(assignment, [idle, busy]) == {}
-    assert next(source).id == 7, "the rows of the busy one wait, and so do all behind them"
+    assert give(assignment, [idle, busy]) == {}
+    ahead = next(source).id - 7
+    assert ahead <= 2 * LOOK_AHEAD, "the rows of the busy one wait, and so do all behind them"
 
 
 @pytest.mark.parametrize("queue", [True, False])

@@ -66,19 +66,84 @@ def test_figures_of_the_cluster_are_sums_and_counters_stay_until_new_ones_come()
     assert job.manager.counters == [counters, Counters()]
 
 
+# -- the last rows --------------------------------------------------------------------------------
+
+
+def at_the_tail(*fields: dict[str, float]) -> list[int]:
+    """Rows that instances are to give back when nobody has any left to assign."""
+    job = Job(len(fields))
+    job.round(*[report()] * len(fields))  # finds that there are no rows
+    return [answer.give_back for answer in job.round(*[report(**row) for row in fields])]
+
+
+BUSY = {"running": 4, "waiting": 9, "work_left": 900.0, "room_rows": 0}
+FEW = {"running": 2, "work_left": 400.0}
+
+
+@pytest.mark.parametrize(
+    ("receiver", "given_back"),
+    [
+        ({}, 5),
+        (FEW, 5),
+        (FEW | {"work_left": 450.0}, 5),
+        (FEW | {"work_left": 451.0}, 0),
+        (FEW | {"waiting": 1}, 0),
+        (FEW | {"room_rows": 0}, 0),
+    ],
+)
+def test_who_has_begun_all_its_rows_gets_half_of_what_waits_at_one_with_twice_its_work(
+    receiver, given_back
+):
+    assert at_the_tail(receiver, BUSY) == [0, given_back]
+
+
+def test_rows_that_wait_where_nothing_runs_are_about_to_begin_and_stay():
+    assert at_the_tail({}, BUSY | {"running": 0}) == [0, 0]
+
+
+def test_those_with_least_work_are_served_first_and_each_by_the_one_with_most():
+    """5 of 9 rows for the idle one leave 450 there; then 700 elsewhere are most, which is twice
+    350, but not twice 390."""
+    rows = [FEW | {"work_left": 390.0}, {}, BUSY, BUSY | {"work_left": 700.0, "waiting": 2}]
+    assert at_the_tail(*rows) == [0, 0, 5, 0]
+    rows[0]["work_left"] = 350.0
+    assert at_the_tail(*rows) == [0, 0, 5, 1]
+
+
+def test_rows_are_not_spread_while_there_are_some_to_assign():
+    job = Job(2, requests(2))
+    rows = report(), report(**BUSY)
+    first, second = job.round(*rows), job.round(*rows)
+    assert [[len(a.assign) for a in answers] for answers in (first, second)] == [[1, 0]] * 2
+    assert [a.give_back for a in (*first, *second)] == [0] * 4
+
+
+def test_rows_that_are_given_back_go_to_where_there_is_least_work():
+    job = Job(3, requests(3))
+    home = job.round(*[report(room_rows=3)] + [report(room_rows=0)] * 2)[0].assign
+    assert [row.id for row in home] == [0, 1, 2]
+    idle, busy = report(work_left=5.0), report(running=1, waiting=2, work_left=90.0, room_rows=0)
+    asked = job.round(busy, idle, idle)
+    assert [answer.give_back for answer in asked] == [2, 0, 0], "one for each of them"
+    returned = report(running=1, work_left=40.0, changes=Changes(returned=home[1:]))
+    answers = job.round(returned, idle, report())
+    assert [[row.id for row in answer.assign] for answer in answers] == [[], [2], [1]]
+
+
 # -- loans that pay -----------------------------------------------------------------------------
 
 
 def test_a_transfer_is_granted_out_of_the_promise_and_the_rest_is_kept_free():
-    """The planner wants more than the creditor has promised: rows of it give way in time."""
-    job = Job(2, requests(1), Policy(dgfm=False))
-    debtor, creditor = job.round(*uneven(promised=10))
-    assert creditor.lend == {0: 10}
+    """What the planner counted on went to one that is short: it waits for the rest."""
+    job = Job(3, requests(1), Policy(dgfm=False))
+    debtor, creditor, _ = job.round(*uneven(), report(wanted=40, wanted_for=9))
+    assert creditor.lend == {2: 40, 0: 10}
     assert debtor.granted == 10
     assert debtor.shed == {1: 10}
     missing = creditor.keep
-    assert missing > 1
-    debtor, creditor = job.round(*uneven(promised=1, changes=Changes(lent={0: 10})))
+    assert 1 < missing <= 40
+    lent = Changes(lent={2: 40, 0: 10})
+    debtor, creditor, _ = job.round(*uneven(promised=1, changes=lent), report())
     assert debtor.shed == {1: 1}
     assert creditor.keep == missing - 1
 

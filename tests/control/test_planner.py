@@ -12,22 +12,25 @@ from hpc_distkv.control.ledger import DebtLedger
 from hpc_distkv.control.planner import CONSIDERED, LEAST_GAIN, Transfer
 
 
-@given(clusters, st.booleans(), st.sampled_from((0.0, 0.002)))
-def test_the_first_debtors_transfer_is_about_as_good_as_any(rows, waiting, exchange):
+@given(clusters, st.booleans(), st.sampled_from((0.0, 0.002)), st.sampled_from((0.0, 5.0)))
+def test_the_first_debtors_transfer_is_about_as_good_as_any(rows, waiting, exchange, prompt_work):
     """Debtors come by ascending batch. Only halves of what may move are tried: no transfer of
-    another size promises more than 2.5 times as much."""
+    another size promises more than 2.5 times as much. Prompts, of a millisecond a token, are to be
+    computed only while rows wait."""
+    reports = read(*[report(**row, prompt_time=0.001) for row in rows])
     transfers = planner(len(rows), lambda _: exchange).plan(
-        read(*[report(**row) for row in rows]), DebtLedger(len(rows)), waiting
+        reports, DebtLedger(len(rows)), waiting, prompt_work=prompt_work
     )
+    prompts = 0.001 * prompt_work if waiting else 0.0
     able = [i for i, row in enumerate(rows) if row["longest"]]
     if not able:
         assert transfers == []
         return
     debtor = min(able, key=lambda i: (rows[i]["running"], i))
     pairs = {
-        i: Pair(rows[debtor], row, waiting, exchange)
+        i: Pair(rows[debtor], row, waiting, exchange, prompts)
         for i, row in enumerate(rows)
-        if i != debtor and (waiting or row["promised"])
+        if i != debtor and row["promised"]
     }
     best = max((p.gain(x) for p in pairs.values() for x in range(1, p.most() + 1)), default=0.0)
     halves = [pair.gain(most) for pair in pairs.values() if (most := pair.most()) > 0]
@@ -79,9 +82,13 @@ def test_no_plan_is_a_circle_of_its_own():
 # -- by hand ----------------------------------------------------------------------------------
 
 
-def plan(rows: list[dict[str, float]], waiting: bool = True, **others) -> list[Transfer]:
-    reports = read(*[report(**{"row_blocks": 2.5} | EQUAL | row) for row in rows])
-    return planner(len(rows), **others).plan(reports, DebtLedger(len(rows)), waiting)
+def plan(
+    rows: list[dict[str, float]], waiting: bool = True, prompt_work: float = 0.0, **others
+) -> list[Transfer]:
+    given = {"row_blocks": 2.5, "prompt_time": 0.001} | EQUAL
+    reports = read(*[report(**given | row) for row in rows])
+    ledger = DebtLedger(len(rows))
+    return planner(len(rows), **others).plan(reports, ledger, waiting, prompt_work=prompt_work)
 
 
 def test_an_uneven_pair_moves_the_long_row_to_where_there_is_room():
@@ -90,6 +97,25 @@ def test_an_uneven_pair_moves_the_long_row_to_where_there_is_room():
     (transfer,) = plan(uneven())
     assert transfer[:2] == (0, 1)
     assert 15 * 2.5 <= transfer.blocks <= 50
+
+
+def test_a_creditor_lends_only_what_its_waiting_rows_leave():
+    """Two rows of 20 rBlocks are about to take 40 of the 50 that are promised."""
+    rows = uneven()
+    rows[1] |= {"seats": 2, "row_blocks": 20.0}
+    assert [transfer.blocks for transfer in plan(rows)] == [10]
+    rows[1] |= {"seats": 3}
+    assert plan(rows) == []
+
+
+def test_room_is_worth_little_where_prompts_take_most_of_the_time():
+    """With 1000 prompt tokens of 1 ms for each of output, some milliseconds of a step are nothing;
+    but not if no row waits whose prompt is to be computed."""
+    assert plan(uneven(), prompt_work=1000.0) == []
+    rows = uneven()
+    rows[0] |= {"running": 10}
+    rows[1] |= {"running": 1, "kv_tokens": 4}
+    assert plan(rows, waiting=False, prompt_work=1000.0) == [Transfer(0, 1, 50)]
 
 
 def test_without_rows_that_wait_room_is_worth_only_the_time_of_attention():
