@@ -13,8 +13,8 @@ BLOCK = 4
 
 
 def make(num_blocks: int = 100, policy: str = "queue", **limits: int) -> Scheduler:
-    sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 16} | limits
-    config = EngineConfig(num_blocks, BLOCK, policy=POLICIES[policy], **sizes)
+    sizes = {"block_size": BLOCK, "max_num_seqs": 8, "max_num_batched_tokens": 16} | limits
+    config = EngineConfig(num_blocks, policy=POLICIES[policy], **sizes)
     scheduler = Scheduler(RManager(0, num_blocks), config)
     scheduler.rm = scheduler._rm
     return scheduler

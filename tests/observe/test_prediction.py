@@ -56,7 +56,9 @@ def test_no_simulated_run_exceeds_what_is_called_the_most(rows, ranks, policy):
 
 def test_the_longest_row_bounds_any_number_of_ranks():
     rows = requests((10, 50))
-    alone = 10 * (0.0035 + 5 * 0.0035 / MODEL.attention_tokens) + 49 * (0.004 + 34.5 * 6e-6) + 50 * 0.04
+    alone = (
+        10 * (0.0035 + 5 * 0.0035 / MODEL.attention_tokens) + 49 * (0.004 + 34.5 * 6e-6) + 50 * 0.04
+    )
     for ranks in (1, 8):
         assert most_rate(MODEL, CONFIG, ranks, [SPEED], rows) <= 50 / alone * 1.001
     assert most_rate(MODEL, CONFIG, 8, [SPEED], rows) == pytest.approx(50 / alone)
