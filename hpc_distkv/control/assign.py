@@ -53,6 +53,7 @@ class Assignment:
         """Rows that were read and wait for an instance."""
         self._most_ahead = min(instances * LOOK_AHEAD, MOST_AHEAD)
         self._step_tokens = 1.0
+        """Prompt tokens in the time of a decode step, as told last."""
         self._returned = deque[Request]()
         """Rows that come before all others."""
         self._dealt = None if queue else [deque[Request]() for _ in range(instances)]
@@ -77,7 +78,7 @@ class Assignment:
     def take_back(self, request: Request) -> None:
         """An instance returns a row that it has not begun."""
         del self.home[request.id], self._limits[request.id]
-        self._given_work -= work(0, request.prompt_len, self._attention_tokens)
+        self._given_work -= self._prompt_work(request)
         self._given_limits -= request.sampling.max_tokens
         self._returned.append(request)
 
@@ -178,13 +179,16 @@ class Assignment:
 
     def _duration(self, request: Request) -> float:
         """How long a row takes, in prompt tokens."""
-        prompt = work(0, request.prompt_len, self._attention_tokens)
-        return prompt + self._step_tokens * self._outputs.expected(request.sampling.max_tokens)
+        output = self._outputs.expected(request.sampling.max_tokens)
+        return self._prompt_work(request) + self._step_tokens * output
+
+    def _prompt_work(self, request: Request) -> float:
+        return work(0, request.prompt_len, self._attention_tokens)
 
     def _give(self, request: Request, instance: int, given: dict[int, list[Request]]) -> None:
         self.home[request.id] = instance
         self._limits[request.id] = request.sampling.max_tokens
-        self._given_work += work(0, request.prompt_len, self._attention_tokens)
+        self._given_work += self._prompt_work(request)
         self._given_limits += request.sampling.max_tokens
         given.setdefault(instance, []).append(request)
 

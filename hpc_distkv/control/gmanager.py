@@ -168,7 +168,7 @@ class GManager:
 
     def _spread_tail(self, reports: Reports, given: Container[int], answers: Answers) -> None:
         """No row is left to assign: instances that have begun all theirs get half of what waits at
-        others with more than twice their work."""
+        others with at least twice their work."""
         waiting = np.where(reports["running"] > 0, reports["waiting"], 0)
         left = reports["work_left"].copy()
         able = np.flatnonzero((reports["waiting"] == 0) & (reports["room_rows"] > 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
+from typing import NamedTuple
 
 from hpc_distkv.control.messages import NOBODY
 from hpc_distkv.engine.config import EngineConfig
@@ -15,6 +16,19 @@ CANDIDATES = 16
 REFUSED_STEPS = 8
 """Steps after which those that were refused are looked at again though nobody came or went: one
 that begins later has grown less when others end."""
+
+
+class Room(NamedTuple):
+    """What is left beside the rows that run, in rBlocks."""
+
+    for_large: int
+    """Now, for one that waited for credit."""
+    now: int
+    """Now, for any other."""
+    in_time: int
+    """For all rows together, as those that run end."""
+    claims: list[Claim]
+    """Of the rows that run."""
 
 
 class Admission:
@@ -37,23 +51,24 @@ class Admission:
         self._refused: tuple[object, ...] = ()
         """The state in which nobody could begin."""
         self._refused_steps = 0
-        """Steps in which it was not looked at again."""
+        """Times that it was not looked at again."""
         self._blocked: Claim | None = None
         """The place in time of the oldest one that could not."""
 
     def next(self, waiting: Rows[Sequence], running: Rows[Sequence]) -> Sequence | None:
         """The sequence of `waiting` that begins now; both lists ascend by age."""
-        if len(running) >= self._config.max_num_seqs:
+        if not waiting or len(running) >= self._config.max_num_seqs:
             return None
         state = self._state(waiting, running)
         if running and state == self._refused and self._refused_steps < REFUSED_STEPS:
             self._refused_steps += 1
             return None
+        room = self._room(waiting, running)
         self._blocked = None
         for sequence in waiting[:CANDIDATES]:
             if sequence.id > self.before:
                 break
-            if self._may_begin(sequence, waiting, running):
+            if self._may_begin(sequence, room):
                 return sequence
         self._refused, self._refused_steps = state, 0
         return None
@@ -70,35 +85,33 @@ class Admission:
         ids = (sequence.id for sequence in (*running, *waiting[:CANDIDATES]))
         return (*numbers, len(running), *ids)
 
-    def _may_begin(
-        self, sequence: Sequence, waiting: Rows[Sequence], running: Rows[Sequence]
-    ) -> bool:
-        free = self._rm.usable + self._rm.credit
+    def _room(self, waiting: Rows[Sequence], running: Rows[Sequence]) -> Room:
+        """What is the same for all that wait."""
+        rm, foresight = self._rm, self._foresight
+        free = rm.usable + rm.credit
+        usual = free - self.keep
+        if any(map(self.large, waiting)):
+            usual -= rm.credit
+        reserve = self.reserve if running else 0
+        prompts = sum(foresight.missing(row, row.length + 1) for row in running)
+        in_time = max(0, usual + foresight.at_home(running) - self.reserve)
+        claims = [foresight.claim(row) for row in running]
+        return Room(free - reserve - prompts, usual - self.reserve - prompts, in_time, claims)
+
+    def _may_begin(self, sequence: Sequence, room: Room) -> bool:
         if self.large(sequence):
             end = int(self._foresight.expected_end(sequence))
-            return self._prompts(running) + self._foresight.missing(sequence, end) <= free
-        if not running:
-            return True
-        if any(map(self.large, waiting)):
-            free -= self._rm.credit
-        return self._fits(sequence, running, free - self.keep)
+            return self._foresight.missing(sequence, end) <= room.for_large
+        return not room.claims or self._fits(sequence, room)
 
-    def _fits(self, sequence: Sequence, running: Rows[Sequence], free: int) -> bool:
-        now = self._prompts([*running, sequence]) <= free
+    def _fits(self, sequence: Sequence, room: Room) -> bool:
+        now = self._foresight.missing(sequence, sequence.length + 1) <= room.now
         if not now and self._blocked:
             return False
         claim = self._foresight.claim(sequence)
-        claims = [self._foresight.claim(other) for other in running]
-        held = sum(len(self._rm.tables[other.id].slots) for other in running)
-        room = max(0, free + held - self.reserve)
         first = [self._blocked] if self._blocked else []
-        if now and self._foresight.peak([*claims, *first, claim]) <= room:
+        if now and self._foresight.peak([*room.claims, *first, claim]) <= room.in_time:
             return True
         if not self._blocked:
-            self._blocked = claim.at(self._foresight.start(claims, claim, room))
+            self._blocked = claim.at(self._foresight.start(room.claims, claim, room.in_time))
         return False
-
-    def _prompts(self, rows: Rows[Sequence]) -> int:
-        """rBlocks that the prompts of these rows lack, and the reserve if there are others."""
-        need = sum(self._foresight.missing(row, row.length + 1) for row in rows)
-        return need + self.reserve if rows else 0

@@ -49,6 +49,10 @@ class Foresight:
         output = self.outputs.expected(sequence.request.sampling.max_tokens)
         return sequence.request.prompt_len + max(output, sequence.output_len + 1)
 
+    def at_home(self, running: Rows[Sequence]) -> int:
+        """rBlocks that these rows have here."""
+        return sum(len(self._rm.tables[sequence.id].slots) for sequence in running)
+
     def claim(self, sequence: Sequence) -> Claim:
         """What the sequence needs if it runs from now on."""
         table = self._rm.tables.get(sequence.id)

@@ -353,14 +353,13 @@ class Scheduler:
         what was to be kept for loans is not for those that wait."""
         seats = 0 if self._admission.keep else self._config.max_num_seqs - len(self.running)
         need = self._first_chunk if self._admission.before == NOBODY else 0
-        held = sum(len(self._rm.tables[s.id].slots) for s in self.running)
         claims = [
             self.foresight.claim(sequence)
             for sequence in (*self.running, *self.waiting[:seats])
             if sequence.id <= self._admission.before and not self._waits_for_whole(sequence)
         ]
-        peak = self.foresight.peak(claims) if claims else 0
-        return max(0, int(self._rm.usable - need - max(0, peak - held)))
+        growth = self.foresight.peak(claims) - self.foresight.at_home(self.running)
+        return max(0, int(self._rm.usable - need - max(0, growth)))
 
     def _usable_credit(self) -> int:
         """Credit that can help: through it flows what is sealed at home, so without room or sealed
