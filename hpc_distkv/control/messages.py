@@ -200,6 +200,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     youngest_blocks: int = 0
     longest: int = 0
     """Sealed rBlocks at home of the request that has most of them."""
+    lacking: int = 0
+    """rBlocks that the oldest waiting row lacks to begin beside those that run; 0 if none does."""
     kv_tokens: int = 0
     """KV tokens attended to here in a step of decodes: own ones at home, and guests."""
     work_left: float = 0.0

@@ -16,7 +16,7 @@ from hpc_distkv.control.wire import Reports
 CONSIDERED = 8
 """Debtors and creditors looked at in one plan: it costs the same in any cluster."""
 SIZES = 8
-"""Numbers of rBlocks tried for a pair: halves, from all that may move."""
+"""Numbers of rBlocks tried for a pair: halves, from all that may move; and what a row lacks."""
 LEAST_GAIN = 0.05
 """Share of the pair's throughput that a transfer must promise, so that plans do not oscillate."""
 KEPT_PLANS = 4
@@ -42,6 +42,8 @@ class Load:
     spare: int
     """rBlocks that nothing at the instance needs."""
     longest: int
+    lacking: int
+    """rBlocks that the next row lacks to begin."""
     row_blocks: float
     fixed: float
     per_token: float
@@ -67,9 +69,10 @@ class Planner:
 
     Debtors by ascending batch, creditors by ascending memory use, the debtor's longest request,
     the number of rBlocks with the best predicted gain in Σ β/T over both, where T has the prompts
-    that each output token brings along. Rows that wait fill the room that a debtor gains. A
-    creditor lends what nothing there needs: room that its own rows could use is worth as much to
-    them, and to clear it costs more than it brings.
+    that each output token brings along. Rows that wait fill the room that a debtor gains; a row
+    that waits there already begins when it has all that it lacks. A creditor lends what nothing
+    there needs: room that its own rows could use is worth as much to them, and to clear it costs
+    more than it brings. A fragment too small for any of them serves elsewhere.
     """
 
     def __init__(
@@ -190,13 +193,17 @@ class Planner:
             for n, mean in self._means.items()
         }
         row_blocks = max(1.0, row["row_blocks"])
-        new = min(row["seats"], row["promised"] / row_blocks) if self._waiting else 0.0
+        lacking = int(row["lacking"])
+        seats = row["seats"] if self._waiting else min(row["seats"], float(lacking > 0))
+        # Where a row lacks room, what is promised is of no use to those that wait.
+        new = 0.0 if lacking else min(seats, row["promised"] / row_blocks)
         return Load(
             rows=row["running"] + new,
-            seats=row["seats"] - new if self._waiting else 0.0,
+            seats=seats - new,
             kv_tokens=row["kv_tokens"] + new * row_blocks * self._size,
             spare=int(row["promised"] - new * row_blocks),
             longest=int(row["longest"]),
+            lacking=lacking,
             row_blocks=row_blocks,
             prompts=self._prompt_work * self._prompt_time,
             **model,
@@ -210,14 +217,14 @@ class Planner:
         before = one.rate() + other.rate()
         exchange = 0.0 if ledger.creditors_of(debtor) else self._exchange(debtor, creditor)
         best = (0.0, Transfer(debtor, creditor, 0))
-        blocks = self._most(one, other)
-        for _ in range(SIZES if before else 0):
-            if blocks < 1:
-                break
+        most = self._most(one, other)
+        sizes = {most >> halvings for halvings in range(SIZES if before else 0)}
+        if before and one.lacking <= most:
+            sizes.add(one.lacking)
+        for blocks in sorted(sizes - {0}):
             with_less, with_more = _shift(one, other, blocks, self._size)
             gain = (with_less.rate(exchange) + with_more.rate()) / before - 1
             best = max(best, (gain, Transfer(debtor, creditor, blocks)))
-            blocks //= 2
         return best
 
     def _most(self, one: Load, other: Load) -> int:
@@ -233,6 +240,7 @@ _READ = (
     "kv_tokens",
     "promised",
     "longest",
+    "lacking",
     "row_blocks",
     "fixed",
     "per_token",
@@ -242,7 +250,9 @@ _READ = (
 
 def _shift(one: Load, other: Load, blocks: int, size: int) -> tuple[Load, Load]:
     """Debtor and creditor after a transfer of `blocks` spare rBlocks of `size` tokens."""
-    more = min(one.seats, blocks / one.row_blocks)
+    beyond = blocks - one.lacking
+    first = 1 if one.lacking and beyond >= 0 else 0
+    more = min(one.seats, first + max(0, beyond) / one.row_blocks)
     return (
         replace(
             one,
@@ -250,6 +260,7 @@ def _shift(one: Load, other: Load, blocks: int, size: int) -> tuple[Load, Load]:
             seats=one.seats - more,
             kv_tokens=one.kv_tokens + (more * one.row_blocks - blocks) * size,
             longest=one.longest - blocks,
+            lacking=max(0, -beyond),
         ),
         replace(other, kv_tokens=other.kv_tokens + blocks * size, spare=other.spare - blocks),
     )

@@ -29,6 +29,7 @@ COLUMNS = {
     "youngest": "q",
     "youngest_blocks": "i",
     "longest": "i",
+    "lacking": "i",
     "kv_tokens": "q",
     "work_left": "f",
     "row_blocks": "f",

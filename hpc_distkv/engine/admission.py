@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Rows
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from hpc_distkv.control.messages import NOBODY
@@ -18,8 +20,9 @@ REFUSED_STEPS = 8
 that begins later has grown less when others end."""
 
 
-class Room(NamedTuple):
-    """What is left beside the rows that run, in rBlocks."""
+@dataclass
+class Room:
+    """What is left beside the rows that run, in rBlocks, and who takes it."""
 
     for_large: int
     """Now, for one that waited for credit."""
@@ -28,7 +31,25 @@ class Room(NamedTuple):
     in_time: int
     """For all rows together, as those that run end."""
     claims: list[Claim]
-    """Of the rows that run."""
+    """Of the rows that run, and of those that begin."""
+    blocked: Claim | None = None
+    """The place in time of the oldest row that cannot begin."""
+    lacking: int = 0
+    """What that row lacks to begin now; 0: there is none."""
+
+
+class Outlook(NamedTuple):
+    """What comes of the rows that wait."""
+
+    claims: list[Claim]
+    """Of those that can begin now, and the place in time of the oldest that cannot."""
+    blocked: Sequence | None
+    """The latter."""
+    lacking: int
+    """rBlocks that it lacks to begin now."""
+
+
+NOTHING_WAITS = Outlook([], None, 0)
 
 
 class Admission:
@@ -52,8 +73,6 @@ class Admission:
         """The state in which nobody could begin."""
         self._refused_steps = 0
         """Times that it was not looked at again."""
-        self._blocked: Claim | None = None
-        """The place in time of the oldest one that could not."""
 
     def next(self, waiting: Rows[Sequence], running: Rows[Sequence]) -> Sequence | None:
         """The sequence of `waiting` that begins now; both lists ascend by age."""
@@ -64,7 +83,6 @@ class Admission:
             self._refused_steps += 1
             return None
         room = self._room(waiting, running)
-        self._blocked = None
         for sequence in waiting[:CANDIDATES]:
             if sequence.id > self.before:
                 break
@@ -72,6 +90,27 @@ class Admission:
                 return sequence
         self._refused, self._refused_steps = state, 0
         return None
+
+    def outlook(self, waiting: Rows[Sequence], running: Rows[Sequence]) -> Outlook:
+        """What comes of the waiting sequences, those too large for this instance left out."""
+        if not waiting:
+            return NOTHING_WAITS
+        room = self._room(waiting, running)
+        seats = max(0, self._config.max_num_seqs - len(running))
+        claims, blocked = [], None
+        for sequence in waiting[: min(CANDIDATES, seats)]:
+            if sequence.id > self.before:
+                break
+            if self.large(sequence):
+                continue
+            if not room.claims or self._fits(sequence, room):
+                room.now -= self._foresight.missing(sequence, sequence.length + 1)
+                claims.append(self._foresight.claim(sequence))
+                room.claims.append(claims[-1])
+            elif room.blocked and not blocked:
+                blocked = sequence
+                claims.append(room.blocked)
+        return Outlook(claims, blocked, room.lacking)
 
     def large(self, sequence: Sequence) -> bool:
         """Whether the planner has to find room elsewhere for the sequence before it can run."""
@@ -105,13 +144,15 @@ class Admission:
         return not room.claims or self._fits(sequence, room)
 
     def _fits(self, sequence: Sequence, room: Room) -> bool:
-        now = self._foresight.missing(sequence, sequence.length + 1) <= room.now
-        if not now and self._blocked:
+        lacking = self._foresight.missing(sequence, sequence.length + 1) - room.now
+        if lacking > 0 and room.blocked:
             return False
         claim = self._foresight.claim(sequence)
-        first = [self._blocked] if self._blocked else []
-        if now and self._foresight.peak([*room.claims, *first, claim]) <= room.in_time:
+        first = [room.blocked] if room.blocked else []
+        over = self._foresight.peak([*room.claims, *first, claim]) - room.in_time
+        if lacking <= 0 and over <= 0:
             return True
-        if not self._blocked:
-            self._blocked = claim.at(self._foresight.start(room.claims, claim, room.in_time))
+        if not room.blocked:
+            room.blocked = claim.at(self._foresight.start(room.claims, claim, room.in_time))
+            room.lacking = max(lacking, math.ceil(over))
         return False

@@ -31,6 +31,10 @@ log = logging.getLogger(__name__)
 COUNTED_ROUNDS = 25
 """Reports between two that carry the counters while there is work."""
 
+EXCHANGES = 500
+"""Decode steps with an exchange of which the mean counts: a wait is short or long by what the
+creditor computes meanwhile."""
+
 
 class StepWork(NamedTuple):
     """What a step had to compute."""
@@ -101,6 +105,8 @@ class Instance:
         self._asked = 0
         self._prompt_time = self._exchange = 0.0
         """Measured seconds per prompt token, and of a decode step's waits for partial results."""
+        self._exchanges = 0
+        """Decode steps that had any."""
         self._results: list[Result] = []
         self._adopted: list[int] = []
         self._returned: list[Sequence] = []
@@ -157,6 +163,7 @@ class Instance:
             youngest=youngest.id if youngest else -1,
             youngest_blocks=self.rm.tables[youngest.id].blocks if youngest else 0,
             longest=self.scheduler.longest if self.config.policy.planner else 0,
+            lacking=self.scheduler.lacking if self.config.policy.planner else 0,
             kv_tokens=self._kv_tokens(),
             work_left=self._work_left(),
             row_blocks=self._row_blocks(),
@@ -310,9 +317,13 @@ class Instance:
         elif own > 0:
             self.model.observe(work.decodes, work.kv_tokens, own)
             if work.exchanging:
-                self._exchange = smoothed(self._exchange, seconds.partial_wait)
+                self._exchanges += 1
+                weight = 1 / min(self._exchanges, EXCHANGES)
+                self._exchange += weight * (seconds.partial_wait - self._exchange)
         if self._exchange and self._prompt_time:
             self.scheduler.exchange_tokens = self._exchange / self._prompt_time
+        if self.model.fixed and self._prompt_time:
+            self.scheduler.step_tokens = self.model.fixed / self._prompt_time
 
     # -- letters of others, at any time ---------------------------------------------------------
 

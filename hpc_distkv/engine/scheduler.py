@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from hpc_distkv.control.messages import NOBODY, Answer
-from hpc_distkv.engine.admission import Admission
+from hpc_distkv.engine.admission import NOTHING_WAITS, Admission
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.foresight import Foresight
 from hpc_distkv.engine.migration import Migrations
@@ -25,8 +25,11 @@ STARVED_GROWTH = 8
 again, only as often as that pays."""
 EXCHANGE_TOKENS = 10.0
 """Prompt tokens computed in the time that remote rBlocks add to a step, until it was measured."""
-GUEST_CHUNK = 128
-"""Prompt tokens in a step while guests are hosted: their queries are served between layers."""
+STEP_TOKENS = 16.0
+"""Prompt tokens computed in the fixed time of a step, until it was measured."""
+GUEST_STEPS = 5
+"""How many times its fixed time a step may compute prompts while guests are hosted: they wait for
+its operators, and shorter steps waste time of their own."""
 PATIENCE = 2
 """Answers after which a sequence that lacks memory no longer waits for a grant."""
 
@@ -84,10 +87,13 @@ class Scheduler:
         self.preemptions = self.stalls = 0
         self.exchange_tokens = EXCHANGE_TOKENS
         """Prompt tokens computed in the time that remote rBlocks add to a step."""
+        self.step_tokens = STEP_TOKENS
+        """Prompt tokens computed in the fixed time of a step."""
         self._rm = rmanager
         self._config = config
         self.foresight = Foresight(rmanager, config)
         self._admission = Admission(rmanager, config, self.foresight)
+        self._outlook = NOTHING_WAITS
         self._starved = False
         self._short = False
         self._short_answers = 0
@@ -163,6 +169,7 @@ class Scheduler:
         """Foreseen need against what there is. Credit that is not needed is given back."""
         if self._migrations:
             self._migrations.return_credit()
+        self._outlook = self._admission.outlook(self.waiting, self.running)
         credit = self._usable_credit()
         if self._config.policy.lending:
             self._return_credit(self._rm.credit - credit)
@@ -173,7 +180,7 @@ class Scheduler:
             missing = self.foresight.missing(oldest, oldest.length + growth)
             largest = self._config.blocks(oldest.final_len)
             return Demand(max(1, missing - held), oldest.id, largest, False, True, 0)
-        soon = (*self.running, *self._next_waiting())
+        soon = (*self.running, *self._next_to_begin())
         need = self._admission.reserve if self.running else 0
         wanted, wanted_for, largest = 0, NOBODY, 0
         for sequence in soon:
@@ -205,6 +212,11 @@ class Scheduler:
         return sum(not s.output_len and not self._admission.large(s) for s in self.waiting)
 
     @property
+    def lacking(self) -> int:
+        """rBlocks that the oldest waiting sequence lacks to begin beside those that run."""
+        return self._outlook.lacking if self.running else 0
+
+    @property
     def longest(self) -> int:
         """Sealed rBlocks at home of the running sequence that has most of them."""
         return max(map(self._moves.sealed, self.running), default=0)
@@ -230,7 +242,7 @@ class Scheduler:
         self._plan_decodes(rows)
         budget = self._config.max_num_batched_tokens
         if self._rm.guests:
-            budget = min(budget, len(rows) + GUEST_CHUNK)
+            budget = min(budget, len(rows) + max(1, int(GUEST_STEPS * self.step_tokens)))
         self._plan_prefills(rows, budget - len(rows))
         copies, leaving = self._plan_migrations()
         for sequence in leaving:
@@ -347,17 +359,19 @@ class Scheduler:
             return []
         return [sequence for sequence in self.waiting[:1] if sequence.id <= self._admission.before]
 
+    def _next_to_begin(self) -> list[Sequence]:
+        """The same. With a planner, one that has to wait until others end takes nothing now."""
+        waits = self._outlook.blocked if self._config.policy.planner else None
+        return [sequence for sequence in self._next_waiting() if sequence is not waits]
+
     def _lendable(self) -> int:
-        """Room that nobody here needs: not what runs nor what waits for a seat, nor what new rows
-        begin with. While an older request is starved elsewhere, only what is older counts; and
-        what was to be kept for loans is not for those that wait."""
-        seats = 0 if self._admission.keep else self._config.max_num_seqs - len(self.running)
+        """Room that nobody here needs: not what runs, nor what begins next, nor what new rows begin
+        with. While an older request is starved elsewhere, only what is older counts; and what was
+        to be kept for loans is not for those that wait."""
         need = self._first_chunk if self._admission.before == NOBODY else 0
-        claims = [
-            self.foresight.claim(sequence)
-            for sequence in (*self.running, *self.waiting[:seats])
-            if sequence.id <= self._admission.before and not self._waits_for_whole(sequence)
-        ]
+        claims = [self.foresight.claim(s) for s in self.running if s.id <= self._admission.before]
+        if not self._admission.keep:
+            claims += self._outlook.claims
         growth = self.foresight.peak(claims) - self.foresight.at_home(self.running)
         return max(0, int(self._rm.usable - need - max(0, growth)))
 
@@ -382,7 +396,7 @@ class Scheduler:
             return [], []
         ahead = 2 * self._config.max_num_batched_tokens
         short = self._admission.reserve - max(0, self._rm.usable)
-        for sequence in (*self.running, *self._next_waiting()):
+        for sequence in (*self.running, *self._next_to_begin()):
             target = min(sequence.length + 8, sequence.computed + ahead)
             short += self.foresight.missing(sequence, target)
         return self._moves.plan(self.running, min(short, 2 * self._config.blocks(ahead)))

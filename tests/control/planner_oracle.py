@@ -34,6 +34,7 @@ def instance(draw: st.DrawFn) -> dict[str, float]:
         "seats": draw(st.sampled_from((0, 5, 20))),
         "kv_tokens": longest * SIZE + draw(st.integers(0, 2000)),
         "longest": longest,
+        "lacking": draw(st.sampled_from((0, 0, 2, 25))),
         "row_blocks": draw(st.sampled_from((1.0, 4.0, 10.0))),
         "fixed": draw(st.sampled_from((0.01, 0.02))),
         "per_token": draw(st.sampled_from((0.0, 0.0005, 0.001))),
@@ -47,8 +48,9 @@ clusters = st.lists(instance(), min_size=2, max_size=4)
 @dataclass
 class Pair:
     """What becomes of two instances when spare rBlocks move from one to the other, by
-    Infinite-LLM's model: a step takes W(β)/f(β) + Σ S/g, rows that wait fill all room. Each token
-    of output has `prompts` seconds of prompts come after it."""
+    Infinite-LLM's model: a step takes W(β)/f(β) + Σ S/g, rows that wait fill all room, but for
+    that which the next one lacks more than there is. Each token of output has `prompts` seconds of
+    prompts come after it."""
 
     one: dict[str, float]
     other: dict[str, float]
@@ -58,8 +60,10 @@ class Pair:
 
     def filled(self, one: dict[str, float]) -> tuple[float, float, float, int]:
         """(rows, seats, KV tokens, spare rBlocks) after waiting rows took their seats."""
-        if not self.waiting:
-            return one["running"], 0, one["kv_tokens"], int(one["promised"])
+        lacking = one.get("lacking", 0)
+        if lacking or not self.waiting:
+            seats = one["seats"] if self.waiting else min(one["seats"], 1 if lacking else 0)
+            return one["running"], seats, one["kv_tokens"], int(one["promised"])
         new = min(one["seats"], one["promised"] / one["row_blocks"])
         blocks = new * one["row_blocks"]
         kv_tokens = one["kv_tokens"] + blocks * SIZE
@@ -83,7 +87,12 @@ class Pair:
     def gain(self, blocks: int) -> float:
         rows, seats, kv_tokens, _ = self.filled(self.one)
         others, _, other_kv, _ = self.filled(self.other)
-        more = min(seats, blocks / self.one["row_blocks"])
+        lacking = self.one.get("lacking", 0)
+        if blocks < lacking:
+            more = 0.0
+        else:
+            more = (blocks - lacking) / self.one["row_blocks"] + (1 if lacking else 0)
+        more = min(seats, more)
         less_kv = kv_tokens + (more * self.one["row_blocks"] - blocks) * SIZE
         more_kv = other_kv + blocks * SIZE
         after = self.rate(self.one, rows + more, less_kv, self.exchange)

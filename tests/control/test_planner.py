@@ -108,6 +108,18 @@ def test_a_creditor_lends_only_what_its_waiting_rows_leave():
     assert plan(rows) == []
 
 
+def test_a_fragment_goes_to_a_row_that_lacks_it():
+    """Each has one row of 60 rBlocks and one that waits, which lacks 20. Half of that brings
+    nothing, and so does all that the creditor has if it is less."""
+    half = {"capacity": 100, "free": 40, "running": 1, "seats": 15, "kv_tokens": 240, "longest": 59}
+    rows = [half | {"lacking": 20, "row_blocks": 60.0, "promised": 25}] * 2
+    for waiting in (True, False):
+        (transfer,) = plan(rows, waiting)
+        assert transfer.blocks in (20, 25)
+    assert plan([rows[0], rows[1] | {"promised": 19}]) == [Transfer(1, 0, 25)]
+    assert plan([row | {"promised": 19} for row in rows]) == []
+
+
 def test_room_is_worth_little_where_prompts_take_most_of_the_time():
     """With 1000 prompt tokens of 1 ms for each of output, some milliseconds of a step are nothing;
     but not if no row waits whose prompt is to be computed."""

@@ -96,6 +96,31 @@ def test_a_blocked_row_begins_at_its_place_whatever_comes_after_it(first, blocke
 
 @settings(deadline=None)
 @given(
+    st.lists(row_sizes, min_size=1, max_size=5), st.tuples(st.integers(1, 50), st.integers(1, 20))
+)
+def test_what_is_promised_delays_no_row_that_waits(first, blocked):
+    """All that is lendable is lent for good, and a row that could not begin has its place still:
+    the reserve and the room that new rows begin with are not lent."""
+    scheduler = make(40, "lend", max_num_batched_tokens=ANY, block_size=2)
+    for number, (prompt, output) in enumerate(first):
+        add(scheduler, number, prompt, output)
+    while scheduler.waiting:
+        step(scheduler)
+    foresight, row = scheduler.foresight, add(scheduler, len(first), *blocked)
+    claims = [foresight.claim(other) for other in scheduler.running]
+    place = foresight.start(claims, foresight.claim(row), 40 - 1) if claims else 0
+    lendable = scheduler.demand().lendable
+    event(f"fragment: {bool(lendable and claims and scheduler.lacking)}")
+    scheduler.rm.settle({3: scheduler.rm.promise(lendable)})
+    steps = 0
+    while row in scheduler.waiting:
+        assert steps <= place
+        step(scheduler)
+        steps += 1
+
+
+@settings(deadline=None)
+@given(
     st.integers(2, 30),
     st.lists(st.tuples(st.integers(0, 10), row_sizes), min_size=1, max_size=20),
 )

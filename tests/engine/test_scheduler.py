@@ -9,7 +9,7 @@ from schedules import BLOCK, add, answer, expect_short, make, running, step
 
 from hpc_distkv.control.messages import NOBODY
 from hpc_distkv.engine.config import EngineConfig, OptionError
-from hpc_distkv.engine.scheduler import GUEST_CHUNK, Scheduler
+from hpc_distkv.engine.scheduler import GUEST_STEPS, Scheduler
 
 # -- batches ------------------------------------------------------------------------------------
 
@@ -49,7 +49,8 @@ def test_prompts_come_in_smaller_chunks_while_guests_wait_to_be_served():
     assert step(scheduler) == {0: 700}
     host(scheduler, 1)
     add(scheduler, 1, prompt=700)
-    assert step(scheduler) == {0: 1, 1: GUEST_CHUNK}
+    scheduler.step_tokens = 10.0
+    assert step(scheduler) == {0: 1, 1: 10 * GUEST_STEPS}
 
 
 def test_without_admission_bars_everybody_may_come():

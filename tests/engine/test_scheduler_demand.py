@@ -110,6 +110,42 @@ def test_a_row_that_waits_and_fits_here_does_not_borrow_to_be_admitted():
     assert scheduler.demand().wanted == 0
 
 
+def a_fragment(second: int) -> Scheduler:
+    """A row that comes to have 11 of 20 rBlocks, and one that waits with a prompt of `second`
+    tokens and 8 of output; 2 rBlocks are for new rows to begin with."""
+    scheduler = make(num_blocks=20, policy="lend")
+    add(scheduler, 0, prompt=36, max_tokens=8)
+    for _ in range(3):
+        step(scheduler)
+    add(scheduler, 1, prompt=second)
+    return scheduler
+
+
+def test_room_that_a_waiting_row_cannot_use_yet_is_lendable():
+    """Row 1 comes to have 11.25 rBlocks beside the 11.25 of row 0, and one is in reserve."""
+    scheduler = a_fragment(second=36)
+    demand = scheduler.demand()
+    assert (demand.wanted, demand.lendable) == (0, 20 - 2 - 11 - 1)
+    assert scheduler.lacking == 4
+
+
+def test_room_that_a_waiting_row_begins_with_is_not_lendable():
+    scheduler = a_fragment(second=20)
+    assert scheduler.demand().lendable == 0
+    assert scheduler.lacking == 0
+
+
+def test_two_rows_do_not_begin_in_the_same_room():
+    """When row 0 ends it has 11.5 rBlocks and row 1 has 5.25, and row 2 would have as many: 22 of
+    20, with one in reserve."""
+    scheduler = a_fragment(second=12)
+    assert scheduler.lacking == 0
+    add(scheduler, 2, prompt=12)
+    assert scheduler.lacking == 0
+    scheduler.demand()
+    assert scheduler.lacking == 3
+
+
 # -- with a planner, a row too large for its instance begins with all it needs --------------------
 
 
