@@ -212,10 +212,10 @@ class GManager:
             return
         for grant in greedy_borrow(needs, promised, self.ledger, self._links):
             self._enter(grant, answers)
-        self._keep_for_whole_needs(needs, promised, answers)
+        self._keep_for_whole_needs(reports, needs, promised, answers)
 
     def _keep_for_whole_needs(
-        self, needs: Sequence[Need], promised: Blocks, answers: Answers
+        self, reports: Reports, needs: Sequence[Need], promised: Blocks, answers: Answers
     ) -> None:
         """Let what becomes free gather for the oldest request that needs it all at once, and for
         others that don't reach the same instances."""
@@ -230,6 +230,7 @@ class GManager:
             for creditor in others:
                 share = int(promised[creditor]) + missing // len(others) + 1
                 answers[creditor].keep += share
+            answers[need.debtor].keep += int(reports["free"][need.debtor])
             promised[near] = 0
 
     def _reach(self, reports: Reports, debtor: int) -> int:
