@@ -20,8 +20,11 @@ class TokenizerLike(Protocol):
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Text → token ids."""
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Token ids → text."""
+
+    def token_bytes(self, id: int) -> bytes:
+        """What one token stands for, in UTF-8; maybe a part of a character."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class SamplingDefaults(msgspec.Struct, frozen=True):
     top_p: float = 1.0
     top_k: int = 0
     """0: no limit."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     max_tokens: int | None = None
     """None: whatever the limits leave."""
     seed: int = 0
@@ -76,10 +81,16 @@ class Service:
 
     @classmethod
     def from_dir(
-        cls, path: str | Path, config: ModelConfig, limits: Limits, defaults: SamplingDefaults
+        cls,
+        path: str | Path,
+        config: ModelConfig,
+        limits: Limits,
+        defaults: SamplingDefaults,
+        tokenizer: Tokenizer | None = None,
     ) -> Service:
-        """Tokenizer and chat template of a model directory. Raises ModelError."""
-        tokenizer = Tokenizer(path)
+        """Tokenizer, read unless it is given, and chat template of a model directory. Raises
+        ModelError."""
+        tokenizer = tokenizer or Tokenizer(path)
         eos = config.eos_token_ids
         if not eos and tokenizer.eos_token_id is not None:
             eos = (tokenizer.eos_token_id,)
