@@ -23,8 +23,9 @@ from hpc_distkv.batch.schema import (
     decode_completion,
     single_prompt,
 )
-from hpc_distkv.batch.service import Service
+from hpc_distkv.batch.service import Limits, Service
 from hpc_distkv.control.messages import Request, Sampling, pack_tokens
+from hpc_distkv.model.errors import TooLongError
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +72,13 @@ def parse_row(envelope: Envelope, service: Service) -> Row:
     if envelope.endpoint == CHAT:
         body = chat = decode_chat(envelope.body)
         _check_model(body.model, service)
-        prompt = _tokens("messages", service.chat, _plain_messages(chat.messages))
+        prompt = _tokens("messages", service.chat, _plain_messages(chat.messages), service.limits)
     else:
         body = completion = decode_completion(envelope.body)
         _check_model(body.model, service)
         given = single_prompt(completion.prompt)
         if isinstance(given, str):
-            prompt = _tokens("prompt", service.tokenizer.encode, given)
+            prompt = _tokens("prompt", service.tokenizer.encode, given, service.limits)
         else:
             prompt = given
         echo = _echo(completion, given, service)
@@ -143,9 +144,15 @@ def _plain_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
     return plain
 
 
-def _tokens(field: str, encode: Any, given: Any) -> list[int]:
+def _tokens(field: str, encode: Any, given: Any, limits: Limits) -> list[int]:
     try:
-        tokens: list[int] = encode(given)
+        tokens: list[int] = encode(given, most=limits.tokens)
+    except TooLongError as error:
+        raise RowError(
+            f"The prompt is too long: {error}, but {limits}. Shorten it.",
+            param=field,
+            code="context_length_exceeded",
+        ) from error
     except Exception as error:  # templates come with the model and may raise anything
         raise RowError(
             f"'{field}' could not be turned into tokens: {type(error).__name__}: {error}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 
@@ -17,8 +17,10 @@ from hpc_distkv.model.tokenizer import Tokenizer
 class TokenizerLike(Protocol):
     """What rows and answers need of a tokenizer."""
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Text → token ids."""
+    def encode(
+        self, text: str, add_special_tokens: bool = True, most: int | None = None
+    ) -> list[int]:
+        """Text → token ids. May raise TooLongError for far more than `most`."""
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Token ids → text."""
@@ -69,8 +71,9 @@ class Service:
     """What checks a row and turns it into tokens, and the answer back into text."""
 
     tokenizer: TokenizerLike
-    chat: Callable[[list[dict[str, Any]]], list[int]]
-    """Messages, as role and content → the tokens of the prompt. May raise anything."""
+    chat: Callable[..., list[int]]
+    """Messages, as role and content, and `most` as in `encode` → the tokens of the prompt. May
+    raise anything."""
     vocab_size: int
     """Token ids are below this."""
     model_names: tuple[str, ...]

@@ -24,7 +24,9 @@ EOS = 299
 class ByteTokenizer:
     """One token a byte; 256 is BOS, 257 and up are roles and specials."""
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, text: str, add_special_tokens: bool = True, most: int | None = None
+    ) -> list[int]:
         return [256] * add_special_tokens + list(text.encode())
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -35,7 +37,7 @@ class ByteTokenizer:
     def token_bytes(self, id: int) -> bytes:
         return bytes([id]) if id < 256 else f"<{id}>".encode()
 
-    def chat(self, messages: list[dict[str, Any]]) -> list[int]:
+    def chat(self, messages: list[dict[str, Any]], most: int | None = None) -> list[int]:
         tokens = [256]
         for message in messages:
             if message["role"] == "alien":

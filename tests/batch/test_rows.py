@@ -61,7 +61,9 @@ def test_chat_of_text_and_of_parts() -> None:
 )
 def test_prompts_of_no_or_several_texts_are_refused(prompt: Any) -> None:
     service = make_service()
-    object.__setattr__(service, "tokenizer", type("T", (), {"encode": lambda self, text: []})())
+    object.__setattr__(
+        service, "tokenizer", type("T", (), {"encode": lambda self, text, most: []})()
+    )
     assert refused(completion("a", prompt), service).param == "prompt"
 
 

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models
 
 from hpc_distkv.model.detokenizer import MOST_HELD, Detokenizer, text_after, text_before
+from hpc_distkv.model.errors import TooLongError
 from hpc_distkv.model.tokenizer import Tokenizer
 
 TEXTS = [
@@ -141,3 +142,13 @@ def test_any_bytes_neither_fail_nor_stall(byte_fallback, tokens):
         text.push(token)
         assert len(text._held) < MOST_HELD
     text.finish()
+
+
+def test_a_text_of_far_too_many_tokens_is_hardly_read(byte_level):
+    words = "the quick brown fox " * 10_000
+    tokens = byte_level.encode(words)
+    assert byte_level.encode(words, most=len(tokens)) == tokens
+    with pytest.raises(TooLongError, match="of its 200000 characters"):
+        byte_level.encode(words, most=100)
+    blanks = " " * 200_000  # Dozens of characters a token.
+    assert byte_level.encode(blanks, most=10_000) == byte_level.encode(blanks)
