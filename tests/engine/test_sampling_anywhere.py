@@ -100,15 +100,13 @@ def test_any_batch_any_ranks_and_preemption(model, seed):
     assert short.counters[0].preemptions + sum(c.preemptions for c in several.counters) > 0
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_rows_that_are_handed_over(model, seed):
-    rng = random.Random(seed)
-    requests = rows(24, 60, rng)
-    expected = alone(model, requests)
+def test_rows_that_are_handed_over(model):
     migrations = 0
-    for ranks in (2, 3):
-        small = options(26, policy="migrate")
-        outcome = run_cluster(model, requests, ranks, small, decoder=Letters())
+    for seed in range(6):
+        requests = rows(30, 60, random.Random(seed))
+        expected = run_cluster(model, requests, 1, options(4000), decoder=Letters())
+        small = options(20, policy="migrate")
+        outcome = run_cluster(model, requests, 3, small, decoder=Letters())
         check_same(outcome, expected, requests)
         migrations += sum(counters.migrations for counters in outcome.counters)
     assert migrations > 0
