@@ -30,7 +30,6 @@ def read_sampling(
         top_k=_top_k(_or(body.top_k, defaults.top_k), service.vocab_size),
         seed=seed,
         stop_token_ids=stop_ids,
-        min_p=_or(body.min_p, defaults.min_p),
         min_tokens=min_tokens,
         stop=_stop(body),
         include_stop=bool(body.include_stop_str_in_output),
@@ -147,6 +146,7 @@ def _rules(
         presence_penalty=body.presence_penalty or 0.0,
         logit_bias=_logit_bias(body, service),
         withheld=withheld,
+        min_p=_or(body.min_p, service.defaults.min_p),
     )
     return None if rules == LogitRules() else rules
 

@@ -29,7 +29,7 @@ def unpack_tokens(packed: bytes) -> list[int]:
 
 
 class LogitRules(msgspec.Struct, frozen=True, array_like=True):
-    """What changes the logits of one request before a token is drawn."""
+    """What decides on a token beside temperature, top-k and top-p; most requests have none."""
 
     repetition_penalty: float = 1.0
     """Of tokens in prompt or output: positive logits are divided by it, others multiplied."""
@@ -41,6 +41,8 @@ class LogitRules(msgspec.Struct, frozen=True, array_like=True):
     """(token id, what is added to its logit)."""
     withheld: tuple[int, ...] = ()
     """Token ids that cannot be drawn before the output has `min_tokens`."""
+    min_p: float = 0.0
+    """Tokens less probable than this part of the most probable one are not drawn."""
 
     @property
     def penalises(self) -> bool:
@@ -60,8 +62,6 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
     """The request ends with any of these."""
-    min_p: float = 0.0
-    """Tokens less probable than this part of the most probable one are not drawn."""
     min_tokens: int = 0
     """Output tokens before anything but `max_tokens` may end the request."""
     stop: tuple[str, ...] = ()

@@ -83,8 +83,8 @@ def candidates(
     """
     vocab = len(logits)
     weights = np.exp((logits - logits.max()).double().numpy() / sampling.temperature)
-    if sampling.min_p:
-        weights[weights < sampling.min_p] = 0.0  # The most probable token weighs 1.
+    if sampling.rules:
+        weights[weights < sampling.rules.min_p] = 0.0  # The most probable token weighs 1.
     if sampling.top_k == 0 and sampling.top_p >= 1:
         return None, weights
     count = min(sampling.top_k or HEAD, vocab)

@@ -45,8 +45,14 @@ def sequence(
     return made
 
 
+def settings_of(sampling: dict[str, float], **others) -> Sampling:
+    rules = LogitRules(min_p=sampling["min_p"]) if "min_p" in sampling else None
+    others = {"max_tokens": 1, "seed": 7, "rules": rules} | sampling | others
+    return Sampling(**{name: others[name] for name in others if name != "min_p"})
+
+
 def draw(sampling: dict[str, float], times: int = 4000, **others) -> np.ndarray:
-    settings = Sampling(max_tokens=1, seed=7, **sampling, **others)
+    settings = settings_of(sampling, **others)
     rows = [sequence(settings, position) for position in range(1, times + 1)]
     return np.bincount(sample(LOGITS.repeat(times, 1), rows), minlength=6) / times
 
@@ -82,7 +88,7 @@ def test_the_distribution_is_that_of_transformers(seed):
         settings["top_k"] = rng.choice([1, 7, 500, VOCABULARY - 1])
     if rng.random() < 0.7:
         settings["top_p"] = rng.choice([0.01, 0.5, 0.95, 0.9999])
-    order, weights = candidates(logits, Sampling(max_tokens=1, **settings))
+    order, weights = candidates(logits, settings_of(settings))
     found = np.zeros(VOCABULARY)
     found[slice(None) if order is None else order] = weights / weights.sum()
     assert found == pytest.approx(expected(logits, settings), abs=1e-9)

@@ -36,6 +36,7 @@ def sampled(number: int, max_tokens: int, rng: random.Random) -> Sampling:
         presence_penalty=rng.choice([0.0, -0.5]),
         logit_bias=((rng.randrange(VOCABULARY), 5.0),),
         withheld=(1, 2, 3),
+        min_p=rng.choice([0.0, 0.02]),
     )
     return Sampling(
         max_tokens,
@@ -44,7 +45,6 @@ def sampled(number: int, max_tokens: int, rng: random.Random) -> Sampling:
         top_k=rng.choice([0, 20]),
         seed=number,
         stop_token_ids=(1, 2, 3),
-        min_p=rng.choice([0.0, 0.02]),
         min_tokens=rng.choice([0, 10]),
         stop=rng.choice([(), ("bd", "gxa"), ("xb",)]),
         logprobs=rng.choice([None, 0, 4]),
