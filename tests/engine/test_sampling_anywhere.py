@@ -46,7 +46,7 @@ def sampled(number: int, max_tokens: int, rng: random.Random) -> Sampling:
         seed=number,
         stop_token_ids=(1, 2, 3),
         min_tokens=rng.choice([0, 10]),
-        stop=rng.choice([(), ("bd", "gxa"), ("xb",)]),
+        stop=rng.choice([(), ("bd", "gxa"), ("xb", "ff")]),
         logprobs=rng.choice([None, 0, 4]),
         rules=rng.choice([None, rules]),
     )
@@ -84,20 +84,18 @@ def alone(model: Decoder, requests: list[Request]) -> Outcome:
     return run_cluster(model, requests, 1, options(400, max_num_seqs=1), decoder=Letters())
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_any_batch_any_ranks_and_preemption(model, seed):
-    requests = rows(24, 40, random.Random(seed))
-    expected = alone(model, requests)
-    reasons = {result.finish_reason for result in expected.results.values()}
-    assert reasons == {"stop", "length"}
-    assert any(result.text_end is not None for result in expected.results.values())
-    together = run_cluster(model, requests, 1, options(4000), decoder=Letters())
-    check_same(together, expected, requests)
-    short = run_cluster(model, requests, 1, options(13), decoder=Letters())
-    check_same(short, expected, requests)
-    several = run_cluster(model, requests, 3, options(13), decoder=Letters())
-    check_same(several, expected, requests)
-    assert short.counters[0].preemptions + sum(c.preemptions for c in several.counters) > 0
+def test_any_batch_any_ranks_and_preemption(model):
+    preemptions = matches = 0
+    for seed in range(4):
+        requests = rows(24, 40, random.Random(seed))
+        expected = alone(model, requests)
+        matches += sum(result.text_end is not None for result in expected.results.values())
+        for ranks, blocks in ((1, 4000), (1, 13), (3, 13)):
+            outcome = run_cluster(model, requests, ranks, options(blocks), decoder=Letters())
+            check_same(outcome, expected, requests)
+            preemptions += sum(counters.preemptions for counters in outcome.counters)
+    assert preemptions > 0
+    assert matches > 4
 
 
 def test_rows_that_are_handed_over(model):
