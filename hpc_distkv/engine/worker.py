@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Protocol
 
 import msgspec
@@ -18,8 +19,10 @@ from hpc_distkv.engine.creditor import Creditor
 from hpc_distkv.engine.debtor import Debtor
 from hpc_distkv.engine.forward import Forward, Model
 from hpc_distkv.engine.instance import Instance, Speed, StepSeconds, StepWork
-from hpc_distkv.engine.sampler import sample
+from hpc_distkv.engine.sampler import sample, sample_logprobs
 from hpc_distkv.engine.scheduler import Plan, Row
+from hpc_distkv.engine.sequence import Sequence
+from hpc_distkv.engine.stop import TextDecoder
 from hpc_distkv.memory.loan import ProtocolError
 from hpc_distkv.memory.pool import BlockPool
 
@@ -65,10 +68,12 @@ class Worker:
         config: EngineConfig,
         shape: tuple[int, int],
         leader: Leader | None,
+        decoder: TextDecoder | None = None,
     ) -> None:
-        """`shape`: query heads and head dimension. `leader`: on rank 0 only."""
+        """`shape`: query heads and head dimension. `leader`: on rank 0 only. `decoder`: for
+        requests with stop strings."""
         self._comm, self._leader, self._pool = comm, leader, pool
-        self._instance = Instance(comm.world.instance, config)
+        self._instance = Instance(comm.world.instance, config, partial(Sequence, decoder=decoder))
         self.counters = self._instance.counters
         scale = shape[1] ** -0.5
         self._debtor = Debtor(comm, pool, self._instance, shape)
@@ -176,7 +181,8 @@ class Worker:
         if self._sharing:
             self._debtor.finish(plan)
         done = self._work(plan.rows, exchanging)
-        self._instance.append(plan.rows, self._sample(plan.rows, logits), time.monotonic())
+        tokens, logprobs = self._sample(plan.rows, logits)
+        self._instance.append(plan.rows, tokens, time.monotonic(), logprobs)
         self._idle = not plan.rows
         if plan.rows:
             now = self.counters
@@ -201,16 +207,13 @@ class Worker:
             exchanging=exchanging,
         )
 
-    def _sample(self, rows: list[Row], logits: torch.Tensor) -> list[int]:
-        """The new tokens of the rows that have all others computed."""
+    def _sample(self, rows: list[Row], logits: torch.Tensor) -> tuple[list[int], dict[int, bytes]]:
+        """The new tokens of the rows that have all others computed, and records of logprobs."""
         sequences = [row.sequence for row in rows if row.sequence.remaining == row.tokens]
         if not sequences:
-            return []
-        return sample(
-            logits,
-            [sequence.request.sampling for sequence in sequences],
-            [sequence.length for sequence in sequences],
-        )
+            return [], {}
+        tokens = sample(logits, sequences)
+        return tokens, sample_logprobs(logits, sequences, tokens)
 
     @property
     def speed(self) -> Speed:
