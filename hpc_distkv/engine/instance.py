@@ -231,10 +231,11 @@ class Instance:
 
     def headers(self, plan: Plan, now: float) -> dict[int, Header]:
         """What creditors have to know of this step; those without news are left out."""
-        queries: dict[int, list[tuple[int, int]]] = {}
+        queries: dict[int, list[tuple[int, int, int]]] = {}
         for sequence, count in plan.rows:
             for creditor in self.rm.tables[sequence.id].remote:
-                queries.setdefault(creditor, []).append((sequence.id, count))
+                row = (sequence.id, count, sequence.computed)
+                queries.setdefault(creditor, []).append(row)
         leaving = {s.id: self.rm.copies[s.id].creditor for s in plan.leaving}
         creditors = {move.peer for move in (*plan.moves, *plan.recalls)}
         creditors |= {c for c, debt in self.rm.debts.items() if debt.released or debt.returned}

@@ -70,12 +70,9 @@ class Worker:
         self._comm, self._leader, self._pool = comm, leader, pool
         self._instance = Instance(comm.world.instance, config)
         self.counters = self._instance.counters
-        scale = shape[1] ** -0.5
         self._debtor = Debtor(comm, pool, self._instance, shape)
-        self._creditor = Creditor(comm, pool, self._instance, shape, scale)
-        self._forward = Forward(
-            model, pool, self._instance.rm, scale, self._attend, self._creditor.serve
-        )
+        self._creditor = Creditor(comm, pool, self._instance, shape, model.attention)
+        self._forward = Forward(model, pool, self._instance.rm, self._attend, self._creditor.serve)
         self._answer: Answer | None = None
         self._sharing = config.policy.sharing
         self._attention_tokens = config.attention_tokens

@@ -58,6 +58,7 @@ class ModelShape:
             head_dim=config.head_dim,
             vocab=config.vocab_size,
             bytes_per_value=dtype_bytes(config.dtype),
+            gated=config.family.gated,
             tied=config.tie_embeddings,
         )
 
