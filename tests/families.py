@@ -60,7 +60,7 @@ TINY: dict[str, Tiny] = {
     "llama-yarn": llama(rope_parameters=YARN),
     "llama-dynamic": llama(rope_parameters=DYNAMIC, max_position_embeddings=64),
     "mistral": Tiny("MistralForCausalLM", "MistralConfig", {**LLAMA, "sliding_window": None}),
-    "mistral-window": Tiny("MistralForCausalLM", "MistralConfig", {**LLAMA, "sliding_window": 24}),
+    "mistral-window": Tiny("MistralForCausalLM", "MistralConfig", {**LLAMA, "sliding_window": 60}),
     "qwen2": Tiny("Qwen2ForCausalLM", "Qwen2Config", LLAMA),
     "qwen2-window": Tiny("Qwen2ForCausalLM", "Qwen2Config", {**LLAMA, **SLIDING}),
     "qwen3": Tiny("Qwen3ForCausalLM", "Qwen3Config", {**LLAMA, "head_dim": 32}),
@@ -75,7 +75,7 @@ TINY: dict[str, Tiny] = {
         {
             **LLAMA,
             "pad_token_id": 0,
-            "sliding_window": 40,
+            "sliding_window": 60,
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 1e4,

@@ -144,6 +144,9 @@ class Header(msgspec.Struct, frozen=True, array_like=True, tag="header"):
     queries: list[tuple[int, int, int]]
     """(request, query rows, position of the first) of mine that attend to their guests with you, in
     order of the rows."""
+    dropped: list[tuple[int, int]] = []
+    """(request, logical index) of mine that go on: free their guests' rBlocks before that index.
+    Applied with `released`."""
 
 
 class Credit(msgspec.Struct, frozen=True, array_like=True, tag="credit"):

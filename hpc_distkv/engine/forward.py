@@ -115,7 +115,7 @@ class Forward:
             query_position=sequence.computed,
             blocks=table.slots,
             first_token=[index * size for index in table.indices],
-            kv_len=sequence.computed + count - table.remote_blocks * size,
+            kv_len=sequence.computed + count - table.absent * size,
         )
 
     def _slots(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,7 +126,7 @@ class Forward:
         size = self._pool.block_size
         for sequence, count in rows:
             table = self._rm.tables[sequence.id]
-            shift = table.remote_blocks
+            shift = table.absent
             for position in range(sequence.computed, sequence.computed + count):
                 block, offset = divmod(position, size)
                 blocks.append(table.slots[block - shift])

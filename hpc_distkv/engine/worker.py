@@ -124,7 +124,7 @@ class Worker:
 
     def _return_all(self) -> None:
         rm = self._instance.rm
-        if any(debt.credit or debt.released or debt.returned for debt in rm.debts.values()):
+        if any(debt.credit or debt.news for debt in rm.debts.values()):
             for creditor, debt in rm.debts.items():
                 rm.return_credit(creditor, debt.credit)
             self._debtor.begin(NOTHING)
@@ -189,7 +189,7 @@ class Worker:
         decodes = [sequence for sequence, count in rows if count == 1]
         return StepWork(
             decodes=len(decodes),
-            kv_tokens=sum(s.length - tables[s.id].remote_blocks * size for s in decodes),
+            kv_tokens=sum(s.length - tables[s.id].absent * size for s in decodes),
             prompt_work=sum(
                 work(s.computed, s.computed + count, self._attention_tokens)
                 for s, count in rows

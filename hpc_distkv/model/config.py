@@ -112,6 +112,11 @@ class ModelConfig:
         )
 
     @property
+    def widest_window(self) -> int:
+        """Tokens that a query sees in the layers that see most; 0: all."""
+        return max(self.windows) if self.windows and all(self.windows) else 0
+
+    @property
     def num_parameters(self) -> int:
         """Number of weights, biases left out; a tied head counts once."""
         return self._parameters(self.num_experts)
