@@ -62,6 +62,7 @@ COMMON_REQUIRED: Mapping[str, tuple[Any, ...]] = {
     "per_layer_config": (None,),
     "use_bidirectional_attention": (None, False),
     "add_cross_attention": (None, False),
+    "dual_chunk_attention_config": (None,),
 }
 """As `Family.required`, for all families."""
 
