@@ -75,12 +75,9 @@ class Worker:
         self._comm, self._leader, self._pool = comm, leader, pool
         self._instance = Instance(comm.world.instance, config, partial(Sequence, decoder=decoder))
         self.counters = self._instance.counters
-        scale = shape[1] ** -0.5
         self._debtor = Debtor(comm, pool, self._instance, shape)
-        self._creditor = Creditor(comm, pool, self._instance, shape, scale)
-        self._forward = Forward(
-            model, pool, self._instance.rm, scale, self._attend, self._creditor.serve
-        )
+        self._creditor = Creditor(comm, pool, self._instance, shape, model.attention)
+        self._forward = Forward(model, pool, self._instance.rm, self._attend, self._creditor.serve)
         self._answer: Answer | None = None
         self._sharing = config.policy.sharing
         self._attention_tokens = config.attention_tokens
@@ -132,7 +129,7 @@ class Worker:
 
     def _return_all(self) -> None:
         rm = self._instance.rm
-        if any(debt.credit or debt.released or debt.returned for debt in rm.debts.values()):
+        if any(debt.credit or debt.news for debt in rm.debts.values()):
             for creditor, debt in rm.debts.items():
                 rm.return_credit(creditor, debt.credit)
             self._debtor.begin(NOTHING)
@@ -198,7 +195,7 @@ class Worker:
         decodes = [sequence for sequence, count in rows if count == 1]
         return StepWork(
             decodes=len(decodes),
-            kv_tokens=sum(s.length - tables[s.id].remote_blocks * size for s in decodes),
+            kv_tokens=sum(s.length - tables[s.id].absent * size for s in decodes),
             prompt_work=sum(
                 work(s.computed, s.computed + count, self._attention_tokens)
                 for s, count in rows

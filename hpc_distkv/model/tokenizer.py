@@ -10,8 +10,8 @@ from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 
-from hpc_distkv.model.config import read_json
 from hpc_distkv.model.errors import ModelError, TooLongError
+from hpc_distkv.model.files import read_json
 
 FIRST_LOOK = 8
 """Characters per token that one looks at first, to see whether a text is too long."""

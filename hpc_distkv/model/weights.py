@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from hpc_distkv.model.config import ModelConfig, dtype_bytes, weight_files
-from hpc_distkv.model.decoder import Decoder, Layer
+from hpc_distkv.model.build import empty_decoder
+from hpc_distkv.model.config import ModelConfig, dtype_bytes
+from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.model.errors import ModelError
-from hpc_distkv.model.linear import Linear
+from hpc_distkv.model.files import weight_files
+from hpc_distkv.model.slots import Slot, slots
 
-_IGNORED_ENDINGS = ("rotary_emb.inv_freq",)
+_IGNORED_ENDINGS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """Buffers that old checkpoints saved and the decoder computes."""
 
 _TENSORS_PER_OPENING = 16
 """A mapped file counts as memory in use until it is closed, so it is closed now and then."""
-
-
-@dataclass(frozen=True)
-class _Parameter:
-    """One tensor of the checkpoint: where it goes, and the layer that waits for it."""
-
-    view: Tensor
-    linear: Linear | None = None
 
 
 def load_decoder(
@@ -44,18 +37,18 @@ def load_decoder(
     is full. Raises ModelError, before any weight is read, for a tensor that is missing, unexpected,
     or of the wrong shape or kind, naming it and its file.
     """
-    decoder = _empty_decoder(config, torch_dtype(dtype or config.dtype), torch.device(device))
-    remaining = dict(_parameters(decoder))
+    decoder = empty_decoder(config, torch_dtype(dtype or config.dtype), torch.device(device))
+    remaining = dict(slots(decoder))
     files = {file: _checked_names(file, decoder, remaining) for file in weight_files(Path(path))}
     _check_complete(files, remaining, Path(path))
     packer = _Packer(remaining)
     for file, names in files.items():
-        for start in range(0, len(names), _TENSORS_PER_OPENING):
+        for few in _batched(list(names), _TENSORS_PER_OPENING):
             with _opened(file) as weights:
-                for name in names[start : start + _TENSORS_PER_OPENING]:
-                    parameter = remaining.pop(name)
-                    parameter.view.copy_(weights.get_tensor(name))
-                    packer.filled(parameter)
+                for name in few:
+                    slot = remaining.pop(names[name])
+                    slot.fill(weights.get_tensor(name))
+                    packer.filled(slot)
     decoder.head.pack(keep=config.tie_embeddings)
     return decoder
 
@@ -68,20 +61,17 @@ def random_decoder(
 ) -> Decoder:
     """A decoder with random weights, for benchmarks and tests without a checkpoint.
 
-    Matrices are normal with variance 1 / inputs and norms are 1, so activations keep their size.
+    Matrices are normal with variance 1 / inputs, norms are 1 and biases 0, so activations keep
+    their size.
     """
-    decoder = _empty_decoder(config, torch_dtype(dtype or config.dtype), torch.device(device))
+    decoder = empty_decoder(config, torch_dtype(dtype or config.dtype), torch.device(device))
     generator = torch.Generator(device=decoder.device).manual_seed(seed)
-    remaining = dict(_parameters(decoder))
+    remaining = dict(slots(decoder))
     packer = _Packer(remaining)
     for name in list(remaining):
-        parameter = remaining.pop(name)
-        if parameter.view.dim() == 2:
-            scale = 1.0 if name.endswith("embed_tokens.weight") else parameter.view.shape[1] ** -0.5
-            parameter.view.normal_(0.0, scale, generator=generator)
-        else:
-            parameter.view.fill_(1.0 if name.endswith("norm.weight") else 0.0)
-        packer.filled(parameter)
+        slot = remaining.pop(name)
+        slot.fill_randomly(generator)
+        packer.filled(slot)
     decoder.head.pack(keep=config.tie_embeddings)
     return decoder
 
@@ -97,94 +87,38 @@ def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
 class _Packer:
     """Packs a linear layer when the last of its tensors has arrived."""
 
-    def __init__(self, parameters: dict[str, _Parameter]) -> None:
-        self._waiting: dict[Linear, int] = {}
-        for parameter in parameters.values():
-            if parameter.linear is not None:
-                self._waiting[parameter.linear] = self._waiting.get(parameter.linear, 0) + 1
+    def __init__(self, expected: Mapping[str, Slot]) -> None:
+        self._waiting = Counter(slot.linear for slot in expected.values() if slot.linear)
 
-    def filled(self, parameter: _Parameter) -> None:
-        """Note that the tensor of `parameter` is in place."""
-        if parameter.linear is None:
+    def filled(self, slot: Slot) -> None:
+        """Note that the tensor of `slot` is in place."""
+        if slot.linear is None:
             return
-        self._waiting[parameter.linear] -= 1
-        if not self._waiting[parameter.linear]:
-            parameter.linear.pack()
+        self._waiting[slot.linear] -= 1
+        if not self._waiting[slot.linear]:
+            slot.linear.pack()
 
 
-def _empty_decoder(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Decoder:
-    """All weights allocated, none filled."""
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    def linear(rows: int, columns: int, bias: bool) -> Linear:
-        return Linear(empty(rows, columns), empty(rows) if bias else None)
-
-    hidden, mlp = config.hidden_size, config.intermediate_size
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    layers = [
-        Layer(
-            attention_norm=empty(hidden),
-            qkv=linear(q + 2 * kv, hidden, config.attention_bias),
-            out=linear(hidden, q, config.attention_bias),
-            mlp_norm=empty(hidden),
-            gate_up=linear(2 * mlp, hidden, config.mlp_bias),
-            down=linear(hidden, mlp, config.mlp_bias),
-        )
-        for _ in range(config.num_layers)
-    ]
-    embedding = empty(config.vocab_size, hidden)
-    head = embedding if config.tie_embeddings else empty(config.vocab_size, hidden)
-    return Decoder(config, embedding, layers, norm=empty(hidden), head=Linear(head))
+def _batched(names: list[str], size: int) -> Iterator[list[str]]:
+    for start in range(0, len(names), size):
+        yield names[start : start + size]
 
 
-def _parameters(decoder: Decoder) -> Iterator[tuple[str, _Parameter]]:
-    """Every tensor a checkpoint must hold, by its name there."""
-    config = decoder.config
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    mlp, hidden = config.intermediate_size, config.hidden_size
-    yield "model.embed_tokens.weight", _Parameter(decoder.embedding)
-    for index, layer in enumerate(decoder.layers):
-        prefix = f"model.layers.{index}."
-        yield prefix + "input_layernorm.weight", _Parameter(layer.attention_norm)
-        yield prefix + "post_attention_layernorm.weight", _Parameter(layer.mlp_norm)
-        for linear, parts in (
-            (layer.qkv, {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}),
-            (layer.out, {"self_attn.o_proj": hidden}),
-            (layer.gate_up, {"mlp.gate_proj": mlp, "mlp.up_proj": mlp}),
-            (layer.down, {"mlp.down_proj": hidden}),
-        ):
-            yield from _rows(prefix, linear, parts)
-    yield "model.norm.weight", _Parameter(decoder.norm)
-    if not config.tie_embeddings:
-        yield "lm_head.weight", _Parameter(decoder.head.weight)
-
-
-def _rows(prefix: str, linear: Linear, parts: dict[str, int]) -> Iterator[tuple[str, _Parameter]]:
-    """The slices of a fused linear layer: its `parts` and how many rows each has."""
-    start = 0
-    for name, count in parts.items():
-        rows = slice(start, start + count)
-        yield f"{prefix}{name}.weight", _Parameter(linear.weight[rows], linear)
-        if linear.bias is not None:
-            yield f"{prefix}{name}.bias", _Parameter(linear.bias[rows], linear)
-        start += count
-
-
-def _checked_names(file: Path, decoder: Decoder, wanted: dict[str, _Parameter]) -> list[str]:
-    """The tensors to read from `file`, checked against what the decoder wants."""
-    names = []
+def _checked_names(file: Path, decoder: Decoder, wanted: Mapping[str, Slot]) -> dict[str, str]:
+    """The tensors to read from `file`, checked against what the decoder wants: name in the file →
+    full name."""
+    names = {}
+    family = decoder.config.family
+    tied_head = family.names["head"] + ".weight" if decoder.config.tie_embeddings else None
     with _opened(file) as weights:
         for name in weights.keys():  # noqa: SIM118 (not a mapping)
-            if name.endswith(_IGNORED_ENDINGS):
+            if name.endswith(_IGNORED_ENDINGS) or name == tied_head:
                 continue
-            if name == "lm_head.weight" and decoder.config.tie_embeddings:
-                continue
-            if name not in wanted:
+            full = name if name in wanted else family.prefix + name
+            if full not in wanted:
                 raise ModelError(f"{file}: unexpected tensor {name}; config.json does not fit it")
             stored = weights.get_slice(name)
-            shape, expected = tuple(stored.get_shape()), tuple(wanted[name].view.shape)
+            shape, expected = tuple(stored.get_shape()), wanted[full].shape
             if shape != expected:
                 raise ModelError(
                     f"{file}: tensor {name} has shape {shape}, but config.json asks for {expected}"
@@ -194,16 +128,16 @@ def _checked_names(file: Path, decoder: Decoder, wanted: dict[str, _Parameter]) 
                     f"{file}: tensor {name} is {stored.get_dtype()}: quantized weights are not "
                     "supported, only F32, BF16 and F16"
                 )
-            names.append(name)
+            names[name] = full
     return names
 
 
 def _check_complete(
-    files: dict[Path, list[str]], wanted: dict[str, _Parameter], folder: Path
+    files: Mapping[Path, Mapping[str, str]], wanted: Mapping[str, Slot], folder: Path
 ) -> None:
     found: dict[str, Path] = {}
     for file, names in files.items():
-        for name in names:
+        for name in names.values():
             if name in found:
                 raise ModelError(f"tensor {name} is in {found[name].name} and in {file}")
             found[name] = file
