@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from hpc_distkv.comm.transport import Comm
 
 ROWS_AT_ONCE, EXAMPLES = 100, 20
 
-NUMBERS = st.sampled_from([-1, 0, 1, 2, 3, 20, 21, 128, 10**9, 10**30, 0.5, -0.5, 1.5, 1e-9, 1e9])
+NUMBERS = st.sampled_from(
+    [-1, 0, 1, 2, 3, 20, 21, 128, 10**9, 10**30, 0.5, -0.5, 1.5, 1e-9, 1e9, math.nan, math.inf]
+)
 JUNK = st.sampled_from(["", "x", None, True, False, [], {}, [1], ["a"], {"5": 1}, [""], "\ud800"])
 ANY = NUMBERS | JUNK
 """What may stand in any field."""

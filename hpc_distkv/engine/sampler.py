@@ -28,7 +28,7 @@ def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
     for row, sequence in enumerate(sequences):
         sampling = sequence.request.sampling
         if sampling.temperature > 0 or sampling.rules:
-            tokens[row] = _choose(logits[row], sequence)
+            tokens[row] = _choose(logits[row].cpu(), sequence)
     return tokens
 
 
@@ -44,9 +44,10 @@ def sample_logprobs(
             asked.setdefault(top, []).append(row)
     for top, rows in asked.items():
         scores = logits[rows].log_softmax(dim=-1)
-        own = scores.gather(1, torch.tensor([[tokens[row]] for row in rows]))[:, 0]
+        drawn = torch.tensor([[tokens[row]] for row in rows], device=scores.device)
+        own = scores.gather(1, drawn)[:, 0]
         values, ids = scores.topk(top)
-        records = pack_logprobs(own.numpy(), ids.numpy(), values.numpy())
+        records = pack_logprobs(*(part.cpu().numpy() for part in (own, ids, values)))
         found.update(zip((sequences[row].id for row in rows), records, strict=True))
     return found
 
