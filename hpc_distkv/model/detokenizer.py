@@ -36,11 +36,11 @@ class Detokenizer:
         """One more token. Returns what it adds to the text."""
         self._held.append(token)
         new = text_after(self._decode, self._context, self._held)
-        if not new or (new.endswith(BROKEN) and len(self._held) < MOST_HELD):
-            if len(self._held) >= MOST_HELD:
-                self._held.clear()
+        if len(self._held) < MOST_HELD and (not new or new.endswith(BROKEN)):
             return ""
-        self._context, self._held = self._held, []
+        if new:
+            self._context = self._held
+        self._held = []
         self.text += new
         return new
 
