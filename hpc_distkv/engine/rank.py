@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from hpc_distkv.control.links import Links
 from hpc_distkv.control.messages import Request
 from hpc_distkv.control.policy import POLICIES, Policy
 from hpc_distkv.engine.config import EngineConfig, OptionError
+from hpc_distkv.engine.follower import Follower
 from hpc_distkv.engine.worker import Leader, Worker
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.model.config import ModelConfig
@@ -48,13 +49,17 @@ class EngineOptions:
     """Most rBlocks that a rank lends to others; None: all of its pool."""
     threads: int | None = None
     """Compute threads; None: this rank's share of the cores it may run on."""
+    tensor_parallel_size: int = 1
+    """Consecutive ranks that hold one replica of the model together."""
+    load_format: str = "files"
+    """How weights get to the ranks, one of `LOAD_FORMATS`."""
 
 
 class RankEngine:
     """One rank of an SPMD job: every rank makes one, joins, and runs; rank 0 also leads."""
 
     def __init__(self, comm: Comm, model: Decoder, options: EngineOptions) -> None:
-        """Lay out the pool. Raises OptionError."""
+        """Lay out the pool. `model`: this rank's shard. Raises OptionError."""
         self.comm = comm
         config = model.config
         set_threads(comm, options.threads)
@@ -90,8 +95,9 @@ class RankEngine:
 
     def join(self) -> None:
         """Learn what the pools of all ranks hold together, and what links between ranks cost.
-        Collective, once, before `run`."""
-        config = self.config
+        Collective, once, before `run`. The ranks of an instance hold the same rBlocks, so its
+        smallest pool counts."""
+        config, world = self.config, self.comm.world
         if config.policy.sharing:
             block = self._pool.rblock(0).nbytes
             self._links = probe(self.comm, self._query_bytes(), block)
@@ -99,7 +105,12 @@ class RankEngine:
         if config.policy.lending:
             cap = config.num_blocks if config.lend_cap is None else config.lend_cap
             lendable = min(config.num_blocks, cap)
-        pools = self.comm.share((config.num_blocks, lendable))
+        ranks = self.comm.share((config.num_blocks, lendable))
+        pools = [
+            tuple(map(min, zip(*ranks[first : first + world.tp], strict=True)))
+            for first in range(0, world.size, world.tp)
+        ]
+        self.config = replace(config, num_blocks=pools[world.instance][0])
         total = sum(lends for _, lends in pools)
         self.capacity_blocks = min(own + total - lends for own, lends in pools)
 
@@ -118,11 +129,12 @@ class RankEngine:
         """Of weights and KV."""
         return _name(self._model.dtype)
 
-    def run(self, leader: Leader | None = None) -> Worker:
+    def run(self, leader: Leader | None = None) -> Worker | Follower:
         """Work until all requests of rank 0's leader are answered. Collective; `leader` is given
         on rank 0 alone. Raises StallError, ProtocolError, and what the leader raises."""
         heads = (self._model.config.num_heads, self._model.config.head_dim)
-        worker = Worker(self.comm, self._model, self._pool, self.config, heads, leader)
+        parts = (self.comm, self._model, self._pool, self.config, heads)
+        worker = Follower(*parts) if self.comm.world.lane else Worker(*parts, leader)
         worker.run()
         return worker
 
