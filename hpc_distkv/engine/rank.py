@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hpc_distkv.comm.broadcast import LaneBroadcast
+from hpc_distkv.comm.group import Group
 from hpc_distkv.comm.probe import LinkCosts, probe
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.gmanager import GManager
@@ -22,6 +24,7 @@ from hpc_distkv.engine.worker import Leader, Worker
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
+from hpc_distkv.model.shard import Shard
 from hpc_distkv.model.weights import load_decoder
 
 KV_SHARE = 0.4
@@ -51,8 +54,9 @@ class EngineOptions:
     """Compute threads; None: this rank's share of the cores it may run on."""
     tensor_parallel_size: int = 1
     """Consecutive ranks that hold one replica of the model together."""
-    load_format: str = "files"
-    """How weights get to the ranks, one of `LOAD_FORMATS`."""
+    load_format: str = "auto"
+    """How weights get to the ranks: "auto": every rank reads its own shard; "broadcast": the first
+    instance reads, and hands each shard on to the ranks that hold the same one."""
 
 
 class RankEngine:
@@ -191,10 +195,25 @@ class RankEngine:
 
 
 def load_model(comm: Comm, path: str | Path, options: EngineOptions) -> Decoder:
-    """The decoder of model directory `path`. Raises ModelError."""
+    """Cut the ranks into instances, and load this rank's shard of the decoder in model directory
+    `path`. All ranks call it. Raises OptionError and ModelError."""
+    try:
+        comm.form_instances(options.tensor_parallel_size)
+    except ValueError as error:
+        raise OptionError(f"--tensor-parallel-size: {error}") from None
     set_threads(comm, options.threads)
-    dtype = None if options.dtype == "auto" else options.dtype
-    return load_decoder(path, ModelConfig.from_dir(path), dtype)
+    world = comm.world
+    relay = LaneBroadcast(comm) if options.load_format == "broadcast" else None
+    decoder = load_decoder(
+        path,
+        ModelConfig.from_dir(path),
+        None if options.dtype == "auto" else options.dtype,
+        shard=Shard(world.lane, world.tp),
+        relay=relay,
+    )
+    if world.tp > 1:
+        decoder.lanes = Group(comm)
+    return decoder
 
 
 def set_threads(comm: Comm, threads: int | None) -> None:

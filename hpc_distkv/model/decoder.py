@@ -13,6 +13,7 @@ from torch.nn import functional
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.linear import Linear
 from hpc_distkv.model.rotary import Rotary, Rotation, rotate
+from hpc_distkv.model.shard import WHOLE, Alone, Lanes, Shard
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [T, heads, head_dim], k [T, kv_heads, head_dim], v like k) → [T, heads, head_dim].
@@ -52,9 +53,14 @@ class Decoder:
         layers: list[Layer],
         norm: Tensor,
         head: Linear,
+        shard: Shard = WHOLE,
     ) -> None:
-        """`embedding` [vocab, hidden], `norm` [hidden], `head` hidden → vocab."""
+        """`embedding` [vocab, hidden], `norm` [hidden], `head` hidden → vocab, or the rows of
+        `shard`, for which `config` then counts heads and sizes."""
         self.config = config
+        self.shard = shard
+        self.lanes: Lanes = Alone()
+        """Those that hold the other shards of this model."""
         self.embedding = embedding
         self.layers = layers
         self.norm = norm
@@ -87,12 +93,18 @@ class Decoder:
         return x
 
     def logits(self, hidden_rows: Tensor) -> Tensor:
-        """Final norm and head: rows [n, hidden] of `hidden` → [n, vocab] float32."""
-        return self.head(self._normed(hidden_rows, self.norm)).float()
+        """Final norm and head: rows [n, hidden] of `hidden` → [n, vocab] float32. Of a shard, lane
+        0 gets that, and the others their own columns of it."""
+        own = self.head(self._normed(hidden_rows, self.norm))
+        widths = [len(ids) for ids in self.shard.vocabulary(self.config.vocab_size)]
+        return self.lanes.joined(own, widths).float()
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens [T] int64 → [T, hidden], a tensor of its own that `layer` may overwrite."""
-        return functional.embedding(tokens, self.embedding)
+        if self.shard == WHOLE:
+            return functional.embedding(tokens, self.embedding)
+        own = self.shard.lookup(tokens, self.embedding, self.config.vocab_size)
+        return self.lanes.total(own)
 
     def rotation(self, positions: Tensor) -> Rotation:
         """The rotary tables of a step, for `layer`: positions [T] int64."""
@@ -107,11 +119,11 @@ class Decoder:
         qkv = layer.qkv(self._normed(x, layer.attention_norm)).view(len(x), -1, config.head_dim)
         qk = rotate(qkv[:, : heads + kv_heads], rotation)
         mixed = attend(index, qk[:, :heads], qk[:, heads:], qkv[:, heads + kv_heads :])
-        x += layer.out(mixed.reshape(len(x), -1).to(self.dtype))
+        x += self.lanes.total(layer.out(mixed.reshape(len(x), -1).to(self.dtype)))
         pause()
         gate, up = layer.gate_up(self._normed(x, layer.mlp_norm)).chunk(2, dim=-1)
         pause()
-        x += layer.down(functional.silu(gate).mul_(up))
+        x += self.lanes.total(layer.down(functional.silu(gate).mul_(up)))
         pause()
         return x
 

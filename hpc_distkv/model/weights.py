@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from hpc_distkv.model.config import ModelConfig, dtype_bytes, weight_files
 from hpc_distkv.model.decoder import Decoder, Layer
 from hpc_distkv.model.errors import ModelError
 from hpc_distkv.model.linear import Linear
+from hpc_distkv.model.relay import Relay, relayed
+from hpc_distkv.model.shard import WHOLE, Cut, Shard
 
 _IGNORED_ENDINGS = ("rotary_emb.inv_freq",)
 """Buffers that old checkpoints saved and the decoder computes."""
@@ -29,6 +32,8 @@ class _Parameter:
     """One tensor of the checkpoint: where it goes, and the layer that waits for it."""
 
     view: Tensor
+    cut: Cut
+    """What of the checkpoint's tensor it holds."""
     linear: Linear | None = None
 
 
@@ -37,27 +42,47 @@ def load_decoder(
     config: ModelConfig,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    shard: Shard = WHOLE,
+    relay: Relay | None = None,
 ) -> Decoder:
-    """The decoder of model directory `path`, in `dtype` (the checkpoint's if None) on `device`.
+    """The decoder of model directory `path`, in `dtype` (the checkpoint's if None) on `device`, or
+    a `shard` of it, of which only its slices are read.
 
     Reads one tensor at a time into its slice of the fused weights, and packs a layer as soon as it
     is full. Raises ModelError, before any weight is read, for a tensor that is missing, unexpected,
     or of the wrong shape or kind, naming it and its file.
+
+    With a `relay` only one process in each lane reads, and hands what it reads on to the others:
+    collective in the lane. If it cannot, all of them raise.
     """
-    decoder = _empty_decoder(config, torch_dtype(dtype or config.dtype), torch.device(device))
-    remaining = dict(_parameters(decoder))
-    files = {file: _checked_names(file, decoder, remaining) for file in weight_files(Path(path))}
-    _check_complete(files, remaining, Path(path))
-    packer = _Packer(remaining)
-    for file, names in files.items():
-        for start in range(0, len(names), _TENSORS_PER_OPENING):
-            with _opened(file) as weights:
-                for name in names[start : start + _TENSORS_PER_OPENING]:
-                    parameter = remaining.pop(name)
-                    parameter.view.copy_(weights.get_tensor(name))
-                    packer.filled(parameter)
+    decoder = _empty_decoder(config, torch_dtype(dtype or config.dtype), device, shard)
+    wanted = dict(_parameters(decoder, config))
+    packer = _Packer(wanted)
+    batches = _read(Path(path), config, wanted)
+    if relay is not None:
+        batches = relayed(relay, wanted, batches)
+    for batch in batches:
+        for parameter in batch:
+            packer.filled(parameter)
     decoder.head.pack(keep=config.tie_embeddings)
     return decoder
+
+
+def _read(
+    folder: Path, config: ModelConfig, wanted: dict[str, _Parameter]
+) -> Iterator[list[_Parameter]]:
+    """Fill what is wanted, in that order, a few tensors at a time, which are then wanted no more.
+    Checks all files first."""
+    files = {file: _checked_names(file, config, wanted) for file in weight_files(folder)}
+    place = _check_complete(files, wanted, folder)
+    for file, run in groupby(list(wanted), place.__getitem__):
+        names = list(run)
+        for start in range(0, len(names), _TENSORS_PER_OPENING):
+            few = names[start : start + _TENSORS_PER_OPENING]
+            with _opened(file) as weights:
+                for name in few:
+                    wanted[name].cut.read(weights, name, wanted[name].view)
+            yield [wanted.pop(name) for name in few]
 
 
 def random_decoder(
@@ -70,9 +95,9 @@ def random_decoder(
 
     Matrices are normal with variance 1 / inputs and norms are 1, so activations keep their size.
     """
-    decoder = _empty_decoder(config, torch_dtype(dtype or config.dtype), torch.device(device))
+    decoder = _empty_decoder(config, torch_dtype(dtype or config.dtype), device, WHOLE)
     generator = torch.Generator(device=decoder.device).manual_seed(seed)
-    remaining = dict(_parameters(decoder))
+    remaining = dict(_parameters(decoder, config))
     packer = _Packer(remaining)
     for name in list(remaining):
         parameter = remaining.pop(name)
@@ -112,8 +137,10 @@ class _Packer:
             parameter.linear.pack()
 
 
-def _empty_decoder(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Decoder:
-    """All weights allocated, none filled."""
+def _empty_decoder(
+    whole: ModelConfig, dtype: torch.dtype, device: str | torch.device, shard: Shard
+) -> Decoder:
+    """All weights of the shard allocated, none filled."""
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -121,6 +148,7 @@ def _empty_decoder(config: ModelConfig, dtype: torch.dtype, device: torch.device
     def linear(rows: int, columns: int, bias: bool) -> Linear:
         return Linear(empty(rows, columns), empty(rows) if bias else None)
 
+    config = shard.config(whole)
     hidden, mlp = config.hidden_size, config.intermediate_size
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     layers = [
@@ -134,57 +162,64 @@ def _empty_decoder(config: ModelConfig, dtype: torch.dtype, device: torch.device
         )
         for _ in range(config.num_layers)
     ]
-    embedding = empty(config.vocab_size, hidden)
-    head = embedding if config.tie_embeddings else empty(config.vocab_size, hidden)
-    return Decoder(config, embedding, layers, norm=empty(hidden), head=Linear(head))
+    vocabulary = len(shard.vocabulary(config.vocab_size)[shard.lane])
+    embedding = empty(vocabulary, hidden)
+    head = embedding if config.tie_embeddings else empty(vocabulary, hidden)
+    return Decoder(config, embedding, layers, norm=empty(hidden), head=Linear(head), shard=shard)
 
 
-def _parameters(decoder: Decoder) -> Iterator[tuple[str, _Parameter]]:
-    """Every tensor a checkpoint must hold, by its name there."""
-    config = decoder.config
+def _parameters(decoder: Decoder, whole: ModelConfig) -> Iterator[tuple[str, _Parameter]]:
+    """Every tensor a checkpoint must hold, by its name there; `whole`: what config.json says."""
+    config, shard = decoder.config, decoder.shard
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     mlp, hidden = config.intermediate_size, config.hidden_size
-    yield "model.embed_tokens.weight", _Parameter(decoder.embedding)
+
+    def parameter(name: str, view: Tensor, linear: Linear | None = None) -> _Parameter:
+        return _Parameter(view, shard.cut(name, view, whole), linear)
+
+    yield "model.embed_tokens.weight", parameter("embedding", decoder.embedding)
     for index, layer in enumerate(decoder.layers):
         prefix = f"model.layers.{index}."
-        yield prefix + "input_layernorm.weight", _Parameter(layer.attention_norm)
-        yield prefix + "post_attention_layernorm.weight", _Parameter(layer.mlp_norm)
-        for linear, parts in (
-            (layer.qkv, {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}),
-            (layer.out, {"self_attn.o_proj": hidden}),
-            (layer.gate_up, {"mlp.gate_proj": mlp, "mlp.up_proj": mlp}),
-            (layer.down, {"mlp.down_proj": hidden}),
+        yield prefix + "input_layernorm.weight", parameter("norm", layer.attention_norm)
+        yield prefix + "post_attention_layernorm.weight", parameter("norm", layer.mlp_norm)
+        for linear, module, parts in (
+            (layer.qkv, "self_attn", {"q": q, "k": kv, "v": kv}),
+            (layer.out, "self_attn", {"out": hidden}),
+            (layer.gate_up, "mlp", {"gate": mlp, "up": mlp}),
+            (layer.down, "mlp", {"down": hidden}),
         ):
-            yield from _rows(prefix, linear, parts)
-    yield "model.norm.weight", _Parameter(decoder.norm)
+            for name, rows in _rows(parts).items():
+                full = f"{prefix}{module}.{'o' if name == 'out' else name}_proj"
+                yield f"{full}.weight", parameter(name, linear.weight[rows], linear)
+                if linear.bias is not None:
+                    yield f"{full}.bias", parameter(name, linear.bias[rows], linear)
+    yield "model.norm.weight", parameter("norm", decoder.norm)
     if not config.tie_embeddings:
-        yield "lm_head.weight", _Parameter(decoder.head.weight)
+        yield "lm_head.weight", parameter("head", decoder.head.weight)
 
 
-def _rows(prefix: str, linear: Linear, parts: dict[str, int]) -> Iterator[tuple[str, _Parameter]]:
+def _rows(parts: dict[str, int]) -> dict[str, slice]:
     """The slices of a fused linear layer: its `parts` and how many rows each has."""
-    start = 0
-    for name, count in parts.items():
-        rows = slice(start, start + count)
-        yield f"{prefix}{name}.weight", _Parameter(linear.weight[rows], linear)
-        if linear.bias is not None:
-            yield f"{prefix}{name}.bias", _Parameter(linear.bias[rows], linear)
-        start += count
+    starts = accumulate(parts.values(), initial=0)
+    return {
+        name: slice(start, start + count)
+        for (name, count), start in zip(parts.items(), starts, strict=False)
+    }
 
 
-def _checked_names(file: Path, decoder: Decoder, wanted: dict[str, _Parameter]) -> list[str]:
+def _checked_names(file: Path, config: ModelConfig, wanted: dict[str, _Parameter]) -> list[str]:
     """The tensors to read from `file`, checked against what the decoder wants."""
     names = []
     with _opened(file) as weights:
         for name in weights.keys():  # noqa: SIM118 (not a mapping)
             if name.endswith(_IGNORED_ENDINGS):
                 continue
-            if name == "lm_head.weight" and decoder.config.tie_embeddings:
+            if name == "lm_head.weight" and config.tie_embeddings:
                 continue
             if name not in wanted:
                 raise ModelError(f"{file}: unexpected tensor {name}; config.json does not fit it")
             stored = weights.get_slice(name)
-            shape, expected = tuple(stored.get_shape()), tuple(wanted[name].view.shape)
+            shape, expected = tuple(stored.get_shape()), wanted[name].cut.shape
             if shape != expected:
                 raise ModelError(
                     f"{file}: tensor {name} has shape {shape}, but config.json asks for {expected}"
@@ -200,7 +235,8 @@ def _checked_names(file: Path, decoder: Decoder, wanted: dict[str, _Parameter]) 
 
 def _check_complete(
     files: dict[Path, list[str]], wanted: dict[str, _Parameter], folder: Path
-) -> None:
+) -> dict[str, Path]:
+    """Tensor → its file."""
     found: dict[str, Path] = {}
     for file, names in files.items():
         for name in names:
@@ -214,6 +250,7 @@ def _check_complete(
             f"{folder}: tensor {missing[0]}{more} missing from "
             f"{', '.join(file.name for file in files)}: download the checkpoint again"
         )
+    return found
 
 
 @contextmanager

@@ -1,0 +1,101 @@
+"""Instances of several ranks: the same tokens as on one rank, loans between them included, and
+replicas that are the same."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from clusters import Outcome, run_cluster
+from test_cluster import BLOCK, demand_of, options, unconstrained
+
+from hpc_distkv.comm.schedule import SeededSchedule
+from hpc_distkv.control.messages import Counters, Request
+from hpc_distkv.model.config import ModelConfig
+from hpc_distkv.model.decoder import Decoder
+from hpc_distkv.model.shard import Shard
+from hpc_distkv.model.weights import load_decoder
+
+OWN = ("steps", "preemptions", "blocks_lent", "blocks_borrowed", "blocks_returned", "migrations")
+"""Counters of what an instance decided."""
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model: Path) -> Decoder:
+    return load_decoder(tiny_model, ModelConfig.from_dir(tiny_model))
+
+
+def shards(path: Path, ranks: int, tp: int) -> dict[int, Decoder]:
+    """4 heads, 2 KV heads."""
+    config = ModelConfig.from_dir(path)
+    return {rank: load_decoder(path, config, shard=Shard(rank % tp, tp)) for rank in range(ranks)}
+
+
+def run(
+    path: Path,
+    rows: list[Request],
+    ranks: int,
+    tp: int,
+    schedule: SeededSchedule | None = None,
+    **sizes: object,
+) -> Outcome:
+    outcome = run_cluster(shards(path, ranks, tp), rows, ranks, options(**sizes), schedule, tp)
+    for rank, counters in enumerate(outcome.counters):
+        assert decisions(counters) == decisions(outcome.counters[rank - rank % tp])
+    return outcome
+
+
+def decisions(counters: Counters) -> dict[str, int]:
+    return {name: getattr(counters, name) for name in OWN}
+
+
+@pytest.mark.parametrize(("ranks", "tp"), [(4, 1), (4, 2), (4, 4), (2, 2), (6, 2)])
+@pytest.mark.parametrize("seed", range(3))
+def test_tokens_do_not_depend_on_how_ranks_form_instances(ranks, tp, seed, tiny_model, whole):
+    """With four lanes two of them hold the same KV head."""
+    instances, blocks = ranks // tp, 24
+    rows = demand_of(3, instances * blocks * BLOCK, random.Random(seed))
+    outcome = run(tiny_model, rows, ranks, tp, num_blocks=blocks)
+    assert outcome.ids == list(range(len(rows)))
+    assert outcome.tokens == unconstrained(whole, rows)
+    borrowed = sum(counters.blocks_borrowed for counters in outcome.counters)
+    assert borrowed > 0 if instances > 1 else borrowed == 0
+
+
+@pytest.mark.parametrize("policy", ["lend-greedy", "migrate", "queue", "isolated"])
+def test_every_policy_works_with_instances_of_two(policy, tiny_model, whole):
+    rows = demand_of(2, 2 * 24 * BLOCK, random.Random(7))
+    rows = [row for row in rows if row.prompt_len < 24 * BLOCK - 50]
+    rows = [replace_id(row, number) for number, row in enumerate(rows)]
+    outcome = run(tiny_model, rows, 4, 2, num_blocks=24, policy=policy)
+    assert outcome.tokens == unconstrained(whole, rows)
+    if policy == "migrate":
+        assert sum(counters.migrations for counters in outcome.counters) > 0
+
+
+def replace_id(row: Request, number: int) -> Request:
+    return Request(number, row.prompt, row.sampling)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_no_interleaving_of_lanes_deadlocks_or_leaves_a_message(seed, tiny_model, whole):
+    rows = demand_of(1, 2 * 8 * BLOCK, random.Random(seed))
+    outcome = run(tiny_model, rows, 4, 2, SeededSchedule(seed), num_blocks=8)
+    assert outcome.tokens == unconstrained(whole, rows)
+
+
+def test_the_smallest_pool_of_an_instance_counts(tiny_model):
+    from hpc_distkv.comm.local import open_local, run_local
+    from hpc_distkv.engine.rank import RankEngine
+
+    models = shards(tiny_model, 4, 2)
+
+    def blocks(comm) -> tuple[int, int]:
+        settings = replace(options(num_blocks=(20, 30, 50, 40)[comm.world.rank]))
+        engine = RankEngine(comm, models[comm.world.rank], settings)
+        engine.join()
+        return engine.config.num_blocks, engine.capacity_blocks
+
+    assert run_local(open_local(4, tp=2), blocks) == [(20, 60), (20, 60), (40, 60), (40, 60)]
