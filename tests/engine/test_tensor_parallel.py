@@ -12,8 +12,12 @@ from clusters import Outcome, run_cluster
 from test_cluster import BLOCK, demand_of, options, unconstrained
 from test_migration import migrations, rows_of
 
+from hpc_distkv.comm.local import open_local, run_local
 from hpc_distkv.comm.schedule import SeededSchedule
+from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages import Counters, Request
+from hpc_distkv.engine.config import OptionError
+from hpc_distkv.engine.rank import RankEngine, load_model
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.model.shard import Shard
@@ -88,14 +92,17 @@ def test_rows_migrate_between_instances_of_two(tiny_model, whole):
     assert moved > 0
 
 
-def test_the_smallest_pool_of_an_instance_counts(tiny_model):
-    from hpc_distkv.comm.local import open_local, run_local
-    from hpc_distkv.engine.rank import RankEngine
+def test_ranks_that_do_not_divide_into_instances_are_an_error(tiny_model):
+    settings = replace(options(num_blocks=8), tensor_parallel_size=2)
+    with pytest.raises(OptionError, match="3 ranks cannot be cut into instances of 2"):
+        load_model(open_local(3)[0], tiny_model, settings)
 
+
+def test_the_smallest_pool_of_an_instance_counts(tiny_model):
     models = shards(tiny_model, 4, 2)
 
-    def blocks(comm) -> tuple[int, int]:
-        settings = replace(options(num_blocks=(20, 30, 50, 40)[comm.world.rank]))
+    def blocks(comm: Comm) -> tuple[int, int]:
+        settings = options(num_blocks=(20, 30, 50, 40)[comm.world.rank])
         engine = RankEngine(comm, models[comm.world.rank], settings)
         engine.join()
         return engine.config.num_blocks, engine.capacity_blocks
