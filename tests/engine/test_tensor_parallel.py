@@ -15,7 +15,7 @@ from test_migration import migrations, rows_of
 from hpc_distkv.comm.local import open_local, run_local
 from hpc_distkv.comm.schedule import SeededSchedule
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.control.messages import Counters, Request
+from hpc_distkv.control.messages import Counters, Request, Sampling
 from hpc_distkv.engine.config import OptionError
 from hpc_distkv.engine.rank import RankEngine, load_model
 from hpc_distkv.model.config import ModelConfig
@@ -52,6 +52,12 @@ def run(
     return outcome
 
 
+def greedy(rows: list[Request]) -> list[Request]:
+    """For runs that are not repeated exactly: sums of other parts round otherwise, and one draw in
+    a million falls between."""
+    return [Request(r.id, r.prompt, Sampling(r.sampling.max_tokens)) for r in rows]
+
+
 def decisions(counters: Counters) -> dict[str, int]:
     return {name: getattr(counters, name) for name in OWN}
 
@@ -60,7 +66,7 @@ def decisions(counters: Counters) -> dict[str, int]:
 def test_tokens_do_not_depend_on_how_ranks_form_instances(ranks, tp, tiny_model, whole):
     """With four lanes two of them hold the same KV head."""
     instances, blocks = ranks // tp, 24
-    rows = demand_of(2, instances * blocks * BLOCK, random.Random(ranks))
+    rows = greedy(demand_of(2, instances * blocks * BLOCK, random.Random(ranks)))
     outcome = run(tiny_model, rows, ranks, tp, num_blocks=blocks)
     assert outcome.ids == list(range(len(rows)))
     assert outcome.tokens == unconstrained(whole, rows)
