@@ -122,6 +122,36 @@ def test_without_lending_the_same_row_is_an_error_with_the_arithmetic(tmp_path, 
     assert job.figures()["counters"]["blocks_borrowed"] == 0
 
 
+# Instances of several ranks
+
+
+def test_instances_of_two_ranks_answer_as_transformers_with_loans_between_them(
+    tmp_path, tiny_model
+):
+    rng = random.Random(4)
+    prompts = [5, 40, 300, 20, 60, 250, 1, 30]
+    rows = [
+        completion(f"row {n}", random_ids(prompt, rng), rng.randint(1, 30), ignore_eos=n % 2 == 0)
+        for n, prompt in enumerate(prompts)
+    ]
+    job = BatchJob(tmp_path, tiny_model, rows)
+    instances = ("--tensor-parallel-size", 2, "--load-format", "broadcast")
+    ran = job.run(4, "--num-blocks", 12, "--temperature", 0, *instances)
+    assert ran.returncode == 0, ran.stderr
+    assert "4 ranks in 2 instances of 2" in ran.stderr
+    assert job.answers() == Oracle(tiny_model).answers(rows)
+    assert job.figures()["counters"]["blocks_borrowed"] > 0
+
+
+def test_a_tensor_parallel_size_that_cannot_be_is_refused_at_once(tmp_path, demo_model):
+    job = BatchJob(tmp_path, demo_model, [completion("row", "Hello", 2)])
+    ran = job.run(2, "--tensor-parallel-size", 2)
+    assert ran.returncode == 2, ran.stderr
+    assert ran.stderr.count("Error:") == 1
+    assert "9 query heads, 3 KV heads" in ran.stderr
+    assert "sizes that do: 1, 3\n" in ran.stderr
+
+
 # kill -9
 
 

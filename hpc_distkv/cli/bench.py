@@ -30,8 +30,10 @@ def _measured(options: dict[str, Any], measure: Measure) -> None:
     def work(comm: Comm) -> int:
         from hpc_distkv.api import together
         from hpc_distkv.engine.rank import load_model
+        from hpc_distkv.model.config import ModelConfig
 
         engine_settings = set_options(options)
+        together(comm, lambda: ModelConfig.from_dir(options["model"]))
         model = together(comm, lambda: load_model(comm, options["model"], engine_settings))
         figures = measure(comm, model, engine_settings)
         if comm.world.rank == 0:
@@ -95,7 +97,7 @@ def remote(**options: Any) -> None:
         from hpc_distkv.api import SetupError
         from hpc_distkv.observe import bench
 
-        if comm.world.size != 2:
+        if comm.world.instances != 2 or comm.world.tp > 1:
             raise SetupError(
                 "this benchmark needs two ranks: mpirun -n 2 hpc-distkv bench remote …"
             )
@@ -117,8 +119,11 @@ def unused_lending(**options: Any) -> None:
     """An even load that fits: what it costs that ranks could lend, against every rank alone."""
 
     def measure(comm: Comm, model: Decoder, settings: EngineOptions) -> dict[str, Any]:
+        from hpc_distkv.api import SetupError
         from hpc_distkv.observe import bench
 
+        if comm.world.tp > 1:
+            raise SetupError("this benchmark runs ranks alone: --tensor-parallel-size must be 1")
         requests = bench.synthetic(
             options["num_prompts"],
             options["input_len"],

@@ -107,8 +107,11 @@ def _announcement(engine: Engine) -> str:
     if world.instances > 1:
         lending += ", lent between ranks" if rank.config.policy.lending else ", nothing is lent"
     sampling = f"temperature {defaults.temperature:g}" if defaults.temperature else "greedy"
+    ranks = f"{world.size} ranks"
+    if world.tp > 1:
+        ranks += f" in {world.instances} instances of {world.tp}"
     return (
-        f"{world.size} ranks, {rank.threads} threads each; {rank.dtype}; "
+        f"{ranks}, {rank.threads} threads each; {rank.dtype}; "
         f"{rank.config.num_blocks} rBlocks of {rank.config.block_size} tokens a rank: {lending}\n"
         "for what a row leaves out, from the options or the model's generation_config.json: "
         f"{sampling}, top_p {defaults.top_p:g}, "

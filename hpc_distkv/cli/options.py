@@ -92,6 +92,21 @@ ENGINE_OPTIONS = (
         help="Most rBlocks a rank lends to others. [default: all]",
     ),
     click.option(
+        "--tensor-parallel-size",
+        type=POSITIVE,
+        default=1,
+        show_default=True,
+        help="Ranks, one after another, that hold one replica of the model together.",
+    ),
+    click.option(
+        "--load-format",
+        type=click.Choice(["auto", "broadcast"]),
+        default="auto",
+        show_default=True,
+        help="auto: every rank reads its weights; broadcast: only the ranks of the first replica "
+        "do, and hand them on.",
+    ),
+    click.option(
         "--threads",
         type=POSITIVE,
         help="Compute threads of one rank. [default: its share of the cores]",

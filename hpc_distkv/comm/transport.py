@@ -5,9 +5,10 @@ All of them post first and wait later, so that a step can compute while bytes tr
 
 Order is the whole protocol. The n-th tensor that rank a sends to rank b on a channel meets the
 n-th receive that b posts from a on that channel, and messages of mail arrive in the order in which
-they were posted. There are two channels, since two ranks may be debtor and creditor of each other
-at once: from debtors to creditors, and back. The engine derives the order on each from the headers,
-so both sides agree by construction.
+they were posted. There are two channels between instances, since two ranks may be debtor and
+creditor of each other at once: from debtors to creditors, and back. The engine derives the order on
+each from the headers, so both sides agree by construction. A third one is for the ranks within an
+instance, which all take the same steps.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -25,7 +26,7 @@ from hpc_distkv.comm.world import World
 
 T = TypeVar("T")
 
-TO_CREDITOR, TO_DEBTOR = 0, 1
+TO_CREDITOR, TO_DEBTOR, WITHIN = 0, 1, 2
 """The channels of tensors."""
 
 Pairs = Sequence[tuple[int, torch.Tensor]]
@@ -133,6 +134,11 @@ class Comm:
     def stall_timeout(self) -> float:
         """Seconds without progress after which a wait gives up."""
         return self.waiter.stall_timeout
+
+    def form_instances(self, tp: int) -> None:
+        """From now on `tp` consecutive ranks are an instance. Raises ValueError if the ranks cannot
+        be cut so."""
+        self.world = replace(self.world, tp=tp)
 
     def idle(self, ready: Callable[[], T | None], what: str) -> T:
         """Poll `ready` until it gives a value, leaving the core to others meanwhile.

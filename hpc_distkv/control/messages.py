@@ -108,7 +108,8 @@ class Result(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Counters(msgspec.Struct):
-    """What one instance has done since its start. Times are wall seconds of its rank."""
+    """What one instance has done since its start. Times are wall seconds of its first rank, bytes
+    are those of that rank alone."""
 
     steps: int = 0
     prompt_tokens: int = 0

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Sequence
 
-import msgspec
 import torch
 
 from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow, micro_attention
 from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR, Comm, Pending
-from hpc_distkv.control.messages import Credit, Header
+from hpc_distkv.control.messages import Header
 from hpc_distkv.engine.instance import Instance
 from hpc_distkv.memory.loan import ProtocolError
 from hpc_distkv.memory.pool import BlockPool
 
-Letter = Header | Credit
-
 
 class Creditor:
-    """Serves the steps of a rank's debtors. Nothing here waits: `attend` does what can be done now
+    """Serves the steps of a rank's debtors. Nothing here waits: `push` does what can be done now
     and is called between the layers of own steps and in every wait, so a debtor never holds up its
     creditor, and ranks that are debtor and creditor of each other never hold up each other for
     ever: whoever waits serves.
@@ -37,58 +33,44 @@ class Creditor:
         """`shape`: query heads and head dimension of the shard; `specs`: one for each layer."""
         self._comm, self._pool, self._instance = comm, pool, instance
         self._shape, self._specs = shape, specs
-        self._waiting: dict[int, deque[Header]] = {}
-        """Debtor's rank → its headers that were not begun."""
         self._visits: dict[int, Visit] = {}
-        """Debtor's rank → the step of it that is being served."""
+        """Debtor → the step of it that is being served."""
 
     @property
     def idle(self) -> bool:
         """Whether no debtor's step is being served."""
         return not self._visits
 
-    def open_credits(self) -> None:
-        """Tell debtors of the rBlocks that are set aside for them."""
-        for debtor, blocks in self._instance.credits().items():
-            letter = msgspec.msgpack.encode(Credit(blocks))
-            self._comm.mail.post(self._comm.world.rank_of(debtor), letter)
+    def serves(self, debtor: int) -> bool:
+        """Whether a step of `debtor` is being served."""
+        return debtor in self._visits
 
-    def attend(self) -> None:
-        """Read the mail and push on every visit. Never blocks. Raises ProtocolError."""
-        while (letter := self._comm.mail.poll()) is not None:
-            self._read(*letter)
-        self.serve()
+    def begin(self, debtor: int, header: Header, now: float) -> None:
+        """Apply a header and serve its step from now on; the debtor's last one was committed.
+        Raises ProtocolError."""
+        self._visits[debtor] = Visit(
+            debtor,
+            header,
+            now,
+            self._comm,
+            self._pool,
+            self._instance,
+            self._shape,
+            self._specs,
+        )
 
-    def serve(self) -> None:
-        """Push on every visit. Never blocks, and costs next to nothing if there is none."""
-        for rank in list(self._visits):
-            while (visit := self._visits.get(rank)) is not None and visit.advance():
-                del self._visits[rank]
-                self._begin_next(rank)
+    def push(self) -> list[int]:
+        """Push on every visit. Returns the debtors whose step can be committed. Never blocks, and
+        costs next to nothing if there is none."""
+        return [debtor for debtor, visit in self._visits.items() if visit.advance()]
 
-    def _read(self, rank: int, letter: bytes) -> None:
-        try:
-            message: Letter = msgspec.msgpack.decode(letter, type=Letter)
-        except msgspec.DecodeError as error:
-            raise ProtocolError(f"the mail of rank {rank} is malformed: {error}") from error
-        if isinstance(message, Credit):
-            self._instance.open_credit(rank // self._comm.world.tp, message.blocks)
-            return
-        self._waiting.setdefault(rank, deque()).append(message)
-        if rank not in self._visits:
-            self._begin_next(rank)
+    def served(self, debtor: int) -> bool:
+        """Whether nothing is left of the step of `debtor` but to commit. Never blocks."""
+        return self._visits[debtor].advance()
 
-    def _begin_next(self, rank: int) -> None:
-        if headers := self._waiting.get(rank):
-            self._visits[rank] = Visit(
-                rank,
-                headers.popleft(),
-                self._comm,
-                self._pool,
-                self._instance,
-                self._shape,
-                self._specs,
-            )
+    def commit(self, debtor: int) -> None:
+        """The step of `debtor`, all of which was served, is over."""
+        self._visits.pop(debtor).commit()
 
 
 class Visit:
@@ -101,17 +83,18 @@ class Visit:
 
     def __init__(
         self,
-        rank: int,
+        debtor: int,
         header: Header,
+        now: float,
         comm: Comm,
         pool: BlockPool,
         instance: Instance,
         shape: tuple[int, int],
         specs: Sequence[AttentionSpec],
     ) -> None:
-        self._rank, self._debtor = rank, rank // comm.world.tp
+        self._rank, self._debtor = comm.world.rank_of(debtor), debtor
         self._comm, self._pool, self._instance, self._specs = comm, pool, instance, specs
-        self._moved = instance.accept(self._debtor, header, time.monotonic())
+        self._moved = instance.accept(debtor, header, now)
         self._pending: list[Pending] = []
         """Moves and partial results under way."""
         self._post_moves()
@@ -127,14 +110,15 @@ class Visit:
             self._await_queries()
 
     def advance(self) -> bool:
-        """Do what can be done now. Returns whether that was the last of it."""
+        """Do what can be done now. Returns whether nothing is left but to commit."""
         while self._layer < self._pool.layers and self._arriving.done():
             self._serve()
         self._pending = [pending for pending in self._pending if not pending.done()]
-        if self._layer < self._pool.layers or self._pending:
-            return False
+        return self._layer >= self._pool.layers and not self._pending
+
+    def commit(self) -> None:
+        """The moves are served where they went."""
         self._instance.commit_served(self._debtor, *self._moved)
-        return True
 
     def _post_moves(self) -> None:
         outgoing, incoming = self._moved

@@ -33,11 +33,11 @@ class Leg:
 class Debtor:
     """The step of a rank that has rBlocks elsewhere. In this order, to every creditor it concerns:
 
-        header      by mail
+        header      by mail, from leader to leader
         moves       the rBlocks of the header, posted before layer 0, awaited after the last
         layer 0..n  queries posted → own attention runs meanwhile → partial results awaited, merged
 
-    `Creditor` on the other side reads the header, so it knows every size and the order of every
+    `Creditor` on the other side knows the header, so it knows every size and the order of every
     message. A debtor waits for its creditors and for nobody else; a creditor waits for nobody.
     """
 
@@ -51,13 +51,14 @@ class Debtor:
         self._moves: Pending | None = None
         self._steps = 0
 
-    def begin(self, plan: Plan) -> bool:
+    def begin(self, plan: Plan, now: float) -> bool:
         """Tell the creditors of the step and post its moves. Returns whether its layers have
         anything to exchange."""
         self._steps += 1
         world = self._comm.world
-        for creditor, header in self._instance.headers(plan, time.monotonic()).items():
-            self._comm.mail.post(world.rank_of(creditor), msgspec.msgpack.encode(header))
+        for creditor, header in self._instance.headers(plan, now).items():
+            if world.lane == 0:
+                self._comm.mail.post(world.rank_of(creditor), msgspec.msgpack.encode(header))
         self._post_moves(plan)
         wanted: dict[int, list[int]] = {}
         first = 0
@@ -86,13 +87,12 @@ class Debtor:
         for leg in self._legs:
             merge_rows(out, lse, leg.rows, leg.out, leg.lse)
 
-    def finish(self, plan: Plan) -> None:
-        """Wait for the moves; from here on they are served where they went."""
+    def finish(self) -> None:
+        """Wait for the moves."""
         if self._moves is not None:
             started = time.perf_counter()
             self._moves.wait(f"rBlocks, step {self._steps}")
             self._counters.move_wait += time.perf_counter() - started
-        self._instance.commit(plan)
 
     def _post_moves(self, plan: Plan) -> None:
         rank_of, rblock = self._comm.world.rank_of, self._pool.rblock

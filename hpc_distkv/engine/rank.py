@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from hpc_distkv.comm.broadcast import LaneBroadcast
+from hpc_distkv.comm.group import Group
 from hpc_distkv.comm.probe import LinkCosts, probe
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.gmanager import GManager
@@ -17,11 +19,13 @@ from hpc_distkv.control.links import Links
 from hpc_distkv.control.messages import Request
 from hpc_distkv.control.policy import POLICIES, Policy
 from hpc_distkv.engine.config import EngineConfig, OptionError
+from hpc_distkv.engine.follower import Follower
 from hpc_distkv.engine.stop import TextDecoder
 from hpc_distkv.engine.worker import Leader, Worker
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
+from hpc_distkv.model.shard import Shard
 from hpc_distkv.model.weights import load_decoder
 
 KV_SHARE = 0.4
@@ -49,6 +53,11 @@ class EngineOptions:
     """Most rBlocks that a rank lends to others; None: all of its pool."""
     threads: int | None = None
     """Compute threads; None: this rank's share of the cores it may run on."""
+    tensor_parallel_size: int = 1
+    """Consecutive ranks that hold one replica of the model together."""
+    load_format: str = "auto"
+    """How weights get to the ranks: "auto": every rank reads its own shard; "broadcast": the first
+    instance reads, and hands each shard on to the ranks that hold the same one."""
 
 
 class RankEngine:
@@ -61,8 +70,8 @@ class RankEngine:
         options: EngineOptions,
         decoder: TextDecoder | None = None,
     ) -> None:
-        """Lay out the pool. `decoder`: the tokenizer, for requests with stop strings. Raises
-        OptionError."""
+        """Lay out the pool. `model`: this rank's shard; `decoder`: the tokenizer, for requests
+        with stop strings. Raises OptionError."""
         self.comm = comm
         self._decoder = decoder
         config = model.config
@@ -101,8 +110,9 @@ class RankEngine:
 
     def join(self) -> None:
         """Learn what the pools of all ranks hold together, and what links between ranks cost.
-        Collective, once, before `run`."""
-        config = self.config
+        Collective, once, before `run`. The ranks of an instance hold the same rBlocks, so its
+        smallest pool counts."""
+        config, world = self.config, self.comm.world
         if config.policy.sharing:
             block = self._pool.rblock(0).nbytes
             self._links = probe(self.comm, self._query_bytes(), block)
@@ -110,7 +120,12 @@ class RankEngine:
         if config.policy.lending:
             cap = config.num_blocks if config.lend_cap is None else config.lend_cap
             lendable = min(config.num_blocks, cap)
-        pools = self.comm.share((config.num_blocks, lendable))
+        ranks = self.comm.share((config.num_blocks, lendable))
+        pools = [
+            tuple(map(min, zip(*ranks[first : first + world.tp], strict=True)))
+            for first in range(0, world.size, world.tp)
+        ]
+        self.config = replace(config, num_blocks=pools[world.instance][0])
         total = sum(lends for _, lends in pools)
         self.capacity_blocks = min(own + total - lends for own, lends in pools)
 
@@ -129,13 +144,12 @@ class RankEngine:
         """Of weights and KV."""
         return _name(self._model.dtype)
 
-    def run(self, leader: Leader | None = None) -> Worker:
+    def run(self, leader: Leader | None = None) -> Worker | Follower:
         """Work until all requests of rank 0's leader are answered. Collective; `leader` is given
         on rank 0 alone. Raises StallError, ProtocolError, and what the leader raises."""
         heads = (self._model.config.num_heads, self._model.config.head_dim)
-        worker = Worker(
-            self.comm, self._model, self._pool, self.config, heads, leader, self._decoder
-        )
+        parts = (self.comm, self._model, self._pool, self.config, heads, self._decoder)
+        worker = Follower(*parts) if self.comm.world.lane else Worker(*parts, leader)
         worker.run()
         return worker
 
@@ -192,10 +206,25 @@ class RankEngine:
 
 
 def load_model(comm: Comm, path: str | Path, options: EngineOptions) -> Decoder:
-    """The decoder of model directory `path`. Raises ModelError."""
+    """Cut the ranks into instances, and load this rank's shard of the decoder in model directory
+    `path`. All ranks call it. Raises OptionError and ModelError."""
+    try:
+        comm.form_instances(options.tensor_parallel_size)
+    except ValueError as error:
+        raise OptionError(f"--tensor-parallel-size: {error}") from None
     set_threads(comm, options.threads)
-    dtype = None if options.dtype == "auto" else options.dtype
-    return load_decoder(path, ModelConfig.from_dir(path), dtype)
+    world = comm.world
+    relay = LaneBroadcast(comm) if options.load_format == "broadcast" else None
+    decoder = load_decoder(
+        path,
+        ModelConfig.from_dir(path),
+        None if options.dtype == "auto" else options.dtype,
+        shard=Shard(world.lane, world.tp),
+        relay=relay,
+    )
+    if world.tp > 1:
+        decoder.lanes = Group(comm)
+    return decoder
 
 
 def set_threads(comm: Comm, threads: int | None) -> None:

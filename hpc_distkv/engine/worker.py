@@ -1,9 +1,8 @@
-"""The loop of one rank."""
+"""The loop of the rank that leads an instance."""
 
 from __future__ import annotations
 
 import time
-from functools import partial
 from typing import Protocol
 
 import msgspec
@@ -13,20 +12,26 @@ from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.messages import Answer, Result
 from hpc_distkv.control.wire import encode_report
-from hpc_distkv.control.work import work
 from hpc_distkv.engine.config import EngineConfig
-from hpc_distkv.engine.creditor import Creditor
-from hpc_distkv.engine.debtor import Debtor
-from hpc_distkv.engine.forward import Forward, Model
-from hpc_distkv.engine.instance import Instance, Speed, StepSeconds, StepWork
+from hpc_distkv.engine.events import (
+    Boundary,
+    Left,
+    Log,
+    Returned,
+    StepBegun,
+    StepEnded,
+    StepTimed,
+    fingerprint,
+)
+from hpc_distkv.engine.forward import Model
+from hpc_distkv.engine.instance import Speed, StepSeconds
+from hpc_distkv.engine.lane import Lane
+from hpc_distkv.engine.letters import Letters
 from hpc_distkv.engine.sampler import sample, sample_logprobs
-from hpc_distkv.engine.scheduler import Plan, Row
-from hpc_distkv.engine.sequence import Sequence
+from hpc_distkv.engine.scheduler import Row
 from hpc_distkv.engine.stop import TextDecoder
 from hpc_distkv.memory.loan import ProtocolError
 from hpc_distkv.memory.pool import BlockPool
-
-NOTHING = Plan([], [], [], [])
 
 
 class Leader(Protocol):
@@ -41,22 +46,32 @@ class Leader(Protocol):
         """Called after every control round."""
 
 
+def decode_answer(message: bytes) -> Answer:
+    """The gManager's answer. Raises ProtocolError."""
+    try:
+        return msgspec.msgpack.decode(message, type=Answer)
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"the gManager's answer is malformed: {error}") from error
+
+
 class Worker:
-    """One rank at work: round boundaries, steps, results.
+    """One instance at work, seen from the first of its ranks: round boundaries, steps, results. Its
+    other ranks are `Follower`s, which do what the log of this one says.
 
     A rank reports, goes on with its steps, and applies the answer at the first step that finds it
     there; then it reports again. So no rank waits for the answer while it has work, and ranks agree
     on nothing but the order of mail between two of them.
 
-    Why no wait lasts for ever: a rank waits (1) in a step, for its creditors' partial results and
-    for moves, and (2) without work, for the answer, hence for every rank's report. In every wait
-    and between layers it serves its debtors and, on rank 0, answers rounds; serving waits for
-    nothing. So whatever a debtor waits for is done by its creditor sooner or later, wherever that
-    one is, even if both are debtors of each other; then every step ends, every rank reports, and
-    rank 0 can answer. That rows wait for memory, which is no wait for a message, is bounded by the
-    scheduler's patience and the gManager's victims.
+    Why no wait lasts for ever: a rank waits (1) in a step, for its creditors' partial results, for
+    moves and for the other lanes' tensors, and (2) without work, for the answer, hence for every
+    rank's report. In every wait and between layers it serves its debtors and, on rank 0, answers
+    rounds; serving waits for nothing. So whatever a debtor waits for is done by its creditor sooner
+    or later, wherever that one is, even if both are debtors of each other; then every step ends,
+    every rank reports, and rank 0 can answer. (For the other lanes see `Follower`.) That rows wait
+    for memory, which is no wait for a message, is bounded by the scheduler's patience and the
+    gManager's victims.
 
-    At the end every rank returns what it borrowed and serves on until all loans are settled
+    At the end every instance returns what it borrowed and serves on until all loans are settled
     everywhere: no message is left behind.
     """
 
@@ -67,20 +82,18 @@ class Worker:
         pool: BlockPool,
         config: EngineConfig,
         shape: tuple[int, int],
+        decoder: TextDecoder | None,
         leader: Leader | None,
-        decoder: TextDecoder | None = None,
     ) -> None:
-        """`shape`: query heads and head dimension. `leader`: on rank 0 only. `decoder`: for
-        requests with stop strings."""
-        self._comm, self._leader, self._pool = comm, leader, pool
-        self._instance = Instance(comm.world.instance, config, partial(Sequence, decoder=decoder))
+        """`shape`: query heads and head dimension of the shard. `decoder`: for requests with stop
+        strings. `leader`: on rank 0 only."""
+        self._comm, self._leader = comm, leader
+        self._lane = Lane(comm, model, pool, config, shape, decoder, self._attend, self._serve)
+        self._instance = self._lane.instance
         self.counters = self._instance.counters
-        self._debtor = Debtor(comm, pool, self._instance, shape)
-        self._creditor = Creditor(comm, pool, self._instance, shape, model.attention)
-        self._forward = Forward(model, pool, self._instance.rm, self._attend, self._creditor.serve)
+        self._log = Log(comm)
+        self._letters = Letters(comm, self._instance, self._lane.creditor, self._log)
         self._answer: Answer | None = None
-        self._sharing = config.policy.sharing
-        self._attention_tokens = config.attention_tokens
         self._idle = True
         self._leaving = False
 
@@ -91,7 +104,7 @@ class Worker:
         background.append(self._attend)
         try:
             self._loop()
-            if self._sharing:
+            if self._lane.sharing:
                 self._leave()
         finally:
             background.remove(self._attend)
@@ -100,11 +113,12 @@ class Worker:
         self._report()
         while True:
             if self._at_boundary():
-                answer = self._take_answer()
+                answer, now = self._take_answer(), time.monotonic()
+                self._log.record(Boundary(now))
                 if answer.stop:
                     return
-                self._instance.apply(answer, time.monotonic())
-                self._creditor.open_credits()
+                self._instance.apply(answer, now)
+                self._letters.open_credits()
                 self._report()
             self._step()
 
@@ -121,18 +135,19 @@ class Worker:
         """Return what was borrowed, and serve until nobody has anything of this rank's. Credit may
         still come until everybody is here: it goes back at once."""
         self._leaving = True
-        rm = self._instance.rm
+        rm, creditor = self._instance.rm, self._lane.creditor
         self._comm.idle(
-            lambda: (not rm.loans and self._creditor.idle) or None, "debtors to return their loans"
+            lambda: (not rm.loans and creditor.idle) or None, "debtors to return their loans"
         )
         self._comm.share(None)
+        self._log.record(Left())
 
     def _return_all(self) -> None:
-        rm = self._instance.rm
-        if any(debt.credit or debt.news for debt in rm.debts.values()):
-            for creditor, debt in rm.debts.items():
-                rm.return_credit(creditor, debt.credit)
-            self._debtor.begin(NOTHING)
+        debts = self._instance.rm.debts.values()
+        if any(debt.credit or debt.news for debt in debts):
+            now = time.monotonic()
+            self._log.record(Returned(now))
+            self._lane.return_all(now)
 
     def _take_answer(self) -> Answer:
         started = time.perf_counter()
@@ -144,65 +159,58 @@ class Worker:
     def _attend(self) -> None:
         """What goes on beside a rank's own step: debtors are served, and control rounds progress,
         on rank 0 the gManager's part, everywhere one's own."""
-        if self._sharing:
-            self._creditor.attend()
+        if self._lane.sharing:
+            self._letters.attend()
         if self._leaving:
             self._return_all()
             self._comm.rounds.drained()
             return
         if self._leader and (messages := self._comm.rounds.reports()) is not None:
-            answers, results = self._leader.gmanager.round(messages)
-            self._comm.rounds.reply(answers)
-            for result in results:
-                self._leader.finish(result)
-            self._leader.tick()
+            self._answer_round(self._leader, messages)
         if self._answer is None and (message := self._comm.rounds.answer()) is not None:
             self.counters.bytes_reported += len(message)
-            try:
-                self._answer = msgspec.msgpack.decode(message, type=Answer)
-            except msgspec.DecodeError as error:
-                raise ProtocolError(f"the gManager's answer is malformed: {error}") from error
+            self._answer = decode_answer(message)
+
+    def _answer_round(self, leader: Leader, messages: list[bytes]) -> None:
+        """The gManager's part. It hears the leaders of instances, and every rank its instance's
+        answer."""
+        tp = self._comm.world.tp
+        answers, results = leader.gmanager.round(messages[::tp])
+        self._comm.rounds.reply([answer for answer in answers for _ in range(tp)])
+        for result in results:
+            leader.finish(result)
+        leader.tick()
 
     def _report(self) -> None:
         message = encode_report(self._instance.report())
         self.counters.bytes_reported += len(message)
         self._comm.rounds.report(message)
 
+    def _serve(self) -> None:
+        self._letters.serve()
+
     # -- steps ----------------------------------------------------------------------------------
 
     def _step(self) -> None:
         started, before = time.perf_counter(), msgspec.structs.replace(self.counters)
-        plan = self._instance.plan()
-        exchanging = self._sharing and self._debtor.begin(plan)
-        logits = self._forward.run(plan.rows, self._debtor if exchanging else None)
-        if self._sharing:
-            self._debtor.finish(plan)
-        done = self._work(plan.rows, exchanging)
+        plan, now = self._instance.plan(), time.monotonic()
+        if self._log.followed:
+            self._log.record(StepBegun(now, fingerprint(plan)))
+        logits = self._lane.compute(plan, now)
         tokens, logprobs = self._sample(plan.rows, logits)
-        self._instance.append(plan.rows, tokens, time.monotonic(), logprobs)
+        now = time.monotonic()
+        self._log.record(StepEnded(tokens, now))
+        done = self._lane.end(plan, tokens, now, logprobs)
         self._idle = not plan.rows
         if plan.rows:
-            now = self.counters
+            counters = self.counters
             seconds = StepSeconds(
                 time.perf_counter() - started,
-                now.partial_wait - before.partial_wait,
-                now.move_wait + now.serve_time - before.move_wait - before.serve_time,
+                counters.partial_wait - before.partial_wait,
+                counters.move_wait + counters.serve_time - before.move_wait - before.serve_time,
             )
+            self._log.record(StepTimed(seconds))
             self._instance.note_step(done, seconds)
-
-    def _work(self, rows: list[Row], exchanging: bool) -> StepWork:
-        tables, size = self._instance.rm.tables, self._pool.block_size
-        decodes = [sequence for sequence, count in rows if count == 1]
-        return StepWork(
-            decodes=len(decodes),
-            kv_tokens=sum(s.length - tables[s.id].absent * size for s in decodes),
-            prompt_work=sum(
-                work(s.computed, s.computed + count, self._attention_tokens)
-                for s, count in rows
-                if count > 1
-            ),
-            exchanging=exchanging,
-        )
 
     def _sample(self, rows: list[Row], logits: torch.Tensor) -> tuple[list[int], dict[int, bytes]]:
         """The new tokens of the rows that have all others computed, and records of logprobs."""

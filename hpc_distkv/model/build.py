@@ -10,11 +10,15 @@ from hpc_distkv.model.decoder import Decoder, Layer
 from hpc_distkv.model.linear import Linear
 from hpc_distkv.model.mlp import Experts, Mlp
 from hpc_distkv.model.norm import Norm
+from hpc_distkv.model.shard import Shard
 
 
-def empty_decoder(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Decoder:
-    """The decoder that `config` describes, its weights of `dtype` on `device`."""
-    return _Builder(config, dtype, device).decoder()
+def empty_decoder(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, shard: Shard
+) -> Decoder:
+    """The `shard` of the decoder that `config` describes, its weights of `dtype` on `device`.
+    Raises ModelError for a model that cannot be cut so."""
+    return _Builder(shard.config(config), dtype, device).decoder(shard)
 
 
 class _Builder:
@@ -22,12 +26,13 @@ class _Builder:
         self._config, self._family = config, config.family
         self._dtype, self._device = dtype, device
 
-    def decoder(self) -> Decoder:
+    def decoder(self, shard: Shard) -> Decoder:
         config, family = self._config, self._family
         hidden = config.hidden_size
-        embedding = self._empty(config.vocab_size, hidden)
+        vocabulary = len(shard.vocabulary(config.vocab_size)[shard.lane])
+        embedding = self._empty(vocabulary, hidden)
         learned = family.positions == "learned"
-        head = embedding if config.tie_embeddings else self._empty(config.vocab_size, hidden)
+        head = embedding if config.tie_embeddings else self._empty(vocabulary, hidden)
         return Decoder(
             config,
             embedding=embedding,
@@ -36,6 +41,7 @@ class _Builder:
             layers=[self._layer() for _ in range(config.num_layers)],
             norm=self._norm(hidden),
             head=Linear(head),
+            shard=shard,
         )
 
     def _layer(self) -> Layer:

@@ -8,7 +8,8 @@ that has the checkpoint's order.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from hpc_distkv.model.decoder import Decoder, Layer
 from hpc_distkv.model.linear import Linear
 from hpc_distkv.model.mlp import Experts, Mlp
 from hpc_distkv.model.norm import Norm
+from hpc_distkv.model.shard import WHOLE, Cut
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,23 @@ class Slot:
     """Of the tensor in the checkpoint."""
     linear: Linear | None = None
     """The layer that waits for it."""
+    kind: str = ""
+    """What a shard calls it (`Shard.cut`)."""
+    cut: Cut | None = None
+    """What of the checkpoint's tensor it takes; None: all."""
     offset: float = 0.0
     """Added to what is stored."""
     random: tuple[float, float] = (0.0, 0.0)
     """Mean and deviation of weights that are not from a checkpoint."""
+
+    def read(self, weights: Any, name: str) -> None:
+        """Take tensor `name` of an open safetensors file, and read no more of it than is needed."""
+        if self.cut is None:
+            self.fill(weights.get_tensor(name))
+        elif self.cut.part is None:
+            self.view.zero_()
+        else:
+            self.fill(self.cut.read(weights, name))
 
     def fill(self, tensor: Tensor) -> None:
         """Take the checkpoint's `tensor` of the right shape. One of fewer dimensions than the view
@@ -47,15 +62,25 @@ class Slot:
         self.view.normal_(*self.random, generator=generator)
 
 
-def slots(decoder: Decoder) -> Iterator[tuple[str, Slot]]:
-    """Every tensor a checkpoint must hold, by its full name there."""
+def slots(decoder: Decoder, whole: ModelConfig) -> Iterator[tuple[str, Slot]]:
+    """Every tensor a checkpoint must hold, by its full name there; `whole`: of which the decoder
+    may be a shard."""
+    for name, slot in _slots(decoder):
+        if decoder.shard == WHOLE:
+            yield name, slot
+        else:
+            cut = decoder.shard.cut(slot.kind, slot.shape, whole)
+            yield name, replace(slot, cut=cut, shape=cut.shape)
+
+
+def _slots(decoder: Decoder) -> Iterator[tuple[str, Slot]]:
     config = decoder.config
     family = config.family
     names = {
         slot: name if slot == "head" else family.prefix + name
         for slot, name in family.names.items()
     }
-    yield f"{names['embedding']}.weight", _table(decoder.embedding)
+    yield f"{names['embedding']}.weight", replace(_table(decoder.embedding), kind="embedding")
     if decoder.positions is not None:
         yield f"{names['positions']}.weight", _table(decoder.positions)
     yield from _norm(names, "embedding_norm", decoder.embedding_norm, config)
@@ -64,7 +89,7 @@ def slots(decoder: Decoder) -> Iterator[tuple[str, Slot]]:
         yield from _layer(own, layer, config)
     yield from _norm(names, "norm", decoder.norm, config)
     if not config.tie_embeddings:
-        yield f"{names['head']}.weight", _matrix(decoder.head.weight, decoder.head)
+        yield f"{names['head']}.weight", _matrix(decoder.head.weight, decoder.head, "head")
 
 
 def _layer(
@@ -114,9 +139,9 @@ def _rows(
     for slot, count in parts.items():
         rows = slice(start, start + count)
         view = linear.weight[rows].T if config.family.transposed else linear.weight[rows]
-        yield f"{names[slot]}.weight", _matrix(view, linear)
+        yield f"{names[slot]}.weight", _matrix(view, linear, slot)
         if linear.bias is not None:
-            yield f"{names[slot]}.bias", Slot(linear.bias[rows], (count,), linear)
+            yield f"{names[slot]}.bias", Slot(linear.bias[rows], (count,), linear, slot)
         start += count
 
 
@@ -145,9 +170,9 @@ def _norm_weight(weight: Tensor, config: ModelConfig) -> Slot:
     return Slot(weight, shape, offset=config.family.norm_offset, random=(1.0, 0.0))
 
 
-def _matrix(view: Tensor, linear: Linear) -> Slot:
+def _matrix(view: Tensor, linear: Linear, kind: str) -> Slot:
     spread = (0.0, linear.weight.shape[1] ** -0.5)
-    return Slot(view, tuple(view.shape), linear, random=spread)
+    return Slot(view, tuple(view.shape), linear, kind, random=spread)
 
 
 def _table(weight: Tensor) -> Slot:

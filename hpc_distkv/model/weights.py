@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +17,8 @@ from hpc_distkv.model.config import ModelConfig, dtype_bytes
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.model.errors import ModelError
 from hpc_distkv.model.files import weight_files
+from hpc_distkv.model.relay import Relay, relayed
+from hpc_distkv.model.shard import WHOLE, Shard
 from hpc_distkv.model.slots import Slot, slots
 
 _IGNORED_ENDINGS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
@@ -25,32 +28,55 @@ _TENSORS_PER_OPENING = 16
 """A mapped file counts as memory in use until it is closed, so it is closed now and then."""
 
 
+class _Stored(NamedTuple):
+    """Where a tensor is."""
+
+    file: Path
+    name: str
+
+
 def load_decoder(
     path: str | Path,
     config: ModelConfig,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    shard: Shard = WHOLE,
+    relay: Relay | None = None,
 ) -> Decoder:
-    """The decoder of model directory `path`, in `dtype` (the checkpoint's if None) on `device`.
+    """The decoder of model directory `path`, in `dtype` (the checkpoint's if None) on `device`, or
+    a `shard` of it, of which only its slices are read.
 
     Reads one tensor at a time into its slice of the fused weights, and packs a layer as soon as it
     is full. Raises ModelError, before any weight is read, for a tensor that is missing, unexpected,
     or of the wrong shape or kind, naming it and its file.
+
+    With a `relay` only one process in each lane reads, and hands what it reads on to the others:
+    collective in the lane. If it cannot, all of them raise.
     """
-    decoder = empty_decoder(config, torch_dtype(dtype or config.dtype), torch.device(device))
-    remaining = dict(slots(decoder))
-    files = {file: _checked_names(file, decoder, remaining) for file in weight_files(Path(path))}
-    _check_complete(files, remaining, Path(path))
-    packer = _Packer(remaining)
-    for file, names in files.items():
-        for few in _batched(list(names), _TENSORS_PER_OPENING):
-            with _opened(file) as weights:
-                for name in few:
-                    slot = remaining.pop(names[name])
-                    slot.fill(weights.get_tensor(name))
-                    packer.filled(slot)
+    decoder = empty_decoder(config, torch_dtype(dtype or config.dtype), torch.device(device), shard)
+    wanted = dict(slots(decoder, config))
+    packer = _Packer(wanted)
+    batches = _read(Path(path), config, wanted)
+    if relay is not None:
+        batches = relayed(relay, wanted, batches)
+    for batch in batches:
+        for slot in batch:
+            packer.filled(slot)
     decoder.head.pack(keep=config.tie_embeddings)
     return decoder
+
+
+def _read(folder: Path, config: ModelConfig, wanted: dict[str, Slot]) -> Iterator[list[Slot]]:
+    """Fill what is wanted, in that order, a few tensors at a time, which are then wanted no more.
+    Checks all files first."""
+    files = {file: _checked_names(file, config, wanted) for file in weight_files(folder)}
+    stored = _check_complete(files, wanted, folder)
+    for file, run in groupby(list(wanted), lambda name: stored[name].file):
+        for few in _batched(list(run), _TENSORS_PER_OPENING):
+            with _opened(file) as weights:
+                for name in few:
+                    wanted[name].read(weights, stored[name].name)
+            yield [wanted.pop(name) for name in few]
 
 
 def random_decoder(
@@ -64,9 +90,9 @@ def random_decoder(
     Matrices are normal with variance 1 / inputs, norms are 1 and biases 0, so activations keep
     their size.
     """
-    decoder = empty_decoder(config, torch_dtype(dtype or config.dtype), torch.device(device))
+    decoder = empty_decoder(config, torch_dtype(dtype or config.dtype), torch.device(device), WHOLE)
     generator = torch.Generator(device=decoder.device).manual_seed(seed)
-    remaining = dict(slots(decoder))
+    remaining = dict(slots(decoder, config))
     packer = _Packer(remaining)
     for name in list(remaining):
         slot = remaining.pop(name)
@@ -104,12 +130,12 @@ def _batched(names: list[str], size: int) -> Iterator[list[str]]:
         yield names[start : start + size]
 
 
-def _checked_names(file: Path, decoder: Decoder, wanted: Mapping[str, Slot]) -> dict[str, str]:
+def _checked_names(file: Path, config: ModelConfig, wanted: Mapping[str, Slot]) -> dict[str, str]:
     """The tensors to read from `file`, checked against what the decoder wants: name in the file →
     full name."""
     names = {}
-    family = decoder.config.family
-    tied_head = family.names["head"] + ".weight" if decoder.config.tie_embeddings else None
+    family = config.family
+    tied_head = family.names["head"] + ".weight" if config.tie_embeddings else None
     with _opened(file) as weights:
         for name in weights.keys():  # noqa: SIM118 (not a mapping)
             if name.endswith(_IGNORED_ENDINGS) or name == tied_head:
@@ -134,13 +160,14 @@ def _checked_names(file: Path, decoder: Decoder, wanted: Mapping[str, Slot]) -> 
 
 def _check_complete(
     files: Mapping[Path, Mapping[str, str]], wanted: Mapping[str, Slot], folder: Path
-) -> None:
-    found: dict[str, Path] = {}
+) -> dict[str, _Stored]:
+    """Where each tensor is."""
+    found: dict[str, _Stored] = {}
     for file, names in files.items():
-        for name in names.values():
+        for own_name, name in names.items():
             if name in found:
-                raise ModelError(f"tensor {name} is in {found[name].name} and in {file}")
-            found[name] = file
+                raise ModelError(f"tensor {name} is in {found[name].file.name} and in {file}")
+            found[name] = _Stored(file, own_name)
     missing = [name for name in wanted if name not in found]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -148,6 +175,7 @@ def _check_complete(
             f"{folder}: tensor {missing[0]}{more} missing from "
             f"{', '.join(file.name for file in files)}: download the checkpoint again"
         )
+    return found
 
 
 @contextmanager

@@ -57,7 +57,8 @@ def run_once(engine: RankEngine, requests: Sequence[Request]) -> dict[str, Any]:
     if leader is None:
         return {"seconds": seconds}
     figures = leader.record.summary(leader.gmanager.counters, [peak for peak, _ in shared])
-    return figures | {"speed": [Speed(*speed)._asdict() for _, speed in shared]}
+    speeds = [Speed(*speed)._asdict() for _, speed in shared[:: comm.world.tp]]
+    return figures | {"speed": speeds}
 
 
 def throughput(

@@ -68,10 +68,10 @@ def compare(
         return {}
     *_, baseline = ways
     speeds = [speed for each in figures.values() for speed in each["speed"]]
-    config = engines[baseline].config
+    config, instances = engines[baseline].config, comm.world.instances
     predicted = {
         name: predicted_rate(
-            model.config, engine.config, engine.config.policy, comm.world.size, speeds, requests
+            model.config, engine.config, engine.config.policy, instances, speeds, requests
         )
         for name, engine in engines.items()
     }
@@ -83,7 +83,7 @@ def compare(
         "pool_tokens": config.block_size * config.num_blocks,
         RATE: measured,
         f"over_{baseline}": {name: ratios(rates[name], rates[baseline]) for name in ways},
-        f"most_over_{baseline}": most_rate(model.config, config, comm.world.size, speeds, requests)
+        f"most_over_{baseline}": most_rate(model.config, config, instances, speeds, requests)
         / measured[baseline],
         "predicted_over_measured": {name: predicted[name] / measured[name] for name in ways},
         "figures": figures,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from hpc_distkv.comm.group import Group
 from hpc_distkv.comm.local import leftovers, open_local, run_local
 from hpc_distkv.comm.schedule import SeededSchedule
 from hpc_distkv.comm.transport import Comm
@@ -47,14 +48,18 @@ def run_cluster(
     options: EngineOptions,
     schedule: SeededSchedule | None = None,
     decoder: TextDecoder | None = None,
+    tp: int = 1,
 ) -> Outcome:
-    """Answer `requests` on `ranks` threads, with one model for all or one for each; checks that no
-    message and no rBlock is left over. `decoder`: for stop strings."""
-    comms = open_local(ranks, 60.0, schedule=schedule)
+    """Answer `requests` on `ranks` threads, with one model for all or one for each (or a shard for
+    each, in instances of `tp` ranks); checks that no message and no rBlock is left over. `decoder`:
+    for stop strings."""
+    comms = open_local(ranks, 60.0, tp=tp, schedule=schedule)
     results: list[Result] = []
 
     def work(comm: Comm) -> Counters:
         own = model[comm.world.rank] if isinstance(model, Mapping) else model
+        if tp > 1:
+            own.lanes = Group(comm)
         engine = RankEngine(comm, own, options, decoder)
         engine.join()
         leader = Collect(engine, requests) if comm.world.rank == 0 else None

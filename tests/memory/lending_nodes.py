@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Iterator
 
 import torch
@@ -14,7 +15,9 @@ from hpc_distkv.control.messages import Answer, Request, Sampling, pack_tokens
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.creditor import Creditor
 from hpc_distkv.engine.debtor import Debtor
+from hpc_distkv.engine.events import Log
 from hpc_distkv.engine.instance import Instance
+from hpc_distkv.engine.letters import Letters
 from hpc_distkv.engine.scheduler import Plan, Row
 from hpc_distkv.engine.sequence import Sequence
 from hpc_distkv.memory.loan import Move
@@ -40,6 +43,7 @@ class Node:
         self.debtor = Debtor(comm, self.pool, self.instance, (1, HEAD_DIM))
         specs = [AttentionSpec(1.0)] * LAYERS
         self.creditor = Creditor(comm, self.pool, self.instance, (1, HEAD_DIM), specs)
+        self.letters = Letters(comm, self.instance, self.creditor, Log(comm))
         self.marks = marks
         self.answer: Answer | None = Answer(round=0)
         """Of the last round, until it takes effect."""
@@ -112,7 +116,7 @@ class Node:
         ]
         self.plan = Plan(rows, moves, recalls, leaving)
         self._asked = [self._remote_marks(sequence.id) for sequence, n in rows for _ in range(n)]
-        self._exchanging = self.debtor.begin(self.plan)
+        self._exchanging = self.debtor.begin(self.plan, time.monotonic())
 
     def finish_step(self) -> None:
         """The layers, of which every row gets the mean of the marks it has elsewhere."""
@@ -131,7 +135,8 @@ class Node:
                     assert math.isclose(weight.exp(), len(marks) * BLOCK, rel_tol=1e-4)
                 else:
                     assert weight == -math.inf
-        self.debtor.finish(self.plan)
+        self.debtor.finish()
+        self.instance.commit(self.plan)
         self.plan = None
 
     def _remote_marks(self, request: int) -> list[float]:

@@ -53,7 +53,7 @@ class Lending(RuleBasedStateMachine):
     def happen(self) -> None:
         """Something goes on beside what a rank does itself: a message travels, or a rank attends
         to its debtors."""
-        events = [node.creditor.attend for node in self.nodes] + self.network.events()
+        events = [node.letters.attend for node in self.nodes] + self.network.events()
         self.rng.choice(events)()
 
     def idle(self, rng: random.Random) -> list[Node]:
@@ -80,7 +80,7 @@ class Lending(RuleBasedStateMachine):
             if node.answer:
                 assert node.rm.settle(node.answer.lend) == []
                 node.recall, node.answer = dict(node.answer.recall), None
-                node.creditor.open_credits()
+                node.letters.open_credits()
                 self.reports[node.number] = self.report(node, rng)
         if len(self.reports) < len(self.nodes):
             return
@@ -158,7 +158,7 @@ class Lending(RuleBasedStateMachine):
         quiet = 0
         while quiet < 2:
             for node in self.nodes:
-                node.creditor.attend()
+                node.letters.attend()
             quiet = 0 if self.network.events() else quiet + 1
             while events := self.network.events():
                 self.rng.choice(events)()
@@ -188,7 +188,7 @@ class Lending(RuleBasedStateMachine):
                 if node.answer:
                     node.rm.settle(node.answer.lend)
                     node.answer = None
-                node.creditor.open_credits()
+                node.letters.open_credits()
                 for request in list(node.rm.tables):
                     node.end(request)
                 node.return_credit()

@@ -1,0 +1,97 @@
+"""The lanes of one instance as one: sums of their tensors, and their tensors side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+
+from hpc_distkv.comm.transport import WITHIN, Comm, Pairs
+
+DIRECT_BYTES = 32 << 10
+"""Tensors up to this size go to all lanes at once: one hop instead of two, (lanes - 1) times the
+bytes instead of 2 · (lanes - 1) / lanes times."""
+
+
+class Group:
+    """Collectives between the ranks of this rank's instance, point to point on a channel of their
+    own, so whatever carries tensors carries them.
+
+    Every sum is made in float32 in the order of the lanes: all lanes hold the same bits, whatever
+    the size, and so does every repetition.
+
+    Why no wait lasts for ever: the lanes of an instance take the same steps in the same order
+    (`engine.follower`), so the n-th call of each is the same collective; all its sends and receives
+    are posted before any is awaited; and whoever waits goes on serving its debtors, since it waits
+    with the `Waiter`. So a lane waits only for lanes that are still on their way to the same call.
+    """
+
+    def __init__(self, comm: Comm) -> None:
+        world = comm.world
+        self._transport = comm.transport
+        self._lane = world.lane
+        first = world.rank - world.lane
+        self._ranks = range(first, first + world.tp)
+        self._others = [rank for rank in self._ranks if rank != world.rank]
+        self._calls = 0
+        self._room = torch.empty(0, dtype=torch.uint8)
+        """For what is received; it grows to the largest tensor and stays."""
+
+    def total(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of all lanes' `x` (contiguous, of one shape and dtype), in place."""
+        flat = x.view(-1)
+        if x.nbytes <= DIRECT_BYTES:
+            self._sum_direct(flat)
+        else:
+            self._sum_in_shares(flat)
+        return x
+
+    def joined(self, part: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
+        """On lane 0 the lanes' parts `[rows, widths[lane]]` side by side; elsewhere `part` as it
+        is."""
+        if self._lane:
+            self._exchange([(self._ranks[0], part.contiguous())], [])
+            return part
+        parts = [part, *(part.new_empty((len(part), width)) for width in widths[1:])]
+        self._exchange([], list(zip(self._others, parts[1:], strict=True)))
+        return torch.cat(parts, dim=1)
+
+    def _sum_direct(self, x: torch.Tensor) -> None:
+        """Everybody gets everything and sums by itself."""
+        others = self._rows(x, len(self._others))
+        self._exchange(
+            [(rank, x) for rank in self._others], list(zip(self._others, others, strict=True))
+        )
+        self._sum(x, others, x)
+
+    def _sum_in_shares(self, x: torch.Tensor) -> None:
+        """Every lane sums a share of the elements and gives the sums to the others."""
+        lanes = len(self._ranks)
+        edges = [len(x) * lane // lanes for lane in range(lanes + 1)]
+        shares = {rank: x[a:b] for rank, (a, b) in zip(self._ranks, pairwise(edges), strict=True)}
+        mine = shares.pop(self._ranks[self._lane])
+        others = self._rows(mine, lanes - 1)
+        self._exchange(list(shares.items()), list(zip(self._others, others, strict=True)))
+        self._sum(mine, others, mine)
+        self._exchange([(rank, mine) for rank in self._others], list(shares.items()))
+
+    def _sum(self, own: torch.Tensor, others: torch.Tensor, out: torch.Tensor) -> None:
+        """Add up in the order of the lanes."""
+        parts = [*others[: self._lane], own, *others[self._lane :]]
+        total = parts[0].to(torch.float32, copy=True)
+        for part in parts[1:]:
+            total += part
+        out.copy_(total)
+
+    def _rows(self, like: torch.Tensor, count: int) -> torch.Tensor:
+        """Room for `count` tensors like a flat one."""
+        needed = count * like.nbytes
+        if self._room.nbytes < needed:
+            self._room = torch.empty(needed, dtype=torch.uint8)
+        return self._room[:needed].view(like.dtype).view(count, len(like))
+
+    def _exchange(self, sends: Pairs, recvs: Pairs) -> None:
+        self._calls += 1
+        pending = self._transport.exchange(sends, recvs, WITHIN, WITHIN)
+        pending.wait(f"hop {self._calls} between the ranks of an instance")

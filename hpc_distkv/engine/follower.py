@@ -1,0 +1,212 @@
+"""The loop of the ranks of an instance that do not lead it."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TypeVar
+
+import msgspec
+import torch
+
+from hpc_distkv.comm.transport import Comm
+from hpc_distkv.control.messages import Answer
+from hpc_distkv.engine.config import EngineConfig
+from hpc_distkv.engine.events import (
+    Arrived,
+    Boundary,
+    Event,
+    Left,
+    Opened,
+    Returned,
+    Served,
+    StepBegun,
+    StepEnded,
+    StepTimed,
+    fingerprint,
+)
+from hpc_distkv.engine.forward import Model
+from hpc_distkv.engine.instance import Speed
+from hpc_distkv.engine.lane import Lane
+from hpc_distkv.engine.stop import TextDecoder
+from hpc_distkv.engine.worker import decode_answer
+from hpc_distkv.memory.loan import ProtocolError
+from hpc_distkv.memory.pool import BlockPool
+
+E = TypeVar("E", bound=Event)
+
+
+class Follower:
+    """A rank that repeats what its instance's leader does, on its own lane's tensors.
+
+    The instance is a deterministic state machine. All that its state takes from outside, the
+    moments of the clock included, is an event in the leader's log, in the leader's order. So both
+    hold the same tables and make the same plans, and nothing of them travels; a fingerprint in the
+    log proves it in every step. Tensors go along lanes: queries, partial results and rBlocks from
+    this rank to the ranks of its lane in other instances, sums to the other lanes of its own.
+
+    Events are applied in order. `Arrived`, `Served`, `Opened` and `Returned` are applied whenever
+    this rank attends, also in the middle of its step, as they happened to the leader in the middle
+    of its own; the others when the loop gets there. `Served` waits until this lane has served that
+    step too.
+
+    Why no wait lasts for ever. Order all events of all logs by the time at which their leaders
+    recorded them, and let X, of instance I, be the first that some rank r of a lane L never
+    applies. All earlier ones are applied everywhere. If X is a boundary, r waits for the answer,
+    hence for reports that follow earlier boundaries. `Arrived`, `Opened`, `Returned`, `StepTimed`
+    and `StepBegun` need nothing but the events before them. If X is `StepEnded`, the leader has
+    been through the step: its creditors' leaders had recorded `Arrived` for it, so the ranks of
+    lane L there serve it, which waits for nothing; its sums need the other lanes, which have begun
+    the step for the same reason; and moves travel by themselves. If X is `Served`, the debtor's
+    leader has posted the queries of the last layer, hence summed up all layers before with the
+    debtor's rank of lane L, which so has their partial results, and posts its own queries of the
+    last layer without waiting for anything. So X is applied after all. And a leader waits for a
+    follower only in sums, for the same event, and in rounds, for the last boundary.
+    """
+
+    def __init__(
+        self,
+        comm: Comm,
+        model: Model,
+        pool: BlockPool,
+        config: EngineConfig,
+        shape: tuple[int, int],
+        decoder: TextDecoder | None,
+    ) -> None:
+        """`shape`: query heads and head dimension of the shard. `decoder`: for requests with stop
+        strings."""
+        self._comm = comm
+        self._lane = Lane(comm, model, pool, config, shape, decoder, self._attend, self._serve)
+        self._instance, self._creditor = self._lane.instance, self._lane.creditor
+        self.counters = self._instance.counters
+        self._leader = comm.world.rank - comm.world.lane
+        self._log: deque[Event] = deque()
+        """What the leader has recorded and this rank has not applied."""
+        self._answer: Answer | None = None
+        self._leaving = False
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """Follow until the gManager says stop. Raises StallError and ProtocolError."""
+        background = self._comm.waiter.background
+        background.append(self._attend)
+        try:
+            self._loop()
+            if self._lane.sharing:
+                self._leaving = True
+                self._comm.share(None)
+                self._next(Left)
+        finally:
+            background.remove(self._attend)
+
+    @property
+    def speed(self) -> Speed:
+        """What the leader's steps have shown."""
+        return self._instance.speed
+
+    def check(self) -> None:
+        """Assert the bookkeeping invariants."""
+        self._instance.check()
+
+    def _loop(self) -> None:
+        self._report()
+        while True:
+            match self._next(Boundary, StepBegun):
+                case StepBegun() as begun:
+                    self._step(begun)
+                case Boundary(now):
+                    answer = self._take_answer()
+                    if answer.stop:
+                        return
+                    self._instance.apply(answer, now)
+                    self._instance.credits()
+                    self._report()
+
+    def _step(self, begun: StepBegun) -> None:
+        plan = self._instance.plan()
+        if fingerprint(plan) != begun.plan:
+            world = self._comm.world
+            raise ProtocolError(
+                f"{world.name(world.rank)} and {world.name(self._leader)} plan different steps of "
+                f"instance {world.instance}: do all ranks run the same version of this program?"
+            )
+        self._lane.compute(plan, begun.now)
+        ended = self._next(StepEnded)
+        done = self._lane.end(plan, ended.tokens, ended.now)
+        if plan.rows:
+            self._instance.note_step(done, self._next(StepTimed).seconds)
+
+    # -- control --------------------------------------------------------------------------------
+
+    def _report(self) -> None:
+        """Take part in a round; only the leader has something to say."""
+        self._instance.report()
+        self._comm.rounds.report(b"")
+
+    def _take_answer(self) -> Answer:
+        what = f"the answer of round {self._instance.round}"
+        answer = self._comm.idle(self._poll_answer, what)
+        self._answer = None
+        return answer
+
+    def _poll_answer(self) -> Answer | None:
+        self._attend()
+        return self._answer
+
+    def _attend(self) -> None:
+        """What goes on beside a rank's own step: the log is followed as far as it can be, debtors
+        are served, and control rounds progress."""
+        while (letter := self._comm.mail.poll()) is not None:
+            self._log.append(self._read(*letter))
+        self._serve()
+        while self._log and self._apply(self._log[0]):
+            self._log.popleft()
+        if self._leaving:
+            self._comm.rounds.drained()
+        elif self._answer is None and (message := self._comm.rounds.answer()) is not None:
+            self._answer = decode_answer(message)
+
+    def _serve(self) -> None:
+        self._creditor.push()
+
+    # -- the log --------------------------------------------------------------------------------
+
+    def _read(self, rank: int, letter: bytes) -> Event:
+        try:
+            event: Event = msgspec.msgpack.decode(letter, type=Event)
+        except msgspec.DecodeError as error:
+            raise ProtocolError(f"the log of rank {rank} is malformed: {error}") from error
+        return event
+
+    def _apply(self, event: Event) -> bool:
+        """Apply what does not concern the loop, if it is time."""
+        match event:
+            case Arrived(debtor, header, now):
+                self._creditor.begin(debtor, header, now)
+            case Served(debtor):
+                if not self._creditor.served(debtor):
+                    return False
+                self._creditor.commit(debtor)
+            case Opened(creditor, blocks):
+                self._instance.open_credit(creditor, blocks)
+            case Returned(now):
+                self._lane.return_all(now)
+            case _:
+                return False
+        return True
+
+    def _next(self, *kinds: type[E]) -> E:
+        """Wait for the next event of the loop, which is one of `kinds`."""
+
+        def ready() -> E | None:
+            self._attend()
+            head = self._log[0] if self._log else None
+            if isinstance(head, kinds):
+                return head
+            if head is not None and not isinstance(head, Served):
+                raise ProtocolError(f"the log of rank {self._leader} has {head} before its turn")
+            return None
+
+        names = " or ".join(kind.__name__ for kind in kinds)
+        event = self._comm.waiter.until(ready, f"its log ({names})", lambda: [self._leader])
+        self._log.popleft()
+        return event

@@ -1,0 +1,93 @@
+"""What every rank of an instance does alike: it keeps a replica of the instance's state, and does
+its own lane's part of the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+
+from hpc_distkv.comm.transport import Comm
+from hpc_distkv.control.work import work
+from hpc_distkv.engine.config import EngineConfig
+from hpc_distkv.engine.creditor import Creditor
+from hpc_distkv.engine.debtor import Debtor
+from hpc_distkv.engine.forward import Forward, Model
+from hpc_distkv.engine.instance import Instance, StepWork
+from hpc_distkv.engine.scheduler import Plan, Row
+from hpc_distkv.engine.sequence import Sequence
+from hpc_distkv.engine.stop import TextDecoder
+from hpc_distkv.memory.pool import BlockPool
+
+NOTHING = Plan([], [], [], [])
+NO_RECORDS: Mapping[int, bytes] = {}
+
+
+class Lane:
+    """One rank's replica of its instance, and the tensors that belong to it. Whoever drives it
+    says when what happens: the instance's leader (`Worker`) or its log (`Follower`)."""
+
+    def __init__(
+        self,
+        comm: Comm,
+        model: Model,
+        pool: BlockPool,
+        config: EngineConfig,
+        shape: tuple[int, int],
+        decoder: TextDecoder | None,
+        between_layers: Callable[[], None],
+        pause: Callable[[], None],
+    ) -> None:
+        """`shape`: query heads and head dimension of the shard; `decoder`: for requests with stop
+        strings; the two callables as of `Forward`."""
+        self.sharing = config.policy.sharing
+        sequence = partial(Sequence, decoder=decoder)
+        self.instance = Instance(comm.world.instance, config, sequence)
+        self.debtor = Debtor(comm, pool, self.instance, shape)
+        self.creditor = Creditor(comm, pool, self.instance, shape, model.attention)
+        self._forward = Forward(model, pool, self.instance.rm, between_layers, pause)
+        self._block_size = pool.block_size
+        self._attention_tokens = config.attention_tokens
+        self._exchanging = False
+
+    def compute(self, plan: Plan, now: float) -> torch.Tensor:
+        """The plan's headers, moves and layers. Returns the logits of the rows that end, on the
+        leader. `now`: the leader's clock."""
+        self._exchanging = self.sharing and self.debtor.begin(plan, now)
+        logits = self._forward.run(plan.rows, self.debtor if self._exchanging else None)
+        if self.sharing:
+            self.debtor.finish()
+        return logits
+
+    def end(
+        self, plan: Plan, tokens: list[int], now: float, logprobs: Mapping[int, bytes] = NO_RECORDS
+    ) -> StepWork:
+        """Commit the moves of a step that was computed, and append its new tokens; records of their
+        `logprobs` are needed on the leader only. Returns what the step had to compute."""
+        if self.sharing:
+            self.instance.commit(plan)
+        done = self._work(plan.rows)
+        self.instance.append(plan.rows, tokens, now, logprobs)
+        return done
+
+    def return_all(self, now: float) -> None:
+        """Give all credit back."""
+        rm = self.instance.rm
+        for creditor, debt in rm.debts.items():
+            rm.return_credit(creditor, debt.credit)
+        self.debtor.begin(NOTHING, now)
+
+    def _work(self, rows: list[Row]) -> StepWork:
+        tables, size = self.instance.rm.tables, self._block_size
+        decodes = [sequence for sequence, count in rows if count == 1]
+        return StepWork(
+            decodes=len(decodes),
+            kv_tokens=sum(s.length - tables[s.id].absent * size for s in decodes),
+            prompt_work=sum(
+                work(s.computed, s.computed + count, self._attention_tokens)
+                for s, count in rows
+                if count > 1
+            ),
+            exchanging=self._exchanging,
+        )

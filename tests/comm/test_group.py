@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from group_contract import CONTRACT
+from mpirun import mpirun, run_mpi
+
+from hpc_distkv.comm.local import leftovers, open_local, run_local
+from hpc_distkv.comm.schedule import SeededSchedule
+
+SCRIPT = str(Path(__file__).with_name("group_contract.py"))
+
+
+@pytest.mark.parametrize("promise", CONTRACT, ids=lambda promise: promise.__name__)
+@pytest.mark.parametrize(("ranks", "tp"), [(2, 2), (4, 2), (4, 4), (3, 3), (6, 1)])
+def test_threads_keep_the_contract(promise, ranks, tp):
+    comms = open_local(ranks, stall_timeout=20, tp=tp)
+    run_local(comms, promise)
+    assert leftovers(comms) == []
+
+
+@pytest.mark.parametrize("promise", CONTRACT, ids=lambda promise: promise.__name__)
+@pytest.mark.parametrize("seed", range(3))
+def test_interleavings_keep_the_contract(promise, seed):
+    comms = open_local(6, tp=3, schedule=SeededSchedule(seed))
+    run_local(comms, promise)
+    assert leftovers(comms) == []
+
+
+@pytest.mark.skipif(mpirun() is None, reason="needs mpirun")
+def test_mpi_ranks_keep_the_contract():
+    ran = run_mpi(4, [SCRIPT, "2"], timeout=60)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines() == [f"kept: {promise.__name__}" for promise in CONTRACT]

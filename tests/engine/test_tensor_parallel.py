@@ -1,0 +1,116 @@
+"""Instances of several ranks: the same tokens as on one rank, loans between them included, and
+replicas that are the same."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from clusters import Outcome, run_cluster
+from test_cluster import BLOCK, demand_of, options, unconstrained
+from test_migration import migrations, rows_of
+
+from hpc_distkv.comm.local import open_local, run_local
+from hpc_distkv.comm.schedule import SeededSchedule
+from hpc_distkv.comm.transport import Comm
+from hpc_distkv.control.messages import Counters, Request, Sampling
+from hpc_distkv.engine.config import OptionError
+from hpc_distkv.engine.rank import RankEngine, load_model
+from hpc_distkv.model.config import ModelConfig
+from hpc_distkv.model.decoder import Decoder
+from hpc_distkv.model.shard import Shard
+from hpc_distkv.model.weights import load_decoder
+
+OWN = ("steps", "preemptions", "blocks_lent", "blocks_borrowed", "blocks_returned", "migrations")
+"""Counters of what an instance decided."""
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model: Path) -> Decoder:
+    return load_decoder(tiny_model, ModelConfig.from_dir(tiny_model))
+
+
+def shards(path: Path, ranks: int, tp: int) -> dict[int, Decoder]:
+    """4 heads, 2 KV heads."""
+    config = ModelConfig.from_dir(path)
+    return {rank: load_decoder(path, config, shard=Shard(rank % tp, tp)) for rank in range(ranks)}
+
+
+def run(
+    path: Path,
+    rows: list[Request],
+    ranks: int,
+    tp: int,
+    schedule: SeededSchedule | None = None,
+    **sizes: object,
+) -> Outcome:
+    outcome = run_cluster(shards(path, ranks, tp), rows, ranks, options(**sizes), schedule, tp=tp)
+    for rank, counters in enumerate(outcome.counters):
+        assert decisions(counters) == decisions(outcome.counters[rank - rank % tp])
+    return outcome
+
+
+def greedy(rows: list[Request]) -> list[Request]:
+    """For runs that are not repeated exactly: sums of other parts round otherwise, and one draw in
+    a million falls between."""
+    return [Request(r.id, r.prompt, Sampling(r.sampling.max_tokens)) for r in rows]
+
+
+def decisions(counters: Counters) -> dict[str, int]:
+    return {name: getattr(counters, name) for name in OWN}
+
+
+@pytest.mark.parametrize(("ranks", "tp"), [(4, 1), (4, 2), (4, 4), (2, 2)])
+def test_tokens_do_not_depend_on_how_ranks_form_instances(ranks, tp, tiny_model, whole):
+    """With four lanes two of them hold the same KV head."""
+    instances, blocks = ranks // tp, 16
+    rows = greedy(demand_of(2, instances * blocks * BLOCK, random.Random(ranks)))
+    outcome = run(tiny_model, rows, ranks, tp, num_blocks=blocks)
+    assert outcome.ids == list(range(len(rows)))
+    assert outcome.tokens == unconstrained(whole, rows)
+    borrowed = sum(counters.blocks_borrowed for counters in outcome.counters)
+    assert borrowed > 0 if instances > 1 else borrowed == 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_interleaving_of_lanes_deadlocks_or_leaves_a_message(seed, tiny_model, whole):
+    rows = demand_of(1, 2 * 8 * BLOCK, random.Random(seed))
+    outcome = run(tiny_model, rows, 4, 2, SeededSchedule(seed), num_blocks=8)
+    assert outcome.tokens == unconstrained(whole, rows)
+
+
+@pytest.mark.parametrize("policy", ["lend-greedy", "queue", "isolated"])
+def test_other_policies_work_with_instances_of_two(policy, tiny_model, whole):
+    rows = rows_of(5, ranks=1)
+    outcome = run(tiny_model, rows, 4, 2, SeededSchedule(5), num_blocks=24, policy=policy)
+    assert outcome.tokens == unconstrained(whole, rows)
+
+
+def test_rows_migrate_between_instances_of_two(tiny_model, whole):
+    moved = 0
+    for seed in (3, 5, 6):
+        rows = rows_of(seed, ranks=2)
+        outcome = run(tiny_model, rows, 4, 2, SeededSchedule(seed), num_blocks=24, policy="migrate")
+        assert outcome.tokens == unconstrained(whole, rows)
+        moved += migrations(outcome)
+    assert moved > 0
+
+
+def test_ranks_that_do_not_divide_into_instances_are_an_error(tiny_model):
+    settings = replace(options(num_blocks=8), tensor_parallel_size=2)
+    with pytest.raises(OptionError, match="3 ranks cannot be cut into instances of 2"):
+        load_model(open_local(3)[0], tiny_model, settings)
+
+
+def test_the_smallest_pool_of_an_instance_counts(tiny_model):
+    models = shards(tiny_model, 4, 2)
+
+    def blocks(comm: Comm) -> tuple[int, int]:
+        settings = options(num_blocks=(20, 30, 50, 40)[comm.world.rank])
+        engine = RankEngine(comm, models[comm.world.rank], settings)
+        engine.join()
+        return engine.config.num_blocks, engine.capacity_blocks
+
+    assert run_local(open_local(4, tp=2), blocks) == [(20, 60), (20, 60), (40, 60), (40, 60)]
