@@ -198,7 +198,11 @@ def test_logits_equal_those_of_the_whole_model(lanes, tied, tmp_path):
 def tensors(decoder: Decoder) -> list[Tensor]:
     with torch.inference_mode():
         probe = torch.eye(decoder.config.hidden_size)
-        return [decoder.embedding, decoder.norm.weight, *(layer.qkv(probe) for layer in decoder.layers)]
+        return [
+            decoder.embedding,
+            decoder.norm.weight,
+            *(layer.qkv(probe) for layer in decoder.layers),
+        ]
 
 
 @pytest.mark.parametrize(("ranks", "tp"), [(5, 1), (6, 2)])
