@@ -52,7 +52,7 @@ def test_greedy_answer_equals_that_of_transformers(demo_model: Path) -> None:
     tokenizer = Tokenizer(demo_model)
     prompt = ChatTemplate(demo_model, tokenizer)(QUESTION)
     decoder = load_decoder(demo_model, config, "float32")
-    attention, answer, piece = DenseAttention(), [], prompt
+    attention, answer, piece = DenseAttention(decoder.attention), [], prompt
     with torch.inference_mode():
         while len(answer) < 20 and not set(config.eos_token_ids) & set(answer):
             start = len(prompt) + len(answer) - len(piece)
