@@ -52,7 +52,8 @@ def random_case(
     slopes: bool = False,
 ) -> Case:
     """shapes: (queries, tokens) per row. With holes, rBlocks skip positions and queries start
-    anywhere, so that causal masks cut through rBlocks or leave queries without keys."""
+    anywhere, so that causal masks cut through rBlocks or leave queries without keys; but slopes
+    without causality are for guests, whose keys are all in the past."""
     random = np.random.default_rng(seed)
     counts = [-(-tokens // block_size) for _, tokens in shapes]
     num_blocks = sum(counts) + 3
@@ -65,6 +66,8 @@ def random_case(
         first = (places * block_size).tolist()
         end = first[-1] + block_size if count else 0
         position = int(random.integers(0, end + 1)) if holes else tokens - queries
+        if slopes and not causal:
+            position = end
         rows.append(PagedRow(queries, position, [free.pop() for _ in range(count)], first, tokens))
     queries = sum(row.queries for row in rows)
     generator = torch.Generator().manual_seed(seed)
