@@ -237,6 +237,10 @@ def paper(cluster: str, model: str, traces: str, rows: int, output: str | None) 
             ratios = {row: r["lend_over"] for row, r in figures[name]["simulated"].items()}
             title = f"Throughput of lend over …; published {figures[name]['published']}"
             bars(Path(output) / f"paper-{name}.svg", title, ratios, "×", None)
+        context = figures["context_length"]
+        tokens = {name: result["tokens"] for name, result in context["simulated"].items()}
+        title = f"Longest row; published {context['published']}"
+        bars(Path(output) / "paper-context.svg", title, tokens, "tokens", None)
 
 
 @command.command()

@@ -30,6 +30,8 @@ class Need(NamedTuple):
     """The highest link class of a creditor that will do."""
     whole: bool = False
     """Nothing less than all of it will do."""
+    creditors: int = CANDIDATES
+    """Most that may share in it."""
 
 
 class Grant(NamedTuple):
@@ -46,14 +48,14 @@ def greedy_borrow(
     """Serve `needs` oldest first out of `promised` rBlocks [instances]. The grants are entered in
     `ledger` and taken out of `promised`, in place: what it holds afterwards is left.
 
-    A debtor gets at most `CANDIDATES` creditors: those that close no circle of debts first, then
-    those behind the cheapest links, then those with most rBlocks left.
+    Out of all creditors a debtor gets those first that close no circle of debts, then those behind
+    the cheapest links, then those with most rBlocks left.
     """
     grants = []
     left = int(promised.sum())
     claimed = np.zeros(len(promised), dtype=bool)
     """What an older request that needs it all at once is waiting for."""
-    for _, debtor, wanted, reach, whole in sorted(needs):
+    for _, debtor, wanted, reach, whole, creditors in sorted(needs):
         if left == 0:
             break
         rank = _ranks(debtor, promised, ledger, links)
@@ -65,7 +67,7 @@ def greedy_borrow(
                 claimed |= near
                 continue
             promised[debtor] = 0  # It needs its own room as well.
-        for _ in range(len(rank) if whole else CANDIDATES):
+        for _ in range(len(rank) if whole else creditors):
             creditor = int(rank.argmin())
             if wanted == 0 or rank[creditor] == _NEVER:
                 break

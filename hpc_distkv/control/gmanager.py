@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_distkv.control.assign import Assignment
-from hpc_distkv.control.borrow import ANYWHERE, Grant, Need, greedy_borrow
+from hpc_distkv.control.borrow import ANYWHERE, CANDIDATES, Grant, Need, greedy_borrow
 from hpc_distkv.control.dgfm import plan_recalls
 from hpc_distkv.control.ledger import DebtLedger
 from hpc_distkv.control.links import Links
@@ -139,14 +139,23 @@ class GManager:
         return answers.encode(len(reports)), results
 
     def _check_rows(self, reports: Reports) -> None:
+        gone: set[int] = set()
         for instance, changes in reports.changes.items():
             rows = [result.id for result in changes.results]
             rows += [request.id for request in changes.returned]
             for request in (*changes.adopted, *rows):
-                if request not in self.assignment.home:
+                home = self.assignment.home.get(request)
+                if home is None or request in gone:
                     raise ReportError(
                         f"instance {instance} reports request {request}, which nobody has to answer"
                     )
+                if home != instance and not self._policy.migrate:
+                    raise ReportError(
+                        f"instance {instance} reports request {request}, which is at {home}"
+                    )
+            gone.update(rows)
+            if len(set(rows)) < len(rows):
+                raise ReportError(f"instance {instance} reports a request twice")
 
     def _observe(self, reports: Reports) -> list[Result]:
         results: list[Result] = []
@@ -194,7 +203,8 @@ class GManager:
                 i,
                 self._need(reports, i),
                 ANYWHERE if i == starved else self._reach(reports, i),
-                bool(reports["whole"][i]),
+                bool(reports["whole"][i]) and self._policy.lending,
+                1 if self._policy.migrate else CANDIDATES,
             )
             for i in np.flatnonzero(reports["wanted"]).tolist()
         ]
@@ -202,10 +212,10 @@ class GManager:
             return
         for grant in greedy_borrow(needs, promised, self.ledger, self._links):
             self._enter(grant, answers)
-        self._keep_for_whole_needs(needs, promised, answers)
+        self._keep_for_whole_needs(reports, needs, promised, answers)
 
     def _keep_for_whole_needs(
-        self, needs: Sequence[Need], promised: Blocks, answers: Answers
+        self, reports: Reports, needs: Sequence[Need], promised: Blocks, answers: Answers
     ) -> None:
         """Let what becomes free gather for the oldest request that needs it all at once, and for
         others that don't reach the same instances."""
@@ -215,11 +225,12 @@ class GManager:
             if answers[need.debtor].granted or not keeping.isdisjoint(near):
                 continue
             keeping.update(near)
-            missing = need.blocks - int(promised[near].sum())
-            for creditor in near:
-                if creditor != need.debtor:
-                    share = int(promised[creditor]) + max(0, missing) // max(1, len(near) - 1) + 1
-                    answers[creditor].keep += share
+            others = [instance for instance in near if instance != need.debtor]
+            missing = max(0, need.blocks - int(promised[others].sum()))
+            for creditor in others:
+                share = int(promised[creditor]) + missing // len(others) + 1
+                answers[creditor].keep += share
+            answers[need.debtor].keep += int(reports["free"][need.debtor])
             promised[near] = 0
 
     def _reach(self, reports: Reports, debtor: int) -> int:
@@ -254,7 +265,7 @@ class GManager:
         """Go on with the transfers that pay: grant what their creditors have promised, and let
         them keep free what is missing."""
         assert self._planner
-        if self.round_number % PLAN_EVERY == 0:
+        if self.round_number % PLAN_EVERY == 0 and self._move_budget:
             plan = self._planner.plan(
                 reports,
                 self.ledger,

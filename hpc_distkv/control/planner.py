@@ -217,7 +217,7 @@ class Planner:
         before = one.rate() + other.rate()
         exchange = 0.0 if ledger.creditors_of(debtor) else self._exchange(debtor, creditor)
         best = (0.0, Transfer(debtor, creditor, 0))
-        most = self._most(one, other)
+        most = self._most(one, other, sum(ledger.creditors_of(debtor).values()))
         sizes = {most >> halvings for halvings in range(SIZES if before else 0)}
         if before and one.lacking <= most:
             sizes.add(one.lacking)
@@ -227,11 +227,11 @@ class Planner:
             best = max(best, (gain, Transfer(debtor, creditor, blocks)))
         return best
 
-    def _most(self, one: Load, other: Load) -> int:
-        """Most rBlocks that may move: what the creditor attends to must hide behind the debtor's
-        own step."""
+    def _most(self, one: Load, other: Load, away: int) -> int:
+        """Most rBlocks that may move: all that is elsewhere, `away` rBlocks by now, must be
+        attended to while the debtor computes its own step."""
         hidden = one.time / (other.per_kv * self._size) if other.per_kv else float("inf")
-        return int(min(one.longest, hidden, other.spare))
+        return max(0, int(min(one.longest, hidden - away, other.spare)))
 
 
 _READ = (

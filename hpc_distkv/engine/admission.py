@@ -103,7 +103,7 @@ class Admission:
                 break
             if self.large(sequence):
                 continue
-            if not room.claims or self._fits(sequence, room):
+            if self._fits(sequence, room):
                 room.now -= self._foresight.missing(sequence, sequence.length + 1)
                 claims.append(self._foresight.claim(sequence))
                 room.claims.append(claims[-1])
@@ -127,10 +127,11 @@ class Admission:
     def _room(self, waiting: Rows[Sequence], running: Rows[Sequence]) -> Room:
         """What is the same for all that wait."""
         rm, foresight = self._rm, self._foresight
-        free = rm.usable + rm.credit
+        credit = rm.credit if self._config.policy.lending else 0
+        free = rm.usable + credit
         usual = free - self.keep
         if any(map(self.large, waiting)):
-            usual -= rm.credit
+            usual -= credit
         reserve = self.reserve if running else 0
         prompts = sum(foresight.missing(row, row.length + 1) for row in running)
         in_time = max(0, usual + foresight.at_home(running) - self.reserve)
@@ -141,10 +142,12 @@ class Admission:
         if self.large(sequence):
             end = int(self._foresight.expected_end(sequence))
             return self._foresight.missing(sequence, end) <= room.for_large
-        return not room.claims or self._fits(sequence, room)
+        return self._fits(sequence, room)
 
     def _fits(self, sequence: Sequence, room: Room) -> bool:
         lacking = self._foresight.missing(sequence, sequence.length + 1) - room.now
+        if not room.claims:
+            return True  # alone it gets what it lacks from others, or makes room as it goes
         if lacking > 0 and room.blocked:
             return False
         claim = self._foresight.claim(sequence)

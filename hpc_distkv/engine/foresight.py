@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
-from typing import NamedTuple
+from operator import attrgetter
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,8 @@ from hpc_distkv.control.work import MeanOutput
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.sequence import Sequence
 from hpc_distkv.memory.rmanager import RManager
+
+Tokens = TypeVar("Tokens", float, NDArray[np.float64])
 
 
 class Claim(NamedTuple):
@@ -62,7 +65,18 @@ class Foresight:
     def peak(self, claims: Rows[Claim]) -> float:
         """Most rBlocks that the claims take at once."""
         # Claims grow until they end, so the most is taken just before one of them ends.
-        return max(self._taken(claims, [claim.end for claim in claims]), default=0.0)
+        later = [claim for claim in claims if claim.start]
+        most = tokens = 0.0
+        begun = 0
+        for claim in sorted(claims, key=attrgetter("end"), reverse=True):
+            if not claim.start:
+                tokens, begun = tokens + claim.tokens, begun + 1
+            taken = (tokens + begun * claim.end) / self._config.block_size + 0.5 * begun
+            for other in later:
+                if other.start < claim.end <= other.end:
+                    taken += self._blocks(other.tokens + claim.end - other.start)
+            most = max(most, taken)
+        return most
 
     def start(self, running: Rows[Claim], row: Claim, room: float) -> float:
         """The first end of a `running` claim from which `row` fits into `room` beside the others.
@@ -89,6 +103,6 @@ class Foresight:
         taken: NDArray[np.float64] = blocks.sum(axis=1)
         return taken
 
-    def _blocks(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _blocks(self, tokens: Tokens) -> Tokens:
         """rBlocks of so many tokens: the last one is half full in the mean."""
         return tokens / self._config.block_size + 0.5

@@ -162,7 +162,7 @@ class Instance:
             seats=max(0, self.config.max_num_seqs - len(running)),
             youngest=youngest.id if youngest else -1,
             youngest_blocks=self.rm.tables[youngest.id].blocks if youngest else 0,
-            longest=self.scheduler.longest if self.config.policy.planner else 0,
+            longest=self.scheduler.longest,
             lacking=self.scheduler.lacking if self.config.policy.planner else 0,
             kv_tokens=self._kv_tokens(),
             work_left=self._work_left(),
@@ -262,6 +262,8 @@ class Instance:
         self.rm.commit(plan.moves, plan.recalls)
         for sequence in plan.leaving:
             self.scheduler.hand_over(sequence)
+            if sequence.id in self._adopted:  # its next home says where it is
+                self._adopted.remove(sequence.id)
             self.counters.migrations += 1
         for debtor, sequence in self._back:
             self._adopt(debtor, sequence)

@@ -33,6 +33,10 @@ class Moves:
         for creditor, blocks in answer.shed.items():
             self._shed[creditor] = self._shed.get(creditor, 0) + blocks
 
+    def forget_plans(self) -> None:
+        """Credit goes back to its creditors: nothing is planned with it any more."""
+        self._shed.clear()
+
     def sealed(self, sequence: Sequence) -> int:
         """Sealed rBlocks of the sequence that are at home: they may travel."""
         sealed = sequence.computed // self._config.block_size

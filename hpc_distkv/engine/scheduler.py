@@ -171,7 +171,8 @@ class Scheduler:
             self._migrations.return_credit()
         self._outlook = self._admission.outlook(self.waiting, self.running)
         credit = self._usable_credit()
-        if self._config.policy.lending:
+        if self._config.policy.lending and credit < self._rm.credit:
+            self._moves.forget_plans()
             self._return_credit(self._rm.credit - credit)
         held = max(0, self._rm.usable) + (credit if self._config.policy.lending else 0)
         if self._starved and self.running:
@@ -195,6 +196,7 @@ class Scheduler:
             if self._whole_reports > PATIENCE and self._denied:
                 # What does not suffice is not held back from others.
                 wanted += self._rm.credit
+                self._moves.forget_plans()
                 self._return_credit(self._rm.credit)
             return Demand(
                 wanted, wanted_for, largest, whole, stuck, self._lendable() if whole else 0
@@ -306,7 +308,7 @@ class Scheduler:
     def _make_room(self, sequence: Sequence, count: int, rows: dict[int, Row]) -> bool:
         """Give the sequence the rBlocks for `count` tokens, preempting younger ones if need be."""
         needed = self.foresight.missing(sequence, sequence.computed + count)
-        while self._rm.usable < needed:
+        while needed > max(0, self._rm.usable):  # below 0 while bounce slots are in use
             self._short = True
             if self._hopes(sequence):
                 self.stalls += 1

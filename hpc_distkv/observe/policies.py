@@ -99,6 +99,11 @@ def draw(folder: Path, traces: Mapping[str, Mapping[str, Any]]) -> None:
         for trace, result in traces.items()
     }
     bars(folder / "throughput.svg", f"Throughput over {base}", throughput, "×", base)
+    remote = {
+        trace: {name: 1e2 * f["remote_share"] for name, f in result["figures"].items()}
+        for trace, result in traces.items()
+    }
+    bars(folder / "remote-share.svg", "rBlocks away from home", remote, "%", None)
     for percentile in ("p50", "p99"):
         gaps = {
             trace: {

@@ -25,8 +25,6 @@ class Rates(NamedTuple):
 
     step: float
     """Per step that computes tokens."""
-    serving: float
-    """Per step that only serves guests."""
     weights: float
     """To read the weights of the linear layers once."""
     decode_row: float
@@ -71,21 +69,18 @@ class CostModel:
         decode_kv: float,
         prefill_tokens: int,
         prefill_pairs: float,
-        served_decode_kv: float = 0.0,
-        served_pairs: float = 0.0,
     ) -> float:
         """Seconds of one forward, without communication between instances; 0 for nothing to do.
 
         `decode_kv`: Σ over decode rows of the KV tokens each reads here. `prefill_pairs`: Σ over
         prompt tokens of the KV tokens each attends to here; a causal chunk of n tokens after p
-        others has n·p + n·(n + 1)/2. `served_…`: the same for guests' queries (MicroAttention).
+        others has n·p + n·(n + 1)/2.
         """
         rates = self.rates
-        attention = (decode_kv + served_decode_kv) * rates.kv_token
-        attention += (prefill_pairs + served_pairs) * rates.pair
         tokens = decode_rows + prefill_tokens
         if not tokens:
-            return rates.serving + attention if attention else 0.0
+            return 0.0
+        attention = self.attention_time(decode_kv, prefill_pairs)
         linear = decode_rows * rates.decode_row + prefill_tokens * rates.prefill_token
         ring = rates.ring[0] + tokens * rates.ring[1]
         tree = rates.tree[0] + tokens * rates.tree[1]
@@ -146,7 +141,6 @@ def measured_rates(cluster: Cluster, model: ModelShape, tp: int, block_bytes: fl
     exchange = Line(model.layers * measured.exchange, model.wire_bytes / measured.bytes_per_second)
     return Rates(
         step=measured.fixed,
-        serving=0.0,
         weights=0.0,
         decode_row=measured.per_token,
         prefill_token=measured.prefill_per_token,
@@ -173,7 +167,6 @@ def roofline_rates(cluster: Cluster, model: ModelShape, tp: int, block_bytes: fl
     ways = [(links.at(level), _bytes_per_second(links.at(level), lanes)) for level in LEVELS]
     return Rates(
         step=overhead,
-        serving=overhead,
         weights=model.parameters * model.bytes_per_value / read,
         decode_row=2 * model.parameters / matmul,
         prefill_token=2 * model.layer_parameters / matmul,

@@ -250,6 +250,30 @@ def test_news_of_a_row_that_nobody_has_is_refused(changes):
     assert job.manager.assignment.home == {0: 0}
 
 
+RESULT = Result(0, pack_tokens([1]), "stop", 0.1, 0.2)
+
+
+@pytest.mark.parametrize(
+    "news",
+    [
+        (Changes(results=[RESULT, RESULT]), Changes()),
+        (Changes(results=[RESULT], returned=requests(1)), Changes()),
+        (Changes(), Changes(results=[RESULT])),
+        (Changes(results=[RESULT]), Changes(results=[RESULT])),
+        (Changes(), Changes(returned=requests(1))),
+    ],
+    ids=["twice", "and returned", "elsewhere", "both", "returned elsewhere"],
+)
+def test_news_of_a_row_by_another_than_its_home_or_twice_is_refused(news):
+    job = Job(2, requests(1))
+    job.round(report(), report())
+    with pytest.raises(ReportError, match="reports"):
+        job.round(*[report(changes=changes) for changes in news])
+    assert job.manager.assignment.home == {0: 0}
+    (_, _), results = job.round(report(changes=Changes(results=[RESULT])), report()), job.results
+    assert results == [RESULT]
+
+
 def test_most_answers_are_a_few_bytes():
     manager = Job(100, requests(1)).manager
     answers, _ = manager.round([encode_report(report())] * 100)

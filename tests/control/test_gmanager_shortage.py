@@ -56,6 +56,12 @@ def test_a_migrating_request_needs_room_for_all_of_itself():
     assert Job(2).round(*reports)[0].granted == 2
 
 
+def test_a_migrating_request_goes_to_one_creditor():
+    reports = report(wanted=2, wanted_for=1, longest=5), report(promised=4), report(promised=5)
+    assert Job(3, policy=POLICIES["migrate"]).round(*reports)[0].granted == 5
+    assert Job(3).round(report(wanted=7, wanted_for=1), *reports[1:])[0].granted == 7
+
+
 def test_what_a_creditor_reports_replaces_what_was_granted():
     job = Job(2)
     job.round(report(wanted=3), report(promised=5))
@@ -126,8 +132,8 @@ def test_a_row_that_needs_all_at_once_gets_all_or_nothing():
 
 
 def test_room_gathers_for_a_row_that_needs_all_at_once():
-    answers = Job(3).round(whole(9), report(promised=2), report(promised=3))
-    assert answers[0].keep == 0
+    answers = Job(3).round(whole(9, free=4), report(promised=2), report(promised=3))
+    assert answers[0].keep == 4, "it has that already"
     kept = answers[1].keep - 2, answers[2].keep - 3
     assert sum(kept) >= 9 - 2 - 3
     assert min(kept) > 0

@@ -66,6 +66,22 @@ def test_more_steps_in_a_round_mean_more_growth_to_ask_for():
     assert wanted(1) < wanted(20) < wanted(60)
 
 
+def test_rows_that_need_nothing_go_on_while_bounce_slots_are_in_use():
+    scheduler = make(num_blocks=5, policy="lend", bounce=2)
+    add(scheduler, 0, prompt=5)
+    step(scheduler)
+    step(scheduler)
+    rm = scheduler.rm
+    rm.credit_opened(3, 1)
+    rm.commit([rm.move_out(0, 0, 3)], [])
+    rm.open(9)
+    rm.grow(9, rm.usable)
+    rm.bring_home(0, 0, 3)
+    assert rm.usable == -1
+    assert step(scheduler) == {0: 1}
+    assert scheduler.preemptions == scheduler.stalls == 0
+
+
 # -- with a planner, loans must pay -------------------------------------------------------------
 
 

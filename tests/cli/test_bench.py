@@ -1,0 +1,121 @@
+"""Every benchmark is one command that writes its figures and plots."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from batch_job import run_command
+from mpirun import mpirun
+
+RANKS = 2 if mpirun() else 0
+SMALL = """
+description = "A few rows"
+seed = 1
+[classes.short]
+prompt = 6
+output = 4
+[classes.long]
+prompt = 60
+output = 8
+[traces]
+few = { short = 4, long = 1 }
+"""
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> str:
+    file = tmp_path / "small.toml"
+    file.write_text(SMALL)
+    return f"{file}#few"
+
+
+def policies(tiny_model: Path, trace: str, folder: Path, against: str, ranks: int = RANKS):
+    model = ("--model", str(tiny_model), "--dtype", "float32", "--num-blocks", "6")
+    rows = ("--trace", trace, "--rows", "10", "--block-size", "16", "--against", against)
+    return run_command(ranks, "bench", "policies", *model, *rows, "-o", str(folder))
+
+
+def test_policies_side_by_side(tiny_model, trace, tmp_path):
+    ways = "lend,budget-0,no-dgfm,no-planner,lend-greedy,migrate,queue,isolated"
+    done = policies(tiny_model, trace, tmp_path / "out", ways)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "out" / "policies.json").read_text())
+    assert figures["traces"] == json.loads(done.stdout)["traces"]
+    (result,) = figures["traces"].values()
+    assert result["rows"] == 10
+    for way in ways.split(","):
+        assert result["figures"][way]["output_tokens"] == 8 * 4 + 2 * 8
+        assert result["over_isolated"][way]["median"] > 0
+        assert result["predicted_over_measured"][way] > 0
+    drawn = {file.name for file in (tmp_path / "out").glob("*.svg")}
+    assert drawn == {
+        "throughput.svg",
+        "between-tokens-p50.svg",
+        "between-tokens-p99.svg",
+        "remote-share.svg",
+    }
+
+
+@pytest.mark.parametrize(
+    ("against", "said"),
+    [("lend,swap", "there is no way 'swap'"), ("budget-many", "there is no way 'budget-many'")],
+)
+def test_a_way_that_is_none_is_named(tiny_model, trace, tmp_path, against, said):
+    done = policies(tiny_model, trace, tmp_path / "out", against, ranks=0)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_rounds(tmp_path):
+    done = run_command(
+        0, "bench", "rounds", "--instances", "8", "--instances", "40", "--rounds", "9"
+    )
+    assert done.returncode == 0, done.stderr
+    points = json.loads(done.stdout)
+    assert [point["instances"] for point in points] == [8, 40]
+    assert all(0 < point["median_ms"] <= point["max_ms"] for point in points)
+
+
+def test_scale(tmp_path):
+    done = run_command(
+        0,
+        "bench",
+        "scale",
+        "--gpus",
+        "8",
+        "--gpus",
+        "16",
+        "--rows-per-gpu",
+        "2",
+        "-o",
+        str(tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    points = json.loads((tmp_path / "scale.json").read_text())["points"]
+    assert [point["rows"]["answered"] for point in points] == [16, 32]
+    assert all(point["tokens_per_second_per_gpu"] > 0 for point in points)
+    assert {file.name for file in tmp_path.glob("*.svg")} == {
+        "scale-throughput.svg",
+        "scale-round.svg",
+    }
+
+
+def test_paper(tmp_path):
+    for name in ("mixes", "short", "long"):
+        (tmp_path / f"{name}.toml").write_text(SMALL)
+    folder = tmp_path / "out"
+    done = run_command(0, "bench", "paper", "--traces", tmp_path, "--rows", "5", "-o", folder)
+    assert done.returncode == 0, done.stderr
+    tables = json.loads((folder / "paper.json").read_text())
+    assert list(tables) == ["context_length", "mixes", "short", "long"]
+    for name, table in tables.items():
+        assert table["published"]
+        assert table["differences"]
+        (result,) = table["simulated"].values()
+        assert result["over_node"] > 1 if name == "context_length" else result["lend_over"]
+    assert {file.name for file in folder.glob("*.svg")} == {
+        f"paper-{name}.svg" for name in ("context", "mixes", "short", "long")
+    }
