@@ -10,6 +10,9 @@
  * tiled:  many lines; bound by arithmetic. Each tile of keys is transposed and converted to float32
  *         once, then two register-blocked products do the rest.
  *
+ * Options (window, soft-capping, ALiBi) act on the scores of a tile, between the first product and the
+ * softmax: one test per line and tile if they are off. Keys behind the window are never read.
+ *
  * "Working order": bfloat16 rows are widened two vectors at a time into even and odd elements (one
  * shift, one mask). Queries, keys, values and sums all live in that order; only `finish` undoes it.
  */
@@ -77,10 +80,11 @@ typedef struct {
     const char *q, *k, *v;
     float *out, *lse;
     const int32_t *query_start, *query_position, *block_start, *blocks, *first_token, *kv_len;
+    const float *slopes; /* [heads], or none */
     int64_t queries, rows, listed, heads, kv_heads, dim, num_blocks, block_size;
     int64_t q_stride, k_stride, v_stride; /* bytes between queries, between rBlocks */
-    int64_t dtype, causal, stream_lines, threads;
-    double scale;
+    int64_t dtype, causal, window, stream_lines, threads;
+    double scale, softcap;
 } Call;
 
 /* ---- vectors ---- */
@@ -167,30 +171,40 @@ INLINE vf exp_negative(vf x) {
 
 INLINE float exp_one(float x) { return exp_negative(splat(x))[0]; }
 
+/* Relative error below 1e-6: near 0 the quotient would lose digits, a series does not. */
+INLINE vf tanh_of(vf x) {
+    vf size = larger(x, -x), square = x * x, e = exp_negative(size * -2.0f);
+    vf near = size - size * square * (0.333333333f - square * (0.133333333f - square * 5.39682540e-2f));
+    vf result = choose(size > 0.125f, (1.0f - e) / (1.0f + e), near);
+    return choose(x < 0.0f, -result, result);
+}
+
 /* ---- the keys of an item, in tiles ---- */
 
 typedef struct {
     const char *k[TILE], *v[TILE];
     int32_t position[TILE];
-    int count, latest; /* keys, the latest position among them */
+    int count, earliest, latest; /* keys, the first and the last position among them */
 } Tile;
 
 typedef struct {
     const Call *call;
     int64_t head_offset;
     int row_block, block, end; /* first rBlock of the row; those of the split still to read */
-    int offset, tokens, horizon; /* keys after the horizon are not read */
+    int offset, tokens, oldest, horizon; /* keys before `oldest` or after the horizon are not read */
 } Cursor;
 
 static void next_tile(Cursor *at, Tile *tile, int row_bytes) {
     const Call *call = at->call;
-    int n = 0, latest = INT32_MIN;
+    int n = 0, earliest = INT32_MAX, latest = INT32_MIN;
     while (n < TILE && at->block < at->end) {
         int64_t before = (int64_t)(at->block - at->row_block) * call->block_size;
         int64_t visible = at->tokens - before;
         int64_t first = call->first_token[at->block], past = (int64_t)at->horizon - first + 1;
+        int64_t hidden = at->oldest - first;
         if (visible > call->block_size) visible = call->block_size;
         if (visible > past) visible = past;
+        if (hidden > at->offset) at->offset = hidden < visible ? hidden : call->block_size;
         int64_t take = visible - at->offset;
         if (take > TILE - n) take = TILE - n;
         int64_t index = call->blocks[at->block], inside = at->head_offset + (int64_t)at->offset * row_bytes;
@@ -204,10 +218,12 @@ static void next_tile(Cursor *at, Tile *tile, int row_bytes) {
         if (take > 0) {
             at->offset += take;
             if (tile->position[n - 1] > latest) latest = tile->position[n - 1];
+            if (tile->position[n - take] < earliest) earliest = tile->position[n - take];
         }
         if (at->offset >= visible) at->block++, at->offset = 0;
     }
     tile->count = n;
+    tile->earliest = earliest;
     tile->latest = latest;
     for (int t = n; n && t < TILE; t++) { /* products work on whole vectors of keys */
         tile->k[t] = tile->k[n - 1];
@@ -222,6 +238,24 @@ INLINE void mask_future(float *s, const Tile *tile, int position) {
     for (int j = 0; j < tile->count; j += W) {
         vi seen = *(const vi_any *)(tile->position + j) <= position;
         store(s + j, choose(seen, load(s + j), splat(-INFINITY)));
+    }
+}
+
+INLINE void mask_past(float *s, const Tile *tile, int64_t position) {
+    for (int j = 0; j < tile->count; j += W) {
+        vi seen = *(const vi_any *)(tile->position + j) > (int)position;
+        store(s + j, choose(seen, load(s + j), splat(-INFINITY)));
+    }
+}
+
+INLINE void cap_scores(float *s, int n, float cap) {
+    for (int j = 0; j < n; j += W) store(s + j, tanh_of(load(s + j) * (1 / cap)) * cap);
+}
+
+INLINE void add_slope(float *s, const Tile *tile, int position, float slope) {
+    for (int j = 0; j < tile->count; j += W) {
+        vi distance = *(const vi_any *)(tile->position + j) - position;
+        store(s + j, load(s + j) + __builtin_convertvector(distance, vf) * slope);
     }
 }
 
@@ -276,6 +310,17 @@ INLINE const char *line_of(const Call *call, const Item *item, int i, int dtype)
     return call->q + query * call->q_stride + head * call->dim * (dtype == F32 ? 4 : 2);
 }
 
+/* What the options of the call, if any are on, and causality make of the scores of line i. */
+INLINE void shape_scores(const Call *call, const Item *item, int i, const Tile *tile, float *s) {
+    int position = position_of(call, item, i), group = group_of(call);
+    if (call->softcap > 0) cap_scores(s, tile->count, call->softcap);
+    if (call->slopes)
+        add_slope(s, tile, position, call->slopes[item->kv_head * group + (item->line + i) % group]);
+    if (call->causal && tile->latest > position) mask_future(s, tile, position);
+    if (call->window && tile->earliest <= position - call->window)
+        mask_past(s, tile, position - call->window);
+}
+
 static void start(const Call *call, const Item *item, const Scratch *w, int padded, int dtype) {
     int dim = call->dim;
     for (int i = 0; i < padded; i++) {
@@ -319,6 +364,7 @@ static Cursor cursor_of(const Call *call, const Item *item, int row_bytes) {
         .block = item->block,
         .end = item->end,
         .tokens = call->kv_len[item->row],
+        .oldest = call->window ? position_of(call, item, 0) - call->window + 1 : INT32_MIN,
         .horizon = call->causal ? position_of(call, item, item->lines - 1) : INT32_MAX - 1,
     };
 }
@@ -451,8 +497,7 @@ INLINE void stream_tile(const Call *call, const Item *item, const Tile *tile, co
         else score(call, item, w, tile, next, dtype, i, 4);
     }
     for (int i = 0; i < item->lines; i++) {
-        int position = position_of(call, item, i);
-        if (call->causal && tile->latest > position) mask_future(w->s + i * TILE, tile, position);
+        shape_scores(call, item, i, tile, w->s + i * TILE);
         w->factor[i] = update_softmax(w->s + i * TILE, tile->count, w->top + i, w->total + i);
     }
     for (int i = 0; i < item->lines; i += n) {
@@ -561,8 +606,7 @@ INLINE void tiled(const Call *call, const Item *item, const Scratch *w, int dtyp
         product(w->q, dim, w->k, TILE, w->s, TILE, padded, columns, dim, 0);
         for (int i = 0; i < item->lines; i++) {
             float *s = w->s + i * TILE, *o = w->o + i * dim;
-            int position = position_of(call, item, i);
-            if (call->causal && tile.latest > position) mask_future(s, &tile, position);
+            shape_scores(call, item, i, &tile, s);
             float factor = update_softmax(s, tile.count, w->top + i, w->total + i);
             if (factor != 1)
                 for (int d = 0; d < dim; d += W) store(o + d, load(o + d) * factor);

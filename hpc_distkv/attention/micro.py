@@ -8,6 +8,7 @@ from torch import Tensor
 from hpc_distkv.attention import native, reference
 from hpc_distkv.attention.layout import inner_contiguous
 from hpc_distkv.attention.paged import PagedBatch
+from hpc_distkv.attention.spec import AttentionSpec
 
 STREAM_LINES = {torch.float32: 12, torch.bfloat16: 48, torch.float16: 12}
 """Up to this many lines (queries of a row x query heads per KV head) a row takes the streaming
@@ -24,8 +25,8 @@ def micro_attention(
     k_cache: Tensor,
     v_cache: Tensor,
     batch: PagedBatch,
+    spec: AttentionSpec,
     *,
-    scale: float,
     causal: bool,
     out: Tensor | None = None,
     lse: Tensor | None = None,
@@ -35,7 +36,8 @@ def micro_attention(
     q: [T, H, D], float32, bfloat16 or float16; k_cache, v_cache: [N, Hkv, block_size, D] of the
     same dtype, where H is a multiple of Hkv and query head h reads KV head h // (H // Hkv). All
     but their first dimension is contiguous. causal: a query at position p sees the keys at
-    positions <= p; otherwise it sees all of its row's keys. scale multiplies the scores.
+    positions <= p; otherwise it sees all of its row's keys. Either way the window of `spec` hides
+    those behind it, and its other options shape the scores; positions are those of `batch`.
 
     Returns out [T, H, D] and lse [T, H], float32: the normalised output and the natural logarithm
     of the sum of exp(score). A query without keys has out 0 and lse -inf. `out` and `lse` may be
@@ -46,20 +48,20 @@ def micro_attention(
     Source: DistAttention, arXiv 2401.02669, with (MA, e, m) kept as (out, lse) = (MA/e, m + log e).
     """
     _check(q, k_cache, v_cache)
+    if spec.slopes is not None and spec.slopes.shape[0] != q.shape[1]:
+        raise ValueError(f"{spec.slopes.shape[0]} slopes do not fit the {q.shape[1]} heads of q")
     out = _output(out, q.shape, q.device, "out")
     lse = _output(lse, q.shape[:2], q.device, "lse")
     kernels = native.kernels() if _native_shape(q) else None
     if kernels is None:
-        reference.micro_attention(
-            q, k_cache, v_cache, batch, scale=scale, causal=causal, out=out, lse=lse
-        )
+        reference.micro_attention(q, k_cache, v_cache, batch, spec, causal=causal, out=out, lse=lse)
     else:
         kernels.micro_attention(
             q,
             k_cache,
             v_cache,
             batch,
-            scale=scale,
+            spec,
             causal=causal,
             out=out,
             lse=lse,

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from hpc_distkv.attention.paged import PagedBatch
+from hpc_distkv.attention.spec import AttentionSpec
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ LINK = ("-shared", "-fopenmp", "-lm")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BUILD_SECONDS = 120
 
-_CALL = struct.Struct("=26qd")  # `Call` in kernels.c
+_CALL = struct.Struct("=28q2d")  # `Call` in kernels.c
 _OK, _NO_MEMORY = 0, 1
 
 
@@ -60,8 +61,8 @@ class Kernels:
         k_cache: Tensor,
         v_cache: Tensor,
         batch: PagedBatch,
+        spec: AttentionSpec,
         *,
-        scale: float,
         causal: bool,
         out: Tensor,
         lse: Tensor,
@@ -83,6 +84,7 @@ class Kernels:
             batch.blocks.data_ptr(),
             batch.first_token.data_ptr(),
             batch.kv_len.data_ptr(),
+            0 if spec.slopes is None else spec.slopes.data_ptr(),
             queries,
             batch.kv_len.numel(),
             batch.blocks.numel(),
@@ -96,9 +98,11 @@ class Kernels:
             v_cache.stride(0) * size,
             DTYPES[q.dtype],
             causal,
+            spec.window,
             stream_lines,
             torch.get_num_threads(),
-            scale,
+            spec.scale,
+            spec.softcap,
         )
         status = self._attention(call)
         if status == _NO_MEMORY:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hpc_distkv.attention.paged import PagedBatch
+from hpc_distkv.attention.spec import AttentionSpec
 
 QUERY_CHUNK = 256
 """Queries of a row that are scored at once: bounds the score matrix."""
@@ -16,8 +17,8 @@ def micro_attention(
     k_cache: Tensor,
     v_cache: Tensor,
     batch: PagedBatch,
+    spec: AttentionSpec,
     *,
-    scale: float,
     causal: bool,
     out: Tensor,
     lse: Tensor,
@@ -41,8 +42,8 @@ def micro_attention(
             chunk = slice(start, min(start + QUERY_CHUNK, starts[row + 1]))
             position = int(batch.query_position[row]) - starts[row]
             query_position = position + torch.arange(chunk.start, chunk.stop, device=q.device)
-            seen = key_position <= query_position[:, None] if causal else None
-            _attend(q[chunk], k, v, scale, seen, out[chunk], lse[chunk])
+            distance = query_position[:, None] - key_position
+            _attend(q[chunk], k, v, spec, distance, causal, out[chunk], lse[chunk])
 
 
 def _tokens(blocks: Tensor) -> Tensor:
@@ -51,12 +52,29 @@ def _tokens(blocks: Tensor) -> Tensor:
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor | None, out: Tensor, lse: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    distance: Tensor,
+    causal: bool,
+    out: Tensor,
+    lse: Tensor,
 ) -> None:
-    grouped = (q.float() * scale).reshape(q.shape[0], k.shape[0], -1, q.shape[2])
+    """`distance` [queries, keys]: position of the query minus that of the key."""
+    grouped = (q.float() * spec.scale).reshape(q.shape[0], k.shape[0], -1, q.shape[2])
     scores = torch.einsum("qhgd,hkd->qhgk", grouped, k)
-    if seen is not None:
-        scores = scores.masked_fill(~seen[:, None, None, :], -torch.inf)
+    if spec.softcap:
+        scores = torch.tanh(scores / spec.softcap) * spec.softcap
+    if spec.slopes is not None:
+        slopes = spec.slopes.to(q.device).reshape(1, k.shape[0], -1, 1)
+        scores = scores - slopes * distance[:, None, None, :]
+    seen = torch.ones_like(distance, dtype=torch.bool)
+    if causal:
+        seen &= distance >= 0
+    if spec.window:
+        seen &= distance < spec.window
+    scores = scores.masked_fill(~seen[:, None, None, :], -torch.inf)
     total = scores.logsumexp(-1)
     weights = torch.exp(scores - total.masked_fill(total == -torch.inf, 0)[..., None])
     out.copy_(torch.einsum("qhgk,hkd->qhgd", weights, v).flatten(1, 2))

@@ -142,8 +142,12 @@ class Header(msgspec.Struct, frozen=True, array_like=True, tag="header"):
     """(request, logical index) of my rBlocks with you: send them back behind this step's layers."""
     handovers: list[Handover]
     """Requests of mine of which you host all rBlocks after this step: they are yours from then."""
-    queries: list[tuple[int, int]]
-    """(request, query rows) of mine that attend to their guests with you, in order of the rows."""
+    queries: list[tuple[int, int, int]]
+    """(request, query rows, position of the first) of mine that attend to their guests with you, in
+    order of the rows."""
+    dropped: list[tuple[int, int]] = []
+    """(request, logical index) of mine that go on: free their guests' rBlocks before that index.
+    Applied with `released`."""
 
 
 class Credit(msgspec.Struct, frozen=True, array_like=True, tag="credit"):

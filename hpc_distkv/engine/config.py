@@ -27,6 +27,9 @@ class EngineConfig:
     """Most rBlocks lent to others; None: all."""
     move_budget: int = 16
     """KV tokens that may move in a step though no row waits for them; 0: none."""
+    window: int = 0
+    """What no query will see is freed: it sees so many tokens, its own included. 0: all are kept,
+    for some layer sees them, or because requests that migrate are copied whole."""
     attention_tokens: float = float("inf")
     """Context length at which a token costs twice what its linear layers cost."""
 

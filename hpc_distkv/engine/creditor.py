@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
 
-from hpc_distkv.attention import PagedBatch, PagedRow, micro_attention
+from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow, micro_attention
 from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR, Comm, Pending
 from hpc_distkv.control.messages import Header
 from hpc_distkv.engine.instance import Instance
@@ -27,11 +28,11 @@ class Creditor:
         pool: BlockPool,
         instance: Instance,
         shape: tuple[int, int],
-        scale: float,
+        specs: Sequence[AttentionSpec],
     ) -> None:
-        """`shape`: query heads and head dimension of the shard."""
+        """`shape`: query heads and head dimension of the shard; `specs`: one for each layer."""
         self._comm, self._pool, self._instance = comm, pool, instance
-        self._shape, self._scale = shape, scale
+        self._shape, self._specs = shape, specs
         self._visits: dict[int, Visit] = {}
         """Debtor → the step of it that is being served."""
 
@@ -55,7 +56,7 @@ class Creditor:
             self._pool,
             self._instance,
             self._shape,
-            self._scale,
+            self._specs,
         )
 
     def push(self) -> list[int]:
@@ -89,17 +90,17 @@ class Visit:
         pool: BlockPool,
         instance: Instance,
         shape: tuple[int, int],
-        scale: float,
+        specs: Sequence[AttentionSpec],
     ) -> None:
         self._rank, self._debtor = comm.world.rank_of(debtor), debtor
-        self._comm, self._pool, self._instance, self._scale = comm, pool, instance, scale
+        self._comm, self._pool, self._instance, self._specs = comm, pool, instance, specs
         self._moved = instance.accept(debtor, header, now)
         self._pending: list[Pending] = []
         """Moves and partial results under way."""
         self._post_moves()
         self._layer = 0 if header.queries else pool.layers
         if header.queries:
-            rows = sum(count for _, count in header.queries)
+            rows = sum(count for _, count, _ in header.queries)
             heads, head_dim = shape
             self._guests = PagedBatch.build([self._guest(*query) for query in header.queries])
             self._queries = torch.empty((rows, heads, head_dim), dtype=pool.dtype)
@@ -140,7 +141,7 @@ class Visit:
             k_cache,
             v_cache,
             self._guests,
-            scale=self._scale,
+            self._specs[self._layer],
             causal=False,
             out=self._out,
             lse=self._lse,
@@ -154,7 +155,7 @@ class Visit:
         counters.bytes_queried += self._out.nbytes + self._lse.nbytes
         counters.serve_time += time.perf_counter() - started
 
-    def _guest(self, request: int, rows: int) -> PagedRow:
+    def _guest(self, request: int, rows: int, position: int) -> PagedRow:
         guest = self._instance.rm.guests.get((self._debtor, request))
         if guest is None:
             raise ProtocolError(
@@ -164,7 +165,7 @@ class Visit:
         size = self._pool.block_size
         return PagedRow(
             queries=rows,
-            query_position=(max(guest.indices) + 1) * size,
+            query_position=position,
             blocks=guest.slots,
             first_token=[index * size for index in guest.indices],
             kv_len=len(guest.slots) * size,

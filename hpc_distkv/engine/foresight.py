@@ -59,7 +59,7 @@ class Foresight:
     def claim(self, sequence: Sequence) -> Claim:
         """What the sequence needs if it runs from now on."""
         table = self._rm.tables.get(sequence.id)
-        away = table.remote_blocks * self._config.block_size if table else 0
+        away = table.absent * self._config.block_size if table else 0
         return Claim(0, self.expected_end(sequence) - sequence.length, sequence.length - away)
 
     def peak(self, claims: Rows[Claim]) -> float:

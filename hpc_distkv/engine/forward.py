@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from hpc_distkv.attention import PagedBatch, PagedRow, micro_attention, write_kv
+from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow, micro_attention, write_kv
 from hpc_distkv.engine.debtor import Debtor
 from hpc_distkv.engine.scheduler import Row
 from hpc_distkv.memory.pool import BlockPool
@@ -19,16 +19,26 @@ Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 class Model(Protocol):
     """What the engine needs of a decoder."""
 
+    @property
+    def attention(self) -> Sequence[AttentionSpec]:
+        """How each layer scores queries against keys."""
+
+    @property
+    def needs_lengths(self) -> bool:
+        """Whether `hidden` needs the lengths of the sequences."""
+
     def hidden(
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor,
         attend: Attend,
         pause: Callable[[], None],
+        lengths: torch.Tensor | None,
     ) -> torch.Tensor:
         """Tokens and positions `[T]` → hidden states `[T, hidden]`; `attend` is called once a
         layer with (layer, q, k, v) and returns the attention output, `pause` between large
-        operators."""
+        operators. `lengths` `[T]`, given if they are needed: tokens of each token's prompt, or of
+        the sequence up to the token if that is longer."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states `[n, hidden]` → float32 logits `[n, vocab]`."""
@@ -42,13 +52,12 @@ class Forward:
         model: Model,
         pool: BlockPool,
         rmanager: RManager,
-        scale: float,
         between_layers: Callable[[], None],
         pause: Callable[[], None],
     ) -> None:
         """`between_layers` is called once a layer, so that control rounds go on during a step,
         `pause` more often, so that debtors are served."""
-        self._model, self._pool, self._rm, self._scale = model, pool, rmanager, scale
+        self._model, self._pool, self._rm, self._specs = model, pool, rmanager, model.attention
         self._between_layers, self._pause = between_layers, pause
 
     def run(self, rows: Sequence[Row], debtor: Debtor | None) -> torch.Tensor:
@@ -68,14 +77,18 @@ class Forward:
             write_kv(k, v, k_cache, v_cache, blocks, offsets)
             if debtor:
                 debtor.post_queries(q)
-            out, lse = micro_attention(q, k_cache, v_cache, batch, scale=self._scale, causal=True)
+            out, lse = micro_attention(q, k_cache, v_cache, batch, self._specs[layer], causal=True)
             self._pause()
             if debtor:
                 debtor.merge(layer, out, lse)
             return out
 
         hidden = self._model.hidden(
-            torch.tensor(tokens), torch.tensor(positions), attend, self._pause
+            torch.tensor(tokens),
+            torch.tensor(positions),
+            attend,
+            self._pause,
+            self._lengths(rows) if self._model.needs_lengths else None,
         )
         ends, end = [], 0
         for sequence, count in rows:
@@ -83,6 +96,16 @@ class Forward:
             if sequence.remaining == count:
                 ends.append(end - 1)
         return self._model.logits(hidden[ends]) if ends else torch.empty((0, 0))
+
+    def _lengths(self, rows: Sequence[Row]) -> torch.Tensor:
+        """So a recomputed token gets the length it had when it was computed first."""
+        return torch.tensor(
+            [
+                max(position + 1, sequence.request.prompt_len)
+                for sequence, count in rows
+                for position in range(sequence.computed, sequence.computed + count)
+            ]
+        )
 
     def _paged_row(self, row: Row) -> PagedRow:
         sequence, count = row
@@ -92,7 +115,7 @@ class Forward:
             query_position=sequence.computed,
             blocks=table.slots,
             first_token=[index * size for index in table.indices],
-            kv_len=sequence.computed + count - table.remote_blocks * size,
+            kv_len=sequence.computed + count - table.absent * size,
         )
 
     def _slots(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,7 +126,7 @@ class Forward:
         size = self._pool.block_size
         for sequence, count in rows:
             table = self._rm.tables[sequence.id]
-            shift = table.remote_blocks
+            shift = table.absent
             for position in range(sequence.computed, sequence.computed + count):
                 block, offset = divmod(position, size)
                 blocks.append(table.slots[block - shift])

@@ -161,7 +161,7 @@ class Instance:
             waiting=self.scheduler.fresh,
             seats=max(0, self.config.max_num_seqs - len(running)),
             youngest=youngest.id if youngest else -1,
-            youngest_blocks=self.rm.tables[youngest.id].blocks if youngest else 0,
+            youngest_blocks=self.rm.tables[youngest.id].held if youngest else 0,
             longest=self.scheduler.longest,
             lacking=self.scheduler.lacking if self.config.policy.planner else 0,
             kv_tokens=self._kv_tokens(),
@@ -202,7 +202,7 @@ class Instance:
     def _kv_tokens(self) -> int:
         size = self.config.block_size
         own = sum(s.computed for s in self.scheduler.running)
-        away = sum(table.remote_blocks for table in self.rm.tables.values())
+        away = sum(table.absent for table in self.rm.tables.values())
         return own + size * (sum(loan.used for loan in self.rm.loans.values()) - away)
 
     def _work_left(self) -> float:
@@ -231,15 +231,17 @@ class Instance:
 
     def headers(self, plan: Plan, now: float) -> dict[int, Header]:
         """What creditors have to know of this step; those without news are left out."""
-        queries: dict[int, list[tuple[int, int]]] = {}
+        queries: dict[int, list[tuple[int, int, int]]] = {}
         for sequence, count in plan.rows:
             for creditor in self.rm.tables[sequence.id].remote:
-                queries.setdefault(creditor, []).append((sequence.id, count))
+                row = (sequence.id, count, sequence.computed)
+                queries.setdefault(creditor, []).append(row)
         leaving = {s.id: self.rm.copies[s.id].creditor for s in plan.leaving}
         creditors = {move.peer for move in (*plan.moves, *plan.recalls)}
-        creditors |= {c for c, debt in self.rm.debts.items() if debt.released or debt.returned}
+        creditors |= {c for c, debt in self.rm.debts.items() if debt.news}
         headers = {}
         for creditor in sorted({*queries, *creditors, *leaving.values()}):
+            dropped = self.rm.settle_dropped(creditor)
             released, returned = self.rm.settle_debt(creditor)
             headers[creditor] = Header(
                 released=released,
@@ -250,6 +252,7 @@ class Instance:
                     self._handover(s, now) for s in plan.leaving if leaving[s.id] == creditor
                 ],
                 queries=queries.get(creditor, []),
+                dropped=dropped,
             )
         return headers
 
@@ -278,9 +281,17 @@ class Instance:
             if sequence.output_len == 0 or count > 1:
                 self.counters.prompt_tokens += count
             sequence.computed += count
+            if self.config.window:
+                self._drop_unseen(sequence)
             if not sequence.remaining:
                 self._append(sequence, next(new), now)
         self.counters.generated_tokens += len(tokens)
+
+    def _drop_unseen(self, sequence: Sequence) -> None:
+        """Free the rBlocks wholly behind the window of the sequence's next query."""
+        unseen = (sequence.computed - self.config.window + 1) // self.config.block_size
+        if unseen > self.rm.tables[sequence.id].dropped:
+            self.rm.drop(sequence.id, unseen)
 
     def _append(self, sequence: Sequence, token: int, now: float) -> None:
         if sequence.last_token_at is not None:
@@ -333,6 +344,7 @@ class Instance:
         """Apply a header. Returns the moves that it asks for: out of this instance and into it.
         A debtor's next header is accepted after `commit_served`. Raises ProtocolError."""
         self.rm.evict(debtor, header.released)
+        self.rm.evict_dropped(debtor, header.dropped)
         self.rm.take_back(debtor, header.returned)
         incoming = self.rm.host(debtor, header.moves)
         outgoing = self.rm.give_back(debtor, header.recalls)

@@ -38,10 +38,9 @@ class Lane:
         `Forward`."""
         self.sharing = config.policy.sharing
         self.instance = Instance(comm.world.instance, config)
-        scale = shape[1] ** -0.5
         self.debtor = Debtor(comm, pool, self.instance, shape)
-        self.creditor = Creditor(comm, pool, self.instance, shape, scale)
-        self._forward = Forward(model, pool, self.instance.rm, scale, between_layers, pause)
+        self.creditor = Creditor(comm, pool, self.instance, shape, model.attention)
+        self._forward = Forward(model, pool, self.instance.rm, between_layers, pause)
         self._block_size = pool.block_size
         self._attention_tokens = config.attention_tokens
         self._exchanging = False
@@ -76,7 +75,7 @@ class Lane:
         decodes = [sequence for sequence, count in rows if count == 1]
         return StepWork(
             decodes=len(decodes),
-            kv_tokens=sum(s.length - tables[s.id].remote_blocks * size for s in decodes),
+            kv_tokens=sum(s.length - tables[s.id].absent * size for s in decodes),
             prompt_work=sum(
                 work(s.computed, s.computed + count, self._attention_tokens)
                 for s, count in rows

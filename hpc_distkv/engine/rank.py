@@ -68,14 +68,16 @@ class RankEngine:
         config = model.config
         set_threads(comm, options.threads)
         block_bytes = options.block_size * config.kv_bytes_per_token(_name(model.dtype))
+        policy = _policy(options.policy, comm.world.instances)
         self.config = EngineConfig(
             num_blocks=options.num_blocks or _blocks_that_fit(comm, options.kv_memory, block_bytes),
             block_size=options.block_size,
             max_num_seqs=min(options.max_num_seqs, options.max_num_batched_tokens),
             max_num_batched_tokens=options.max_num_batched_tokens,
-            policy=_policy(options.policy, comm.world.instances),
+            policy=policy,
             lend_cap=options.lend_cap,
             move_budget=options.move_budget,
+            window=0 if policy.migrate else config.widest_window,
             attention_tokens=config.attention_tokens,
         )
         self.capacity_blocks = self.config.num_blocks

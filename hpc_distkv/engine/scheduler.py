@@ -160,7 +160,7 @@ class Scheduler:
             if blocks <= 0:
                 return
             table = self._rm.tables[sequence.id]
-            freed = table.blocks if at < 0 else len(table.remote.get(at, ()))
+            freed = table.held if at < 0 else len(table.remote.get(at, ()))
             if freed:
                 blocks -= freed
                 self._preempt(sequence)

@@ -141,7 +141,7 @@ class Worker:
 
     def _return_all(self) -> None:
         debts = self._instance.rm.debts.values()
-        if any(debt.credit or debt.released or debt.returned for debt in debts):
+        if any(debt.credit or debt.news for debt in debts):
             now = time.monotonic()
             self._log.record(Returned(now))
             self._lane.return_all(now)

@@ -11,6 +11,14 @@ class ProtocolError(RuntimeError):
     """A partner did what it may not do; continuing would corrupt somebody's KV cache."""
 
 
+class Dropped(NamedTuple):
+    """The rBlocks of one request that its queries have left behind."""
+
+    first: int
+    """Logical index of the first that is kept."""
+    blocks: int
+
+
 @dataclass
 class Debt:
     """What this instance owes one creditor, in rBlocks."""
@@ -23,11 +31,18 @@ class Debt:
     """Credit given up of which the creditor has not been told."""
     released: dict[int, int] = field(default_factory=dict)
     """Requests that ended → their rBlocks that the creditor has not been told to free."""
+    dropped: dict[int, Dropped] = field(default_factory=dict)
+    """Requests that go on → what the creditor has not been told to free of them."""
 
     @property
     def total(self) -> int:
         """Everything the creditor has set aside or hosts for this instance, as far as known."""
         return self.credit + self.used + self.returned
+
+    @property
+    def news(self) -> bool:
+        """Whether the creditor has to be told of something."""
+        return bool(self.released or self.dropped or self.returned)
 
 
 @dataclass
@@ -54,6 +69,14 @@ class Guest:
     slots: list[int] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
     """Logical index of each slot in the debtor's block table."""
+
+    def drop(self, first: int) -> list[int]:
+        """Forget the rBlocks before logical rBlock `first`; returns the slots they leave."""
+        kept = [at for at, index in enumerate(self.indices) if index >= first]
+        left = [slot for slot, index in zip(self.slots, self.indices, strict=True) if index < first]
+        self.slots = [self.slots[at] for at in kept]
+        self.indices = [self.indices[at] for at in kept]
+        return left
 
 
 class Kind(Enum):

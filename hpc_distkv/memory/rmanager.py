@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from hpc_distkv.memory.loan import Copies, Debt, Guest, Kind, Loan, Move, ProtocolError
+from hpc_distkv.memory.loan import Copies, Debt, Dropped, Guest, Kind, Loan, Move, ProtocolError
 from hpc_distkv.memory.table import BlockTable
 
 
@@ -102,11 +102,24 @@ class RManager:
         assert all(move.request != request for move in (*self.outgoing, *self.incoming))
         table = self.tables.pop(request)
         self._free.extend(table.slots)
-        for creditor, indices in table.remote.items():
-            self.debts[creditor].released[request] = len(indices)
+        for creditor, debt in self.debts.items():
+            left = debt.dropped.pop(request, Dropped(0, 0)).blocks
+            if blocks := left + len(table.remote.get(creditor, ())):
+                debt.released[request] = blocks
         copies = self.copies.pop(request, None)
         if copies and copies.blocks:
             self.debts[copies.creditor].released[request] = copies.blocks
+
+    def drop(self, request: int, first: int) -> None:
+        """No query will see a request's rBlocks before logical rBlock `first` any more: free them,
+        at home now and at its creditors by the next header. Its moves must have been committed."""
+        assert all(move.request != request for move in (*self.outgoing, *self.incoming))
+        slots, away = self.tables[request].drop(first)
+        self._free.extend(slots)
+        for creditor, blocks in away.items():
+            dropped = self.debts[creditor].dropped
+            before = dropped[request].blocks if request in dropped else 0
+            dropped[request] = Dropped(first, before + blocks)
 
     # -- as a creditor --------------------------------------------------------------------------
 
@@ -187,6 +200,22 @@ class RManager:
         for request in requests:
             self._free.extend(self._pop_guest(debtor, request).slots)
 
+    def evict_dropped(self, debtor: int, dropped: Iterable[tuple[int, int]]) -> None:
+        """Free what `debtor` has dropped of its requests: (request, first logical rBlock kept)."""
+        for request, first in dropped:
+            guest = self.guests.get((debtor, request), Guest())
+            left = guest.drop(first)
+            if not left:
+                raise ProtocolError(
+                    f"instance {debtor} dropped rBlocks before {first} of request {request}, of "
+                    f"which instance {self.instance} hosts none"
+                )
+            self._free.extend(left)
+            if not guest.slots:
+                del self.guests[debtor, request]
+            self.loans[debtor].used -= len(left)
+            self._forget_loan(debtor)
+
     def adopt(self, debtor: int, request: int) -> None:
         """The guest of `debtor`'s request is the block table of a request of this instance."""
         guest = self._pop_guest(debtor, request)
@@ -254,6 +283,17 @@ class RManager:
         self._forget_debt(creditor)
         return list(released), returned
 
+    def settle_dropped(self, creditor: int) -> list[tuple[int, int]]:
+        """What the header to `creditor` tells beside: (request, first rBlock kept) of those that
+        dropped some. What they dropped stops counting as debt."""
+        debt = self.debts.get(creditor)
+        if debt is None:
+            return []
+        dropped, debt.dropped = debt.dropped, {}
+        debt.used -= sum(left.blocks for left in dropped.values())
+        self._forget_debt(creditor)
+        return [(request, left.first) for request, left in dropped.items()]
+
     # -- both -----------------------------------------------------------------------------------
 
     def commit(self, outgoing: Iterable[Move], incoming: Iterable[Move]) -> None:
@@ -283,7 +323,9 @@ class RManager:
         for table in self.tables.values():
             owned += table.slots
             held = sorted(sum(table.remote.values(), list(table.indices)))
-            assert held == list(range(table.blocks)), "a logical rBlock is lost or owned twice"
+            assert held == list(range(table.dropped, table.blocks)), (
+                "a logical rBlock is lost or owned twice"
+            )
         for guest in self.guests.values():
             owned += guest.slots
         slots = range(self.num_blocks + self.bounce)
@@ -294,7 +336,8 @@ class RManager:
             used = sum(len(table.remote.get(creditor, ())) for table in self.tables.values())
             used += sum(m.peer == creditor and m.kind is Kind.LEND for m in self.outgoing)
             used += sum(c.blocks for c in self.copies.values() if c.creditor == creditor)
-            assert debt.used == used + sum(debt.released.values()), "a debt differs from its tables"
+            used += sum(debt.released.values()) + sum(d.blocks for d in debt.dropped.values())
+            assert debt.used == used, "a debt differs from its tables"
         for debtor, loan in self.loans.items():
             hosted = sum(len(g.slots) for (d, _), g in self.guests.items() if d == debtor)
             arriving = sum(

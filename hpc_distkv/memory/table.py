@@ -20,6 +20,8 @@ class BlockTable:
     """Logical index of each of `slots`."""
     remote: dict[int, list[int]] = field(default_factory=dict)
     """Creditor → logical indices of the rBlocks it hosts, in the order it received them."""
+    dropped: int = 0
+    """rBlocks that no query will see any more; they were the first, and are nowhere."""
 
     @property
     def remote_blocks(self) -> int:
@@ -27,9 +29,19 @@ class BlockTable:
         return sum(map(len, self.remote.values()))
 
     @property
-    def blocks(self) -> int:
-        """rBlocks in all."""
+    def held(self) -> int:
+        """rBlocks that are somewhere."""
         return len(self.slots) + self.remote_blocks
+
+    @property
+    def blocks(self) -> int:
+        """Logical rBlocks in all, dropped ones included."""
+        return self.dropped + self.held
+
+    @property
+    def absent(self) -> int:
+        """Logical rBlocks that are not at home."""
+        return self.dropped + self.remote_blocks
 
     def add(self, slot: int) -> None:
         """Append a logical rBlock at home."""
@@ -56,3 +68,19 @@ class BlockTable:
         at = self.place(index)
         self.indices.insert(at, index)
         self.slots.insert(at, slot)
+
+    def drop(self, first: int) -> tuple[list[int], dict[int, int]]:
+        """Forget the rBlocks before logical rBlock `first`: the home slots that they leave, and
+        creditor → how many it hosts."""
+        at = self.place(first)
+        left, self.slots, self.indices = self.slots[:at], self.slots[at:], self.indices[at:]
+        away: dict[int, int] = {}
+        for creditor, hosted in list(self.remote.items()):
+            kept = [index for index in hosted if index >= first]
+            if len(kept) < len(hosted):
+                away[creditor] = len(hosted) - len(kept)
+                self.remote[creditor] = kept
+            if not kept:
+                del self.remote[creditor]
+        self.dropped = first
+        return left, away

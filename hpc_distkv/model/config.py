@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hpc_distkv.model.errors import ModelError
-from hpc_distkv.model.family import FAMILIES, Family
+from hpc_distkv.model.family import COMMON_REQUIRED, FAMILIES, Family
+from hpc_distkv.model.files import fingerprint, read_json, weight_files
 from hpc_distkv.model.rope import Rope
+from hpc_distkv.model.settings import Settings
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+"""hidden_act → our name of the function."""
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True)
@@ -35,15 +43,35 @@ class ModelConfig:
     num_layers: int
     hidden_size: int
     intermediate_size: int
+    """Of the MLP, or of one expert."""
     num_heads: int
     num_kv_heads: int
     head_dim: int
     vocab_size: int
     max_position: int
-    rms_norm_eps: float = 1e-6
+    norm_eps: float = 1e-6
+    activation: str = "silu"
+    """One of the values of `ACTIVATIONS`."""
     rope: Rope = field(default_factory=Rope)
-    attention_bias: bool = False
+    local_rope: Rope | None = None
+    """Of layers with a window, if it is another."""
+    windows: tuple[int, ...] = ()
+    """For each layer the tokens that a query sees, its own included, or 0: all; empty: all 0."""
+    query_scalar: float | None = None
+    """Scores are divided by its root; None: head_dim."""
+    scale_by_layer: bool = False
+    """Scores of layer i are also divided by i + 1."""
+    attention_softcap: float = 0.0
+    """Bound of scores; 0: none. So is the next, of logits."""
+    logit_softcap: float = 0.0
+    qkv_bias: bool = False
+    out_bias: bool = False
     mlp_bias: bool = False
+    num_experts: int = 0
+    """Per layer; 0: the MLP is one for all tokens."""
+    experts_per_token: int = 0
+    normalise_experts: bool = False
+    """The weights of a token's experts sum to 1."""
     tie_embeddings: bool = False
     dtype: str = "bfloat16"
     """The checkpoint's: "float32", "bfloat16" or "float16"."""
@@ -71,7 +99,7 @@ class ModelConfig:
         generation = {}
         if (folder / "generation_config.json").is_file():
             generation = read_json(folder / "generation_config.json")
-        return _parse(raw, generation, folder / "config.json", _fingerprint(raw, weights))
+        return _parse(raw, generation, str(folder / "config.json"), fingerprint(raw, weights))
 
     def kv_bytes_per_token(self, dtype: str | None = None) -> int:
         """Bytes of K and V of one token in all layers, in `dtype` (the checkpoint's if None)."""
@@ -84,17 +112,30 @@ class ModelConfig:
         )
 
     @property
+    def widest_window(self) -> int:
+        """Tokens that a query sees in the layers that see most; 0: all."""
+        return max(self.windows) if self.windows and all(self.windows) else 0
+
+    @property
     def num_parameters(self) -> int:
         """Number of weights, biases left out; a tied head counts once."""
-        attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
-        layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
-        return self.num_layers * layer + embeddings + self.hidden_size
+        return self._parameters(self.num_experts)
 
     @property
     def attention_tokens(self) -> float:
         """Context length at which a token's attention costs as much as its linear layers."""
-        return self.num_parameters / (2 * self.num_layers * self.num_heads * self.head_dim)
+        met = self._parameters(self.experts_per_token)
+        return met / (2 * self.num_layers * self.num_heads * self.head_dim)
+
+    def _parameters(self, experts: int) -> int:
+        """Number of weights if a layer has that many experts."""
+        attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
+        mlp = (3 if self.family.gated else 2) * self.hidden_size * self.intermediate_size
+        if self.num_experts:
+            mlp = experts * mlp + self.num_experts * self.hidden_size
+        layer = attention + mlp + 2 * self.hidden_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        return self.num_layers * layer + embeddings + self.hidden_size
 
 
 def dtype_bytes(dtype: str) -> int:
@@ -106,73 +147,28 @@ def dtype_bytes(dtype: str) -> int:
     return DTYPE_BYTES[dtype]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; ModelError if it is missing or malformed."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(
-            f"{path} is missing: give the directory of a complete Hugging Face checkpoint"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{path} is not valid JSON ({error}): download it again") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} must hold a JSON object")
-    return value
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model directory, sorted; ModelError if it has none.
-
-    With an index, exactly the files the index names. Pickled weights are refused: loading them
-    would run whatever code they contain.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise ModelError(f"{index} has no weight_map: download it again")
-        files = sorted({folder / str(name) for name in names.values()})
-        for file in files:
-            if not file.is_file():
-                raise ModelError(f"{file} is missing, but {index.name} names it: download it again")
-        return files
-    single = folder / "model.safetensors"
-    if single.is_file():
-        return [single]
-    if any(folder.glob("*.safetensors")):
-        raise ModelError(f"{folder} has safetensors files, but no {index.name}: download it again")
-    if any(file for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern)):
-        raise ModelError(
-            f"{folder} has only pickled weights, which can run code when loaded; convert them: "
-            "transformers.AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
-        )
-    raise ModelError(f"{folder} has no model.safetensors: the weights are missing")
-
-
-def _fingerprint(raw: Mapping[str, Any], weights: list[Path]) -> str:
-    sizes = [(file.name, file.stat().st_size) for file in weights]
-    text = json.dumps([raw, sizes], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def _parse(
-    raw: Mapping[str, Any], generation: Mapping[str, Any], path: Path, fingerprint: str
+    raw: Mapping[str, Any], generation: Mapping[str, Any], where: str, fingerprint: str
 ) -> ModelConfig:
-    where = str(path)
     family = _family(raw, where)
-    whole, flag = partial(_whole, raw, where), partial(_flag, raw, where)
-    heads, hidden = whole("num_attention_heads"), whole("hidden_size")
-    kv_heads = whole("num_key_value_heads", heads)
+    aliases = {"norm_eps": "rms_norm_eps", **family.aliases}
+    read = Settings(raw, where, family.defaults, aliases)
+    for key, allowed in {**COMMON_REQUIRED, **family.required}.items():
+        read.require(key, allowed)
+    layers, hidden = read.whole("num_hidden_layers"), read.whole("hidden_size")
+    heads = read.whole("num_attention_heads")
+    kv_heads = read.whole("num_key_value_heads", heads)
     if heads % kv_heads:
         raise ModelError(
             f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
         )
-    head_dim = whole("head_dim", None if hidden % heads else hidden // heads)
-    if head_dim % 2:
-        raise ModelError(f"{where}: head_dim must be even for rotary embedding, not {head_dim}")
+    head_dim = read.whole("head_dim", None if hidden % heads else hidden // heads)
+    max_position = read.whole("max_position_embeddings")
+    rope, local_rope = Rope(), None
+    if family.positions == "rope":
+        if head_dim % 2:
+            raise ModelError(f"{where}: head_dim must be even for rotary embedding, not {head_dim}")
+        rope, local_rope = Rope.of_layers(read, family.local_rope, family.partial_rotary)
     dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
     if dtype not in DTYPE_BYTES:
         raise ModelError(
@@ -180,19 +176,30 @@ def _parse(
         )
     return ModelConfig(
         family=family,
-        num_layers=whole("num_hidden_layers"),
+        num_layers=layers,
         hidden_size=hidden,
-        intermediate_size=whole("intermediate_size"),
+        intermediate_size=_intermediate_size(read, family, hidden),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        vocab_size=whole("vocab_size"),
-        max_position=whole("max_position_embeddings"),
-        rms_norm_eps=_positive(raw, where, "rms_norm_eps", 1e-6),
-        rope=Rope.from_config(raw, where),
-        attention_bias=flag("attention_bias", family.attention_bias),
-        mlp_bias=flag("mlp_bias", family.mlp_bias),
-        tie_embeddings=flag("tie_word_embeddings", family.tie_embeddings),
+        vocab_size=read.whole("vocab_size"),
+        max_position=max_position,
+        norm_eps=read.positive("norm_eps", 1e-6),
+        activation=_activation(read),
+        rope=rope,
+        local_rope=local_rope,
+        windows=_windows(read, family, layers, max_position),
+        query_scalar=_query_scalar(read),
+        scale_by_layer=read.flag("scale_attn_by_inverse_layer_idx"),
+        attention_softcap=read.optional("attn_logit_softcapping") or 0.0,
+        logit_softcap=read.optional("final_logit_softcapping") or 0.0,
+        qkv_bias="qkv" in family.biases or read.flag("attention_bias"),
+        out_bias="out" in family.biases or read.flag("attention_bias"),
+        mlp_bias="mlp" in family.biases or read.flag("mlp_bias"),
+        num_experts=read.whole("num_experts") if family.experts else 0,
+        experts_per_token=_experts_per_token(read) if family.experts else 0,
+        normalise_experts=read.flag("norm_topk_prob"),
+        tie_embeddings=read.flag("tie_word_embeddings"),
         dtype=dtype,
         eos_token_ids=_token_ids("eos_token_id", where, generation, raw),
         bos_token_id=next(iter(_token_ids("bos_token_id", where, raw)), None),
@@ -202,7 +209,6 @@ def _parse(
 
 
 def _family(raw: Mapping[str, Any], where: str) -> Family:
-    """The row of the checkpoint's architecture, after a check that the row covers all it asks."""
     architectures = raw.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else None
     family = FAMILIES.get(str(name))
@@ -210,36 +216,68 @@ def _family(raw: Mapping[str, Any], where: str) -> Family:
         raise ModelError(
             f"{where}: architecture {name!r} is not supported; supported are {', '.join(FAMILIES)}"
         )
-    for key, allowed in family.required.items():
-        if raw.get(key, allowed[0]) not in allowed:
-            raise ModelError(
-                f"{where}: {key} = {raw[key]!r} is not supported for {name}; "
-                f"supported: {', '.join(map(repr, allowed))}"
-            )
     return family
 
 
-def _whole(raw: Mapping[str, Any], where: str, key: str, default: int | None = None) -> int:
-    value = raw.get(key)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ModelError(f"{where}: {key} must be a positive whole number, not {value!r}")
-    return value
+def _intermediate_size(read: Settings, family: Family, hidden: int) -> int:
+    if family.experts:
+        return read.whole("moe_intermediate_size")
+    return read.whole("intermediate_size", None if family.gated else 4 * hidden)
 
 
-def _positive(raw: Mapping[str, Any], where: str, key: str, default: float) -> float:
-    value = raw.get(key)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ModelError(f"{where}: {key} must be a positive number, not {value!r}")
-    return float(value)
+def _activation(read: Settings) -> str:
+    name = read.get("hidden_act", "silu")
+    if name not in ACTIVATIONS:
+        raise read.error(
+            "hidden_act", f"= {name!r} is not supported; supported are {', '.join(ACTIVATIONS)}"
+        )
+    return ACTIVATIONS[name]
 
 
-def _flag(raw: Mapping[str, Any], where: str, key: str, default: bool) -> bool:
-    value = raw.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise ModelError(f"{where}: {key} must be true or false, not {value!r}")
-    return default if value is None else value
+def _query_scalar(read: Settings) -> float | None:
+    if not read.flag("scale_attn_weights", True):
+        return 1.0
+    return read.optional("query_pre_attn_scalar")
+
+
+def _experts_per_token(read: Settings) -> int:
+    chosen, experts = read.whole("num_experts_per_tok"), read.whole("num_experts")
+    if chosen > experts:
+        raise read.error("num_experts_per_tok", f"must be at most num_experts {experts}")
+    return chosen
+
+
+def _windows(read: Settings, family: Family, layers: int, max_position: int) -> tuple[int, ...]:
+    """Windows that no position can outgrow are none."""
+    if family.windows == "none" or not read.flag("use_sliding_window", True):
+        return ()
+    sliding = _sliding_layers(read, family, layers)
+    if read.get("sliding_window") is None:
+        if read.get("layer_types") is not None and any(sliding):
+            raise read.error("sliding_window", f"is missing, but layer_types has {_SLIDING}")
+        return ()
+    window = read.whole("sliding_window")
+    if window >= max_position or not any(sliding):
+        return ()
+    return tuple(window if slides else 0 for slides in sliding)
+
+
+def _sliding_layers(read: Settings, family: Family, layers: int) -> list[bool]:
+    types = read.get("layer_types")
+    if types is not None:
+        if not isinstance(types, list) or len(types) != layers:
+            raise read.error("layer_types", f"must list {layers} layers")
+        for kind in types:
+            if kind not in (_FULL, _SLIDING):
+                raise read.error(
+                    "layer_types", f"has {kind!r}; supported are {_FULL} and {_SLIDING}"
+                )
+        return [kind == _SLIDING for kind in types]
+    if family.windows == "pattern":
+        every = read.whole("sliding_window_pattern")
+        return [bool((index + 1) % every) for index in range(layers)]
+    first = read.whole("max_window_layers", least=0) if family.windows == "upper" else 0
+    return [index >= first for index in range(layers)]
 
 
 def _token_ids(key: str, where: str, *sources: Mapping[str, Any]) -> tuple[int, ...]:

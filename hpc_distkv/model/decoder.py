@@ -12,15 +12,17 @@ from torch.nn import functional
 
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.linear import Linear
+from hpc_distkv.model.mlp import Experts, Mlp, Pause
+from hpc_distkv.model.norm import Norm
 from hpc_distkv.model.rotary import Rotary, Rotation, rotate
+from hpc_distkv.model.scoring import attention_specs
 from hpc_distkv.model.shard import WHOLE, Alone, Lanes, Shard
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [T, heads, head_dim], k [T, kv_heads, head_dim], v like k) → [T, heads, head_dim].
 
-q and k are already rotated; the scale 1/√head_dim is Attend's. The last dimension of q, k and v is
-contiguous. The result may be float32 or the model's dtype."""
-Pause = Callable[[], None]
+q and k are already rotated; how they make scores says `Decoder.attention`. The last dimension of q,
+k and v is contiguous. The result may be float32 or the model's dtype."""
 
 
 def nothing() -> None:
@@ -29,43 +31,59 @@ def nothing() -> None:
 
 @dataclass
 class Layer:
-    """The weights of one layer. Norms are [hidden]; rows of `qkv` are Q, K, V and those of
-    `gate_up` gate, up, one after another."""
+    """The weights of one layer. Rows of `qkv` are Q, K and V, one after another."""
 
-    attention_norm: Tensor
+    attention_norm: Norm
     qkv: Linear
+    qk_norm: Norm | None
+    """Weight [heads + kv_heads, head_dim]."""
     out: Linear
-    mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    attention_post_norm: Norm | None
+    mlp_norm: Norm
+    mlp: Mlp | Experts
+    mlp_post_norm: Norm | None
 
 
 class Decoder:
     """Tokens in, logits out, attention from outside. Call it under `torch.inference_mode`.
 
-    Source of the architecture: Llama (arXiv 2302.13971) with grouped-query attention.
+    Source of the architecture: Llama (arXiv 2302.13971) with grouped-query attention; what a family
+    does otherwise is in its row (`family.py`) and in `config`.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         embedding: Tensor,
+        positions: Tensor | None,
+        embedding_norm: Norm | None,
         layers: list[Layer],
-        norm: Tensor,
+        norm: Norm,
         head: Linear,
         shard: Shard = WHOLE,
     ) -> None:
-        """`embedding` [vocab, hidden], `norm` [hidden], `head` hidden → vocab, or the rows of
-        `shard`, for which `config` then counts heads and sizes."""
+        """`embedding` [vocab, hidden], `positions` [max_position, hidden] if they are learned,
+        `head` hidden → vocab, or the rows of `shard`, for which `config` then counts heads and
+        sizes."""
         self.config = config
         self.shard = shard
         self.lanes: Lanes = Alone()
         """Those that hold the other shards of this model."""
+        self.attention = attention_specs(config, shard)
+        """How each layer scores queries against keys."""
         self.embedding = embedding
+        self.positions = positions
+        self.embedding_norm = embedding_norm
         self.layers = layers
         self.norm = norm
         self.head = head
-        self._rotary = Rotary(config.rope, config.head_dim, self.device)
+        ropes = [rope for rope in (config.rope, config.local_rope) if rope is not None]
+        rotates = config.family.positions == "rope"
+        self._rotaries = [Rotary(r, config.head_dim, self.device) for r in ropes if rotates]
+        local = config.local_rope is not None
+        self._rotary_of = [int(local and spec.window > 0) for spec in self.attention]
+        scaled = config.hidden_size**0.5 if config.family.scaled_embedding else 1.0
+        self._embedding_scale = torch.tensor(scaled, dtype=self.dtype).item()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -77,55 +95,85 @@ class Decoder:
         """Where the weights are."""
         return self.embedding.device
 
+    @property
+    def needs_lengths(self) -> bool:
+        """Whether `hidden` needs `lengths`."""
+        return any(rotary.needs_lengths for rotary in self._rotaries)
+
     def hidden(
-        self, tokens: Tensor, positions: Tensor, attend: Attend, pause: Pause = nothing
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        pause: Pause = nothing,
+        lengths: Tensor | None = None,
     ) -> Tensor:
         """All layers over `tokens` [T] int64 at `positions` [T] int64 → [T, hidden].
 
         The rows may belong to different requests; only `attend` knows. `pause` is called between
-        the large operators, for what cannot wait for the end of a step. The result is what
-        `logits` takes: the final norm is still to come.
+        the large operators, for what cannot wait for the end of a step. `lengths` [T] int64: of the
+        sequence that a token was part of when it was computed first, that is of its prompt, or of
+        all up to it if that is longer; only a rope that depends on lengths looks at it, and takes
+        the latter if it is not given. The result is what `logits` takes: the final norm is still to
+        come.
         """
-        x = self.embed(tokens)
-        rotation = self.rotation(positions)
+        x = self.embed(tokens, positions)
+        rotations = self.rotations(positions, lengths)
         for index in range(len(self.layers)):
-            x = self.layer(index, x, rotation, attend, pause)
+            x = self.layer(index, x, rotations, attend, pause)
         return x
 
     def logits(self, hidden_rows: Tensor) -> Tensor:
         """Final norm and head: rows [n, hidden] of `hidden` → [n, vocab] float32. Of a shard, lane
         0 gets that, and the others their own columns of it."""
-        own = self.head(self._normed(hidden_rows, self.norm))
         widths = [len(ids) for ids in self.shard.vocabulary(self.config.vocab_size)]
-        return self.lanes.joined(own, widths).float()
+        logits = self.lanes.joined(self.head(self.norm(hidden_rows)), widths).float()
+        if cap := self.config.logit_softcap:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """tokens [T] int64 → [T, hidden], a tensor of its own that `layer` may overwrite."""
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """tokens, positions [T] int64 → [T, hidden], a tensor of its own for `layer` to change."""
         if self.shard == WHOLE:
-            return functional.embedding(tokens, self.embedding)
-        own = self.shard.lookup(tokens, self.embedding, self.config.vocab_size)
-        return self.lanes.total(own)
+            x = functional.embedding(tokens, self.embedding)
+        else:
+            own = self.shard.lookup(tokens, self.embedding, self.config.vocab_size)
+            x = self.lanes.total(own)
+        if self._embedding_scale != 1.0:
+            x *= self._embedding_scale
+        if self.positions is not None:
+            x += functional.embedding(positions, self.positions)
+        return x if self.embedding_norm is None else self.embedding_norm(x)
 
-    def rotation(self, positions: Tensor) -> Rotation:
-        """The rotary tables of a step, for `layer`: positions [T] int64."""
-        return self._rotary.rotation(positions, self.dtype)
+    def rotations(self, positions: Tensor, lengths: Tensor | None = None) -> list[Rotation]:
+        """The rotary tables of a step, for `layer`; see `hidden` for the arguments."""
+        return [rotary.rotation(positions, self.dtype, lengths) for rotary in self._rotaries]
 
     def layer(
-        self, index: int, x: Tensor, rotation: Rotation, attend: Attend, pause: Pause = nothing
+        self,
+        index: int,
+        x: Tensor,
+        rotations: list[Rotation],
+        attend: Attend,
+        pause: Pause = nothing,
     ) -> Tensor:
         """One layer: x [T, hidden] → [T, hidden], in place."""
         layer, config = self.layers[index], self.config
         heads, kv_heads = config.num_heads, config.num_kv_heads
-        qkv = layer.qkv(self._normed(x, layer.attention_norm)).view(len(x), -1, config.head_dim)
-        qk = rotate(qkv[:, : heads + kv_heads], rotation)
-        mixed = attend(index, qk[:, :heads], qk[:, heads:], qkv[:, heads + kv_heads :])
-        x += self.lanes.total(layer.out(mixed.reshape(len(x), -1).to(self.dtype)))
+        qkv = layer.qkv(layer.attention_norm(x)).view(len(x), -1, config.head_dim)
+        qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+        if layer.qk_norm is not None:
+            qk = layer.qk_norm(qk)
+        if rotations:
+            qk = rotate(qk, rotations[self._rotary_of[index]])
+        mixed = attend(index, qk[:, :heads], qk[:, heads:], v)
+        mixed = self.lanes.total(layer.out(mixed.reshape(len(x), -1).to(self.dtype)))
+        x += _normed(mixed, layer.attention_post_norm)
         pause()
-        gate, up = layer.gate_up(self._normed(x, layer.mlp_norm)).chunk(2, dim=-1)
-        pause()
-        x += self.lanes.total(layer.down(functional.silu(gate).mul_(up)))
+        x += _normed(self.lanes.total(layer.mlp(layer.mlp_norm(x), pause)), layer.mlp_post_norm)
         pause()
         return x
 
-    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        return functional.rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)
+
+def _normed(x: Tensor, norm: Norm | None) -> Tensor:
+    return x if norm is None else norm(x)

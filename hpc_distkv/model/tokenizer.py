@@ -8,8 +8,8 @@ from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 
-from hpc_distkv.model.config import read_json
 from hpc_distkv.model.errors import ModelError
+from hpc_distkv.model.files import read_json
 
 
 class Tokenizer:

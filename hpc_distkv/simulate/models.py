@@ -29,6 +29,8 @@ class ModelShape:
     """The MLP has three matrices, not two."""
     tied: bool = False
     """The head is the embedding table."""
+    unmet: int = 0
+    """Weights of experts that a token does not meet; `intermediate` is of those it meets."""
 
     @classmethod
     def named(cls, name_or_dir: str | Path) -> ModelShape:
@@ -52,13 +54,19 @@ class ModelShape:
             name=name,
             layers=config.num_layers,
             hidden=config.hidden_size,
-            intermediate=config.intermediate_size,
+            intermediate=config.intermediate_size * max(1, config.experts_per_token),
             heads=config.num_heads,
             kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             vocab=config.vocab_size,
             bytes_per_value=dtype_bytes(config.dtype),
+            gated=config.family.gated,
             tied=config.tie_embeddings,
+            unmet=3
+            * config.num_layers
+            * (config.num_experts - config.experts_per_token)
+            * config.hidden_size
+            * config.intermediate_size,
         )
 
     @property
@@ -80,9 +88,10 @@ class ModelShape:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights in memory: an embedding table that is not the head included."""
+        """Bytes of all weights in memory: an embedding table that is not the head included, and
+        all experts."""
         table = 0 if self.tied else self.head_parameters
-        return (self.parameters + table) * self.bytes_per_value
+        return (self.parameters + self.unmet + table) * self.bytes_per_value
 
     @property
     def kv_bytes_per_token(self) -> int:

@@ -111,7 +111,7 @@ class Steps:
         }
         served = {c: self._serving(self._members[c], member.number, h) for c, h in headers.items()}
         legs = [
-            (sum(rows for _, rows in header.queries), self._level(member.number, creditor))
+            (sum(rows for _, rows, _ in header.queries), self._level(member.number, creditor))
             for creditor, header in headers.items()
         ]
         remote = max(
@@ -135,7 +135,7 @@ class Steps:
     def _serving(self, creditor: Member, debtor: int, header: Header) -> float:
         """Seconds of MicroAttention for the queries of a header: all guest rBlocks are sealed."""
         kv, pairs = 0, 0
-        for request, rows in header.queries:
+        for request, rows, _ in header.queries:
             guest = creditor.instance.rm.guests[debtor, request]
             tokens = len(guest.slots) * self._block_size
             if rows == 1:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hpc_distkv.attention import PagedBatch, PagedRow
+from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow
 
 
 @dataclass
@@ -19,7 +19,7 @@ class Case:
     k_cache: Tensor
     v_cache: Tensor
     rows: list[PagedRow]
-    scale: float
+    spec: AttentionSpec
     causal: bool
 
     @property
@@ -32,7 +32,7 @@ class Case:
         parts = [self.q[ends[i] - self.rows[i].queries : ends[i]] for i in indices]
         rows = [self.rows[i] for i in indices]
         q = torch.cat(parts) if parts else self.q[:0]
-        return Case(q, self.k_cache, self.v_cache, rows, self.scale, self.causal)
+        return replace(self, q=q, rows=rows)
 
 
 def random_case(
@@ -47,6 +47,9 @@ def random_case(
     causal: bool = True,
     holes: bool = True,
     scale: float | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+    slopes: bool = False,
 ) -> Case:
     """shapes: (queries, tokens) per row. With holes, rBlocks skip positions and queries start
     anywhere, so that causal masks cut through rBlocks or leave queries without keys."""
@@ -67,28 +70,39 @@ def random_case(
     generator = torch.Generator().manual_seed(seed)
     pool = torch.randn(num_blocks, 2, 2, kv_heads, block_size, dim, generator=generator).to(dtype)
     q = torch.randn(queries, kv_heads * group, dim, generator=generator).to(dtype)
-    return Case(
-        q, pool[:, 1, 0], pool[:, 1, 1], rows, dim**-0.5 if scale is None else scale, causal
+    spec = AttentionSpec(
+        dim**-0.5 if scale is None else scale,
+        window,
+        softcap,
+        torch.rand(kv_heads * group, generator=generator) if slopes else None,
     )
+    return Case(q, pool[:, 1, 0], pool[:, 1, 1], rows, spec, causal)
 
 
 def dense(case: Case) -> tuple[Tensor, Tensor]:
     """The oracle: (out, lse) in float64."""
     q = case.q.double().numpy()
     k_cache, v_cache = case.k_cache.double().numpy(), case.v_cache.double().numpy()
-    heads, kv_heads = q.shape[1], k_cache.shape[1]
+    heads, kv_heads, spec = q.shape[1], k_cache.shape[1], case.spec
+    slopes = np.zeros(heads) if spec.slopes is None else spec.slopes.double().numpy()
     out, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
     query = 0
     for row in case.rows:
         keys = list(_keys(row, k_cache.shape[2]))
         for offset in range(row.queries):
-            limit = row.query_position + offset if case.causal else np.inf
-            seen = [(block, inside) for block, inside, position in keys if position <= limit]
+            at = row.query_position + offset
+            last = at if case.causal else np.inf
+            first = at - spec.window + 1 if spec.window else -np.inf
+            seen = [key for key in keys if first <= key[2] <= last]
+            distance = np.array([at - position for _, _, position in seen])
             for head in range(heads if seen else 0):
                 kv_head = head // (heads // kv_heads)
-                k = np.array([k_cache[block, kv_head, inside] for block, inside in seen])
-                v = np.array([v_cache[block, kv_head, inside] for block, inside in seen])
-                scores = k @ q[query, head] * case.scale
+                k = np.array([k_cache[block, kv_head, inside] for block, inside, _ in seen])
+                v = np.array([v_cache[block, kv_head, inside] for block, inside, _ in seen])
+                scores = k @ q[query, head] * spec.scale
+                if spec.softcap:
+                    scores = spec.softcap * np.tanh(scores / spec.softcap)
+                scores = scores - slopes[head] * distance
                 weights = np.exp(scores - scores.max())
                 out[query, head] = weights @ v / weights.sum()
                 lse[query, head] = scores.max() + np.log(weights.sum())

@@ -38,9 +38,7 @@ def test_partials_of_any_partition_merge_to_the_whole(kernel, seed, queries, tok
     partials = []
     for part in parts_of(case.rows[0], owners, count, 16):
         batch = PagedBatch.build([part])
-        result = micro_attention(
-            case.q, case.k_cache, case.v_cache, batch, scale=case.scale, causal=True
-        )
+        result = micro_attention(case.q, case.k_cache, case.v_cache, batch, case.spec, causal=True)
         partials.append(result)
     outs, lses = zip(*partials, strict=True)
     want = dense(case)

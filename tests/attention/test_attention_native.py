@@ -10,11 +10,11 @@ import pytest
 PROGRAM = """
 import logging, torch
 logging.basicConfig()
-from hpc_distkv.attention import PagedBatch, PagedRow, micro_attention, native
+from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow, micro_attention, native
 one = torch.zeros(1, 1, 16); one[..., 0] = 2
 batch = PagedBatch.build([PagedRow(1, 0, [0], [0], 1)])
 cache = one[None].contiguous()
-out, lse = micro_attention(one, cache, cache, batch, scale=0.5, causal=True)
+out, lse = micro_attention(one, cache, cache, batch, AttentionSpec(0.5), causal=True)
 print(native.kernels() is not None, lse.item())
 """
 

@@ -6,14 +6,14 @@ from attention_oracle import Case, assert_close, dense, random_case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hpc_distkv.attention import PagedBatch, PagedRow, micro_attention
+from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow, micro_attention
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def run(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     return micro_attention(
-        case.q, case.k_cache, case.v_cache, case.batch, scale=case.scale, causal=case.causal
+        case.q, case.k_cache, case.v_cache, case.batch, case.spec, causal=case.causal
     )
 
 
@@ -33,11 +33,14 @@ def cases(draw) -> Case:
         dtype=draw(st.sampled_from(DTYPES)),
         causal=draw(st.booleans()),
         holes=draw(st.booleans()),
+        window=draw(st.sampled_from([0, 0, 1, 5, 16, 70, 1000])),
+        softcap=draw(st.sampled_from([0.0, 0.0, 2.0, 50.0])),
+        slopes=draw(st.booleans()),
     )
 
 
 @settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(case=cases())
 def test_equals_dense_softmax_in_float64(kernel, case):
@@ -54,6 +57,53 @@ def test_long_rows_equal_dense_softmax(kernel, shape, dtype):
 def test_a_split_prefill_row_equals_dense_softmax(kernel):
     case = random_case(2, shapes=[(20, 20_000)], group=1, kv_heads=1, dim=16, block_size=64)
     assert_close(run(case), dense(case))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 3000), (130, 3000)], ids=["decode", "prefill"])
+@pytest.mark.parametrize(
+    "options",
+    [{"window": 100}, {"window": 2000}, {"softcap": 0.7}, {"slopes": True}],
+    ids=["window", "wide window", "softcap", "slopes"],
+)
+def test_options_over_long_rows_equal_dense_softmax(kernel, options, shape, dtype):
+    sizes = {"group": 3, "kv_heads": 1, "holes": False}
+    case = random_case(14, shapes=[shape, (1, 7)], dtype=dtype, **sizes, **options)
+    assert_close(run(case), dense(case))
+
+
+@pytest.mark.parametrize("queries", [1, 30])
+def test_a_window_hides_keys_of_a_guest_though_nothing_is_causal(kernel, queries):
+    """What a creditor computes: all of its keys are in the past, some behind the window."""
+    case = random_case(15, shapes=[(queries, 96)], causal=False, holes=False, window=20)
+    case.rows[0] = case.rows[0]._replace(query_position=100)
+    got = run(case)
+    assert_close(got, dense(case))
+    seen = [min(20, max(0, 96 - (100 + query - 20 + 1))) for query in range(queries)]
+    assert [bool(lse.isfinite().all()) for lse in got[1]] == [count > 0 for count in seen]
+
+
+def test_blocks_behind_the_window_are_not_read(kernel):
+    case = random_case(16, shapes=[(1, 160), (30, 160)], holes=False, window=20)
+    want = run(case)
+    for row in case.rows:
+        hidden = (row.query_position - 20 + 1) // 16
+        case.k_cache[row.blocks[:hidden]] = torch.nan
+        if kernel != "reference":
+            case.v_cache[row.blocks[:hidden]] = torch.nan
+    for got, expected in zip(run(case), want, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_soft_capping_holds_for_scores_of_every_size(kernel):
+    case = random_case(17, shapes=[(1, 64)], causal=False, scale=1.0, softcap=3.0)
+    case.q.zero_()
+    case.q[..., 0] = 1.0
+    sizes = torch.logspace(-6, 4, 32)
+    case.k_cache[..., 0] = torch.cat((sizes, -sizes)).reshape(4, 1, 16)[
+        torch.arange(case.k_cache.shape[0]) % 4
+    ]
+    assert_close(run(case), dense(case), tol=2e-6)
 
 
 @pytest.mark.parametrize("tokens", [0, 1])
@@ -123,7 +173,7 @@ def test_a_row_of_128k_tokens(kernel):
     q = torch.randn(1, 2, dim, generator=generator)
     row = PagedRow(1, tokens - 1, order.tolist(), list(range(0, tokens, block_size)), tokens)
     got = micro_attention(
-        q, pool[:, 0], pool[:, 1], PagedBatch.build([row]), scale=1.0, causal=True
+        q, pool[:, 0], pool[:, 1], PagedBatch.build([row]), AttentionSpec(1.0), causal=True
     )
     k, v = pool[order].double().permute(1, 2, 0, 3, 4).reshape(2, tokens, dim)
     scores = q[0].double() @ k.T
@@ -172,7 +222,7 @@ def test_fills_given_outputs_and_reads_strided_queries(kernel):
         case.k_cache,
         case.v_cache,
         case.batch,
-        scale=case.scale,
+        case.spec,
         causal=True,
         out=out,
         lse=lse,
@@ -221,10 +271,22 @@ def test_outputs_that_do_not_fit_are_refused(kernel):
             case.k_cache,
             case.v_cache,
             case.batch,
-            scale=1.0,
+            case.spec,
             causal=True,
             lse=torch.empty(4, 1),
         )
+
+
+def test_options_that_do_not_fit_are_refused(kernel):
+    case = random_case(18, shapes=[(1, 40)])
+    case.spec = AttentionSpec(1.0, slopes=torch.ones(3))
+    with pytest.raises(ValueError, match="3 slopes do not fit the 4 heads"):
+        run(case)
+    for wrong in ({"window": -1}, {"window": 2**31}, {"softcap": -1.0}):
+        with pytest.raises(ValueError, match="must not be negative"):
+            AttentionSpec(1.0, **wrong)
+    with pytest.raises(ValueError, match="float32"):
+        AttentionSpec(1.0, slopes=torch.ones(4, dtype=torch.float64))
 
 
 def test_a_batch_of_wrong_dtype_or_length_is_refused():

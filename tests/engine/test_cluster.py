@@ -133,10 +133,11 @@ class Slow:
     def __init__(self, model: Decoder, delay: float) -> None:
         self._model, self._delay = model, delay
         self.config, self.dtype = model.config, model.dtype
+        self.attention, self.needs_lengths = model.attention, model.needs_lengths
 
-    def hidden(self, tokens, positions, attend, pause):
+    def hidden(self, *step):
         time.sleep(self._delay)
-        return self._model.hidden(tokens, positions, attend, pause)
+        return self._model.hidden(*step)
 
     def logits(self, rows):
         return self._model.logits(rows)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
+from hpc_distkv.attention import AttentionSpec
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages import Answer, Request, Sampling, pack_tokens
 from hpc_distkv.engine.config import EngineConfig
@@ -40,7 +41,8 @@ class Node:
         blocks = config.num_blocks + config.bounce
         self.pool = BlockPool(blocks, LAYERS, 1, BLOCK, HEAD_DIM, torch.float32)
         self.debtor = Debtor(comm, self.pool, self.instance, (1, HEAD_DIM))
-        self.creditor = Creditor(comm, self.pool, self.instance, (1, HEAD_DIM), 1.0)
+        specs = [AttentionSpec(1.0)] * LAYERS
+        self.creditor = Creditor(comm, self.pool, self.instance, (1, HEAD_DIM), specs)
         self.letters = Letters(comm, self.instance, self.creditor, Log(comm))
         self.marks = marks
         self.answer: Answer | None = Answer(round=0)

@@ -203,6 +203,47 @@ def test_credit_that_is_returned_is_the_creditors_again():
     check(one, other)
 
 
+# -- windows ------------------------------------------------------------------------------------
+
+
+def test_dropped_rblocks_are_free_at_home_at_once_and_at_creditors_once_they_are_told():
+    one, other = pair(6)
+    with_credit(3, one, other)
+    request_of(one, 7, 6)
+    lend(one, other, 7, 0, 1, 3)
+    one.drop(7, 1)
+    one.drop(7, 3)
+    assert one.tables[7].indices == [4, 5]
+    assert one.tables[7].remote == {1: [3]}
+    assert (one.tables[7].dropped, one.tables[7].blocks, one.free) == (3, 6, 4)
+    assert one.borrowed == 3, "until the creditor is told"
+    check(one, other)
+    other.evict_dropped(0, one.settle_dropped(1))
+    check(one, other)
+    assert (one.borrowed, other.free) == (1, 5)
+    one.grow(7, 1)
+    assert one.tables[7].indices == [4, 5, 6]
+    one.drop(7, 5)
+    other.evict_dropped(0, one.settle_dropped(1))
+    assert (one.debts, other.loans, other.guests, other.usable) == ({}, {}, {}, 6)
+    check(one, other)
+
+
+def test_what_was_dropped_is_released_with_a_request_that_ends_before_its_creditor_is_told():
+    one, other = pair(6)
+    with_credit(2, one, other)
+    request_of(one, 7, 4)
+    lend(one, other, 7, 0, 1)
+    one.drop(7, 2)
+    one.close(7)
+    check(one, other)
+    assert one.settle_dropped(1) == []
+    released, _ = one.settle_debt(1)
+    other.evict(0, released)
+    assert (one.debts, other.loans, other.usable) == ({}, {}, 6)
+    check(one, other)
+
+
 # -- migration ----------------------------------------------------------------------------------
 
 
@@ -274,6 +315,7 @@ def test_a_request_that_is_here_already_is_not_taken_over():
         (lambda rm: rm.take_back(1, 1), "returned 1 rBlocks .* set aside 0"),
         (lambda rm: rm.take_back(1, -1), "returned -1 rBlocks"),
         (lambda rm: rm.evict(1, [7]), "released request 7, of which instance 0 hosts nothing"),
+        (lambda rm: rm.evict_dropped(1, [(7, 2)]), "dropped rBlocks before 2 of request 7"),
         (lambda rm: rm.give_back(1, [(7, 0)]), "calls home rBlock 0 of request 7"),
         (lambda rm: rm.adopt(1, 7), "request 7, of which instance 0 hosts nothing"),
     ],

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hpc_distkv.attention import AttentionSpec
 from hpc_distkv.model.decoder import Decoder
 
 
 class DenseAttention:
     """Causal attention of one growing request in float64, K and V kept whole."""
 
-    def __init__(self) -> None:
+    def __init__(self, specs: list[AttentionSpec]) -> None:
+        self.specs = specs
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
 
@@ -26,15 +28,23 @@ class DenseAttention:
         group = q.shape[1] // k.shape[1]
         every_key = keys.double().repeat_interleave(group, dim=1)
         every_value = values.double().repeat_interleave(group, dim=1)
-        scores = torch.einsum("thd,shd->hts", q.double(), every_key) * q.shape[-1] ** -0.5
-        future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(len(keys) - len(q) + 1)
-        weights = scores.masked_fill(future, float("-inf")).softmax(-1)
+        spec = self.specs[layer]
+        scores = torch.einsum("thd,shd->hts", q.double(), every_key) * spec.scale
+        if spec.softcap:
+            scores = spec.softcap * torch.tanh(scores / spec.softcap)
+        distance = torch.arange(len(keys) - len(q), len(keys))[:, None] - torch.arange(len(keys))
+        if spec.slopes is not None:
+            scores = scores - spec.slopes[:, None, None] * distance
+        hidden = distance < 0
+        if spec.window:
+            hidden |= distance >= spec.window
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         return torch.einsum("hts,shd->thd", weights, every_value).float()
 
 
 def logits_of(decoder: Decoder, tokens: Tensor, cuts: tuple[int, ...] = ()) -> Tensor:
     """Logits of all positions of `tokens` [T], fed in pieces that end at `cuts`."""
-    attention = DenseAttention()
+    attention = DenseAttention(decoder.attention)
     edges = [0, *cuts, len(tokens)]
     with torch.inference_mode():
         rows = [

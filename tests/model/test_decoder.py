@@ -95,9 +95,9 @@ def test_layers_driven_one_at_a_time_equal_hidden(tiny_model: Path) -> None:
         return q * (layer + 1)
 
     with torch.inference_mode():
-        x, rotation = decoder.embed(tokens), decoder.rotation(positions)
+        x, rotations = decoder.embed(tokens, positions), decoder.rotations(positions)
         for index in range(len(decoder.layers)):
-            x = decoder.layer(index, x, rotation, attend)
+            x = decoder.layer(index, x, rotations, attend)
         assert torch.equal(x, decoder.hidden(tokens, positions, attend))
         assert decoder.logits(x[:0]).shape == (0, 320)
 

@@ -114,3 +114,27 @@ def test_unknown_names_are_told_the_known_ones(tmp_path: Path) -> None:
 def test_shapes_and_costs_start_without_torch() -> None:
     code = "import sys, hpc_distkv.simulate.cost; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_mixture_of_experts_meets_few_weights_and_keeps_all(tmp_path: Path) -> None:
+    """Qwen3-30B-A3B: 30.5e9 parameters, of which a token meets 3.3e9."""
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "torch_dtype": "bfloat16",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    model = ModelShape.named(tmp_path)
+    assert model.weight_bytes == pytest.approx(2 * 30.5e9, rel=0.01)
+    assert model.parameters == pytest.approx(3.3e9 - 0.3e9, rel=0.03)  # without the table

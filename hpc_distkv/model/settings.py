@@ -1,0 +1,81 @@
+"""Typed access to the keys of a config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hpc_distkv.model.errors import ModelError
+
+
+class Settings:
+    """The keys of one configuration; whatever is wrong with a value is a ModelError that names the
+    key and the file."""
+
+    def __init__(
+        self,
+        raw: Mapping[str, Any],
+        where: str,
+        defaults: Mapping[str, Any] | None = None,
+        aliases: Mapping[str, str] | None = None,
+    ) -> None:
+        """`where` names the file; `defaults`: what missing keys mean; `aliases`: our name of a key
+        → the name that `raw` may have for it, which wins."""
+        self.where, self._aliases = where, aliases or {}
+        self._values = {**(defaults or {}), **raw}
+        for ours, theirs in self._aliases.items():
+            if theirs in raw:
+                self._values[ours] = raw[theirs]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value as it is; `default` if it is missing or null."""
+        value = self._values.get(key)
+        return default if value is None else value
+
+    def name(self, key: str) -> str:
+        """What the file calls `key`."""
+        theirs = self._aliases.get(key, key)
+        return theirs if theirs in self._values else key
+
+    def error(self, key: str, problem: str) -> ModelError:
+        """The error that `key` has that problem."""
+        return ModelError(f"{self.where}: {self.name(key)} {problem}")
+
+    def require(self, key: str, allowed: tuple[Any, ...]) -> None:
+        """Raise unless the value is one of `allowed`, or missing."""
+        if key in self._values and self._values[key] not in allowed:
+            listed = ", ".join(map(repr, allowed))
+            raise self.error(key, f"= {self._values[key]!r} is not supported; supported: {listed}")
+
+    def whole(self, key: str, default: int | None = None, least: int = 1) -> int:
+        """A whole number of at least `least`."""
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            kind = "a positive whole number" if least == 1 else f"a whole number from {least}"
+            raise self.error(key, f"must be {kind}, not {value!r}")
+        return value
+
+    def positive(self, key: str, default: float | None = None) -> float:
+        """A number above 0."""
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise self.error(key, f"must be a positive number, not {value!r}")
+        return float(value)
+
+    def optional(self, key: str) -> float | None:
+        """A number above 0, or None if the key is missing or null."""
+        return None if self.get(key) is None else self.positive(key)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        """True or false."""
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise self.error(key, f"must be true or false, not {value!r}")
+        return value
+
+    def section(self, key: str) -> Mapping[str, Any]:
+        """An object; empty if the key is missing or null."""
+        value = self.get(key, {})
+        if not isinstance(value, Mapping):
+            raise self.error(key, f"must be an object, not {value!r}")
+        return value
