@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, cast
@@ -24,6 +24,7 @@ from hpc_distkv.engine.config import OptionError
 from hpc_distkv.engine.rank import EngineOptions, RankEngine, load_model
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.errors import ModelError
+from hpc_distkv.model.tokenizer import Tokenizer
 from hpc_distkv.observe.metrics import peak_memory
 from hpc_distkv.observe.progress import ProgressReport, State
 from hpc_distkv.observe.run import RunRecord
@@ -84,19 +85,21 @@ class Engine:
         stall_timeout: float = 300.0,
     ) -> None:
         """Load the model. `sampling` holds for fields that a row leaves out (temperature, top_p,
-        top_k, max_tokens, seed), before the checkpoint's own settings. Raises SetupError on all
-        ranks if one cannot."""
+        top_k, min_p, repetition_penalty, max_tokens, seed), before the checkpoint's own settings.
+        Raises SetupError on all ranks if one cannot."""
         self.model = Path(model)
         self.comm = comm or open_mpi(stall_timeout)
         self.config = self._together(lambda: ModelConfig.from_dir(model))
-        own = self.config.generation
-        sampled = {"temperature": own.temperature, "top_p": own.top_p, "top_k": own.top_k}
-        self.defaults = SamplingDefaults(**(sampled | dict(sampling or {})))
+        self.defaults = SamplingDefaults(**(asdict(self.config.generation) | dict(sampling or {})))
         self.max_model_len = max_model_len or self.config.max_position
         settings = options or EngineOptions()
+        # Stop strings are looked for where a row runs, so every rank has the tokenizer.
+        self._tokenizer = self._together(lambda: Tokenizer(model))
         decoder = self._together(lambda: load_model(self.comm, model, settings))
         # All ranks of a node have loaded their weights when the first one looks what is left.
-        self.rank = self._together(lambda: RankEngine(self.comm, decoder, settings))
+        self.rank = self._together(
+            lambda: RankEngine(self.comm, decoder, settings, self._tokenizer)
+        )
         self.rank.join()
 
     def __enter__(self) -> Engine:
@@ -141,7 +144,7 @@ class Engine:
 
     def _open(self, files: Files) -> Job:
         limits = Limits(self.max_model_len, self.rank.capacity_tokens)
-        service = Service.from_dir(self.model, self.config, limits, self.defaults)
+        service = Service.from_dir(self.model, self.config, limits, self.defaults, self._tokenizer)
         fingerprint = job_fingerprint(
             self.config.fingerprint, model_names(self.model)[0], self.defaults
         )

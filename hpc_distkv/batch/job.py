@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
 
+from hpc_distkv.batch.choice import read_choice
 from hpc_distkv.batch.errors import RowError
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.journal import Journal
 from hpc_distkv.batch.response import answer_line, error_line
-from hpc_distkv.batch.rows import Row, parse_row
-from hpc_distkv.batch.schema import Endpoint
+from hpc_distkv.batch.rows import Row, parse_row, which_choice
 from hpc_distkv.batch.service import SamplingDefaults, Service
-from hpc_distkv.control.messages import Request, Result, unpack_tokens
+from hpc_distkv.control.messages import Request, Result
+from hpc_distkv.model.detokenizer import CONTEXT
 
 COMMIT_INTERVAL = 1.0
 """Seconds between two fsyncs of the results."""
@@ -24,9 +25,15 @@ COMMIT_INTERVAL = 1.0
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
-    custom_id: str
-    endpoint: Endpoint
+    row: Row
+    """Without most of its prompt."""
     prompt_tokens: int
+    results: dict[int, Result] = field(default_factory=dict)
+    """By choice: the row is written when all are there."""
+
+    @classmethod
+    def of(cls, row: Row) -> _Pending:
+        return cls(replace(row, prompt=row.prompt[-CONTEXT:]), len(row.prompt))
 
 
 def job_fingerprint(
@@ -70,31 +77,45 @@ class Job:
                 self._write_error(envelope.number, envelope.custom_id, error)
                 self.commit()
             else:
-                yield self._start(row)
+                self._pending[row.number] = _Pending.of(row)
+                yield from row.requests()
 
     def finish(self, result: Result) -> None:
-        """Write the answer of a request that came from `requests`. Raises JournalError."""
-        row = self._pending.pop(result.id)
-        tokens = unpack_tokens(result.tokens)
+        """Take the result of a request that came from `requests`, and write the answer of its row
+        if it is the last. Raises JournalError."""
+        number, choice = which_choice(result.id)
+        pending = self._pending.get(number)
+        if pending is None:
+            return  # Another request of the row was refused, and the row with it.
+        pending.results[choice] = result
+        row = pending.row
+        if len(pending.results) < row.choices:
+            return
+        del self._pending[number]
+        tokenizer = self._service.tokenizer
+        choices = [
+            read_choice(pending.results[index], row, tokenizer) for index in range(row.choices)
+        ]
         self._journal.append(
             answer_line(
-                number=result.id,
+                number=number,
                 custom_id=row.custom_id,
                 endpoint=row.endpoint,
                 model=self._service.model_names[0],
-                text=self._service.tokenizer.decode(tokens),
-                finish_reason=result.finish_reason,
-                prompt_tokens=row.prompt_tokens,
-                completion_tokens=len(tokens),
+                choices=choices,
+                prompt_tokens=pending.prompt_tokens,
                 created=int(time.time()),
             )
         )
         self.answered += 1
 
     def refuse(self, request_id: int, error: RowError) -> None:
-        """Write an error row for a request that the engine cannot answer. Raises JournalError."""
-        row = self._pending.pop(request_id)
-        self._write_error(request_id, row.custom_id, error)
+        """Write an error row for the row of a request that the engine cannot answer. Raises
+        JournalError."""
+        number, _ = which_choice(request_id)
+        pending = self._pending.pop(number, None)
+        if pending is not None:
+            self._write_error(number, pending.row.custom_id, error)
 
     def commit(self, now: bool = False) -> None:
         """Make the lines so far durable, at most once a second unless `now`. Raises JournalError.
@@ -112,7 +133,7 @@ class Job:
 
     @property
     def in_flight(self) -> int:
-        """Requests handed out and not finished."""
+        """Rows handed out and not finished."""
         return len(self._pending)
 
     @property
@@ -144,10 +165,6 @@ class Job:
     def complete(self) -> bool:
         """Whether every row of the input has its line."""
         return self._intake.exhausted and not self._pending
-
-    def _start(self, row: Row) -> Request:
-        self._pending[row.number] = _Pending(row.custom_id, row.endpoint, len(row.prompt))
-        return row.request()
 
     def _write_error(self, number: int, custom_id: str | None, error: RowError) -> None:
         self._journal.append(error_line(number, custom_id, error))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
+from hpc_distkv.batch.choice import Choice
 from hpc_distkv.batch.errors import RowError
 from hpc_distkv.batch.schema import CHAT, Endpoint
 
@@ -19,27 +21,19 @@ def answer_line(
     custom_id: str,
     endpoint: Endpoint,
     model: str,
-    text: str,
-    finish_reason: str,
+    choices: Sequence[Choice],
     prompt_tokens: int,
-    completion_tokens: int,
     created: int,
 ) -> bytes:
     """The line of an answered row, without newline. `created` is in seconds since the epoch."""
-    choice: dict[str, Any] = {"index": 0}
-    if endpoint == CHAT:
-        prefix, kind = "chatcmpl", "chat.completion"
-        choice["message"] = {"role": "assistant", "content": text, "refusal": None}
-    else:
-        prefix, kind = "cmpl", "text_completion"
-        choice["text"] = text
-    choice |= {"logprobs": None, "finish_reason": finish_reason}
+    chat = endpoint == CHAT
+    completion_tokens = sum(choice.tokens for choice in choices)
     body = {
-        "id": f"{prefix}-{number}",
-        "object": kind,
+        "id": f"{'chatcmpl' if chat else 'cmpl'}-{number}",
+        "object": "chat.completion" if chat else "text_completion",
         "created": created,
         "model": model,
-        "choices": [choice],
+        "choices": [_choice(index, choice, chat) for index, choice in enumerate(choices)],
         "usage": {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
@@ -47,6 +41,16 @@ def answer_line(
         },
     }
     return _line(number, custom_id, 200, body, None)
+
+
+def _choice(index: int, choice: Choice, chat: bool) -> dict[str, Any]:
+    message = {"role": "assistant", "content": choice.text, "refusal": None}
+    return {
+        "index": index,
+        **({"message": message} if chat else {"text": choice.text}),
+        "logprobs": choice.logprobs,
+        "finish_reason": choice.finish_reason,
+    }
 
 
 def error_line(number: int, custom_id: str | None, error: RowError) -> bytes:

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from hpc_distkv.batch.errors import RowError
+from hpc_distkv.batch.sampling import asked_tokens, check_vocabulary, read_sampling
 from hpc_distkv.batch.schema import (
     CHAT,
+    MOST_CHOICES,
     ChatBody,
+    CompletionBody,
     Endpoint,
     Envelope,
-    GenerationFields,
     Message,
     decode_chat,
     decode_completion,
     single_prompt,
 )
-from hpc_distkv.batch.service import Service
+from hpc_distkv.batch.service import Limits, Service
 from hpc_distkv.control.messages import Request, Sampling, pack_tokens
-
-GREEDY_BELOW = 1e-5
-"""A temperature below this is taken as 0: dividing logits by it would overflow."""
+from hpc_distkv.model.errors import TooLongError
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +38,28 @@ class Row:
     endpoint: Endpoint
     prompt: list[int]
     sampling: Sampling
+    """Of its first answer."""
     open_ended: bool
     """Neither the row nor the defaults say how many tokens to make."""
+    choices: int = 1
+    """Answers to give."""
+    echo: str = ""
+    """What comes before each answer's text."""
 
-    def request(self) -> Request:
-        """The request for the engine; the row's number is its place in the global order."""
-        return Request(self.number, pack_tokens(self.prompt), self.sampling)
+    def requests(self) -> Iterator[Request]:
+        """A request for each answer. They stand together in the global order of age, by the rows'
+        numbers; all but the first have seeds that follow from the row's."""
+        prompt = pack_tokens(self.prompt)
+        for choice in range(self.choices):
+            seed = self.sampling.seed
+            seed = derive_seed(seed, f"choice {choice}") if choice else seed
+            sampling = msgspec.structs.replace(self.sampling, seed=seed)
+            yield Request(self.number * MOST_CHOICES + choice, prompt, sampling)
+
+
+def which_choice(request_id: int) -> tuple[int, int]:
+    """A request's id → the number of its row, and which of its answers it is."""
+    return divmod(request_id, MOST_CHOICES)
 
 
 def parse_row(envelope: Envelope, service: Service) -> Row:
@@ -49,45 +67,47 @@ def parse_row(envelope: Envelope, service: Service) -> Row:
     if envelope.problem is not None:
         raise envelope.problem
     assert envelope.custom_id is not None
-    body: GenerationFields
+    body: ChatBody | CompletionBody
+    echo = ""
     if envelope.endpoint == CHAT:
         body = chat = decode_chat(envelope.body)
         _check_model(body.model, service)
-        prompt = _tokens("messages", service.chat, _plain_messages(chat.messages))
-        asked = _asked(chat)
+        prompt = _tokens("messages", service.chat, _plain_messages(chat.messages), service.limits)
     else:
         body = completion = decode_completion(envelope.body)
         _check_model(body.model, service)
         given = single_prompt(completion.prompt)
         if isinstance(given, str):
-            prompt = _tokens("prompt", service.tokenizer.encode, given)
+            prompt = _tokens("prompt", service.tokenizer.encode, given, service.limits)
         else:
             prompt = given
-        asked = body.max_tokens
+        echo = _echo(completion, given, service)
     if not prompt:
         raise RowError("The prompt has no tokens.", param="prompt")
-    _check_vocabulary("prompt", prompt, service)
-    defaults = service.defaults
-    sampling = Sampling(
-        max_tokens=_max_tokens(len(prompt), asked, service),
-        temperature=_temperature(_or(body.temperature, defaults.temperature)),
-        top_p=_or(body.top_p, defaults.top_p),
-        top_k=_top_k(_or(body.top_k, defaults.top_k), service.vocab_size),
-        seed=_seed(body.seed, envelope.custom_id, defaults.seed),
-        stop_token_ids=_stop_ids(body, service),
+    check_vocabulary("prompt", prompt, service)
+    seed = _seed(body.seed, envelope.custom_id, service.defaults.seed)
+    sampling = read_sampling(body, len(prompt), seed, service)
+    return Row(
+        number=envelope.number,
+        custom_id=envelope.custom_id,
+        endpoint=envelope.endpoint,
+        prompt=prompt,
+        sampling=sampling,
+        open_ended=asked_tokens(body) is None and service.defaults.max_tokens is None,
+        choices=body.n or 1,
+        echo=echo,
     )
-    open_ended = asked is None and defaults.max_tokens is None
-    return Row(envelope.number, envelope.custom_id, envelope.endpoint, prompt, sampling, open_ended)
 
 
-def derive_seed(job_seed: int, custom_id: str) -> int:
-    """Seed of a row that gives none, in [0, 2⁶³): the same on every machine and in every run."""
-    digest = hashlib.blake2b(f"{job_seed} {custom_id}".encode(), digest_size=8).digest()
+def derive_seed(seed: int, name: str) -> int:
+    """A seed of its own for what has a name below `seed`, in [0, 2⁶³): the same on every machine
+    and in every run. So a row that gives none has one from the job's seed and its custom_id."""
+    digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value
+def _seed(given: int | None, custom_id: str, job_seed: int) -> int:
+    return derive_seed(job_seed, custom_id) if given is None else given & (2**63 - 1)
 
 
 def _check_model(name: str | None, service: Service) -> None:
@@ -100,6 +120,15 @@ def _check_model(name: str | None, service: Service) -> None:
             param="model",
             code="model_not_found",
         )
+
+
+def _echo(body: CompletionBody, prompt: str | list[int], service: Service) -> str:
+    if not body.echo:
+        return ""
+    if isinstance(prompt, str):
+        return prompt
+    check_vocabulary("prompt", prompt, service)
+    return service.tokenizer.decode(prompt, body.skip_special_tokens is not False)
 
 
 def _plain_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
@@ -115,9 +144,15 @@ def _plain_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
     return plain
 
 
-def _tokens(field: str, encode: Any, given: Any) -> list[int]:
+def _tokens(field: str, encode: Any, given: Any, limits: Limits) -> list[int]:
     try:
-        tokens: list[int] = encode(given)
+        tokens: list[int] = encode(given, most=limits.tokens)
+    except TooLongError as error:
+        raise RowError(
+            f"The prompt is too long: {error}, but {limits}. Shorten it.",
+            param=field,
+            code="context_length_exceeded",
+        ) from error
     except Exception as error:  # templates come with the model and may raise anything
         raise RowError(
             f"'{field}' could not be turned into tokens: {type(error).__name__}: {error}",
@@ -125,60 +160,3 @@ def _tokens(field: str, encode: Any, given: Any) -> list[int]:
             code="tokenization_failed",
         ) from error
     return tokens
-
-
-def _check_vocabulary(field: str, ids: list[int], service: Service) -> None:
-    size = service.vocab_size
-    for wrong in (min(ids), max(ids)):
-        if not 0 <= wrong < size:
-            raise RowError(
-                f"'{field}' has the token id {wrong}; the vocabulary has the ids 0 to {size - 1}.",
-                param=field,
-            )
-
-
-def _asked(chat: ChatBody) -> int | None:
-    new, old = chat.max_completion_tokens, chat.max_tokens
-    if new is not None and old is not None and new != old:
-        raise RowError(
-            f"'max_tokens' is {old} and 'max_completion_tokens' is {new}; give one of them.",
-            param="max_completion_tokens",
-        )
-    return old if new is None else new
-
-
-def _max_tokens(prompt_len: int, asked: int | None, service: Service) -> int:
-    limits = service.limits
-    left = limits.tokens - prompt_len
-    if left < (asked or 1):
-        wanted = f"{asked} for the output" if asked else "at least 1 for the output"
-        raise RowError(
-            f"The row asks for {prompt_len + (asked or 1)} tokens ({prompt_len} in the prompt, "
-            f"{wanted}), but {limits}. Shorten the prompt or lower max_tokens.",
-            param="max_tokens" if left > 0 else "prompt",
-            code="context_length_exceeded",
-        )
-    if asked is not None:
-        return asked
-    default = service.defaults.max_tokens
-    return left if default is None else min(left, default)
-
-
-def _temperature(given: float) -> float:
-    return given if given >= GREEDY_BELOW else 0.0
-
-
-def _top_k(given: int, vocab_size: int) -> int:
-    return given if 0 < given < vocab_size else 0
-
-
-def _seed(given: int | None, custom_id: str, job_seed: int) -> int:
-    return derive_seed(job_seed, custom_id) if given is None else given & (2**63 - 1)
-
-
-def _stop_ids(body: GenerationFields, service: Service) -> tuple[int, ...]:
-    asked = body.stop_token_ids or []
-    if asked:
-        _check_vocabulary("stop_token_ids", asked, service)
-    eos = () if body.ignore_eos else service.eos_ids
-    return tuple(dict.fromkeys((*eos, *asked)))

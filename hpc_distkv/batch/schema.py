@@ -24,6 +24,13 @@ COMPLETION: Endpoint = "/v1/completions"
 
 T = TypeVar("T")
 
+MOST_CHOICES = 128
+"""Answers that one row may ask for (`n`), as at OpenAI."""
+MOST_LOGPROBS = 20
+"""Alternatives that one row may ask for beside each token, as at OpenAI and in vLLM."""
+MOST_REPETITION = 1000.0
+"""Penalties beyond this forbid a token as well, and would overflow in the end."""
+
 _SEED_RANGE = Meta(ge=-(2**63), le=2**63 - 1)
 _LINE_FIELDS = ("custom_id", "method", "url", "body")
 
@@ -32,13 +39,23 @@ class GenerationFields(msgspec.Struct, kw_only=True):
     """What both bodies have in common. None: not given."""
 
     model: str | None = None
+    n: Annotated[int, Meta(ge=1, le=MOST_CHOICES)] | None = None
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    min_tokens: Annotated[int, Meta(ge=0)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     seed: Annotated[int, _SEED_RANGE] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=MOST_REPETITION)] | None = None
+    logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None
+    stop: str | list[Annotated[str, Meta(min_length=1)]] | None = None
     stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
 
 
 class TextPart(msgspec.Struct, forbid_unknown_fields=True):
@@ -66,12 +83,17 @@ class ChatBody(GenerationFields, kw_only=True):
 
     messages: Annotated[list[Message], Meta(min_length=1)]
     max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=MOST_LOGPROBS)] | None = None
 
 
 class CompletionBody(GenerationFields, kw_only=True):
     """Body of /v1/completions. The elements of a list prompt are checked by `single_prompt`."""
 
     prompt: str | list[Any]
+    logprobs: Annotated[int, Meta(ge=0, le=MOST_LOGPROBS)] | bool | None = None
+    """False is none."""
+    echo: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

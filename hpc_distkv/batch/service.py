@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 
@@ -17,11 +17,16 @@ from hpc_distkv.model.tokenizer import Tokenizer
 class TokenizerLike(Protocol):
     """What rows and answers need of a tokenizer."""
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Text → token ids."""
+    def encode(
+        self, text: str, add_special_tokens: bool = True, most: int | None = None
+    ) -> list[int]:
+        """Text → token ids. May raise TooLongError for far more than `most`."""
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Token ids → text."""
+
+    def token_bytes(self, id: int) -> bytes:
+        """What one token stands for, in UTF-8; maybe a part of a character."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,8 @@ class SamplingDefaults(msgspec.Struct, frozen=True):
     top_p: float = 1.0
     top_k: int = 0
     """0: no limit."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     max_tokens: int | None = None
     """None: whatever the limits leave."""
     seed: int = 0
@@ -64,8 +71,9 @@ class Service:
     """What checks a row and turns it into tokens, and the answer back into text."""
 
     tokenizer: TokenizerLike
-    chat: Callable[[list[dict[str, Any]]], list[int]]
-    """Messages, as role and content → the tokens of the prompt. May raise anything."""
+    chat: Callable[..., list[int]]
+    """Messages, as role and content, and `most` as in `encode` → the tokens of the prompt. May
+    raise anything."""
     vocab_size: int
     """Token ids are below this."""
     model_names: tuple[str, ...]
@@ -76,10 +84,16 @@ class Service:
 
     @classmethod
     def from_dir(
-        cls, path: str | Path, config: ModelConfig, limits: Limits, defaults: SamplingDefaults
+        cls,
+        path: str | Path,
+        config: ModelConfig,
+        limits: Limits,
+        defaults: SamplingDefaults,
+        tokenizer: Tokenizer | None = None,
     ) -> Service:
-        """Tokenizer and chat template of a model directory. Raises ModelError."""
-        tokenizer = Tokenizer(path)
+        """Tokenizer, read unless it is given, and chat template of a model directory. Raises
+        ModelError."""
+        tokenizer = tokenizer or Tokenizer(path)
         eos = config.eos_token_ids
         if not eos and tokenizer.eos_token_id is not None:
             eos = (tokenizer.eos_token_id,)

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from hpc_distkv.api import Engine, Files
     from hpc_distkv.comm.transport import Comm
 
-SAMPLING = ("temperature", "top_p", "top_k", "max_tokens", "seed")
+SAMPLING = (
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
+    *("max_tokens", "seed"),
+)
 
 
 @click.command("generate")
@@ -35,6 +38,10 @@ SAMPLING = ("temperature", "top_p", "top_k", "max_tokens", "seed")
 )
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Likewise.")
 @click.option("--top-k", type=click.IntRange(min=0), help="Likewise; 0: no limit.")
+@click.option("--min-p", type=click.FloatRange(0, 1), help="Likewise.")
+@click.option(
+    "--repetition-penalty", type=click.FloatRange(0, 1000, min_open=True), help="Likewise."
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="For rows that give none.")
 @click.option("--metrics", type=click.Path(dir_okay=False), help="Write the run's figures (JSON).")
 @engine_options
@@ -106,8 +113,10 @@ def _announcement(engine: Engine) -> str:
     return (
         f"{ranks}, {rank.threads} threads each; {rank.dtype}; "
         f"{rank.config.num_blocks} rBlocks of {rank.config.block_size} tokens a rank: {lending}\n"
-        f"unless a row says otherwise: {sampling}, top_p {defaults.top_p:g}, "
-        f"top_k {defaults.top_k or 'off'}, max_tokens {defaults.max_tokens or 'up to the limit'}, "
+        "for what a row leaves out, from the options or the model's generation_config.json: "
+        f"{sampling}, top_p {defaults.top_p:g}, "
+        f"top_k {defaults.top_k or 'off'}, min_p {defaults.min_p:g}, repetition_penalty "
+        f"{defaults.repetition_penalty:g}, max_tokens {defaults.max_tokens or 'up to the limit'}, "
         f"seed {defaults.seed}"
     )
 

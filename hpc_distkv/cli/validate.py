@@ -10,6 +10,7 @@ import click
 
 from hpc_distkv.batch.answered import Answered
 from hpc_distkv.batch.errors import InputError, RowError
+from hpc_distkv.batch.footprint import Footprint, Pool
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.rows import Row, parse_row
 from hpc_distkv.batch.service import Limits, SamplingDefaults, Service
@@ -19,15 +20,17 @@ from hpc_distkv.model.errors import ModelError
 EXAMPLES = 3
 """Bad rows shown for each error code."""
 PERCENTILES = (50, 90, 99)
+COLUMNS = ("line", "custom_id", "answers", "prompt", "output", "rBlocks", "ranks", "error")
+"""Of the table of rows; tokens and rBlocks are those of each answer."""
 
 
 class Report:
     """What is counted while the rows go by."""
 
-    def __init__(self, limits: Limits, rank_tokens: int | None) -> None:
-        """`rank_tokens`: KV cache of one rank in tokens; None: not known."""
+    def __init__(self, limits: Limits, pool: Pool) -> None:
+        """`pool`: of each rank."""
         self.limits = limits
-        self.rank_tokens = rank_tokens
+        self.pool = pool
         self.good = 0
         self.bad: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
@@ -37,21 +40,21 @@ class Report:
         self.one_rank = 0
         self.several_ranks = 0
 
-    def add_good(self, row: Row) -> None:
+    def add_good(self, row: Row) -> Footprint:
         """Count a row that can be answered."""
+        needed = Footprint.of(row, self.pool)
         self.good += 1
-        self.prompt_tokens.append(len(row.prompt))
-        needed = len(row.prompt)
-        if row.open_ended:
+        self.prompt_tokens.append(needed.prompt)
+        if needed.output is None:
             self.open_ended += 1
         else:
-            needed += row.sampling.max_tokens
-            self.output_tokens += row.sampling.max_tokens
-        if self.rank_tokens is not None:
-            if needed <= self.rank_tokens:
+            self.output_tokens += row.choices * needed.output
+        if needed.ranks is not None:
+            if needed.ranks == 1:
                 self.one_rank += 1
             else:
                 self.several_ranks += 1
+        return needed
 
     def add_bad(self, number: int, error: RowError) -> None:
         """Count a row that will become an error row."""
@@ -98,26 +101,34 @@ class Report:
         return lines
 
     def _placement_lines(self) -> list[str]:
-        if self.rank_tokens is None:
+        if self.pool.tokens is None:
             return []
         return [
-            f"fit one rank  {self.one_rank} ({self.rank_tokens} tokens)",
+            f"fit one rank  {self.one_rank} ({self.pool.tokens} tokens)",
             f"need several  {self.several_ranks}",
             f"fit nowhere   {self.bad['context_length_exceeded']} ({self.limits})",
         ]
 
 
-def check_rows(path: str | Path, service: Service, report: Report) -> None:
-    """Stream the rows of a batch file into `report`. Raises InputError."""
+def check_rows(path: str | Path, service: Service, report: Report, table: bool = False) -> None:
+    """Stream the rows of a batch file into `report`, and print each if there is to be a `table`.
+    Raises InputError."""
     intake = Intake(path)
+    if table:
+        click.echo("\t".join(COLUMNS))
     try:
         for envelope in intake.envelopes(Answered()):
+            cells: tuple[str, ...]
             try:
                 row = parse_row(envelope, service)
             except RowError as error:
                 report.add_bad(envelope.number, error)
+                cells = (*("-" * (len(COLUMNS) - 3)), error.code)
             else:
-                report.add_good(row)
+                cells = (str(row.choices), *report.add_good(row).cells(), "-")
+            if table:
+                name = repr(envelope.custom_id or "")[1:-1] or "-"
+                click.echo("\t".join((str(envelope.number + 1), name, *cells)))
     finally:
         intake.close()
 
@@ -149,6 +160,12 @@ def _percentile(ordered: list[int], percent: int) -> int:
     show_default=True,
     help="Instances that can lend to each other: ranks over the tensor-parallel size.",
 )
+@click.option(
+    "--rows",
+    "table",
+    is_flag=True,
+    help="Also print every row: its tokens, rBlocks, and the ranks whose memory it needs.",
+)
 def command(
     model: str,
     source: str,
@@ -157,22 +174,23 @@ def command(
     num_blocks: int | None,
     block_size: int,
     ranks: int,
+    table: bool,
 ) -> None:
     """Check a batch file without loading the model: bad rows, lengths, and what fits where.
 
     Exit status: 0 every row is good, 1 some rows are bad, 2 usage.
     """
-    rank_tokens = None if num_blocks is None else num_blocks * block_size
+    pool = Pool(block_size, num_blocks)
     try:
         config = ModelConfig.from_dir(model)
         limits = Limits(
             max_model_len=max_model_len or config.max_position,
-            capacity_tokens=None if rank_tokens is None else rank_tokens * ranks,
+            capacity_tokens=None if pool.tokens is None else pool.tokens * ranks,
         )
         defaults = SamplingDefaults(max_tokens=max_tokens)
         service = Service.from_dir(model, config, limits, defaults)
-        report = Report(limits, rank_tokens)
-        check_rows(source, service, report)
+        report = Report(limits, pool)
+        check_rows(source, service, report, table)
     except (ModelError, InputError) as error:
         raise click.UsageError(str(error)) from error
     for line in report.lines():

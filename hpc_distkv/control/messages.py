@@ -28,6 +28,29 @@ def unpack_tokens(packed: bytes) -> list[int]:
     return tokens
 
 
+class LogitRules(msgspec.Struct, frozen=True, array_like=True):
+    """What decides on a token beside temperature, top-k and top-p; most requests have none."""
+
+    repetition_penalty: float = 1.0
+    """Of tokens in prompt or output: positive logits are divided by it, others multiplied."""
+    frequency_penalty: float = 0.0
+    """Subtracted for every time that the output has the token."""
+    presence_penalty: float = 0.0
+    """Subtracted once if the output has the token."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit)."""
+    withheld: tuple[int, ...] = ()
+    """Token ids that cannot be drawn before the output has `min_tokens`."""
+    min_p: float = 0.0
+    """Tokens less probable than this part of the most probable one are not drawn."""
+
+    @property
+    def penalises(self) -> bool:
+        """Whether the tokens so far matter."""
+        penalties = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty)
+        return penalties != (1.0, 0.0, 0.0)
+
+
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
     """How the tokens of one request are drawn, and when it ends."""
 
@@ -38,7 +61,18 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     """0: no limit."""
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
-    """The request ends with any of these; the token itself is not part of the output."""
+    """The request ends with any of these."""
+    min_tokens: int = 0
+    """Output tokens before anything but `max_tokens` may end the request."""
+    stop: tuple[str, ...] = ()
+    """The request ends when its text has any of these."""
+    include_stop: bool = False
+    """Whether what ended the request, a stop token or string, is part of the output."""
+    skip_special_tokens: bool = True
+    """Whether the text leaves special tokens out."""
+    logprobs: int | None = None
+    """Most probable tokens to report beside each token; None: report no log-probabilities."""
+    rules: LogitRules | None = None
 
 
 class Request(msgspec.Struct, frozen=True, array_like=True):
@@ -60,13 +94,17 @@ class Result(msgspec.Struct, frozen=True, array_like=True):
 
     id: int
     tokens: bytes
-    """`pack_tokens` of the output, without the stop token."""
+    """`pack_tokens` of the output, without the stop token unless the request includes it."""
     finish_reason: str
     """"stop" or "length"."""
     first_token_time: float
     """Seconds from assignment to the first token."""
     total_time: float
     """Seconds from assignment to the last token."""
+    logprobs: bytes = b""
+    """`control.logprobs` of the output's tokens, if the request asked for them."""
+    text_end: int | None = None
+    """Characters of the output's text that belong to the answer, if a stop string ended it."""
 
 
 class Counters(msgspec.Struct):
@@ -126,6 +164,8 @@ class Handover(msgspec.Struct, frozen=True, array_like=True):
     assigned_age: float
     first_token_age: float | None
     last_token_age: float | None
+    logprobs: bytes = b""
+    """`control.logprobs` of the output so far."""
 
 
 class Header(msgspec.Struct, frozen=True, array_like=True, tag="header"):

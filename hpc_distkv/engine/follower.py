@@ -27,6 +27,7 @@ from hpc_distkv.engine.events import (
 from hpc_distkv.engine.forward import Model
 from hpc_distkv.engine.instance import Speed
 from hpc_distkv.engine.lane import Lane
+from hpc_distkv.engine.stop import TextDecoder
 from hpc_distkv.engine.worker import decode_answer
 from hpc_distkv.memory.loan import ProtocolError
 from hpc_distkv.memory.pool import BlockPool
@@ -69,10 +70,12 @@ class Follower:
         pool: BlockPool,
         config: EngineConfig,
         shape: tuple[int, int],
+        decoder: TextDecoder | None,
     ) -> None:
-        """`shape`: query heads and head dimension of the shard."""
+        """`shape`: query heads and head dimension of the shard; `decoder`: for requests with stop
+        strings."""
         self._comm = comm
-        self._lane = Lane(comm, model, pool, config, shape, self._attend, self._serve)
+        self._lane = Lane(comm, model, pool, config, shape, decoder, self._attend, self._serve)
         self._instance, self._creditor = self._lane.instance, self._lane.creditor
         self.counters = self._instance.counters
         self._leader = comm.world.rank - comm.world.lane

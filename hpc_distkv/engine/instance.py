@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Rows
 from typing import NamedTuple
 
@@ -34,6 +34,9 @@ COUNTED_ROUNDS = 25
 EXCHANGES = 500
 """Decode steps with an exchange of which the mean counts: a wait is short or long by what the
 creditor computes meanwhile."""
+
+
+NO_LOGPROBS: Mapping[int, bytes] = {}
 
 
 class StepWork(NamedTuple):
@@ -273,9 +276,16 @@ class Instance:
         self._back.clear()
         self.counters.peak_borrowed = max(self.counters.peak_borrowed, self.rm.borrowed)
 
-    def append(self, rows: Rows[Row], tokens: Rows[int], now: float) -> None:
+    def append(
+        self,
+        rows: Rows[Row],
+        tokens: Rows[int],
+        now: float,
+        logprobs: Mapping[int, bytes] = NO_LOGPROBS,
+    ) -> None:
         """The step's rows are computed; `tokens` are the new ones of those rows that have no token
-        left to compute, in order."""
+        left to compute, in order, and `logprobs` the records of those requests that ask for
+        them."""
         new = iter(tokens)
         for sequence, count in rows:
             if sequence.output_len == 0 or count > 1:
@@ -284,7 +294,7 @@ class Instance:
             if self.config.window:
                 self._drop_unseen(sequence)
             if not sequence.remaining:
-                self._append(sequence, next(new), now)
+                self._append(sequence, next(new), now, logprobs.get(sequence.id, b""))
         self.counters.generated_tokens += len(tokens)
 
     def _drop_unseen(self, sequence: Sequence) -> None:
@@ -293,11 +303,11 @@ class Instance:
         if unseen > self.rm.tables[sequence.id].dropped:
             self.rm.drop(sequence.id, unseen)
 
-    def _append(self, sequence: Sequence, token: int, now: float) -> None:
+    def _append(self, sequence: Sequence, token: int, now: float, logprobs: bytes) -> None:
         if sequence.last_token_at is not None:
             gap = gap_bin(now - sequence.last_token_at)
             self.counters.gaps[gap] = self.counters.gaps.get(gap, 0) + 1
-        sequence.append(token, now)
+        sequence.append(token, now, logprobs)
         if reason := sequence.finish_reason:
             self.scheduler.finish(sequence)
             assert sequence.first_token_at is not None
@@ -308,6 +318,8 @@ class Instance:
                     finish_reason=reason,
                     first_token_time=sequence.first_token_at - sequence.assigned_at,
                     total_time=now - sequence.assigned_at,
+                    logprobs=sequence.packed_logprobs,
+                    text_end=sequence.text_end,
                 )
             )
 
@@ -387,6 +399,7 @@ class Instance:
             assigned_age=now - sequence.assigned_at,
             first_token_age=age(sequence.first_token_at),
             last_token_age=age(sequence.last_token_at),
+            logprobs=bytes(sequence.logprobs or b""),
         )
 
     def _arrival(self, handover: Handover, now: float) -> Sequence:
@@ -394,7 +407,7 @@ class Instance:
             return None if age is None else now - age
 
         sequence = self._sequence(handover.request, now - handover.assigned_age)
-        sequence.restore(handover.tokens, handover.computed)
+        sequence.restore(handover.tokens, handover.computed, handover.logprobs)
         sequence.first_token_at = moment(handover.first_token_age)
         sequence.last_token_at = moment(handover.last_token_age)
         return sequence

@@ -3,7 +3,8 @@ its own lane's part of the tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
@@ -13,8 +14,10 @@ from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.creditor import Creditor
 from hpc_distkv.engine.debtor import Debtor
 from hpc_distkv.engine.forward import Forward, Model
-from hpc_distkv.engine.instance import Instance, StepWork
+from hpc_distkv.engine.instance import NO_LOGPROBS, Instance, StepWork
 from hpc_distkv.engine.scheduler import Plan, Row
+from hpc_distkv.engine.sequence import Sequence
+from hpc_distkv.engine.stop import TextDecoder
 from hpc_distkv.memory.pool import BlockPool
 
 NOTHING = Plan([], [], [], [])
@@ -31,13 +34,14 @@ class Lane:
         pool: BlockPool,
         config: EngineConfig,
         shape: tuple[int, int],
+        decoder: TextDecoder | None,
         between_layers: Callable[[], None],
         pause: Callable[[], None],
     ) -> None:
-        """`shape`: query heads and head dimension of the shard; the two callables as of
-        `Forward`."""
+        """`shape`: query heads and head dimension of the shard; `decoder`: for requests with stop
+        strings; the two callables as of `Forward`."""
         self.sharing = config.policy.sharing
-        self.instance = Instance(comm.world.instance, config)
+        self.instance = Instance(comm.world.instance, config, partial(Sequence, decoder=decoder))
         self.debtor = Debtor(comm, pool, self.instance, shape)
         self.creditor = Creditor(comm, pool, self.instance, shape, model.attention)
         self._forward = Forward(model, pool, self.instance.rm, between_layers, pause)
@@ -54,13 +58,19 @@ class Lane:
             self.debtor.finish()
         return logits
 
-    def end(self, plan: Plan, tokens: list[int], now: float) -> StepWork:
+    def end(
+        self,
+        plan: Plan,
+        tokens: list[int],
+        now: float,
+        logprobs: Mapping[int, bytes] = NO_LOGPROBS,
+    ) -> StepWork:
         """Commit the moves of a step that was computed, and append its new tokens. Returns what
-        the step had to compute."""
+        the step had to compute. `logprobs`: on the leader, who alone reports results."""
         if self.sharing:
             self.instance.commit(plan)
         done = self._work(plan.rows)
-        self.instance.append(plan.rows, tokens, now)
+        self.instance.append(plan.rows, tokens, now, logprobs)
         return done
 
     def return_all(self, now: float) -> None:

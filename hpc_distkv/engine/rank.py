@@ -20,6 +20,7 @@ from hpc_distkv.control.messages import Request
 from hpc_distkv.control.policy import POLICIES, Policy
 from hpc_distkv.engine.config import EngineConfig, OptionError
 from hpc_distkv.engine.follower import Follower
+from hpc_distkv.engine.stop import TextDecoder
 from hpc_distkv.engine.worker import Leader, Worker
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.model.config import ModelConfig
@@ -62,9 +63,17 @@ class EngineOptions:
 class RankEngine:
     """One rank of an SPMD job: every rank makes one, joins, and runs; rank 0 also leads."""
 
-    def __init__(self, comm: Comm, model: Decoder, options: EngineOptions) -> None:
-        """Lay out the pool. `model`: this rank's shard. Raises OptionError."""
+    def __init__(
+        self,
+        comm: Comm,
+        model: Decoder,
+        options: EngineOptions,
+        decoder: TextDecoder | None = None,
+    ) -> None:
+        """Lay out the pool. `model`: this rank's shard; `decoder`: the tokenizer, for requests
+        with stop strings. Raises OptionError."""
         self.comm = comm
+        self._decoder = decoder
         config = model.config
         set_threads(comm, options.threads)
         block_bytes = options.block_size * config.kv_bytes_per_token(_name(model.dtype))
@@ -139,7 +148,7 @@ class RankEngine:
         """Work until all requests of rank 0's leader are answered. Collective; `leader` is given
         on rank 0 alone. Raises StallError, ProtocolError, and what the leader raises."""
         heads = (self._model.config.num_heads, self._model.config.head_dim)
-        parts = (self.comm, self._model, self._pool, self.config, heads)
+        parts = (self.comm, self._model, self._pool, self.config, heads, self._decoder)
         worker = Follower(*parts) if self.comm.world.lane else Worker(*parts, leader)
         worker.run()
         return worker

@@ -4,23 +4,46 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from hpc_distkv.control.logprobs import record_dtype
 from hpc_distkv.control.messages import Request, pack_tokens, unpack_tokens
+from hpc_distkv.engine.penalties import TokenCounts
+from hpc_distkv.engine.stop import StopMatcher, TextDecoder
 
 
 @dataclass(eq=False)
 class Sequence:
-    """Tokens of one request and how many of them have their KV in rBlocks."""
+    """Tokens of one request and how many of them have their KV in rBlocks.
+
+    Beside its logprobs, all that a request's sampling needs follows from its tokens.
+    """
 
     request: Request
     assigned_at: float
+    decoder: TextDecoder | None = None
+    """For a request with stop strings."""
     tokens: list[int] = field(init=False)
     """Prompt and output so far."""
     computed: int = 0
     first_token_at: float | None = None
     last_token_at: float | None = None
+    logprobs: bytearray | None = None
+    """`control.logprobs` of the output so far, if asked for."""
+    counts: TokenCounts | None = None
+    """If penalties apply."""
+    stop: StopMatcher | None = None
+    """If there are stop strings."""
 
     def __post_init__(self) -> None:
         self.tokens = unpack_tokens(self.request.prompt)
+        sampling = self.request.sampling
+        if sampling.rules and sampling.rules.penalises:
+            self.counts = TokenCounts(self.request.prompt_len)
+        if sampling.logprobs is not None:
+            self.logprobs = bytearray()
+        if sampling.stop:
+            if self.decoder is None:
+                raise ValueError(f"request {self.id} has stop strings, but there is no tokenizer")
+            self.stop = StopMatcher(sampling, self.decoder, self.tokens)
 
     @property
     def id(self) -> int:
@@ -42,9 +65,11 @@ class Sequence:
         """Output tokens so far."""
         return self.length - self.request.prompt_len
 
-    def append(self, token: int, now: float) -> None:
-        """One more output token."""
+    def append(self, token: int, now: float, logprobs: bytes = b"") -> None:
+        """One more output token, and its record if the request asks for logprobs."""
         self.tokens.append(token)
+        if self.logprobs is not None:
+            self.logprobs += logprobs
         self.last_token_at = now
         if self.first_token_at is None:
             self.first_token_at = now
@@ -57,10 +82,21 @@ class Sequence:
     @property
     def finish_reason(self) -> str | None:
         """Why the request ends with its last token; None: it goes on."""
-        sampling = self.request.sampling
-        if self.tokens[-1] in sampling.stop_token_ids and self.output_len:
+        if self._stop_token or (self.stop and self.stop.found(self.tokens)):
             return "stop"
-        return "length" if self.output_len >= sampling.max_tokens else None
+        return "length" if self.output_len >= self.request.sampling.max_tokens else None
+
+    @property
+    def text_end(self) -> int | None:
+        """Characters of the output's text that belong to the answer, if a stop string ended it."""
+        return self.stop.text_end if self.stop else None
+
+    @property
+    def _stop_token(self) -> bool:
+        sampling = self.request.sampling
+        if self.tokens[-1] not in sampling.stop_token_ids:
+            return False
+        return self.output_len > 0 and self.output_len >= sampling.min_tokens
 
     @property
     def packed(self) -> bytes:
@@ -69,10 +105,24 @@ class Sequence:
 
     @property
     def packed_output(self) -> bytes:
-        """`pack_tokens` of the output without the stop token."""
-        output = self.tokens[self.request.prompt_len :]
-        return pack_tokens(output[:-1] if self.finish_reason == "stop" else output)
+        """`pack_tokens` of the output without the stop token, unless the request includes it."""
+        return pack_tokens(self.tokens[self.request.prompt_len : self._answer_end])
 
-    def restore(self, packed: bytes, computed: int) -> None:
+    @property
+    def packed_logprobs(self) -> bytes:
+        """The records of the tokens in `packed_output`."""
+        if not self.logprobs:
+            return b""
+        size = record_dtype(self.request.sampling.logprobs or 0).itemsize
+        return bytes(self.logprobs[: (self._answer_end - self.request.prompt_len) * size])
+
+    @property
+    def _answer_end(self) -> int:
+        drop = self._stop_token and not self.request.sampling.include_stop
+        return self.length - drop
+
+    def restore(self, packed: bytes, computed: int, logprobs: bytes = b"") -> None:
         """Go on where another instance left off."""
         self.tokens, self.computed = unpack_tokens(packed), computed
+        if self.logprobs is not None:
+            self.logprobs[:] = logprobs

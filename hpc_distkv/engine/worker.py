@@ -27,8 +27,9 @@ from hpc_distkv.engine.forward import Model
 from hpc_distkv.engine.instance import Speed, StepSeconds
 from hpc_distkv.engine.lane import Lane
 from hpc_distkv.engine.letters import Letters
-from hpc_distkv.engine.sampler import sample
+from hpc_distkv.engine.sampler import sample, sample_logprobs
 from hpc_distkv.engine.scheduler import Row
+from hpc_distkv.engine.stop import TextDecoder
 from hpc_distkv.memory.loan import ProtocolError
 from hpc_distkv.memory.pool import BlockPool
 
@@ -81,11 +82,13 @@ class Worker:
         pool: BlockPool,
         config: EngineConfig,
         shape: tuple[int, int],
+        decoder: TextDecoder | None,
         leader: Leader | None,
     ) -> None:
-        """`shape`: query heads and head dimension of the shard. `leader`: on rank 0 only."""
+        """`shape`: query heads and head dimension of the shard. `decoder`: for requests with stop
+        strings. `leader`: on rank 0 only."""
         self._comm, self._leader = comm, leader
-        self._lane = Lane(comm, model, pool, config, shape, self._attend, self._serve)
+        self._lane = Lane(comm, model, pool, config, shape, decoder, self._attend, self._serve)
         self._instance = self._lane.instance
         self.counters = self._instance.counters
         self._log = Log(comm)
@@ -194,9 +197,9 @@ class Worker:
         if self._log.followed:
             self._log.record(StepBegun(now, fingerprint(plan)))
         logits = self._lane.compute(plan, now)
-        tokens, now = self._sample(plan.rows, logits), time.monotonic()
+        (tokens, logprobs), now = self._sample(plan.rows, logits), time.monotonic()
         self._log.record(StepEnded(tokens, now))
-        done = self._lane.end(plan, tokens, now)
+        done = self._lane.end(plan, tokens, now, logprobs)
         self._idle = not plan.rows
         if plan.rows:
             counters = self.counters
@@ -208,16 +211,13 @@ class Worker:
             self._log.record(StepTimed(seconds))
             self._instance.note_step(done, seconds)
 
-    def _sample(self, rows: list[Row], logits: torch.Tensor) -> list[int]:
-        """The new tokens of the rows that have all others computed."""
+    def _sample(self, rows: list[Row], logits: torch.Tensor) -> tuple[list[int], dict[int, bytes]]:
+        """The new tokens of the rows that have all others computed, and records of logprobs."""
         sequences = [row.sequence for row in rows if row.sequence.remaining == row.tokens]
         if not sequences:
-            return []
-        return sample(
-            logits,
-            [sequence.request.sampling for sequence in sequences],
-            [sequence.length for sequence in sequences],
-        )
+            return [], {}
+        tokens = sample(logits, sequences)
+        return tokens, sample_logprobs(logits, sequences, tokens)
 
     @property
     def speed(self) -> Speed:

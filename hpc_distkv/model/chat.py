@@ -38,14 +38,15 @@ class ChatTemplate:
         except TemplateError as error:
             raise ModelError(f"the chat template of {path} does not compile: {error}") from error
 
-    def __call__(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def __call__(self, messages: Sequence[Mapping[str, Any]], most: int | None = None) -> list[int]:
         """Token ids of a prompt that asks for the assistant's next message.
 
         `messages`: [{"role": ..., "content": ...}, ...]. Raises ModelError with the template's
-        own words if it refuses them, and if the model has no template.
+        own words if it refuses them, and if the model has no template; TooLongError for far more
+        than `most` tokens.
         """
         # The template writes the BOS itself, so the tokenizer must not add another.
-        return self._tokenizer.encode(self.render(messages), add_special_tokens=False)
+        return self._tokenizer.encode(self.render(messages), add_special_tokens=False, most=most)
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The prompt as text, special tokens spelled out."""

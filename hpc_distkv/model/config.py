@@ -33,6 +33,8 @@ class GenerationDefaults:
     top_p: float = 1.0
     top_k: int = 0
     """0: no limit."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -295,16 +297,26 @@ def _token_ids(key: str, where: str, *sources: Mapping[str, Any]) -> tuple[int, 
 
 
 def _generation_defaults(generation: Mapping[str, Any]) -> GenerationDefaults:
-    """Greedy unless do_sample is true, as transformers reads the file."""
-    if not generation.get("do_sample"):
-        return GenerationDefaults()
+    """Greedy unless do_sample is true, as transformers reads the file. Raises ModelError."""
 
-    def setting(key: str, default: float) -> float:
+    def setting(key: str, default: float, lowest: float, highest: float) -> float:
         value = generation.get(key)
-        return default if value is None else float(value)
+        value = default if value is None else value
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not lowest <= value <= highest:
+            raise ModelError(
+                f"generation_config.json: {key} must be a number from {lowest:g} to {highest:g}, "
+                f"not {value!r}"
+            )
+        return float(value)
 
+    repetition_penalty = setting("repetition_penalty", 1.0, 1e-6, 1e6)
+    if not generation.get("do_sample"):
+        return GenerationDefaults(repetition_penalty=repetition_penalty)
     return GenerationDefaults(
-        temperature=setting("temperature", 1.0),
-        top_p=setting("top_p", 1.0),
-        top_k=int(setting("top_k", 50)),
+        temperature=setting("temperature", 1.0, 0, 100),
+        top_p=setting("top_p", 1.0, 1e-6, 1),
+        top_k=max(0, int(setting("top_k", 50, -1, 1e9))),
+        min_p=setting("min_p", 0.0, 0, 1),
+        repetition_penalty=repetition_penalty,
     )

@@ -6,3 +6,7 @@ class ModelError(ValueError):
 
     The message names the file or key, and says what to do about it.
     """
+
+
+class TooLongError(ModelError):
+    """A text has more tokens than will do."""

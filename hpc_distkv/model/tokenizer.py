@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 
-from hpc_distkv.model.errors import ModelError
+from hpc_distkv.model.errors import ModelError, TooLongError
 from hpc_distkv.model.files import read_json
+
+FIRST_LOOK = 8
+"""Characters per token that one looks at first, to see whether a text is too long."""
+MARGIN = 1024
+"""Tokens by which the beginning of a text may have more than the same characters within it: the
+last word is cut."""
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+"""How pieces of SentencePiece spell a space."""
+_BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
+"""How they spell a byte that is not in a piece."""
+
+
+def _byte_letters() -> dict[str, bytes]:
+    """Letter → byte in pieces of byte-level BPE: printable Latin-1 stands for itself, the other
+    bytes have letters from U+0100 on, in order."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    letters = itertools.count(0x100)
+    return {chr(b if b in printable else next(letters)): bytes([b]) for b in range(256)}
+
+
+_BYTES = _byte_letters()
 
 
 class Tokenizer:
@@ -33,15 +56,36 @@ class Tokenizer:
         self.settings = read_json(settings_file) if settings_file.is_file() else {}
         self.special_tokens = _special_tokens(self.settings)
         """Named special tokens, such as {"bos_token": "<s>"}."""
+        self._added = frozenset(self._fast.get_added_tokens_decoder())
+        self._byte_level = b'"ByteLevel"' in _state(self._fast.decoder)
         self.vocab_size: int = self._fast.get_vocab_size(with_added_tokens=True)
         self.bos_token_id = self._id_of("bos_token")
         self.eos_token_id = self._id_of("eos_token")
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, text: str, add_special_tokens: bool = True, most: int | None = None
+    ) -> list[int]:
         """Token ids of `text`; `add_special_tokens` lets the tokenizer add its own BOS or EOS.
 
-        Raises ModelError for text that is no Unicode text (half a surrogate pair).
+        Raises ModelError for text that is no Unicode text (half a surrogate pair), and
+        TooLongError for one of far more than `most` tokens, of which it reads no more than it must:
+        tokenizing takes seconds per megabyte.
         """
+        if most is not None:
+            self._check_length(text, most + MARGIN)
+        return self._encode(text, add_special_tokens)
+
+    def _check_length(self, text: str, most: int) -> None:
+        size = FIRST_LOOK * most
+        while size < len(text):
+            tokens = len(self._encode(text[:size], add_special_tokens=False))
+            if tokens > most:
+                raise TooLongError(
+                    f"the first {size} of its {len(text)} characters are {tokens} tokens"
+                )
+            size *= 4
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         try:
             encoding = self._fast.encode(text, add_special_tokens=add_special_tokens)
         except TypeError:
@@ -49,10 +93,24 @@ class Tokenizer:
         ids: list[int] = encoding.ids
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, special tokens left out."""
-        text: str = self._fast.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of `ids`."""
+        text: str = self._fast.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
+
+    def token_bytes(self, id: int) -> bytes:
+        """What one token stands for, in UTF-8, special ones spelled out: it may be a part of a
+        character. Empty for ids that are no token."""
+        piece: str | None = self._fast.id_to_token(id)
+        if piece is None:
+            return b""
+        if id in self._added:
+            return piece.encode()
+        if self._byte_level:
+            return b"".join(_BYTES.get(letter) or letter.encode() for letter in piece)
+        if byte := _BYTE_PIECE.fullmatch(piece):
+            return bytes([int(byte[1], 16)])
+        return piece.replace(SPACE, " ").encode()
 
     def _id_of(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
@@ -60,6 +118,12 @@ class Tokenizer:
             return None
         number: int | None = self._fast.token_to_id(token)
         return number
+
+
+def _state(decoder: Any) -> bytes:
+    """The decoder's settings as JSON; they are not to be had otherwise without the vocabulary."""
+    state: bytes = decoder.__getstate__() if decoder is not None else b""
+    return state
 
 
 def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:

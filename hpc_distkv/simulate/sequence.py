@@ -62,7 +62,7 @@ class SizedSequence(Sequence):
     def __repr__(self) -> str:
         return f"SizedSequence({self.id}: {self.computed} of {self.length} computed)"
 
-    def append(self, token: int, now: float) -> None:
+    def append(self, token: int, now: float, logprobs: bytes = b"") -> None:
         """One more output token, whichever."""
         self.length += 1
         self.output_len += 1
@@ -85,7 +85,7 @@ class SizedSequence(Sequence):
         """As many bytes as the output has."""
         return bytes(4 * self.output_len)
 
-    def restore(self, packed: bytes, computed: int) -> None:
+    def restore(self, packed: bytes, computed: int, logprobs: bytes = b"") -> None:
         """Go on where another instance left off."""
         self.output_len, self.computed = int.from_bytes(packed, "little"), computed
         self.length += self.output_len

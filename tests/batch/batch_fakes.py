@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.job import Job, job_fingerprint
 from hpc_distkv.batch.journal import Journal
 from hpc_distkv.batch.service import Limits, SamplingDefaults, Service
+from hpc_distkv.control.logprobs import record_dtype
 from hpc_distkv.control.messages import Request, Result, pack_tokens, unpack_tokens
 
 VOCABULARY = 300
@@ -21,13 +24,20 @@ EOS = 299
 class ByteTokenizer:
     """One token a byte; 256 is BOS, 257 and up are roles and specials."""
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, text: str, add_special_tokens: bool = True, most: int | None = None
+    ) -> list[int]:
         return [256] * add_special_tokens + list(text.encode())
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return bytes(i for i in ids if i < 256).decode(errors="replace")
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return b"".join(
+            self.token_bytes(i) for i in ids if i < 256 or not skip_special_tokens
+        ).decode(errors="replace")
 
-    def chat(self, messages: list[dict[str, Any]]) -> list[int]:
+    def token_bytes(self, id: int) -> bytes:
+        return bytes([id]) if id < 256 else f"<{id}>".encode()
+
+    def chat(self, messages: list[dict[str, Any]], most: int | None = None) -> list[int]:
         tokens = [256]
         for message in messages:
             if message["role"] == "alien":
@@ -73,9 +83,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def answer(request: Request) -> Result:
-    """The prompt backwards."""
+    """The prompt backwards, as likely as not."""
     tokens = unpack_tokens(request.prompt)[::-1][: request.sampling.max_tokens]
-    return Result(request.id, pack_tokens(tokens), "stop", 0.1, 0.2)
+    logprobs = b""
+    if (top := request.sampling.logprobs) is not None:
+        records = np.zeros(len(tokens), record_dtype(top))
+        records["own"] = np.log(0.5)
+        logprobs = records.tobytes()
+    return Result(request.id, pack_tokens(tokens), "stop", 0.1, 0.2, logprobs)
 
 
 def run_job(

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from hpc_distkv.batch import unsupported
 from hpc_distkv.batch.errors import RowError
-from hpc_distkv.batch.rows import parse_row
-from hpc_distkv.batch.schema import GenerationFields, read_envelope
+from hpc_distkv.batch.rows import parse_row, which_choice
+from hpc_distkv.batch.schema import ChatBody, CompletionBody, read_envelope
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -28,7 +28,8 @@ JSON = st.recursive(
 FIELDS = st.sampled_from(
     [
         *("custom_id", "method", "url", "body", "prompt", "messages", "nonsense"),
-        *GenerationFields.__struct_fields__,
+        *ChatBody.__struct_fields__,
+        *CompletionBody.__struct_fields__,
         *unsupported.CHAT,
         *unsupported.IGNORED,
     ]
@@ -56,13 +57,14 @@ def lines(draw: st.DrawFn) -> bytes:
     return bytes(line).replace(b"\n", b"")
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(lines())
 def test_no_line_raises_anything_but_a_row_error(line: bytes) -> None:
     try:
         row = parse_row(read_envelope(line, 0), make_service())
     except RowError:
         return
+    assert [which_choice(r.id)[1] for r in row.requests()] == [*range(row.choices)]
     assert 0 < len(row.prompt) < len(row.prompt) + row.sampling.max_tokens <= 100
 
 

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
+from batch_fakes import ByteTokenizer
 
+from hpc_distkv.batch.choice import Choice
 from hpc_distkv.batch.errors import RowError
+from hpc_distkv.batch.logprobs import chat_logprobs, completion_logprobs
 from hpc_distkv.batch.response import answer_line, error_line
 from hpc_distkv.batch.schema import CHAT, COMPLETION, Endpoint
+from hpc_distkv.control.logprobs import TokenLogprobs, pack_logprobs, unpack_logprobs
+
+ONE = (Choice("line\nbreak", "length", None, 2),)
 
 
-def answered(endpoint: Endpoint) -> Any:
+def answered(endpoint: Endpoint, choices: Sequence[Choice] = ONE) -> Any:
     line = answer_line(
         number=4,
         custom_id="a\n",
         endpoint=endpoint,
         model="tiny",
-        text="line\nbreak",
-        finish_reason="length",
+        choices=choices,
         prompt_tokens=3,
-        completion_tokens=2,
         created=1_700_000_000,
     )
     assert b"\n" not in line
@@ -87,11 +93,74 @@ def test_error_row() -> None:
     }
 
 
+def test_several_choices_and_their_tokens() -> None:
+    body = answered(CHAT, [Choice("a", "stop", None, 3), Choice("b", "length", None, 4)])
+    body = body["response"]["body"]
+    assert [choice["index"] for choice in body["choices"]] == [0, 1]
+    assert [choice["message"]["content"] for choice in body["choices"]] == ["a", "b"]
+    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 7, "total_tokens": 10}
+
+
+# Of the bytes of "é", each is a token of its own.
+SCORES = [
+    TokenLogprobs(-0.25, [(97, -0.25), (98, -1.5)]),
+    TokenLogprobs(-float("inf"), [(0xC3, -0.5), (0xA9, -2.0)]),
+    TokenLogprobs(-3.0, [(97, -0.125), (257, -4.0)]),
+]
+TOKENS = [97, 0xC3, 0xA9]
+
+
+def test_logprobs_of_a_chat() -> None:
+    found = chat_logprobs(TOKENS, SCORES, ByteTokenizer().token_bytes)
+    assert found["refusal"] is None
+    first, second, third = found["content"]
+    assert first == {
+        "token": "a",
+        "logprob": -0.25,
+        "bytes": [97],
+        "top_logprobs": [
+            {"token": "a", "logprob": -0.25, "bytes": [97]},
+            {"token": "b", "logprob": -1.5, "bytes": [98]},
+        ],
+    }
+    assert (second["logprob"], second["bytes"]) == (-9999.0, [0xC3])
+    assert third["top_logprobs"][1]["token"] == "<257>"
+
+
+def test_logprobs_of_a_completion_name_the_drawn_token_too() -> None:
+    found = completion_logprobs(TOKENS, SCORES, [0, 1, 1], ByteTokenizer().token_bytes)
+    assert found == {
+        "tokens": ["a", "bytes:\\xc3", "bytes:\\xa9"],
+        "token_logprobs": [-0.25, -9999.0, -3.0],
+        "top_logprobs": [
+            {"a": -0.25, "b": -1.5},
+            {"bytes:\\xc3": -9999.0, "bytes:\\xa9": -2.0},
+            {"a": -0.125, "<257>": -4.0, "bytes:\\xa9": -3.0},
+        ],
+        "text_offset": [0, 1, 1],
+    }
+
+
+def test_packed_logprobs_are_read_back() -> None:
+    own = np.array([score.logprob for score in SCORES], np.float32)
+    ids = np.array([[token for token, _ in score.top] for score in SCORES])
+    values = np.array([[value for _, value in score.top] for score in SCORES], np.float32)
+    packed = b"".join(pack_logprobs(own, ids, values))
+    assert len(packed) == 3 * (4 + 2 * 8)
+    assert unpack_logprobs(packed, 2) == SCORES
+    bare = b"".join(pack_logprobs(own, ids[:, :0], values[:, :0]))
+    assert unpack_logprobs(bare, 0) == [score._replace(top=[]) for score in SCORES]
+
+
 def test_bodies_are_what_the_openai_package_reads() -> None:
     chat = pytest.importorskip("openai.types.chat")
     types = pytest.importorskip("openai.types")
-    read: dict[Endpoint, Any] = {CHAT: chat.ChatCompletion, COMPLETION: types.Completion}
-    for endpoint, kind in read.items():
-        body = answered(endpoint)["response"]["body"]
+    name = ByteTokenizer().token_bytes
+    read: dict[Endpoint, Any] = {
+        CHAT: (chat.ChatCompletion, chat_logprobs(TOKENS, SCORES, name)),
+        COMPLETION: (types.Completion, completion_logprobs(TOKENS, SCORES, [0, 1, 1], name)),
+    }
+    for endpoint, (kind, logprobs) in read.items():
+        body = answered(endpoint, [*ONE, Choice("b", "stop", logprobs, 3)])["response"]["body"]
         parsed = kind.model_validate(body, strict=True)
         assert parsed.model_dump(exclude_unset=True) == body

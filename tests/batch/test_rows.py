@@ -9,7 +9,7 @@ import pytest
 from batch_fakes import EOS, chat, completion, make_service
 
 from hpc_distkv.batch.errors import RowError
-from hpc_distkv.batch.rows import Row, derive_seed, parse_row
+from hpc_distkv.batch.rows import Row, derive_seed, parse_row, which_choice
 from hpc_distkv.batch.schema import read_envelope
 from hpc_distkv.batch.service import Service
 from hpc_distkv.control.messages import unpack_tokens
@@ -34,9 +34,10 @@ def test_completion_of_text_gets_special_tokens() -> None:
     row = parse(completion("a", "hé", max_tokens=5), number=7)
     assert row.prompt == [256, *"hé".encode()]
     assert (row.number, row.custom_id, row.endpoint) == (7, "a", "/v1/completions")
-    request = row.request()
-    assert request.id == 7
+    [request] = row.requests()
+    assert which_choice(request.id) == (7, 0)
     assert unpack_tokens(request.prompt) == row.prompt
+    assert request.sampling == row.sampling
 
 
 @pytest.mark.parametrize("prompt", [[1, 2, 3], [[1, 2, 3]]])
@@ -60,7 +61,9 @@ def test_chat_of_text_and_of_parts() -> None:
 )
 def test_prompts_of_no_or_several_texts_are_refused(prompt: Any) -> None:
     service = make_service()
-    object.__setattr__(service, "tokenizer", type("T", (), {"encode": lambda self, text: []})())
+    object.__setattr__(
+        service, "tokenizer", type("T", (), {"encode": lambda self, text, most: []})()
+    )
     assert refused(completion("a", prompt), service).param == "prompt"
 
 
@@ -198,17 +201,12 @@ def test_numbers_that_are_none(literal: str) -> None:
 @pytest.mark.parametrize(
     ("field", "neutral", "meaningful"),
     [
-        ("n", 1, 2),
         ("stream", False, True),
-        ("presence_penalty", 0.0, 0.5),
-        ("frequency_penalty", 0, 1),
-        ("repetition_penalty", 1.0, 1.1),
-        ("logprobs", False, True),
-        ("logprobs", None, 0),
-        ("stop", [], ["x"]),
-        ("min_p", 0, 0.1),
         ("response_format", {"type": "text"}, {"type": "json_object"}),
-        ("logit_bias", {}, {"1": 2}),
+        ("structured_outputs", None, {"regex": "a"}),
+        ("use_beam_search", False, True),
+        ("bad_words", [], ["x"]),
+        ("prompt_logprobs", None, 1),
         ("stream_options", None, {}),
     ],
 )
@@ -226,6 +224,7 @@ def test_tools_are_unsupported_in_chats_and_unknown_in_completions() -> None:
     assert parse(chat("a", tools=[], tool_choice="none"))
     assert refused(chat("a", tools=[{}])).code == "unsupported_parameter"
     assert refused(completion("a", tools=[])).code == "unknown_parameter"
+    assert refused(chat("a", lora_request={"lora_name": "x"})).param == "lora_request"
 
 
 def test_labels_are_ignored() -> None:

@@ -95,6 +95,30 @@ def test_where_rows_fit(model: Path) -> None:
     assert found["fit nowhere"].startswith("2 (")
 
 
+def test_a_table_of_rows(model: Path) -> None:
+    rows = [
+        row("small", 4, max_tokens=4),
+        row("lon\tg", 10, max_tokens=7, n=3),
+        row("open", 17),
+        row("bad", 1, n=0),
+        "nonsense",
+    ]
+    sizes = ("--num-blocks", "4", "--block-size", "4", "--ranks", "4")
+    result = validate(model, rows, "--rows", *sizes)
+    table = [line.split("\t") for line in result.output.splitlines()[:6]]
+    assert table == [
+        ["line", "custom_id", "answers", "prompt", "output", "rBlocks", "ranks", "error"],
+        ["1", "small", "1", "4", "4", "2", "1", "-"],
+        ["2", "lon\\tg", "3", "10", "7", "5", "2", "-"],
+        ["3", "open", "1", "17", "open", "5+", "2+", "-"],
+        ["4", "bad", "-", "-", "-", "-", "-", "invalid_value"],
+        ["5", "-", "-", "-", "-", "-", "-", "invalid_json"],
+    ]
+    assert "output tokens 25 at most" in result.output
+    table = validate(model, rows[:1], "--rows").output.splitlines()
+    assert table[1].split("\t")[-2:] == ["?", "-"]
+
+
 def test_limits_given_on_the_command_line(model: Path) -> None:
     rows = [row("a", 10)]
     assert validate(model, rows, "--max-model-len", "10").exit_code == 1

@@ -10,6 +10,7 @@ from hpc_distkv.comm.schedule import SeededSchedule
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages import Counters, Request, Result, unpack_tokens
 from hpc_distkv.engine.rank import EngineOptions, RankEngine
+from hpc_distkv.engine.stop import TextDecoder
 from hpc_distkv.model.decoder import Decoder
 
 MOST_ROUNDS = 5000
@@ -34,6 +35,7 @@ class Outcome:
     """What a run on a cluster gave."""
 
     def __init__(self, results: Sequence[Result], counters: Sequence[Counters]) -> None:
+        self.results = {result.id: result for result in results}
         self.ids = sorted(result.id for result in results)
         self.tokens = {result.id: unpack_tokens(result.tokens) for result in results}
         self.counters = list(counters)
@@ -45,10 +47,12 @@ def run_cluster(
     ranks: int,
     options: EngineOptions,
     schedule: SeededSchedule | None = None,
+    decoder: TextDecoder | None = None,
     tp: int = 1,
 ) -> Outcome:
     """Answer `requests` on `ranks` threads, with one model for all or one for each (or a shard for
-    each, in instances of `tp` ranks); checks that no message and no rBlock is left over."""
+    each, in instances of `tp` ranks); checks that no message and no rBlock is left over. `decoder`:
+    for stop strings."""
     comms = open_local(ranks, 60.0, tp=tp, schedule=schedule)
     results: list[Result] = []
 
@@ -56,7 +60,7 @@ def run_cluster(
         own = model[comm.world.rank] if isinstance(model, Mapping) else model
         if tp > 1:
             own.lanes = Group(comm)
-        engine = RankEngine(comm, own, options)
+        engine = RankEngine(comm, own, options, decoder)
         engine.join()
         leader = Collect(engine, requests) if comm.world.rank == 0 else None
         worker = engine.run(leader)

@@ -82,6 +82,23 @@ def test_generation_config_adds_stop_tokens_and_sampling(tmp_path: Path) -> None
     assert config.generation == GenerationDefaults(temperature=0.6, top_p=0.9, top_k=50)
 
 
+def test_all_sampling_settings_are_read(tmp_path: Path) -> None:
+    generation = {"do_sample": True, "top_k": -1, "min_p": 0.05, "repetition_penalty": 1.1}
+    config = ModelConfig.from_dir(directory(tmp_path, generation))
+    assert config.generation == GenerationDefaults(1.0, 1.0, 0, 0.05, 1.1)
+    config = ModelConfig.from_dir(directory(tmp_path, {"repetition_penalty": 1.1, "min_p": 0.2}))
+    assert config.generation == GenerationDefaults(repetition_penalty=1.1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("temperature", "hot"), ("top_p", 0), ("min_p", True), ("repetition_penalty", -1)],
+)
+def test_sampling_settings_that_make_no_sense(tmp_path: Path, key: str, value: object) -> None:
+    with pytest.raises(ModelError, match=f"generation_config.json: {key} must be a number"):
+        ModelConfig.from_dir(directory(tmp_path, {"do_sample": True, key: value}))
+
+
 def test_sampling_settings_without_do_sample_stay_greedy(tmp_path: Path) -> None:
     config = ModelConfig.from_dir(directory(tmp_path, {"temperature": 0.6, "do_sample": False}))
     assert config.generation.temperature == 0.0

@@ -1,0 +1,59 @@
+"""Stop strings: an output ends where its text has one, wherever its tokens end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from hpc_distkv.control.messages import Sampling
+from hpc_distkv.model.detokenizer import Detokenizer
+
+
+class TextDecoder(Protocol):
+    """What the engine needs of a tokenizer, for rows with stop strings."""
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Token ids → text."""
+
+
+class StopMatcher:
+    """Looks for the stop strings of one request in its text as that grows.
+
+    Knows nothing that does not follow from the tokens: an instance that takes the request over
+    makes another one. Of several stop strings, the one that is complete first counts, as if the
+    text came one character at a time; hence the cut depends on the text alone.
+    """
+
+    def __init__(self, sampling: Sampling, decoder: TextDecoder, prompt: Sequence[int]) -> None:
+        self.text_end: int | None = None
+        """Characters of the text that belong to the answer, once there is a stop string."""
+        self._stop, self._include = sampling.stop, sampling.include_stop
+        skip = sampling.skip_special_tokens
+        self._text = Detokenizer(lambda ids: decoder.decode(ids, skip), prompt)
+        self._read = len(prompt)
+        self._first = len(prompt) + sampling.min_tokens
+        """Tokens from which on a stop string may end."""
+
+    def found(self, tokens: Sequence[int]) -> bool:
+        """Whether the text of the output has a stop string; `tokens`: of prompt and output so far,
+        more or as many as in the last call."""
+        while self.text_end is None and self._read < len(tokens):
+            before = len(self._text.text)
+            new = self._text.push(tokens[self._read])
+            self._read += 1
+            if new and self._read > self._first:
+                self.text_end = self._search(before)
+        return self.text_end is not None
+
+    def _search(self, before: int) -> int | None:
+        """Where the text ends if a stop string ends after its first `before` characters."""
+        text = self._text.text
+        places = [
+            (place + len(stop), place)
+            for stop in self._stop
+            if (place := text.find(stop, max(0, before + 1 - len(stop)))) >= 0
+        ]
+        if not places:
+            return None
+        end, start = min(places)
+        return end if self._include else start

@@ -1,0 +1,107 @@
+"""A row with several answers is written once, when all are there, or not at all."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+from batch_fakes import answer, chat, completion, make_service, read_lines, run_job, write_lines
+from test_rows import parse
+
+from hpc_distkv.batch.choice import read_choice
+from hpc_distkv.batch.errors import RowError
+from hpc_distkv.batch.intake import Intake
+from hpc_distkv.batch.job import Job
+from hpc_distkv.batch.journal import Journal
+from hpc_distkv.control.messages import Result, pack_tokens
+
+
+def open_job(folder: Path) -> Job:
+    return Job(Intake(folder / "in"), Journal.open(folder / "out", {}), make_service())
+
+
+def test_the_row_is_written_with_its_last_answer_in_any_order(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in", [completion("a", [1, 2], n=3), completion("b", [3])])
+    for order in itertools.permutations(range(3)):
+        job = open_job(tmp_path)
+        requests = list(job.requests())
+        assert len(requests) == 4
+        for place, index in enumerate(order):
+            job.commit(now=True)
+            assert len(read_lines(tmp_path / "out")) == 0, f"after {place} answers"
+            tokens = pack_tokens([65 + index])
+            job.finish(Result(requests[index].id, tokens, "stop", 0.1, 0.2))
+        assert (job.answered, job.in_flight) == (1, 1)
+        job.close()
+        [line] = read_lines(tmp_path / "out")
+        body = line["response"]["body"]
+        assert [choice["text"] for choice in body["choices"]] == ["A", "B", "C"]
+        assert body["usage"]["completion_tokens"] == 3
+        for file in ("out", "out.meta.json"):
+            (tmp_path / file).unlink()
+
+
+def test_a_run_that_ends_between_answers_leaves_the_row_for_the_next(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in", [completion("a", n=3)])
+    job = open_job(tmp_path)
+    requests = list(job.requests())
+    for request in requests[:2]:
+        job.finish(answer(request))
+    job.close()
+    assert read_lines(tmp_path / "out") == []
+    again = open_job(tmp_path)
+    assert list(again.requests()) == requests
+
+
+def test_an_error_of_one_answer_is_that_of_the_row(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in", [completion("a", n=3)])
+    job = open_job(tmp_path)
+    first, second, third = job.requests()
+    job.finish(answer(first))
+    job.refuse(second.id, RowError("no"))
+    job.finish(answer(third))
+    job.refuse(third.id, RowError("no"))
+    job.close()
+    [line] = read_lines(tmp_path / "out")
+    assert line["error"]["message"] == "no"
+    assert (job.answered, job.failed, job.complete) == (0, 1, True)
+
+
+def test_every_option_reaches_the_line(tmp_path: Path) -> None:
+    rows = [
+        completion("echo", "ab", echo=True, n=2),
+        completion("scores", "ab", logprobs=2),
+        chat("chat", "ab", logprobs=True, top_logprobs=1, n=2),
+        chat("bare", "ab", logprobs=True),
+    ]
+    write_lines(tmp_path / "in", rows)
+    run_job(tmp_path / "in", tmp_path / "out")
+    lines = {line["custom_id"]: line["response"]["body"] for line in read_lines(tmp_path / "out")}
+    assert [choice["text"] for choice in lines["echo"]["choices"]] == ["abba", "abba"]
+    [scores] = [choice["logprobs"] for choice in lines["scores"]["choices"]]
+    assert scores["tokens"] == ["b", "a", "<256>"]
+    assert scores["text_offset"] == [0, 1, 2]
+    assert scores["token_logprobs"] == pytest.approx([-0.6931] * 3, abs=1e-4)
+    for choice in lines["chat"]["choices"]:
+        assert [len(entry["top_logprobs"]) for entry in choice["logprobs"]["content"]] == [1] * 5
+    [bare] = lines["bare"]["choices"]
+    assert bare["logprobs"]["content"][0]["top_logprobs"] == []
+
+
+def text(tokens: list[int], text_end: int | None = None, **fields: Any) -> str:
+    row = parse(completion("a", max_tokens=20, **fields))
+    result = Result(0, pack_tokens(tokens), "stop", 0.1, 0.2, text_end=text_end)
+    return read_choice(result, row, make_service().tokenizer).text
+
+
+def test_the_text_of_a_result() -> None:
+    assert text(list(b"hello")) == "hello"
+    assert text([*b"hello", 257]) == "hello"
+    assert text([*b"hello", 257], skip_special_tokens=False) == "hello<257>"
+    assert text(list(b"hello"), text_end=2, stop="llo") == "he"
+    assert text(list("h\u00e9l".encode()), text_end=2, stop="l") == "h\u00e9"
+    assert text(list("h\u00e9".encode())[:-1]) == "h\ufffd"
+    assert text(list("h\u00e9".encode())[:-1], stop="x") == "h\ufffd"
+    assert text([]) == ""
