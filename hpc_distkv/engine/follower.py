@@ -72,7 +72,7 @@ class Follower:
         shape: tuple[int, int],
         decoder: TextDecoder | None,
     ) -> None:
-        """`shape`: query heads and head dimension of the shard. `decoder`: for requests with stop
+        """`shape`: query heads and head dimension of the shard; `decoder`: for requests with stop
         strings."""
         self._comm = comm
         self._lane = Lane(comm, model, pool, config, shape, decoder, self._attend, self._serve)

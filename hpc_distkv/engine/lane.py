@@ -14,7 +14,7 @@ from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.creditor import Creditor
 from hpc_distkv.engine.debtor import Debtor
 from hpc_distkv.engine.forward import Forward, Model
-from hpc_distkv.engine.instance import Instance, StepWork
+from hpc_distkv.engine.instance import NO_LOGPROBS, Instance, StepWork
 from hpc_distkv.engine.scheduler import Plan, Row
 from hpc_distkv.engine.sequence import Sequence
 from hpc_distkv.engine.stop import TextDecoder
@@ -42,8 +42,7 @@ class Lane:
         """`shape`: query heads and head dimension of the shard; `decoder`: for requests with stop
         strings; the two callables as of `Forward`."""
         self.sharing = config.policy.sharing
-        sequence = partial(Sequence, decoder=decoder)
-        self.instance = Instance(comm.world.instance, config, sequence)
+        self.instance = Instance(comm.world.instance, config, partial(Sequence, decoder=decoder))
         self.debtor = Debtor(comm, pool, self.instance, shape)
         self.creditor = Creditor(comm, pool, self.instance, shape, model.attention)
         self._forward = Forward(model, pool, self.instance.rm, between_layers, pause)
@@ -61,10 +60,14 @@ class Lane:
         return logits
 
     def end(
-        self, plan: Plan, tokens: list[int], now: float, logprobs: Mapping[int, bytes] = NO_RECORDS
+        self,
+        plan: Plan,
+        tokens: list[int],
+        now: float,
+        logprobs: Mapping[int, bytes] = NO_LOGPROBS,
     ) -> StepWork:
-        """Commit the moves of a step that was computed, and append its new tokens; records of their
-        `logprobs` are needed on the leader only. Returns what the step had to compute."""
+        """Commit the moves of a step that was computed, and append its new tokens. Returns what
+        the step had to compute. `logprobs`: on the leader, who alone reports results."""
         if self.sharing:
             self.instance.commit(plan)
         done = self._work(plan.rows)

@@ -197,8 +197,7 @@ class Worker:
         if self._log.followed:
             self._log.record(StepBegun(now, fingerprint(plan)))
         logits = self._lane.compute(plan, now)
-        tokens, logprobs = self._sample(plan.rows, logits)
-        now = time.monotonic()
+        (tokens, logprobs), now = self._sample(plan.rows, logits), time.monotonic()
         self._log.record(StepEnded(tokens, now))
         done = self._lane.end(plan, tokens, now, logprobs)
         self._idle = not plan.rows

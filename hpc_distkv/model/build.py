@@ -16,20 +16,22 @@ from hpc_distkv.model.shard import Shard
 def empty_decoder(
     config: ModelConfig, dtype: torch.dtype, device: torch.device, shard: Shard
 ) -> Decoder:
-    """The `shard` of the decoder that `config` describes, its weights of `dtype` on `device`.
-    Raises ModelError for a model that cannot be cut so."""
-    return _Builder(shard.config(config), dtype, device).decoder(shard)
+    """The shard of the decoder that `config` describes, its weights of `dtype` on `device`. Raises
+    ModelError if the model cannot be cut so."""
+    return _Builder(shard.config(config), dtype, device, shard).decoder()
 
 
 class _Builder:
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, device: torch.device, shard: Shard
+    ) -> None:
         self._config, self._family = config, config.family
-        self._dtype, self._device = dtype, device
+        self._dtype, self._device, self._shard = dtype, device, shard
 
     def decoder(self, shard: Shard) -> Decoder:
         config, family = self._config, self._family
         hidden = config.hidden_size
-        vocabulary = len(shard.vocabulary(config.vocab_size)[shard.lane])
+        vocabulary = len(self._shard.vocabulary(config.vocab_size)[self._shard.lane])
         embedding = self._empty(vocabulary, hidden)
         learned = family.positions == "learned"
         head = embedding if config.tie_embeddings else self._empty(vocabulary, hidden)
@@ -41,7 +43,7 @@ class _Builder:
             layers=[self._layer() for _ in range(config.num_layers)],
             norm=self._norm(hidden),
             head=Linear(head),
-            shard=shard,
+            shard=self._shard,
         )
 
     def _layer(self) -> Layer:

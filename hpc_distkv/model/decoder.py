@@ -63,13 +63,13 @@ class Decoder:
         shard: Shard = WHOLE,
     ) -> None:
         """`embedding` [vocab, hidden], `positions` [max_position, hidden] if they are learned,
-        `head` hidden → vocab; or the part of them that is in `shard`, for which `config` then
-        counts heads and sizes."""
+        `head` hidden → vocab, or the rows of `shard`, for which `config` then counts heads and
+        sizes."""
         self.config = config
         self.shard = shard
         self.lanes: Lanes = Alone()
         """Those that hold the other shards of this model."""
-        self.attention = attention_specs(config)
+        self.attention = attention_specs(config, shard)
         """How each layer scores queries against keys."""
         self.embedding = embedding
         self.positions = positions
@@ -126,27 +126,24 @@ class Decoder:
     def logits(self, hidden_rows: Tensor) -> Tensor:
         """Final norm and head: rows [n, hidden] of `hidden` → [n, vocab] float32. Of a shard, lane
         0 gets that, and the others their own columns of it."""
-        own = self.head(self.norm(hidden_rows))
         widths = [len(ids) for ids in self.shard.vocabulary(self.config.vocab_size)]
-        logits = self.lanes.joined(own, widths).float()
+        logits = self.lanes.joined(self.head(self.norm(hidden_rows)), widths).float()
         if cap := self.config.logit_softcap:
             logits = torch.tanh(logits / cap) * cap
         return logits
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """tokens, positions [T] int64 → [T, hidden], a tensor of its own for `layer` to change."""
-        x = self._looked_up(tokens)
+        if self.shard == WHOLE:
+            x = functional.embedding(tokens, self.embedding)
+        else:
+            own = self.shard.lookup(tokens, self.embedding, self.config.vocab_size)
+            x = self.lanes.total(own)
         if self._embedding_scale != 1.0:
             x *= self._embedding_scale
         if self.positions is not None:
             x += functional.embedding(positions, self.positions)
         return x if self.embedding_norm is None else self.embedding_norm(x)
-
-    def _looked_up(self, tokens: Tensor) -> Tensor:
-        if self.shard == WHOLE:
-            return functional.embedding(tokens, self.embedding)
-        own = self.shard.lookup(tokens, self.embedding, self.config.vocab_size)
-        return self.lanes.total(own)
 
     def rotations(self, positions: Tensor, lengths: Tensor | None = None) -> list[Rotation]:
         """The rotary tables of a step, for `layer`; see `hidden` for the arguments."""
@@ -170,11 +167,10 @@ class Decoder:
         if rotations:
             qk = rotate(qk, rotations[self._rotary_of[index]])
         mixed = attend(index, qk[:, :heads], qk[:, heads:], v)
-        mixed = layer.out(mixed.reshape(len(x), -1).to(self.dtype))
-        x += _normed(self.lanes.total(mixed), layer.attention_post_norm)
+        mixed = self.lanes.total(layer.out(mixed.reshape(len(x), -1).to(self.dtype)))
+        x += _normed(mixed, layer.attention_post_norm)
         pause()
-        wide = layer.mlp(layer.mlp_norm(x), pause)
-        x += _normed(self.lanes.total(wide), layer.mlp_post_norm)
+        x += _normed(self.lanes.total(layer.mlp(layer.mlp_norm(x), pause)), layer.mlp_post_norm)
         pause()
         return x
 

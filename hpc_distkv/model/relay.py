@@ -28,7 +28,7 @@ class Place(Protocol):
 
     @property
     def view(self) -> Tensor:
-        """Contiguous, and alike in all processes."""
+        """Alike in all processes."""
 
 
 P = TypeVar("P", bound=Place)
@@ -57,5 +57,8 @@ def relayed(relay: Relay, wanted: dict[str, P], filled: Iterator[list[P]]) -> It
         if not batch:
             raise ModelError("the rank that reads the weights for this one could not")
         for place in batch:
-            relay.broadcast(place.view)
+            tensor = place.view.contiguous()
+            relay.broadcast(tensor)
+            if tensor is not place.view:
+                place.view.copy_(tensor)
         yield batch

@@ -10,12 +10,16 @@ from torch import Tensor
 
 from hpc_distkv.attention import AttentionSpec
 from hpc_distkv.model.config import ModelConfig
+from hpc_distkv.model.shard import WHOLE, Shard
 
 
-def attention_specs(config: ModelConfig) -> list[AttentionSpec]:
-    """One for each layer."""
+def attention_specs(config: ModelConfig, shard: Shard = WHOLE) -> list[AttentionSpec]:
+    """One for each layer; `config` as of `shard`."""
     scale = (config.query_scalar or config.head_dim) ** -0.5
-    slopes = alibi_slopes(config.num_heads) if config.family.positions == "alibi" else None
+    slopes = None
+    if config.family.positions == "alibi":
+        slopes = alibi_slopes(config.num_heads * shard.lanes)
+        slopes = slopes.view(shard.lanes, config.num_heads)[shard.lane]
     return [
         AttentionSpec(
             scale=scale / (layer + 1 if config.scale_by_layer else 1),

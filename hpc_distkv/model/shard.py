@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -48,17 +49,24 @@ class Cut(NamedTuple):
     shape: tuple[int, ...]
     """Of the whole tensor."""
     axis: int = 0
-    part: slice | None = ALL
-    """Along `axis`; None: nothing of it, zeros instead."""
+    parts: tuple[slice, ...] = (ALL,)
+    """Along `axis`, one after another; empty: nothing of it, zeros instead."""
 
-    def read(self, weights: Any, name: str) -> Tensor:
-        """The part of tensor `name` of an open safetensors file, of which no more is read."""
-        if self.part == ALL:
+    def read(self, weights: Any, name: str) -> Tensor | None:
+        """The parts of tensor `name` of an open safetensors file, of which no more is read."""
+        if not self.parts:
+            return None
+        if self.parts == (ALL,):
             whole: Tensor = weights.get_tensor(name)
             return whole
         stored = weights.get_slice(name)
-        part: Tensor = stored[(ALL,) * self.axis + (self.part,)]
-        return part
+        found = [stored[part] if self.axis == 0 else stored[:, part] for part in self.parts]
+        return found[0] if len(found) == 1 else torch.cat(found, dim=self.axis)
+
+    @property
+    def transposed(self) -> Cut:
+        """The same of a checkpoint that stores the transposed matrix."""
+        return Cut(self.shape[::-1], 1 - self.axis, self.parts) if len(self.shape) == 2 else self
 
 
 @dataclass(frozen=True)
@@ -105,38 +113,51 @@ class Shard:
         found = functional.embedding(own.masked_fill_(elsewhere, 0), rows)
         return found.masked_fill_(elsewhere[:, None], 0.0)
 
-    def cut(self, name: str, shape: tuple[int, ...], whole: ModelConfig) -> Cut:
-        """What of tensor `name` (the decoder's name of its layer, see `_KINDS`) is this shard's
-        part of that `shape`; `whole`: the model's configuration."""
-        kind = _KINDS.get(name, "everywhere") if self.lanes > 1 else "everywhere"
-        if kind == "vocabulary":
-            ids = self.vocabulary(whole.vocab_size)[self.lane]
-            return Cut((whole.vocab_size, *shape[1:]), 0, slice(ids.start, ids.stop))
-        if kind == "columns":
-            if len(shape) == 1:  # a bias, to be added once
-                return Cut(shape, 0, None if self.lane else ALL)
-            return Cut((shape[0], shape[1] * self.lanes), 1, _share(self.lane, shape[1]))
-        if kind == "everywhere":
+    def cut(self, name: str, view: Tensor, whole: ModelConfig) -> Cut:
+        """What of the tensors of slot `name` (see `slots.py`) belongs into `view`, this shard's
+        part of the decoder's; `whole`: the model's configuration."""
+        shape = tuple(view.shape)
+        if self.lanes == 1:
             return Cut(shape)
-        holders = max(1, self.lanes // whole.num_kv_heads) if kind == "kv rows" else 1
-        parts = self.lanes // holders
-        return Cut((shape[0] * parts, *shape[1:]), 0, _share(self.lane // holders, shape[0]))
+        if name in ("embedding", "head"):
+            ids = self.vocabulary(whole.vocab_size)[self.lane]
+            return Cut((whole.vocab_size, *shape[1:]), 0, (slice(ids.start, ids.stop),))
+        if name in ("out", "down"):
+            if view.dim() == 1:  # a bias, to be added once
+                return Cut(shape, 0, () if self.lane else (ALL,))
+            return Cut((shape[0], shape[1] * self.lanes), 1, (self._share(0, shape[1]),))
+        return self._rows(name, shape, whole)
+
+    def _rows(self, name: str, shape: tuple[int, ...], whole: ModelConfig) -> Cut:
+        """Of what is cut by rows, if it is cut at all; fused tensors have several runs of rows."""
+        dim, kv_heads = whole.head_dim, whole.num_kv_heads
+        holders = max(1, self.lanes // kv_heads)
+        q, kv, mlp = (whole.num_heads * dim, 1), (kv_heads * dim, holders), whole.intermediate_size
+        runs: tuple[tuple[int, int], ...] = {
+            "q": (q,),
+            "k": (kv,),
+            "v": (kv,),
+            "qkv": (q, kv, kv),
+            "interleaved": ((3 * whole.num_heads * dim, 1),),
+            "gate": ((mlp, 1),),
+            "up": ((mlp, 1),),
+            "gate_up": ((mlp, 1), (mlp, 1)),
+        }.get(name, ())
+        if not runs:
+            return Cut(shape)
+        parts, first = [], 0
+        for rows, lanes_each in runs:
+            parts.append(self._share(first, rows * lanes_each // self.lanes, lanes_each))
+            first += rows
+        return Cut((first, *shape[1:]), 0, tuple(parts))
+
+    def _share(self, first: int, count: int, holders: int = 1) -> slice:
+        """This lane's `count` of what begins at `first`, each share of which has `holders`."""
+        start = first + self.lane // holders * count
+        return slice(start, start + count)
 
 
 WHOLE = Shard()
-
-_KINDS = {
-    "embedding": "vocabulary",
-    "head": "vocabulary",
-    "q": "rows",
-    "k": "kv rows",
-    "v": "kv rows",
-    "out": "columns",
-    "gate": "rows",
-    "up": "rows",
-    "down": "columns",
-}
-"""Layer → how it is cut; norms are not."""
 
 
 def _plain(config: ModelConfig) -> bool:
@@ -154,7 +175,3 @@ def divides(config: ModelConfig, lanes: int) -> bool:
         and config.intermediate_size % lanes == 0
         and (kv_heads % lanes == 0 or lanes % kv_heads == 0)
     )
-
-
-def _share(index: int, count: int) -> slice:
-    return slice(index * count, (index + 1) * count)

@@ -28,13 +28,6 @@ _TENSORS_PER_OPENING = 16
 """A mapped file counts as memory in use until it is closed, so it is closed now and then."""
 
 
-class _Stored(NamedTuple):
-    """Where a tensor is."""
-
-    file: Path
-    name: str
-
-
 def load_decoder(
     path: str | Path,
     config: ModelConfig,
@@ -70,12 +63,12 @@ def _read(folder: Path, config: ModelConfig, wanted: dict[str, Slot]) -> Iterato
     """Fill what is wanted, in that order, a few tensors at a time, which are then wanted no more.
     Checks all files first."""
     files = {file: _checked_names(file, config, wanted) for file in weight_files(folder)}
-    stored = _check_complete(files, wanted, folder)
-    for file, run in groupby(list(wanted), lambda name: stored[name].file):
+    place = _check_complete(files, wanted, folder)
+    for file, run in groupby(list(wanted), lambda name: place[name][0]):
         for few in _batched(list(run), _TENSORS_PER_OPENING):
             with _opened(file) as weights:
                 for name in few:
-                    wanted[name].read(weights, stored[name].name)
+                    wanted[name].fill(wanted[name].cut.read(weights, place[name][1]))
             yield [wanted.pop(name) for name in few]
 
 
@@ -144,7 +137,7 @@ def _checked_names(file: Path, config: ModelConfig, wanted: Mapping[str, Slot]) 
             if full not in wanted:
                 raise ModelError(f"{file}: unexpected tensor {name}; config.json does not fit it")
             stored = weights.get_slice(name)
-            shape, expected = tuple(stored.get_shape()), wanted[full].shape
+            shape, expected = tuple(stored.get_shape()), wanted[full].cut.shape
             if shape != expected:
                 raise ModelError(
                     f"{file}: tensor {name} has shape {shape}, but config.json asks for {expected}"
@@ -160,14 +153,14 @@ def _checked_names(file: Path, config: ModelConfig, wanted: Mapping[str, Slot]) 
 
 def _check_complete(
     files: Mapping[Path, Mapping[str, str]], wanted: Mapping[str, Slot], folder: Path
-) -> dict[str, _Stored]:
-    """Where each tensor is."""
-    found: dict[str, _Stored] = {}
+) -> dict[str, tuple[Path, str]]:
+    """Full name → file, and name there."""
+    found: dict[str, tuple[Path, str]] = {}
     for file, names in files.items():
-        for own_name, name in names.items():
+        for stored, name in names.items():
             if name in found:
-                raise ModelError(f"tensor {name} is in {found[name].file.name} and in {file}")
-            found[name] = _Stored(file, own_name)
+                raise ModelError(f"tensor {name} is in {found[name][0].name} and in {file}")
+            found[name] = file, stored
     missing = [name for name in wanted if name not in found]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from dense import logits_of, save_llama
+from families import TINY, prompt, save
 from torch import Tensor
 
 from hpc_distkv.comm.broadcast import LaneBroadcast
@@ -21,13 +22,22 @@ from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.model.errors import ModelError
 from hpc_distkv.model.family import FAMILIES
-from hpc_distkv.model.shard import Shard
+from hpc_distkv.model.shard import Cut, Shard, divides
 from hpc_distkv.model.weights import load_decoder
+
+DIM = 16
+
+
+def heads_of(cut: Cut) -> range:
+    (part,) = cut.parts
+    first, last = part.start or 0, cut.shape[0] if part.stop is None else part.stop
+    assert first % DIM == last % DIM == 0
+    return range(first // DIM, last // DIM)
 
 
 def config(heads: int, kv_heads: int, mlp: int = 5040) -> ModelConfig:
     family = next(iter(FAMILIES.values()))
-    return ModelConfig(family, 2, 64, mlp, heads, kv_heads, 16, 101, 512)
+    return ModelConfig(family, 2, 64, mlp, heads, kv_heads, DIM, 101, 512)
 
 
 # Division
@@ -67,10 +77,10 @@ def test_every_query_head_is_held_once_beside_its_kv_head(heads, kv_heads, lanes
     for lane in range(lanes):
         shard = Shard(lane, lanes)
         own = shard.config(whole)
-        q = shard.cut("q", (own.num_heads, 1), whole)
-        k = shard.cut("k", (own.num_kv_heads, 1), whole)
-        assert (q.shape[0], k.shape[0]) == (heads, kv_heads)
-        queries, keys = range(heads)[q.part], range(kv_heads)[k.part]
+        q = shard.cut("q", torch.empty(DIM * own.num_heads, 1), whole)
+        k = shard.cut("k", torch.empty(DIM * own.num_kv_heads, 1), whole)
+        assert (q.shape[0], k.shape[0]) == (DIM * heads, DIM * kv_heads)
+        queries, keys = heads_of(q), heads_of(k)
         held += queries
         group = own.num_heads // own.num_kv_heads
         for place, head in enumerate(queries):
@@ -167,7 +177,7 @@ def test_a_rank_reads_its_slices_and_no_more(tmp_path, monkeypatch):
 
 def sharded_logits(path: Path, whole: ModelConfig, tokens: Tensor, lanes: int) -> Tensor:
     def work(comm: Comm) -> Tensor:
-        decoder = load_decoder(path, whole, shard=Shard(comm.world.lane, lanes))
+        decoder = load_decoder(path, whole, "float32", shard=Shard(comm.world.lane, lanes))
         decoder.lanes = Group(comm)
         return logits_of(decoder, tokens, (7, 20))
 
@@ -198,11 +208,7 @@ def test_logits_equal_those_of_the_whole_model(lanes, tied, tmp_path):
 def tensors(decoder: Decoder) -> list[Tensor]:
     with torch.inference_mode():
         probe = torch.eye(decoder.config.hidden_size)
-        return [
-            decoder.embedding,
-            decoder.norm.weight,
-            *(layer.qkv(probe) for layer in decoder.layers),
-        ]
+        return [decoder.embedding, *(layer.qkv(probe) for layer in decoder.layers)]
 
 
 @pytest.mark.parametrize(("ranks", "tp"), [(5, 1), (6, 2)])
@@ -241,3 +247,19 @@ def test_when_the_reader_cannot_go_on_nobody_waits_for_it(tmp_path):
     assert f"{last.name} cannot be read" in said[0]
     assert said[1] == said[2] == "the rank that reads the weights for this one could not"
     assert leftovers(comms) == []
+
+
+# Every family
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+@pytest.mark.parametrize("lanes", [2, 4])
+def test_shards_of_every_family_are_the_whole_model(name, lanes, tmp_path):
+    save(name, tmp_path)
+    whole = ModelConfig.from_dir(tmp_path)
+    if not divides(whole, lanes):
+        pytest.skip("does not divide")
+    tokens = torch.tensor(prompt(40, 1))
+    expected = logits_of(load_decoder(tmp_path, whole, "float32"), tokens)
+    found = sharded_logits(tmp_path, whole, tokens, lanes)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
