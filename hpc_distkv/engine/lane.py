@@ -21,7 +21,6 @@ from hpc_distkv.engine.stop import TextDecoder
 from hpc_distkv.memory.pool import BlockPool
 
 NOTHING = Plan([], [], [], [])
-NO_RECORDS: Mapping[int, bytes] = {}
 
 
 class Lane:

@@ -28,7 +28,7 @@ class _Builder:
         self._config, self._family = config, config.family
         self._dtype, self._device, self._shard = dtype, device, shard
 
-    def decoder(self, shard: Shard) -> Decoder:
+    def decoder(self) -> Decoder:
         config, family = self._config, self._family
         hidden = config.hidden_size
         vocabulary = len(self._shard.vocabulary(config.vocab_size)[self._shard.lane])

@@ -81,11 +81,6 @@ class Shard:
     def config(self, whole: ModelConfig) -> ModelConfig:
         """What is left of the model for this shard: fewer heads and a narrower MLP. Raises
         ModelError, naming the sizes that work, if it cannot be cut so."""
-        if self.lanes > 1 and not _plain(whole):
-            raise ModelError(
-                f"--tensor-parallel-size {self.lanes}: checkpoints of {whole.family.architecture}, "
-                "with their fused weights or experts, cannot be cut yet; leave it at 1"
-            )
         sizes = [lanes for lanes in range(1, whole.num_heads + 1) if divides(whole, lanes)]
         if self.lanes not in sizes:
             raise ModelError(
@@ -158,13 +153,6 @@ class Shard:
 
 
 WHOLE = Shard()
-
-
-def _plain(config: ModelConfig) -> bool:
-    """Whether the checkpoint has every projection in a tensor of its own, as it is used."""
-    family = config.family
-    fused = {"qkv", "gate_up"} & set(family.names)
-    return not (fused or family.transposed or family.interleaved or family.experts)
 
 
 def divides(config: ModelConfig, lanes: int) -> bool:

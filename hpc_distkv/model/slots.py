@@ -30,10 +30,6 @@ class Slot:
     """What of the checkpoint's tensor it takes."""
     linear: Linear | None = None
     """The layer that waits for it."""
-    kind: str = ""
-    """What a shard calls it (`Shard.cut`)."""
-    cut: Cut | None = None
-    """What of the checkpoint's tensor it takes; None: all."""
     offset: float = 0.0
     """Added to what is stored."""
     random: tuple[float, float] = (0.0, 0.0)
