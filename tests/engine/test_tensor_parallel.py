@@ -66,7 +66,7 @@ def decisions(counters: Counters) -> dict[str, int]:
 @pytest.mark.parametrize(("ranks", "tp"), [(4, 1), (4, 2), (4, 4), (2, 2)])
 def test_tokens_do_not_depend_on_how_ranks_form_instances(ranks, tp, tiny_model, whole):
     """With four lanes two of them hold the same KV head."""
-    instances, blocks = ranks // tp, 24
+    instances, blocks = ranks // tp, 16
     rows = greedy(demand_of(2, instances * blocks * BLOCK, random.Random(ranks)))
     outcome = run(tiny_model, rows, ranks, tp, num_blocks=blocks)
     assert outcome.ids == list(range(len(rows)))
