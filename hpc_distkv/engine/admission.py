@@ -145,9 +145,9 @@ class Admission:
         return self._fits(sequence, room)
 
     def _fits(self, sequence: Sequence, room: Room) -> bool:
-        lacking = self._foresight.missing(sequence, sequence.length + 1) - room.now
         if not room.claims:
             return True  # alone it gets what it lacks from others, or makes room as it goes
+        lacking = self._foresight.missing(sequence, sequence.length + 1) - room.now
         if lacking > 0 and room.blocked:
             return False
         claim = self._foresight.claim(sequence)

@@ -8,7 +8,7 @@ import msgspec
 
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages import Header
-from hpc_distkv.engine.instance import StepSeconds
+from hpc_distkv.engine.pace import StepSeconds
 from hpc_distkv.engine.scheduler import Plan
 
 

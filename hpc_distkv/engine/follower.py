@@ -25,8 +25,8 @@ from hpc_distkv.engine.events import (
     fingerprint,
 )
 from hpc_distkv.engine.forward import Model
-from hpc_distkv.engine.instance import Speed
 from hpc_distkv.engine.lane import Lane
+from hpc_distkv.engine.pace import Speed
 from hpc_distkv.engine.stop import TextDecoder
 from hpc_distkv.engine.worker import decode_answer
 from hpc_distkv.memory.loan import ProtocolError
@@ -101,7 +101,7 @@ class Follower:
     @property
     def speed(self) -> Speed:
         """What the leader's steps have shown."""
-        return self._instance.speed
+        return self._instance.pace.speed
 
     def check(self) -> None:
         """Assert the bookkeeping invariants."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Rows
-from typing import NamedTuple
 
 from hpc_distkv.control.gaps import gap_bin
 from hpc_distkv.control.messages import (
@@ -18,9 +17,9 @@ from hpc_distkv.control.messages import (
     Request,
     Result,
 )
-from hpc_distkv.control.step_time import StepTime
 from hpc_distkv.control.work import work
 from hpc_distkv.engine.config import EngineConfig
+from hpc_distkv.engine.pace import Pace, StepSeconds, StepWork
 from hpc_distkv.engine.scheduler import Plan, Row, Scheduler
 from hpc_distkv.engine.sequence import Sequence
 from hpc_distkv.memory.loan import Kind, Move, ProtocolError
@@ -31,55 +30,7 @@ log = logging.getLogger(__name__)
 COUNTED_ROUNDS = 25
 """Reports between two that carry the counters while there is work."""
 
-EXCHANGES = 500
-"""Decode steps with an exchange of which the mean counts: a wait is short or long by what the
-creditor computes meanwhile."""
-
-
 NO_LOGPROBS: Mapping[int, bytes] = {}
-
-
-class StepWork(NamedTuple):
-    """What a step had to compute."""
-
-    decodes: int
-    """Rows in decode."""
-    kv_tokens: int
-    """KV tokens at home that they attended to."""
-    prompt_work: float
-    """Of prompts, as `control.work`."""
-    exchanging: bool
-    """Whether rows had rBlocks elsewhere."""
-
-
-class Speed(NamedTuple):
-    """Measured seconds of one instance; 0 where nothing was measured."""
-
-    fixed: float
-    """Of a decode step, whatever its rows."""
-    per_token: float
-    """Of a decode step, per row."""
-    per_kv: float
-    """Of a decode step, per KV token at home."""
-    prompt: float
-    """Per prompt token, attention left out."""
-    exchange: float
-    """That remote rBlocks add to a decode step."""
-
-
-class StepSeconds(NamedTuple):
-    """How long a step took, in seconds."""
-
-    total: float
-    partial_wait: float
-    """Of that, waiting for creditors' partial results."""
-    beside: float
-    """Of that, waiting for moves, and serving debtors."""
-
-
-def smoothed(average: float, value: float) -> float:
-    """The moving average after one more value; the first value starts it."""
-    return 0.9 * average + 0.1 * value if average else value
 
 
 class Instance:
@@ -102,14 +53,10 @@ class Instance:
         self.counters = Counters()
         self.rm = RManager(number, config.num_blocks, config.lend_cap, config.bounce)
         self.scheduler = Scheduler(self.rm, config)
-        self.model = StepTime()
+        self.pace = Pace()
         self.round = 0
         self._sequence = sequence
         self._asked = 0
-        self._prompt_time = self._exchange = 0.0
-        """Measured seconds per prompt token, and of a decode step's waits for partial results."""
-        self._exchanges = 0
-        """Decode steps that had any."""
         self._results: list[Result] = []
         self._adopted: list[int] = []
         self._returned: list[Sequence] = []
@@ -170,11 +117,11 @@ class Instance:
             kv_tokens=self._kv_tokens(),
             work_left=self._work_left(),
             row_blocks=self._row_blocks(),
-            fixed=self.model.fixed,
-            per_token=self.model.per_token,
-            per_kv=self.model.per_kv,
-            prompt_time=self._prompt_time,
-            exchange=self._exchange,
+            fixed=self.pace.steps.fixed,
+            per_token=self.pace.steps.per_token,
+            per_kv=self.pace.steps.per_kv,
+            prompt_time=self.pace.prompt,
+            exchange=self.pace.exchange,
             changes=self._changes(),
         )
 
@@ -194,7 +141,7 @@ class Instance:
     def _count(self) -> Counters:
         self.counters.preemptions = self.scheduler.preemptions
         self.counters.stalls = self.scheduler.stalls
-        self.counters.prediction_error = self.model.error
+        self.counters.prediction_error = self.pace.steps.error
         return self.counters
 
     def credits(self) -> dict[int, int]:
@@ -323,32 +270,18 @@ class Instance:
                 )
             )
 
-    @property
-    def speed(self) -> Speed:
-        """What its steps have shown so far."""
-        model = self.model
-        return Speed(model.fixed, model.per_token, model.per_kv, self._prompt_time, self._exchange)
-
     def note_step(self, work: StepWork, seconds: StepSeconds) -> None:
         """How long a step with rows took."""
         self.counters.steps += 1
         self.counters.step_time += seconds.total
         self.counters.held_block_steps += self.rm.held
         self.counters.remote_block_steps += self.rm.borrowed
-        own = seconds.total - seconds.partial_wait - seconds.beside
-        if work.prompt_work:
-            rest = own - self.model.predict(work.decodes, work.kv_tokens)
-            self._prompt_time = smoothed(self._prompt_time, max(0.0, rest) / work.prompt_work)
-        elif own > 0:
-            self.model.observe(work.decodes, work.kv_tokens, own)
-            if work.exchanging:
-                self._exchanges += 1
-                weight = 1 / min(self._exchanges, EXCHANGES)
-                self._exchange += weight * (seconds.partial_wait - self._exchange)
-        if self._exchange and self._prompt_time:
-            self.scheduler.exchange_tokens = self._exchange / self._prompt_time
-        if self.model.fixed and self._prompt_time:
-            self.scheduler.step_tokens = self.model.fixed / self._prompt_time
+        self.pace.note(work, seconds)
+        if prompt := self.pace.prompt:
+            if exchange := self.pace.exchange:
+                self.scheduler.exchange_tokens = exchange / prompt
+            if fixed := self.pace.steps.fixed:
+                self.scheduler.step_tokens = fixed / prompt
 
     # -- letters of others, at any time ---------------------------------------------------------
 

@@ -14,7 +14,8 @@ from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.creditor import Creditor
 from hpc_distkv.engine.debtor import Debtor
 from hpc_distkv.engine.forward import Forward, Model
-from hpc_distkv.engine.instance import NO_LOGPROBS, Instance, StepWork
+from hpc_distkv.engine.instance import NO_LOGPROBS, Instance
+from hpc_distkv.engine.pace import StepWork
 from hpc_distkv.engine.scheduler import Plan, Row
 from hpc_distkv.engine.sequence import Sequence
 from hpc_distkv.engine.stop import TextDecoder

@@ -24,9 +24,9 @@ from hpc_distkv.engine.events import (
     fingerprint,
 )
 from hpc_distkv.engine.forward import Model
-from hpc_distkv.engine.instance import Speed, StepSeconds
 from hpc_distkv.engine.lane import Lane
 from hpc_distkv.engine.letters import Letters
+from hpc_distkv.engine.pace import Speed, StepSeconds
 from hpc_distkv.engine.sampler import sample, sample_logprobs
 from hpc_distkv.engine.scheduler import Row
 from hpc_distkv.engine.stop import TextDecoder
@@ -222,7 +222,7 @@ class Worker:
     @property
     def speed(self) -> Speed:
         """What its steps have shown."""
-        return self._instance.speed
+        return self._instance.pace.speed
 
     def check(self) -> None:
         """Assert the bookkeeping invariants."""

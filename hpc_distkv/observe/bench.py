@@ -12,7 +12,7 @@ from typing import Any
 from hpc_distkv.comm.local import open_local
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages import Request, Result, Sampling, pack_tokens
-from hpc_distkv.engine.instance import Speed
+from hpc_distkv.engine.pace import Speed
 from hpc_distkv.engine.rank import EngineOptions, RankEngine
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.observe.metrics import peak_memory

@@ -29,7 +29,7 @@ def predicted_rate(
     requests: Sequence[Request],
 ) -> float:
     """Output tokens per second that the simulator predicts for `requests` on `ranks` ranks of one
-    node. `speeds`: what ranks measured (`engine.instance.Speed`); their means count."""
+    node. `speeds`: what ranks measured (`engine.pace.Speed`); their means count."""
     policy = POLICIES[policy] if isinstance(policy, str) else policy
     deployment = Deployment(
         Cluster(1, ranks, Device("rank", 1e12, 0.0), measured=_measured(model, speeds)),

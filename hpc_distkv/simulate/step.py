@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from hpc_distkv.control.messages import Header
-from hpc_distkv.engine.instance import Instance, StepSeconds, StepWork
+from hpc_distkv.engine.instance import Instance
+from hpc_distkv.engine.pace import StepSeconds, StepWork
 from hpc_distkv.engine.scheduler import Plan
 from hpc_distkv.memory.loan import Move
 from hpc_distkv.simulate.deployment import Deployment
