@@ -8,9 +8,7 @@ from typing import TypeVar
 import msgspec
 import torch
 
-from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages import Answer
-from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.events import (
     Arrived,
     Boundary,
@@ -24,13 +22,10 @@ from hpc_distkv.engine.events import (
     StepTimed,
     fingerprint,
 )
-from hpc_distkv.engine.forward import Model
-from hpc_distkv.engine.lane import Lane
+from hpc_distkv.engine.lane import Lane, Parts
 from hpc_distkv.engine.pace import Speed
-from hpc_distkv.engine.stop import TextDecoder
 from hpc_distkv.engine.worker import decode_answer
 from hpc_distkv.memory.loan import ProtocolError
-from hpc_distkv.memory.pool import BlockPool
 
 E = TypeVar("E", bound=Event)
 
@@ -63,19 +58,10 @@ class Follower:
     follower only in sums, for the same event, and in rounds, for the last boundary.
     """
 
-    def __init__(
-        self,
-        comm: Comm,
-        model: Model,
-        pool: BlockPool,
-        config: EngineConfig,
-        shape: tuple[int, int],
-        decoder: TextDecoder | None,
-    ) -> None:
-        """`shape`: query heads and head dimension of the shard; `decoder`: for requests with stop
-        strings."""
+    def __init__(self, parts: Parts) -> None:
+        comm = parts.comm
         self._comm = comm
-        self._lane = Lane(comm, model, pool, config, shape, decoder, self._attend, self._serve)
+        self._lane = Lane(parts, self._attend, self._serve)
         self._instance, self._creditor = self._lane.instance, self._lane.creditor
         self.counters = self._instance.counters
         self._leader = comm.world.rank - comm.world.lane

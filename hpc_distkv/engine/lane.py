@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -24,28 +25,35 @@ from hpc_distkv.memory.pool import BlockPool
 NOTHING = Plan([], [], [], [])
 
 
+class Parts(NamedTuple):
+    """What a rank is made of."""
+
+    comm: Comm
+    model: Model
+    """Its shard."""
+    pool: BlockPool
+    config: EngineConfig
+    shape: tuple[int, int]
+    """Query heads and head dimension of the shard."""
+    decoder: TextDecoder | None
+    """For requests with stop strings."""
+
+
 class Lane:
     """One rank's replica of its instance, and the tensors that belong to it. Whoever drives it
     says when what happens: the instance's leader (`Worker`) or its log (`Follower`)."""
 
     def __init__(
-        self,
-        comm: Comm,
-        model: Model,
-        pool: BlockPool,
-        config: EngineConfig,
-        shape: tuple[int, int],
-        decoder: TextDecoder | None,
-        between_layers: Callable[[], None],
-        pause: Callable[[], None],
+        self, parts: Parts, between_layers: Callable[[], None], pause: Callable[[], None]
     ) -> None:
-        """`shape`: query heads and head dimension of the shard; `decoder`: for requests with stop
-        strings; the two callables as of `Forward`."""
+        """The two callables as of `Forward`."""
+        comm, pool, config, shape = parts.comm, parts.pool, parts.config, parts.shape
         self.sharing = config.policy.sharing
-        self.instance = Instance(comm.world.instance, config, partial(Sequence, decoder=decoder))
+        sequence = partial(Sequence, decoder=parts.decoder)
+        self.instance = Instance(comm.world.instance, config, sequence)
         self.debtor = Debtor(comm, pool, self.instance, shape)
-        self.creditor = Creditor(comm, pool, self.instance, shape, model.attention)
-        self._forward = Forward(model, pool, self.instance.rm, between_layers, pause)
+        self.creditor = Creditor(comm, pool, self.instance, shape, parts.model.attention)
+        self._forward = Forward(parts.model, pool, self.instance.rm, between_layers, pause)
         self._block_size = pool.block_size
         self._attention_tokens = config.attention_tokens
         self._exchanging = False

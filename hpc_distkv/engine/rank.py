@@ -20,6 +20,7 @@ from hpc_distkv.control.messages import Request
 from hpc_distkv.control.policy import POLICIES, Policy
 from hpc_distkv.engine.config import EngineConfig, OptionError
 from hpc_distkv.engine.follower import Follower
+from hpc_distkv.engine.lane import Parts
 from hpc_distkv.engine.stop import TextDecoder
 from hpc_distkv.engine.worker import Leader, Worker
 from hpc_distkv.memory.pool import BlockPool
@@ -148,8 +149,8 @@ class RankEngine:
         """Work until all requests of rank 0's leader are answered. Collective; `leader` is given
         on rank 0 alone. Raises StallError, ProtocolError, and what the leader raises."""
         heads = (self._model.config.num_heads, self._model.config.head_dim)
-        parts = (self.comm, self._model, self._pool, self.config, heads, self._decoder)
-        worker = Follower(*parts) if self.comm.world.lane else Worker(*parts, leader)
+        parts = Parts(self.comm, self._model, self._pool, self.config, heads, self._decoder)
+        worker = Follower(parts) if self.comm.world.lane else Worker(parts, leader)
         worker.run()
         return worker
 

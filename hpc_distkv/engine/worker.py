@@ -8,11 +8,9 @@ from typing import Protocol
 import msgspec
 import torch
 
-from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.messages import Answer, Result
 from hpc_distkv.control.wire import encode_report
-from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.events import (
     Boundary,
     Left,
@@ -23,15 +21,12 @@ from hpc_distkv.engine.events import (
     StepTimed,
     fingerprint,
 )
-from hpc_distkv.engine.forward import Model
-from hpc_distkv.engine.lane import Lane
+from hpc_distkv.engine.lane import Lane, Parts
 from hpc_distkv.engine.letters import Letters
 from hpc_distkv.engine.pace import Speed, StepSeconds
 from hpc_distkv.engine.sampler import sample, sample_logprobs
 from hpc_distkv.engine.scheduler import Row
-from hpc_distkv.engine.stop import TextDecoder
 from hpc_distkv.memory.loan import ProtocolError
-from hpc_distkv.memory.pool import BlockPool
 
 
 class Leader(Protocol):
@@ -75,20 +70,11 @@ class Worker:
     everywhere: no message is left behind.
     """
 
-    def __init__(
-        self,
-        comm: Comm,
-        model: Model,
-        pool: BlockPool,
-        config: EngineConfig,
-        shape: tuple[int, int],
-        decoder: TextDecoder | None,
-        leader: Leader | None,
-    ) -> None:
-        """`shape`: query heads and head dimension of the shard. `decoder`: for requests with stop
-        strings. `leader`: on rank 0 only."""
+    def __init__(self, parts: Parts, leader: Leader | None) -> None:
+        """`leader`: on rank 0 only."""
+        comm = parts.comm
         self._comm, self._leader = comm, leader
-        self._lane = Lane(comm, model, pool, config, shape, decoder, self._attend, self._serve)
+        self._lane = Lane(parts, self._attend, self._serve)
         self._instance = self._lane.instance
         self.counters = self._instance.counters
         self._log = Log(comm)

@@ -10,8 +10,10 @@ from typing import Any
 from hpc_distkv.model.errors import ModelError
 from hpc_distkv.model.family import COMMON_REQUIRED, FAMILIES, Family
 from hpc_distkv.model.files import fingerprint, read_json, weight_files
+from hpc_distkv.model.generation import GenerationDefaults
 from hpc_distkv.model.rope import Rope
 from hpc_distkv.model.settings import Settings
+from hpc_distkv.model.windows import read_windows
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 ACTIVATIONS = {
@@ -22,19 +24,6 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 """hidden_act → our name of the function."""
-_FULL, _SLIDING = "full_attention", "sliding_attention"
-
-
-@dataclass(frozen=True)
-class GenerationDefaults:
-    """Sampling settings of generation_config.json; greedy if it does not ask for sampling."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    """0: no limit."""
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -190,7 +179,7 @@ def _parse(
         activation=_activation(read),
         rope=rope,
         local_rope=local_rope,
-        windows=_windows(read, family, layers, max_position),
+        windows=read_windows(read, family, layers, max_position),
         query_scalar=_query_scalar(read),
         scale_by_layer=read.flag("scale_attn_by_inverse_layer_idx"),
         attention_softcap=read.optional("attn_logit_softcapping") or 0.0,
@@ -205,7 +194,7 @@ def _parse(
         dtype=dtype,
         eos_token_ids=_token_ids("eos_token_id", where, generation, raw),
         bos_token_id=next(iter(_token_ids("bos_token_id", where, raw)), None),
-        generation=_generation_defaults(generation),
+        generation=GenerationDefaults.read(generation),
         fingerprint=fingerprint,
     )
 
@@ -249,39 +238,6 @@ def _experts_per_token(read: Settings) -> int:
     return chosen
 
 
-def _windows(read: Settings, family: Family, layers: int, max_position: int) -> tuple[int, ...]:
-    """Windows that no position can outgrow are none."""
-    if family.windows == "none" or not read.flag("use_sliding_window", True):
-        return ()
-    sliding = _sliding_layers(read, family, layers)
-    if read.get("sliding_window") is None:
-        if read.get("layer_types") is not None and any(sliding):
-            raise read.error("sliding_window", f"is missing, but layer_types has {_SLIDING}")
-        return ()
-    window = read.whole("sliding_window")
-    if window >= max_position or not any(sliding):
-        return ()
-    return tuple(window if slides else 0 for slides in sliding)
-
-
-def _sliding_layers(read: Settings, family: Family, layers: int) -> list[bool]:
-    types = read.get("layer_types")
-    if types is not None:
-        if not isinstance(types, list) or len(types) != layers:
-            raise read.error("layer_types", f"must list {layers} layers")
-        for kind in types:
-            if kind not in (_FULL, _SLIDING):
-                raise read.error(
-                    "layer_types", f"has {kind!r}; supported are {_FULL} and {_SLIDING}"
-                )
-        return [kind == _SLIDING for kind in types]
-    if family.windows == "pattern":
-        every = read.whole("sliding_window_pattern")
-        return [bool((index + 1) % every) for index in range(layers)]
-    first = read.whole("max_window_layers", least=0) if family.windows == "upper" else 0
-    return [index >= first for index in range(layers)]
-
-
 def _token_ids(key: str, where: str, *sources: Mapping[str, Any]) -> tuple[int, ...]:
     """The token ids under `key` in all `sources`, each a number or a list, without repeats."""
     ids: list[int] = []
@@ -294,29 +250,3 @@ def _token_ids(key: str, where: str, *sources: Mapping[str, Any]) -> tuple[int, 
                 raise ModelError(f"{where}: {key} must be token ids, not {value!r}")
             ids.append(item)
     return tuple(ids)
-
-
-def _generation_defaults(generation: Mapping[str, Any]) -> GenerationDefaults:
-    """Greedy unless do_sample is true, as transformers reads the file. Raises ModelError."""
-
-    def setting(key: str, default: float, lowest: float, highest: float) -> float:
-        value = generation.get(key)
-        value = default if value is None else value
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not lowest <= value <= highest:
-            raise ModelError(
-                f"generation_config.json: {key} must be a number from {lowest:g} to {highest:g}, "
-                f"not {value!r}"
-            )
-        return float(value)
-
-    repetition_penalty = setting("repetition_penalty", 1.0, 1e-6, 1e6)
-    if not generation.get("do_sample"):
-        return GenerationDefaults(repetition_penalty=repetition_penalty)
-    return GenerationDefaults(
-        temperature=setting("temperature", 1.0, 0, 100),
-        top_p=setting("top_p", 1.0, 1e-6, 1),
-        top_k=max(0, int(setting("top_k", 50, -1, 1e9))),
-        min_p=setting("min_p", 0.0, 0, 1),
-        repetition_penalty=repetition_penalty,
-    )

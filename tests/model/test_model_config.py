@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from hpc_distkv.model.config import GenerationDefaults, ModelConfig
+from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.errors import ModelError
+from hpc_distkv.model.generation import GenerationDefaults
 
 GOOD: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
