@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from hpc_distkv.comm.world import World
@@ -53,6 +54,15 @@ class Waiter:
         self.background: list[Callable[[], object]] = []
         """Pushed on at every poll: what must advance while this rank waits for something else."""
         self._moves = 0
+
+    @contextmanager
+    def meanwhile(self, push: Callable[[], object]) -> Iterator[None]:
+        """Have `push` called at every poll of all waits in this block."""
+        self.background.append(push)
+        try:
+            yield
+        finally:
+            self.background.remove(push)
 
     def moved(self) -> None:
         """Something of this rank completed: the stall clock starts anew."""

@@ -59,8 +59,7 @@ class Follower:
     """
 
     def __init__(self, parts: Parts) -> None:
-        comm = parts.comm
-        self._comm = comm
+        self._comm = comm = parts.comm
         self._lane = Lane(parts, self._attend, self._serve)
         self._instance, self._creditor = self._lane.instance, self._lane.creditor
         self.counters = self._instance.counters
@@ -73,16 +72,12 @@ class Follower:
     @torch.inference_mode()
     def run(self) -> None:
         """Follow until the gManager says stop. Raises StallError and ProtocolError."""
-        background = self._comm.waiter.background
-        background.append(self._attend)
-        try:
+        with self._comm.waiter.meanwhile(self._attend):
             self._loop()
             if self._lane.sharing:
                 self._leaving = True
                 self._comm.share(None)
                 self._next(Left)
-        finally:
-            background.remove(self._attend)
 
     @property
     def speed(self) -> Speed:

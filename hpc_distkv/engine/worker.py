@@ -72,8 +72,8 @@ class Worker:
 
     def __init__(self, parts: Parts, leader: Leader | None) -> None:
         """`leader`: on rank 0 only."""
-        comm = parts.comm
-        self._comm, self._leader = comm, leader
+        self._comm = comm = parts.comm
+        self._leader = leader
         self._lane = Lane(parts, self._attend, self._serve)
         self._instance = self._lane.instance
         self.counters = self._instance.counters
@@ -86,14 +86,10 @@ class Worker:
     @torch.inference_mode()
     def run(self) -> None:
         """Work until the gManager says stop. Raises StallError and ProtocolError."""
-        background = self._comm.waiter.background
-        background.append(self._attend)
-        try:
+        with self._comm.waiter.meanwhile(self._attend):
             self._loop()
             if self._lane.sharing:
                 self._leave()
-        finally:
-            background.remove(self._attend)
 
     def _loop(self) -> None:
         self._report()
