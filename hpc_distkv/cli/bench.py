@@ -142,6 +142,13 @@ def unused_lending(**options: Any) -> None:
 @click.option("--scale", default=1.0, show_default=True, help="Divide all prompts by this.")
 @click.option("--scale-output", type=float, help="Divide all outputs by this. [default: --scale]")
 @click.option(
+    "--limits",
+    default=1.0,
+    show_default=True,
+    help="Above 1, outputs are not known beforehand: rows allow for this many times as much, and "
+    "end at random.",
+)
+@click.option(
     "--against",
     default="lend,lend-greedy,migrate,queue,isolated",
     show_default=True,
@@ -163,8 +170,9 @@ def policies(**options: Any) -> None:
             names = options["against"].split(",")
             traces = [Trace.load(name) for name in options["traces"]]
             traces = [t.head(options["rows"]) if options["rows"] else t for t in traces]
-            scaled = [t.scaled(options["scale"], options["scale_output"]) for t in traces]
-            return {name: way(name, settings) for name in names}, scaled
+            traces = [t.scaled(options["scale"], options["scale_output"]) for t in traces]
+            limited = [t.limited(options["limits"]) for t in traces]
+            return {name: way(name, settings) for name in names}, limited
 
         ways, traces = together(comm, prepared)
         results = {

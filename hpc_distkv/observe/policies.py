@@ -14,9 +14,10 @@ from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.engine.config import OptionError
 from hpc_distkv.engine.rank import EngineOptions, RankEngine
 from hpc_distkv.model.decoder import Decoder
-from hpc_distkv.observe.bench import ratios, run_once, warm_up
+from hpc_distkv.observe.bench import BenchLeader, lead, ratios, run_led, warm_up
 from hpc_distkv.observe.plots import bars
 from hpc_distkv.observe.prediction import most_rate, predicted_rate
+from hpc_distkv.simulate.trace import Row
 
 RATE = "output_tokens_per_second"
 LEND = POLICIES["lend"]
@@ -59,19 +60,25 @@ def compare(
     warm_up(next(iter(engines.values())), requests)
     figures: dict[str, dict[str, Any]] = {}
     rates: dict[str, list[float]] = {name: [] for name in ways}
+    leader: BenchLeader | None = None
     for _ in range(repeats):
         for name, engine in engines.items():
             comm.share(None)
-            figures[name] = run_once(engine, requests)
+            leader = lead(engine, requests)
+            figures[name] = run_led(engine, leader)
             rates[name].append(figures[name].get(RATE, 1.0))
-    if comm.world.rank:
+    if leader is None:
         return {}
+    rows = [
+        Row(request.prompt_len, leader.outputs[request.id], limit=request.sampling.max_tokens)
+        for request in requests
+    ]
     *_, baseline = ways
     speeds = [speed for each in figures.values() for speed in each["speed"]]
     config, instances = engines[baseline].config, comm.world.instances
     predicted = {
         name: predicted_rate(
-            model.config, engine.config, engine.config.policy, instances, speeds, requests
+            model.config, engine.config, engine.config.policy, instances, speeds, rows
         )
         for name, engine in engines.items()
     }
@@ -79,11 +86,11 @@ def compare(
     return {
         "rows": len(requests),
         "prompt_tokens": sum(request.prompt_len for request in requests),
-        "output_tokens": sum(request.sampling.max_tokens for request in requests),
+        "output_tokens": sum(row.output for row in rows),
         "pool_tokens": config.block_size * config.num_blocks,
         RATE: measured,
         f"over_{baseline}": {name: ratios(rates[name], rates[baseline]) for name in ways},
-        f"most_over_{baseline}": most_rate(model.config, config, instances, speeds, requests)
+        f"most_over_{baseline}": most_rate(model.config, config, instances, speeds, rows)
         / measured[baseline],
         "predicted_over_measured": {name: predicted[name] / measured[name] for name in ways},
         "figures": figures,

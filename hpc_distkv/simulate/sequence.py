@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import struct
+
 from hpc_distkv.control.messages import Request, Sampling
 from hpc_distkv.engine.sequence import Sequence
+from hpc_distkv.simulate.trace import Row
 
 
 class SizedRequest(Request, frozen=True, array_like=True):
-    """A request whose `prompt` says how long the prompt is, in place of its tokens: little-endian
-    uint32. On the wire it is any request."""
+    """A request whose `prompt` says how long prompt and output are, in place of tokens:
+    little-endian uint32. On the wire it is any request."""
 
     @classmethod
-    def of(cls, id: int, prompt: int, output: int) -> SizedRequest:
-        """A request of `prompt` tokens that makes exactly `output` tokens."""
-        return cls(id, prompt.to_bytes(4, "little"), Sampling(max_tokens=output))
+    def of(cls, id: int, row: Row) -> SizedRequest:
+        """A request that makes exactly the row's output, whatever its limit."""
+        return cls(id, struct.pack("<2I", row.prompt, row.output), Sampling(row.max_tokens))
 
     @property
     def prompt_len(self) -> int:
         """Prompt tokens."""
-        return int.from_bytes(self.prompt, "little")
+        return int.from_bytes(self.prompt[:4], "little")
+
+    @property
+    def output(self) -> int:
+        """Output tokens it will make."""
+        return int.from_bytes(self.prompt[4:], "little")
 
 
 class SizedSequence(Sequence):
@@ -26,7 +34,7 @@ class SizedSequence(Sequence):
     kept here."""
 
     __slots__ = (
-        "_max_tokens",
+        "_output",
         "assigned_at",
         "computed",
         "final_len",
@@ -56,8 +64,8 @@ class SizedSequence(Sequence):
         self.id = sized.id
         self.length = sized.prompt_len
         self.output_len = 0
-        self._max_tokens = sized.sampling.max_tokens
-        self.final_len = self.length + self._max_tokens - 1
+        self._output = sized.output
+        self.final_len = self.length + sized.sampling.max_tokens - 1
 
     def __repr__(self) -> str:
         return f"SizedSequence({self.id}: {self.computed} of {self.length} computed)"
@@ -72,8 +80,10 @@ class SizedSequence(Sequence):
 
     @property
     def finish_reason(self) -> str | None:
-        """Its length alone ends it."""
-        return "length" if self.output_len >= self._max_tokens else None
+        """It ends when it has its output."""
+        if self.output_len < self._output:
+            return None
+        return "stop" if self._output < self.request.sampling.max_tokens else "length"
 
     @property
     def packed(self) -> bytes:

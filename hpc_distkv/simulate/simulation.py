@@ -127,7 +127,7 @@ class Simulation:
         for number, row in enumerate(rows):
             if deployment.fits(row):
                 self.record.start(row)
-                yield SizedRequest.of(number, row.prompt, row.output)
+                yield SizedRequest.of(number, row)
             else:
                 self.record.refuse()
 

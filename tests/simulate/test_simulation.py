@@ -67,7 +67,13 @@ def virtual(figures: dict[str, Any]) -> dict[str, Any]:
 
 QUICK = [Phase.explicit, Phase.reuse, Phase.generate]
 """A job that is stuck takes long to shrink."""
-rows = st.lists(st.builds(Row, st.integers(1, 90), st.integers(1, 30)), min_size=1, max_size=14)
+row = st.builds(
+    lambda prompt, output, beyond: Row(prompt, output, limit=output + beyond),
+    st.integers(1, 90),
+    st.integers(1, 30),
+    st.integers(0, 20),
+)
+rows = st.lists(row, min_size=1, max_size=14)
 
 
 @settings(max_examples=60, deadline=None, phases=QUICK)
@@ -76,7 +82,7 @@ def test_every_row_that_fits_is_answered_once_and_the_books_agree(rows, policy, 
     where = deployment(instances, blocks, policy)
     answered, simulation = run(where, rows)
     room = BLOCK * blocks * (instances if policy.startswith("lend") else 1)
-    fitting = [n for n, row in enumerate(rows) if row.prompt + row.output - 1 <= room]
+    fitting = [n for n, row in enumerate(rows) if row.prompt + row.max_tokens - 1 <= room]
     assert sorted(answered) == fitting
     figures = simulation.record.figures(where)
     assert figures["rows"] == {"answered": len(fitting), "refused": len(rows) - len(fitting)}
