@@ -48,6 +48,9 @@ class EngineOptions:
     max_num_batched_tokens: int = 512
     policy: str | Policy = "lend"
     """How ranks share memory: one of `control.policy.POLICIES`."""
+    enable_prefix_caching: bool = True
+    """Rows with equal beginnings share the rBlocks of these; not where `window` frees rBlocks, nor
+    where whole requests migrate."""
     move_budget: int = 16
     """KV tokens that may move in a step though no row waits for them."""
     lend_cap: int | None = None
@@ -79,6 +82,7 @@ class RankEngine:
         set_threads(comm, options.threads)
         block_bytes = options.block_size * config.kv_bytes_per_token(_name(model.dtype))
         policy = _policy(options.policy, comm.world.instances)
+        window = 0 if policy.migrate else config.widest_window
         self.config = EngineConfig(
             num_blocks=options.num_blocks or _blocks_that_fit(comm, options.kv_memory, block_bytes),
             block_size=options.block_size,
@@ -87,7 +91,9 @@ class RankEngine:
             policy=policy,
             lend_cap=options.lend_cap,
             move_budget=options.move_budget,
-            window=0 if policy.migrate else config.widest_window,
+            window=window,
+            prefix_caching=options.enable_prefix_caching and not window and not policy.migrate,
+            keys_by_length=model.needs_lengths,
             attention_tokens=config.attention_tokens,
         )
         self.capacity_blocks = self.config.num_blocks
@@ -168,6 +174,7 @@ class RankEngine:
             block_size=config.block_size,
             move_budget=config.move_budget,
             attention_tokens=config.attention_tokens,
+            prefix_caching=config.prefix_caching,
             exchange_seconds=self._exchange_seconds(links),
         )
 

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
-from hpc_distkv.memory.loan import Copies, Debt, Dropped, Guest, Kind, Loan, Move, ProtocolError
+from hpc_distkv.memory.integrity import check_loans, check_prefixes, check_slots
+from hpc_distkv.memory.loan import (
+    Copies,
+    Debt,
+    Dropped,
+    Guest,
+    Kind,
+    Loan,
+    Move,
+    ProtocolError,
+    Split,
+)
+from hpc_distkv.memory.prefix import Prefix, PrefixTree
 from hpc_distkv.memory.table import BlockTable
 
 
@@ -19,7 +31,9 @@ class RManager:
         or close [debtor] → released, evict [header to creditor]
     A migration is a loan of copies (`copy_out`) that ends with hand_over [debtor] / adopt
     [creditor, from the header].
-    Every slot is free, in one block table, in one guest, or receiving; `check` proves it.
+    Every slot is free, in one block table, in one guest, or receiving; `check` proves it. Requests
+    share sealed rBlocks through the tables of prefixes (`PrefixTree`); those that nobody uses are
+    given up when their slots are wanted, so they count as free.
     `bounce` slots beyond the pool take in what comes home while all else is taken: so the
     instances of a circle of debts can all bring rBlocks home at once.
     """
@@ -33,6 +47,8 @@ class RManager:
         self.bounce = bounce
         self.promised = 0
         self.tables: dict[int, BlockTable] = {}
+        """By request, and by prefix."""
+        self.prefixes = PrefixTree(self.tables)
         self.guests: dict[tuple[int, int], Guest] = {}
         self.debts: dict[int, Debt] = {}
         self.loans: dict[int, Loan] = {}
@@ -47,14 +63,14 @@ class RManager:
 
     @property
     def free(self) -> int:
-        """Slots that hold nothing, whatever they are set aside for."""
-        return max(0, len(self._free) - self.bounce)
+        """Slots that hold nothing in use, whatever they are set aside for."""
+        return max(0, self._vacant - self.bounce)
 
     @property
     def usable(self) -> int:
         """Slots this instance may fill itself: free, not promised, not set aside for a debtor.
         Negative while the bounce slots are in use."""
-        return len(self._free) - self.bounce - self.promised - self._set_aside
+        return self._vacant - self.bounce - self.promised - self._set_aside
 
     @property
     def credit(self) -> int:
@@ -75,7 +91,11 @@ class RManager:
     def held(self) -> int:
         """rBlocks of this instance's requests, wherever they are."""
         hosted = sum(loan.used for loan in self.loans.values())
-        return self.num_blocks + self.bounce - len(self._free) - hosted + self.borrowed
+        return self.num_blocks + self.bounce - self._vacant - hosted + self.borrowed
+
+    @property
+    def _vacant(self) -> int:
+        return len(self._free) + self.prefixes.idle
 
     @property
     def _set_aside(self) -> int:
@@ -83,43 +103,58 @@ class RManager:
 
     # -- own requests ---------------------------------------------------------------------------
 
-    def open(self, request: int) -> BlockTable:
-        """Begin an empty block table."""
+    def open(self, request: int, keys: Sequence[bytes] = ()) -> BlockTable:
+        """Begin the block table of a request, empty, that continues what is here of its prompt.
+        `keys`: of the rBlocks of the prompt that may be shared."""
         assert request not in self.tables
-        table = self.tables[request] = BlockTable()
+        found = self.prefixes.find(keys, max(0, self.usable)) if keys else None
+        prefix = self._end_at(*found) if found else None
+        self.prefixes.join(request, prefix, keys)
+        table = self.tables[request] = BlockTable(start=prefix.blocks if prefix else 0)
         return table
+
+    def seal(self, request: int, blocks: int) -> None:
+        """The first `blocks` rBlocks of a request are full: others may share its prompt's."""
+        self.prefixes.seal(request, blocks)
 
     def grow(self, request: int, blocks: int) -> None:
         """Append `blocks` home rBlocks to a table. The caller has looked at `usable`."""
         assert 0 <= blocks <= max(0, self.usable)
         table = self.tables[request]
         for _ in range(blocks):
-            table.add(self._free.pop())
+            table.add(self._take())
 
     def close(self, request: int) -> None:
-        """Free a request's rBlocks, at home now and at its creditors by the next header. Its
-        moves must have been committed."""
-        assert all(move.request != request for move in (*self.outgoing, *self.incoming))
-        table = self.tables.pop(request)
-        self._free.extend(table.slots)
-        for creditor, debt in self.debts.items():
-            left = debt.dropped.pop(request, Dropped(0, 0)).blocks
-            if blocks := left + len(table.remote.get(creditor, ())):
-                debt.released[request] = blocks
+        """Free a request's rBlocks, but those that others share, at home now and at its creditors
+        by the next header. Its moves must have been committed."""
+        self._release(request, self.tables.pop(request))
+        for prefix in self.prefixes.leave(request):
+            self._release(prefix.id, prefix)
         copies = self.copies.pop(request, None)
         if copies and copies.blocks:
             self.debts[copies.creditor].released[request] = copies.blocks
 
+    def parts(self, request: int) -> dict[int, BlockTable]:
+        """All block tables whose rBlocks a request's queries see, the last ones first."""
+        tables: dict[int, BlockTable] = {request: self.tables[request]}
+        return tables | {p.id: p for p in self.prefixes.chain(request)[::-1]}
+
+    def held_alone(self, request: int, at: int | None = None) -> int:
+        """rBlocks that nobody needs when the request is gone; those at creditor `at` alone if it is
+        given."""
+        tables = [self.tables[request], *self.prefixes.used_alone(request)]
+        return sum(t.held if at is None else len(t.remote.get(at, ())) for t in tables)
+
     def drop(self, request: int, first: int) -> None:
         """No query will see a request's rBlocks before logical rBlock `first` any more: free them,
         at home now and at its creditors by the next header. Its moves must have been committed."""
-        assert all(move.request != request for move in (*self.outgoing, *self.incoming))
-        slots, away = self.tables[request].drop(first)
-        self._free.extend(slots)
-        for creditor, blocks in away.items():
+        assert not self._moves(request)
+        part = self.tables[request].cut(first)
+        self._free.extend(part.slots)
+        for creditor, hosted in part.remote.items():
             dropped = self.debts[creditor].dropped
             before = dropped[request].blocks if request in dropped else 0
-            dropped[request] = Dropped(first, before + blocks)
+            dropped[request] = Dropped(first, before + len(hosted))
 
     # -- as a creditor --------------------------------------------------------------------------
 
@@ -176,7 +211,7 @@ class RManager:
                 )
             loan.credit -= 1
             loan.used += 1
-            accepted.append(Move(request, index, self._free.pop(), debtor))
+            accepted.append(Move(request, index, self._take(), debtor))
         self.incoming.extend(accepted)
         return accepted
 
@@ -195,6 +230,20 @@ class RManager:
         self.outgoing.extend(accepted)
         return accepted
 
+    def split_guests(self, debtor: int, splits: Iterable[Split]) -> None:
+        """Split the guests of `debtor`'s prefixes as it has split these."""
+        for prefix, first, new in splits:
+            guest = self.guests.get((debtor, prefix), Guest())
+            part = guest.cut(first)
+            if not part.slots or (debtor, new) in self.guests:
+                raise ProtocolError(
+                    f"instance {debtor} split prefix {prefix} at rBlock {first}, of which instance "
+                    f"{self.instance} hosts none before"
+                )
+            self.guests[debtor, new] = part
+            if not guest.slots:
+                del self.guests[debtor, prefix]
+
     def evict(self, debtor: int, requests: Iterable[int]) -> None:
         """Free the guests of `debtor`'s requests that ended."""
         for request in requests:
@@ -204,7 +253,7 @@ class RManager:
         """Free what `debtor` has dropped of its requests: (request, first logical rBlock kept)."""
         for request, first in dropped:
             guest = self.guests.get((debtor, request), Guest())
-            left = guest.drop(first)
+            left = guest.cut(first).slots
             if not left:
                 raise ProtocolError(
                     f"instance {debtor} dropped rBlocks before {first} of request {request}, of "
@@ -251,7 +300,7 @@ class RManager:
         """Begin to bring an rBlock back from its creditor; there must be a free slot, if need be a
         bounce slot."""
         assert self.usable + self.bounce > 0
-        move = Move(request, index, self._free.pop(), creditor, Kind.RECALL)
+        move = Move(request, index, self._take(), creditor, Kind.RECALL)
         self.incoming.append(move)
         return move
 
@@ -294,6 +343,14 @@ class RManager:
         self._forget_debt(creditor)
         return [(request, left.first) for request, left in dropped.items()]
 
+    def settle_splits(self, creditor: int) -> list[Split]:
+        """What the header to `creditor` tells beside: prefixes that it hosts and that were split."""
+        debt = self.debts.get(creditor)
+        if debt is None:
+            return []
+        splits, debt.splits = debt.splits, []
+        return splits
+
     # -- both -----------------------------------------------------------------------------------
 
     def commit(self, outgoing: Iterable[Move], incoming: Iterable[Move]) -> None:
@@ -317,33 +374,36 @@ class RManager:
 
     def check(self) -> None:
         """Assert the invariants: every slot has exactly one owner, and the counts agree."""
-        owned = [*self._free, *(move.slot for move in self.incoming)]
-        moving = [(m.peer, m.request, m.block) for m in (*self.outgoing, *self.incoming)]
-        assert len(set(moving)) == len(moving), "an rBlock moves twice at once"
-        for table in self.tables.values():
-            owned += table.slots
-            held = sorted(sum(table.remote.values(), list(table.indices)))
-            assert held == list(range(table.dropped, table.blocks)), (
-                "a logical rBlock is lost or owned twice"
-            )
-        for guest in self.guests.values():
-            owned += guest.slots
-        slots = range(self.num_blocks + self.bounce)
-        assert sorted(owned) == list(slots), "a slot is lost or owned twice"
-        assert self.usable >= -self.bounce, "more set aside than free"
-        assert self.lent <= self.lend_cap, "more lent than the cap"
+        check_slots(self, self._free)
+        check_prefixes(self)
+        check_loans(self)
+
+    def _take(self) -> int:
+        """A slot for something new. The caller has seen that there is one."""
+        return self._free.pop() if self._free else self.prefixes.evict()
+
+    def _end_at(self, prefix: Prefix, length: int) -> Prefix:
+        """The prefix whose last rBlock is the `length`th of the prompt: `prefix`, or a part of it."""
+        if length == prefix.blocks:
+            return prefix
+        new = self.prefixes.split(prefix, length)
+        for creditor in new.remote:
+            self.debts[creditor].splits.append(Split(prefix.id, length, new.id))
+        return new
+
+    def _moves(self, request: int) -> bool:
+        """Whether rBlocks of a request or prefix of this instance are on their way."""
+        return any(m.request == request and m.kind is not Kind.RECALL for m in self.outgoing) or any(
+            m.request == request and m.kind is Kind.RECALL for m in self.incoming
+        )
+
+    def _release(self, request: int, table: BlockTable) -> None:
+        assert not self._moves(request)
+        self._free.extend(table.slots)
         for creditor, debt in self.debts.items():
-            used = sum(len(table.remote.get(creditor, ())) for table in self.tables.values())
-            used += sum(m.peer == creditor and m.kind is Kind.LEND for m in self.outgoing)
-            used += sum(c.blocks for c in self.copies.values() if c.creditor == creditor)
-            used += sum(debt.released.values()) + sum(d.blocks for d in debt.dropped.values())
-            assert debt.used == used, "a debt differs from its tables"
-        for debtor, loan in self.loans.items():
-            hosted = sum(len(g.slots) for (d, _), g in self.guests.items() if d == debtor)
-            arriving = sum(
-                move.peer == debtor and move.kind is not Kind.RECALL for move in self.incoming
-            )
-            assert loan.used == hosted + arriving, "a loan's count differs from its guests"
+            left = debt.dropped.pop(request, Dropped(0, 0)).blocks
+            if blocks := left + len(table.remote.get(creditor, ())):
+                debt.released[request] = blocks
 
     def _send(self, move: Move) -> Move:
         """Use credit for a move."""

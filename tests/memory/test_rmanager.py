@@ -215,7 +215,7 @@ def test_dropped_rblocks_are_free_at_home_at_once_and_at_creditors_once_they_are
     one.drop(7, 3)
     assert one.tables[7].indices == [4, 5]
     assert one.tables[7].remote == {1: [3]}
-    assert (one.tables[7].dropped, one.tables[7].blocks, one.free) == (3, 6, 4)
+    assert (one.tables[7].start, one.tables[7].blocks, one.free) == (3, 6, 4)
     assert one.borrowed == 3, "until the creditor is told"
     check(one, other)
     other.evict_dropped(0, one.settle_dropped(1))
