@@ -31,8 +31,8 @@ class EngineConfig:
     window: int = 0
     """What no query will see is freed: it sees so many tokens, its own included. 0: all are kept,
     for some layer sees them, or because requests that migrate are copied whole."""
-    prefix_caching: bool = False
-    """Rows with equal beginnings share the sealed rBlocks of these."""
+    enable_prefix_caching: bool = False
+    """Rows with equal beginnings share the sealed rBlocks of these: see `prefix_caching`."""
     keys_by_length: bool = False
     """Only rows with prompts of the same length do, for the length decides on keys (dynamic RoPE)."""
     attention_tokens: float = float("inf")
@@ -47,6 +47,12 @@ class EngineConfig:
     def bounce(self) -> int:
         """rBlocks beyond the pool."""
         return BOUNCE_BLOCKS if self.policy.dgfm else 0
+
+    @property
+    def prefix_caching(self) -> bool:
+        """Whether rows share rBlocks. They do not where a row alone decides on what becomes of them:
+        where they are freed behind a window, or copied with a request that migrates."""
+        return self.enable_prefix_caching and not self.window and not self.policy.migrate
 
     def prefix_keys(self, request: Request) -> list[bytes]:
         """Of the rBlocks of a prompt that may be shared: all before the one of its last token, for

@@ -49,8 +49,7 @@ class EngineOptions:
     policy: str | Policy = "lend"
     """How ranks share memory: one of `control.policy.POLICIES`."""
     enable_prefix_caching: bool = True
-    """Rows with equal beginnings share the rBlocks of these; not where `window` frees rBlocks, nor
-    where whole requests migrate."""
+    """Rows with equal beginnings compute these once on each instance, and share their rBlocks."""
     move_budget: int = 16
     """KV tokens that may move in a step though no row waits for them."""
     lend_cap: int | None = None
@@ -82,7 +81,6 @@ class RankEngine:
         set_threads(comm, options.threads)
         block_bytes = options.block_size * config.kv_bytes_per_token(_name(model.dtype))
         policy = _policy(options.policy, comm.world.instances)
-        window = 0 if policy.migrate else config.widest_window
         self.config = EngineConfig(
             num_blocks=options.num_blocks or _blocks_that_fit(comm, options.kv_memory, block_bytes),
             block_size=options.block_size,
@@ -91,8 +89,8 @@ class RankEngine:
             policy=policy,
             lend_cap=options.lend_cap,
             move_budget=options.move_budget,
-            window=window,
-            prefix_caching=options.enable_prefix_caching and not window and not policy.migrate,
+            window=0 if policy.migrate else config.widest_window,
+            enable_prefix_caching=options.enable_prefix_caching,
             keys_by_length=model.needs_lengths,
             attention_tokens=config.attention_tokens,
         )

@@ -4,6 +4,8 @@ free."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -40,7 +42,8 @@ class Sharing(RuleBasedStateMachine):
     def begin(self, prompt: str) -> None:
         keys = keys_of(prompt)
         if self.rm.prefixes.awaited(keys):
-            assert any(self.shared(prompt, r) < len(prompt) for r in self.prompts)
+            here = self.rm.prefixes.match(keys)
+            assert any(self.shared(prompt, r) > here for r in self.prompts)
             return
         self.newest += 1
         in_use = max((self.in_use(prompt, r) for r in self.prompts), default=0)
@@ -130,8 +133,7 @@ class Sharing(RuleBasedStateMachine):
 
     def shared(self, prompt: str, other: int) -> int:
         """rBlocks at the beginning of `prompt` that another request's prompt has too."""
-        pairs = zip(prompt, self.prompts[other], strict=False)
-        return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(prompt), len(self.prompts[other])))
+        return len(os.path.commonprefix([prompt, self.prompts[other]]))
 
     def in_use(self, prompt: str, other: int) -> int:
         return min(self.shared(prompt, other), self.sealed(other))
