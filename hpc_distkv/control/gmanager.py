@@ -88,8 +88,8 @@ class GManager:
         exchange_seconds: ExchangeSeconds = lambda link_class, rows: 0.0,
     ) -> None:
         """`links`: of the instances; `block_size`, `move_budget` (KV tokens per step),
-        `attention_tokens` and `prefix_caching` as the engines'; `exchange_seconds`: (link class, query rows) → what
-        exchanges over such a link add to a step."""
+        `attention_tokens` and `prefix_caching` as the engines'; `exchange_seconds`: (link class,
+        query rows) → what exchanges over such a link add to a step."""
         self.ledger = DebtLedger(instances)
         affinity = Affinity(block_size) if prefix_caching else None
         self.assignment = Assignment(requests, instances, policy.queue, attention_tokens, affinity)

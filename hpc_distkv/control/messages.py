@@ -206,8 +206,8 @@ class Header(msgspec.Struct, frozen=True, array_like=True, tag="header"):
     """(request, logical index) of mine that go on: free their guests' rBlocks before that index.
     Applied with `released`."""
     splits: list[tuple[int, int, int]] = []
-    """(prefix, logical index, new prefix) of mine: the guest's rBlocks before that index are the new
-    prefix's. Applied first."""
+    """(prefix, logical index, new prefix) of mine: the guest's rBlocks before that index are the
+    new prefix's. Applied first."""
 
 
 class Credit(msgspec.Struct, frozen=True, array_like=True, tag="credit"):

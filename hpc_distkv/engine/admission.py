@@ -123,10 +123,9 @@ class Admission:
     def _state(self, waiting: Rows[Sequence], running: Rows[Sequence]) -> tuple[object, ...]:
         """All that decides on who may begin, but for the growth that was foreseen."""
         rm = self._rm
-        numbers = (self.before, self.keep, rm.credit, rm.promised, rm.lent, rm.borrowed)
-        numbers = (*numbers, rm.prefixes.computing)
+        memory = (rm.credit, rm.promised, rm.lent, rm.borrowed, rm.prefixes.computing)
         ids = (sequence.id for sequence in (*running, *waiting[:CANDIDATES]))
-        return (*numbers, len(running), *ids)
+        return (self.before, self.keep, *memory, len(running), *ids)
 
     def _room(self, waiting: Rows[Sequence], running: Rows[Sequence]) -> Room:
         """What is the same for all that wait."""

@@ -34,7 +34,7 @@ class EngineConfig:
     enable_prefix_caching: bool = False
     """Rows with equal beginnings share the sealed rBlocks of these: see `prefix_caching`."""
     keys_by_length: bool = False
-    """Only rows with prompts of the same length do, for the length decides on keys (dynamic RoPE)."""
+    """Only rows with prompts of one length do, for the length decides on K (dynamic RoPE)."""
     attention_tokens: float = float("inf")
     """Context length at which a token costs twice what its linear layers cost."""
 
@@ -50,8 +50,8 @@ class EngineConfig:
 
     @property
     def prefix_caching(self) -> bool:
-        """Whether rows share rBlocks. They do not where a row alone decides on what becomes of them:
-        where they are freed behind a window, or copied with a request that migrates."""
+        """Whether rows share rBlocks. They do not where a row alone decides on what becomes of
+        them: where they are freed behind a window, or copied with a request that migrates."""
         return self.enable_prefix_caching and not self.window and not self.policy.migrate
 
     def prefix_keys(self, request: Request) -> list[bytes]:

@@ -158,7 +158,10 @@ class Instance:
         return own + size * (shared + sum(loan.used for loan in self.rm.loans.values()))
 
     def _work_left(self) -> float:
-        rows, per_row = (*self.scheduler.running, *self.scheduler.waiting), self.config.attention_tokens
+        rows, per_row = (
+            (*self.scheduler.running, *self.scheduler.waiting),
+            self.config.attention_tokens,
+        )
         foresight = self.scheduler.foresight
         return sum(
             work(s.length - foresight.uncomputed(s), foresight.expected_end(s), per_row)
@@ -190,20 +193,18 @@ class Instance:
         creditors |= {c for c, debt in self.rm.debts.items() if debt.news}
         headers = {}
         for creditor in sorted({*queries, *creditors, *leaving.values()}):
-            splits = self.rm.settle_splits(creditor)
-            dropped = self.rm.settle_dropped(creditor)
-            released, returned = self.rm.settle_debt(creditor)
+            news = self.rm.settle_debt(creditor)
             headers[creditor] = Header(
-                released=released,
-                returned=returned,
+                released=list(news.released),
+                returned=news.returned,
                 moves=[(m.request, m.block) for m in plan.moves if m.peer == creditor],
                 recalls=[(m.request, m.block) for m in plan.recalls if m.peer == creditor],
                 handovers=[
                     self._handover(s, now) for s in plan.leaving if leaving[s.id] == creditor
                 ],
                 queries=[query.asked for query in queries.get(creditor, [])],
-                dropped=dropped,
-                splits=splits,
+                dropped=list(news.dropped),
+                splits=list(news.splits),
             )
         return headers
 

@@ -373,8 +373,8 @@ class Scheduler:
         with. While an older request is starved elsewhere, only what is older counts; and what was
         to be kept for loans is not for those that wait."""
         need = self._first_chunk if self._admission.before == NOBODY else 0
-        older = [s for s in self.running if s.id <= self._admission.before]
-        claims = self.foresight.claims(older)
+        before = self._admission.before
+        claims = self.foresight.claims([s for s in self.running if s.id <= before])
         if not self._admission.keep:
             claims += self._outlook.claims
         growth = self.foresight.peak(claims) - self.foresight.at_home(self.running)

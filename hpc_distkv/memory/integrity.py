@@ -72,9 +72,7 @@ def check_loans(rm: RManager) -> None:
         assert debt.used == used, "a debt differs from its tables"
     for debtor, loan in rm.loans.items():
         hosted = sum(len(g.slots) for (d, _), g in rm.guests.items() if d == debtor)
-        arriving = sum(
-            move.peer == debtor and move.kind is not Kind.RECALL for move in rm.incoming
-        )
+        arriving = sum(move.peer == debtor and move.kind is not Kind.RECALL for move in rm.incoming)
         assert loan.used == hosted + arriving, "a loan's count differs from its guests"
 
 

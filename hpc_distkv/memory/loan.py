@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -27,6 +28,15 @@ class Split(NamedTuple):
     """Logical index of the first rBlock that it keeps."""
     new: int
     """The prefix that has the rBlocks before that one."""
+
+
+class News(NamedTuple):
+    """What a header tells a creditor of what it hosts or has set aside; see `control.messages`."""
+
+    released: Sequence[int] = ()
+    returned: int = 0
+    dropped: Sequence[tuple[int, int]] = ()
+    splits: Sequence[Split] = ()
 
 
 @dataclass
@@ -57,6 +67,14 @@ class Debt:
     def news(self) -> bool:
         """Whether the creditor has to be told of something."""
         return bool(self.released or self.dropped or self.returned or self.splits)
+
+    def settle(self) -> News:
+        """The news, which is told herewith."""
+        dropped = [(request, left.first) for request, left in self.dropped.items()]
+        news = News(list(self.released), self.returned, dropped, self.splits)
+        self.used -= sum(self.released.values()) + sum(d.blocks for d in self.dropped.values())
+        self.released, self.dropped, self.returned, self.splits = {}, {}, 0, []
+        return news
 
 
 @dataclass

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from hpc_distkv.memory.integrity import check_loans, check_prefixes, check_slots
+from hpc_distkv.memory.lender import Lender
 from hpc_distkv.memory.loan import (
     Copies,
     Debt,
     Dropped,
     Guest,
     Kind,
-    Loan,
     Move,
+    News,
     ProtocolError,
     Split,
 )
-from hpc_distkv.memory.prefix import Prefix, PrefixTree
+from hpc_distkv.memory.prefix import Prefix
 from hpc_distkv.memory.table import BlockTable
 
 
-class RManager:
-    """Owner of one instance's slots, block tables, guests, debts and loans. Pure bookkeeping: it
-    never sees a byte of KV, a message or a clock.
+class RManager(Lender):
+    """Owner of one instance's block tables and debts, and as a lender of its slots, guests and
+    loans. Pure bookkeeping: it never sees a byte of KV, a message or a clock.
 
     A loan's life, with the one who writes each line in brackets:
         promise [creditor] → settle a grant [gManager's answer] → open_credit [mail to debtor]
@@ -41,46 +42,17 @@ class RManager:
     def __init__(
         self, instance: int, num_blocks: int, lend_cap: int | None = None, bounce: int = 0
     ) -> None:
-        self.instance = instance
-        self.num_blocks = num_blocks
-        self.lend_cap = num_blocks if lend_cap is None else lend_cap
-        self.bounce = bounce
-        self.promised = 0
-        self.tables: dict[int, BlockTable] = {}
-        """By request, and by prefix."""
-        self.prefixes = PrefixTree(self.tables)
-        self.guests: dict[tuple[int, int], Guest] = {}
+        super().__init__(instance, num_blocks, lend_cap, bounce)
         self.debts: dict[int, Debt] = {}
-        self.loans: dict[int, Loan] = {}
-        self.outgoing: list[Move] = []
-        """Under way, like `incoming`."""
-        self.incoming: list[Move] = []
         self.copies: dict[int, Copies] = {}
         """Migrating request → what its next home has of it."""
-        self._free = list(range(num_blocks + bounce - 1, -1, -1))
 
     # -- capacity -------------------------------------------------------------------------------
-
-    @property
-    def free(self) -> int:
-        """Slots that hold nothing in use, whatever they are set aside for."""
-        return max(0, self._vacant - self.bounce)
-
-    @property
-    def usable(self) -> int:
-        """Slots this instance may fill itself: free, not promised, not set aside for a debtor.
-        Negative while the bounce slots are in use."""
-        return self._vacant - self.bounce - self.promised - self._set_aside
 
     @property
     def credit(self) -> int:
         """Unused credit with all creditors."""
         return sum(debt.credit for debt in self.debts.values())
-
-    @property
-    def lent(self) -> int:
-        """rBlocks lent or set aside for debtors."""
-        return sum(loan.total for loan in self.loans.values())
 
     @property
     def borrowed(self) -> int:
@@ -92,14 +64,6 @@ class RManager:
         """rBlocks of this instance's requests, wherever they are."""
         hosted = sum(loan.used for loan in self.loans.values())
         return self.num_blocks + self.bounce - self._vacant - hosted + self.borrowed
-
-    @property
-    def _vacant(self) -> int:
-        return len(self._free) + self.prefixes.idle
-
-    @property
-    def _set_aside(self) -> int:
-        return sum(loan.unopened + loan.credit for loan in self.loans.values())
 
     # -- own requests ---------------------------------------------------------------------------
 
@@ -156,115 +120,6 @@ class RManager:
             before = dropped[request].blocks if request in dropped else 0
             dropped[request] = Dropped(first, before + len(hosted))
 
-    # -- as a creditor --------------------------------------------------------------------------
-
-    def promise(self, blocks: int) -> int:
-        """Set up to `blocks` aside until `settle`; returns how many."""
-        assert not self.promised
-        self.promised = max(0, min(blocks, self.usable, self.lend_cap - self.lent))
-        return self.promised
-
-    def settle(self, grants: Mapping[int, int]) -> list[int]:
-        """End the promise; what of it was granted stays set aside for its debtor. Returns the
-        debtors whose grant went beyond the promise and was refused."""
-        left, self.promised = self.promised, 0
-        refused = []
-        for debtor, blocks in grants.items():
-            if blocks > left or blocks < 0 or debtor == self.instance:
-                refused.append(debtor)
-                continue
-            left -= blocks
-            self.loans.setdefault(debtor, Loan()).unopened += blocks
-        return refused
-
-    def open_credit(self, debtor: int) -> int:
-        """The grants that `debtor` is told of now."""
-        loan = self.loans.get(debtor)
-        if loan is None:
-            return 0
-        opened, loan.unopened = loan.unopened, 0
-        loan.credit += opened
-        return opened
-
-    def take_back(self, debtor: int, blocks: int) -> None:
-        """`debtor` returns unused credit."""
-        if not blocks:
-            return
-        loan = self.loans.get(debtor, Loan())
-        if not 0 < blocks <= loan.credit:
-            raise ProtocolError(
-                f"instance {debtor} returned {blocks} rBlocks of credit to instance "
-                f"{self.instance}, which had set aside {loan.credit} for it"
-            )
-        loan.credit -= blocks
-        self._forget_loan(debtor)
-
-    def host(self, debtor: int, moves: Iterable[tuple[int, int]]) -> list[Move]:
-        """Reserve a slot for each (request, logical index) that `debtor` announces."""
-        accepted = []
-        for request, index in moves:
-            loan = self.loans.get(debtor, Loan())
-            if loan.credit < 1:
-                raise ProtocolError(
-                    f"instance {debtor} sent instance {self.instance} an rBlock of request "
-                    f"{request} without credit"
-                )
-            loan.credit -= 1
-            loan.used += 1
-            accepted.append(Move(request, index, self._take(), debtor))
-        self.incoming.extend(accepted)
-        return accepted
-
-    def give_back(self, debtor: int, recalls: Iterable[tuple[int, int]]) -> list[Move]:
-        """Begin to return the rBlocks (request, logical index) that `debtor` calls home."""
-        accepted = []
-        for request, index in recalls:
-            guest = self.guests.get((debtor, request), Guest())
-            if index not in guest.indices:
-                raise ProtocolError(
-                    f"instance {debtor} calls home rBlock {index} of request {request}, which "
-                    f"instance {self.instance} does not host"
-                )
-            slot = guest.slots[guest.indices.index(index)]
-            accepted.append(Move(request, index, slot, debtor, Kind.RECALL))
-        self.outgoing.extend(accepted)
-        return accepted
-
-    def split_guests(self, debtor: int, splits: Iterable[Split]) -> None:
-        """Split the guests of `debtor`'s prefixes as it has split these."""
-        for prefix, first, new in splits:
-            guest = self.guests.get((debtor, prefix), Guest())
-            part = guest.cut(first)
-            if not part.slots or (debtor, new) in self.guests:
-                raise ProtocolError(
-                    f"instance {debtor} split prefix {prefix} at rBlock {first}, of which instance "
-                    f"{self.instance} hosts none before"
-                )
-            self.guests[debtor, new] = part
-            if not guest.slots:
-                del self.guests[debtor, prefix]
-
-    def evict(self, debtor: int, requests: Iterable[int]) -> None:
-        """Free the guests of `debtor`'s requests that ended."""
-        for request in requests:
-            self._free.extend(self._pop_guest(debtor, request).slots)
-
-    def evict_dropped(self, debtor: int, dropped: Iterable[tuple[int, int]]) -> None:
-        """Free what `debtor` has dropped of its requests: (request, first logical rBlock kept)."""
-        for request, first in dropped:
-            guest = self.guests.get((debtor, request), Guest())
-            left = guest.cut(first).slots
-            if not left:
-                raise ProtocolError(
-                    f"instance {debtor} dropped rBlocks before {first} of request {request}, of "
-                    f"which instance {self.instance} hosts none"
-                )
-            self._free.extend(left)
-            if not guest.slots:
-                del self.guests[debtor, request]
-            self.loans[debtor].used -= len(left)
-            self._forget_loan(debtor)
-
     def adopt(self, debtor: int, request: int) -> None:
         """The guest of `debtor`'s request is the block table of a request of this instance."""
         guest = self._pop_guest(debtor, request)
@@ -320,36 +175,15 @@ class RManager:
         self.debts[copies.creditor].used -= copies.blocks
         self._forget_debt(copies.creditor)
 
-    def settle_debt(self, creditor: int) -> tuple[list[int], int]:
-        """What the header to `creditor` tells: requests that ended, credit returned. Both stop
+    def settle_debt(self, creditor: int) -> News:
+        """What the header to `creditor` tells of what this instance owes it. What ended stops
         counting as debt."""
         debt = self.debts.get(creditor)
         if debt is None:
-            return [], 0
-        released, returned = debt.released, debt.returned
-        debt.released, debt.returned = {}, 0
-        debt.used -= sum(released.values())
+            return News()
+        news = debt.settle()
         self._forget_debt(creditor)
-        return list(released), returned
-
-    def settle_dropped(self, creditor: int) -> list[tuple[int, int]]:
-        """What the header to `creditor` tells beside: (request, first rBlock kept) of those that
-        dropped some. What they dropped stops counting as debt."""
-        debt = self.debts.get(creditor)
-        if debt is None:
-            return []
-        dropped, debt.dropped = debt.dropped, {}
-        debt.used -= sum(left.blocks for left in dropped.values())
-        self._forget_debt(creditor)
-        return [(request, left.first) for request, left in dropped.items()]
-
-    def settle_splits(self, creditor: int) -> list[Split]:
-        """What the header to `creditor` tells beside: prefixes that it hosts and that were split."""
-        debt = self.debts.get(creditor)
-        if debt is None:
-            return []
-        splits, debt.splits = debt.splits, []
-        return splits
+        return news
 
     # -- both -----------------------------------------------------------------------------------
 
@@ -378,12 +212,8 @@ class RManager:
         check_prefixes(self)
         check_loans(self)
 
-    def _take(self) -> int:
-        """A slot for something new. The caller has seen that there is one."""
-        return self._free.pop() if self._free else self.prefixes.evict()
-
     def _end_at(self, prefix: Prefix, length: int) -> Prefix:
-        """The prefix whose last rBlock is the `length`th of the prompt: `prefix`, or a part of it."""
+        """The prefix that ends with rBlock `length` of the prompt: `prefix`, or a part of it."""
         if length == prefix.blocks:
             return prefix
         new = self.prefixes.split(prefix, length)
@@ -393,9 +223,9 @@ class RManager:
 
     def _moves(self, request: int) -> bool:
         """Whether rBlocks of a request or prefix of this instance are on their way."""
-        return any(m.request == request and m.kind is not Kind.RECALL for m in self.outgoing) or any(
-            m.request == request and m.kind is Kind.RECALL for m in self.incoming
-        )
+        return any(
+            m.request == request and m.kind is not Kind.RECALL for m in self.outgoing
+        ) or any(m.request == request and m.kind is Kind.RECALL for m in self.incoming)
 
     def _release(self, request: int, table: BlockTable) -> None:
         assert not self._moves(request)
@@ -413,32 +243,6 @@ class RManager:
         debt.used += 1
         self.outgoing.append(move)
         return move
-
-    def _pop_guest(self, debtor: int, request: int) -> Guest:
-        guest = self.guests.pop((debtor, request), None)
-        if guest is None:
-            raise ProtocolError(
-                f"instance {debtor} released request {request}, of which instance "
-                f"{self.instance} hosts nothing"
-            )
-        self.loans[debtor].used -= len(guest.slots)
-        self._forget_loan(debtor)
-        return guest
-
-    def _take_from_guest(self, move: Move) -> None:
-        key = (move.peer, move.request)
-        guest = self.guests[key]
-        at = guest.indices.index(move.block)
-        del guest.indices[at]
-        self._free.append(guest.slots.pop(at))
-        if not guest.slots:
-            del self.guests[key]
-        self.loans[move.peer].used -= 1
-        self._forget_loan(move.peer)
-
-    def _forget_loan(self, debtor: int) -> None:
-        if not self.loans[debtor].total:
-            del self.loans[debtor]
 
     def _forget_debt(self, creditor: int) -> None:
         if not self.debts[creditor].total:

@@ -16,8 +16,8 @@ _KEY = struct.Struct("<qq")
 
 
 class SizedRequest(Request, frozen=True, array_like=True):
-    """A request whose `prompt` says in place of its tokens how many there are, and which ones others
-    begin with too. On the wire it is any request."""
+    """A request whose `prompt` says in place of its tokens how many there are, and which ones
+    others begin with too. On the wire it is any request."""
 
     @classmethod
     def of(cls, id: int, row: Row) -> SizedRequest:

@@ -72,7 +72,7 @@ class Steps:
         instance.append(plan.rows, [0] * load.new_tokens, now)
         took, waited = now - member.began, member.partial_wait
         prompts = load.prefill_tokens + load.prefill_pairs / instance.config.attention_tokens
-        work = StepWork(load.decode_rows, load.decode_kv, prompts, member.exchanging)
+        work = StepWork(load.decode_rows, round(load.decode_kv), prompts, member.exchanging)
         instance.note_step(work, StepSeconds(took, waited, took - member.computing - waited))
         return True
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from clusters import Outcome, run_cluster
 from test_cluster import BLOCK, VOCABULARY, options, tiny_decoder
+from test_tensor_parallel import greedy, run
 
+from hpc_distkv.comm.schedule import SeededSchedule
 from hpc_distkv.control.messages import Request, Sampling, pack_tokens
+from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.model.rope import Rope
-from hpc_distkv.model.weights import random_decoder
+from hpc_distkv.model.weights import load_decoder, random_decoder
 
 DOCUMENT = 160
 ALL_AT_ONCE = {"max_num_seqs": 64, "max_num_batched_tokens": 512}
@@ -122,3 +126,22 @@ def test_where_keys_depend_on_the_length_of_a_prompt_only_equal_lengths_share():
     alone, shared = apart(dynamic, rows), run_cluster(dynamic, rows, 1, options(4000))
     assert shared.tokens == alone.tokens
     assert total(shared, "cached_tokens") == 64
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_lanes_of_an_instance_share_alike(tiny_model: Path, seed):
+    rows = greedy(rows_of(2, 8, random.Random(seed)))
+    alone = apart(load_decoder(tiny_model, ModelConfig.from_dir(tiny_model)), rows)
+    shared = run(tiny_model, rows, 4, 2, SeededSchedule(seed), num_blocks=15)
+    assert shared.tokens == alone.tokens
+    assert total(shared, "cached_tokens")
+    assert total(shared, "blocks_borrowed")
+
+
+@pytest.mark.parametrize("policy", ["lend-greedy", "queue", "isolated", "migrate"])
+def test_rows_share_under_every_policy_but_migrate(model, policy):
+    rows = rows_of(2, 10, random.Random(7))
+    alone = apart(model, rows)
+    shared = run_cluster(model, rows, 2, options(40, policy=policy))
+    assert shared.tokens == alone.tokens
+    assert (total(shared, "cached_tokens") > 0) == (policy != "migrate")

@@ -43,7 +43,15 @@ def deployment(
     cluster = Cluster(
         nodes=instances, gpus_per_node=1, device=Device("toy", 1e9, 0), measured=SPEED
     )
-    config = EngineConfig(blocks, BLOCK, seqs, batched, POLICIES[policy], move_budget=BLOCK)
+    config = EngineConfig(
+        blocks,
+        BLOCK,
+        seqs,
+        batched,
+        POLICIES[policy],
+        move_budget=BLOCK,
+        enable_prefix_caching=True,
+    )
     return Deployment(cluster, MODEL, 1, config)
 
 
@@ -67,7 +75,20 @@ def virtual(figures: dict[str, Any]) -> dict[str, Any]:
 
 QUICK = [Phase.explicit, Phase.reuse, Phase.generate]
 """A job that is stuck takes long to shrink."""
-rows = st.lists(st.builds(Row, st.integers(1, 90), st.integers(1, 30)), min_size=1, max_size=14)
+TEXTS = [7, 30, 50]
+"""Tokens of what some rows begin with."""
+
+
+def row(own: int, output: int, text: int) -> Row:
+    """`text` -1: it shares nothing."""
+    return Row(own, output) if text < 0 else Row(TEXTS[text] + own, output, text, TEXTS[text])
+
+
+rows = st.lists(
+    st.builds(row, st.integers(1, 90), st.integers(1, 30), st.integers(-1, len(TEXTS) - 1)),
+    min_size=1,
+    max_size=14,
+)
 
 
 @settings(max_examples=60, deadline=None, phases=QUICK)
