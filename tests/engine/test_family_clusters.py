@@ -60,12 +60,12 @@ def test_greedy_tokens_equal_those_of_transformers(name: str, tmp_path: Path) ->
         assert borrowed > 5 if ranks > 1 else borrowed == 0
 
 
-@pytest.mark.parametrize("name", ["llama-dynamic", "gemma2", "bloom", "mistral-window"])
+@pytest.mark.parametrize("name", ["gemma2", "bloom", "mistral-window"])
 def test_rows_that_share_a_beginning_get_the_tokens_of_transformers(
     name: str, tmp_path: Path
 ) -> None:
-    """Windows and ALiBi look at positions, and with dynamic RoPE lengths decide on keys. What
-    lies behind the windows of all layers is freed instead of shared."""
+    """Windows and ALiBi look at positions. What lies behind the windows of all layers is freed
+    instead of shared."""
     torch.set_num_threads(1)
     transformer = save(name, tmp_path)
     model = load_decoder(tmp_path, ModelConfig.from_dir(tmp_path), "float32")
