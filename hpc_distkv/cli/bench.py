@@ -139,6 +139,30 @@ def unused_lending(**options: Any) -> None:
 
 @command.command()
 @click.option("--model", required=True, help="Model directory.")
+@click.option("--document-len", type=POSITIVE, default=3000, show_default=True)
+@click.option("--question-len", type=POSITIVE, default=40, show_default=True)
+@click.option("--output-len", type=POSITIVE, default=16, show_default=True)
+@click.option("--rows", type=POSITIVE, default=64, show_default=True)
+@click.option("--repeats", type=POSITIVE, default=1, show_default=True)
+@engine_options
+def prefix(**options: Any) -> None:
+    """Rows with a document in common and different questions: prefix caching on against off."""
+
+    def measure(comm: Comm, model: Decoder, settings: EngineOptions) -> dict[str, Any]:
+        from hpc_distkv.observe.prefixes import questions, sharing
+
+        rows, document, question = (options[n] for n in ("rows", "document_len", "question_len"))
+        requests = questions(
+            rows, document, question, options["output_len"], model.config.vocab_size
+        )
+        distinct = document + rows * question
+        return sharing(comm, model, settings, requests, distinct, options["repeats"])
+
+    _measured(options, measure)
+
+
+@command.command()
+@click.option("--model", required=True, help="Model directory.")
 @click.option("--trace", "traces", required=True, multiple=True, help="Trace: FILE.toml#NAME.")
 @click.option("--rows", type=POSITIVE, help="Rows of each trace. [default: the trace's]")
 @click.option("--scale", default=1.0, show_default=True, help="Divide all prompts by this.")

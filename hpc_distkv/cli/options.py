@@ -80,6 +80,12 @@ ENGINE_OPTIONS = (
         "migrate whole requests; share nothing but the queue of rows; or not even that.",
     ),
     click.option(
+        "--enable-prefix-caching/--no-enable-prefix-caching",
+        default=True,
+        show_default=True,
+        help="Compute equal beginnings of rows once on each rank, and share their rBlocks.",
+    ),
+    click.option(
         "--move-budget",
         type=click.IntRange(min=0),
         default=16,

@@ -66,6 +66,12 @@ TENSOR_PARALLEL = "tensor-parallel"
     help="Tokens in one step of one instance.",
 )
 @click.option(
+    "--enable-prefix-caching/--no-enable-prefix-caching",
+    default=True,
+    show_default=True,
+    help="Compute equal beginnings of rows once on each instance.",
+)
+@click.option(
     "--move-budget",
     type=click.IntRange(min=0),
     default=16,
@@ -119,6 +125,7 @@ def _deployment(options: dict[str, Any]) -> Deployment:
         policy=_policy(options),
         lend_cap=options["lend_cap"],
         move_budget=options["move_budget"],
+        enable_prefix_caching=options["enable_prefix_caching"],
     )
     tp = options["tp"]
     if tp is None and options["policy"] == TENSOR_PARALLEL:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 
@@ -102,7 +104,7 @@ class Visit:
         if header.queries:
             rows = sum(count for _, count, _ in header.queries)
             heads, head_dim = shape
-            self._guests = PagedBatch.build([self._guest(*query) for query in header.queries])
+            self._guests = PagedBatch.build(self._paged_rows(header))
             self._queries = torch.empty((rows, heads, head_dim), dtype=pool.dtype)
             # A debtor sends queries of a layer after it has the partial results of the last one.
             self._out = torch.empty((rows, heads, head_dim))
@@ -155,18 +157,31 @@ class Visit:
         counters.bytes_queried += self._out.nbytes + self._lse.nbytes
         counters.serve_time += time.perf_counter() - started
 
-    def _guest(self, request: int, rows: int, position: int) -> PagedRow:
-        guest = self._instance.rm.guests.get((self._debtor, request))
-        if guest is None:
-            raise ProtocolError(
-                f"instance {self._debtor} sends queries of request {request}, of which instance "
-                f"{self._instance.rm.instance} hosts nothing"
-            )
-        size = self._pool.block_size
-        return PagedRow(
-            queries=rows,
-            query_position=position,
-            blocks=guest.slots,
-            first_token=[index * size for index in guest.indices],
-            kv_len=len(guest.slots) * size,
-        )
+    def _paged_rows(self, header: Header) -> list[PagedRow]:
+        """A row for each query, or for all queries of the same guests if their positions do not
+        matter: then they are served at once."""
+        rows: list[PagedRow] = []
+        together = not any(spec.positional for spec in self._specs)
+        for guests, queries in groupby(header.queries, key=itemgetter(0)):
+            counts = [(count, position) for _, count, position in queries]
+            if together:
+                counts = [(sum(count for count, _ in counts), 0)]
+            slots, first_token = self._hosted(guests)
+            kv_len = len(slots) * self._pool.block_size
+            rows += [PagedRow(n, position, slots, first_token, kv_len) for n, position in counts]
+        return rows
+
+    def _hosted(self, guests: list[int]) -> tuple[list[int], list[int]]:
+        """Slots of these guests, and the position of the first token of each."""
+        slots: list[int] = []
+        first_token: list[int] = []
+        for key in guests:
+            guest = self._instance.rm.guests.get((self._debtor, key))
+            if guest is None:
+                raise ProtocolError(
+                    f"instance {self._debtor} sends queries of request {key}, of which instance "
+                    f"{self._instance.rm.instance} hosts nothing"
+                )
+            slots += guest.slots
+            first_token += [index * self._pool.block_size for index in guest.indices]
+        return slots, first_token

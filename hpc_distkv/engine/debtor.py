@@ -10,6 +10,7 @@ import torch
 
 from hpc_distkv.attention import merge_rows
 from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR, Comm, Pending
+from hpc_distkv.engine.guests import remote_queries
 from hpc_distkv.engine.instance import Instance
 from hpc_distkv.engine.scheduler import Plan
 from hpc_distkv.memory.pool import BlockPool
@@ -60,13 +61,10 @@ class Debtor:
             if world.lane == 0:
                 self._comm.mail.post(world.rank_of(creditor), msgspec.msgpack.encode(header))
         self._post_moves(plan)
-        wanted: dict[int, list[int]] = {}
-        first = 0
-        for sequence, count in plan.rows:
-            for creditor in self._instance.rm.tables[sequence.id].remote:
-                wanted.setdefault(creditor, []).extend(range(first, first + count))
-            first += count
-        self._legs = [self._leg(world.rank_of(c), rows) for c, rows in wanted.items()]
+        self._legs = [
+            self._leg(world.rank_of(c), [q.first + i for q in queries for i in range(q.rows)])
+            for c, queries in remote_queries(self._instance.rm, plan.rows).items()
+        ]
         return bool(self._legs)
 
     def post_queries(self, q: torch.Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Protocol
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow, micro_attention, write_kv
 from hpc_distkv.engine.debtor import Debtor
 from hpc_distkv.engine.scheduler import Row
+from hpc_distkv.engine.shared import SharedAttention, groups_of
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.memory.rmanager import RManager
 
@@ -59,6 +60,7 @@ class Forward:
         `pause` more often, so that debtors are served."""
         self._model, self._pool, self._rm, self._specs = model, pool, rmanager, model.attention
         self._between_layers, self._pause = between_layers, pause
+        self._positional = any(spec.positional for spec in model.attention)
 
     def run(self, rows: Sequence[Row], debtor: Debtor | None) -> torch.Tensor:
         """Compute the rows' tokens and store their KV. Returns the float32 logits
@@ -68,7 +70,10 @@ class Forward:
             return torch.empty((0, 0))
         tokens = [t for s, n in rows for t in s.tokens[s.computed : s.computed + n]]
         positions = [p for s, n in rows for p in range(s.computed, s.computed + n)]
-        batch = PagedBatch.build([self._paged_row(row) for row in rows])
+        groups = {} if self._positional else groups_of(self._rm, rows, self._pool.block_size)
+        shared = SharedAttention(groups, rows, self._pool.block_size) if groups else None
+        apart = {prefix.id for prefixes in groups.values() for prefix in prefixes}
+        batch = PagedBatch.build([self._paged_row(row, apart) for row in rows])
         blocks, offsets = self._slots(rows)
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -79,6 +84,9 @@ class Forward:
                 debtor.post_queries(q)
             out, lse = micro_attention(q, k_cache, v_cache, batch, self._specs[layer], causal=True)
             self._pause()
+            if shared:
+                shared.merge(q, (k_cache, v_cache), self._specs[layer], out, lse)
+                self._pause()
             if debtor:
                 debtor.merge(layer, out, lse)
             return out
@@ -107,15 +115,20 @@ class Forward:
             ]
         )
 
-    def _paged_row(self, row: Row) -> PagedRow:
+    def _paged_row(self, row: Row, apart: Container[int]) -> PagedRow:
+        """What the row attends to at home, but for the prefixes of `apart`."""
         sequence, count = row
         table, size = self._rm.tables[sequence.id], self._pool.block_size
+        prefixes = [p for p in self._rm.prefixes.chain(sequence.id) if p.id not in apart]
+        slots = [slot for part in (*prefixes, table) for slot in part.slots]
+        indices = [index for part in (*prefixes, table) for index in part.indices]
+        own = sequence.computed + count - table.absent * size
         return PagedRow(
             queries=count,
             query_position=sequence.computed,
-            blocks=table.slots,
-            first_token=[index * size for index in table.indices],
-            kv_len=sequence.computed + count - table.absent * size,
+            blocks=slots,
+            first_token=[index * size for index in indices],
+            kv_len=own + size * (len(slots) - len(table.slots)),
         )
 
     def _slots(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -48,6 +48,8 @@ class EngineOptions:
     max_num_batched_tokens: int = 512
     policy: str | Policy = "lend"
     """How ranks share memory: one of `control.policy.POLICIES`."""
+    enable_prefix_caching: bool = True
+    """Rows with equal beginnings compute these once on each instance, and share their rBlocks."""
     move_budget: int = 16
     """KV tokens that may move in a step though no row waits for them."""
     lend_cap: int | None = None
@@ -88,6 +90,8 @@ class RankEngine:
             lend_cap=options.lend_cap,
             move_budget=options.move_budget,
             window=0 if policy.migrate else config.widest_window,
+            enable_prefix_caching=options.enable_prefix_caching,
+            keys_by_length=model.needs_lengths,
             attention_tokens=config.attention_tokens,
         )
         self.capacity_blocks = self.config.num_blocks
@@ -168,6 +172,7 @@ class RankEngine:
             block_size=config.block_size,
             move_budget=config.move_budget,
             attention_tokens=config.attention_tokens,
+            prefix_caching=config.prefix_caching,
             exchange_seconds=self._exchange_seconds(links),
         )
 

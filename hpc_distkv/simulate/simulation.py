@@ -75,6 +75,7 @@ class Simulation:
             block_size=config.block_size,
             move_budget=config.move_budget,
             attention_tokens=config.attention_tokens,
+            prefix_caching=config.prefix_caching,
             exchange_seconds=lambda level, rows: self._steps.cost.exchange_time(rows, level),
         )
         self._events: list[tuple[float, int, Callable[[Any], None], Any]] = []

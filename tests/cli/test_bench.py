@@ -89,6 +89,18 @@ def test_outputs_that_are_not_known_beforehand(tiny_model, trace, tmp_path):
     assert 10 <= made <= 4 * (8 * 4 + 2 * 8)
 
 
+def test_prefix(tiny_model):
+    model = ("--model", str(tiny_model), "--dtype", "float32", "--num-blocks", "60")
+    rows = ("--document-len", "40", "--question-len", "5", "--rows", "6", "--output-len", "3")
+    done = run_command(RANKS, "bench", "prefix", *model, *rows, "--block-size", "8")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["prompt_tokens"] == figures["computed_prompt_tokens"]["apart"] == 6 * 45
+    assert figures["distinct_prompt_tokens"] == 40 + 6 * 5
+    assert 40 + 6 * 5 <= figures["computed_prompt_tokens"]["shared"] <= max(1, RANKS) * 40 + 6 * 5
+    assert figures["apart_over_shared_time"]["median"] > 0
+
+
 def test_rounds(tmp_path):
     done = run_command(
         0, "bench", "rounds", "--instances", "8", "--instances", "40", "--rounds", "9"

@@ -43,7 +43,15 @@ def deployment(
     cluster = Cluster(
         nodes=instances, gpus_per_node=1, device=Device("toy", 1e9, 0), measured=SPEED
     )
-    config = EngineConfig(blocks, BLOCK, seqs, batched, POLICIES[policy], move_budget=BLOCK)
+    config = EngineConfig(
+        blocks,
+        BLOCK,
+        seqs,
+        batched,
+        POLICIES[policy],
+        move_budget=BLOCK,
+        enable_prefix_caching=True,
+    )
     return Deployment(cluster, MODEL, 1, config)
 
 
@@ -67,13 +75,27 @@ def virtual(figures: dict[str, Any]) -> dict[str, Any]:
 
 QUICK = [Phase.explicit, Phase.reuse, Phase.generate]
 """A job that is stuck takes long to shrink."""
-row = st.builds(
-    lambda prompt, output, beyond: Row(prompt, output, limit=output + beyond),
-    st.integers(1, 90),
-    st.integers(1, 30),
-    st.integers(0, 20),
+TEXTS = [7, 30, 50]
+"""Tokens of what some rows begin with."""
+
+
+def row(own: int, output: int, beyond: int, text: int) -> Row:
+    """`text` -1: it shares nothing."""
+    shared = TEXTS[text] if text >= 0 else 0
+    return Row(shared + own, output, text, shared, limit=output + beyond)
+
+
+rows = st.lists(
+    st.builds(
+        row,
+        st.integers(1, 90),
+        st.integers(1, 30),
+        st.integers(0, 20),
+        st.integers(-1, len(TEXTS) - 1),
+    ),
+    min_size=1,
+    max_size=14,
 )
-rows = st.lists(row, min_size=1, max_size=14)
 
 
 @settings(max_examples=60, deadline=None, phases=QUICK)
