@@ -30,6 +30,8 @@ COLUMNS = {
     "youngest_blocks": "i",
     "longest": "i",
     "lacking": "i",
+    "prompt_tokens": "q",
+    "generated_tokens": "q",
     "kv_tokens": "q",
     "work_left": "f",
     "row_blocks": "f",

@@ -114,6 +114,8 @@ class Instance:
             youngest_blocks=self.rm.tables[youngest.id].held if youngest else 0,
             longest=self.scheduler.longest,
             lacking=self.scheduler.lacking if self.config.policy.planner else 0,
+            prompt_tokens=self.counters.prompt_tokens,
+            generated_tokens=self.counters.generated_tokens,
             kv_tokens=self._kv_tokens(),
             work_left=self._work_left(),
             row_blocks=self._row_blocks(),
