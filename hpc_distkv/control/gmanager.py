@@ -91,6 +91,8 @@ class GManager:
         self.ledger = DebtLedger(instances)
         self.assignment = Assignment(requests, instances, policy.queue, attention_tokens)
         self.counters = [Counters() for _ in range(instances)]
+        self.reports: Reports | None = None
+        """Of the last round."""
         self.running = self.free = self.capacity = 0
         self.round_number = 0
         self._links = links
@@ -159,6 +161,7 @@ class GManager:
 
     def _observe(self, reports: Reports) -> list[Result]:
         results: list[Result] = []
+        self.reports = reports
         for instance, changes in reports.changes.items():
             if changes.lent is not None:
                 self.ledger.set_row(instance, changes.lent)

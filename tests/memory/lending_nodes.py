@@ -15,13 +15,13 @@ from hpc_distkv.control.messages import Answer, Request, Sampling, pack_tokens
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.creditor import Creditor
 from hpc_distkv.engine.debtor import Debtor
-from hpc_distkv.engine.recorder import Recorder
-from hpc_distkv.engine.timesheet import TimeSheet
 from hpc_distkv.engine.events import Log
 from hpc_distkv.engine.instance import Instance
 from hpc_distkv.engine.letters import Letters
+from hpc_distkv.engine.recorder import Recorder
 from hpc_distkv.engine.scheduler import Plan, Row
 from hpc_distkv.engine.sequence import Sequence
+from hpc_distkv.engine.timesheet import TimeSheet
 from hpc_distkv.memory.loan import Move
 from hpc_distkv.memory.pool import BlockPool
 
