@@ -25,6 +25,7 @@ from hpc_distkv.observe.svg import (
 LEFT, RIGHT = 64, 24
 BINS = 80
 """Of a rate over time."""
+PERCENTILES = ("p50", "p90", "p99")
 SMALL_PANELS = 12
 """Instances up to which each has a panel; more are rows of one picture."""
 MOST_ROWS = 64
@@ -65,7 +66,7 @@ def throughput(history: History) -> str:
         parts.append(panel.path(points, f"{style} line"))
         top += 140
     parts.append(panel.times())
-    return drawing(top - 6, *parts, title="Throughput over time")
+    return drawing(panel.y.start + 22, *parts, title="Throughput over time")
 
 
 def pools(history: History) -> str:
@@ -87,7 +88,7 @@ def pools(history: History) -> str:
         parts.append(panel.band(lower, upper, "hosted fill"))
         top += height + 46
     parts.append(panel.times())
-    return drawing(top - 16, *parts, title="Use of KV pools over time")
+    return drawing(panel.y.start + 22, *parts, title="Use of KV pools over time")
 
 
 def _pool_rows(history: History) -> str:
@@ -183,6 +184,8 @@ def latencies(metrics: Mapping[str, Any]) -> str:
         y = Axis(0, most, bottom, top + 14)
         total = sum(count for _, count in bins)
         parts.append(text(LEFT, top - 8, f"{names[name]} ({total:,})", "unit"))
+        marks = [f"{p} {seconds_text(metrics[name][p])}" for p in PERCENTILES]
+        parts.append(text(WIDTH - RIGHT, top - 8, " · ".join(marks), "label", "end"))
         for seconds, count in bins:
             left, right = x.at(seconds / 2 ** (1 / 32)), x.at(seconds * 2 ** (1 / 32))
             hint = f"{seconds_text(seconds)}: {count:,}"
@@ -190,26 +193,16 @@ def latencies(metrics: Mapping[str, Any]) -> str:
                 rect(left, y.at(count), right - left + 0.2, bottom - y.at(count), "own fill", hint)
             )
         parts.append(line(LEFT, bottom, WIDTH - RIGHT, bottom, "base"))
-        parts += _percentiles(metrics[name], x, top, bottom)
+        for percentile in PERCENTILES:
+            at = x.at(metrics[name][percentile])
+            parts.append(line(at, top + 4, at, bottom, "mark"))
         top = bottom + 50
     for power in range(low, max(high, low + 1) + 1):
         at = x.at(10.0**power)
         parts.append(line(at, bottom, at, bottom + 4, "base"))
-        parts.append(text(at, bottom + 18, seconds_text(10.0**power), "tick", "middle"))
+        words = f"{10.0**power:,.0f} s" if power >= 0 else seconds_text(10.0**power)
+        parts.append(text(at, bottom + 18, words, "tick", "middle"))
     return drawing(bottom + 26, *parts, title="Distribution of latencies")
-
-
-def _percentiles(summary: Mapping[str, float], x: Axis, top: float, bottom: float) -> list[str]:
-    """Marks with their values, in a row where they would overlap otherwise."""
-    parts, free = [], float("-inf")
-    for name in ("p50", "p90", "p99"):
-        at = x.at(summary[name])
-        parts.append(line(at, top + 4, at, bottom, "mark"))
-        words = f"{name} {seconds_text(summary[name])}"
-        start = max(at + 4, free)
-        parts.append(text(start, top + 10, words, "tick"))
-        free = start + 7 * len(words) + 8
-    return parts
 
 
 def where_time_goes(ranks: Sequence[Mapping[str, Any]]) -> str:
@@ -239,7 +232,13 @@ def where_time_goes(ranks: Sequence[Mapping[str, Any]]) -> str:
             parts.append(rect(left, y, width, height, f"{style} fill", hint))
             if width > 44 and height > 20:
                 parts.append(
-                    text(left + width / 2, y + height / 2 + 4, f"{share:.0%}", "inside", "middle")
+                    text(
+                        left + width / 2,
+                        y + height / 2 + 4,
+                        f"{share:.0%}",
+                        f"inside on-{style}",
+                        "middle",
+                    )
                 )
             at += took
     bottom = top + len(shown) * (height + 4)
@@ -247,7 +246,11 @@ def where_time_goes(ranks: Sequence[Mapping[str, Any]]) -> str:
     parts.append(panel.times())
     if len(shown) < len(ranks):
         parts.append(text(LEFT, bottom + 40, f"and {len(ranks) - len(shown)} ranks more", "tick"))
-    return drawing(bottom + 46, *parts, title="Where the time of every rank goes")
+    return drawing(
+        bottom + (46 if len(shown) < len(ranks) else 22),
+        *parts,
+        title="Where the time of every rank goes",
+    )
 
 
 def _legend(entries: Sequence[tuple[str, str]]) -> str:
