@@ -230,6 +230,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     free: int
     promised: int
     """rBlocks set aside until the answer: the most that may be granted."""
+    hosted: int = 0
+    """rBlocks that hold KV of others."""
     wanted: int = 0
     """rBlocks to borrow."""
     wanted_for: int = NOBODY

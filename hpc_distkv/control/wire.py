@@ -16,6 +16,7 @@ COLUMNS = {
     "capacity": "i",
     "free": "i",
     "promised": "i",
+    "hosted": "i",
     "wanted": "i",
     "wanted_for": "q",
     "largest": "i",

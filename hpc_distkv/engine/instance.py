@@ -100,6 +100,7 @@ class Instance:
             capacity=self.rm.num_blocks,
             free=self.rm.free,
             promised=self.rm.promise(demand.lendable if sharing else 0),
+            hosted=sum(loan.used for loan in self.rm.loans.values()),
             wanted=demand.wanted if sharing else 0,
             wanted_for=demand.wanted_for,
             largest=demand.largest,

@@ -131,7 +131,8 @@ def _debts(history: History | None) -> str:
         }
     )
     slider = (
-        f"<input id=moment type=range min=0 max={len(frames) - 1} value={first} "
+        f"<input id=moment type=range min=0 max={history.seconds[-1]:.3f} step=0.001 "
+        f"value={frames[first]['at']} "
         'aria-label="moment of the run">'
     )
     more = ""

@@ -36,6 +36,8 @@ class Snapshot(NamedTuple):
     generated_tokens: Numbers
     used: Numbers
     """rBlocks."""
+    hosted: Numbers
+    """Those of them that hold KV of others."""
     capacity: Numbers
     debts: list[tuple[int, int, int]]
     """(debtor, creditor, rBlocks lent or set aside)."""
@@ -72,7 +74,7 @@ def take_snapshot(job: Job, manager: GManager) -> Snapshot:
     assert reports is not None
     columns = {
         name: reports[name].astype(np.int64)
-        for name in ("running", "prompt_tokens", "generated_tokens", "capacity", "free")
+        for name in ("running", "prompt_tokens", "generated_tokens", "capacity", "free", "hosted")
     }
     return Snapshot(
         at=time.perf_counter(),
@@ -86,6 +88,7 @@ def take_snapshot(job: Job, manager: GManager) -> Snapshot:
         prompt_tokens=columns["prompt_tokens"],
         generated_tokens=columns["generated_tokens"],
         used=columns["capacity"] - columns["free"],
+        hosted=columns["hosted"],
         capacity=columns["capacity"],
         debts=list(manager.ledger.pairs()),
     )

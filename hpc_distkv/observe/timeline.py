@@ -15,8 +15,8 @@ MOST, LEAST = 2000, 100
 
 
 class Timeline:
-    """Owner of a run's snapshots. When there are too many, every other one is dropped and they are
-    taken half as often: so they always cover the whole run, evenly."""
+    """Owner of a run's snapshots. When there are too many, every other one is dropped, and from
+    then on they are taken as rarely as those that are left: so they cover the whole run, evenly."""
 
     def __init__(self, instances: int) -> None:
         self.snapshots: list[Snapshot] = []
@@ -33,5 +33,5 @@ class Timeline:
         """One more, later than all others."""
         self.snapshots.append(snapshot)
         if len(self.snapshots) > self._most:
-            self.snapshots = self.snapshots[::2]
-            self._interval *= 2
+            kept = self.snapshots = self.snapshots[::2]
+            self._interval = (kept[-1].at - kept[0].at) / (len(kept) - 1)

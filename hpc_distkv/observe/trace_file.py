@@ -143,20 +143,17 @@ def _span(pid: int, kind: Kind, started: float, ended: float, one: int, other: i
 
 
 def _counters(now: Snapshot, origin: float, tp: int, borrowers: set[int]) -> Iterator[Event]:
-    lent = [0] * len(now.used)
     owed: dict[int, dict[str, int]] = {debtor: {} for debtor in borrowers}
     for debtor, creditor, blocks in now.debts:
-        lent[creditor] += blocks
         owed[debtor][f"instance {creditor}"] = blocks
 
     def counter(instance: int, name: str, args: dict[str, int]) -> Event:
         at = round(1e6 * (now.at - origin), 3)
         return {"ph": "C", "name": name, "pid": instance * tp, "tid": 0, "ts": at, "args": args}
 
-    for instance, hosted in enumerate(lent):
+    for instance in range(len(now.used)):
         used, capacity = int(now.used[instance]), int(now.capacity[instance])
-        # What is set aside for a debtor and not filled yet counts as lent, and is free.
-        hosted = min(hosted, used)
+        hosted = int(now.hosted[instance])
         pool = {OWN: used - hosted, HOSTED: hosted, FREE: capacity - used}
         yield counter(instance, POOL, pool)
         yield counter(instance, ROWS, {"running": int(now.running[instance])})
