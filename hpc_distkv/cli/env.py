@@ -93,7 +93,7 @@ def _report(comm: Comm, ranks: Sequence[Facts], links: LinkCosts | None) -> Iter
     yield from _head(ranks[0])
     yield f"MPI       {ranks[0].versions['MPI']}"
     nodes = counted(max(world.nodes) + 1, "node")
-    yield f"ranks     {counted(world.size, 'rank')} on {nodes}"
+    yield f"ranks     {world.size} on {nodes}"
     yield ""
     yield from _places(ranks, local, sizes)
     if links and world.size > 1:

@@ -6,7 +6,7 @@ import os
 import platform
 import socket
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from importlib.metadata import distributions
 from pathlib import Path
@@ -100,12 +100,13 @@ def problems(
     round_trips: Sequence[Sequence[float]],
 ) -> list[str]:
     """What looks wrong about a job, `ranks` by rank, each as a sentence that says what to do."""
+    crowded = _without_core(ranks, nodes)
     return [
         *_differences(ranks),
         *_wrong_places(ranks, local_ranks),
-        *_shared_cores(ranks, nodes),
+        *_shared_cores(crowded),
         *_gpu_problems(ranks, local_ranks, nodes),
-        *_slow_links(nodes, round_trips),
+        *_slow_links(nodes, round_trips, crowded),
     ]
 
 
@@ -163,20 +164,23 @@ def _wrong_places(ranks: Sequence[Facts], local_ranks: Sequence[int]) -> list[st
     return []
 
 
-def _shared_cores(ranks: Sequence[Facts], nodes: Sequence[int]) -> list[str]:
-    users: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for number, (rank, node) in enumerate(zip(ranks, nodes, strict=True)):
-        for core in rank.cores:
-            users[node, core].append(number)
-    crowded = {
+def _without_core(ranks: Sequence[Facts], nodes: Sequence[int]) -> set[int]:
+    """Ranks whose share of the cores they may run on is less than one."""
+    users: Counter[tuple[int, int]] = Counter()
+    for rank, node in zip(ranks, nodes, strict=True):
+        users.update((node, core) for core in rank.cores)
+    return {
         number
         for number, (rank, node) in enumerate(zip(ranks, nodes, strict=True))
-        if sum(1 / len(users[node, core]) for core in rank.cores) < 1
+        if sum(1 / users[node, core] for core in rank.cores) < 1
     }
+
+
+def _shared_cores(crowded: set[int]) -> list[str]:
     if not crowded:
         return []
     return [
-        f"{_listed(crowded)} have less than a core each: start fewer ranks on a node, or give "
+        f"{_listed(crowded)} less than a core: start fewer ranks on a node, or give "
         "them cores (srun -c $SLURM_CPUS_PER_TASK; Open MPI: mpirun --bind-to none)"
     ]
 
@@ -194,22 +198,25 @@ def _gpu_problems(
         elif rank.devices:
             without.add(number)
     said += [
-        f"{_listed(sharers)} would take the same GPU: --ntasks-per-node must be the number of "
+        f"{_listed(sharers)} to take the same GPU: --ntasks-per-node must be the number of "
         "GPUs of a node (--gpus-per-node, --gpu-bind=none)"
         for sharers in users.values()
         if len(sharers) > 1
     ]
     if without:
-        said.append(f"{_listed(without)} have no GPU left: start as many ranks on a node as GPUs")
+        said.append(f"{_listed(without)} no GPU left: start as many ranks on a node as GPUs")
     return said
 
 
-def _slow_links(nodes: Sequence[int], round_trips: Sequence[Sequence[float]]) -> list[str]:
+def _slow_links(
+    nodes: Sequence[int], round_trips: Sequence[Sequence[float]], crowded: set[int]
+) -> list[str]:
+    """Times of ranks that wait for a core say nothing of their links."""
     said = []
     for pairs in link_classes(nodes, round_trips).values():
         median = statistics.median(pairs.values())
         for (a, b), seconds in sorted(pairs.items()):
-            if seconds > max(SLOW * median, median + SLOW_SECONDS):
+            if seconds > max(SLOW * median, median + SLOW_SECONDS) and crowded.isdisjoint((a, b)):
                 said.append(
                     f"between instances {a} and {b} a round trip takes {1e6 * seconds:.0f} µs, "
                     f"and {1e6 * median:.0f} µs between others like them"
@@ -230,5 +237,8 @@ def link_classes(
 
 
 def _listed(numbers: set[int]) -> str:
+    """The beginning of a sentence."""
     shown = ", ".join(map(str, sorted(numbers)[:8]))
-    return f"ranks {shown}{', …' if len(numbers) > 8 else ''}"
+    if len(numbers) == 1:
+        return f"rank {shown} has"
+    return f"ranks {shown}{', …' if len(numbers) > 8 else ''} have"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 import random
-from collections import defaultdict
 
 import numpy as np
 import pytest
 from seen_runs import snapshot, two_ranks
+from trace_format import check_schema
 
 from hpc_distkv.comm.clock import ClockOffset
 from hpc_distkv.comm.local import open_local, run_local
@@ -161,45 +161,3 @@ def test_nested_spans_stay_nested_in_the_file(tmp_path, seed):
     path = tmp_path / "trace.json"
     write_trace(path, World(0, (0,)), ranks, [], 0.0, {})
     check_schema(json.loads(path.read_text()))
-
-
-def check_schema(content):
-    """What https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU asks
-    for, as far as this file uses it: JSON object format, phases X, C and M, and complete events of
-    a thread that are nested or apart."""
-    assert content["displayTimeUnit"] in ("ms", "ns")
-    named, threads = {"process_name": set(), "thread_name": set()}, defaultdict(list)
-    for event in content["traceEvents"]:
-        assert {"ph", "name", "pid", "tid", "ts", "args"} <= event.keys()
-        assert isinstance(event["pid"], int)
-        assert isinstance(event["tid"], int)
-        assert isinstance(event["ts"], int | float)
-        match event["ph"]:
-            case "X":
-                assert event["dur"] >= 0
-                begin, end = round(1e3 * event["ts"]), round(1e3 * (event["ts"] + event["dur"]))
-                threads[event["pid"], event["tid"]].append((begin, -end))
-            case "C":
-                assert event["args"]
-                assert all(isinstance(v, int | float) for v in event["args"].values())
-            case "M":
-                if event["name"] in named:
-                    assert isinstance(event["args"]["name"], str)
-                    key = (
-                        (event["pid"], event["tid"]) if "thread" in event["name"] else event["pid"]
-                    )
-                    named[event["name"]].add(key)
-                else:
-                    assert event["name"] in ("process_sort_index", "thread_sort_index")
-                    assert isinstance(event["args"]["sort_index"], int)
-            case other:
-                pytest.fail(f"phase {other}")
-    assert set(threads) <= named["thread_name"]
-    assert {pid for pid, _ in threads} <= named["process_name"]
-    for spans in threads.values():
-        open_until = []
-        for begin, end in sorted(spans):
-            while open_until and open_until[-1] <= begin:
-                open_until.pop()
-            assert not open_until or -end <= open_until[-1]
-            open_until.append(-end)
