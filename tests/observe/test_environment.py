@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from hpc_distkv.observe.environment import Device, Facts, facts, launcher, problems, slurm
@@ -73,3 +75,17 @@ def test_a_process_knows_where_it_is():
     assert launcher({"PMI_SIZE": "2"}).endswith("2 ranks")
     assert slurm({}) is None
     assert slurm({"SLURM_JOB_ID": "7", "SLURM_MPI_TYPE": "pmix"}) == "JOB_ID=7 MPI_TYPE=pmix"
+
+
+def test_the_gpus_that_torch_sees_are_listed(monkeypatch):
+    torch = pytest.importorskip("torch")
+    gpu = SimpleNamespace(name="H100", uuid="af-12", total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
+    found = facts({})
+    assert found.devices == [Device("H100", "af-12", 80.0)] * 2
+    assert found.versions["CUDA of torch"] == "13.0"
+    assert found.versions["NCCL of torch"] == "2.28.9"
