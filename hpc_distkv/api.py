@@ -4,6 +4,7 @@ that uses the library run."""
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 import time
@@ -48,6 +49,7 @@ USER_ERRORS = (ModelError, InputError, JournalError, OptionError)
 """What a user can cause and mend: shown as a sentence, not as a traceback."""
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class SetupError(Exception):
@@ -149,8 +151,11 @@ class Engine:
         about = self._about(files, started)
         figures = {"job": about, **leader.close(ranks, self.comm.world)}
         if files.trace and trace and (timeline := leader.watch.timeline):
-            world = self.comm.world
-            write_trace(files.trace, world, spans, timeline.snapshots, trace.origin, about)
+            snapshots = timeline.snapshots
+            try:
+                write_trace(files.trace, self.comm.world, spans, snapshots, trace.origin, about)
+            except OSError as error:  # the answers are there all the same
+                log.error("cannot write the trace: %s", error)
         return figures
 
     def generate(self, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

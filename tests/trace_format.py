@@ -15,10 +15,11 @@ def check_schema(content: dict[str, Any]) -> None:
     assert content["displayTimeUnit"] in ("ms", "ns")
     named, threads = {"process_name": set(), "thread_name": set()}, defaultdict(list)
     for event in content["traceEvents"]:
-        assert {"ph", "name", "pid", "tid", "ts", "args"} <= event.keys()
+        assert {"ph", "name", "pid", "tid", "args"} <= event.keys()
         assert isinstance(event["pid"], int)
         assert isinstance(event["tid"], int)
-        assert isinstance(event["ts"], int | float)
+        assert min(event["pid"], event["tid"]) > 0  # 0 is special in Perfetto
+        assert event["ph"] == "M" or event["ts"] >= 0  # and negative times are refused
         match event["ph"]:
             case "X":
                 assert event["dur"] >= 0

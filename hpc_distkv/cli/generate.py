@@ -101,7 +101,10 @@ def _generate(comm: Comm, options: dict[str, Any]) -> int:
     if figures is None:
         return 0
     if paths["metrics"]:
-        write_json(paths["metrics"], figures)
+        try:
+            write_json(paths["metrics"], figures)
+        except OSError as error:  # the answers are there all the same
+            say(comm, f"cannot write the metrics: {error}")
     click.echo(_summary(figures, files.output))
     rows = figures["rows"]
     return 1 if rows["failed"] + rows["failed_before"] else 0

@@ -17,10 +17,9 @@ from hpc_distkv.observe.svg import (
     line,
     nice_ticks,
     rect,
-    seconds_text,
-    short,
     text,
 )
+from hpc_distkv.observe.units import seconds_text, short
 
 LEFT, RIGHT = 64, 24
 BINS = 80

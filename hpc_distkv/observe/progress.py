@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from hpc_distkv.observe.snapshot import Snapshot
+from hpc_distkv.observe.units import duration
 
 LOG_INTERVAL = 10.0
 """Seconds between two lines of a log."""
@@ -95,10 +96,3 @@ class ProgressReport:
 
     def _details(self, parts: Sequence[str]) -> Text:
         return Text("; ".join(parts), style="dim")
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds: 1:02:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"

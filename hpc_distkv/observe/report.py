@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from hpc_distkv.observe import charts
-from hpc_distkv.observe.progress import duration
 from hpc_distkv.observe.run_files import History, RunFiles
-from hpc_distkv.observe.svg import WIDTH, seconds_text
+from hpc_distkv.observe.svg import WIDTH
+from hpc_distkv.observe.units import duration, seconds_text
 
 MOST_FRAMES = 300
 """Moments of the debt matrix."""

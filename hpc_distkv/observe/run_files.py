@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_distkv.observe.trace_file import HOSTED, OWES, OWN, POOL, ROWS, TOKENS
+from hpc_distkv.observe.trace_names import FIRST_PROCESS, HOSTED, OWES, OWN, POOL, ROWS, TOKENS
 
 Series = NDArray[np.float64]
 SUFFIXES = (".json", ".json.gz")
@@ -112,7 +112,10 @@ def _history(path: Path, content: dict[str, Any]) -> History | None:
         tp = int(content["otherData"]["tensor_parallel_size"])
         events = [event for event in content["traceEvents"] if event["ph"] == "C"]
         moments = sorted({event["ts"] for event in events})
-        instances = 1 + max((event["pid"] // tp for event in events), default=0)
+        instance_of = [(event["pid"] - FIRST_PROCESS) // tp for event in events]
+        if min(instance_of, default=0) < 0:
+            raise ValueError("a process id below that of rank 0")
+        instances = 1 + max(instance_of, default=0)
         if len(moments) < 2:
             return None
         place = {moment: index for index, moment in enumerate(moments)}
@@ -126,8 +129,8 @@ def _history(path: Path, content: dict[str, Any]) -> History | None:
             for key in keys
         }
         debts: list[dict[tuple[int, int], int]] = [{} for _ in moments]
-        for event in events:
-            instance, at = event["pid"] // tp, place[event["ts"]]
+        for instance, event in zip(instance_of, events, strict=True):
+            at = place[event["ts"]]
             for key, value in event["args"].items():
                 if event["name"] != OWES:
                     columns[event["name"], key][instance, at] = value

@@ -14,49 +14,21 @@ from hpc_distkv.engine.recorder import Kind
 from hpc_distkv.observe.metrics import replacing
 from hpc_distkv.observe.snapshot import Snapshot
 from hpc_distkv.observe.trace import FINE_EVERY, WINDOWS, RankSpans
-
-NAMES = {
-    Kind.STEP: "step",
-    Kind.PARTIALS: "wait for partial results",
-    Kind.MOVES: "wait for rBlocks",
-    Kind.SERVE: "serve guests",
-    Kind.QUERIES: "wait for queries",
-    Kind.CONTROL: "wait for answer",
-    Kind.LEAD: "gManager",
-    Kind.LAYER: "layer",
-    Kind.EXCHANGE: "exchange",
-    Kind.TRANSFER: "rBlocks under way",
-    Kind.VISIT: "step of a debtor",
-    Kind.ROUND: "control round",
-}
-DETAILS = {
-    Kind.STEP: ("rows", "tokens"),
-    Kind.PARTIALS: ("layer", "creditors"),
-    Kind.MOVES: ("rBlocks",),
-    Kind.SERVE: ("debtor", "layer"),
-    Kind.CONTROL: ("round",),
-    Kind.LEAD: ("reports",),
-    Kind.LAYER: ("layer",),
-    Kind.EXCHANGE: ("layer", "creditors"),
-    Kind.TRANSFER: ("rBlocks",),
-    Kind.VISIT: ("debtor", "query rows"),
-    Kind.ROUND: ("round",),
-}
-"""Kind → what the two numbers of its spans are."""
-WORK = 0
-TRACKS = {
-    WORK: "work",
-    Kind.EXCHANGE: "exchange",
-    Kind.TRANSFER: "moves",
-    Kind.ROUND: "control rounds",
-}
-"""Thread id → name. Spans of one thread are nested or apart, as the format asks for."""
-VISITS = 100
-"""Thread id of the visits of debtor 0; those of the others follow."""
-
-POOL, ROWS, TOKENS, OWES = "KV pool (rBlocks)", "rows", "tokens", "owes (rBlocks)"
-"""Counters. A process is a rank; those of an instance are its first rank's."""
-FREE, OWN, HOSTED = "free", "own", "hosted"
+from hpc_distkv.observe.trace_names import (
+    DETAILS,
+    FIRST_PROCESS,
+    FREE,
+    HOSTED,
+    NAMES,
+    OWES,
+    OWN,
+    POOL,
+    ROWS,
+    TOKENS,
+    TRACKS,
+    VISITS,
+    WORK,
+)
 
 Event = dict[str, Any]
 
@@ -101,7 +73,7 @@ def _events(
     for number, rank in enumerate(ranks):
         yield from _names(world, number, rank)
         for kind, started, ended, one, other in rank.spans.tolist():
-            yield _span(number, Kind(kind), started, ended, one, other)
+            yield _span(FIRST_PROCESS + number, Kind(kind), started, ended, one, other)
     borrowers = {debtor for snapshot in timeline for debtor, _, _ in snapshot.debts}
     for snapshot in timeline:
         yield from _counters(snapshot, origin, world.tp, borrowers)
@@ -109,13 +81,14 @@ def _events(
 
 def _names(world: World, number: int, rank: RankSpans) -> Iterator[Event]:
     def name(what: str, tid: int, **args: str | int) -> Event:
-        return {"ph": "M", "name": what, "pid": number, "tid": tid, "ts": 0, "args": args}
+        pid = FIRST_PROCESS + number
+        return {"ph": "M", "name": what, "pid": pid, "tid": tid, "args": args}
 
     label = world.name(number)
     if world.tp > 1:
         label += f", instance {world.instance_of(number)}"
-    yield name("process_name", 0, name=label)
-    yield name("process_sort_index", 0, sort_index=number)
+    yield name("process_name", WORK, name=label)
+    yield name("process_sort_index", WORK, sort_index=number)
     tracks = dict(TRACKS)
     visits = rank.spans[rank.spans["kind"] == Kind.VISIT]
     tracks |= {VISITS + d: f"serves instance {d}" for d in sorted({*visits["one"].tolist()})}
@@ -149,7 +122,8 @@ def _counters(now: Snapshot, origin: float, tp: int, borrowers: set[int]) -> Ite
 
     def counter(instance: int, name: str, args: dict[str, int]) -> Event:
         at = round(1e6 * (now.at - origin), 3)
-        return {"ph": "C", "name": name, "pid": instance * tp, "tid": 0, "ts": at, "args": args}
+        pid = FIRST_PROCESS + instance * tp
+        return {"ph": "C", "name": name, "pid": pid, "tid": WORK, "ts": at, "args": args}
 
     for instance in range(len(now.used)):
         used, capacity = int(now.used[instance]), int(now.capacity[instance])

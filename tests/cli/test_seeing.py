@@ -48,7 +48,7 @@ def spans(trace) -> dict:
     found = defaultdict(lambda: defaultdict(list))
     for event in trace["traceEvents"]:
         if event["ph"] == "X":
-            found[event["pid"]][event["cat"]].append(event)
+            found[event["pid"] - 1][event["cat"]].append(event)
     return found
 
 
@@ -56,7 +56,7 @@ def counter(trace, name, rank) -> list[dict]:
     return [
         event["args"]
         for event in trace["traceEvents"]
-        if event["ph"] == "C" and event["name"] == name and event["pid"] == rank
+        if event["ph"] == "C" and event["name"] == name and event["pid"] == rank + 1
     ]
 
 
