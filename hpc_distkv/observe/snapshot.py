@@ -28,6 +28,9 @@ class Snapshot(NamedTuple):
     """Rows without a line."""
     estimated: bool
     """Whether `left` is: the input has not been read to its end."""
+    least_seconds: float
+    """That some instance needs for the rows it has, if all their tokens were as fast as those of
+    prompts."""
     waiting: int
     """Requests that were read, and neither run nor are finished."""
     running: Numbers
@@ -63,9 +66,10 @@ class Snapshot(NamedTuple):
         return float(self.used.sum() / max(1, self.capacity.sum()))
 
     def seconds_left(self, seconds: float) -> float | None:
-        """If rows go on to end as in the `seconds` of this run so far; None: none has ended."""
+        """If rows go on to end as in the `seconds` of this run so far, but no less than the work
+        begun takes: the last rows may be the longest. None: no row has ended."""
         done = self.answered + self.failed
-        return self.left * seconds / done if done else None
+        return max(self.left * seconds / done, self.least_seconds) if done else None
 
 
 def take_snapshot(job: Job, manager: GManager) -> Snapshot:
@@ -83,6 +87,7 @@ def take_snapshot(job: Job, manager: GManager) -> Snapshot:
         before=job.skipped,
         left=_rows_left(job),
         estimated=job.total_rows is None,
+        least_seconds=float((reports["work_left"] * reports["prompt_time"]).max()),
         waiting=max(0, manager.assignment.unfinished - int(columns["running"].sum())),
         running=columns["running"],
         prompt_tokens=columns["prompt_tokens"],

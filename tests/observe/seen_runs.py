@@ -19,6 +19,7 @@ def snapshot(at: float, used: list[int], hosted: list[int], debts: list, **field
         "before": 0,
         "left": 10.0,
         "estimated": True,
+        "least_seconds": 0.0,
         "waiting": 3,
         "running": np.full(n, 2),
         "prompt_tokens": np.full(n, int(100 * at)),

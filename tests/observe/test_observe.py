@@ -109,6 +109,7 @@ def test_a_terminal_gets_a_bar(monkeypatch):
 
 def test_time_left_is_that_of_rows_like_those_that_ended():
     assert NOW.seconds_left(70.0) == 70.0
+    assert NOW._replace(least_seconds=90.0).seconds_left(70.0) == 90.0  # a long row is under way
     assert snapshot(0.0, [1], [0], [], answered=0, before=5).seconds_left(70.0) is None
     assert snapshot(0.0, [1], [0], [], answered=0, before=5, left=15.0).fraction == 0.25
     assert snapshot(0.0, [1], [0], [], answered=0, left=0.0).fraction == 1.0
