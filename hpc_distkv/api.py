@@ -4,12 +4,20 @@ that uses the library run."""
 from __future__ import annotations
 
 import json
+import logging
+import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, cast
+
+import msgspec
+import torch
 
 from hpc_distkv.batch.errors import InputError, JournalError
 from hpc_distkv.batch.intake import Intake
@@ -19,20 +27,29 @@ from hpc_distkv.batch.service import Limits, SamplingDefaults, Service, model_na
 from hpc_distkv.comm.abort import aborting
 from hpc_distkv.comm.mpi import open_mpi
 from hpc_distkv.comm.transport import Comm
+from hpc_distkv.comm.world import World
 from hpc_distkv.control.messages import Result
 from hpc_distkv.engine.config import OptionError
+from hpc_distkv.engine.follower import Follower
 from hpc_distkv.engine.rank import EngineOptions, RankEngine, load_model
+from hpc_distkv.engine.worker import Worker
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.errors import ModelError
 from hpc_distkv.model.tokenizer import Tokenizer
-from hpc_distkv.observe.metrics import peak_memory
-from hpc_distkv.observe.progress import ProgressReport, State
+from hpc_distkv.observe.metrics import RankFigures, peak_memory
+from hpc_distkv.observe.progress import ProgressReport
+from hpc_distkv.observe.prometheus import PrometheusFile, run_labels
 from hpc_distkv.observe.run import RunRecord
+from hpc_distkv.observe.timeline import Timeline
+from hpc_distkv.observe.trace import begin_trace, gather_traces
+from hpc_distkv.observe.trace_file import write_trace
+from hpc_distkv.observe.watch import Watch
 
 USER_ERRORS = (ModelError, InputError, JournalError, OptionError)
 """What a user can cause and mend: shown as a sentence, not as a traceback."""
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class SetupError(Exception):
@@ -46,6 +63,10 @@ class Files:
     input: Path
     output: Path
     overwrite: bool = False
+    prometheus: Path | None = None
+    """The state of the run, every few seconds."""
+    trace: Path | None = None
+    """When which rank did what, at the end."""
 
 
 def together(comm: Comm, prepare: Callable[[], T]) -> T:
@@ -119,10 +140,23 @@ class Engine:
         """Answer every row of a batch file; resumes if the results file holds answers already.
         Returns the run's figures on rank 0, None elsewhere. Raises SetupError on all ranks."""
         job = self._together(lambda: self._open(files) if self._first else None)
-        leader = JobLeader(self.rank, job, progress) if job else None
-        self.rank.run(leader)
-        peaks = self.comm.share(peak_memory())
-        return leader.close(peaks) if leader else None
+        leader = JobLeader(self.rank, job, self._watch(files, progress)) if job else None
+        trace = begin_trace(self.comm) if files.trace else None
+        started = time.time()
+        worker = self.rank.run(leader, trace)
+        ranks = self._gather(worker)
+        spans = gather_traces(self.comm, trace) if trace else []
+        if leader is None:
+            return None
+        about = self._about(files, started)
+        figures = {"job": about, **leader.close(ranks, self.comm.world)}
+        if files.trace and trace and (timeline := leader.watch.timeline):
+            snapshots = timeline.snapshots
+            try:
+                write_trace(files.trace, self.comm.world, spans, snapshots, trace.origin, about)
+            except OSError as error:  # the answers are there all the same
+                log.error("cannot write the trace: %s", error)
+        return figures
 
     def generate(self, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         """Answer OpenAI batch rows; returns OpenAI batch response rows in the order of `rows` on
@@ -141,6 +175,41 @@ class Engine:
     @property
     def _first(self) -> bool:
         return self.comm.world.rank == 0
+
+    def _watch(self, files: Files, progress: ProgressReport | None) -> Watch:
+        labels = run_labels(files.output)
+        return Watch(
+            progress,
+            PrometheusFile(files.prometheus, labels) if files.prometheus else None,
+            Timeline(self.comm.world.instances) if files.trace else None,
+        )
+
+    def _gather(self, worker: Worker | Follower) -> list[RankFigures]:
+        own = RankFigures(worker.counters, peak_memory(), torch.get_num_threads())
+        messages = self.comm.gather(msgspec.msgpack.encode(own))
+        return [msgspec.msgpack.decode(message, type=RankFigures) for message in messages]
+
+    def _about(self, files: Files, started: float) -> dict[str, Any]:
+        """What the job was, for who finds its figures later."""
+        world, config = self.comm.world, self.rank.config
+        return {
+            "version": version("hpc-distkv"),
+            "model": str(self.model),
+            "input": str(files.input),
+            "output": str(files.output),
+            "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+            "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+            "ranks": world.size,
+            "instances": world.instances,
+            "tensor_parallel_size": world.tp,
+            "nodes": max(world.nodes) + 1,
+            "dtype": self.rank.dtype,
+            "block_size": config.block_size,
+            "num_blocks": config.num_blocks,
+            "max_num_seqs": config.max_num_seqs,
+            "max_num_batched_tokens": config.max_num_batched_tokens,
+            "lending": config.policy.lending,
+        }
 
     def _open(self, files: Files) -> Job:
         limits = Limits(self.max_model_len, self.rank.capacity_tokens)
@@ -161,48 +230,26 @@ class Engine:
 class JobLeader:
     """What rank 0 does beside its own work: feed the gManager, keep results, show progress."""
 
-    def __init__(self, engine: RankEngine, job: Job, progress: ProgressReport | None) -> None:
+    def __init__(self, engine: RankEngine, job: Job, watch: Watch) -> None:
         self.gmanager = engine.gmanager(job.requests())
+        self.watch = watch
         self._job = job
-        self._progress = progress
         self._record = RunRecord()
 
     def finish(self, result: Result) -> None:
         """Write a row's answer."""
+        self._record.add(result, *self._job.describe(result.id))
         self._job.finish(result)
-        self._record.add(result)
 
     def tick(self) -> None:
         """After every control round: make results durable and show how far the run is."""
         self._job.commit()
-        if self._progress and self._progress.due:
-            self._progress.show(self._state())
+        if (reports := self.gmanager.reports) is not None:
+            self._record.see_pools(reports["capacity"] - reports["free"])
+        self.watch.look(self._job, self.gmanager)
 
-    def close(self, peak_memory: list[int]) -> dict[str, Any]:
+    def close(self, ranks: Sequence[RankFigures], world: World) -> dict[str, Any]:
         """Close the files; the figures of the run."""
         self._job.close()
-        if self._progress:
-            self._progress.close()
-        rows = {
-            "answered": self._job.answered,
-            "failed": self._job.failed,
-            "answered_before": self._job.skipped - self._job.failed_before,
-            "failed_before": self._job.failed_before,
-            "total": self._job.total_rows,
-        }
-        return {"rows": rows, **self._record.summary(self.gmanager.counters, peak_memory)}
-
-    def _state(self) -> State:
-        job, manager = self._job, self.gmanager
-        done = job.answered + job.failed
-        # Rows that were read and wait for their answer are not behind us.
-        read = job.bytes_read / max(1, job.input_bytes)
-        return State(
-            fraction=read * done / max(1, done + job.in_flight),
-            rows=done + job.skipped,
-            failed=job.failed,
-            running=manager.running,
-            tokens=sum(c.prompt_tokens + c.generated_tokens for c in manager.counters),
-            used=1 - manager.free / max(1, manager.capacity),
-            lent=sum(blocks for _, _, blocks in manager.ledger.pairs()),
-        )
+        self.watch.close(self._job, self.gmanager)
+        return self._record.figures(self._job, ranks, world)

@@ -109,6 +109,13 @@ class Job:
         )
         self.answered += 1
 
+    def describe(self, request_id: int) -> tuple[str, int]:
+        """custom_id and prompt tokens of the row of a request in flight."""
+        pending = self._pending.get(which_choice(request_id)[0])
+        if pending is None:
+            return "", 0
+        return pending.row.custom_id, pending.prompt_tokens
+
     def refuse(self, request_id: int, error: RowError) -> None:
         """Write an error row for the row of a request that the engine cannot answer. Raises
         JournalError."""

@@ -137,6 +137,31 @@ def unused_lending(**options: Any) -> None:
     _measured(options, measure)
 
 
+@command.command("trace-cost")
+@click.option("--model", required=True, help="Model directory.")
+@click.option("--input-len", type=POSITIVE, default=128, show_default=True)
+@click.option("--output-len", type=POSITIVE, default=48, show_default=True)
+@click.option("--num-prompts", type=POSITIVE, default=8, show_default=True)
+@click.option("--long-len", type=POSITIVE, help="Prompt tokens of one row more.")
+@click.option("--repeats", type=POSITIVE, default=8, show_default=True)
+@engine_options
+def trace_cost(**options: Any) -> None:
+    """The same rows with --trace and without it."""
+
+    def measure(comm: Comm, model: Decoder, settings: EngineOptions) -> dict[str, Any]:
+        from hpc_distkv.observe import bench
+
+        count, output_len = options["num_prompts"], options["output_len"]
+        vocab_size = model.config.vocab_size
+        requests = bench.synthetic(count, options["input_len"], output_len, vocab_size)
+        if options["long_len"]:
+            *_, long = bench.synthetic(count + 1, options["long_len"], output_len, vocab_size)
+            requests.append(long)
+        return bench.trace_cost(comm, model, settings, requests, options["repeats"])
+
+    _measured(options, measure)
+
+
 @command.command()
 @click.option("--model", required=True, help="Model directory.")
 @click.option("--document-len", type=POSITIVE, default=3000, show_default=True)

@@ -18,6 +18,7 @@ SAMPLING = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
     *("max_tokens", "seed"),
 )
+SEEING = ("metrics", "prometheus", "trace")
 
 
 @click.command("generate")
@@ -43,7 +44,19 @@ SAMPLING = (
     "--repetition-penalty", type=click.FloatRange(0, 1000, min_open=True), help="Likewise."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="For rows that give none.")
-@click.option("--metrics", type=click.Path(dir_okay=False), help="Write the run's figures (JSON).")
+@click.option(
+    "--metrics", type=click.Path(dir_okay=False), help="Write the run's figures at the end (JSON)."
+)
+@click.option(
+    "--prometheus",
+    type=click.Path(dir_okay=False),
+    help="Write the state every 10 s for the node exporter's textfile collector (FILE.prom).",
+)
+@click.option(
+    "--trace",
+    type=click.Path(dir_okay=False),
+    help="Write when which rank did what, for https://ui.perfetto.dev (FILE.json or .json.gz).",
+)
 @engine_options
 def command(**options: Any) -> None:
     """Answer every row of a batch file, once, on all ranks of the job.
@@ -66,9 +79,16 @@ def _generate(comm: Comm, options: dict[str, Any]) -> int:
 
     # A job that Slurm requeued goes on where it was, also if its first start was to overwrite.
     afresh = options["overwrite"] and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
-    files = Files(Path(options["source"]), Path(options["output"]), afresh)
+    paths = {n: Path(options[n]) if options[n] else None for n in SEEING}
+    files = Files(
+        Path(options["source"]),
+        Path(options["output"]),
+        afresh,
+        prometheus=paths["prometheus"],
+        trace=paths["trace"],
+    )
     first = comm.world.rank == 0
-    together(comm, lambda: _check_files(files, options["metrics"]) if first else None)
+    together(comm, lambda: _check_files(files, paths) if first else None)
     engine = Engine(
         options["model"],
         set_options(options),
@@ -80,14 +100,17 @@ def _generate(comm: Comm, options: dict[str, Any]) -> int:
     figures = engine.run(files, ProgressReport() if first else None)
     if figures is None:
         return 0
-    if options["metrics"]:
-        write_json(Path(options["metrics"]), figures)
+    if paths["metrics"]:
+        try:
+            write_json(paths["metrics"], figures)
+        except OSError as error:  # the answers are there all the same
+            say(comm, f"cannot write the metrics: {error}")
     click.echo(_summary(figures, files.output))
     rows = figures["rows"]
     return 1 if rows["failed"] + rows["failed_before"] else 0
 
 
-def _check_files(files: Files, metrics: str | None) -> None:
+def _check_files(files: Files, seeing: dict[str, Path | None]) -> None:
     """What can be said of the files before the model is loaded. Raises InputError, JournalError
     and OptionError."""
     from hpc_distkv.batch.intake import Intake
@@ -96,9 +119,16 @@ def _check_files(files: Files, metrics: str | None) -> None:
 
     Intake(files.input).close()
     check_place(files.output, files.input)
-    folder = Path(metrics or ".").absolute().parent
-    if not os.access(folder, os.W_OK):
-        raise OptionError(f"cannot write --metrics {metrics}: {folder} is no directory to write in")
+    for name, path in seeing.items():
+        folder = (path or Path()).absolute().parent
+        if path and not os.access(folder, os.W_OK):
+            raise OptionError(f"cannot write --{name} {path}: {folder} is no directory to write in")
+        if path and path.absolute() in (files.input.absolute(), files.output.absolute()):
+            raise OptionError(f"--{name} {path} is the input or the output: give another file")
+    if seeing["prometheus"] and seeing["prometheus"].suffix != ".prom":
+        raise OptionError(
+            f"--prometheus {seeing['prometheus']}: the node exporter reads *.prom files only"
+        )
 
 
 def _announcement(engine: Engine) -> str:

@@ -167,6 +167,22 @@ class Comm:
         values: list[T] = json.loads(self.idle(everyone, "all ranks to agree"))
         return values
 
+    def gather(self, message: bytes) -> list[bytes]:
+        """The messages of all ranks, by rank, on rank 0; [] elsewhere: one whole control round that
+        sends nothing back, so ranks may have much to say. Collective; no round may be open."""
+        messages: list[bytes] = []
+        self.rounds.report(message)
+
+        def everyone() -> bytes | None:
+            reports = self.rounds.reports() if self.world.rank == 0 else None
+            if reports is not None:
+                messages.extend(reports)
+                self.rounds.reply([b""] * self.world.size)
+            return self.rounds.answer()
+
+        self.idle(everyone, "what all ranks have to say")
+        return messages
+
     def close(self) -> None:
         """Wait until every rank is done and nothing is under way; afterwards a rank may leave with
         any exit status. Collective; no round may be open. A second call does nothing.

@@ -79,6 +79,12 @@ class Assignment:
         """Whether there may be rows that no instance has yet."""
         return not self.exhausted or bool(self._returned or self._ahead) or any(self._dealt or ())
 
+    @property
+    def unfinished(self) -> int:
+        """Rows that were read and have no result."""
+        dealt = sum(map(len, self._dealt or ()))
+        return len(self.home) + len(self._ahead) + len(self._returned) + dealt
+
     def take_back(self, request: Request) -> None:
         """An instance returns a row that it has not begun."""
         del self.home[request.id], self._limits[request.id]

@@ -94,6 +94,8 @@ class GManager:
         affinity = Affinity(block_size) if prefix_caching else None
         self.assignment = Assignment(requests, instances, policy.queue, attention_tokens, affinity)
         self.counters = [Counters() for _ in range(instances)]
+        self.reports: Reports | None = None
+        """Of the last round."""
         self.running = self.free = self.capacity = 0
         self.round_number = 0
         self._links = links
@@ -162,6 +164,7 @@ class GManager:
 
     def _observe(self, reports: Reports) -> list[Result]:
         results: list[Result] = []
+        self.reports = reports
         for instance, changes in reports.changes.items():
             if changes.lent is not None:
                 self.ledger.set_row(instance, changes.lent)

@@ -157,13 +157,23 @@ class Counters(msgspec.Struct):
     bytes_reported: int = 0
     """Reports sent to the gManager and answers received."""
     step_time: float = 0.0
+    """Of steps, whatever they were spent on."""
+    compute_time: float = 0.0
+    """Of steps, less the following. This and the following, to `other_time`, exclude each other:
+    together they are all the time of the run."""
     partial_wait: float = 0.0
     """Waiting for partial results from creditors."""
+    move_wait: float = 0.0
+    """Waiting for rBlocks."""
     serve_time: float = 0.0
     """Attending debtors' queries to their guests."""
-    move_wait: float = 0.0
+    query_wait: float = 0.0
+    """Without work: waiting for the queries of a debtor's step under way here."""
     control_wait: float = 0.0
-    """Waiting at round boundaries, without work included."""
+    """Without work: waiting for answers of control rounds."""
+    lead_time: float = 0.0
+    """Rank 0: the gManager's rounds, with reading rows and writing answers."""
+    other_time: float = 0.0
     prediction_error: float = 0.0
     """Mean error of predicted decode step times, relative to the measured ones."""
     gaps: dict[int, int] = {}
@@ -240,6 +250,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     free: int
     promised: int
     """rBlocks set aside until the answer: the most that may be granted."""
+    hosted: int = 0
+    """rBlocks that hold KV of others."""
     wanted: int = 0
     """rBlocks to borrow."""
     wanted_for: int = NOBODY
@@ -267,6 +279,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Sealed rBlocks at home of the request that has most of them."""
     lacking: int = 0
     """rBlocks that the oldest waiting row lacks to begin beside those that run; 0 if none does."""
+    prompt_tokens: int = 0
+    """Prompt tokens computed so far, recomputed ones included."""
+    generated_tokens: int = 0
+    """Output tokens so far."""
     kv_tokens: int = 0
     """KV tokens attended to here in a step of decodes: own ones at home, and guests."""
     work_left: float = 0.0

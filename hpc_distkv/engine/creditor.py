@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from itertools import groupby
 from operator import itemgetter
@@ -13,6 +12,8 @@ from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow, micro_atte
 from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR, Comm, Pending
 from hpc_distkv.control.messages import Header
 from hpc_distkv.engine.instance import Instance
+from hpc_distkv.engine.recorder import Kind
+from hpc_distkv.engine.timesheet import TimeSheet
 from hpc_distkv.memory.loan import ProtocolError
 from hpc_distkv.memory.pool import BlockPool
 
@@ -31,10 +32,11 @@ class Creditor:
         instance: Instance,
         shape: tuple[int, int],
         specs: Sequence[AttentionSpec],
+        time: TimeSheet,
     ) -> None:
         """`shape`: query heads and head dimension of the shard; `specs`: one for each layer."""
         self._comm, self._pool, self._instance = comm, pool, instance
-        self._shape, self._specs = shape, specs
+        self._shape, self._specs, self._time = shape, specs, time
         self._visits: dict[int, Visit] = {}
         """Debtor → the step of it that is being served."""
 
@@ -59,7 +61,9 @@ class Creditor:
             self._instance,
             self._shape,
             self._specs,
+            self._time,
         )
+        self._time.recorder.open(Kind.VISIT, debtor)
 
     def push(self) -> list[int]:
         """Push on every visit. Returns the debtors whose step can be committed. Never blocks, and
@@ -72,7 +76,9 @@ class Creditor:
 
     def commit(self, debtor: int) -> None:
         """The step of `debtor`, all of which was served, is over."""
-        self._visits.pop(debtor).commit()
+        visit = self._visits.pop(debtor)
+        visit.commit()
+        self._time.recorder.close(Kind.VISIT, debtor, debtor, visit.rows)
 
 
 class Visit:
@@ -93,16 +99,19 @@ class Visit:
         instance: Instance,
         shape: tuple[int, int],
         specs: Sequence[AttentionSpec],
+        time: TimeSheet,
     ) -> None:
         self._rank, self._debtor = comm.world.rank_of(debtor), debtor
         self._comm, self._pool, self._instance, self._specs = comm, pool, instance, specs
+        self._time = time
         self._moved = instance.accept(debtor, header, now)
         self._pending: list[Pending] = []
         """Moves and partial results under way."""
         self._post_moves()
         self._layer = 0 if header.queries else pool.layers
+        self.rows = rows = sum(count for _, count, _ in header.queries)
+        """Query rows of a layer."""
         if header.queries:
-            rows = sum(count for _, count, _ in header.queries)
             heads, head_dim = shape
             self._guests = PagedBatch.build(self._paged_rows(header))
             self._queries = torch.empty((rows, heads, head_dim), dtype=pool.dtype)
@@ -136,7 +145,7 @@ class Visit:
         self._arriving = self._comm.transport.exchange([], received, TO_DEBTOR, TO_CREDITOR)
 
     def _serve(self) -> None:
-        started = time.perf_counter()
+        self._time.enter(Kind.SERVE)
         k_cache, v_cache = self._pool.layer(self._layer)
         micro_attention(
             self._queries,
@@ -155,7 +164,7 @@ class Visit:
         self._pending.append(self._comm.transport.exchange(partials, [], TO_DEBTOR, TO_CREDITOR))
         counters = self._instance.counters
         counters.bytes_queried += self._out.nbytes + self._lse.nbytes
-        counters.serve_time += time.perf_counter() - started
+        self._time.leave(self._debtor, self._layer - 1)
 
     def _paged_rows(self, header: Header) -> list[PagedRow]:
         """A row for each query, or for all queries of the same guests if their positions do not

@@ -24,6 +24,7 @@ from hpc_distkv.engine.events import (
 )
 from hpc_distkv.engine.lane import Lane, Parts
 from hpc_distkv.engine.pace import Speed
+from hpc_distkv.engine.recorder import Kind
 from hpc_distkv.engine.worker import decode_answer
 from hpc_distkv.memory.loan import ProtocolError
 
@@ -60,6 +61,7 @@ class Follower:
 
     def __init__(self, parts: Parts) -> None:
         self._comm = comm = parts.comm
+        self._time = parts.time
         self._lane = Lane(parts, self._attend, self._serve)
         self._instance, self._creditor = self._lane.instance, self._lane.creditor
         self.counters = self._instance.counters
@@ -110,9 +112,12 @@ class Follower:
                 f"{world.name(world.rank)} and {world.name(self._leader)} plan different steps of "
                 f"instance {world.instance}: do all ranks run the same version of this program?"
             )
+        self._time.enter(Kind.STEP if plan.rows else Kind.OTHER)
         self._lane.compute(plan, begun.now)
         ended = self._next(StepEnded)
         done = self._lane.end(plan, ended.tokens, ended.now)
+        tokens_computed = sum(count for _, count in plan.rows)
+        self._time.leave(len(plan.rows), tokens_computed, record=bool(plan.rows))
         if plan.rows:
             self._instance.note_step(done, self._next(StepTimed).seconds)
 
@@ -188,6 +193,8 @@ class Follower:
             return None
 
         names = " or ".join(kind.__name__ for kind in kinds)
+        self._time.enter(Kind.CONTROL)
         event = self._comm.waiter.until(ready, f"its log ({names})", lambda: [self._leader])
+        self._time.leave(self._instance.round)
         self._log.popleft()
         return event

@@ -9,6 +9,7 @@ import torch
 
 from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow, micro_attention, write_kv
 from hpc_distkv.engine.debtor import Debtor
+from hpc_distkv.engine.recorder import Recorder
 from hpc_distkv.engine.scheduler import Row
 from hpc_distkv.engine.shared import SharedAttention, groups_of
 from hpc_distkv.memory.pool import BlockPool
@@ -55,12 +56,14 @@ class Forward:
         rmanager: RManager,
         between_layers: Callable[[], None],
         pause: Callable[[], None],
+        recorder: Recorder,
     ) -> None:
         """`between_layers` is called once a layer, so that control rounds go on during a step,
         `pause` more often, so that debtors are served."""
         self._model, self._pool, self._rm, self._specs = model, pool, rmanager, model.attention
         self._between_layers, self._pause = between_layers, pause
         self._positional = any(spec.positional for spec in model.attention)
+        self._recorder = recorder
 
     def run(self, rows: Sequence[Row], debtor: Debtor | None) -> torch.Tensor:
         """Compute the rows' tokens and store their KV. Returns the float32 logits
@@ -77,6 +80,7 @@ class Forward:
         blocks, offsets = self._slots(rows)
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            self._recorder.layer(layer)
             self._between_layers()
             k_cache, v_cache = self._pool.layer(layer)
             write_kv(k, v, k_cache, v_cache, blocks, offsets)
@@ -98,6 +102,7 @@ class Forward:
             self._pause,
             self._lengths(rows) if self._model.needs_lengths else None,
         )
+        self._recorder.layer(-1)
         ends, end = [], 0
         for sequence, count in rows:
             end += count

@@ -20,6 +20,7 @@ from hpc_distkv.engine.pace import StepWork
 from hpc_distkv.engine.scheduler import Plan, Row
 from hpc_distkv.engine.sequence import Sequence
 from hpc_distkv.engine.stop import TextDecoder
+from hpc_distkv.engine.timesheet import TimeSheet
 from hpc_distkv.memory.pool import BlockPool
 
 NOTHING = Plan([], [], [], [])
@@ -37,6 +38,7 @@ class Parts(NamedTuple):
     """Query heads and head dimension of the shard."""
     decoder: TextDecoder | None
     """For requests with stop strings."""
+    time: TimeSheet
 
 
 class Lane:
@@ -51,9 +53,13 @@ class Lane:
         self.sharing = config.policy.sharing
         sequence = partial(Sequence, decoder=parts.decoder)
         self.instance = Instance(comm.world.instance, config, sequence)
-        self.debtor = Debtor(comm, pool, self.instance, shape)
-        self.creditor = Creditor(comm, pool, self.instance, shape, parts.model.attention)
-        self._forward = Forward(parts.model, pool, self.instance.rm, between_layers, pause)
+        self.debtor = Debtor(comm, pool, self.instance, shape, parts.time)
+        self.creditor = Creditor(
+            comm, pool, self.instance, shape, parts.model.attention, parts.time
+        )
+        self._forward = Forward(
+            parts.model, pool, self.instance.rm, between_layers, pause, parts.time.recorder
+        )
         self._block_size = pool.block_size
         self._attention_tokens = config.attention_tokens
         self._exchanging = False

@@ -21,7 +21,9 @@ from hpc_distkv.control.policy import POLICIES, Policy
 from hpc_distkv.engine.config import EngineConfig, OptionError
 from hpc_distkv.engine.follower import Follower
 from hpc_distkv.engine.lane import Parts
+from hpc_distkv.engine.recorder import Recorder
 from hpc_distkv.engine.stop import TextDecoder
+from hpc_distkv.engine.timesheet import TimeSheet
 from hpc_distkv.engine.worker import Leader, Worker
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.model.config import ModelConfig
@@ -149,13 +151,18 @@ class RankEngine:
         """Of weights and KV."""
         return _name(self._model.dtype)
 
-    def run(self, leader: Leader | None = None) -> Worker | Follower:
+    def run(
+        self, leader: Leader | None = None, recorder: Recorder | None = None
+    ) -> Worker | Follower:
         """Work until all requests of rank 0's leader are answered. Collective; `leader` is given
-        on rank 0 alone. Raises StallError, ProtocolError, and what the leader raises."""
+        on rank 0 alone; `recorder`: is told when what happens here. Raises StallError,
+        ProtocolError, and what the leader raises."""
         heads = (self._model.config.num_heads, self._model.config.head_dim)
-        parts = Parts(self.comm, self._model, self._pool, self.config, heads, self._decoder)
+        time = TimeSheet(recorder or Recorder())
+        parts = Parts(self.comm, self._model, self._pool, self.config, heads, self._decoder, time)
         worker = Follower(parts) if self.comm.world.lane else Worker(parts, leader)
         worker.run()
+        time.fill(worker.counters)
         return worker
 
     def gmanager(self, requests: Iterator[Request]) -> GManager:

@@ -24,6 +24,7 @@ from hpc_distkv.engine.events import (
 from hpc_distkv.engine.lane import Lane, Parts
 from hpc_distkv.engine.letters import Letters
 from hpc_distkv.engine.pace import Speed, StepSeconds
+from hpc_distkv.engine.recorder import Kind
 from hpc_distkv.engine.sampler import sample, sample_logprobs
 from hpc_distkv.engine.scheduler import Row
 from hpc_distkv.memory.loan import ProtocolError
@@ -74,6 +75,7 @@ class Worker:
         """`leader`: on rank 0 only."""
         self._comm = comm = parts.comm
         self._leader = leader
+        self._time = parts.time
         self._lane = Lane(parts, self._attend, self._serve)
         self._instance = self._lane.instance
         self.counters = self._instance.counters
@@ -132,10 +134,18 @@ class Worker:
             self._lane.return_all(now)
 
     def _take_answer(self) -> Answer:
-        started = time.perf_counter()
-        answer = self._comm.idle(self._poll_answer, f"the answer of round {self._instance.round}")
-        self.counters.control_wait += time.perf_counter() - started
+        answer = self._answer
+        if answer is None:
+            what = f"the answer of round {self._instance.round}"
+            self._time.enter(Kind.CONTROL)
+            answer = self._comm.idle(self._poll_idle, what)
+            self._time.leave(self._instance.round)
         self._answer = None
+        return answer
+
+    def _poll_idle(self) -> Answer | None:
+        answer = self._poll_answer()
+        self._time.turn(Kind.CONTROL if self._lane.creditor.idle else Kind.QUERIES)
         return answer
 
     def _attend(self) -> None:
@@ -148,10 +158,13 @@ class Worker:
             self._comm.rounds.drained()
             return
         if self._leader and (messages := self._comm.rounds.reports()) is not None:
+            self._time.enter(Kind.LEAD)
             self._answer_round(self._leader, messages)
+            self._time.leave(len(messages))
         if self._answer is None and (message := self._comm.rounds.answer()) is not None:
             self.counters.bytes_reported += len(message)
             self._answer = decode_answer(message)
+            self._time.recorder.close(Kind.ROUND, one=self._answer.round)
 
     def _answer_round(self, leader: Leader, messages: list[bytes]) -> None:
         """The gManager's part. It hears the leaders of instances, and every rank its instance's
@@ -164,6 +177,8 @@ class Worker:
         leader.tick()
 
     def _report(self) -> None:
+        self._time.fill(self.counters)
+        self._time.recorder.open(Kind.ROUND)
         message = encode_report(self._instance.report())
         self.counters.bytes_reported += len(message)
         self._comm.rounds.report(message)
@@ -174,8 +189,9 @@ class Worker:
     # -- steps ----------------------------------------------------------------------------------
 
     def _step(self) -> None:
-        started, before = time.perf_counter(), msgspec.structs.replace(self.counters)
+        started, waited = time.perf_counter(), self._waited()
         plan, now = self._instance.plan(), time.monotonic()
+        self._time.enter(Kind.STEP if plan.rows else Kind.OTHER)
         if self._log.followed:
             self._log.record(StepBegun(now, fingerprint(plan)))
         logits = self._lane.compute(plan, now)
@@ -183,15 +199,19 @@ class Worker:
         self._log.record(StepEnded(tokens, now))
         done = self._lane.end(plan, tokens, now, logprobs)
         self._idle = not plan.rows
+        tokens_computed = sum(count for _, count in plan.rows)
+        self._time.leave(len(plan.rows), tokens_computed, record=not self._idle)
         if plan.rows:
-            counters = self.counters
+            partials, beside = self._waited()
             seconds = StepSeconds(
-                time.perf_counter() - started,
-                counters.partial_wait - before.partial_wait,
-                counters.move_wait + counters.serve_time - before.move_wait - before.serve_time,
+                time.perf_counter() - started, partials - waited[0], beside - waited[1]
             )
             self._log.record(StepTimed(seconds))
             self._instance.note_step(done, seconds)
+
+    def _waited(self) -> tuple[float, float]:
+        spent = self._time.spent
+        return spent(Kind.PARTIALS), spent(Kind.MOVES, Kind.SERVE)
 
     def _sample(self, rows: list[Row], logits: torch.Tensor) -> tuple[list[int], dict[int, bytes]]:
         """The new tokens of the rows that have all others computed, and records of logprobs."""
