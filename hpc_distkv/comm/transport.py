@@ -21,6 +21,7 @@ from typing import TypeVar
 
 import torch
 
+from hpc_distkv.comm.device import Device
 from hpc_distkv.comm.waiter import Waiter
 from hpc_distkv.comm.world import World
 
@@ -127,6 +128,8 @@ class Comm:
     waiter: Waiter
     abort: Callable[[int], object]
     """End the whole job with this exit status."""
+    device: Device = field(default_factory=Device, init=False)
+    """Where this rank computes; `binding.bind` chooses it."""
     closed: bool = field(default=False, init=False)
     """Whether all ranks have agreed that they are done."""
 

@@ -21,7 +21,9 @@ class Leg:
 
     rank: int
     rows: torch.Tensor
-    """int32 `[rows]`: which of the step's tokens."""
+    """int32 `[rows]`: which of the step's tokens; on the host, and ..."""
+    index: torch.Tensor
+    """... on the device."""
     queries: torch.Tensor
     """`[rows, heads, head_dim]` in the model's dtype: contiguous."""
     out: torch.Tensor
@@ -66,13 +68,16 @@ class Debtor:
             for creditor in self._instance.rm.tables[sequence.id].remote:
                 wanted.setdefault(creditor, []).extend(range(first, first + count))
             first += count
-        self._legs = [self._leg(world.rank_of(c), rows) for c, rows in wanted.items()]
+        rows = [torch.tensor(places, dtype=torch.int32) for places in wanted.values()]
+        indices = self._comm.device.upload(rows) if rows else []
+        legs = zip(map(world.rank_of, wanted), rows, indices, strict=True)
+        self._legs = [self._leg(*leg) for leg in legs]
         return bool(self._legs)
 
     def post_queries(self, q: torch.Tensor) -> None:
         """Send the rows of `q` `[tokens, heads, head_dim]` that have rBlocks elsewhere."""
         for leg in self._legs:
-            torch.index_select(q, 0, leg.rows, out=leg.queries)
+            torch.index_select(q, 0, leg.index, out=leg.queries)
         sends = [(leg.rank, leg.queries) for leg in self._legs]
         partials = [(leg.rank, part) for leg in self._legs for part in (leg.out, leg.lse)]
         self._counters.bytes_queried += sum(tensor.nbytes for _, tensor in sends)
@@ -103,12 +108,13 @@ class Debtor:
             self._counters.bytes_moved += sum(tensor.nbytes for _, tensor in (*sends, *recvs))
             self._moves = self._comm.transport.exchange(sends, recvs, TO_CREDITOR, TO_DEBTOR)
 
-    def _leg(self, rank: int, rows: list[int]) -> Leg:
-        heads, head_dim = self._shape
+    def _leg(self, rank: int, rows: torch.Tensor, index: torch.Tensor) -> Leg:
+        shape, place = (len(rows), *self._shape), self._pool.device
         return Leg(
             rank,
-            torch.tensor(rows, dtype=torch.int32),
-            torch.empty((len(rows), heads, head_dim), dtype=self._pool.dtype),
-            torch.empty((len(rows), heads, head_dim)),
-            torch.empty((len(rows), heads)),
+            rows,
+            index,
+            torch.empty(shape, dtype=self._pool.dtype, device=place),
+            torch.empty(shape, device=place),
+            torch.empty(shape[:2], device=place),
         )

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow, micro_attention, write_kv
+from hpc_distkv.comm.device import Device
 from hpc_distkv.engine.debtor import Debtor
 from hpc_distkv.engine.scheduler import Row
 from hpc_distkv.memory.pool import BlockPool
@@ -52,12 +53,14 @@ class Forward:
         model: Model,
         pool: BlockPool,
         rmanager: RManager,
+        device: Device,
         between_layers: Callable[[], None],
         pause: Callable[[], None],
     ) -> None:
         """`between_layers` is called once a layer, so that control rounds go on during a step,
         `pause` more often, so that debtors are served."""
         self._model, self._pool, self._rm, self._specs = model, pool, rmanager, model.attention
+        self._device = device
         self._between_layers, self._pause = between_layers, pause
 
     def run(self, rows: Sequence[Row], debtor: Debtor | None) -> torch.Tensor:
@@ -66,8 +69,7 @@ class Forward:
         `debtor` is given if any row has rBlocks elsewhere."""
         if not rows:
             return torch.empty((0, 0))
-        tokens = [t for s, n in rows for t in s.tokens[s.computed : s.computed + n]]
-        positions = [p for s, n in rows for p in range(s.computed, s.computed + n)]
+        tokens, positions, ends, lengths = self._device.upload(self._inputs(rows))
         batch = PagedBatch.build([self._paged_row(row) for row in rows])
         blocks, offsets = self._slots(rows)
 
@@ -84,28 +86,29 @@ class Forward:
             return out
 
         hidden = self._model.hidden(
-            torch.tensor(tokens),
-            torch.tensor(positions),
-            attend,
-            self._pause,
-            self._lengths(rows) if self._model.needs_lengths else None,
+            tokens, positions, attend, self._pause, lengths if len(lengths) else None
         )
+        return self._model.logits(hidden[ends]) if len(ends) else torch.empty((0, 0))
+
+    def _inputs(self, rows: Sequence[Row]) -> list[torch.Tensor]:
+        """int64: tokens and positions; which of them end a row that has no token left to compute;
+        if the model needs them, lengths: a recomputed token gets the one it had when it was
+        computed first."""
+        tokens = [t for s, n in rows for t in s.tokens[s.computed : s.computed + n]]
+        positions = [p for s, n in rows for p in range(s.computed, s.computed + n)]
         ends, end = [], 0
         for sequence, count in rows:
             end += count
             if sequence.remaining == count:
                 ends.append(end - 1)
-        return self._model.logits(hidden[ends]) if ends else torch.empty((0, 0))
-
-    def _lengths(self, rows: Sequence[Row]) -> torch.Tensor:
-        """So a recomputed token gets the length it had when it was computed first."""
-        return torch.tensor(
-            [
-                max(position + 1, sequence.request.prompt_len)
-                for sequence, count in rows
-                for position in range(sequence.computed, sequence.computed + count)
-            ]
-        )
+        lengths: list[int] = []
+        if self._model.needs_lengths:
+            least = [s.request.prompt_len for s, n in rows for _ in range(n)]
+            lengths = [max(p + 1, n) for p, n in zip(positions, least, strict=True)]
+        return [
+            torch.tensor(numbers, dtype=torch.int64)
+            for numbers in (tokens, positions, ends, lengths)
+        ]
 
     def _paged_row(self, row: Row) -> PagedRow:
         sequence, count = row

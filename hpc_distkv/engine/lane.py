@@ -53,7 +53,9 @@ class Lane:
         self.instance = Instance(comm.world.instance, config, sequence)
         self.debtor = Debtor(comm, pool, self.instance, shape)
         self.creditor = Creditor(comm, pool, self.instance, shape, parts.model.attention)
-        self._forward = Forward(parts.model, pool, self.instance.rm, between_layers, pause)
+        self._forward = Forward(
+            parts.model, pool, self.instance.rm, comm.device, between_layers, pause
+        )
         self._block_size = pool.block_size
         self._attention_tokens = config.attention_tokens
         self._exchanging = False
