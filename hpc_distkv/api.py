@@ -21,7 +21,7 @@ from hpc_distkv.comm.mpi import open_mpi
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages import Result
 from hpc_distkv.engine.config import OptionError
-from hpc_distkv.engine.rank import EngineOptions, RankEngine, load_model
+from hpc_distkv.engine.rank import EngineOptions, RankEngine, bind, load_model
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.errors import ModelError
 from hpc_distkv.model.tokenizer import Tokenizer
@@ -93,6 +93,7 @@ class Engine:
         self.defaults = SamplingDefaults(**(asdict(self.config.generation) | dict(sampling or {})))
         self.max_model_len = max_model_len or self.config.max_position
         settings = options or EngineOptions()
+        self._together(lambda: bind(self.comm, settings))
         # Stop strings are looked for where a row runs, so every rank has the tokenizer.
         self._tokenizer = self._together(lambda: Tokenizer(model))
         decoder = self._together(lambda: load_model(self.comm, model, settings))

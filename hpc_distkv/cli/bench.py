@@ -29,11 +29,12 @@ def _measured(options: dict[str, Any], measure: Measure) -> None:
 
     def work(comm: Comm) -> int:
         from hpc_distkv.api import together
-        from hpc_distkv.engine.rank import load_model
+        from hpc_distkv.engine.rank import bind, load_model
         from hpc_distkv.model.config import ModelConfig
 
         engine_settings = set_options(options)
         together(comm, lambda: ModelConfig.from_dir(options["model"]))
+        together(comm, lambda: bind(comm, engine_settings))
         model = together(comm, lambda: load_model(comm, options["model"], engine_settings))
         figures = measure(comm, model, engine_settings)
         if comm.world.rank == 0:

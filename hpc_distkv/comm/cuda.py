@@ -52,6 +52,8 @@ class Cuda(Device):
 
     def upload(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """All in one copy, ordered as the kernels around it."""
+        if not tensors:
+            return []
         sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
         starts = [0, *accumulate(sizes)]
         staged = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=True)

@@ -22,7 +22,7 @@ DRAWN_TOGETHER = 32
 
 
 def sample_together(device: Device, logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
-    """int64 `[sequences]` on the device; `logits` is float32 `[sequences, vocab]`, left as it is."""
+    """int64 `[sequences]` on the device; `logits`: float32 `[sequences, vocab]`, left as it is."""
     samplings = [sequence.request.sampling for sequence in sequences]
     if any(sampling.rules for sampling in samplings):
         logits = _adjusted(device, logits, sequences)
@@ -75,7 +75,12 @@ def _weights(scores: Tensor, temperature: Tensor, min_p: Tensor) -> Tensor:
 
 
 def _draw(
-    scores: Tensor, uniform: Tensor, temperature: Tensor, min_p: Tensor, top_p: Tensor, top_k: Tensor
+    scores: Tensor,
+    uniform: Tensor,
+    temperature: Tensor,
+    min_p: Tensor,
+    top_p: Tensor,
+    top_k: Tensor,
 ) -> Tensor:
     """From all tokens of non-zero weight."""
     cumulative = _weights(scores, temperature, min_p).cumsum(dim=-1)
@@ -83,7 +88,12 @@ def _draw(
 
 
 def _draw_sorted(
-    scores: Tensor, uniform: Tensor, temperature: Tensor, min_p: Tensor, top_p: Tensor, top_k: Tensor
+    scores: Tensor,
+    uniform: Tensor,
+    temperature: Tensor,
+    min_p: Tensor,
+    top_p: Tensor,
+    top_k: Tensor,
 ) -> Tensor:
     """From the most probable tokens: `top_k` of them, and of these as many as weigh `top_p`."""
     order = scores.argsort(dim=-1, descending=True, stable=True)
@@ -111,8 +121,8 @@ def _adjusted(device: Device, logits: Tensor, sequences: Rows[Sequence]) -> Tens
         rules = sequence.request.sampling.rules
         if rules is None:
             continue
-        for token, value in rules.logit_bias:
-            bias.add(row, np.array([token]), value)
+        for token, added in rules.logit_bias:
+            bias.add(row, np.array([token]), added)
         if sequence.output_len < sequence.request.sampling.min_tokens:
             withheld.add(row, np.array(rules.withheld, np.int64))
         if isinstance(sequence.counts, TokenCounts):
@@ -154,9 +164,7 @@ class _Edits:
         other: np.ndarray | float = 0.0,
     ) -> None:
         """Of `tokens` of one row."""
-        values = [
-            np.broadcast_to(np.asarray(v, np.float32), tokens.shape) for v in (value, other)
-        ]
+        values = [np.broadcast_to(np.asarray(v, np.float32), tokens.shape) for v in (value, other)]
         self._parts.append((row * self._vocab + tokens, values[0], values[1]))
 
     def tensors(self) -> list[Tensor]:

@@ -21,9 +21,7 @@ class Leg:
 
     rank: int
     rows: torch.Tensor
-    """int32 `[rows]`: which of the step's tokens; on the host, and ..."""
-    index: torch.Tensor
-    """... on the device."""
+    """int32 `[rows]`: which of the step's tokens."""
     queries: torch.Tensor
     """`[rows, heads, head_dim]` in the model's dtype: contiguous."""
     out: torch.Tensor
@@ -69,15 +67,14 @@ class Debtor:
                 wanted.setdefault(creditor, []).extend(range(first, first + count))
             first += count
         rows = [torch.tensor(places, dtype=torch.int32) for places in wanted.values()]
-        indices = self._comm.device.upload(rows) if rows else []
-        legs = zip(map(world.rank_of, wanted), rows, indices, strict=True)
+        legs = zip(map(world.rank_of, wanted), self._comm.device.upload(rows), strict=True)
         self._legs = [self._leg(*leg) for leg in legs]
         return bool(self._legs)
 
     def post_queries(self, q: torch.Tensor) -> None:
         """Send the rows of `q` `[tokens, heads, head_dim]` that have rBlocks elsewhere."""
         for leg in self._legs:
-            torch.index_select(q, 0, leg.index, out=leg.queries)
+            torch.index_select(q, 0, leg.rows, out=leg.queries)
         sends = [(leg.rank, leg.queries) for leg in self._legs]
         partials = [(leg.rank, part) for leg in self._legs for part in (leg.out, leg.lse)]
         self._counters.bytes_queried += sum(tensor.nbytes for _, tensor in sends)
@@ -108,12 +105,11 @@ class Debtor:
             self._counters.bytes_moved += sum(tensor.nbytes for _, tensor in (*sends, *recvs))
             self._moves = self._comm.transport.exchange(sends, recvs, TO_CREDITOR, TO_DEBTOR)
 
-    def _leg(self, rank: int, rows: torch.Tensor, index: torch.Tensor) -> Leg:
+    def _leg(self, rank: int, rows: torch.Tensor) -> Leg:
         shape, place = (len(rows), *self._shape), self._pool.device
         return Leg(
             rank,
             rows,
-            index,
             torch.empty(shape, dtype=self._pool.dtype, device=place),
             torch.empty(shape, device=place),
             torch.empty(shape[:2], device=place),

@@ -69,9 +69,9 @@ class Forward:
         `debtor` is given if any row has rBlocks elsewhere."""
         if not rows:
             return torch.empty((0, 0))
-        tokens, positions, ends, lengths = self._device.upload(self._inputs(rows))
         batch = PagedBatch.build([self._paged_row(row) for row in rows])
-        blocks, offsets = self._slots(rows)
+        inputs = [*self._inputs(rows), *self._slots(rows)]
+        tokens, positions, ends, lengths, blocks, offsets = self._device.upload(inputs)
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             self._between_layers()
