@@ -89,10 +89,10 @@ class Engine:
         Raises SetupError on all ranks if one cannot."""
         self.model = Path(model)
         self.comm = comm or open_mpi(stall_timeout)
-        self.config = self._together(lambda: ModelConfig.from_dir(model))
+        settings = options or EngineOptions()
+        self.config = self._together(lambda: ModelConfig.from_dir(model, settings.dummy))
         self.defaults = SamplingDefaults(**(asdict(self.config.generation) | dict(sampling or {})))
         self.max_model_len = max_model_len or self.config.max_position
-        settings = options or EngineOptions()
         self._together(lambda: bind(self.comm, settings))
         # Stop strings are looked for where a row runs, so every rank has the tokenizer.
         self._tokenizer = self._together(lambda: Tokenizer(model))

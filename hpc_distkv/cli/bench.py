@@ -33,7 +33,7 @@ def _measured(options: dict[str, Any], measure: Measure) -> None:
         from hpc_distkv.model.config import ModelConfig
 
         engine_settings = set_options(options)
-        together(comm, lambda: ModelConfig.from_dir(options["model"]))
+        together(comm, lambda: ModelConfig.from_dir(options["model"], engine_settings.dummy))
         together(comm, lambda: bind(comm, engine_settings))
         model = together(comm, lambda: load_model(comm, options["model"], engine_settings))
         figures = measure(comm, model, engine_settings)
@@ -52,7 +52,7 @@ def _measured(options: dict[str, Any], measure: Measure) -> None:
 @click.option(
     "--against-transformers",
     is_flag=True,
-    help="Also run transformers' static-batch generate on the same cores, and give the ratio.",
+    help="Also run transformers' static-batch generate on the same device, and give the ratio.",
 )
 @engine_options
 def throughput(**options: Any) -> None:
@@ -74,9 +74,8 @@ def throughput(**options: Any) -> None:
         if options["against_transformers"]:
             import torch
 
-            dtype = str(model.dtype).removeprefix("torch.")
             other = bench.transformers_throughput(
-                options["model"], dtype, torch.get_num_threads(), requests
+                options["model"], model, torch.get_num_threads(), requests, settings.dummy
             )
             rate = "output_tokens_per_second"
             figures |= {"transformers": other, "ratio": figures[rate] / other[rate]}
@@ -105,6 +104,37 @@ def remote(**options: Any) -> None:
         return bench.remote_against_local(
             comm, model, settings, options["context"], options["output_len"], options["repeats"]
         )
+
+    _measured(options, measure)
+
+
+@command.command()
+@click.option("--model", required=True, help="Model directory.")
+@click.option("--input-len", type=POSITIVE, default=512, show_default=True)
+@click.option("--output-len", type=POSITIVE, default=64, show_default=True)
+@click.option("--num-prompts", type=POSITIVE, default=64, show_default=True)
+@engine_options
+def gpu(**options: Any) -> None:
+    """One rank on a GPU: waits and copies of a step, and how busy the GPU is."""
+
+    def measure(comm: Comm, model: Decoder, settings: EngineOptions) -> dict[str, Any]:
+        from hpc_distkv.api import SetupError, together
+        from hpc_distkv.engine.rank import RankEngine
+        from hpc_distkv.observe import bench
+        from hpc_distkv.observe.gpu import profile_steps
+
+        if comm.world.size > 1:
+            raise SetupError("this benchmark profiles one rank: run without mpirun")
+        requests = bench.synthetic(
+            options["num_prompts"],
+            options["input_len"],
+            options["output_len"],
+            model.config.vocab_size,
+        )
+        engine = RankEngine(comm, model, settings)
+        engine.join()
+        bench.run_once(engine, requests)
+        return together(comm, lambda: profile_steps(engine, requests))
 
     _measured(options, measure)
 

@@ -119,11 +119,11 @@ ENGINE_OPTIONS = (
     ),
     click.option(
         "--load-format",
-        type=click.Choice(["auto", "broadcast"]),
+        type=click.Choice(["auto", "broadcast", "dummy"]),
         default="auto",
         show_default=True,
         help="auto: every rank reads its weights; broadcast: only the ranks of the first replica "
-        "do, and hand them on.",
+        "do, and hand them on; dummy: random weights, for benchmarks.",
     ),
     click.option(
         "--threads",

@@ -30,7 +30,7 @@ from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.model.shard import Shard
-from hpc_distkv.model.weights import load_decoder
+from hpc_distkv.model.weights import load_decoder, random_decoder
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,13 @@ class EngineOptions:
     """Consecutive ranks that hold one replica of the model together."""
     load_format: str = "auto"
     """How weights get to the ranks: "auto": every rank reads its own shard; "broadcast": the first
-    instance reads, and hands each shard on to the ranks that hold the same one."""
+    instance reads, and hands each shard on to the ranks that hold the same one; "dummy": they are
+    random, and only the model's configuration is read."""
+
+    @property
+    def dummy(self) -> bool:
+        """Whether weights are random."""
+        return self.load_format == "dummy"
 
 
 class RankEngine:
@@ -236,15 +242,13 @@ def load_model(comm: Comm, path: str | Path, options: EngineOptions) -> Decoder:
         raise OptionError(f"--tensor-parallel-size: {error}") from None
     set_threads(comm, options.threads)
     world = comm.world
-    relay = LaneBroadcast(comm) if options.load_format == "broadcast" else None
-    decoder = load_decoder(
-        path,
-        ModelConfig.from_dir(path),
-        None if options.dtype == "auto" else options.dtype,
-        comm.device.place,
-        shard=Shard(world.lane, world.tp),
-        relay=relay,
-    )
+    config, shard = ModelConfig.from_dir(path, options.dummy), Shard(world.lane, world.tp)
+    dtype = None if options.dtype == "auto" else options.dtype
+    if options.dummy:
+        decoder = random_decoder(config, dtype, world.lane, comm.device.place, shard)
+    else:
+        relay = LaneBroadcast(comm) if options.load_format == "broadcast" else None
+        decoder = load_decoder(path, config, dtype, comm.device.place, shard, relay)
     if world.tp > 1:
         decoder.lanes = Group(comm)
     return decoder
