@@ -58,8 +58,7 @@ class Cuda(Device):
         starts = [0, *accumulate(sizes)]
         staged = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=True)
         for tensor, start in zip(tensors, starts, strict=False):
-            octets = tensor.contiguous().view(-1).view(torch.uint8)
-            staged[start : start + tensor.nbytes] = octets
+            staged[start : start + tensor.nbytes].view(tensor.dtype).copy_(tensor.reshape(-1))
         there = staged.to(self.place, non_blocking=True)
         return [
             there[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)

@@ -48,8 +48,7 @@ def test_nothing_is_sent_before_its_copy_has_ended_nor_before_what_was_asked_for
     assert not any(pending.done() for pending in (*leaving, *arriving))
     early.happen()
     early.past = True
-    assert all([pending.done() for pending in leaving])
-    assert all([pending.done() for pending in arriving])
+    assert [pending.done() for pending in (*leaving, *arriving)] == [True] * 4
     assert [tensor.tolist() for tensor in into] == [[1.0] * 4, [2.0] * 4]
 
 

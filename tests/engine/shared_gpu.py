@@ -32,7 +32,7 @@ def answers(comm: Comm, model: Decoder, options: EngineOptions) -> dict[int, lis
     worker = engine.run(leader)
     worker.check()
     borrowed = comm.share(worker.counters.blocks_borrowed)
-    assert comm.world.size == 1 or sum(borrowed) > 10
+    assert comm.world.size == 1 or sum(borrowed) > 0
     return {r.id: unpack_tokens(r.tokens) for r in leader.results} if leader else {}
 
 

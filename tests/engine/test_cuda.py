@@ -1,4 +1,4 @@
-"""The engine on a GPU, where there is one: tokens of transformers and of the CPU, no hidden waits."""
+"""The engine on a GPU, where there is one: tokens of transformers and the CPU, no hidden waits."""
 
 from __future__ import annotations
 
