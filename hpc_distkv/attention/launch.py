@@ -61,7 +61,7 @@ def _processors(device: torch.device) -> Processors:
     if device.type != "cuda":
         return Processors(4, 96 * 1024)
     found = torch.cuda.get_device_properties(device)
-    return Processors(found.multi_processor_count, found.shared_memory_per_multiprocessor)
+    return Processors(found.multi_processor_count, found.shared_memory_per_block_optin)
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ class Plan:
     split: int
     """Queries whose keys were split."""
     partials: int
+    most_parts: int
 
 
 class Kernels:
@@ -173,8 +174,8 @@ class Kernels:
                 HEADS=heads,
                 DIM=dim,
                 WIDTH=shape.width,
-                PARTS=16,
-                num_warps=4,
+                PARTS=tuning.combined_parts(plan.most_parts, shape),
+                num_warps=2,
             )
 
     def merge_rows(
@@ -283,4 +284,5 @@ class Kernels:
             on_device,
             len(merge),
             partials,
+            int(merge[:, 3].max(initial=1)),
         )

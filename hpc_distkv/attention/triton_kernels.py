@@ -84,19 +84,22 @@ def attend(
     total = tl.zeros([LINES], tl.float32)
     mixed = tl.zeros([LINES, WIDTH], tl.float32)
     edge = begin + (full - begin) // KEYS * KEYS
+    block = _blocks(blocks, table, begin, end, BLOCK_SIZE, KEYS)
     for start in range(begin, edge, KEYS):
         mixed, total, top = _tile(
-            mixed, total, top, lines, k_head, v_head, blocks, first_token, slope,
+            mixed, total, top, lines, block, k_head, v_head, first_token, slope,
             k_stride, v_stride, scale, softcap, window, position + nth, table, start, end,
             DIM, WIDTH, BLOCK_SIZE, KEYS, False, False, False, False, SOFTCAP, SLOPES, PRECISION,
         )  # fmt: skip
+        block = _blocks(blocks, table, start + KEYS, end, BLOCK_SIZE, KEYS)
     for start in range(edge, end, KEYS):
         mixed, total, top = _tile(
-            mixed, total, top, lines, k_head, v_head, blocks, first_token, slope,
+            mixed, total, top, lines, block, k_head, v_head, first_token, slope,
             k_stride, v_stride, scale, softcap, window, position + nth, table, start, end,
             DIM, WIDTH, BLOCK_SIZE, KEYS, True, POSITIONS, CAUSAL, WINDOW, SOFTCAP, SLOPES,
             PRECISION,
         )  # fmt: skip
+        block = _blocks(blocks, table, start + KEYS, end, BLOCK_SIZE, KEYS)
 
     some = total > 0
     mixed = mixed / tl.where(some, total, 1.0)[:, None]
@@ -113,14 +116,22 @@ def attend(
 
 
 @triton.jit
+def _blocks(blocks, table, start, end, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr):
+    """The rBlock of each of KEYS keys. Loaded a turn of the loop ahead: K and V cannot be asked for
+    before it is there."""
+    key = start + tl.arange(0, KEYS)
+    return tl.load(blocks + table + key // BLOCK_SIZE, mask=key < end, other=0).to(tl.int64)
+
+
+@triton.jit
 def _tile(
     mixed,
     total,
     top,
     lines,
+    block,
     k_head,
     v_head,
-    blocks,
     first_token,
     slope,
     k_stride,
@@ -148,12 +159,7 @@ def _tile(
     what is not seen is not read either, for it may hold anything."""
     key = start + tl.arange(0, KEYS)
     d = tl.arange(0, WIDTH)
-    listed = table + key // BLOCK_SIZE
     here = key < end
-    if MASKED:
-        block = tl.load(blocks + listed, mask=here, other=0).to(tl.int64)
-    else:
-        block = tl.load(blocks + listed).to(tl.int64)
     offset = (key % BLOCK_SIZE * DIM)[:, None] + d[None, :]
     k_at = k_head + (block * k_stride)[:, None] + offset
     v_at = v_head + (block * v_stride)[:, None] + offset
@@ -174,7 +180,7 @@ def _tile(
         scores = (2.0 * tl.sigmoid(scores * (2.0 * scale / softcap)) - 1.0) * softcap
         unit = LOG2_E
     if POSITIONS or SLOPES:
-        first = tl.load(first_token + listed, mask=here, other=0)
+        first = tl.load(first_token + table + key // BLOCK_SIZE, mask=here, other=0)
         distance = position[:, None] - (first + key % BLOCK_SIZE)[None, :]
     if SLOPES:
         if not SOFTCAP:
