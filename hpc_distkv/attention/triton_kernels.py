@@ -102,7 +102,8 @@ def attend(
         block = _blocks(blocks, table, start + KEYS, end, BLOCK_SIZE, KEYS)
 
     some = total > 0
-    mixed = mixed / tl.where(some, total, 1.0)[:, None]
+    total = tl.where(some, total, 1.0)
+    mixed = mixed / total[:, None]
     natural = tl.where(some, (top + tl.log2(total)) * LN_2, float("-inf"))
     heads: tl.constexpr = KV_HEADS * GROUP
     if slot < 0:
@@ -245,9 +246,10 @@ def combine(
         total = total * fade + tl.sum(weights, 0)
         top = higher
     some_keys = total > 0
+    total = tl.where(some_keys, total, 1.0)
     place = query * HEADS + head
     tl.store(lse + place, tl.where(some_keys, top + tl.log(total), float("-inf")))
-    tl.store(out + place * DIM + d, mixed / tl.where(some_keys, total, 1.0), mask=d < DIM)
+    tl.store(out + place * DIM + d, mixed / total, mask=d < DIM)
 
 
 @triton.jit
@@ -275,14 +277,15 @@ def merge_rows(
     higher = tl.maximum(mine, theirs)
     shift = tl.where(higher == float("-inf"), 0.0, higher)
     keep, take = tl.exp(mine - shift), tl.exp(theirs - shift)
-    total = keep + take
-    share = 1.0 / tl.where(total > 0, total, 1.0)
+    some = keep + take > 0
+    total = tl.where(some, keep + take, 1.0)
+    share = 1.0 / total
     at = mine_at[:, None] * DIM + d[None, :]
     kept = tl.load(out + at, mask=inside, other=0.0)
     taken = tl.load(part_out + theirs_at[:, None] * DIM + d[None, :], mask=inside, other=0.0)
     merged = kept * (keep * share)[:, None] + taken * (take * share)[:, None]
     tl.store(out + at, merged, mask=inside)
-    tl.store(lse + mine_at, tl.where(total > 0, shift + tl.log(total), float("-inf")), mask=real)
+    tl.store(lse + mine_at, tl.where(some, shift + tl.log(total), float("-inf")), mask=real)
 
 
 @triton.jit

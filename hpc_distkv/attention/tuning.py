@@ -5,7 +5,8 @@ Figures were measured on an H100 (bfloat16, head dimension 128, 8 KV heads of 4 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 
@@ -64,8 +65,17 @@ class Kernel:
     """Programs that run on a processor at the same time."""
     start: int
     """What a program costs beside its keys, in keys."""
+    part: int
+    """What it costs more if it is part of a cut tile, which must be merged."""
+
+    def shared_memory(self, shape: Shape) -> int:
+        """Bytes that a program uses at most: its queries, its tiles of K and V, and what reductions
+        and changes of layout need."""
+        tiles = self.stages * self.keys * shape.key_bytes
+        return self.lines * shape.width * shape.itemsize + tiles + 4096
 
 
+@cache
 def decode_kernel(shape: Shape, device: Processors) -> Kernel:
     """For rows of few lines: bound by the bytes of K and V, so what counts is how many are on their
     way. Two programs of 64 keys, two tiles ahead, keep 128 KiB of a processor's coming: 2.9 TB/s,
@@ -74,11 +84,10 @@ def decode_kernel(shape: Shape, device: Processors) -> Kernel:
     per KV head 15 of them are idle, and it costs nothing.
     """
     lines = max(16, power_of_two(shape.group))
-    keys, stages = _keys(shape, 32 * 1024), 3
-    need = lines * shape.width * shape.itemsize + (stages - 1) * keys * shape.key_bytes
-    return Kernel(lines, keys, 4, stages, 2 if 2 * need <= device.shared_memory else 1, 128)
+    return _fitted(Kernel(lines, 64, 4, 3, 2, start=128, part=128), shape, device)
 
 
+@cache
 def prefill_kernel(shape: Shape, device: Processors) -> Kernel:
     """For rows of many lines: bound by the products. 128 lines of 4 warps, so that two programs fit
     a processor and the softmax of one runs beside the products of the other: 400 TFLOP/s. 8 warps
@@ -87,10 +96,16 @@ def prefill_kernel(shape: Shape, device: Processors) -> Kernel:
     """
     wide = shape.itemsize > 2 or shape.width > 128
     lines = max(64 if wide else 128, power_of_two(shape.group))
-    keys = _keys(shape, 32 * 1024)
-    need = lines * shape.width * shape.itemsize + 2 * keys * shape.key_bytes
-    resident = 2 if 2 * need <= device.shared_memory else 1
-    return Kernel(lines, keys, 8 if shape.width * lines > 128 * 128 else 4, 2, resident, 128)
+    warps = 8 if lines * shape.width > 128 * 128 else 4
+    return _fitted(Kernel(lines, 64, warps, 2, 2, start=128, part=768), shape, device)
+
+
+@cache
+def fits(shape: Shape, device: Processors) -> bool:
+    """Whether both kernels can run."""
+    kernels = decode_kernel(shape, device), prefill_kernel(shape, device)
+    small = shape.width <= WIDTHS[1] and shape.group <= MOST_GROUP
+    return small and all(k.shared_memory(shape) <= device.shared_memory for k in kernels)
 
 
 def chunk(lengths: Ints, heads: int, kernel: Kernel, device: Processors) -> int:
@@ -99,7 +114,7 @@ def chunk(lengths: Ints, heads: int, kernel: Kernel, device: Processors) -> int:
     As many programs as are resident run at a time, those with most keys first. The keys are dealt
     out evenly to one or a few such waves, what the waves take is estimated, and the cheapest wins:
     few long rows are cut until they fill the device, many rows stay whole or are cut just enough
-    to fill the last wave. A part of a cut tile costs another start for its merge.
+    to fill the last wave.
     """
     places = kernel.resident * device.count
     work = int(lengths.sum()) * heads
@@ -107,7 +122,7 @@ def chunk(lengths: Ints, heads: int, kernel: Kernel, device: Processors) -> int:
     for waves in WAVES:
         size = max(-(-work // (places * waves) // kernel.keys), 4) * kernel.keys
         parts, part = parts_of(lengths, size, kernel.keys)
-        cost = np.repeat(part + kernel.start * (1 + (parts > 1)), parts)
+        cost = np.repeat(part + kernel.start + kernel.part * (parts > 1), parts)
         cost[::-1].sort()
         total = cost[np.arange(0, len(cost) * heads, places) // heads].sum()
         if total < least:
@@ -121,8 +136,18 @@ def combined_parts(most: int, shape: Shape) -> int:
     return min(power_of_two(most), max(8192 // shape.width, 1))
 
 
-def _keys(shape: Shape, tile_bytes: int) -> int:
-    return min(64, max(16, tile_bytes // shape.key_bytes))
+def _fitted(kernel: Kernel, shape: Shape, device: Processors) -> Kernel:
+    """With fewer keys where those of a tile are more than 32 KiB, with fewer keys and stages where
+    the device has less shared memory, and with one program where two do not fit."""
+    while kernel.keys > 16 and (
+        kernel.keys * shape.key_bytes > 32 * 1024
+        or kernel.shared_memory(shape) > device.shared_memory
+    ):
+        kernel = replace(kernel, keys=kernel.keys // 2)
+    while kernel.stages > 1 and kernel.shared_memory(shape) > device.shared_memory:
+        kernel = replace(kernel, stages=kernel.stages - 1)
+    fits = kernel.resident * kernel.shared_memory(shape) <= device.shared_memory
+    return kernel if fits else replace(kernel, resident=1)
 
 
 def power_of_two(number: int) -> int:
