@@ -16,6 +16,8 @@ WIDTHS = (16, 256)
 """Padded head dimensions that the kernels are built for."""
 MOST_GROUP = 128
 """Query heads per KV head: one query's lines must fit a tile."""
+TILE_BYTES = 32 * 1024
+"""K and V of a tile."""
 WAVES = (1, 2, 3, 4, 6, 8)
 """Programs per place that `chunk` tries; more are about as even, and each costs its start."""
 
@@ -78,13 +80,15 @@ class Kernel:
 @cache
 def decode_kernel(shape: Shape, device: Processors) -> Kernel:
     """For rows of few lines: bound by the bytes of K and V, so what counts is how many are on their
-    way. Two programs of 64 keys, two tiles ahead, keep 128 KiB of a processor's coming: 2.9 TB/s,
-    what a copy reaches. Three programs or three tiles were slower, one program and one tile far
-    slower; 128 keys equal. 16 lines are the least that the matrix units take; with one query head
-    per KV head 15 of them are idle, and it costs nothing.
+    way. Two programs, each with two tiles of 32 KiB ahead or one of 64, keep 128 KiB of a
+    processor's coming: 2.9 TB/s, what a copy reaches. Three programs or three tiles were slower,
+    one program with one tile far slower. 16 lines are the least that the matrix units take; with
+    one query head per KV head 15 of them are idle, and it costs nothing.
     """
     lines = max(16, power_of_two(shape.group))
-    return _fitted(Kernel(lines, 64, 4, 3, 2, start=128, part=128), shape, device)
+    keys = _keys(shape)
+    stages = 3 if keys * shape.key_bytes <= TILE_BYTES else 2
+    return _fitted(Kernel(lines, keys, 4, stages, 2, start=128, part=128), shape, device)
 
 
 @cache
@@ -92,12 +96,17 @@ def prefill_kernel(shape: Shape, device: Processors) -> Kernel:
     """For rows of many lines: bound by the products. 128 lines of 4 warps, so that two programs fit
     a processor and the softmax of one runs beside the products of the other: 400 TFLOP/s. 8 warps
     (one program) 300 to 390, 64 lines 330 to 360; a third stage leaves room for one program only:
-    290. float32 has no matrix units to feed, and its accumulators fill the registers earlier.
+    290. Accumulators of head dimension 256 need 8 warps. float32 has no matrix units to feed, and
+    its tiles fill the registers earlier: ten times slower with 64 lines.
     """
-    wide = shape.itemsize > 2 or shape.width > 128
-    lines = max(64 if wide else 128, power_of_two(shape.group))
-    warps = 8 if lines * shape.width > 128 * 128 else 4
-    return _fitted(Kernel(lines, 64, warps, 2, 2, start=128, part=768), shape, device)
+    if shape.itemsize > 2:
+        lines = max(32 if shape.width <= 128 else 16, power_of_two(shape.group))
+        kernel = Kernel(lines, 32, 4, 2, 1, start=128, part=768)
+    else:
+        lines = max(128, power_of_two(shape.group))
+        warps = 8 if lines * shape.width > 128 * 128 else 4
+        kernel = Kernel(lines, _keys(shape), warps, 2, 2, start=128, part=768)
+    return _fitted(kernel, shape, device)
 
 
 @cache
@@ -136,18 +145,19 @@ def combined_parts(most: int, shape: Shape) -> int:
     return min(power_of_two(most), max(8192 // shape.width, 1))
 
 
+def _keys(shape: Shape) -> int:
+    return min(128, max(64, TILE_BYTES // shape.key_bytes))
+
+
 def _fitted(kernel: Kernel, shape: Shape, device: Processors) -> Kernel:
-    """With fewer keys where those of a tile are more than 32 KiB, with fewer keys and stages where
-    the device has less shared memory, and with one program where two do not fit."""
-    while kernel.keys > 16 and (
-        kernel.keys * shape.key_bytes > 32 * 1024
-        or kernel.shared_memory(shape) > device.shared_memory
-    ):
+    """With fewer keys, then stages, where the device has less shared memory, and with one program
+    where two do not fit."""
+    while kernel.keys > 16 and kernel.shared_memory(shape) > device.shared_memory:
         kernel = replace(kernel, keys=kernel.keys // 2)
     while kernel.stages > 1 and kernel.shared_memory(shape) > device.shared_memory:
         kernel = replace(kernel, stages=kernel.stages - 1)
-    fits = kernel.resident * kernel.shared_memory(shape) <= device.shared_memory
-    return kernel if fits else replace(kernel, resident=1)
+    several_fit = kernel.resident * kernel.shared_memory(shape) <= device.shared_memory
+    return kernel if several_fit else replace(kernel, resident=1)
 
 
 def power_of_two(number: int) -> int:
