@@ -61,7 +61,7 @@ def _processors(device: torch.device) -> Processors:
     if device.type != "cuda":
         return Processors(4, 96 * 1024)
     found = torch.cuda.get_device_properties(device)
-    return Processors(found.multi_processor_count, found.shared_memory_per_multiprocessor)
+    return Processors(found.multi_processor_count, found.shared_memory_per_block_optin)
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ class Plan:
     split: int
     """Queries whose keys were split."""
     partials: int
+    most_parts: int
 
 
 class Kernels:
@@ -98,8 +99,7 @@ class Kernels:
     def serves(self, q: Tensor, k_cache: Tensor, spec: AttentionSpec) -> bool:
         """Whether `micro_attention` takes this call: head dimensions up to 256, up to 128 query
         heads per KV head, and scales above 0."""
-        dim, group = q.shape[2], q.shape[1] // k_cache.shape[1]
-        return 0 < dim <= tuning.WIDTHS[1] and group <= tuning.MOST_GROUP and spec.scale > 0
+        return spec.scale > 0 and tuning.fits(_shape(q, k_cache), self._processors)
 
     def micro_attention(
         self,
@@ -114,18 +114,15 @@ class Kernels:
         lse: Tensor,
     ) -> None:
         """Fill out and lse. Raises ValueError where the batch's numbers do not fit the tensors."""
-        queries, heads, dim = q.shape
-        num_blocks, kv_heads, block_size, _ = k_cache.shape
-        shape = Shape(heads // kv_heads, kv_heads, dim, q.element_size())
-        key = (q.device, shape, causal, spec.window, queries, num_blocks, block_size)
+        shape = _shape(q, k_cache)
         plan = batch.derived(
-            key,
-            lambda: self._plan(
-                batch, shape, causal, spec.window, queries, num_blocks, block_size, q.device
-            ),
+            (q.device, shape, causal, spec.window, len(q), k_cache.shape),
+            lambda: self._plan(batch, shape, causal, spec.window, q, k_cache),
         )
-        part_out = out if not plan.split else torch.empty((plan.partials, heads, dim), dtype=torch.float32, device=q.device)
-        part_lse = lse if not plan.split else torch.empty((plan.partials, heads), dtype=torch.float32, device=q.device)
+        part_out, part_lse = out, lse
+        if plan.split:
+            part_out = out.new_empty((plan.partials, *out.shape[1:]))
+            part_lse = lse.new_empty((plan.partials, *lse.shape[1:]))
         slopes = spec.slopes_on(q.device)
         for launch in plan.launches:
             kernel = launch.kernel
@@ -147,11 +144,11 @@ class Kernels:
                 spec.scale,
                 spec.softcap,
                 spec.window,
-                KV_HEADS=kv_heads,
+                KV_HEADS=shape.kv_heads,
                 GROUP=shape.group,
-                DIM=dim,
+                DIM=shape.dim,
                 WIDTH=shape.width,
-                BLOCK_SIZE=block_size,
+                BLOCK_SIZE=k_cache.shape[2],
                 LINES=kernel.lines,
                 KEYS=kernel.keys,
                 POSITIONS=launch.positions,
@@ -164,17 +161,17 @@ class Kernels:
                 num_stages=kernel.stages,
             )
         if plan.split:
-            self._triton.combine[(plan.split, heads)](
+            self._triton.combine[(plan.split, q.shape[1])](
                 part_out,
                 part_lse,
                 out,
                 lse,
                 plan.merges,
-                HEADS=heads,
-                DIM=dim,
+                HEADS=q.shape[1],
+                DIM=shape.dim,
                 WIDTH=shape.width,
-                PARTS=16,
-                num_warps=4,
+                PARTS=tuning.combined_parts(plan.most_parts, shape),
+                num_warps=2,
             )
 
     def merge_rows(
@@ -248,12 +245,11 @@ class Kernels:
         shape: Shape,
         causal: bool,
         window: int,
-        queries: int,
-        num_blocks: int,
-        block_size: int,
-        device: torch.device,
+        q: Tensor,
+        k_cache: Tensor,
     ) -> Plan:
-        batch.check(queries, num_blocks, block_size)
+        num_blocks, _, block_size, _ = k_cache.shape
+        batch.check(len(q), num_blocks, block_size)
         index = KeyIndex(batch, block_size)
         few = tuning.decode_kernel(shape, self._processors)
         many = tuning.prefill_kernel(shape, self._processors)
@@ -271,7 +267,7 @@ class Kernels:
         merge = np.concatenate(merges)
         lists = [batch.blocks.numpy(), batch.first_token.numpy(), merge]
         blocks, first, on_device, *items = to_device(
-            [*lists, *(items for _, items, _ in launches)], device
+            [*lists, *(items for _, items, _ in launches)], q.device
         )
         return Plan(
             [
@@ -283,4 +279,10 @@ class Kernels:
             on_device,
             len(merge),
             partials,
+            int(merge[:, 3].max(initial=1)),
         )
+
+
+def _shape(q: Tensor, k_cache: Tensor) -> Shape:
+    _, kv_heads, _, dim = k_cache.shape
+    return Shape(q.shape[1] // kv_heads, kv_heads, dim, q.element_size())

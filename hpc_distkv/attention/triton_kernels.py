@@ -84,22 +84,26 @@ def attend(
     total = tl.zeros([LINES], tl.float32)
     mixed = tl.zeros([LINES, WIDTH], tl.float32)
     edge = begin + (full - begin) // KEYS * KEYS
+    block = _blocks(blocks, table, begin, end, BLOCK_SIZE, KEYS)
     for start in range(begin, edge, KEYS):
         mixed, total, top = _tile(
-            mixed, total, top, lines, k_head, v_head, blocks, first_token, slope,
+            mixed, total, top, lines, block, k_head, v_head, first_token, slope,
             k_stride, v_stride, scale, softcap, window, position + nth, table, start, end,
             DIM, WIDTH, BLOCK_SIZE, KEYS, False, False, False, False, SOFTCAP, SLOPES, PRECISION,
         )  # fmt: skip
+        block = _blocks(blocks, table, start + KEYS, end, BLOCK_SIZE, KEYS)
     for start in range(edge, end, KEYS):
         mixed, total, top = _tile(
-            mixed, total, top, lines, k_head, v_head, blocks, first_token, slope,
+            mixed, total, top, lines, block, k_head, v_head, first_token, slope,
             k_stride, v_stride, scale, softcap, window, position + nth, table, start, end,
             DIM, WIDTH, BLOCK_SIZE, KEYS, True, POSITIONS, CAUSAL, WINDOW, SOFTCAP, SLOPES,
             PRECISION,
         )  # fmt: skip
+        block = _blocks(blocks, table, start + KEYS, end, BLOCK_SIZE, KEYS)
 
     some = total > 0
-    mixed = mixed / tl.where(some, total, 1.0)[:, None]
+    total = tl.where(some, total, 1.0)
+    mixed = mixed / total[:, None]
     natural = tl.where(some, (top + tl.log2(total)) * LN_2, float("-inf"))
     heads: tl.constexpr = KV_HEADS * GROUP
     if slot < 0:
@@ -113,14 +117,22 @@ def attend(
 
 
 @triton.jit
+def _blocks(blocks, table, start, end, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr):
+    """The rBlock of each of KEYS keys. Loaded a turn of the loop ahead: K and V cannot be asked for
+    before it is there."""
+    key = start + tl.arange(0, KEYS)
+    return tl.load(blocks + table + key // BLOCK_SIZE, mask=key < end, other=0).to(tl.int64)
+
+
+@triton.jit
 def _tile(
     mixed,
     total,
     top,
     lines,
+    block,
     k_head,
     v_head,
-    blocks,
     first_token,
     slope,
     k_stride,
@@ -148,12 +160,7 @@ def _tile(
     what is not seen is not read either, for it may hold anything."""
     key = start + tl.arange(0, KEYS)
     d = tl.arange(0, WIDTH)
-    listed = table + key // BLOCK_SIZE
     here = key < end
-    if MASKED:
-        block = tl.load(blocks + listed, mask=here, other=0).to(tl.int64)
-    else:
-        block = tl.load(blocks + listed).to(tl.int64)
     offset = (key % BLOCK_SIZE * DIM)[:, None] + d[None, :]
     k_at = k_head + (block * k_stride)[:, None] + offset
     v_at = v_head + (block * v_stride)[:, None] + offset
@@ -174,7 +181,7 @@ def _tile(
         scores = (2.0 * tl.sigmoid(scores * (2.0 * scale / softcap)) - 1.0) * softcap
         unit = LOG2_E
     if POSITIONS or SLOPES:
-        first = tl.load(first_token + listed, mask=here, other=0)
+        first = tl.load(first_token + table + key // BLOCK_SIZE, mask=here, other=0)
         distance = position[:, None] - (first + key % BLOCK_SIZE)[None, :]
     if SLOPES:
         if not SOFTCAP:
@@ -239,9 +246,10 @@ def combine(
         total = total * fade + tl.sum(weights, 0)
         top = higher
     some_keys = total > 0
+    total = tl.where(some_keys, total, 1.0)
     place = query * HEADS + head
     tl.store(lse + place, tl.where(some_keys, top + tl.log(total), float("-inf")))
-    tl.store(out + place * DIM + d, mixed / tl.where(some_keys, total, 1.0), mask=d < DIM)
+    tl.store(out + place * DIM + d, mixed / total, mask=d < DIM)
 
 
 @triton.jit
@@ -269,14 +277,15 @@ def merge_rows(
     higher = tl.maximum(mine, theirs)
     shift = tl.where(higher == float("-inf"), 0.0, higher)
     keep, take = tl.exp(mine - shift), tl.exp(theirs - shift)
-    total = keep + take
-    share = 1.0 / tl.where(total > 0, total, 1.0)
+    some = keep + take > 0
+    total = tl.where(some, keep + take, 1.0)
+    share = 1.0 / total
     at = mine_at[:, None] * DIM + d[None, :]
     kept = tl.load(out + at, mask=inside, other=0.0)
     taken = tl.load(part_out + theirs_at[:, None] * DIM + d[None, :], mask=inside, other=0.0)
     merged = kept * (keep * share)[:, None] + taken * (take * share)[:, None]
     tl.store(out + at, merged, mask=inside)
-    tl.store(lse + mine_at, tl.where(total > 0, shift + tl.log(total), float("-inf")), mask=real)
+    tl.store(lse + mine_at, tl.where(some, shift + tl.log(total), float("-inf")), mask=real)
 
 
 @triton.jit

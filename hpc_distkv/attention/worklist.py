@@ -49,9 +49,7 @@ class Tiles:
         the merges [m, MERGE_SIZE]: query, its first partial result, the distance to the next, their
         number; and the partial result after the last. The first is `slot`.
         """
-        wanted = np.maximum(-(-self.lengths // chunk), 1)
-        size = np.maximum(_round_up(-(-self.lengths // wanted), step), step)
-        parts = np.maximum(-(-self.lengths // size), 1)
+        parts, size = parts_of(self.lengths, chunk, step)
         slots = np.where(parts > 1, parts * self.count, 0)
         first_slot = slot + np.cumsum(slots) - slots
         tile = np.repeat(np.arange(len(parts)), parts)
@@ -125,14 +123,18 @@ class KeyIndex:
         return np.where(count > 0, seen, 0)
 
 
+def parts_of(lengths: Ints, chunk: int, step: int) -> tuple[Ints, Ints]:
+    """Into how many parts of at most about `chunk` keys these lengths are cut, and the size of all
+    parts but the last: even, and a multiple of `step`."""
+    wanted = np.maximum(-(-lengths // chunk), 1)
+    size = np.maximum(-(-lengths // (wanted * step)), 1) * step
+    return np.maximum(-(-lengths // size), 1), size
+
+
 def _within(counts: Ints) -> Ints:
     """0 … count - 1 for each count, one after another."""
     ends = np.cumsum(counts)
     return np.arange(int(counts.sum())) - np.repeat(ends - counts, counts)
-
-
-def _round_up(values: Ints, step: int) -> Ints:
-    return -(-values // step) * step
 
 
 def _wide(tensor: object) -> Ints:
