@@ -49,6 +49,13 @@ ENGINE_OPTIONS = (
         help="Let ranks share a GPU, for trials: give --kv-memory too.",
     ),
     click.option(
+        "--transport",
+        type=click.Choice(["auto", "nccl", "mpi"]),
+        default="auto",
+        show_default=True,
+        help="How tensors go from GPU to GPU; mpi: by way of the host; auto: NCCL where it can be.",
+    ),
+    click.option(
         "--gpu-memory-utilization",
         type=click.FloatRange(0, 1, min_open=True),
         default=0.9,

@@ -61,6 +61,9 @@ class Transport(ABC):
         untouched until it is done; they are contiguous and both sides know their sizes
         beforehand."""
 
+    def push(self) -> None:  # noqa: B027 (most have nothing to do)
+        """Push on what is under way, where it does not get on by itself. Never blocks."""
+
     def drained(self) -> bool:
         """Whether nothing this rank posted is under way any more. Never blocks."""
         return True
@@ -128,6 +131,8 @@ class Comm:
     waiter: Waiter
     abort: Callable[[int], object]
     """End the whole job with this exit status."""
+    new_mail: Callable[[], Mail]
+    """Mail of its own for one purpose more. Collective."""
     device: Device = field(default_factory=Device, init=False)
     """Where this rank computes; `binding.bind` chooses it."""
     closed: bool = field(default=False, init=False)

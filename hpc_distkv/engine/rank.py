@@ -41,6 +41,8 @@ class EngineOptions:
     """What ranks compute on: "cuda", "cpu", or "auto", a GPU where there is one."""
     allow_gpu_sharing: bool = False
     """Whether ranks may share a GPU."""
+    transport: str = "auto"
+    """Between GPUs: "nccl", "mpi" (by way of the host), or "auto", NCCL where it can be."""
     gpu_memory_utilization: float = 0.9
     """Part of the GPU's memory that is free beside the weights which steps and pool may take."""
     dtype: str = "auto"
@@ -228,7 +230,7 @@ class RankEngine:
 def bind(comm: Comm, options: EngineOptions) -> None:
     """Give every rank its device. Collective, before the model is loaded. Raises OptionError."""
     try:
-        binding.bind(comm, options.device, options.allow_gpu_sharing)
+        binding.bind(comm, options.device, options.allow_gpu_sharing, options.transport)
     except DeviceError as error:
         raise OptionError(str(error)) from None
 

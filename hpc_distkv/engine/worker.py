@@ -141,6 +141,7 @@ class Worker:
     def _attend(self) -> None:
         """What goes on beside a rank's own step: debtors are served, and control rounds progress,
         on rank 0 the gManager's part, everywhere one's own."""
+        self._comm.transport.push()
         if self._lane.sharing:
             self._letters.attend()
         if self._leaving:

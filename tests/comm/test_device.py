@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hpc_distkv.comm.binding import bind
+from hpc_distkv.comm.binding import _by_nccl, bind
 from hpc_distkv.comm.device import DeviceError, Sight, fault, own_index
 from hpc_distkv.comm.local import open_local, run_local
 from hpc_distkv.comm.world import World
@@ -73,3 +73,26 @@ def test_a_world_without_devices_stays_on_the_host():
     bind(comm, "cpu")
     assert comm.transport is before
     assert comm.device.place.type == "cpu"
+
+
+def test_some_rank_without_nccl_sends_all_by_way_of_the_host_or_is_named(monkeypatch, caplog):
+    found = [(22809, ""), (0, "CuPy is missing")]
+    monkeypatch.setattr("hpc_distkv.comm.nccl.usable", lambda: found[chosen.pop()])
+
+    def way(comm, transport):
+        try:
+            return _by_nccl(comm, transport, shared=False)
+        except DeviceError as error:
+            return str(error)
+
+    chosen = [0, 1]
+    assert run_local(open_local(2), lambda comm: way(comm, "auto")) == [False, False]
+    assert "by way of the host" in caplog.text
+    chosen = [0, 1]
+    said = run_local(open_local(2), lambda comm: way(comm, "nccl"))
+    assert said[0] == said[1]
+    assert "CuPy is missing" in said[0]
+    chosen = [0, 0]
+    assert run_local(open_local(2), lambda comm: way(comm, "auto")) == [True, True]
+    chosen = []
+    assert run_local(open_local(2), lambda comm: way(comm, "mpi")) == [False, False]

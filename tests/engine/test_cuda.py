@@ -13,6 +13,8 @@ from families import continuation, prompt, save
 from mpirun import mpirun, run_mpi
 
 from hpc_distkv.comm.binding import bind
+from hpc_distkv.comm.local import leftovers, open_local
+from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR
 from hpc_distkv.control.messages import LogitRules, Request, Sampling, pack_tokens
 from hpc_distkv.engine.rank import EngineOptions
 from hpc_distkv.model.config import ModelConfig
@@ -106,6 +108,25 @@ def test_steps_wait_for_the_gpu_by_nothing_but_polls(tmp_path: Path) -> None:
         run_cluster(model, rows, 1, options(policy="queue"), prepare=strict)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_rank_sends_to_itself_by_nccl() -> None:
+    pytest.importorskip("cupy")
+    (comm,) = open_local(1)
+    bind(comm, "cuda", transport="nccl")
+    sends = [torch.randn(n, device="cuda").to(torch.bfloat16) for n in (1, 1000, 1 << 22)]
+    into = [torch.zeros_like(tensor) for tensor in sends]
+    before = [tensor.clone() for tensor in sends]
+    for channel in (TO_CREDITOR, TO_DEBTOR):
+        pending = comm.transport.exchange(
+            [(0, tensor) for tensor in sends], [(0, tensor) for tensor in into], channel, channel
+        )
+        pending.wait("messages to myself")
+        for tensor, kept in zip(into, before, strict=True):
+            assert torch.equal(tensor, kept)
+            tensor.zero_()
+    assert comm.transport.drained()
+    assert leftovers([comm]) == []
 
 
 @pytest.mark.skipif(mpirun() is None, reason="needs mpirun")
