@@ -61,7 +61,8 @@ def _processors(device: torch.device) -> Processors:
     if device.type != "cuda":
         return Processors(4, 96 * 1024)
     found = torch.cuda.get_device_properties(device)
-    return Processors(found.multi_processor_count, found.shared_memory_per_block_optin)
+    shared: int = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return Processors(found.multi_processor_count, shared)
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Kernels:
         """Fill out and lse. Raises ValueError where the batch's numbers do not fit the tensors."""
         shape = _shape(q, k_cache)
         plan = batch.derived(
-            (q.device, shape, causal, spec.window, len(q), k_cache.shape),
+            (q.device, shape, causal, spec.window, len(q), len(k_cache), k_cache.shape[2]),
             lambda: self._plan(batch, shape, causal, spec.window, q, k_cache),
         )
         part_out, part_lse = out, lse
@@ -255,8 +256,8 @@ class Kernels:
         many = tuning.prefill_kernel(shape, self._processors)
         is_few = index.counts * shape.group <= few.lines
         partials, launches, merges = 0, [], [np.empty((0, 4), np.int64)]
-        for kernel, rows in ((few, is_few), (many, ~is_few)):
-            rows = np.flatnonzero(rows & (index.counts > 0))
+        for kernel, chosen in ((few, is_few), (many, ~is_few)):
+            rows = np.flatnonzero(chosen & (index.counts > 0))
             if not rows.size:
                 continue
             tiles = index.tiles(rows, kernel.lines // shape.group, causal=causal, window=window)
@@ -265,17 +266,22 @@ class Kernels:
             launches.append((kernel, items, not tiles.exact))
             merges.append(merge)
         merge = np.concatenate(merges)
-        lists = [batch.blocks.numpy(), batch.first_token.numpy(), merge]
-        blocks, first, on_device, *items = to_device(
-            [*lists, *(items for _, items, _ in launches)], q.device
+        blocks, first_token, on_device, *items_on_device = to_device(
+            [
+                batch.blocks.numpy(),
+                batch.first_token.numpy(),
+                merge,
+                *(items for _, items, _ in launches),
+            ],
+            q.device,
         )
         return Plan(
             [
-                Launch(kernel, there, len(here) * shape.kv_heads, positions)
-                for (kernel, here, positions), there in zip(launches, items, strict=True)
+                Launch(kernel, there, len(items) * shape.kv_heads, positions)
+                for (kernel, items, positions), there in zip(launches, items_on_device, strict=True)
             ],
             blocks,
-            first,
+            first_token,
             on_device,
             len(merge),
             partials,

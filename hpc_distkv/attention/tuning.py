@@ -5,6 +5,7 @@ Figures were measured on an H100 (bfloat16, head dimension 128, 8 KV heads of 4 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -18,8 +19,11 @@ MOST_GROUP = 128
 """Query heads per KV head: one query's lines must fit a tile."""
 TILE_BYTES = 32 * 1024
 """K and V of a tile."""
-WAVES = (1, 2, 3, 4, 6, 8)
-"""Programs per place that `chunk` tries; more are about as even, and each costs its start."""
+WAVES = (0.5, 1, 2, 3, 4, 6, 8, 12, 16)
+"""Programs per place that `chunk` tries."""
+TAIL = {True: 0.5, False: 0.05}
+"""Whether there is more than one wave → the part of the longest program's time that is lost at the
+end, because programs are not equally fast."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class Kernel:
     stages: int
     resident: int
     """Programs that run on a processor at the same time."""
+    alone: float
+    """How many times faster one is that has a processor for itself."""
     start: int
     """What a program costs beside its keys, in keys."""
     part: int
@@ -72,8 +78,8 @@ class Kernel:
 
     def shared_memory(self, shape: Shape) -> int:
         """Bytes that a program uses at most: its queries, its tiles of K and V, and what reductions
-        and changes of layout need."""
-        tiles = self.stages * self.keys * shape.key_bytes
+        and changes of layout need. Small products read the last tile from registers."""
+        tiles = (self.stages - (self.lines < 64)) * self.keys * shape.key_bytes
         return self.lines * shape.width * shape.itemsize + tiles + 4096
 
 
@@ -86,9 +92,13 @@ def decode_kernel(shape: Shape, device: Processors) -> Kernel:
     one query head per KV head 15 of them are idle, and it costs nothing.
     """
     lines = max(16, power_of_two(shape.group))
-    keys = _keys(shape)
+    keys, warps = _keys(shape), 4
+    if shape.itemsize > 2 and shape.width > 128:
+        keys, warps = 32, 8
     stages = 3 if keys * shape.key_bytes <= TILE_BYTES else 2
-    return _fitted(Kernel(lines, keys, 4, stages, 2, start=128, part=128), shape, device)
+    return _fitted(
+        Kernel(lines, keys, warps, stages, 2, alone=2.0, start=32, part=192), shape, device
+    )
 
 
 @cache
@@ -97,15 +107,16 @@ def prefill_kernel(shape: Shape, device: Processors) -> Kernel:
     a processor and the softmax of one runs beside the products of the other: 400 TFLOP/s. 8 warps
     (one program) 300 to 390, 64 lines 330 to 360; a third stage leaves room for one program only:
     290. Accumulators of head dimension 256 need 8 warps. float32 has no matrix units to feed, and
-    its tiles fill the registers earlier: ten times slower with 64 lines.
+    its tiles fill the registers earlier: ten times slower with twice the lines or keys.
     """
     if shape.itemsize > 2:
-        lines = max(32 if shape.width <= 128 else 16, power_of_two(shape.group))
-        kernel = Kernel(lines, 32, 4, 2, 1, start=128, part=768)
+        lines, warps = (32, 4) if shape.width <= 128 else (16, 8)
+        lines = max(lines, power_of_two(shape.group))
+        kernel = Kernel(lines, 32, warps, 2, 1, alone=1.0, start=128, part=768)
     else:
         lines = max(128, power_of_two(shape.group))
         warps = 8 if lines * shape.width > 128 * 128 else 4
-        kernel = Kernel(lines, _keys(shape), warps, 2, 2, start=128, part=768)
+        kernel = Kernel(lines, _keys(shape), warps, 2, 2, alone=1.5, start=128, part=768)
     return _fitted(kernel, shape, device)
 
 
@@ -118,24 +129,26 @@ def fits(shape: Shape, device: Processors) -> bool:
 
 
 def chunk(lengths: Ints, heads: int, kernel: Kernel, device: Processors) -> int:
-    """Keys that one program takes at most, so that all finish at about the same time.
+    """Keys that one program takes at most, so that all finish early and at about the same time.
 
-    As many programs as are resident run at a time, those with most keys first. The keys are dealt
-    out evenly to one or a few such waves, what the waves take is estimated, and the cheapest wins:
-    few long rows are cut until they fill the device, many rows stay whole or are cut just enough
-    to fill the last wave.
+    Every processor runs `resident` programs at a time, those with most keys first. The keys are
+    dealt out evenly to one or more such waves, and the cheapest cut wins by this estimate: the even
+    share of all, or the longest program if it takes longer though alone on its processor; and what
+    is lost at the end.
     """
     places = kernel.resident * device.count
     work = int(lengths.sum()) * heads
     best, least = 0, np.inf
     for waves in WAVES:
-        size = max(-(-work // (places * waves) // kernel.keys), 4) * kernel.keys
+        size = max(math.ceil(work / (places * waves * kernel.keys)), 2) * kernel.keys
         parts, part = parts_of(lengths, size, kernel.keys)
-        cost = np.repeat(part + kernel.start + kernel.part * (parts > 1), parts)
-        cost[::-1].sort()
-        total = cost[np.arange(0, len(cost) * heads, places) // heads].sum()
-        if total < least:
-            best, least = size, total
+        extra = kernel.start + kernel.part * (parts > 1)
+        longest = float((np.minimum(part, lengths) + extra).max())
+        share = (work + int((parts * extra).sum()) * heads) / places
+        tail = TAIL[int(parts.sum()) * heads > places] * longest
+        cost = max(share, longest / kernel.alone) + tail
+        if cost < least:
+            best, least = size, cost
     return best
 
 
@@ -157,7 +170,7 @@ def _fitted(kernel: Kernel, shape: Shape, device: Processors) -> Kernel:
     while kernel.stages > 1 and kernel.shared_memory(shape) > device.shared_memory:
         kernel = replace(kernel, stages=kernel.stages - 1)
     several_fit = kernel.resident * kernel.shared_memory(shape) <= device.shared_memory
-    return kernel if several_fit else replace(kernel, resident=1)
+    return kernel if several_fit else replace(kernel, resident=1, alone=1.0)
 
 
 def power_of_two(number: int) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hpc_distkv.attention.paged import PagedBatch
 
-Ints = NDArray[np.int64]
+Ints = NDArray[np.signedinteger[Any]]
 
 ITEM_SIZE, MERGE_SIZE = 8, 4
 _SPAN = 2**32

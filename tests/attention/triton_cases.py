@@ -78,7 +78,7 @@ def test_decode_of_ragged_rows(dim, dtype):
 
 
 @pytest.mark.parametrize(
-    ("block_size", "dtype"), zip([24, 16, 128], DTYPES, strict=True), ids=["24", "16", "128"]
+    ("block_size", "dtype"), list(zip([24, 16, 128], DTYPES, strict=True)), ids=str
 )
 @pytest.mark.usefixtures("cut")
 def test_chunks_of_a_prompt_beside_decodes(block_size, dtype):
