@@ -2,8 +2,8 @@
 
 The engine's exchanges are asynchronous: a creditor takes part when it gets to it. But on such a
 fabric what is asked for runs in order, on one stream, and stands there until the other side has
-asked for it too. If ranks just asked for their messages as they post them, three could wait for each
-other in a ring, each for a message that stands behind another. So they meet by appointment:
+asked for it too. If ranks just asked for messages as they post them, three of them could wait for
+each other in a ring, each for a message that stands behind another. So they meet by appointment:
 
     higher rank   posts → its kernels before are over → Ready to the lower one, by mail
     lower rank    posts → its kernels before are over → both are ready and it is in no meeting:
