@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -47,3 +48,15 @@ class AttentionSpec:
             or not self.slopes.is_contiguous()
         ):
             raise ValueError("slopes must be float32 [H] on the CPU, contiguous")
+
+    def slopes_on(self, device: torch.device) -> Tensor | None:
+        """The slopes on `device`, copied there once."""
+        if self.slopes is None:
+            return None
+        if device not in self._copies:
+            self._copies[device] = self.slopes.to(device)
+        return self._copies[device]
+
+    @cached_property
+    def _copies(self) -> dict[torch.device, Tensor]:
+        return {}

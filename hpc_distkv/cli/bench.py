@@ -31,11 +31,12 @@ def _measured(options: dict[str, Any], measure: Measure) -> None:
 
     def work(comm: Comm) -> int:
         from hpc_distkv.api import together
-        from hpc_distkv.engine.rank import load_model
+        from hpc_distkv.engine.rank import bind, load_model
         from hpc_distkv.model.config import ModelConfig
 
         engine_settings = set_options(options)
-        together(comm, lambda: ModelConfig.from_dir(options["model"]))
+        together(comm, lambda: ModelConfig.from_dir(options["model"], engine_settings.dummy))
+        together(comm, lambda: bind(comm, engine_settings))
         model = together(comm, lambda: load_model(comm, options["model"], engine_settings))
         figures = measure(comm, model, engine_settings)
         if comm.world.rank == 0:
@@ -53,7 +54,7 @@ def _measured(options: dict[str, Any], measure: Measure) -> None:
 @click.option(
     "--against-transformers",
     is_flag=True,
-    help="Also run transformers' static-batch generate on the same cores, and give the ratio.",
+    help="Also run transformers' static-batch generate on the same device, and give the ratio.",
 )
 @engine_options
 def throughput(**options: Any) -> None:
@@ -75,9 +76,8 @@ def throughput(**options: Any) -> None:
         if options["against_transformers"]:
             import torch
 
-            dtype = str(model.dtype).removeprefix("torch.")
             other = bench.transformers_throughput(
-                options["model"], dtype, torch.get_num_threads(), requests
+                options["model"], model, torch.get_num_threads(), requests, settings.dummy
             )
             rate = "output_tokens_per_second"
             figures |= {"transformers": other, "ratio": figures[rate] / other[rate]}
@@ -106,6 +106,37 @@ def remote(**options: Any) -> None:
         return bench.remote_against_local(
             comm, model, settings, options["context"], options["output_len"], options["repeats"]
         )
+
+    _measured(options, measure)
+
+
+@command.command()
+@click.option("--model", required=True, help="Model directory.")
+@click.option("--input-len", type=POSITIVE, default=512, show_default=True)
+@click.option("--output-len", type=POSITIVE, default=64, show_default=True)
+@click.option("--num-prompts", type=POSITIVE, default=64, show_default=True)
+@engine_options
+def gpu(**options: Any) -> None:
+    """One rank on a GPU: waits and copies of a step, and how busy the GPU is."""
+
+    def measure(comm: Comm, model: Decoder, settings: EngineOptions) -> dict[str, Any]:
+        from hpc_distkv.api import SetupError, together
+        from hpc_distkv.engine.rank import RankEngine
+        from hpc_distkv.observe import bench
+        from hpc_distkv.observe.gpu import profile_steps
+
+        if comm.world.size > 1:
+            raise SetupError("this benchmark profiles one rank: run without mpirun")
+        requests = bench.synthetic(
+            options["num_prompts"],
+            options["input_len"],
+            options["output_len"],
+            model.config.vocab_size,
+        )
+        engine = RankEngine(comm, model, settings)
+        engine.join()
+        bench.run_once(engine, requests)
+        return together(comm, lambda: profile_steps(engine, requests))
 
     _measured(options, measure)
 
@@ -368,6 +399,42 @@ def scale(
         ):
             series = {"lend": values}
             lines(Path(output) / file, title, series, "GPUs", name, log_x=True)
+
+
+@command.command()
+@click.option("--device", default="cuda", show_default=True, help="cuda, cuda:1, … or cpu.")
+@click.option("--length", "lengths", multiple=True, type=POSITIVE, help="Tokens of decoded rows.")
+@click.option("--batch", "batches", multiple=True, type=POSITIVE, help="Rows decoded together.")
+@click.option("--most-tokens", type=POSITIVE, default=4_194_304, show_default=True)
+@click.option("--block-size", type=POSITIVE, default=32, show_default=True)
+def kernels(
+    device: str,
+    lengths: tuple[int, ...],
+    batches: tuple[int, ...],
+    most_tokens: int,
+    block_size: int,
+) -> None:
+    """Attention kernels alone, with the heads of Llama 3 8B: bandwidth of decodes against that of a
+    copy, operations per second of prompts, errors against float64, and torch's attention."""
+    import torch
+
+    from hpc_distkv.observe import kernels as bench
+
+    try:
+        where = torch.device(device)
+        torch.empty(1, device=where)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise click.BadParameter(f"{device}: {reason}", param_hint="--device") from error
+    prompts = tuple(
+        (rows, queries, tokens)
+        for rows, queries, tokens in bench.PROMPTS
+        if rows * tokens <= most_tokens
+    )
+    figures = bench.kernel_figures(
+        where, lengths or bench.LENGTHS, batches or bench.BATCHES, prompts, most_tokens, block_size
+    )
+    click.echo(json.dumps(figures, indent=2))
 
 
 def _simulated(

@@ -52,27 +52,32 @@ class Creditor:
     def begin(self, debtor: int, header: Header, now: float) -> None:
         """Apply a header and serve its step from now on; the debtor's last one was committed.
         Raises ProtocolError."""
-        self._visits[debtor] = Visit(
-            debtor,
-            header,
-            now,
-            self._comm,
-            self._pool,
-            self._instance,
-            self._shape,
-            self._specs,
-            self._time,
-        )
+        with self._comm.device.serving():
+            self._visits[debtor] = Visit(
+                debtor,
+                header,
+                now,
+                self._comm,
+                self._pool,
+                self._instance,
+                self._shape,
+                self._specs,
+                self._time,
+            )
         self._time.recorder.open(Kind.VISIT, debtor)
 
     def push(self) -> list[int]:
         """Push on every visit. Returns the debtors whose step can be committed. Never blocks, and
         costs next to nothing if there is none."""
-        return [debtor for debtor, visit in self._visits.items() if visit.advance()]
+        if not self._visits:
+            return []
+        with self._comm.device.serving():
+            return [debtor for debtor, visit in self._visits.items() if visit.advance()]
 
     def served(self, debtor: int) -> bool:
         """Whether nothing is left of the step of `debtor` but to commit. Never blocks."""
-        return self._visits[debtor].advance()
+        with self._comm.device.serving():
+            return self._visits[debtor].advance()
 
     def commit(self, debtor: int) -> None:
         """The step of `debtor`, all of which was served, is over."""
@@ -114,10 +119,11 @@ class Visit:
         if header.queries:
             heads, head_dim = shape
             self._guests = PagedBatch.build(self._paged_rows(header))
-            self._queries = torch.empty((rows, heads, head_dim), dtype=pool.dtype)
+            place = pool.device
+            self._queries = torch.empty((rows, heads, head_dim), dtype=pool.dtype, device=place)
             # A debtor sends queries of a layer after it has the partial results of the last one.
-            self._out = torch.empty((rows, heads, head_dim))
-            self._lse = torch.empty((rows, heads))
+            self._out = torch.empty((rows, heads, head_dim), device=place)
+            self._lse = torch.empty((rows, heads), device=place)
             self._await_queries()
 
     def advance(self) -> bool:

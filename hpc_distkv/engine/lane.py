@@ -58,7 +58,13 @@ class Lane:
             comm, pool, self.instance, shape, parts.model.attention, parts.time
         )
         self._forward = Forward(
-            parts.model, pool, self.instance.rm, between_layers, pause, parts.time.recorder
+            parts.model,
+            pool,
+            self.instance.rm,
+            comm.device,
+            between_layers,
+            pause,
+            parts.time.recorder,
         )
         self._block_size = pool.block_size
         self._attention_tokens = config.attention_tokens

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow, merge_rows, micro_attention
+from hpc_distkv.comm.device import Device
 from hpc_distkv.engine.scheduler import Row
 from hpc_distkv.memory.prefix import Prefix
 from hpc_distkv.memory.rmanager import RManager
@@ -41,24 +42,26 @@ class SharedAttention:
     row of the batch, with the queries of all its rows. What they share is in the past of every one
     of them, so there is no causal mask, and their positions do not matter."""
 
-    def __init__(self, groups: Groups, rows: Sequence[Row], block_size: int) -> None:
+    def __init__(
+        self, groups: Groups, rows: Sequence[Row], block_size: int, device: Device
+    ) -> None:
         """`groups`: at least one."""
         starts = [0]
         for row in rows:
             starts.append(starts[-1] + row.tokens)
         paged: list[PagedRow] = []
         asked: list[int] = []
-        self._turns: list[tuple[slice, torch.Tensor]] = []
-        """Parts of the queries, and which of the step's tokens they are: each at most once."""
+        parts: list[slice] = []
         for turn in _turns(groups):
             first = len(asked)
             for places in turn:
                 tokens = [t for place in places for t in range(starts[place], starts[place + 1])]
                 paged.append(_paged_row(len(tokens), groups[places], block_size))
                 asked += tokens
-            part = torch.tensor(asked[first:], dtype=torch.int32)
-            self._turns.append((slice(first, len(asked)), part))
-        self._asked = torch.tensor(asked, dtype=torch.int32)
+            parts.append(slice(first, len(asked)))
+        (self._asked,) = device.upload([torch.tensor(asked, dtype=torch.int32)])
+        self._turns = [(part, self._asked[part]) for part in parts]
+        """Parts of the queries, and which of the step's tokens they are: each at most once."""
         self._batch = PagedBatch.build(paged)
 
     def merge(
@@ -72,7 +75,7 @@ class SharedAttention:
         """Merge the step's attention to what rows share into that to their own rBlocks, in place.
         q [tokens, heads, head_dim], `cache` the K and V of the layer, out and lse as of
         `micro_attention`."""
-        asked = q.index_select(0, self._asked.to(q.device))
+        asked = q.index_select(0, self._asked)
         part_out, part_lse = micro_attention(asked, *cache, self._batch, spec, causal=False)
         for part, tokens in self._turns:
             merge_rows(out, lse, tokens, part_out[part], part_lse[part])

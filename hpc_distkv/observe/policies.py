@@ -95,8 +95,8 @@ def compare(
     if leader is None:
         return {}
     rows = [
-        Row(request.prompt_len, leader.outputs[request.id], limit=request.sampling.max_tokens)
-        for request in requests
+        Row(r.prompt_len, len(leader.tokens[r.id]) // 4, limit=r.sampling.max_tokens)
+        for r in requests
     ]
     speeds: dict[int, list[dict[str, float]]] = {}
     for name, engine in engines.items():

@@ -151,3 +151,21 @@ def test_paper(tmp_path):
     assert {file.name for file in folder.glob("*.svg")} == {
         f"paper-{name}.svg" for name in ("context", "mixes", "short", "long")
     }
+
+
+def test_kernels():
+    small = ("--length", "64", "--length", "500", "--batch", "2", "--most-tokens", "512")
+    done = run_command(0, "bench", "kernels", "--device", "cpu", *small)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    (decode,) = figures["decode"]
+    assert (decode["batch"], decode["tokens"], figures["prompt"]) == (2, 64, [])
+    assert decode["out_error"] < 1e-2
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "abacus"])
+def test_kernels_of_a_device_that_is_not_there(device):
+    done = run_command(0, "bench", "kernels", "--device", device)
+    assert done.returncode == 2
+    assert device in done.stderr
+    assert "Traceback" not in done.stderr
