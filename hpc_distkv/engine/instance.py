@@ -96,6 +96,7 @@ class Instance:
         self._asked = demand.wanted
         running = self.scheduler.running
         youngest = running[-1] if running else None
+        speed = self.pace.speed
         return Report(
             round=self.round,
             capacity=self.rm.num_blocks,
@@ -118,11 +119,11 @@ class Instance:
             kv_tokens=self._kv_tokens(),
             work_left=self._work_left(),
             row_blocks=self._row_blocks(),
-            fixed=self.pace.steps.fixed,
-            per_token=self.pace.steps.per_token,
-            per_kv=self.pace.steps.per_kv,
-            prompt_time=self.pace.prompt,
-            exchange=self.pace.exchange,
+            fixed=speed.fixed,
+            per_token=speed.per_token,
+            per_kv=speed.per_kv,
+            prompt_time=speed.prompt,
+            exchange=speed.exchange,
             changes=self._changes(),
         )
 

@@ -298,6 +298,8 @@ class Scheduler:
     def _make_room(self, sequence: Sequence, count: int, rows: dict[int, Row]) -> bool:
         """Give the sequence the rBlocks for `count` tokens, preempting younger ones if need be."""
         needed = self.foresight.missing(sequence, sequence.computed + count)
+        if not needed:
+            return True
         while needed > max(0, self._rm.usable):  # below 0 while bounce slots are in use
             self._short = True
             if self._hopes(sequence):

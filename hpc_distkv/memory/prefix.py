@@ -198,7 +198,7 @@ class PrefixTree:
 
     def _add(self, parent: Prefix | None, part: BlockTable, keys: list[bytes]) -> Prefix:
         self._newest -= 1
-        new = Prefix(part.slots, part.indices, part.remote, part.start, self._newest, keys, parent)
+        new = Prefix(**vars(part), id=self._newest, keys=keys, parent=parent)
         self._tables[new.id] = self.prefixes[new.id] = new
         self._at.update(dict.fromkeys(keys, new))
         if parent:

@@ -25,10 +25,13 @@ class BenchLeader:
     def __init__(self, engine: RankEngine, requests: Iterator[Request]) -> None:
         self.gmanager = engine.gmanager(requests)
         self.record = RunRecord()
+        self.outputs: dict[int, int] = {}
+        """Request → its output tokens."""
 
     def finish(self, result: Result) -> None:
-        """Note the result's latencies."""
+        """Note the result's latencies and length."""
         self.record.add(result)
+        self.outputs[result.id] = len(result.tokens) // 4
 
     def tick(self) -> None:
         """Nothing to do between rounds."""
@@ -48,8 +51,17 @@ def synthetic(
 
 def run_once(engine: RankEngine, requests: Sequence[Request]) -> dict[str, Any]:
     """Answer the requests on all ranks; every rank gets the seconds, rank 0 the other figures."""
+    return run_led(engine, lead(engine, requests))
+
+
+def lead(engine: RankEngine, requests: Sequence[Request]) -> BenchLeader | None:
+    """What rank 0 runs with."""
+    return BenchLeader(engine, iter(requests)) if engine.comm.world.rank == 0 else None
+
+
+def run_led(engine: RankEngine, leader: BenchLeader | None) -> dict[str, Any]:
+    """As `run_once`, for the requests of `leader`."""
     comm = engine.comm
-    leader = BenchLeader(engine, iter(requests)) if comm.world.rank == 0 else None
     started = time.perf_counter()
     worker = engine.run(leader)
     seconds = time.perf_counter() - started
@@ -112,7 +124,7 @@ def decode_rate(
     engine = RankEngine(comm, model, options)
     engine.join()
     requests = synthetic(1, context, steps, model.config.vocab_size)
-    leader = BenchLeader(engine, iter(requests)) if comm.world.rank == 0 else None
+    leader = lead(engine, requests)
     engine.run(leader)
     rate = 0.0
     if leader:

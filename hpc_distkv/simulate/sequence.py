@@ -10,30 +10,34 @@ from hpc_distkv.control.messages import Request, Sampling
 from hpc_distkv.engine.sequence import Sequence
 from hpc_distkv.simulate.trace import Row
 
-_PROMPT = struct.Struct("<IiI")
-"""Tokens, the prefix, and the tokens of that one."""
+_PROMPT = struct.Struct("<IIiI")
+"""Tokens of prompt and output, the prefix of the prompt, and the tokens of that one."""
 _KEY = struct.Struct("<qq")
 
 
 class SizedRequest(Request, frozen=True, array_like=True):
-    """A request whose `prompt` says in place of its tokens how many there are, and which ones
-    others begin with too. On the wire it is any request."""
+    """A request whose `prompt` says how long prompt and output are, in place of tokens, and with
+    what other prompts begin too. On the wire it is any request."""
 
     @classmethod
     def of(cls, id: int, row: Row) -> SizedRequest:
-        """A request that makes exactly as many tokens as the row."""
-        prompt = _PROMPT.pack(row.prompt, row.prefix, row.prefix_tokens)
-        return cls(id, prompt, Sampling(max_tokens=row.output))
+        """A request that makes exactly the row's output, whatever its limit."""
+        prompt = _PROMPT.pack(row.prompt, row.output, row.prefix, row.prefix_tokens)
+        return cls(id, prompt, Sampling(row.max_tokens))
 
     @property
     def prompt_len(self) -> int:
         """Prompt tokens."""
-        tokens: int = _PROMPT.unpack(self.prompt)[0]
-        return tokens
+        return int.from_bytes(self.prompt[:4], "little")
+
+    @property
+    def output(self) -> int:
+        """Output tokens it will make."""
+        return int.from_bytes(self.prompt[4:8], "little")
 
     def prefix_keys(self, ends: Iterable[int], salt: bytes = b"") -> list[bytes]:
         """As of any request; what is not shared has none."""
-        _, prefix, shared = _PROMPT.unpack(self.prompt)
+        *_, prefix, shared = _PROMPT.unpack(self.prompt)
         return [_KEY.pack(prefix, end) + salt for end in takewhile(shared.__ge__, ends)]
 
 
@@ -42,7 +46,7 @@ class SizedSequence(Sequence):
     kept here."""
 
     __slots__ = (
-        "_max_tokens",
+        "_output",
         "assigned_at",
         "computed",
         "final_len",
@@ -74,8 +78,8 @@ class SizedSequence(Sequence):
         self.length = sized.prompt_len
         self.output_len = 0
         self.keys: list[bytes] = []
-        self._max_tokens = sized.sampling.max_tokens
-        self.final_len = self.length + self._max_tokens - 1
+        self._output = sized.output
+        self.final_len = self.length + sized.sampling.max_tokens - 1
 
     def __repr__(self) -> str:
         return f"SizedSequence({self.id}: {self.computed} of {self.length} computed)"
@@ -90,8 +94,10 @@ class SizedSequence(Sequence):
 
     @property
     def finish_reason(self) -> str | None:
-        """Its length alone ends it."""
-        return "length" if self.output_len >= self._max_tokens else None
+        """It ends when it has its output."""
+        if self.output_len < self._output:
+            return None
+        return "stop" if self._output < self.request.sampling.max_tokens else "length"
 
     @property
     def packed(self) -> bytes:

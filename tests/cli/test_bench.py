@@ -31,14 +31,16 @@ def trace(tmp_path: Path) -> str:
     return f"{file}#few"
 
 
-def policies(tiny_model: Path, trace: str, folder: Path, against: str, ranks: int = RANKS):
+def policies(
+    tiny_model: Path, trace: str, folder: Path, against: str, *others: str, ranks: int = RANKS
+):
     model = ("--model", str(tiny_model), "--dtype", "float32", "--num-blocks", "6")
     rows = ("--trace", trace, "--rows", "10", "--block-size", "16", "--against", against)
-    return run_command(ranks, "bench", "policies", *model, *rows, "-o", str(folder))
+    return run_command(ranks, "bench", "policies", *model, *rows, "-o", str(folder), *others)
 
 
 def test_policies_side_by_side(tiny_model, trace, tmp_path):
-    ways = "lend,budget-0,no-dgfm,no-planner,lend-greedy,migrate,queue,isolated"
+    ways = "lend,budget-0,no-dgfm,no-planner,lend-greedy,migrate,tensor-parallel,queue,isolated"
     done = policies(tiny_model, trace, tmp_path / "out", ways)
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "out" / "policies.json").read_text())
@@ -79,6 +81,24 @@ def test_prefix(tiny_model):
     assert figures["distinct_prompt_tokens"] == 40 + 6 * 5
     assert 40 + 6 * 5 <= figures["computed_prompt_tokens"]["shared"] <= max(1, RANKS) * 40 + 6 * 5
     assert figures["apart_over_shared_time"]["median"] > 0
+
+
+def test_rows_that_are_too_long_for_a_way_are_refused_with_the_arithmetic(
+    tiny_model, trace, tmp_path
+):
+    done = policies(tiny_model, trace, tmp_path, "lend,isolated", "--limits", "9", ranks=0)
+    assert done.returncode == 2
+    assert "the KV of 132 tokens, and lend has room for 96" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_outputs_that_are_not_known_beforehand(tiny_model, trace, tmp_path):
+    done = policies(tiny_model, trace, tmp_path, "lend,isolated", "--limits", "4", ranks=0)
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads(done.stdout)["traces"].values()
+    made = result["figures"]["isolated"]["output_tokens"]
+    assert result["figures"]["lend"]["output_tokens"] == made == result["output_tokens"]
+    assert 10 <= made <= 4 * (8 * 4 + 2 * 8)
 
 
 def test_rounds(tmp_path):

@@ -79,16 +79,22 @@ TEXTS = [7, 30, 50]
 """Tokens of what some rows begin with."""
 
 
-def row(own: int, output: int, text: int) -> Row:
+def made(own: int, output: int, beyond: int, text: int) -> Row:
     """`text` -1: it shares nothing."""
-    return Row(own, output) if text < 0 else Row(TEXTS[text] + own, output, text, TEXTS[text])
+    row = Row(own, output, limit=output + beyond)
+    if text < 0:
+        return row
+    return row._replace(prompt=TEXTS[text] + own, prefix=text, prefix_tokens=TEXTS[text])
 
 
-rows = st.lists(
-    st.builds(row, st.integers(1, 90), st.integers(1, 30), st.integers(-1, len(TEXTS) - 1)),
-    min_size=1,
-    max_size=14,
+row = st.builds(
+    made,
+    st.integers(1, 90),
+    st.integers(1, 30),
+    st.integers(0, 20),
+    st.integers(-1, len(TEXTS) - 1),
 )
+rows = st.lists(row, min_size=1, max_size=14)
 
 
 @settings(max_examples=60, deadline=None, phases=QUICK)
@@ -97,7 +103,7 @@ def test_every_row_that_fits_is_answered_once_and_the_books_agree(rows, policy, 
     where = deployment(instances, blocks, policy)
     answered, simulation = run(where, rows)
     room = BLOCK * blocks * (instances if policy.startswith("lend") else 1)
-    fitting = [n for n, row in enumerate(rows) if row.prompt + row.output - 1 <= room]
+    fitting = [n for n, row in enumerate(rows) if row.prompt + row.max_tokens - 1 <= room]
     assert sorted(answered) == fitting
     figures = simulation.record.figures(where)
     assert figures["rows"] == {"answered": len(fitting), "refused": len(rows) - len(fitting)}

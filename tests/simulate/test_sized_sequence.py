@@ -54,10 +54,19 @@ def test_it_goes_on_elsewhere_as_a_real_one_does(prompt, output, made):
     assert state(moved[1]) == state(moved[0])
 
 
-def test_a_prompt_of_two_million_tokens_is_twelve_bytes_on_the_wire():
+def test_a_prompt_of_two_million_tokens_is_a_few_bytes_on_the_wire():
     sent = msgspec.msgpack.encode(SizedRequest.of(3, Row(2_000_000, 500, 4, 9)))
-    assert len(sent) < 50
+    assert len(sent) < 60
     received = msgspec.msgpack.decode(sent, type=Request)
-    assert unpack_tokens(received.prompt) == [2_000_000, 4, 9]
+    assert unpack_tokens(received.prompt) == [2_000_000, 500, 4, 9]
     sequence = SizedSequence(received, 0.0)
     assert (sequence.id, sequence.length, sequence.final_len) == (3, 2_000_000, 2_000_499)
+
+
+def test_it_may_end_before_its_limit():
+    sequence = SizedSequence(SizedRequest.of(1, Row(10, 2, limit=9)), 0.0)
+    assert sequence.final_len == 10 + 9 - 1
+    sequence.append(0, 1.0)
+    assert sequence.finish_reason is None
+    sequence.append(0, 2.0)
+    assert sequence.finish_reason == "stop"
