@@ -151,6 +151,15 @@ def _announcement(engine: Engine) -> str:
     )
 
 
+def _sharing(counters: dict[str, Any]) -> list[str]:
+    if not counters["cached_tokens"]:
+        return []
+    return [
+        f"prompts   {counters['prompt_tokens']:.0f} tokens computed, "
+        f"{counters['cached_tokens']:.0f} taken from rows that began alike"
+    ]
+
+
 def _summary(figures: dict[str, Any], output: Path) -> str:
     rows, counters = figures["rows"], figures["counters"]
     before = rows["answered_before"] + rows["failed_before"]
@@ -159,6 +168,7 @@ def _summary(figures: dict[str, Any], output: Path) -> str:
         + (f", {before} were there before" if before else ""),
         f"time      {figures['seconds']:.1f} s, {figures['output_tokens_per_second']:.1f} output "
         f"tokens/s, {figures['tokens_per_second']:.1f} tokens/s with prompts",
+        *_sharing(counters),
         f"memory    {counters['blocks_borrowed']:.0f} rBlocks lent and borrowed between ranks, "
         f"at most {counters['peak_borrowed']:.0f} by one rank at once; "
         f"{counters['preemptions']:.0f} preemptions",

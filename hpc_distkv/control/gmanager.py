@@ -91,7 +91,7 @@ class GManager:
         `attention_tokens` and `prefix_caching` as the engines'; `exchange_seconds`: (link class,
         query rows) → what exchanges over such a link add to a step."""
         self.ledger = DebtLedger(instances)
-        affinity = Affinity(block_size) if prefix_caching else None
+        affinity = Affinity(block_size) if prefix_caching and policy.queue else None
         self.assignment = Assignment(requests, instances, policy.queue, attention_tokens, affinity)
         self.counters = [Counters() for _ in range(instances)]
         self.reports: Reports | None = None

@@ -56,13 +56,12 @@ class Foresight:
         """Tokens that the sequence has to compute before it gets the next one."""
         if sequence.id in self._rm.tables:
             return sequence.remaining
-        return sequence.length - self._rm.prefixes.match(sequence.keys) * self._config.block_size
+        return sequence.length - self._rm.prefixes.coming(sequence.keys) * self._config.block_size
 
     def at_home(self, running: Rows[Sequence]) -> int:
         """rBlocks that these rows have here, shared ones counted once."""
-        shared = self._rm.prefixes.used_by(sequence.id for sequence in running)
-        tables = (*(self._rm.tables[sequence.id] for sequence in running), *shared)
-        return sum(len(table.slots) for table in tables)
+        own = sum(len(self._rm.tables[sequence.id].slots) for sequence in running)
+        return own + self._rm.prefixes.at_home(sequence.id for sequence in running)
 
     def claims(self, running: Rows[Sequence]) -> list[Claim]:
         """What these rows need; what they share counts with the one that ends last."""

@@ -158,15 +158,12 @@ class Instance:
     def _kv_tokens(self) -> int:
         running, size = self.scheduler.running, self.config.block_size
         own = sum(s.computed - size * self.rm.tables[s.id].absent for s in running)
-        shared = sum(len(p.slots) for p in self.rm.prefixes.used_by(s.id for s in running))
+        shared = self.rm.prefixes.at_home(s.id for s in running)
         return own + size * (shared + sum(loan.used for loan in self.rm.loans.values()))
 
     def _work_left(self) -> float:
-        rows, per_row = (
-            (*self.scheduler.running, *self.scheduler.waiting),
-            self.config.attention_tokens,
-        )
-        foresight = self.scheduler.foresight
+        rows = (*self.scheduler.running, *self.scheduler.waiting)
+        foresight, per_row = self.scheduler.foresight, self.config.attention_tokens
         return sum(
             work(s.length - foresight.uncomputed(s), foresight.expected_end(s), per_row)
             for s in rows

@@ -104,11 +104,10 @@ class Lane:
     def _work(self, rows: list[Row]) -> StepWork:
         tables, size = self.instance.rm.tables, self._block_size
         decodes = [sequence for sequence, count in rows if count == 1]
-        shared = self.instance.rm.prefixes.used_by(sequence.id for sequence in decodes)
+        shared = self.instance.rm.prefixes.at_home(sequence.id for sequence in decodes)
         return StepWork(
             decodes=len(decodes),
-            kv_tokens=sum(s.length - tables[s.id].absent * size for s in decodes)
-            + size * sum(len(prefix.slots) for prefix in shared),
+            kv_tokens=sum(s.length - tables[s.id].absent * size for s in decodes) + size * shared,
             prompt_work=sum(
                 work(s.computed, s.computed + count, self._attention_tokens)
                 for s, count in rows

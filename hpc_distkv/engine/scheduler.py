@@ -9,6 +9,7 @@ from typing import NamedTuple
 from hpc_distkv.control.messages import NOBODY, Answer
 from hpc_distkv.engine.admission import NOTHING_WAITS, Admission
 from hpc_distkv.engine.config import EngineConfig
+from hpc_distkv.engine.demand import Demand
 from hpc_distkv.engine.foresight import Foresight
 from hpc_distkv.engine.migration import Migrations
 from hpc_distkv.engine.moves import Moves
@@ -57,19 +58,6 @@ class Plan(NamedTuple):
     """Sequences that are handed over after this step."""
 
 
-class Demand(NamedTuple):
-    """What a report says of memory."""
-
-    wanted: int
-    wanted_for: int
-    largest: int
-    """rBlocks that the largest sequence that wants any may come to need."""
-    whole: bool
-    """`wanted_for` does not run yet, and will only with all that is wanted."""
-    starved: bool
-    lendable: int
-
-
 class Scheduler:
     """Continuous batching with chunked prefill, oldest first. Owner of the waiting and running
     sequences; every rBlock it hands out it takes from its RManager. Pure.
@@ -114,7 +102,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """A sequence that has to begin."""
-        sequence.keys = self._config.prefix_keys(sequence.request)
+        sequence.keys = sequence.keys or self._config.prefix_keys(sequence.request)
         bisect.insort(self.waiting, sequence, key=lambda s: s.id)
 
     def finish(self, sequence: Sequence) -> None:

@@ -22,6 +22,7 @@ def check_slots(rm: RManager, free: Sequence[int]) -> None:
     assert len(set(moving)) == len(moving), "an rBlock moves twice at once"
     for table in rm.tables.values():
         owned += table.slots
+        assert table.remote_blocks == sum(map(len, table.remote.values())), "a count is wrong"
         held = sorted(sum(table.remote.values(), list(table.indices)))
         assert held == list(range(table.start, table.blocks)), (
             "a logical rBlock is lost or owned twice"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -80,6 +81,10 @@ class PrefixTree:
                 prefix = prefix.parent
         return list(found.values())
 
+    def at_home(self, requests: Iterable[int]) -> int:
+        """rBlocks at home that these requests share or might share, each counted once."""
+        return sum(len(prefix.slots) for prefix in self.used_by(requests))
+
     def used_alone(self, request: int) -> list[Prefix]:
         """The prefixes that nobody uses but this request."""
         alone = []
@@ -91,14 +96,7 @@ class PrefixTree:
 
     def match(self, keys: Sequence[bytes]) -> int:
         """How many rBlocks of a prompt are here, from its first on."""
-        low, high = 0, len(keys)
-        while low < high:
-            middle = (low + high) // 2
-            if keys[middle] in self._at:
-                low = middle + 1
-            else:
-                high = middle
-        return low
+        return bisect.bisect_left(range(len(keys)), True, key=lambda at: keys[at] not in self._at)
 
     def in_use(self, keys: Sequence[bytes]) -> int:
         """How many rBlocks of a prompt are here and in use: sharing them takes no memory."""
@@ -108,12 +106,15 @@ class PrefixTree:
                 return min(matched, prefix.blocks)
         return 0
 
+    def coming(self, keys: Sequence[bytes]) -> int:
+        """How many rBlocks of a prompt are here, or will be when those that are at work on the same
+        beginning have computed it."""
+        others = (_common(keys, other) for other in self._computing.values())
+        return max(self.match(keys), *others, 0)
+
     def awaited(self, keys: Sequence[bytes]) -> bool:
         """Whether somebody is computing the next rBlock of a prompt beyond what is here."""
-        at = self.match(keys) if self._computing else 0
-        return at < len(keys) and any(
-            len(other) > at and other[at] == keys[at] for other in self._computing.values()
-        )
+        return bool(self._computing) and self.coming(keys) > self.match(keys)
 
     # -- requests come and go -------------------------------------------------------------------
 
@@ -197,7 +198,7 @@ class PrefixTree:
 
     def _add(self, parent: Prefix | None, part: BlockTable, keys: list[bytes]) -> Prefix:
         self._newest -= 1
-        new = Prefix(part.slots, part.indices, part.remote, part.start, self._newest, keys, parent)
+        new = Prefix(**vars(part), id=self._newest, keys=keys, parent=parent)
         self._tables[new.id] = self.prefixes[new.id] = new
         self._at.update(dict.fromkeys(keys, new))
         if parent:
@@ -243,6 +244,12 @@ class PrefixTree:
             parent.children.remove(prefix.id)
             if not parent.users:
                 self._offer(parent)
+
+
+def _common(a: Sequence[bytes], b: Sequence[bytes]) -> int:
+    """How many rBlocks two prompts have in common."""
+    shorter = range(min(len(a), len(b)))
+    return bisect.bisect_left(shorter, True, key=lambda at: a[at] != b[at])
 
 
 def _line(prefix: Prefix | None) -> list[Prefix]:

@@ -20,14 +20,11 @@ class BlockTable:
     """Logical index of each of `slots`."""
     remote: dict[int, list[int]] = field(default_factory=dict)
     """Creditor → logical indices of the rBlocks it hosts, in the order it received them."""
+    remote_blocks: int = 0
+    """rBlocks hosted elsewhere: all of `remote`."""
     start: int = 0
     """Logical index of the first rBlock that may be in this table. Those before belong to a prefix
     that it continues, or no query will see them any more."""
-
-    @property
-    def remote_blocks(self) -> int:
-        """rBlocks hosted elsewhere."""
-        return sum(map(len, self.remote.values()))
 
     @property
     def held(self) -> int:
@@ -58,12 +55,14 @@ class BlockTable:
         at = self.place(index)
         del self.indices[at]
         self.remote.setdefault(creditor, []).append(index)
+        self.remote_blocks += 1
         return self.slots.pop(at)
 
     def to_home(self, index: int, creditor: int, slot: int) -> None:
         """Logical rBlock `index`, hosted by `creditor` so far, is now in home slot `slot`."""
         hosted = self.remote[creditor]
         hosted.remove(index)
+        self.remote_blocks -= 1
         if not hosted:
             del self.remote[creditor]
         at = self.place(index)
@@ -79,8 +78,10 @@ class BlockTable:
             kept = [index for index in hosted if index >= first]
             if len(kept) < len(hosted):
                 part.remote[creditor] = [index for index in hosted if index < first]
+                part.remote_blocks += len(hosted) - len(kept)
                 self.remote[creditor] = kept
             if not kept:
                 del self.remote[creditor]
+        self.remote_blocks -= part.remote_blocks
         self.start = first
         return part

@@ -11,13 +11,13 @@ from hpc_distkv.engine.sequence import Sequence
 from hpc_distkv.simulate.trace import Row
 
 _PROMPT = struct.Struct("<IIiI")
-"""Tokens, output tokens, the prefix, and the tokens of that one."""
+"""Tokens of prompt and output, the prefix of the prompt, and the tokens of that one."""
 _KEY = struct.Struct("<qq")
 
 
 class SizedRequest(Request, frozen=True, array_like=True):
-    """A request whose `prompt` says in place of its tokens how many there are and will be, and
-    which ones others begin with too. On the wire it is any request."""
+    """A request whose `prompt` says how long prompt and output are, in place of tokens, and with
+    what other prompts begin too. On the wire it is any request."""
 
     @classmethod
     def of(cls, id: int, row: Row) -> SizedRequest:
@@ -28,18 +28,16 @@ class SizedRequest(Request, frozen=True, array_like=True):
     @property
     def prompt_len(self) -> int:
         """Prompt tokens."""
-        tokens: int = _PROMPT.unpack(self.prompt)[0]
-        return tokens
+        return int.from_bytes(self.prompt[:4], "little")
 
     @property
     def output(self) -> int:
         """Output tokens it will make."""
-        output: int = _PROMPT.unpack(self.prompt)[1]
-        return output
+        return int.from_bytes(self.prompt[4:8], "little")
 
     def prefix_keys(self, ends: Iterable[int], salt: bytes = b"") -> list[bytes]:
         """As of any request; what is not shared has none."""
-        _, _, prefix, shared = _PROMPT.unpack(self.prompt)
+        *_, prefix, shared = _PROMPT.unpack(self.prompt)
         return [_KEY.pack(prefix, end) + salt for end in takewhile(shared.__ge__, ends)]
 
 

@@ -13,6 +13,7 @@ from test_tensor_parallel import greedy, run
 
 from hpc_distkv.comm.schedule import SeededSchedule
 from hpc_distkv.control.messages import Request, Sampling, pack_tokens
+from hpc_distkv.engine import shared
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.model.rope import Rope
@@ -20,6 +21,11 @@ from hpc_distkv.model.weights import load_decoder, random_decoder
 
 DOCUMENT = 160
 ALL_AT_ONCE = {"max_num_seqs": 64, "max_num_batched_tokens": 512}
+
+
+@pytest.fixture(autouse=True)
+def all_is_attended_to_together(monkeypatch) -> None:
+    monkeypatch.setattr(shared, "LEAST_SAVED", 0)
 
 
 @pytest.fixture(scope="module")
@@ -62,34 +68,34 @@ def total(outcome: Outcome, counter: str) -> int:
     return sum(getattr(counters, counter) for counters in outcome.counters)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(("ranks", "blocks"), [(1, 4000), (1, 40), (3, 60), (3, 14)])
 @pytest.mark.parametrize("make", [rows_of, choices_of])
 def test_rows_that_share_get_the_tokens_of_rows_that_do_not(model, make, ranks, blocks, seed):
     rows = make(3, 5, random.Random(seed))
-    alone, shared = apart(model, rows), run_cluster(model, rows, ranks, options(blocks))
-    assert shared.tokens == alone.tokens
-    assert total(shared, "prompt_tokens") < total(alone, "prompt_tokens")
+    alone, found = apart(model, rows), run_cluster(model, rows, ranks, options(blocks))
+    assert found.tokens == alone.tokens
+    assert total(found, "prompt_tokens") < total(alone, "prompt_tokens")
     if blocks == 14:
-        assert total(shared, "blocks_borrowed")
+        assert total(found, "blocks_borrowed")
 
 
 def test_a_document_is_computed_once_and_so_is_what_two_documents_have_in_common(model):
     rows = rows_of(2, 12, random.Random(0))
-    shared = run_cluster(model, rows, 1, options(4000, **ALL_AT_ONCE))
+    found = run_cluster(model, rows, 1, options(4000, **ALL_AT_ONCE))
     own = sum(row.prompt_len - DOCUMENT for row in rows)
-    assert total(shared, "prompt_tokens") == DOCUMENT + DOCUMENT // 2 + own
-    assert total(shared, "cached_tokens") == sum(row.prompt_len for row in rows) - (
+    assert total(found, "prompt_tokens") == DOCUMENT + DOCUMENT // 2 + own
+    assert total(found, "cached_tokens") == sum(row.prompt_len for row in rows) - (
         DOCUMENT + DOCUMENT // 2 + own
     )
 
 
 def test_all_answers_to_a_prompt_share_its_full_rblocks(model):
     rows = choices_of(1, 8, random.Random(1))
-    shared = run_cluster(model, rows, 1, options(4000, **ALL_AT_ONCE))
+    found = run_cluster(model, rows, 1, options(4000, **ALL_AT_ONCE))
     length = rows[0].prompt_len
     own = length - (length - 1) // BLOCK * BLOCK
-    assert total(shared, "prompt_tokens") == length + 7 * own
+    assert total(found, "prompt_tokens") == length + 7 * own
 
 
 def test_lent_rblocks_are_shared_too(model):
@@ -101,10 +107,10 @@ def test_lent_rblocks_are_shared_too(model):
         Request(number, pack_tokens(text + tokens(5, rng)), Sampling(24, seed=number))
         for number in range(6)
     ]
-    alone, shared = apart(model, rows), run_cluster(model, rows, 3, options(14))
-    assert shared.tokens == alone.tokens
-    assert total(shared, "blocks_borrowed")
-    assert total(shared, "prompt_tokens") <= 3 * len(text) + 6 * 5
+    alone, found = apart(model, rows), run_cluster(model, rows, 3, options(14))
+    assert found.tokens == alone.tokens
+    assert total(found, "blocks_borrowed")
+    assert total(found, "prompt_tokens") <= 3 * len(text) + 6 * 5
 
 
 def test_without_prefix_caching_every_row_computes_all_of_its_prompt(model):
@@ -123,25 +129,25 @@ def test_where_keys_depend_on_the_length_of_a_prompt_only_equal_lengths_share():
         Request(number, pack_tokens(text + tokens(extra, rng)), Sampling(8, seed=number))
         for number, extra in enumerate([9, 9, 14])
     ]
-    alone, shared = apart(dynamic, rows), run_cluster(dynamic, rows, 1, options(4000))
-    assert shared.tokens == alone.tokens
-    assert total(shared, "cached_tokens") == 64
+    alone, found = apart(dynamic, rows), run_cluster(dynamic, rows, 1, options(4000))
+    assert found.tokens == alone.tokens
+    assert total(found, "cached_tokens") == 64
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_the_lanes_of_an_instance_share_alike(tiny_model: Path, seed):
     rows = greedy(rows_of(2, 8, random.Random(seed)))
     alone = apart(load_decoder(tiny_model, ModelConfig.from_dir(tiny_model)), rows)
-    shared = run(tiny_model, rows, 4, 2, SeededSchedule(seed), num_blocks=15)
-    assert shared.tokens == alone.tokens
-    assert total(shared, "cached_tokens")
-    assert total(shared, "blocks_borrowed")
+    found = run(tiny_model, rows, 4, 2, SeededSchedule(seed), num_blocks=15)
+    assert found.tokens == alone.tokens
+    assert total(found, "cached_tokens")
+    assert total(found, "blocks_borrowed")
 
 
 @pytest.mark.parametrize("policy", ["lend-greedy", "queue", "isolated", "migrate"])
 def test_rows_share_under_every_policy_but_migrate(model, policy):
     rows = rows_of(2, 10, random.Random(7))
     alone = apart(model, rows)
-    shared = run_cluster(model, rows, 2, options(40, policy=policy))
-    assert shared.tokens == alone.tokens
-    assert (total(shared, "cached_tokens") > 0) == (policy != "migrate")
+    found = run_cluster(model, rows, 2, options(40, policy=policy))
+    assert found.tokens == alone.tokens
+    assert (total(found, "cached_tokens") > 0) == (policy != "migrate")

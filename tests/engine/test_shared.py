@@ -10,15 +10,16 @@ import torch
 
 from hpc_distkv.attention import AttentionSpec
 from hpc_distkv.control.messages import Request, Sampling, pack_tokens
+from hpc_distkv.engine import shared
 from hpc_distkv.engine.forward import Forward
 from hpc_distkv.engine.scheduler import Row
 from hpc_distkv.engine.sequence import Sequence
-from hpc_distkv.engine.shared import LEAST_TOKENS, groups_of
+from hpc_distkv.engine.shared import groups_of
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.memory.rmanager import RManager
 
 BLOCK, HEADS, KV_HEADS, DIM = 8, 4, 2, 16
-LONG = LEAST_TOKENS // BLOCK
+LONG = 6
 
 PROMPTS = {
     # Request → rBlocks of its prompt by content, one letter each, and further tokens.
@@ -31,6 +32,11 @@ PROMPTS = {
     6: ("zz", 1),
     7: ("zz", 2),
 }
+
+
+@pytest.fixture(autouse=True)
+def few_are_worth_it(monkeypatch) -> None:
+    monkeypatch.setattr(shared, "LEAST_SAVED", LONG * BLOCK)
 
 
 def rows_of(rm: RManager) -> list[Row]:
@@ -126,4 +132,4 @@ def test_the_longest_common_part_of_every_set_of_rows_is_one_group():
         (0, 1, 2, 3, 4, 5): "t" * LONG,
         (0, 1, 2): "a" * LONG,
         (3, 4): "b" * LONG,
-    }, "what 6 and 7 share is too short"
+    }, "what 6 and 7 share is not worth it"

@@ -233,6 +233,7 @@ def test_a_request_waits_for_the_rblock_that_another_computes():
     assert not rm.prefixes.awaited(keys_of("aa"))
     assert not rm.prefixes.awaited(keys_of("aac"))
     assert rm.prefixes.awaited(keys_of("aabc"))
+    assert [rm.prefixes.coming(keys_of(prompt)) for prompt in ("aabc", "aac", "b")] == [3, 2, 0]
     rm.close(1)
     assert not rm.prefixes.awaited(keys_of("aabc"))
 

@@ -79,23 +79,22 @@ TEXTS = [7, 30, 50]
 """Tokens of what some rows begin with."""
 
 
-def row(own: int, output: int, beyond: int, text: int) -> Row:
+def made(own: int, output: int, beyond: int, text: int) -> Row:
     """`text` -1: it shares nothing."""
-    shared = TEXTS[text] if text >= 0 else 0
-    return Row(shared + own, output, text, shared, limit=output + beyond)
+    row = Row(own, output, limit=output + beyond)
+    if text < 0:
+        return row
+    return row._replace(prompt=TEXTS[text] + own, prefix=text, prefix_tokens=TEXTS[text])
 
 
-rows = st.lists(
-    st.builds(
-        row,
-        st.integers(1, 90),
-        st.integers(1, 30),
-        st.integers(0, 20),
-        st.integers(-1, len(TEXTS) - 1),
-    ),
-    min_size=1,
-    max_size=14,
+row = st.builds(
+    made,
+    st.integers(1, 90),
+    st.integers(1, 30),
+    st.integers(0, 20),
+    st.integers(-1, len(TEXTS) - 1),
 )
+rows = st.lists(row, min_size=1, max_size=14)
 
 
 @settings(max_examples=60, deadline=None, phases=QUICK)
