@@ -40,7 +40,7 @@ run: setup $(MODEL)/model.safetensors
 	$(BIN)/mpirun $(MPIRUN_FLAGS) -n $(RANKS) $(BIN)/hpc-distkv $(JOB)
 
 test: lint $(MODEL)/model.safetensors
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: setup
 	$(BIN)/ruff format --check .

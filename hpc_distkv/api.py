@@ -31,7 +31,7 @@ from hpc_distkv.comm.world import World
 from hpc_distkv.control.messages import Result
 from hpc_distkv.engine.config import OptionError
 from hpc_distkv.engine.follower import Follower
-from hpc_distkv.engine.rank import EngineOptions, RankEngine, load_model
+from hpc_distkv.engine.rank import EngineOptions, RankEngine, bind, load_model
 from hpc_distkv.engine.worker import Worker
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.errors import ModelError
@@ -110,10 +110,11 @@ class Engine:
         Raises SetupError on all ranks if one cannot."""
         self.model = Path(model)
         self.comm = comm or open_mpi(stall_timeout)
-        self.config = self._together(lambda: ModelConfig.from_dir(model))
+        settings = options or EngineOptions()
+        self.config = self._together(lambda: ModelConfig.from_dir(model, settings.dummy))
         self.defaults = SamplingDefaults(**(asdict(self.config.generation) | dict(sampling or {})))
         self.max_model_len = max_model_len or self.config.max_position
-        settings = options or EngineOptions()
+        self._together(lambda: bind(self.comm, settings))
         # Stop strings are looked for where a row runs, so every rank has the tokenizer.
         self._tokenizer = self._together(lambda: Tokenizer(model))
         decoder = self._together(lambda: load_model(self.comm, model, settings))

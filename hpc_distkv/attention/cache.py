@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hpc_distkv.attention import native, reference
+from hpc_distkv.attention import launch, native, reference
 from hpc_distkv.attention.layout import inner_contiguous
+from hpc_distkv.attention.staging import index_on
 
 
 def write_kv(
@@ -16,8 +17,9 @@ def write_kv(
 
     k, v: [T, Hkv, D], possibly views of a fused projection (only the first stride is free);
     k_cache, v_cache: [N, Hkv, block_size, D], likewise; all of one dtype. blocks, offsets: int32
-    [T] on the CPU, contiguous. Raises ValueError for tensors that do not fit, and for slots out of
-    range before anything is written.
+    [T], contiguous, on the CPU or the device of the others. Raises ValueError for tensors that do
+    not fit, and for slots out of range before anything is written; slots on another device than the
+    CPU are not compared with the cache.
     """
     if not k.dtype == v.dtype == k_cache.dtype == v_cache.dtype:
         raise ValueError(f"{k.dtype} and {v.dtype} do not fit a cache of {k_cache.dtype}")
@@ -34,9 +36,17 @@ def write_kv(
     if not (inner_contiguous(k) and inner_contiguous(v)):
         raise ValueError("the heads of a token must lie contiguous in k and v")
     for slots in (blocks, offsets):
-        if slots.dtype != torch.int32 or slots.shape != (tokens,) or not slots.is_cpu:
-            raise ValueError(f"blocks and offsets must be int32 [{tokens}] on the CPU")
+        if slots.dtype != torch.int32 or slots.shape != (tokens,):
+            raise ValueError(f"blocks and offsets must be int32 [{tokens}]")
         if not slots.is_contiguous():
             raise ValueError("blocks and offsets must be contiguous")
-    kernels = native.kernels() if k.is_cpu and k_cache.is_cpu and v_cache.is_cpu else None
+    if triton := launch.kernels(k_cache.device):
+        num_blocks, _, block_size, _ = k_cache.shape
+        refusal = f"blocks must lie in [0, {num_blocks}) and offsets in [0, {block_size})"
+        blocks = index_on(k_cache.device, blocks, num_blocks, refusal)
+        offsets = index_on(k_cache.device, offsets, block_size, refusal)
+        triton.write_kv(k, v, k_cache, v_cache, blocks, offsets)
+        return
+    all_cpu = k.is_cpu and k_cache.is_cpu and v_cache.is_cpu and blocks.is_cpu and offsets.is_cpu
+    kernels = native.kernels() if all_cpu else None
     (kernels or reference).write_kv(k, v, k_cache, v_cache, blocks, offsets)

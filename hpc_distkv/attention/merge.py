@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hpc_distkv.attention import native, reference
+from hpc_distkv.attention import launch, native, reference
+from hpc_distkv.attention.staging import index_on
 
 
 def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -34,12 +35,13 @@ def merge_rows(out: Tensor, lse: Tensor, rows: Tensor, part_out: Tensor, part_ls
     """Merge partial i into out[rows[i]] and lse[rows[i]], in place.
 
     out [T, H, D], lse [T, H], part_out [n, H, D], part_lse [n, H]: float32, contiguous; rows [n]:
-    int32 on the CPU, each at most once. Raises ValueError for tensors that do not fit.
+    int32, each at most once, on the CPU or the device of the others; those on another device than
+    the CPU are not compared with T. Raises ValueError for tensors that do not fit.
     """
     if not out.dtype == lse.dtype == part_out.dtype == part_lse.dtype == torch.float32:
         raise ValueError("outputs and log-sum-exps must be float32")
-    if rows.dtype != torch.int32 or rows.dim() != 1 or not rows.is_cpu:
-        raise ValueError(f"rows must be int32 [n] on the CPU, not {rows.dtype} {[*rows.shape]}")
+    if rows.dtype != torch.int32 or rows.dim() != 1:
+        raise ValueError(f"rows must be int32 [n], not {rows.dtype} {[*rows.shape]}")
     parts = (rows.shape[0], *out.shape[1:])
     if part_out.shape != parts or part_lse.shape != parts[:2] or lse.shape != out.shape[:2]:
         raise ValueError(
@@ -49,5 +51,9 @@ def merge_rows(out: Tensor, lse: Tensor, rows: Tensor, part_out: Tensor, part_ls
     for tensor in (out, lse, rows, part_out, part_lse):
         if not tensor.is_contiguous():
             raise ValueError("merge_rows needs contiguous tensors")
-    kernels = native.kernels() if out.is_cpu and part_out.is_cpu else None
+    if triton := launch.kernels(out.device):
+        rows = index_on(out.device, rows, len(out), f"rows must lie in [0, {len(out)})")
+        triton.merge_rows(out, lse, rows, part_out, part_lse)
+        return
+    kernels = native.kernels() if out.is_cpu and part_out.is_cpu and rows.is_cpu else None
     (kernels or reference).merge_rows(out, lse, rows, part_out, part_lse)

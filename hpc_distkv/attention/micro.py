@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hpc_distkv.attention import native, reference
+from hpc_distkv.attention import launch, native, reference
 from hpc_distkv.attention.layout import inner_contiguous
 from hpc_distkv.attention.paged import PagedBatch
 from hpc_distkv.attention.spec import AttentionSpec
@@ -52,10 +52,10 @@ def micro_attention(
         raise ValueError(f"{spec.slopes.shape[0]} slopes do not fit the {q.shape[1]} heads of q")
     out = _output(out, q.shape, q.device, "out")
     lse = _output(lse, q.shape[:2], q.device, "lse")
-    kernels = native.kernels() if _native_shape(q) else None
-    if kernels is None:
-        reference.micro_attention(q, k_cache, v_cache, batch, spec, causal=causal, out=out, lse=lse)
-    else:
+    triton = launch.kernels(q.device)
+    if triton and triton.serves(q, k_cache, spec):
+        triton.micro_attention(q, k_cache, v_cache, batch, spec, causal=causal, out=out, lse=lse)
+    elif _native_shape(q) and (kernels := native.kernels()):
         kernels.micro_attention(
             q,
             k_cache,
@@ -67,6 +67,8 @@ def micro_attention(
             lse=lse,
             stream_lines=STREAM_LINES[q.dtype],
         )
+    else:
+        reference.micro_attention(q, k_cache, v_cache, batch, spec, causal=causal, out=out, lse=lse)
     return out, lse
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class PagedRow(NamedTuple):
@@ -71,6 +74,17 @@ class PagedBatch:
             first_token=_int32([token for row in rows for token in row.first_token]),
             kv_len=_int32([row.kv_len for row in rows]),
         )
+
+    def derived(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returned the first time for this key: what kernels need of a batch in every
+        layer is worked out, and copied to a device, once."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return cast(T, self._derived[key])
+
+    @cached_property
+    def _derived(self) -> dict[Hashable, Any]:
+        return {}
 
     def check(self, queries: int, num_blocks: int, block_size: int) -> None:
         """Compare the numbers with a call's shapes. Raises ValueError naming the first bad row.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,6 +30,11 @@ class AttentionSpec:
     slopes: Tensor | None = None
     """ALiBi's slope of each query head: float32 [H] on the CPU, contiguous; None: no bias."""
 
+    @property
+    def positional(self) -> bool:
+        """Whether the position of a query decides on more than which keys it sees as past."""
+        return self.window > 0 or self.slopes is not None
+
     def __post_init__(self) -> None:
         if not 0 <= self.window <= MOST_WINDOW or not self.softcap >= 0:
             raise ValueError(
@@ -42,3 +48,15 @@ class AttentionSpec:
             or not self.slopes.is_contiguous()
         ):
             raise ValueError("slopes must be float32 [H] on the CPU, contiguous")
+
+    def slopes_on(self, device: torch.device) -> Tensor | None:
+        """The slopes on `device`, copied there once."""
+        if self.slopes is None:
+            return None
+        if device not in self._copies:
+            self._copies[device] = self.slopes.to(device)
+        return self._copies[device]
+
+    @cached_property
+    def _copies(self) -> dict[torch.device, Tensor]:
+        return {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from hpc_distkv.cli.options import POSITIVE, engine_options
 
 if TYPE_CHECKING:
     from hpc_distkv.comm.transport import Comm
+    from hpc_distkv.control.messages import Request
     from hpc_distkv.engine.rank import EngineOptions
     from hpc_distkv.model.decoder import Decoder
 
@@ -29,11 +31,12 @@ def _measured(options: dict[str, Any], measure: Measure) -> None:
 
     def work(comm: Comm) -> int:
         from hpc_distkv.api import together
-        from hpc_distkv.engine.rank import load_model
+        from hpc_distkv.engine.rank import bind, load_model
         from hpc_distkv.model.config import ModelConfig
 
         engine_settings = set_options(options)
-        together(comm, lambda: ModelConfig.from_dir(options["model"]))
+        together(comm, lambda: ModelConfig.from_dir(options["model"], engine_settings.dummy))
+        together(comm, lambda: bind(comm, engine_settings))
         model = together(comm, lambda: load_model(comm, options["model"], engine_settings))
         figures = measure(comm, model, engine_settings)
         if comm.world.rank == 0:
@@ -51,7 +54,7 @@ def _measured(options: dict[str, Any], measure: Measure) -> None:
 @click.option(
     "--against-transformers",
     is_flag=True,
-    help="Also run transformers' static-batch generate on the same cores, and give the ratio.",
+    help="Also run transformers' static-batch generate on the same device, and give the ratio.",
 )
 @engine_options
 def throughput(**options: Any) -> None:
@@ -73,9 +76,8 @@ def throughput(**options: Any) -> None:
         if options["against_transformers"]:
             import torch
 
-            dtype = str(model.dtype).removeprefix("torch.")
             other = bench.transformers_throughput(
-                options["model"], dtype, torch.get_num_threads(), requests
+                options["model"], model, torch.get_num_threads(), requests, settings.dummy
             )
             rate = "output_tokens_per_second"
             figures |= {"transformers": other, "ratio": figures[rate] / other[rate]}
@@ -104,6 +106,37 @@ def remote(**options: Any) -> None:
         return bench.remote_against_local(
             comm, model, settings, options["context"], options["output_len"], options["repeats"]
         )
+
+    _measured(options, measure)
+
+
+@command.command()
+@click.option("--model", required=True, help="Model directory.")
+@click.option("--input-len", type=POSITIVE, default=512, show_default=True)
+@click.option("--output-len", type=POSITIVE, default=64, show_default=True)
+@click.option("--num-prompts", type=POSITIVE, default=64, show_default=True)
+@engine_options
+def gpu(**options: Any) -> None:
+    """One rank on a GPU: waits and copies of a step, and how busy the GPU is."""
+
+    def measure(comm: Comm, model: Decoder, settings: EngineOptions) -> dict[str, Any]:
+        from hpc_distkv.api import SetupError, together
+        from hpc_distkv.engine.rank import RankEngine
+        from hpc_distkv.observe import bench
+        from hpc_distkv.observe.gpu import profile_steps
+
+        if comm.world.size > 1:
+            raise SetupError("this benchmark profiles one rank: run without mpirun")
+        requests = bench.synthetic(
+            options["num_prompts"],
+            options["input_len"],
+            options["output_len"],
+            model.config.vocab_size,
+        )
+        engine = RankEngine(comm, model, settings)
+        engine.join()
+        bench.run_once(engine, requests)
+        return together(comm, lambda: profile_steps(engine, requests))
 
     _measured(options, measure)
 
@@ -162,16 +195,47 @@ def trace_cost(**options: Any) -> None:
 
 @command.command()
 @click.option("--model", required=True, help="Model directory.")
+@click.option("--document-len", type=POSITIVE, default=3000, show_default=True)
+@click.option("--question-len", type=POSITIVE, default=40, show_default=True)
+@click.option("--output-len", type=POSITIVE, default=16, show_default=True)
+@click.option("--rows", type=POSITIVE, default=64, show_default=True)
+@click.option("--repeats", type=POSITIVE, default=1, show_default=True)
+@engine_options
+def prefix(**options: Any) -> None:
+    """Rows with a document in common and different questions: prefix caching on against off."""
+
+    def measure(comm: Comm, model: Decoder, settings: EngineOptions) -> dict[str, Any]:
+        from hpc_distkv.observe.prefixes import questions, sharing
+
+        rows, document, question = (options[n] for n in ("rows", "document_len", "question_len"))
+        requests = questions(
+            rows, document, question, options["output_len"], model.config.vocab_size
+        )
+        distinct = document + rows * question
+        return sharing(comm, model, settings, requests, distinct, options["repeats"])
+
+    _measured(options, measure)
+
+
+@command.command()
+@click.option("--model", required=True, help="Model directory.")
 @click.option("--trace", "traces", required=True, multiple=True, help="Trace: FILE.toml#NAME.")
 @click.option("--rows", type=POSITIVE, help="Rows of each trace. [default: the trace's]")
 @click.option("--scale", default=1.0, show_default=True, help="Divide all prompts by this.")
 @click.option("--scale-output", type=float, help="Divide all outputs by this. [default: --scale]")
 @click.option(
+    "--limits",
+    default=1.0,
+    show_default=True,
+    help="Above 1, outputs are not known beforehand: rows allow for this many times as much, and "
+    "end at random.",
+)
+@click.option(
     "--against",
     default="lend,lend-greedy,migrate,queue,isolated",
     show_default=True,
     help="Ways in the order of their runs: policies, no-dgfm, no-planner, budget-N (KV tokens "
-    "moved per step). Ratios are to the last one.",
+    "moved per step), tensor-parallel (one instance of all ranks). Ratios are to the last one.",
 )
 @click.option("--repeats", type=POSITIVE, default=1, show_default=True)
 @click.option("-o", "--output", type=click.Path(file_okay=False), help="Folder for JSON and plots.")
@@ -180,25 +244,41 @@ def policies(**options: Any) -> None:
     """The rows of traces under every policy, on the same ranks, and what the simulator says."""
 
     def measure(comm: Comm, model: Decoder, settings: EngineOptions) -> dict[str, Any]:
-        from hpc_distkv.api import together
-        from hpc_distkv.observe.policies import compare, draw, way
+        from hpc_distkv.api import SetupError, together
+        from hpc_distkv.engine.rank import RankEngine
+        from hpc_distkv.observe.policies import check_fit, compare, draw, engine_of, way
         from hpc_distkv.simulate.trace import Trace
 
-        def prepared() -> tuple[dict[str, EngineOptions], list[Trace]]:
-            names = options["against"].split(",")
-            traces = [Trace.load(name) for name in options["traces"]]
-            traces = [t.head(options["rows"]) if options["rows"] else t for t in traces]
-            scaled = [t.scaled(options["scale"], options["scale_output"]) for t in traces]
-            return {name: way(name, settings) for name in names}, scaled
+        if comm.world.tp > 1:
+            raise SetupError("give tensor-parallel in --against: --tensor-parallel-size must be 1")
 
-        ways, traces = together(comm, prepared)
+        def traces() -> dict[str, list[Request]]:
+            loaded = [Trace.load(name) for name in options["traces"]]
+            loaded = [t.head(options["rows"]) if options["rows"] else t for t in loaded]
+            scaled = [t.scaled(options["scale"], options["scale_output"]) for t in loaded]
+            limited = [t.limited(options["limits"]) for t in scaled]
+            return {t.name: t.requests(model.config.vocab_size) for t in limited}
+
+        def engines_of_ways() -> dict[str, RankEngine]:
+            names, pool = options["against"].split(","), 0
+            engines = {}
+            # The replicas first: they say how much memory there is for the others.
+            for name in sorted(names, key=lambda name: name == "tensor-parallel"):
+                ways = way(name, settings, comm.world.size)
+                engines[name] = engine_of(comm, options["model"], model, ways, pool)
+                pool = engines[name].config.num_blocks
+            return {name: engines[name] for name in names}
+
+        requests, engines = together(comm, traces), together(comm, engines_of_ways)
+        for engine in engines.values():
+            engine.join()
+        for rows in requests.values():
+            together(comm, partial(check_fit, engines, rows))
         results = {
-            trace.name: compare(
-                comm, model, ways, trace.requests(model.config.vocab_size), options["repeats"]
-            )
-            for trace in traces
+            name: compare(model.config, engines, rows, options["repeats"])
+            for name, rows in requests.items()
         }
-        figures = {"ways": list(ways), "traces": results}
+        figures = {"ways": list(engines), "traces": results}
         if comm.world.rank == 0 and options["output"]:
             folder = Path(options["output"])
             folder.mkdir(parents=True, exist_ok=True)
@@ -319,6 +399,42 @@ def scale(
         ):
             series = {"lend": values}
             lines(Path(output) / file, title, series, "GPUs", name, log_x=True)
+
+
+@command.command()
+@click.option("--device", default="cuda", show_default=True, help="cuda, cuda:1, … or cpu.")
+@click.option("--length", "lengths", multiple=True, type=POSITIVE, help="Tokens of decoded rows.")
+@click.option("--batch", "batches", multiple=True, type=POSITIVE, help="Rows decoded together.")
+@click.option("--most-tokens", type=POSITIVE, default=4_194_304, show_default=True)
+@click.option("--block-size", type=POSITIVE, default=32, show_default=True)
+def kernels(
+    device: str,
+    lengths: tuple[int, ...],
+    batches: tuple[int, ...],
+    most_tokens: int,
+    block_size: int,
+) -> None:
+    """Attention kernels alone, with the heads of Llama 3 8B: bandwidth of decodes against that of a
+    copy, operations per second of prompts, errors against float64, and torch's attention."""
+    import torch
+
+    from hpc_distkv.observe import kernels as bench
+
+    try:
+        where = torch.device(device)
+        torch.empty(1, device=where)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise click.BadParameter(f"{device}: {reason}", param_hint="--device") from error
+    prompts = tuple(
+        (rows, queries, tokens)
+        for rows, queries, tokens in bench.PROMPTS
+        if rows * tokens <= most_tokens
+    )
+    figures = bench.kernel_figures(
+        where, lengths or bench.LENGTHS, batches or bench.BATCHES, prompts, most_tokens, block_size
+    )
+    click.echo(json.dumps(figures, indent=2))
 
 
 def _simulated(

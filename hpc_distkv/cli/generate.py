@@ -141,7 +141,7 @@ def _announcement(engine: Engine) -> str:
     if world.tp > 1:
         ranks += f" in {world.instances} instances of {world.tp}"
     return (
-        f"{ranks}, {rank.threads} threads each; {rank.dtype}; "
+        f"{ranks}, {rank.processor} each; {rank.dtype}; "
         f"{rank.config.num_blocks} rBlocks of {rank.config.block_size} tokens a rank: {lending}\n"
         "for what a row leaves out, from the options or the model's generation_config.json: "
         f"{sampling}, top_p {defaults.top_p:g}, "

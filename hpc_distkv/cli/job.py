@@ -14,6 +14,7 @@ from hpc_distkv.batch.errors import InputError, JournalError
 from hpc_distkv.comm.abort import BUG_STATUS, aborting
 from hpc_distkv.comm.launch import LaunchError
 from hpc_distkv.comm.mpi import open_mpi
+from hpc_distkv.comm.nccl import NcclError
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.comm.waiter import StallError
 from hpc_distkv.control.wire import ReportError
@@ -21,7 +22,7 @@ from hpc_distkv.engine.rank import EngineOptions
 from hpc_distkv.memory.loan import ProtocolError
 
 USAGE_STATUS = 2
-EXPECTED = (InputError, JournalError, StallError, ProtocolError, ReportError)
+EXPECTED = (InputError, JournalError, StallError, ProtocolError, ReportError, NcclError)
 """What ends a running job with a sentence that says everything."""
 
 

@@ -37,6 +37,32 @@ class Size(click.ParamType[int]):
 
 ENGINE_OPTIONS = (
     click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda"]),
+        default="auto",
+        show_default=True,
+        help="What ranks compute on; auto: a GPU where there is one.",
+    ),
+    click.option(
+        "--allow-gpu-sharing",
+        is_flag=True,
+        help="Let ranks share a GPU, for trials: give --kv-memory too.",
+    ),
+    click.option(
+        "--transport",
+        type=click.Choice(["auto", "nccl", "mpi"]),
+        default="auto",
+        show_default=True,
+        help="How tensors go from GPU to GPU; mpi: by way of the host; auto: NCCL where it can be.",
+    ),
+    click.option(
+        "--gpu-memory-utilization",
+        type=click.FloatRange(0, 1, min_open=True),
+        default=0.9,
+        show_default=True,
+        help="Part of the memory that a GPU has free beside the weights, for steps and KV cache.",
+    ),
+    click.option(
         "--dtype",
         type=click.Choice(["auto", *DTYPE_BYTES]),
         default="auto",
@@ -48,7 +74,7 @@ ENGINE_OPTIONS = (
         "--kv-memory",
         type=Size(),
         help="KV cache of one rank, e.g. 4GiB, if --num-blocks is not given. "
-        "[default: 40 % of the node's available memory over its ranks]",
+        "[default: 40 % of the node's available memory over its ranks; on a GPU, what is left]",
     ),
     click.option(
         "--block-size",
@@ -80,6 +106,12 @@ ENGINE_OPTIONS = (
         "migrate whole requests; share nothing but the queue of rows; or not even that.",
     ),
     click.option(
+        "--enable-prefix-caching/--no-enable-prefix-caching",
+        default=True,
+        show_default=True,
+        help="Compute equal beginnings of rows once on each rank, and share their rBlocks.",
+    ),
+    click.option(
         "--move-budget",
         type=click.IntRange(min=0),
         default=16,
@@ -100,11 +132,11 @@ ENGINE_OPTIONS = (
     ),
     click.option(
         "--load-format",
-        type=click.Choice(["auto", "broadcast"]),
+        type=click.Choice(["auto", "broadcast", "dummy"]),
         default="auto",
         show_default=True,
         help="auto: every rank reads its weights; broadcast: only the ranks of the first replica "
-        "do, and hand them on.",
+        "do, and hand them on; dummy: random weights, for benchmarks.",
     ),
     click.option(
         "--threads",

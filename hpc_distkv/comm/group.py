@@ -88,7 +88,7 @@ class Group:
         """Room for `count` tensors like a flat one."""
         needed = count * like.nbytes
         if self._room.nbytes < needed:
-            self._room = torch.empty(needed, dtype=torch.uint8)
+            self._room = torch.empty(needed, dtype=torch.uint8, device=like.device)
         return self._room[:needed].view(like.dtype).view(count, len(like))
 
     def _exchange(self, sends: Pairs, recvs: Pairs) -> None:

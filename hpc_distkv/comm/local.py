@@ -48,6 +48,7 @@ def local_comm(
         LocalRounds(network, waiter),
         waiter,
         lambda status: network.fail(rank),
+        lambda: LocalMail(network, waiter, "more mail"),
     )
 
 
@@ -170,23 +171,25 @@ class LocalPending(Pending):
 class LocalMail(Mail):
     """Mail between ranks of this process."""
 
-    def __init__(self, network: Network, waiter: LocalWaiter) -> None:
+    def __init__(self, network: Network, waiter: LocalWaiter, kind: str = "mail") -> None:
+        """`kind`: what tells it from other mail."""
         self._network = network
         self._waiter = waiter
+        self._kind = kind
         self._rank = waiter.world.rank
 
     def post(self, peer: int, message: bytes) -> None:
         """Send without waiting."""
         self._network.switch(self._rank)
-        self._network.post_bytes("mail", self._rank, peer, message)
+        self._network.post_bytes(self._kind, self._rank, peer, message)
 
     def poll(self) -> tuple[int, bytes] | None:
         """The next message of anybody."""
         self._network.switch(self._rank)
         for peer in range(self._network.ranks):
-            if self._network.peek_bytes("mail", peer, self._rank):
+            if self._network.peek_bytes(self._kind, peer, self._rank):
                 self._waiter.moved()
-                return peer, self._network.take_bytes("mail", peer, self._rank)
+                return peer, self._network.take_bytes(self._kind, peer, self._rank)
         return None
 
 

@@ -44,7 +44,12 @@ def open_mpi(stall_timeout: float, tp: int = 1) -> Comm:
         everyone.Abort(status)
         os._exit(status)  # MPICH returns from Abort and waits to be killed
 
-    return Comm(world, transport, mail, rounds, waiter, abort)
+    def new_mail() -> MpiMail:
+        another = MpiMail(everyone.Dup(), waiter)
+        waiter.background.append(another.poke)
+        return another
+
+    return Comm(world, transport, mail, rounds, waiter, abort, new_mail)
 
 
 def library() -> str:

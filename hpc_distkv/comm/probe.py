@@ -97,8 +97,9 @@ def meet_all(comm: Comm, query_bytes: int, block_bytes: int, repeats: int) -> li
     """Play all rounds of this instance. Returns the costs of the meetings that it timed: those
     with higher instances."""
     me, instances = comm.world.instance, comm.world.instances
-    query = torch.ones(query_bytes, dtype=torch.uint8)
-    block = torch.ones(min(block_bytes, BLOCK_CAP), dtype=torch.uint8)
+    place = comm.device.place
+    query = torch.ones(query_bytes, dtype=torch.uint8, device=place)
+    block = torch.ones(min(block_bytes, BLOCK_CAP), dtype=torch.uint8, device=place)
     costs = []
     for turn in range(turns(instances)):
         other = opponent(me, turn, instances)

@@ -21,6 +21,7 @@ from typing import TypeVar
 
 import torch
 
+from hpc_distkv.comm.device import Device
 from hpc_distkv.comm.waiter import Waiter
 from hpc_distkv.comm.world import World
 
@@ -59,6 +60,9 @@ class Transport(ABC):
         """Post one hop: all its sends and receives at once, each on a channel. Tensors must stay
         untouched until it is done; they are contiguous and both sides know their sizes
         beforehand."""
+
+    def push(self) -> None:  # noqa: B027 (most have nothing to do)
+        """Push on what is under way, where it does not get on by itself. Never blocks."""
 
     def drained(self) -> bool:
         """Whether nothing this rank posted is under way any more. Never blocks."""
@@ -127,6 +131,10 @@ class Comm:
     waiter: Waiter
     abort: Callable[[int], object]
     """End the whole job with this exit status."""
+    new_mail: Callable[[], Mail]
+    """Mail of its own for one purpose more. Collective."""
+    device: Device = field(default_factory=Device, init=False)
+    """Where this rank computes; `binding.bind` chooses it."""
     closed: bool = field(default=False, init=False)
     """Whether all ranks have agreed that they are done."""
 

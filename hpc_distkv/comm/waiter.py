@@ -50,7 +50,7 @@ class Waiter:
         """`eager`: seconds of polling before sleeping begins, where the core is free anyway."""
         self.world = world
         self.stall_timeout = stall_timeout
-        self._eager = eager
+        self.eager = eager
         self.background: list[Callable[[], object]] = []
         """Pushed on at every poll: what must advance while this rank waits for something else."""
         self._moves = 0
@@ -106,7 +106,7 @@ class Waiter:
 
     def pause(self, polls: int, quiet: float, waits: Callable[[], str]) -> None:
         """Leave the core to others after the `polls`-th poll, `quiet` seconds into the wait."""
-        if polls < YIELDS or quiet < self._eager:
+        if polls < YIELDS or quiet < self.eager:
             os.sched_yield()
         else:
             time.sleep(min(max(quiet * SLEEP_SHARE, SHORTEST_SLEEP), LONGEST_SLEEP))

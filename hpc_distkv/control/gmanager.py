@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from hpc_distkv.control.affinity import Affinity
 from hpc_distkv.control.assign import Assignment
 from hpc_distkv.control.borrow import ANYWHERE, CANDIDATES, Grant, Need, greedy_borrow
 from hpc_distkv.control.dgfm import plan_recalls
@@ -83,13 +84,15 @@ class GManager:
         block_size: int = 32,
         move_budget: int = 16,
         attention_tokens: float = float("inf"),
+        prefix_caching: bool = False,
         exchange_seconds: ExchangeSeconds = lambda link_class, rows: 0.0,
     ) -> None:
-        """`links`: of the instances; `block_size`, `move_budget` (KV tokens per step) and
-        `attention_tokens` as the engines'; `exchange_seconds`: (link class, query rows) → what
-        exchanges over such a link add to a step."""
+        """`links`: of the instances; `block_size`, `move_budget` (KV tokens per step),
+        `attention_tokens` and `prefix_caching` as the engines'; `exchange_seconds`: (link class,
+        query rows) → what exchanges over such a link add to a step."""
         self.ledger = DebtLedger(instances)
-        self.assignment = Assignment(requests, instances, policy.queue, attention_tokens)
+        affinity = Affinity(block_size) if prefix_caching else None
+        self.assignment = Assignment(requests, instances, policy.queue, attention_tokens, affinity)
         self.counters = [Counters() for _ in range(instances)]
         self.reports: Reports | None = None
         """Of the last round."""

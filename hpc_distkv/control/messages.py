@@ -8,6 +8,7 @@ seconds, token ids travel as little-endian int32.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 
 import msgspec
@@ -88,6 +89,18 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
         """Prompt tokens."""
         return len(self.prompt) // 4
 
+    def prefix_keys(self, ends: Iterable[int], salt: bytes = b"") -> list[bytes]:
+        """For each of `ends`, ascending: a key of the prompt's first so many tokens, which no other
+        tokens have, nor the same ones with another salt. Ends of which it is known that nobody
+        shares them may be left out, with all beyond."""
+        digest, begin = hashlib.blake2b(salt, digest_size=16), 0
+        keys = []
+        for end in ends:
+            digest.update(memoryview(self.prompt)[4 * begin : 4 * end])
+            keys.append(digest.copy().digest())
+            begin = end
+        return keys
+
 
 class Result(msgspec.Struct, frozen=True, array_like=True):
     """What became of one request."""
@@ -114,6 +127,9 @@ class Counters(msgspec.Struct):
     steps: int = 0
     prompt_tokens: int = 0
     """Prompt tokens computed, recomputed ones included."""
+    cached_tokens: int = 0
+    """Tokens of rows that began with rBlocks of others, or of their own before they gave way: they
+    were not computed again."""
     generated_tokens: int = 0
     preemptions: int = 0
     stalls: int = 0
@@ -183,21 +199,25 @@ class Header(msgspec.Struct, frozen=True, array_like=True, tag="header"):
     Applied in this field order."""
 
     released: list[int]
-    """Requests of mine that ended: free their guests."""
+    """Requests and prefixes of mine that ended: free their guests."""
     returned: int
     """Credit of mine that I give back."""
     moves: list[tuple[int, int]]
-    """(request, logical index) of the rBlocks I send you behind this step's layers."""
+    """(request or prefix, logical index) of the rBlocks I send you behind this step's layers."""
     recalls: list[tuple[int, int]]
-    """(request, logical index) of my rBlocks with you: send them back behind this step's layers."""
+    """(request or prefix, logical index) of my rBlocks with you: send them back behind this step's
+    layers."""
     handovers: list[Handover]
     """Requests of mine of which you host all rBlocks after this step: they are yours from then."""
-    queries: list[tuple[int, int, int]]
-    """(request, query rows, position of the first) of mine that attend to their guests with you, in
-    order of the rows."""
+    queries: list[tuple[list[int], int, int]]
+    """(request or prefixes, query rows, position of the first) of mine that attend to these guests
+    with you, in order of the rows."""
     dropped: list[tuple[int, int]] = []
     """(request, logical index) of mine that go on: free their guests' rBlocks before that index.
     Applied with `released`."""
+    splits: list[tuple[int, int, int]] = []
+    """(prefix, logical index, new prefix) of mine: the guest's rBlocks before that index are the
+    new prefix's. Applied first."""
 
 
 class Credit(msgspec.Struct, frozen=True, array_like=True, tag="credit"):

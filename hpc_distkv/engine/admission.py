@@ -57,7 +57,8 @@ class Admission:
     by what is expected of their outputs. One for which there is none has a place in time, as soon
     as enough of what runs has ended; younger ones pass it if they do not take that place (EASY
     backfilling, Lifka 1995). One that is too large for this instance alone waits until it has
-    credit for all of itself.
+    credit for all of itself, and one whose prompt goes on with what another is computing until
+    that is there.
     """
 
     def __init__(self, rmanager: RManager, config: EngineConfig, foresight: Foresight) -> None:
@@ -86,6 +87,8 @@ class Admission:
         for sequence in waiting[:CANDIDATES]:
             if sequence.id > self.before:
                 break
+            if self._rm.prefixes.awaited(sequence.keys):
+                continue
             if self._may_begin(sequence, room):
                 return sequence
         self._refused, self._refused_steps = state, 0
@@ -101,7 +104,7 @@ class Admission:
         for sequence in waiting[: min(CANDIDATES, seats)]:
             if sequence.id > self.before:
                 break
-            if self.large(sequence):
+            if self.large(sequence) or self._rm.prefixes.awaited(sequence.keys):
                 continue
             if self._fits(sequence, room):
                 room.now -= self._foresight.missing(sequence, sequence.length + 1)
@@ -120,9 +123,9 @@ class Admission:
     def _state(self, waiting: Rows[Sequence], running: Rows[Sequence]) -> tuple[object, ...]:
         """All that decides on who may begin, but for the growth that was foreseen."""
         rm = self._rm
-        numbers = (self.before, self.keep, rm.credit, rm.promised, rm.lent, rm.borrowed)
+        memory = (rm.credit, rm.promised, rm.lent, rm.borrowed, rm.prefixes.computing)
         ids = (sequence.id for sequence in (*running, *waiting[:CANDIDATES]))
-        return (*numbers, len(running), *ids)
+        return (self.before, self.keep, *memory, len(running), *ids)
 
     def _room(self, waiting: Rows[Sequence], running: Rows[Sequence]) -> Room:
         """What is the same for all that wait."""
@@ -135,7 +138,7 @@ class Admission:
         reserve = self.reserve if running else 0
         prompts = sum(foresight.missing(row, row.length + 1) for row in running)
         in_time = max(0, usual + foresight.at_home(running) - self.reserve)
-        claims = [foresight.claim(row) for row in running]
+        claims = foresight.claims(running)
         return Room(free - reserve - prompts, usual - self.reserve - prompts, in_time, claims)
 
     def _may_begin(self, sequence: Sequence, room: Room) -> bool:
@@ -156,6 +159,7 @@ class Admission:
         if lacking <= 0 and over <= 0:
             return True
         if not room.blocked:
+            claim = claim._replace(tokens=sequence.length)  # Who shares with it may have ended.
             room.blocked = claim.at(self._foresight.start(room.claims, claim, room.in_time))
             room.lacking = max(lacking, math.ceil(over))
         return False

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 
@@ -50,27 +52,32 @@ class Creditor:
     def begin(self, debtor: int, header: Header, now: float) -> None:
         """Apply a header and serve its step from now on; the debtor's last one was committed.
         Raises ProtocolError."""
-        self._visits[debtor] = Visit(
-            debtor,
-            header,
-            now,
-            self._comm,
-            self._pool,
-            self._instance,
-            self._shape,
-            self._specs,
-            self._time,
-        )
+        with self._comm.device.serving():
+            self._visits[debtor] = Visit(
+                debtor,
+                header,
+                now,
+                self._comm,
+                self._pool,
+                self._instance,
+                self._shape,
+                self._specs,
+                self._time,
+            )
         self._time.recorder.open(Kind.VISIT, debtor)
 
     def push(self) -> list[int]:
         """Push on every visit. Returns the debtors whose step can be committed. Never blocks, and
         costs next to nothing if there is none."""
-        return [debtor for debtor, visit in self._visits.items() if visit.advance()]
+        if not self._visits:
+            return []
+        with self._comm.device.serving():
+            return [debtor for debtor, visit in self._visits.items() if visit.advance()]
 
     def served(self, debtor: int) -> bool:
         """Whether nothing is left of the step of `debtor` but to commit. Never blocks."""
-        return self._visits[debtor].advance()
+        with self._comm.device.serving():
+            return self._visits[debtor].advance()
 
     def commit(self, debtor: int) -> None:
         """The step of `debtor`, all of which was served, is over."""
@@ -111,11 +118,12 @@ class Visit:
         """Query rows of a layer."""
         if header.queries:
             heads, head_dim = shape
-            self._guests = PagedBatch.build([self._guest(*query) for query in header.queries])
-            self._queries = torch.empty((rows, heads, head_dim), dtype=pool.dtype)
+            self._guests = PagedBatch.build(self._paged_rows(header))
+            place = pool.device
+            self._queries = torch.empty((rows, heads, head_dim), dtype=pool.dtype, device=place)
             # A debtor sends queries of a layer after it has the partial results of the last one.
-            self._out = torch.empty((rows, heads, head_dim))
-            self._lse = torch.empty((rows, heads))
+            self._out = torch.empty((rows, heads, head_dim), device=place)
+            self._lse = torch.empty((rows, heads), device=place)
             self._await_queries()
 
     def advance(self) -> bool:
@@ -164,18 +172,31 @@ class Visit:
         counters.bytes_queried += self._out.nbytes + self._lse.nbytes
         self._time.leave(self._debtor, self._layer - 1)
 
-    def _guest(self, request: int, rows: int, position: int) -> PagedRow:
-        guest = self._instance.rm.guests.get((self._debtor, request))
-        if guest is None:
-            raise ProtocolError(
-                f"instance {self._debtor} sends queries of request {request}, of which instance "
-                f"{self._instance.rm.instance} hosts nothing"
-            )
-        size = self._pool.block_size
-        return PagedRow(
-            queries=rows,
-            query_position=position,
-            blocks=guest.slots,
-            first_token=[index * size for index in guest.indices],
-            kv_len=len(guest.slots) * size,
-        )
+    def _paged_rows(self, header: Header) -> list[PagedRow]:
+        """A row for each query, or for all queries of the same guests if their positions do not
+        matter: then they are served at once."""
+        rows: list[PagedRow] = []
+        together = not any(spec.positional for spec in self._specs)
+        for guests, queries in groupby(header.queries, key=itemgetter(0)):
+            counts = [(count, position) for _, count, position in queries]
+            if together:
+                counts = [(sum(count for count, _ in counts), 0)]
+            slots, first_token = self._hosted(guests)
+            kv_len = len(slots) * self._pool.block_size
+            rows += [PagedRow(n, position, slots, first_token, kv_len) for n, position in counts]
+        return rows
+
+    def _hosted(self, guests: list[int]) -> tuple[list[int], list[int]]:
+        """Slots of these guests, and the position of the first token of each."""
+        slots: list[int] = []
+        first_token: list[int] = []
+        for key in guests:
+            guest = self._instance.rm.guests.get((self._debtor, key))
+            if guest is None:
+                raise ProtocolError(
+                    f"instance {self._debtor} sends queries of request {key}, of which instance "
+                    f"{self._instance.rm.instance} hosts nothing"
+                )
+            slots += guest.slots
+            first_token += [index * self._pool.block_size for index in guest.indices]
+        return slots, first_token

@@ -9,6 +9,7 @@ import torch
 
 from hpc_distkv.attention import merge_rows
 from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR, Comm, Pending
+from hpc_distkv.engine.guests import remote_queries
 from hpc_distkv.engine.instance import Instance
 from hpc_distkv.engine.recorder import Kind
 from hpc_distkv.engine.scheduler import Plan
@@ -67,13 +68,13 @@ class Debtor:
             if world.lane == 0:
                 self._comm.mail.post(world.rank_of(creditor), msgspec.msgpack.encode(header))
         self._post_moves(plan)
-        wanted: dict[int, list[int]] = {}
-        first = 0
-        for sequence, count in plan.rows:
-            for creditor in self._instance.rm.tables[sequence.id].remote:
-                wanted.setdefault(creditor, []).extend(range(first, first + count))
-            first += count
-        self._legs = [self._leg(world.rank_of(c), rows) for c, rows in wanted.items()]
+        queries = remote_queries(self._instance.rm, plan.rows)
+        rows = [
+            torch.tensor([q.first + i for q in each for i in range(q.rows)], dtype=torch.int32)
+            for each in queries.values()
+        ]
+        legs = zip(map(world.rank_of, queries), self._comm.device.upload(rows), strict=True)
+        self._legs = [self._leg(*leg) for leg in legs]
         return bool(self._legs)
 
     def post_queries(self, q: torch.Tensor) -> None:
@@ -114,12 +115,12 @@ class Debtor:
             self._moving = len(sends) + len(recvs)
             self._time.recorder.open(Kind.TRANSFER)
 
-    def _leg(self, rank: int, rows: list[int]) -> Leg:
-        heads, head_dim = self._shape
+    def _leg(self, rank: int, rows: torch.Tensor) -> Leg:
+        shape, place = (len(rows), *self._shape), self._pool.device
         return Leg(
             rank,
-            torch.tensor(rows, dtype=torch.int32),
-            torch.empty((len(rows), heads, head_dim), dtype=self._pool.dtype),
-            torch.empty((len(rows), heads, head_dim)),
-            torch.empty((len(rows), heads)),
+            rows,
+            torch.empty(shape, dtype=self._pool.dtype, device=place),
+            torch.empty(shape, device=place),
+            torch.empty(shape[:2], device=place),
         )

@@ -141,6 +141,7 @@ class Follower:
     def _attend(self) -> None:
         """What goes on beside a rank's own step: the log is followed as far as it can be, debtors
         are served, and control rounds progress."""
+        self._comm.transport.push()
         while (letter := self._comm.mail.poll()) is not None:
             self._log.append(self._read(*letter))
         self._serve()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Protocol
 
 import torch
 
 from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow, micro_attention, write_kv
+from hpc_distkv.comm.device import Device
 from hpc_distkv.engine.debtor import Debtor
 from hpc_distkv.engine.recorder import Recorder
 from hpc_distkv.engine.scheduler import Row
+from hpc_distkv.engine.shared import SharedAttention, groups_of
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.memory.rmanager import RManager
 
@@ -53,6 +55,7 @@ class Forward:
         model: Model,
         pool: BlockPool,
         rmanager: RManager,
+        device: Device,
         between_layers: Callable[[], None],
         pause: Callable[[], None],
         recorder: Recorder,
@@ -60,7 +63,9 @@ class Forward:
         """`between_layers` is called once a layer, so that control rounds go on during a step,
         `pause` more often, so that debtors are served."""
         self._model, self._pool, self._rm, self._specs = model, pool, rmanager, model.attention
+        self._device = device
         self._between_layers, self._pause = between_layers, pause
+        self._positional = any(spec.positional for spec in model.attention)
         self._recorder = recorder
 
     def run(self, rows: Sequence[Row], debtor: Debtor | None) -> torch.Tensor:
@@ -69,10 +74,13 @@ class Forward:
         `debtor` is given if any row has rBlocks elsewhere."""
         if not rows:
             return torch.empty((0, 0))
-        tokens = [t for s, n in rows for t in s.tokens[s.computed : s.computed + n]]
-        positions = [p for s, n in rows for p in range(s.computed, s.computed + n)]
-        batch = PagedBatch.build([self._paged_row(row) for row in rows])
-        blocks, offsets = self._slots(rows)
+        groups = {} if self._positional else groups_of(self._rm, rows, self._pool.block_size)
+        size = self._pool.block_size
+        shared = SharedAttention(groups, rows, size, self._device) if groups else None
+        apart = {prefix.id for prefixes in groups.values() for prefix in prefixes}
+        batch = PagedBatch.build([self._paged_row(row, apart) for row in rows])
+        inputs = [*self._inputs(rows), *self._slots(rows)]
+        tokens, positions, ends, lengths, blocks, offsets = self._device.upload(inputs)
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             self._recorder.layer(layer)
@@ -83,44 +91,53 @@ class Forward:
                 debtor.post_queries(q)
             out, lse = micro_attention(q, k_cache, v_cache, batch, self._specs[layer], causal=True)
             self._pause()
+            if shared:
+                shared.merge(q, (k_cache, v_cache), self._specs[layer], out, lse)
+                self._pause()
             if debtor:
                 debtor.merge(layer, out, lse)
             return out
 
         hidden = self._model.hidden(
-            torch.tensor(tokens),
-            torch.tensor(positions),
-            attend,
-            self._pause,
-            self._lengths(rows) if self._model.needs_lengths else None,
+            tokens, positions, attend, self._pause, lengths if len(lengths) else None
         )
         self._recorder.layer(-1)
+        return self._model.logits(hidden[ends]) if len(ends) else torch.empty((0, 0))
+
+    def _inputs(self, rows: Sequence[Row]) -> list[torch.Tensor]:
+        """int64: tokens and positions; which of them end a row that has no token left to compute;
+        if the model needs them, lengths: a recomputed token gets the one it had when it was
+        computed first."""
+        tokens = [t for s, n in rows for t in s.tokens[s.computed : s.computed + n]]
+        positions = [p for s, n in rows for p in range(s.computed, s.computed + n)]
         ends, end = [], 0
         for sequence, count in rows:
             end += count
             if sequence.remaining == count:
                 ends.append(end - 1)
-        return self._model.logits(hidden[ends]) if ends else torch.empty((0, 0))
+        lengths: list[int] = []
+        if self._model.needs_lengths:
+            least = [s.request.prompt_len for s, n in rows for _ in range(n)]
+            lengths = [max(p + 1, n) for p, n in zip(positions, least, strict=True)]
+        return [
+            torch.tensor(numbers, dtype=torch.int64)
+            for numbers in (tokens, positions, ends, lengths)
+        ]
 
-    def _lengths(self, rows: Sequence[Row]) -> torch.Tensor:
-        """So a recomputed token gets the length it had when it was computed first."""
-        return torch.tensor(
-            [
-                max(position + 1, sequence.request.prompt_len)
-                for sequence, count in rows
-                for position in range(sequence.computed, sequence.computed + count)
-            ]
-        )
-
-    def _paged_row(self, row: Row) -> PagedRow:
+    def _paged_row(self, row: Row, apart: Container[int]) -> PagedRow:
+        """What the row attends to at home, but for the prefixes of `apart`."""
         sequence, count = row
         table, size = self._rm.tables[sequence.id], self._pool.block_size
+        prefixes = [p for p in self._rm.prefixes.chain(sequence.id) if p.id not in apart]
+        slots = [slot for part in (*prefixes, table) for slot in part.slots]
+        indices = [index for part in (*prefixes, table) for index in part.indices]
+        own = sequence.computed + count - table.absent * size
         return PagedRow(
             queries=count,
             query_position=sequence.computed,
-            blocks=table.slots,
-            first_token=[index * size for index in table.indices],
-            kv_len=sequence.computed + count - table.absent * size,
+            blocks=slots,
+            first_token=[index * size for index in indices],
+            kv_len=own + size * (len(slots) - len(table.slots)),
         )
 
     def _slots(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -58,7 +58,13 @@ class Lane:
             comm, pool, self.instance, shape, parts.model.attention, parts.time
         )
         self._forward = Forward(
-            parts.model, pool, self.instance.rm, between_layers, pause, parts.time.recorder
+            parts.model,
+            pool,
+            self.instance.rm,
+            comm.device,
+            between_layers,
+            pause,
+            parts.time.recorder,
         )
         self._block_size = pool.block_size
         self._attention_tokens = config.attention_tokens
@@ -98,9 +104,11 @@ class Lane:
     def _work(self, rows: list[Row]) -> StepWork:
         tables, size = self.instance.rm.tables, self._block_size
         decodes = [sequence for sequence, count in rows if count == 1]
+        shared = self.instance.rm.prefixes.used_by(sequence.id for sequence in decodes)
         return StepWork(
             decodes=len(decodes),
-            kv_tokens=sum(s.length - tables[s.id].absent * size for s in decodes),
+            kv_tokens=sum(s.length - tables[s.id].absent * size for s in decodes)
+            + size * sum(len(prefix.slots) for prefix in shared),
             prompt_work=sum(
                 work(s.computed, s.computed + count, self._attention_tokens)
                 for s, count in rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hpc_distkv.comm import binding
 from hpc_distkv.comm.broadcast import LaneBroadcast
+from hpc_distkv.comm.device import DeviceError
 from hpc_distkv.comm.group import Group
 from hpc_distkv.comm.probe import LinkCosts, probe
 from hpc_distkv.comm.transport import Comm
@@ -18,6 +19,8 @@ from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.links import Links
 from hpc_distkv.control.messages import Request
 from hpc_distkv.control.policy import POLICIES, Policy
+from hpc_distkv.engine.activations import activation_peak, free_memory
+from hpc_distkv.engine.capacity import device_blocks, host_blocks
 from hpc_distkv.engine.config import EngineConfig, OptionError
 from hpc_distkv.engine.follower import Follower
 from hpc_distkv.engine.lane import Parts
@@ -29,16 +32,21 @@ from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.model.shard import Shard
-from hpc_distkv.model.weights import load_decoder
-
-KV_SHARE = 0.4
-"""Part of a node's available memory that its ranks' pools take unless told otherwise."""
+from hpc_distkv.model.weights import load_decoder, random_decoder
 
 
 @dataclass(frozen=True)
 class EngineOptions:
     """What a user may choose about an engine. Sizes are per rank."""
 
+    device: str = "auto"
+    """What ranks compute on: "cuda", "cpu", or "auto", a GPU where there is one."""
+    allow_gpu_sharing: bool = False
+    """Whether ranks may share a GPU."""
+    transport: str = "auto"
+    """Between GPUs: "nccl", "mpi" (by way of the host), or "auto", NCCL where it can be."""
+    gpu_memory_utilization: float = 0.9
+    """Part of the GPU's memory that is free beside the weights which steps and pool may take."""
     dtype: str = "auto"
     """Of weights, activations and KV: "auto" is the checkpoint's."""
     num_blocks: int | None = None
@@ -50,6 +58,8 @@ class EngineOptions:
     max_num_batched_tokens: int = 512
     policy: str | Policy = "lend"
     """How ranks share memory: one of `control.policy.POLICIES`."""
+    enable_prefix_caching: bool = True
+    """Rows with equal beginnings compute these once on each instance, and share their rBlocks."""
     move_budget: int = 16
     """KV tokens that may move in a step though no row waits for them."""
     lend_cap: int | None = None
@@ -60,7 +70,13 @@ class EngineOptions:
     """Consecutive ranks that hold one replica of the model together."""
     load_format: str = "auto"
     """How weights get to the ranks: "auto": every rank reads its own shard; "broadcast": the first
-    instance reads, and hands each shard on to the ranks that hold the same one."""
+    instance reads, and hands each shard on to the ranks that hold the same one; "dummy": they are
+    random, and only the model's configuration is read."""
+
+    @property
+    def dummy(self) -> bool:
+        """Whether weights are random."""
+        return self.load_format == "dummy"
 
 
 class RankEngine:
@@ -82,7 +98,7 @@ class RankEngine:
         block_bytes = options.block_size * config.kv_bytes_per_token(_name(model.dtype))
         policy = _policy(options.policy, comm.world.instances)
         self.config = EngineConfig(
-            num_blocks=options.num_blocks or _blocks_that_fit(comm, options.kv_memory, block_bytes),
+            num_blocks=_blocks_that_fit(comm, model, options, block_bytes),
             block_size=options.block_size,
             max_num_seqs=min(options.max_num_seqs, options.max_num_batched_tokens),
             max_num_batched_tokens=options.max_num_batched_tokens,
@@ -90,6 +106,8 @@ class RankEngine:
             lend_cap=options.lend_cap,
             move_budget=options.move_budget,
             window=0 if policy.migrate else config.widest_window,
+            enable_prefix_caching=options.enable_prefix_caching,
+            keys_by_length=model.needs_lengths,
             attention_tokens=config.attention_tokens,
         )
         self.capacity_blocks = self.config.num_blocks
@@ -104,6 +122,7 @@ class RankEngine:
                 options.block_size,
                 config.head_dim,
                 model.dtype,
+                comm.device.place,
             )
         except RuntimeError as error:  # how torch says that memory is short
             raise OptionError(
@@ -143,6 +162,12 @@ class RankEngine:
         return torch.get_num_threads()
 
     @property
+    def processor(self) -> str:
+        """What this rank computes on, for people."""
+        device = self.comm.device
+        return f"{self.threads} threads" if device.place.type == "cpu" else f"one {device.name}"
+
+    @property
     def dtype(self) -> str:
         """Of weights and KV."""
         return _name(self._model.dtype)
@@ -175,6 +200,7 @@ class RankEngine:
             block_size=config.block_size,
             move_budget=config.move_budget,
             attention_tokens=config.attention_tokens,
+            prefix_caching=config.prefix_caching,
             exchange_seconds=self._exchange_seconds(links),
         )
 
@@ -213,6 +239,14 @@ class RankEngine:
             yield request
 
 
+def bind(comm: Comm, options: EngineOptions) -> None:
+    """Give every rank its device. Collective, before the model is loaded. Raises OptionError."""
+    try:
+        binding.bind(comm, options.device, options.allow_gpu_sharing, options.transport)
+    except DeviceError as error:
+        raise OptionError(str(error)) from None
+
+
 def load_model(comm: Comm, path: str | Path, options: EngineOptions) -> Decoder:
     """Cut the ranks into instances, and load this rank's shard of the decoder in model directory
     `path`. All ranks call it. Raises OptionError and ModelError."""
@@ -222,14 +256,13 @@ def load_model(comm: Comm, path: str | Path, options: EngineOptions) -> Decoder:
         raise OptionError(f"--tensor-parallel-size: {error}") from None
     set_threads(comm, options.threads)
     world = comm.world
-    relay = LaneBroadcast(comm) if options.load_format == "broadcast" else None
-    decoder = load_decoder(
-        path,
-        ModelConfig.from_dir(path),
-        None if options.dtype == "auto" else options.dtype,
-        shard=Shard(world.lane, world.tp),
-        relay=relay,
-    )
+    config, shard = ModelConfig.from_dir(path, options.dummy), Shard(world.lane, world.tp)
+    dtype = None if options.dtype == "auto" else options.dtype
+    if options.dummy:
+        decoder = random_decoder(config, dtype, world.lane, comm.device.place, shard)
+    else:
+        relay = LaneBroadcast(comm) if options.load_format == "broadcast" else None
+        decoder = load_decoder(path, config, dtype, comm.device.place, shard, relay)
     if world.tp > 1:
         decoder.lanes = Group(comm)
     return decoder
@@ -240,47 +273,20 @@ def set_threads(comm: Comm, threads: int | None) -> None:
     torch.set_num_threads(threads or max(1, int(comm.world.cores)))
 
 
-def _blocks_that_fit(comm: Comm, kv_memory: int | None, block_bytes: int) -> int:
-    if kv_memory is None:
-        kv_memory = int(KV_SHARE * available_memory() / comm.world.local_size)
-    if kv_memory < block_bytes:
+def _blocks_that_fit(comm: Comm, model: Decoder, options: EngineOptions, block_bytes: int) -> int:
+    if comm.device.place.type == "cpu":
+        return options.num_blocks or host_blocks(comm, options.kv_memory, block_bytes)
+    wanted = options.num_blocks * block_bytes if options.num_blocks else options.kv_memory
+    if options.allow_gpu_sharing and wanted is None:
         raise OptionError(
-            f"one rBlock takes {block_bytes} bytes, but there are {kv_memory} bytes for the KV "
-            "cache: give more --kv-memory or a smaller --block-size"
+            "ranks that share a GPU cannot see what the others will take: give --kv-memory or "
+            "--num-blocks with --allow-gpu-sharing"
         )
-    return kv_memory // block_bytes
-
-
-def available_memory() -> int:
-    """Bytes this node can still give: what the kernel says, or less if Slurm or a control group
-    allows less."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    limits = [int(fields["MemAvailable"].split()[0]) << 10, *_group_limits()]
-    for name, unit in (
-        ("SLURM_MEM_PER_NODE", 1),
-        ("SLURM_MEM_PER_CPU", int(os.environ.get("SLURM_CPUS_ON_NODE") or 1)),
-    ):
-        allowed = os.environ.get(name, "")
-        if allowed.isdecimal() and int(allowed):
-            limits.append((int(allowed) << 20) * unit)
-    return min(limits)
-
-
-def _group_limits() -> Iterator[int]:
-    """What is left to the control groups (version 2) that this process is in."""
-    try:
-        path = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
-    except OSError:
-        return
-    group = Path("/sys/fs/cgroup") / path.lstrip("/")
-    for folder in (group, *group.parents):
-        try:
-            most = (folder / "memory.max").read_text().strip()
-            used = (folder / "memory.current").read_text().strip()
-        except OSError:
-            continue
-        if most.isdecimal():
-            yield max(0, int(most) - int(used))
+    tokens = options.max_num_batched_tokens
+    rows = min(options.max_num_seqs, tokens)
+    peak = activation_peak(model, comm.device, tokens, rows, options.block_size)
+    free = free_memory(comm.device)
+    return device_blocks(free, peak, options.gpu_memory_utilization, wanted, block_bytes, tokens)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -2,19 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from hpc_distkv.comm.device import Device
 from hpc_distkv.control.logprobs import pack_logprobs
 from hpc_distkv.control.messages import Sampling
+from hpc_distkv.engine.batch_sampler import sample_together
 from hpc_distkv.engine.penalties import adjusted
 from hpc_distkv.engine.sequence import Sequence
 
 HEAD = 1024
 """Tokens that are sorted first for top-p: nearly always more than it keeps."""
+
+
+Sampled = tuple[list[int], dict[int, bytes]]
+"""The next token of each sequence; request → the record (`control.logprobs`) of its new token, for
+those that ask for it."""
+
+
+def begin_sampling(
+    device: Device, logits: torch.Tensor, sequences: Rows[Sequence]
+) -> Callable[[], Sampled | None]:
+    """Ask `device` for the next tokens. Returns what gives them once all that the device was asked
+    for so far is done, and None until then; it never blocks. `logits`: float32 `[sequences,
+    vocab]`."""
+    if not sequences:
+        over = device.fetch([])
+        return lambda: None if over.ready() is None else ([], {})
+    if device.place.type == "cpu":
+        tokens = sample(logits, sequences)
+        sampled = tokens, sample_logprobs(logits, sequences, tokens)
+        return lambda: sampled
+    drawn = sample_together(device, logits, sequences)
+    groups = _asking(sequences)
+    uploaded = device.upload([torch.tensor(rows) for rows in groups.values()]) if groups else []
+    scores = [
+        part
+        for top, rows in zip(groups, uploaded, strict=True)
+        for part in _scores(logits[rows], drawn[rows], top)
+    ]
+    fetch = device.fetch([drawn, *scores])
+
+    def ready() -> Sampled | None:
+        if (fetched := fetch.ready()) is None:
+            return None
+        parts = iter(fetched[1:])
+        records: dict[int, bytes] = {}
+        for rows in groups.values():
+            packed = _pack(next(parts), next(parts), next(parts))
+            records.update(zip((sequences[row].id for row in rows), packed, strict=True))
+        return fetched[0].tolist(), records
+
+    return ready
 
 
 def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
@@ -38,18 +82,35 @@ def sample_logprobs(
     """Request → the record (`control.logprobs`) of its new token, for those that ask for it: from
     the logits as the model made them, before any rule or temperature."""
     found: dict[int, bytes] = {}
+    for top, rows in _asking(sequences).items():
+        drawn = torch.tensor([tokens[row] for row in rows])
+        records = _pack(*_scores(logits[rows], drawn, top))
+        found.update(zip((sequences[row].id for row in rows), records, strict=True))
+    return found
+
+
+def _asking(sequences: Rows[Sequence]) -> dict[int, list[int]]:
+    """Alternatives to report → the rows that ask for so many."""
     asked: dict[int, list[int]] = {}
     for row, sequence in enumerate(sequences):
         if (top := sequence.request.sampling.logprobs) is not None:
             asked.setdefault(top, []).append(row)
-    for top, rows in asked.items():
-        scores = logits[rows].log_softmax(dim=-1)
-        drawn = torch.tensor([[tokens[row]] for row in rows], device=scores.device)
-        own = scores.gather(1, drawn)[:, 0]
-        values, ids = scores.topk(top)
-        records = pack_logprobs(*(part.cpu().numpy() for part in (own, ids, values)))
-        found.update(zip((sequences[row].id for row in rows), records, strict=True))
-    return found
+    return asked
+
+
+def _scores(
+    logits: torch.Tensor, drawn: torch.Tensor, top: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The log-probabilities `[rows]` of the `drawn` tokens; the `top` most probable ones' ids and
+    log-probabilities `[rows, top]`."""
+    scores = logits.log_softmax(dim=-1)
+    own = scores.gather(1, drawn[:, None])[:, 0]
+    values, ids = scores.topk(top)
+    return own, ids, values
+
+
+def _pack(own: torch.Tensor, ids: torch.Tensor, values: torch.Tensor) -> list[bytes]:
+    return pack_logprobs(own.numpy(), ids.numpy(), values.numpy())
 
 
 def _choose(logits: torch.Tensor, sequence: Sequence) -> int:

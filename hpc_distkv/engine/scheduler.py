@@ -84,7 +84,7 @@ class Scheduler:
     def __init__(self, rmanager: RManager, config: EngineConfig) -> None:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self.preemptions = self.stalls = 0
+        self.preemptions = self.stalls = self.cached_tokens = 0
         self.exchange_tokens = EXCHANGE_TOKENS
         """Prompt tokens computed in the time that remote rBlocks add to a step."""
         self.step_tokens = STEP_TOKENS
@@ -113,7 +113,8 @@ class Scheduler:
     # -- between steps --------------------------------------------------------------------------
 
     def add(self, sequence: Sequence) -> None:
-        """A newly assigned sequence."""
+        """A sequence that has to begin."""
+        sequence.keys = self._config.prefix_keys(sequence.request)
         bisect.insort(self.waiting, sequence, key=lambda s: s.id)
 
     def finish(self, sequence: Sequence) -> None:
@@ -159,10 +160,9 @@ class Scheduler:
         for sequence in [s for s in reversed(self.running) if s.id > self._admission.before]:
             if blocks <= 0:
                 return
-            table = self._rm.tables[sequence.id]
-            freed = table.held if at < 0 else len(table.remote.get(at, ()))
-            if freed:
-                blocks -= freed
+            parts = self._rm.parts(sequence.id).values()
+            if at < 0 or any(at in part.remote for part in parts):
+                blocks -= self._rm.held_alone(sequence.id, None if at < 0 else at)
                 self._preempt(sequence)
 
     def demand(self) -> Demand:
@@ -220,8 +220,8 @@ class Scheduler:
 
     @property
     def longest(self) -> int:
-        """Sealed rBlocks at home of the running sequence that has most of them."""
-        return max(map(self._moves.sealed, self.running), default=0)
+        """Sealed rBlocks at home of the running sequence, or the prefix, that has most of them."""
+        return max(self._moves.sealed(self.running).values(), default=0)
 
     def room(self) -> tuple[int, int]:
         """Rows and prompt tokens that may be assigned: enough to keep the batch full until the
@@ -230,7 +230,7 @@ class Scheduler:
         if room < self._first_chunk and (self.waiting or not self.running or self._admission.keep):
             return 0, 0
         most = self._config.max_num_batched_tokens
-        queued = sum(min(s.remaining, most) for s in self.waiting)
+        queued = sum(min(self.foresight.uncomputed(s), most) for s in self.waiting)
         rows = self._config.max_num_seqs - len(self.running) - len(self.waiting)
         return max(0, rows), max(0, 2 * most - queued)
 
@@ -287,7 +287,9 @@ class Scheduler:
             # A victim of another's starved row may be older than what runs here by now.
             self.waiting.remove(sequence)
             bisect.insort(self.running, sequence, key=lambda s: s.id)
-            self._rm.open(sequence.id)
+            table = self._rm.open(sequence.id, sequence.keys)
+            sequence.computed = table.start * self._config.block_size
+            self.cached_tokens += sequence.computed
         return sequence
 
     def _foreseen(self, sequence: Sequence) -> int:
@@ -308,6 +310,8 @@ class Scheduler:
     def _make_room(self, sequence: Sequence, count: int, rows: dict[int, Row]) -> bool:
         """Give the sequence the rBlocks for `count` tokens, preempting younger ones if need be."""
         needed = self.foresight.missing(sequence, sequence.computed + count)
+        if not needed:
+            return True
         while needed > max(0, self._rm.usable):  # below 0 while bounce slots are in use
             self._short = True
             if self._hopes(sequence):
@@ -371,7 +375,8 @@ class Scheduler:
         with. While an older request is starved elsewhere, only what is older counts; and what was
         to be kept for loans is not for those that wait."""
         need = self._first_chunk if self._admission.before == NOBODY else 0
-        claims = [self.foresight.claim(s) for s in self.running if s.id <= self._admission.before]
+        before = self._admission.before
+        claims = self.foresight.claims([s for s in self.running if s.id <= before])
         if not self._admission.keep:
             claims += self._outlook.claims
         growth = self.foresight.peak(claims) - self.foresight.at_home(self.running)
@@ -383,7 +388,7 @@ class Scheduler:
         return self._rm.credit if self._rm.usable > 0 or self._movable() else 0
 
     def _movable(self) -> bool:
-        return any(self._moves.sealed(sequence) for sequence in self.running)
+        return any(self._moves.sealed(self.running).values())
 
     def _return_credit(self, surplus: int, planned: Mapping[int, int] = NOTHING_PLANNED) -> None:
         """Give back `surplus` of the credit, but not what is `planned` to be used (by creditor)."""

@@ -23,6 +23,8 @@ class Sequence:
     """For a request with stop strings."""
     tokens: list[int] = field(init=False)
     """Prompt and output so far."""
+    keys: list[bytes] = field(default_factory=list)
+    """Of the rBlocks of the prompt that may be shared."""
     computed: int = 0
     first_token_at: float | None = None
     last_token_at: float | None = None

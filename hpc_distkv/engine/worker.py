@@ -25,7 +25,7 @@ from hpc_distkv.engine.lane import Lane, Parts
 from hpc_distkv.engine.letters import Letters
 from hpc_distkv.engine.pace import Speed, StepSeconds
 from hpc_distkv.engine.recorder import Kind
-from hpc_distkv.engine.sampler import sample, sample_logprobs
+from hpc_distkv.engine.sampler import begin_sampling
 from hpc_distkv.engine.scheduler import Row
 from hpc_distkv.memory.loan import ProtocolError
 
@@ -151,6 +151,7 @@ class Worker:
     def _attend(self) -> None:
         """What goes on beside a rank's own step: debtors are served, and control rounds progress,
         on rank 0 the gManager's part, everywhere one's own."""
+        self._comm.transport.push()
         if self._lane.sharing:
             self._letters.attend()
         if self._leaving:
@@ -214,12 +215,11 @@ class Worker:
         return spent(Kind.PARTIALS), spent(Kind.MOVES, Kind.SERVE)
 
     def _sample(self, rows: list[Row], logits: torch.Tensor) -> tuple[list[int], dict[int, bytes]]:
-        """The new tokens of the rows that have all others computed, and records of logprobs."""
+        """The new tokens of the rows that have all others computed, and records of logprobs. When
+        they are there the step is over, on the device too."""
         sequences = [row.sequence for row in rows if row.sequence.remaining == row.tokens]
-        if not sequences:
-            return [], {}
-        tokens = sample(logits, sequences)
-        return tokens, sample_logprobs(logits, sequences, tokens)
+        ready = begin_sampling(self._comm.device, logits, sequences)
+        return self._comm.waiter.until(ready, "the end of its step")
 
     @property
     def speed(self) -> Speed:

@@ -21,9 +21,11 @@ class BlockPool:
         block_size: int,
         head_dim: int,
         dtype: torch.dtype,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.block_size = block_size
-        self._kv = torch.empty((num_blocks, layers, 2, kv_heads, block_size, head_dim), dtype=dtype)
+        shape = (num_blocks, layers, 2, kv_heads, block_size, head_dim)
+        self._kv = torch.empty(shape, dtype=dtype, device=device)
         self._layers = [(self._kv[:, layer, 0], self._kv[:, layer, 1]) for layer in range(layers)]
 
     @property
@@ -35,6 +37,11 @@ class BlockPool:
     def dtype(self) -> torch.dtype:
         """Of keys and values."""
         return self._kv.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self._kv.device
 
     @property
     def layers(self) -> int:

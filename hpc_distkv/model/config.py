@@ -73,8 +73,9 @@ class ModelConfig:
     """Hash of config.json and of the names and sizes of the weight files."""
 
     @classmethod
-    def from_dir(cls, path: str | Path) -> ModelConfig:
-        """Read a model directory in the Hugging Face layout.
+    def from_dir(cls, path: str | Path, weightless: bool = False) -> ModelConfig:
+        """Read a model directory in the Hugging Face layout; `weightless`: one that need not have
+        any weights.
 
         Raises ModelError, before any weight is read, for a directory that is none, and for an
         architecture or a setting that this decoder would compute wrongly.
@@ -86,7 +87,7 @@ class ModelConfig:
                 "(config.json, *.safetensors, tokenizer.json)"
             )
         raw = read_json(folder / "config.json")
-        weights = weight_files(folder)
+        weights = [] if weightless else weight_files(folder)
         generation = {}
         if (folder / "generation_config.json").is_file():
             generation = read_json(folder / "generation_config.json")

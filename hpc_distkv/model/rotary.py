@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hpc_distkv.attention import launch
 from hpc_distkv.model.rope import Rope
 
 
@@ -64,7 +65,10 @@ class Rotary:
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Heads `x` [T, heads, head_dim] at their positions; a new contiguous tensor."""
+    """Heads `x` [T, heads, head_dim], those of a token contiguous, at their positions; a new
+    contiguous tensor."""
+    if triton := launch.kernels(x.device):
+        return triton.rotate(x, rotation.cos, rotation.sin)
     dim = rotation.cos.shape[-1]
     if dim < x.shape[-1]:
         return torch.cat((rotate(x[..., :dim], rotation), x[..., dim:]), dim=-1)

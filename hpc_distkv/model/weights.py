@@ -77,13 +77,15 @@ def random_decoder(
     dtype: str | torch.dtype | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
+    shard: Shard = WHOLE,
 ) -> Decoder:
-    """A decoder with random weights, for benchmarks and tests without a checkpoint.
+    """A decoder, or a shard of one, with random weights, for benchmarks and tests without a
+    checkpoint.
 
     Matrices are normal with variance 1 / inputs, norms are 1 and biases 0, so activations keep
     their size.
     """
-    decoder = empty_decoder(config, torch_dtype(dtype or config.dtype), torch.device(device), WHOLE)
+    decoder = empty_decoder(config, torch_dtype(dtype or config.dtype), torch.device(device), shard)
     generator = torch.Generator(device=decoder.device).manual_seed(seed)
     remaining = dict(slots(decoder, config))
     packer = _Packer(remaining)

@@ -27,10 +27,13 @@ class BenchLeader:
     def __init__(self, engine: RankEngine, requests: Iterator[Request]) -> None:
         self.gmanager = engine.gmanager(requests)
         self.record = RunRecord()
+        self.tokens: dict[int, bytes] = {}
+        """Request → the tokens of its answer, packed."""
 
     def finish(self, result: Result) -> None:
-        """Note the result's latencies."""
+        """Note the result's latencies and tokens."""
         self.record.add(result)
+        self.tokens[result.id] = result.tokens
 
     def tick(self) -> None:
         """Nothing to do between rounds."""
@@ -52,8 +55,19 @@ def run_once(
     engine: RankEngine, requests: Sequence[Request], recorder: Recorder | None = None
 ) -> dict[str, Any]:
     """Answer the requests on all ranks; every rank gets the seconds, rank 0 the other figures."""
+    return run_led(engine, lead(engine, requests), recorder)
+
+
+def lead(engine: RankEngine, requests: Sequence[Request]) -> BenchLeader | None:
+    """What rank 0 runs with."""
+    return BenchLeader(engine, iter(requests)) if engine.comm.world.rank == 0 else None
+
+
+def run_led(
+    engine: RankEngine, leader: BenchLeader | None, recorder: Recorder | None = None
+) -> dict[str, Any]:
+    """As `run_once`, for the requests of `leader`."""
     comm = engine.comm
-    leader = BenchLeader(engine, iter(requests)) if comm.world.rank == 0 else None
     started = time.perf_counter()
     worker = engine.run(leader, recorder)
     seconds = time.perf_counter() - started
@@ -86,21 +100,24 @@ def remote_against_local(
     comm: Comm, model: Decoder, options: EngineOptions, context: int, steps: int, repeats: int
 ) -> dict[str, Any]:
     """A long decode with half of its KV on a second rank, against the same decode with all KV at
-    home, on the same cores: alone the home rank has the threads of both."""
+    home, on the same cores: alone the home rank has the threads of both. In float32 all ways have
+    the same tokens."""
     threads = options.threads or 1
     blocks = -(-(context + steps) // options.block_size)
     local = replace(options, num_blocks=blocks + 2, policy="queue", threads=2 * threads)
     remote = replace(options, num_blocks=blocks // 2 + 2, threads=threads)
+    answers: set[bytes] = set()
     ways = {
-        "local": lambda: decode_rate(comm, model, local, context, steps),
+        "local": lambda: decode_rate(comm, model, local, context, steps, answers),
         "local_half_the_threads": lambda: decode_rate(
-            comm, model, replace(local, threads=threads), context, steps
+            comm, model, replace(local, threads=threads), context, steps, answers
         ),
-        "remote": lambda: decode_rate(comm, model, remote, context, steps),
+        "remote": lambda: decode_rate(comm, model, remote, context, steps, answers),
     }
     rates = alternate(ways, repeats)
     return {
         "context": context,
+        "same_tokens": len(answers) == 1,
         "decode_tokens_per_second": {way: statistics.median(rates[way]) for way in ways},
         "remote_over_local": ratios(rates["remote"], rates["local"]),
         "remote_over_local_half_the_threads": ratios(
@@ -110,19 +127,26 @@ def remote_against_local(
 
 
 def decode_rate(
-    comm: Comm, model: Decoder, options: EngineOptions, context: int, steps: int
+    comm: Comm,
+    model: Decoder,
+    options: EngineOptions,
+    context: int,
+    steps: int,
+    answers: set[bytes],
 ) -> float:
-    """Tokens per second of one row's decode after its prompt of `context` tokens."""
+    """Tokens per second of one row's decode after its prompt of `context` tokens; rank 0 adds its
+    answer to `answers`."""
     engine = RankEngine(comm, model, options)
     engine.join()
     requests = synthetic(1, context, steps, model.config.vocab_size)
-    leader = BenchLeader(engine, iter(requests)) if comm.world.rank == 0 else None
+    leader = lead(engine, requests)
     engine.run(leader)
     rate = 0.0
     if leader:
         summary = leader.record.summary(leader.gmanager.counters, [])
         decode = summary["latency_s"]["max"] - summary["time_to_first_token_s"]["max"]
         rate = (steps - 1) / decode
+        answers.update(leader.tokens.values())
     return comm.share(rate)[0]
 
 
@@ -193,22 +217,29 @@ def ratios(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
 
 
 def transformers_throughput(
-    path: str, dtype: str, threads: int, requests: Sequence[Request]
+    path: str, model: Decoder, threads: int, requests: Sequence[Request], dummy: bool
 ) -> dict[str, Any]:
-    """The same requests through transformers' `generate`: one static batch, greedy, no stop."""
+    """The same requests through transformers' `generate`, in the dtype and on the device of
+    `model`: one static batch, greedy, no stop. `dummy`: with random weights."""
+    import numpy as np
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.set_num_threads(threads)
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
-    import numpy as np
-
+    other: Any
+    if dummy:
+        with model.device:
+            config = AutoConfig.from_pretrained(path)
+            other = AutoModelForCausalLM.from_config(config, dtype=model.dtype).eval()
+    else:
+        other = AutoModelForCausalLM.from_pretrained(path, dtype=model.dtype).to(model.device)
     tokens = torch.tensor(np.stack([np.frombuffer(r.prompt, "<i4") for r in requests])).long()
+    tokens = tokens.to(model.device)
     new = requests[0].sampling.max_tokens
     settings: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    model.generate(tokens[:, :16], max_new_tokens=2, **settings)
+    other.generate(tokens[:, :16], max_new_tokens=2, **settings)
     started = time.perf_counter()
-    model.generate(tokens, max_new_tokens=new, min_new_tokens=new, **settings)
+    other.generate(tokens, max_new_tokens=new, min_new_tokens=new, **settings).cpu()
     seconds = time.perf_counter() - started
     made = new * len(requests)
     return {"seconds": seconds, "output_tokens_per_second": made / seconds}

@@ -6,9 +6,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @dataclass
@@ -80,6 +83,28 @@ def random_case(
         torch.rand(kv_heads * group, generator=generator) if slopes else None,
     )
     return Case(q, pool[:, 1, 0], pool[:, 1, 1], rows, spec, causal)
+
+
+@st.composite
+def cases(draw) -> Case:
+    row = st.tuples(
+        st.one_of(st.just(1), st.just(0), st.integers(2, 5), st.integers(17, 40)),
+        st.one_of(st.just(0), st.just(1), st.integers(2, 150)),
+    )
+    return random_case(
+        draw(st.integers(0, 2**31)),
+        shapes=draw(st.lists(row, min_size=0, max_size=4)),
+        kv_heads=draw(st.integers(1, 3)),
+        group=draw(st.integers(1, 8)),
+        dim=draw(st.sampled_from([16, 20, 32, 48, 64, 80, 96, 128, 256])),
+        block_size=draw(st.sampled_from([1, 3, 8, 16, 24, 64, 100])),
+        dtype=draw(st.sampled_from(DTYPES)),
+        causal=draw(st.booleans()),
+        holes=draw(st.booleans()),
+        window=draw(st.sampled_from([0, 0, 1, 5, 16, 70, 1000])),
+        softcap=draw(st.sampled_from([0.0, 0.0, 2.0, 50.0])),
+        slopes=draw(st.booleans()),
+    )
 
 
 def dense(case: Case) -> tuple[Tensor, Tensor]:

@@ -2,40 +2,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_oracle import Case, assert_close, dense, random_case
+from attention_oracle import DTYPES, Case, assert_close, cases, dense, random_case
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow, micro_attention
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def run(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     return micro_attention(
         case.q, case.k_cache, case.v_cache, case.batch, case.spec, causal=case.causal
-    )
-
-
-@st.composite
-def cases(draw) -> Case:
-    row = st.tuples(
-        st.one_of(st.just(1), st.just(0), st.integers(2, 5), st.integers(17, 40)),
-        st.one_of(st.just(0), st.just(1), st.integers(2, 150)),
-    )
-    return random_case(
-        draw(st.integers(0, 2**31)),
-        shapes=draw(st.lists(row, min_size=0, max_size=4)),
-        kv_heads=draw(st.integers(1, 3)),
-        group=draw(st.integers(1, 8)),
-        dim=draw(st.sampled_from([16, 20, 32, 48, 64, 80, 96, 128, 256])),
-        block_size=draw(st.sampled_from([1, 3, 8, 16, 24, 64, 100])),
-        dtype=draw(st.sampled_from(DTYPES)),
-        causal=draw(st.booleans()),
-        holes=draw(st.booleans()),
-        window=draw(st.sampled_from([0, 0, 1, 5, 16, 70, 1000])),
-        softcap=draw(st.sampled_from([0.0, 0.0, 2.0, 50.0])),
-        slopes=draw(st.booleans()),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from hpc_distkv.comm.group import Group
 from hpc_distkv.comm.local import leftovers, open_local, run_local
@@ -49,11 +49,13 @@ def run_cluster(
     schedule: SeededSchedule | None = None,
     decoder: TextDecoder | None = None,
     tp: int = 1,
+    prepare: Callable[[list[Comm]], object] = list,
 ) -> Outcome:
     """Answer `requests` on `ranks` threads, with one model for all or one for each (or a shard for
     each, in instances of `tp` ranks); checks that no message and no rBlock is left over. `decoder`:
-    for stop strings."""
+    for stop strings; `prepare`: called with the ends of all ranks before they begin."""
     comms = open_local(ranks, 60.0, tp=tp, schedule=schedule)
+    prepare(comms)
     results: list[Result] = []
 
     def work(comm: Comm) -> Counters:

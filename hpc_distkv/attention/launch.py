@@ -1,0 +1,294 @@
+"""The Triton backend: what it serves, and its launches.
+
+Nothing here waits for a device. What depends on a batch alone is worked out on the host and copied
+once, at the batch's first call; later calls of the same batch (the other layers) only launch.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpc_distkv.attention import tuning
+from hpc_distkv.attention.paged import PagedBatch
+from hpc_distkv.attention.spec import AttentionSpec
+from hpc_distkv.attention.staging import to_device
+from hpc_distkv.attention.tuning import Kernel, Processors, Shape
+from hpc_distkv.attention.worklist import KeyIndex
+
+log = logging.getLogger(__name__)
+
+_TILE = 1024
+"""Numbers that a program of the copying kernels takes."""
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels on the CPU: for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def kernels(device: torch.device) -> Kernels | None:
+    """The kernels for tensors on `device`; None for the CPU, unless Triton is interpreted, and
+    where there is no Triton (one warning says so)."""
+    if device.type == "cuda" or (device.type == "cpu" and interpreted()):
+        return _kernels(device)
+    return None
+
+
+@functools.cache
+def _kernels(device: torch.device) -> Kernels | None:
+    try:
+        from hpc_distkv.attention import triton_kernels
+    except ImportError as error:
+        log.warning(
+            "no Triton kernels, attention on the GPU falls back to torch and is many times slower; "
+            "install the triton that belongs to torch %s (%s)",
+            torch.__version__,
+            error,
+        )
+        return None
+    return Kernels(triton_kernels, _processors(device))
+
+
+def _processors(device: torch.device) -> Processors:
+    if device.type != "cuda":
+        return Processors(4, 96 * 1024)
+    found = torch.cuda.get_device_properties(device)
+    shared: int = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return Processors(found.multi_processor_count, shared)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of the attention kernel."""
+
+    kernel: Kernel
+    items: Tensor
+    programs: int
+    positions: bool
+    """Whether masks need the positions of keys."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The launches of a batch, with what they read on the device."""
+
+    launches: list[Launch]
+    blocks: Tensor
+    first_token: Tensor
+    merges: Tensor
+    split: int
+    """Queries whose keys were split."""
+    partials: int
+    most_parts: int
+
+
+class Kernels:
+    """The kernels on one kind of device. Callers have checked dtypes, shapes and strides."""
+
+    def __init__(self, module: ModuleType, processors: Processors) -> None:
+        self._triton = module
+        self._processors = processors
+
+    def serves(self, q: Tensor, k_cache: Tensor, spec: AttentionSpec) -> bool:
+        """Whether `micro_attention` takes this call: head dimensions up to 256, up to 128 query
+        heads per KV head, and scales above 0."""
+        return spec.scale > 0 and tuning.fits(_shape(q, k_cache), self._processors)
+
+    def micro_attention(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        batch: PagedBatch,
+        spec: AttentionSpec,
+        *,
+        causal: bool,
+        out: Tensor,
+        lse: Tensor,
+    ) -> None:
+        """Fill out and lse. Raises ValueError where the batch's numbers do not fit the tensors."""
+        shape = _shape(q, k_cache)
+        plan = batch.derived(
+            (q.device, shape, causal, spec.window, len(q), len(k_cache), k_cache.shape[2]),
+            lambda: self._plan(batch, shape, causal, spec.window, q, k_cache),
+        )
+        part_out, part_lse = out, lse
+        if plan.split:
+            part_out = out.new_empty((plan.partials, *out.shape[1:]))
+            part_lse = lse.new_empty((plan.partials, *lse.shape[1:]))
+        slopes = spec.slopes_on(q.device)
+        for launch in plan.launches:
+            kernel = launch.kernel
+            self._triton.attend[(launch.programs,)](
+                q,
+                k_cache,
+                v_cache,
+                out,
+                lse,
+                part_out,
+                part_lse,
+                launch.items,
+                plan.blocks,
+                plan.first_token,
+                lse if slopes is None else slopes,
+                q.stride(0),
+                k_cache.stride(0),
+                v_cache.stride(0),
+                spec.scale,
+                spec.softcap,
+                spec.window,
+                KV_HEADS=shape.kv_heads,
+                GROUP=shape.group,
+                DIM=shape.dim,
+                WIDTH=shape.width,
+                BLOCK_SIZE=k_cache.shape[2],
+                LINES=kernel.lines,
+                KEYS=kernel.keys,
+                POSITIONS=launch.positions,
+                CAUSAL=causal and launch.positions,
+                WINDOW=spec.window > 0,
+                SOFTCAP=spec.softcap > 0,
+                SLOPES=slopes is not None,
+                PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+                num_warps=kernel.warps,
+                num_stages=kernel.stages,
+            )
+        if plan.split:
+            self._triton.combine[(plan.split, q.shape[1])](
+                part_out,
+                part_lse,
+                out,
+                lse,
+                plan.merges,
+                HEADS=q.shape[1],
+                DIM=shape.dim,
+                WIDTH=shape.width,
+                PARTS=tuning.combined_parts(plan.most_parts, shape),
+                num_warps=2,
+            )
+
+    def merge_rows(
+        self, out: Tensor, lse: Tensor, rows: Tensor, part_out: Tensor, part_lse: Tensor
+    ) -> None:
+        """Merge in place; `rows` on the device of the others."""
+        parts, heads, dim = part_out.shape
+        width = tuning.power_of_two(dim)
+        tile = min(max(_TILE // width, 1), tuning.power_of_two(heads))
+        if parts:
+            self._triton.merge_rows[(parts, -(-heads // tile))](
+                out, lse, rows, part_out, part_lse, HEADS=heads, DIM=dim, WIDTH=width, TILE=tile
+            )
+
+    def write_kv(
+        self,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        blocks: Tensor,
+        offsets: Tensor,
+    ) -> None:
+        """Copy in place; `blocks` and `offsets` on the device of the others."""
+        tokens, heads, dim = k.shape
+        size = heads * dim
+        tile = min(tuning.power_of_two(size), _TILE)
+        if tokens:
+            self._triton.write_kv[(tokens, -(-size // tile))](
+                k,
+                v,
+                k_cache,
+                v_cache,
+                blocks,
+                offsets,
+                k.stride(0),
+                v.stride(0),
+                k_cache.stride(0),
+                v_cache.stride(0),
+                SIZE=size,
+                DIM=dim,
+                BLOCK_SIZE=k_cache.shape[2],
+                TILE=tile,
+            )
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Heads `x` [T, heads, head_dim], turned by cos and sin [T, 1, rotary_dim]."""
+        tokens, heads, dim = x.shape
+        width = tuning.power_of_two(dim)
+        tile = min(max(_TILE // width, 1), tuning.power_of_two(heads))
+        out = torch.empty((tokens, heads, dim), dtype=x.dtype, device=x.device)
+        if tokens:
+            self._triton.rotate[(tokens, -(-heads // tile))](
+                x,
+                cos,
+                sin,
+                out,
+                x.stride(0),
+                cos.stride(0),
+                HEADS=heads,
+                DIM=dim,
+                WIDTH=width,
+                ROTARY=cos.shape[-1],
+                TILE=tile,
+            )
+        return out
+
+    def _plan(
+        self,
+        batch: PagedBatch,
+        shape: Shape,
+        causal: bool,
+        window: int,
+        q: Tensor,
+        k_cache: Tensor,
+    ) -> Plan:
+        num_blocks, _, block_size, _ = k_cache.shape
+        batch.check(len(q), num_blocks, block_size)
+        index = KeyIndex(batch, block_size)
+        few = tuning.decode_kernel(shape, self._processors)
+        many = tuning.prefill_kernel(shape, self._processors)
+        is_few = index.counts * shape.group <= few.lines
+        partials, launches, merges = 0, [], [np.empty((0, 4), np.int64)]
+        for kernel, chosen in ((few, is_few), (many, ~is_few)):
+            rows = np.flatnonzero(chosen & (index.counts > 0))
+            if not rows.size:
+                continue
+            tiles = index.tiles(rows, kernel.lines // shape.group, causal=causal, window=window)
+            chunk = tuning.chunk(tiles.lengths, shape.kv_heads, kernel, self._processors)
+            items, merge, partials = tiles.cut(chunk, kernel.keys, partials)
+            launches.append((kernel, items, not tiles.exact))
+            merges.append(merge)
+        merge = np.concatenate(merges)
+        blocks, first_token, on_device, *items_on_device = to_device(
+            [
+                batch.blocks.numpy(),
+                batch.first_token.numpy(),
+                merge,
+                *(items for _, items, _ in launches),
+            ],
+            q.device,
+        )
+        return Plan(
+            [
+                Launch(kernel, there, len(items) * shape.kv_heads, positions)
+                for (kernel, items, positions), there in zip(launches, items_on_device, strict=True)
+            ],
+            blocks,
+            first_token,
+            on_device,
+            len(merge),
+            partials,
+            int(merge[:, 3].max(initial=1)),
+        )
+
+
+def _shape(q: Tensor, k_cache: Tensor) -> Shape:
+    _, kv_heads, _, dim = k_cache.shape
+    return Shape(q.shape[1] // kv_heads, kv_heads, dim, q.element_size())

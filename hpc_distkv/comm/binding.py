@@ -1,0 +1,62 @@
+"""Gives every rank its device, and its tensors the way to those of other ranks."""
+
+from __future__ import annotations
+
+import logging
+
+from hpc_distkv.comm import cuda, nccl
+from hpc_distkv.comm.device import DeviceError, Sight, fault, own_index
+from hpc_distkv.comm.meetings import MeetingTransport
+from hpc_distkv.comm.staged import StagedTransport
+from hpc_distkv.comm.transport import Comm
+
+log = logging.getLogger(__name__)
+
+GPU_EAGER_SECONDS = 0.1
+"""How long a rank with a core and a GPU of its own polls before it sleeps: a step of the GPU. The
+host has nothing better to do, and the GPU idles for as long as a sleep is too long."""
+
+
+def bind(comm: Comm, wanted: str = "auto", sharing: bool = False, transport: str = "auto") -> None:
+    """Choose this rank's device and how its tensors travel. Collective, before tensors are
+    exchanged; a second call changes nothing.
+
+    `wanted` is one of `device.CHOICES`, `sharing` lets ranks share a GPU. `transport` is "nccl",
+    "mpi" (by way of the host), or "auto": NCCL if there are several ranks, none shares its GPU, and
+    all have it. Raises DeviceError, on all ranks unless a device is broken, and NcclError.
+    """
+    world = comm.world
+    sight = cuda.look(wanted, world.local_rank)
+    sights = [Sight(*seen) for seen in comm.share(sight)]
+    if problem := fault(sights, world, wanted, sharing):
+        raise DeviceError(problem)
+    if not sight.uuid or comm.device.place.type == "cuda":
+        return
+    shared = len({seen.uuid for seen in sights}) < world.size
+    by_nccl = _by_nccl(comm, transport, shared)
+    comm.device = device = cuda.Cuda(own_index(sight.devices, world.local_rank))
+    way: MeetingTransport | StagedTransport
+    if by_nccl:
+        fabric = nccl.Nccl(comm)
+        way = MeetingTransport(comm.transport, fabric, comm.new_mail(), comm.waiter)
+    else:
+        way = StagedTransport(comm.transport, device, comm.waiter)
+    comm.transport = way
+    comm.waiter.background.append(way.push)
+    if world.cores >= 1:
+        comm.waiter.eager = GPU_EAGER_SECONDS
+
+
+def _by_nccl(comm: Comm, transport: str, shared: bool) -> bool:
+    """Whether tensors travel by NCCL: the same on all ranks. Collective."""
+    if transport == "mpi" or (transport == "auto" and comm.world.size == 1):
+        return False
+    found = comm.share(nccl.usable())
+    why_not = nccl.refusal([(version, why) for version, why in found])
+    if shared:
+        why_not = "NCCL takes no two ranks on one GPU"
+    if why_not and transport == "nccl":
+        raise DeviceError(f"--transport nccl cannot be: {why_not}")
+    if why_not and comm.world.rank == 0:
+        log.warning("tensors of GPUs go by way of the host, which is slower: %s", why_not)
+    return not why_not

@@ -1,0 +1,125 @@
+"""A CUDA device, its streams, and copies beside what it computes. Importing this does not touch it.
+
+Streams of a rank, and what orders them (events alone; the host waits for none of them, but polls):
+
+    compute   the own step
+    serving   what is computed for debtors, before own kernels that have not begun: of a higher
+              priority, for a debtor waits in every layer
+    out       copies to the host: each waits for what the stream that asked for it had been given
+    into      copies from the host: likewise, for the memory they overwrite may be in use; then
+              compute and serving wait for them
+
+Copies out and copies in never wait for each other. An own step ends when the host has seen the last
+event on compute, so what a step freed is not in use any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from itertools import accumulate
+
+import torch
+
+from hpc_distkv.comm.device import Device, DeviceError, Event, Fetch, Sight, own_index
+
+ALIGNMENT = 16
+"""Bytes at whose multiples tensors begin that are sent to the device together."""
+
+
+class Cuda(Device):
+    """One CUDA device."""
+
+    def __init__(self, index: int) -> None:
+        """Make it the current one of this process. Raises DeviceError."""
+        try:
+            torch.cuda.set_device(index)
+            self.place = torch.device("cuda", index)
+            self._compute = torch.cuda.current_stream()
+            self._serving = torch.cuda.Stream(priority=-1)
+            self._out, self._into = torch.cuda.Stream(), torch.cuda.Stream()
+        except RuntimeError as error:  # how torch says that a device is busy or broken
+            raise DeviceError(f"CUDA device {index} cannot be used: {error}") from error
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return torch.cuda.get_device_name(self.place)
+
+    def serving(self) -> AbstractContextManager[object]:
+        """On a stream of its own."""
+        return torch.cuda.stream(self._serving)
+
+    def upload(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """All in one copy, ordered as the kernels around it."""
+        if not tensors:
+            return []
+        sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
+        starts = [0, *accumulate(sizes)]
+        staged = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=True)
+        for tensor, start in zip(tensors, starts, strict=False):
+            staged[start : start + tensor.nbytes].view(tensor.dtype).copy_(tensor.reshape(-1))
+        there = staged.to(self.place, non_blocking=True)
+        return [
+            there[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            for tensor, start in zip(tensors, starts, strict=False)
+        ]
+
+    def fetch(self, tensors: Sequence[torch.Tensor]) -> Fetch:
+        """One copy for each, ordered as the kernels around it."""
+        copies = [self.host_buffer(tensor) for tensor in tensors]
+        for tensor, copy in zip(tensors, copies, strict=True):
+            copy.copy_(tensor, non_blocking=True)
+        return Fetch(copies, self.mark())
+
+    # -- copies beside what is computed (see `staged.Copies`) -------------------------------------
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether `tensor` is on the device."""
+        return tensor.is_cuda
+
+    def host_buffer(self, like: torch.Tensor) -> torch.Tensor:
+        """Pinned memory. torch's allocator keeps it for the run, and knows which copies use it."""
+        return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+
+    def mark(self) -> torch.cuda.Event:
+        """When all is done that the current stream was given."""
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def copy_out(self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> Event:
+        """Device → host, after all that the current stream was given."""
+        self._out.wait_event(self.mark())
+        return self._copy(self._out, sources, targets)
+
+    def copy_in(
+        self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], after: Event
+    ) -> Event:
+        """Host → device after `after`, a mark; what is computed from now on comes later."""
+        assert isinstance(after, torch.cuda.Event)
+        self._into.wait_event(after)
+        done = self._copy(self._into, sources, targets)
+        for stream in (self._compute, self._serving):
+            stream.wait_event(done)
+        return done
+
+    def _copy(
+        self,
+        stream: torch.cuda.Stream,
+        sources: Sequence[torch.Tensor],
+        targets: Sequence[torch.Tensor],
+    ) -> torch.cuda.Event:
+        with torch.cuda.stream(stream):
+            for source, target in zip(sources, targets, strict=True):
+                target.copy_(source, non_blocking=True)
+            return self.mark()
+
+
+def look(wanted: str, local_rank: int) -> Sight:
+    """What this rank sees. Starts no CUDA context."""
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return Sight(0)
+    devices = torch.cuda.device_count()
+    properties = torch.cuda.get_device_properties(own_index(devices, local_rank))
+    return Sight(devices, str(properties.uuid))

@@ -1,0 +1,286 @@
+"""Tensors over a fabric whose two sides must ask for a message at the same time, as NCCL's must.
+
+The engine's exchanges are asynchronous: a creditor takes part when it gets to it. But on such a
+fabric what is asked for runs in order, on one stream, and stands there until the other side has
+asked for it too. If ranks just asked for messages as they post them, three of them could wait for
+each other in a ring, each for a message that stands behind another. So they meet by appointment:
+
+    higher rank   posts → its kernels before are over → Ready to the lower one, by mail
+    lower rank    posts → its kernels before are over → both are ready and it is in no meeting:
+                  Go to the higher one, and asks for all messages that both are ready for
+    higher rank   Go is there and it is in no meeting: asks for the same messages, in the same order
+    both          the fabric says that they have passed: the meeting is over
+
+Order: a meeting takes messages of a lane (peer, channel, direction) in the order of their posts, on
+both sides, and goes through the lanes in one order. Readiness of both is counted, never guessed.
+
+Why no meeting lasts for ever. A rank is in one meeting at a time, so what it asks for stands at the
+head of its stream, behind nothing. A meeting that both sides have asked for is over by itself.
+Suppose some meeting is never asked for by its higher rank, and take the one of these whose higher
+rank h is the greatest. h polls (whoever waits does), so it must be in another meeting for ever,
+one that only the other side can be missing from: h is its lower rank, and its higher rank is
+greater than h, against the choice. (Locks taken in the order of ranks: Havender, 1968.) And a
+message that both sides have posted is met: kernels end by themselves, as no stream but the
+fabric's waits for another rank; mail arrives; and a lower rank that is in no meeting opens one, for
+its peers in turn.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import msgspec
+import torch
+
+from hpc_distkv.comm.device import Event
+from hpc_distkv.comm.transport import TO_CREDITOR, Mail, Pairs, Pending, Transport
+from hpc_distkv.comm.waiter import Waiter
+
+CHECK_SECONDS = 0.1
+"""Between two looks at whether the fabric has failed."""
+
+
+class Lane(NamedTuple):
+    """Messages between this rank and a peer whose order counts."""
+
+    peer: int
+    channel: int
+    upward: bool
+    """From the lower rank to the higher one. (Of a rank with itself: the sends.)"""
+
+
+class Message(NamedTuple):
+    """One half of a message, as this rank asks the fabric for it."""
+
+    peer: int
+    send: bool
+    tensor: torch.Tensor
+
+
+class Fabric(Protocol):
+    """Moves tensors of devices, if both sides ask for it. Never blocks."""
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether it moves this tensor."""
+
+    def mark(self) -> Event:
+        """When all is done that the current stream was given."""
+
+    def meet(self, messages: Sequence[Message]) -> Event:
+        """Ask for messages with one peer, all at once; the event passes when they have. The peer
+        asks for the same ones in the same order."""
+
+    def check(self) -> None:
+        """Raise if it has failed."""
+
+
+class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
+    """The sender, the higher rank, is ready for these messages: channel, upward, bytes."""
+
+    posts: list[tuple[int, bool, int]]
+
+
+class Go(msgspec.Struct, frozen=True, array_like=True, tag="go"):
+    """The sender, the lower rank, has begun a meeting over so many messages of these lanes:
+    channel, upward, messages."""
+
+    lanes: list[tuple[int, bool, int]]
+
+
+class Post:
+    """One half of a message of this rank. It holds its tensor until the message has passed."""
+
+    def __init__(self, lane: Lane, send: bool, tensor: torch.Tensor, unused: Event) -> None:
+        self.lane, self.send = lane, send
+        self.tensor: torch.Tensor | None = tensor
+        self.nbytes = tensor.nbytes
+        self.unused = unused
+        """When no kernel that was asked for before the post uses the tensor."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the message has passed."""
+        return self.tensor is None
+
+
+class MeetingTransport(Transport):
+    """Moves tensors that a fabric holds by meetings, and all others by a transport of the host."""
+
+    def __init__(self, inner: Transport, fabric: Fabric, mail: Mail, waiter: Waiter) -> None:
+        """`mail`: for this alone."""
+        self._inner, self._fabric, self._mail, self._waiter = inner, fabric, mail, waiter
+        self._me = waiter.world.rank
+        self._posted: defaultdict[Lane, deque[Post]] = defaultdict(deque)
+        """Not ready yet."""
+        self._ready: defaultdict[Lane, deque[Post]] = defaultdict(deque)
+        """In no meeting yet."""
+        self._theirs: defaultdict[Lane, deque[int]] = defaultdict(deque)
+        """Bytes of what higher ranks are ready for."""
+        self._called: deque[tuple[int, Go]] = deque()
+        """Meetings that lower ranks are in and wait for this one."""
+        self._meeting: tuple[Event, list[Post]] | None = None
+        self._turns: deque[int] = deque()
+        """Peers in the order in which meetings are begun with them."""
+        self._under_way: dict[MeetingPending, None] = {}
+        self._checked = 0.0
+
+    def exchange(
+        self, sends: Pairs, recvs: Pairs, send_on: int = TO_CREDITOR, receive_on: int = TO_CREDITOR
+    ) -> Pending:
+        """Post one hop."""
+        posts: list[Post] = []
+        rest: list[list[tuple[int, torch.Tensor]]] = []
+        unused = self._fabric.mark()
+        for pairs, channel, send in ((sends, send_on, True), (recvs, receive_on, False)):
+            rest.append([pair for pair in pairs if not self._fabric.holds(pair[1])])
+            for peer, tensor in pairs:
+                if self._fabric.holds(tensor):
+                    upward = send if peer == self._me else send == (self._me < peer)
+                    post = Post(Lane(peer, channel, upward), send, tensor, unused)
+                    self._posted[post.lane].append(post)
+                    posts.append(post)
+        others = self._inner.exchange(*rest, send_on, receive_on) if any(rest) else None
+        pending = MeetingPending(posts, others, self)
+        self._under_way[pending] = None
+        self.push()
+        return pending
+
+    def push(self) -> None:
+        """Do what can be done now."""
+        self._note_ready()
+        while (letter := self._mail.poll()) is not None:
+            self._read(*letter)
+        if self._meeting is not None:
+            self._end()
+        if self._meeting is None:
+            self._begin()
+
+    def drained(self) -> bool:
+        """Whether all exchanges have completed."""
+        for pending in list(self._under_way):
+            pending.done()
+        return not self._under_way and self._mail.drained() and self._inner.drained()
+
+    def over(self, pending: MeetingPending) -> None:
+        """`pending` is done."""
+        self._under_way.pop(pending, None)
+
+    def wait(self, pending: MeetingPending, what: str) -> None:
+        """As `Pending.wait`."""
+        self._waiter.until(lambda: pending.done() or None, what, lambda: pending.peers)
+
+    # -- appointments -----------------------------------------------------------------------------
+
+    def _note_ready(self) -> None:
+        """Tell lower ranks what this one has become ready for."""
+        news: defaultdict[int, list[tuple[int, bool, int]]] = defaultdict(list)
+        for lane, posts in list(self._posted.items()):
+            while posts and posts[0].unused.query():
+                post = posts.popleft()
+                self._ready[lane].append(post)
+                if lane.peer < self._me:
+                    news[lane.peer].append((lane.channel, lane.upward, post.nbytes))
+                elif lane.peer not in self._turns:
+                    self._turns.append(lane.peer)
+            if not posts:
+                del self._posted[lane]
+        for peer, ready in news.items():
+            self._mail.post(peer, msgspec.msgpack.encode(Ready(ready)))
+
+    def _read(self, peer: int, letter: bytes) -> None:
+        message: Ready | Go = msgspec.msgpack.decode(letter, type=Ready | Go)
+        if isinstance(message, Go):
+            self._called.append((peer, message))
+            return
+        for channel, upward, nbytes in message.posts:
+            self._theirs[Lane(peer, channel, upward)].append(nbytes)
+
+    def _begin(self) -> None:
+        """Join a meeting that waits for this rank, or open one with the next peer that is ready."""
+        if self._called:
+            self._meet(*self._called.popleft())
+            return
+        for _ in range(len(self._turns)):
+            self._turns.rotate(-1)
+            peer = self._turns[-1]
+            if lanes := self._matched(peer):
+                go = Go(lanes)
+                if peer != self._me:
+                    self._mail.post(peer, msgspec.msgpack.encode(go))
+                self._meet(peer, go)
+                return
+
+    def _matched(self, peer: int) -> list[tuple[int, bool, int]]:
+        """The messages that this rank and a higher `peer` are both ready for, by lane."""
+        lanes = []
+        for lane in sorted(lane for lane, posts in self._ready.items() if lane.peer == peer):
+            mine, theirs = self._ready[lane], self._theirs[lane]
+            if peer == self._me:
+                other = self._ready.get(lane._replace(upward=not lane.upward), ())
+                count = min(len(mine), len(other))
+            else:
+                count = min(len(mine), len(theirs))
+                for post in list(mine)[:count]:
+                    nbytes = theirs.popleft()
+                    assert post.nbytes == nbytes, (
+                        f"rank {peer} posted {nbytes} bytes where {post.nbytes} were expected"
+                    )
+            if count:
+                lanes.append((lane.channel, lane.upward, count))
+        return lanes
+
+    def _meet(self, peer: int, go: Go) -> None:
+        posts = []
+        for channel, upward, count in go.lanes:
+            lane = Lane(peer, channel, upward)
+            ready = self._ready[lane]
+            posts += [ready.popleft() for _ in range(count)]
+            if not ready:
+                del self._ready[lane]
+        messages = [Message(peer, p.send, p.tensor) for p in posts if p.tensor is not None]
+        self._meeting = self._fabric.meet(messages), posts
+
+    def _end(self) -> None:
+        """See whether the meeting is over, and now and then whether it never will be."""
+        assert self._meeting is not None
+        passed, posts = self._meeting
+        if passed.query():
+            for post in posts:
+                post.tensor = None
+            self._meeting = None
+            self._waiter.moved()
+        elif time.monotonic() > self._checked + CHECK_SECONDS:
+            self._fabric.check()
+            self._checked = time.monotonic()
+
+
+class MeetingPending(Pending):
+    """One hop under way."""
+
+    def __init__(
+        self, posts: list[Post], others: Pending | None, transport: MeetingTransport
+    ) -> None:
+        self._posts, self._others, self._transport = posts, others, transport
+
+    @property
+    def peers(self) -> list[int]:
+        """Of what has not passed."""
+        return [post.lane.peer for post in self._posts if not post.done]
+
+    def done(self) -> bool:
+        """Push on and tell whether all has completed."""
+        self._transport.push()
+        if self._others is not None and self._others.done():
+            self._others = None
+        self._posts = [post for post in self._posts if not post.done]
+        if self._posts or self._others is not None:
+            return False
+        self._transport.over(self)
+        return True
+
+    def wait(self, what: str) -> None:
+        """Return when all has completed."""
+        self._transport.wait(self, what)

@@ -1,0 +1,77 @@
+"""How much memory a rank's pool may take."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from hpc_distkv.comm.transport import Comm
+from hpc_distkv.engine.config import OptionError
+
+KV_SHARE = 0.4
+"""Part of a node's available memory that its ranks' pools take unless told otherwise."""
+
+
+def host_blocks(comm: Comm, kv_memory: int | None, block_bytes: int) -> int:
+    """rBlocks of a pool in the host's memory: of `kv_memory` bytes, or by default. Raises
+    OptionError if there is no room for one."""
+    if kv_memory is None:
+        kv_memory = int(KV_SHARE * available_memory() / comm.world.local_size)
+    if kv_memory < block_bytes:
+        raise OptionError(
+            f"one rBlock takes {block_bytes} bytes, but there are {kv_memory} bytes for the KV "
+            "cache: give more --kv-memory or a smaller --block-size"
+        )
+    return kv_memory // block_bytes
+
+
+def device_blocks(
+    free: int, peak: int, utilization: float, wanted: int | None, block_bytes: int, tokens: int
+) -> int:
+    """rBlocks of a pool on a GPU that has `free` bytes beside the weights, where a step of `tokens`
+    takes `peak` bytes: as many bytes as are `wanted`, or what is left of the `utilization` of what
+    is free. Raises OptionError, with the sums, if that is not there."""
+    room = int(free * (utilization if wanted is None else 1.0)) - peak
+    if max(wanted or block_bytes, block_bytes) > room:
+        asked = "one rBlock takes" if wanted is None else "the KV cache is to have"
+        part = f"{utilization:g} of " if wanted is None else ""
+        raise OptionError(
+            f"{asked} {max(wanted or 0, block_bytes)} bytes, but of {part}the {free} bytes that "
+            f"the GPU has free beside the weights, {peak} are for steps of {tokens} tokens: give "
+            "less --max-num-batched-tokens, --max-num-seqs or --kv-memory, more "
+            "--gpu-memory-utilization, or more ranks to a replica (--tensor-parallel-size)"
+        )
+    return (wanted or room) // block_bytes
+
+
+def available_memory() -> int:
+    """Bytes this node can still give: what the kernel says, or less if Slurm or a control group
+    allows less."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    limits = [int(fields["MemAvailable"].split()[0]) << 10, *_group_limits()]
+    for name, unit in (
+        ("SLURM_MEM_PER_NODE", 1),
+        ("SLURM_MEM_PER_CPU", int(os.environ.get("SLURM_CPUS_ON_NODE") or 1)),
+    ):
+        allowed = os.environ.get(name, "")
+        if allowed.isdecimal() and int(allowed):
+            limits.append((int(allowed) << 20) * unit)
+    return min(limits)
+
+
+def _group_limits() -> Iterator[int]:
+    """What is left to the control groups (version 2) that this process is in."""
+    try:
+        path = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
+    except OSError:
+        return
+    group = Path("/sys/fs/cgroup") / path.lstrip("/")
+    for folder in (group, *group.parents):
+        try:
+            most = (folder / "memory.max").read_text().strip()
+            used = (folder / "memory.current").read_text().strip()
+        except OSError:
+            continue
+        if most.isdecimal():
+            yield max(0, int(most) - int(used))

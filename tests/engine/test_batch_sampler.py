@@ -1,0 +1,98 @@
+"""Sampling of all rows at once against sampling row by row."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from test_sampler import sequence
+
+from hpc_distkv.comm.device import Device, Fetch
+from hpc_distkv.control.messages import LogitRules, Sampling
+from hpc_distkv.engine.batch_sampler import sample_together
+from hpc_distkv.engine.sampler import begin_sampling, sample, sample_logprobs
+
+VOCABULARY = 500
+
+
+class Elsewhere(Device):
+    """A device that is not the host, as far as anybody asks, and ends nothing before it is told."""
+
+    place = torch.device("cuda")
+    over = False
+
+    def query(self) -> bool:
+        return self.over
+
+    def fetch(self, tensors):
+        return Fetch(list(tensors), self)
+
+
+def random_sampling(rng: random.Random) -> Sampling:
+    rules = None
+    if rng.random() < 0.6:
+        rules = LogitRules(
+            repetition_penalty=rng.choice([1.0, 1.3]),
+            frequency_penalty=rng.choice([0.0, 0.4]),
+            presence_penalty=rng.choice([0.0, -0.7]),
+            logit_bias=rng.choice([(), ((3, 2.5), (499, -100.0))]),
+            withheld=rng.choice([(), (5, 7)]),
+            min_p=rng.choice([0.0, 0.05]),
+        )
+    return Sampling(
+        max_tokens=9,
+        temperature=rng.choice([0.0, 0.3, 1.0, 1.7]),
+        top_p=rng.choice([1.0, 0.9, 0.2]),
+        top_k=rng.choice([0, 1, 40]),
+        seed=rng.randrange(1000),
+        min_tokens=rng.choice([0, 50]),
+        logprobs=rng.choice([None, None, 0, 3]),
+        rules=rules,
+    )
+
+
+def random_rows(seed: int, count: int):
+    rng = random.Random(seed)
+    rows = []
+    for number in range(count):
+        output = tuple(rng.choices(range(VOCABULARY), k=rng.randint(0, 8)))
+        rows.append(sequence(random_sampling(rng), len(output) + 2, output, number))
+    generator = torch.Generator().manual_seed(seed)
+    return rows, 3 * torch.randn(count, VOCABULARY, generator=generator)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_tokens_are_those_drawn_row_by_row(seed):
+    rows, logits = random_rows(seed, 70)
+    before = logits.clone()
+    assert sample_together(Device(), logits, rows).tolist() == sample(logits, rows)
+    assert torch.equal(logits, before)
+
+
+def test_a_row_without_a_finite_logit_is_drawn_as_alone():
+    hot = Sampling(max_tokens=1, temperature=1.0, top_k=3)
+    rows = [sequence(hot, number=0), sequence(hot, number=1)]
+    logits = torch.randn(2, VOCABULARY)
+    logits[0] = -torch.inf
+    assert sample_together(Device(), logits, rows).tolist() == sample(logits, rows)
+
+
+def test_what_is_drawn_is_there_once_the_device_has_come_to_it():
+    rows, logits = random_rows(9, 30)
+    device = Elsewhere()
+    ready = begin_sampling(device, logits, rows)
+    assert ready() is None
+    device.over = True
+    tokens, records = ready()
+    assert tokens == sample(logits, rows)
+    assert records == sample_logprobs(logits, rows, tokens)
+    assert records
+
+
+def test_a_step_without_new_tokens_ends_when_the_device_has_come_to_its_end():
+    device = Elsewhere()
+    ready = begin_sampling(device, torch.empty((0, 0)), [])
+    assert ready() is None
+    device.over = True
+    assert ready() == ([], {})

@@ -1,0 +1,143 @@
+"""The engine on a GPU, where there is one: tokens of transformers and the CPU, no hidden waits."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from clusters import Outcome, run_cluster
+from families import continuation, prompt, save
+from mpirun import mpirun, run_mpi
+
+from hpc_distkv.comm.binding import bind
+from hpc_distkv.comm.local import leftovers, open_local
+from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR
+from hpc_distkv.control.messages import LogitRules, Request, Sampling, pack_tokens
+from hpc_distkv.engine.rank import EngineOptions
+from hpc_distkv.model.config import ModelConfig
+from hpc_distkv.model.decoder import Decoder
+from hpc_distkv.model.weights import load_decoder
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+BLOCK = 16
+ROWS = [(140, 10), (30, 12), (10, 20), (85, 6), (1, 5)]
+"""(prompt, output) tokens."""
+FAMILIES = (
+    *("llama-llama3", "llama-dynamic", "mistral-window", "qwen3", "phi3-partial"),
+    *("gemma2", "gemma3", "gpt2-scaled", "bloom"),
+)
+
+
+def options(num_blocks: int | None = 200, **others) -> EngineOptions:
+    sizes = {"max_num_batched_tokens": 64, "max_num_seqs": 16} | others
+    return EngineOptions(num_blocks=num_blocks, block_size=BLOCK, threads=1, **sizes)
+
+
+def on_gpu(model: Decoder, rows: list[Request], settings: EngineOptions) -> Outcome:
+    return run_cluster(model, rows, 1, settings, prepare=lambda comms: bind(comms[0], "cuda"))
+
+
+def loaded(path: Path, device: str) -> Decoder:
+    return load_decoder(path, ModelConfig.from_dir(path), "float32", device)
+
+
+def greedy(ids: list[list[int]]) -> list[Request]:
+    return [
+        Request(number, pack_tokens(tokens), Sampling(output))
+        for number, (tokens, (_, output)) in enumerate(zip(ids, ROWS, strict=True))
+    ]
+
+
+def drawn(count: int) -> list[Request]:
+    """Rows with all that sampling knows."""
+    rng, rows = random.Random(3), []
+    for number in range(count):
+        rules = LogitRules(1.2, 0.3, 0.1, ((5, 1.5),), (7,), 0.02) if number % 3 == 0 else None
+        sampling = Sampling(
+            12,
+            rng.choice([0.0, 0.7, 1.3]),
+            rng.choice([1.0, 0.8]),
+            rng.choice([0, 9]),
+            seed=number,
+            logprobs=2 if number % 4 == 0 else None,
+            rules=rules,
+        )
+        rows.append(Request(number, pack_tokens(prompt(rng.randint(1, 90), number)), sampling))
+    return rows
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_tokens_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
+    transformer = save(name, tmp_path)
+    ids = [prompt(tokens, seed) for seed, (tokens, _) in enumerate(ROWS)]
+    outcome = on_gpu(loaded(tmp_path, "cuda"), greedy(ids), options())
+    for number, (tokens, (_, output)) in enumerate(zip(ids, ROWS, strict=True)):
+        assert outcome.tokens[number] == continuation(transformer, tokens, output), number
+
+
+def test_drawn_tokens_equal_those_of_the_cpu(tmp_path: Path) -> None:
+    save("llama-llama3", tmp_path)
+    rows = drawn(24)
+    there = on_gpu(loaded(tmp_path, "cuda"), rows, options())
+    here = run_cluster(loaded(tmp_path, "cpu"), rows, 1, options())
+    assert there.tokens == here.tokens
+
+
+def test_a_pool_is_sized_from_what_the_gpu_has_left(tmp_path: Path) -> None:
+    save("llama-llama3", tmp_path)
+    rows = drawn(4)
+    settings = options(None, gpu_memory_utilization=0.02)
+    assert on_gpu(loaded(tmp_path, "cuda"), rows, settings).ids == [0, 1, 2, 3]
+
+
+def test_steps_wait_for_the_gpu_by_nothing_but_polls(tmp_path: Path) -> None:
+    """torch raises where its own calls would block the host until the GPU is done."""
+    save("llama-llama3", tmp_path)
+    model, rows = loaded(tmp_path, "cuda"), drawn(24)
+    on_gpu(model, rows, options())
+
+    def strict(comms) -> None:
+        bind(comms[0], "cuda")
+        torch.cuda.set_sync_debug_mode("error")
+
+    try:
+        run_cluster(model, rows, 1, options(policy="queue"), prepare=strict)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_rank_sends_to_itself_by_nccl() -> None:
+    pytest.importorskip("cupy")
+    (comm,) = open_local(1)
+    bind(comm, "cuda", transport="nccl")
+    sends = [torch.randn(n, device="cuda").to(torch.bfloat16) for n in (1, 1000, 1 << 22)]
+    into = [torch.zeros_like(tensor) for tensor in sends]
+    before = [tensor.clone() for tensor in sends]
+    for channel in (TO_CREDITOR, TO_DEBTOR):
+        pending = comm.transport.exchange(
+            [(0, tensor) for tensor in sends], [(0, tensor) for tensor in into], channel, channel
+        )
+        pending.wait("messages to myself")
+        for tensor, kept in zip(into, before, strict=True):
+            assert torch.equal(tensor, kept)
+            tensor.zero_()
+    assert comm.transport.drained()
+    assert leftovers([comm]) == []
+
+
+@pytest.mark.skipif(mpirun() is None, reason="needs mpirun")
+def test_two_ranks_on_one_gpu_are_refused_unless_they_may_share_it(tmp_path: Path) -> None:
+    script = str(Path(__file__).with_name("shared_gpu.py"))
+    paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    env = {"PYTHONPATH": os.pathsep.join(paths)}
+    save("llama-llama3", tmp_path)
+    refused = run_mpi(2, [script, str(tmp_path), "refuse"], timeout=120, env=env)
+    assert refused.returncode == 2, refused.stderr
+    assert "would share one GPU" in refused.stderr
+    shared = run_mpi(2, [script, str(tmp_path), "share"], timeout=120, env=env)
+    assert shared.returncode == 0, shared.stderr
+    assert "tokens equal" in shared.stdout

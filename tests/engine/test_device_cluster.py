@@ -1,0 +1,28 @@
+"""Ranks on devices lend to each other, by way of the host or over a fabric that needs both sides at
+once: tokens are those of one rank alone."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from clusters import run_cluster
+from deferred_copies import stage
+from recorded_fabric import connect
+from test_cluster import demand_of, model, options, request, unconstrained  # noqa: F401
+
+from hpc_distkv.comm.schedule import SeededSchedule
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("prepare", [stage, connect])
+def test_what_ends_late_changes_no_token(model, prepare, seed):  # noqa: F811
+    rng = random.Random(seed)
+    ranks, blocks = 3, 30
+    rows = demand_of(1.5, blocks * 8, rng)
+    rows.append(request(len(rows), 2 * blocks * 8, 12, rng))
+    outcome = run_cluster(
+        model, rows, ranks, options(blocks), schedule=SeededSchedule(seed), prepare=prepare
+    )
+    assert outcome.tokens == unconstrained(model, rows)
+    assert sum(counters.blocks_borrowed for counters in outcome.counters) > blocks

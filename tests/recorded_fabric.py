@@ -1,0 +1,117 @@
+"""A fabric for tests that moves messages only when both sides have asked for the same ones, ends
+everything late, and records what was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from hpc_distkv.comm.local import network_of
+from hpc_distkv.comm.meetings import MeetingTransport, Message
+from hpc_distkv.comm.transport import Comm
+
+
+class Late:
+    def __init__(self) -> None:
+        self.past = False
+
+    def query(self) -> bool:
+        return self.past
+
+
+class Asked:
+    """What a rank's stream stands at."""
+
+    def __init__(self, messages: Sequence[Message]) -> None:
+        self.messages = list(messages)
+        self.event = Late()
+
+
+class RecordedFabric:
+    """One for all ranks; each has an end of it."""
+
+    def __init__(self, ranks: int) -> None:
+        self.heads: list[Asked | None] = [None] * ranks
+        self.marks: list[list[Late]] = [[] for _ in range(ranks)]
+        self.meetings: list[tuple[int, int, int]] = []
+        """(rank, peer, messages) in the order in which they were asked for."""
+        self.failure: Exception | None = None
+
+    def ask(self, rank: int, messages: Sequence[Message]) -> Late:
+        assert self.heads[rank] is None, "a message would stand behind another"
+        peers = {message.peer for message in messages}
+        assert len(peers) == 1, "a meeting has two sides"
+        self.heads[rank] = asked = Asked(messages)
+        self.meetings.append((rank, *peers, len(messages)))
+        return asked.event
+
+    def events(self) -> list[Callable[[], None]]:
+        """What could happen next: kernels end, in order; both sides of a meeting are there."""
+        found = [lambda marks=marks: self.pass_mark(marks) for marks in self.marks if marks]
+        for rank, asked in enumerate(self.heads):
+            peer = asked.messages[0].peer if asked else -1
+            theirs = self.heads[peer] if asked else None
+            if theirs is not None and rank <= peer and theirs.messages[0].peer == rank:
+                found.append(lambda rank=rank, peer=peer: self.meet(rank, peer))
+        return found
+
+    def pass_mark(self, marks: list[Late]) -> None:
+        marks.pop(0).past = True
+
+    def meet(self, low: int, high: int) -> None:
+        ours, theirs = self.heads[low], self.heads[high]
+        assert ours is not None
+        assert theirs is not None
+        if low == high:
+            sends = [m.tensor for m in ours.messages if m.send]
+            recvs = [m.tensor for m in ours.messages if not m.send]
+            pairs = list(zip(sends, recvs, strict=True))
+        else:
+            assert [m.send for m in ours.messages] == [not m.send for m in theirs.messages]
+            pairs = [
+                (a.tensor, b.tensor) if a.send else (b.tensor, a.tensor)
+                for a, b in zip(ours.messages, theirs.messages, strict=True)
+            ]
+        for source, target in pairs:
+            assert source.nbytes == target.nbytes
+            target.copy_(source)
+        self.heads[low] = self.heads[high] = None
+        ours.event.past = theirs.event.past = True
+
+
+class End:
+    """One rank's end."""
+
+    def __init__(self, fabric: RecordedFabric, rank: int) -> None:
+        self.fabric, self.rank = fabric, rank
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        return tensor.dtype != torch.int64  # some stay with the host
+
+    def mark(self) -> Late:
+        event = Late()
+        self.fabric.marks[self.rank].append(event)
+        return event
+
+    def meet(self, messages: Sequence[Message]) -> Late:
+        return self.fabric.ask(self.rank, messages)
+
+    def check(self) -> None:
+        if self.fabric.failure:
+            raise self.fabric.failure
+
+
+def connect(comms: Sequence[Comm]) -> RecordedFabric:
+    """Let the tensors of all ranks go by meetings; when anything ends is up to the schedule of
+    their network."""
+    network = network_of(comms)
+    fabric = RecordedFabric(len(comms))
+    for comm in comms:
+        end = End(fabric, comm.world.rank)
+        transport = MeetingTransport(comm.transport, end, comm.new_mail(), comm.waiter)
+        comm.transport = transport
+        comm.waiter.background.append(transport.push)
+    events = network.events
+    network.events = lambda: [*events(), *fabric.events()]
+    return fabric
