@@ -137,6 +137,8 @@ def _places(ranks: Sequence[Facts], local: Sequence[int], sizes: Sequence[int]) 
         device = device_of(rank, local[number])
         gpu = f"{device.name}, {device.gib} GiB, {device.uuid}" if device else "none"
         seen = f" ({len(rank.devices)} visible)" if len(rank.devices) > 1 else ""
+        if rank.visible is not None:
+            seen += f" CUDA_VISIBLE_DEVICES={rank.visible}"
         place = f"{local[number]} of {sizes[number]}"
         cores = f"{len(rank.cores)}: {_ranges(rank.cores)}"
         yield f"{number:4}  {rank.host:{width}}  {place:>6}  {cores:17}  {gpu}{seen}"
