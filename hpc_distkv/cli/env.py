@@ -71,6 +71,8 @@ def _in_world(comm: Comm, own: Facts) -> None:
     import msgspec
 
     from hpc_distkv.comm.abort import aborting
+    from hpc_distkv.comm.binding import bind
+    from hpc_distkv.comm.device import DeviceError
     from hpc_distkv.comm.mpi import library
     from hpc_distkv.comm.probe import probe
 
@@ -80,13 +82,20 @@ def _in_world(comm: Comm, own: Facts) -> None:
             msgspec.msgpack.decode(each, type=Facts)
             for each in comm.gather(msgspec.msgpack.encode(own))
         ]
+        fault = None
+        try:
+            bind(comm)
+        except DeviceError as error:
+            fault = str(error)
         links = probe(comm, QUERY_BYTES, BLOCK_BYTES)
         if comm.world.rank == 0:
-            _show(_report(comm, ranks, links))
+            _show(_report(comm, ranks, links, fault))
         comm.close()
 
 
-def _report(comm: Comm, ranks: Sequence[Facts], links: LinkCosts | None) -> Iterable[str]:
+def _report(
+    comm: Comm, ranks: Sequence[Facts], links: LinkCosts | None, fault: str | None
+) -> Iterable[str]:
     world = comm.world
     local = [world.nodes[:rank].count(node) for rank, node in enumerate(world.nodes)]
     sizes = [world.nodes.count(node) for node in world.nodes]
@@ -98,8 +107,19 @@ def _report(comm: Comm, ranks: Sequence[Facts], links: LinkCosts | None) -> Iter
     yield from _places(ranks, local, sizes)
     if links and world.size > 1:
         yield ""
+        yield f"tensors travel {_way(comm)}"
         yield from _links(world.nodes, links)
-    yield from _verdict(problems(ranks, local, world.nodes, links.round_trip if links else []))
+    trips = links.round_trip if links else []
+    yield from _verdict(problems(ranks, local, world.nodes, trips, fault))
+
+
+def _way(comm: Comm) -> str:
+    from hpc_distkv.comm.meetings import MeetingTransport
+    from hpc_distkv.comm.staged import StagedTransport
+
+    if isinstance(comm.transport, MeetingTransport):
+        return "from GPU to GPU, by NCCL"
+    return f"by MPI{', GPUs by way of the host' * isinstance(comm.transport, StagedTransport)}"
 
 
 def _head(own: Facts) -> Iterable[str]:
@@ -117,6 +137,8 @@ def _places(ranks: Sequence[Facts], local: Sequence[int], sizes: Sequence[int]) 
         device = device_of(rank, local[number])
         gpu = f"{device.name}, {device.gib} GiB, {device.uuid}" if device else "none"
         seen = f" ({len(rank.devices)} visible)" if len(rank.devices) > 1 else ""
+        if rank.visible is not None:
+            seen += f" CUDA_VISIBLE_DEVICES={rank.visible}"
         place = f"{local[number]} of {sizes[number]}"
         cores = f"{len(rank.cores)}: {_ranges(rank.cores)}"
         yield f"{number:4}  {rank.host:{width}}  {place:>6}  {cores:17}  {gpu}{seen}"

@@ -88,9 +88,12 @@ def slurm(environ: Mapping[str, str] = os.environ) -> str | None:
 
 
 def device_of(facts: Facts, local_rank: int) -> Device | None:
-    """The GPU that a rank would take: the only one it sees, or that of its place on the node."""
-    place = local_rank if len(facts.devices) > 1 else 0
-    return facts.devices[place] if place < len(facts.devices) else None
+    """The GPU that a rank takes."""
+    if not facts.devices:
+        return None
+    from hpc_distkv.comm.device import own_index
+
+    return facts.devices[own_index(len(facts.devices), local_rank)]
 
 
 def problems(
@@ -98,14 +101,17 @@ def problems(
     local_ranks: Sequence[int],
     nodes: Sequence[int],
     round_trips: Sequence[Sequence[float]],
+    device_fault: str | None = None,
 ) -> list[str]:
-    """What looks wrong about a job, `ranks` by rank, each as a sentence that says what to do."""
+    """What looks wrong about a job, `ranks` by rank, each as a sentence that says what to do;
+    `device_fault`: why ranks cannot have the GPUs they see."""
     crowded = _without_core(ranks, nodes)
     return [
         *_differences(ranks),
         *_wrong_places(ranks, local_ranks),
         *_shared_cores(crowded),
-        *_gpu_problems(ranks, local_ranks, nodes),
+        *dict.fromkeys(f"{r.host}: {r.gpu_trouble}" for r in ranks if r.gpu_trouble),
+        *([device_fault] if device_fault else []),
         *_slow_links(nodes, round_trips, crowded),
     ]
 
@@ -141,15 +147,12 @@ def _devices(versions: dict[str, str]) -> tuple[list[Device], str | None]:
 
 
 def _differences(ranks: Sequence[Facts]) -> list[str]:
-    first, said = ranks[0], []
+    said = []
     for name in sorted({name for rank in ranks for name in rank.versions}):
         others = {rank.versions.get(name, "none") for rank in ranks}
         if len(others) > 1:
             listed = ", ".join(sorted(others))
             said.append(f"ranks do not all have the same {name} ({listed}): use one environment")
-    if len({bool(rank.devices) for rank in ranks}) > 1:
-        has = "rank 0 sees a GPU" if first.devices else "rank 0 sees no GPU"
-        said.append(f"{has}, and others differ: ask for the same GPUs on every node")
     return said
 
 
@@ -183,29 +186,6 @@ def _shared_cores(crowded: set[int]) -> list[str]:
         f"{_listed(crowded)} less than a core: start fewer ranks on a node, or give "
         "them cores (srun -c $SLURM_CPUS_PER_TASK; Open MPI: mpirun --bind-to none)"
     ]
-
-
-def _gpu_problems(
-    ranks: Sequence[Facts], local_ranks: Sequence[int], nodes: Sequence[int]
-) -> list[str]:
-    said = list(dict.fromkeys(f"{r.host}: {r.gpu_trouble}" for r in ranks if r.gpu_trouble))
-    users: dict[tuple[int, str], set[int]] = defaultdict(set)
-    without = set()
-    for number, (rank, place) in enumerate(zip(ranks, local_ranks, strict=True)):
-        device = device_of(rank, place)
-        if device:
-            users[nodes[number], device.uuid].add(number)
-        elif rank.devices:
-            without.add(number)
-    said += [
-        f"{_listed(sharers)} to take the same GPU: --ntasks-per-node must be the number of "
-        "GPUs of a node (--gpus-per-node, --gpu-bind=none)"
-        for sharers in users.values()
-        if len(sharers) > 1
-    ]
-    if without:
-        said.append(f"{_listed(without)} no GPU left: start as many ranks on a node as GPUs")
-    return said
 
 
 def _slow_links(

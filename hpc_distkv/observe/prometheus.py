@@ -20,6 +20,7 @@ INTERVAL = 10.0
 Samples = Mapping[tuple[str, ...], float]
 """Values of further labels → value."""
 COUNTED = {
+    "cached_tokens": "Tokens that rows took from rBlocks of others and did not compute again.",
     "preemptions": "Rows that gave way to older ones and were computed again.",
     "blocks_lent": "rBlocks received from debtors.",
     "blocks_returned": "rBlocks recalled from creditors.",

@@ -83,12 +83,17 @@ def _tiles(metrics: Mapping[str, Any]) -> str:
         ),
         ("time", duration(metrics["seconds"]), f"{metrics['output_tokens']:,} output tokens"),
         (
+            "prompt tokens",
+            f"{metrics['prompt_tokens']:,}",
+            f"{counters.get('cached_tokens', 0):,} of shared beginnings",
+        ),
+        (
             "time of a row",
             seconds_text(latency["p50"]) if latency else "–",
             f"median; p99 {seconds_text(latency['p99'])}" if latency else "",
         ),
         (
-            "rBlocks moved out",
+            "rBlocks lent",
             f"{counters['blocks_borrowed']:,}",
             f"{counters['blocks_returned']:,} recalled, "
             f"{counters['refused_grants']:,} grants refused",

@@ -16,6 +16,12 @@ from hpc_distkv.observe.trace_names import FIRST_PROCESS, HOSTED, OWES, OWN, POO
 
 Series = NDArray[np.float64]
 SUFFIXES = (".json", ".json.gz")
+NEEDED = (
+    *("request_counts", "seconds", "prompt_tokens", "output_tokens", "output_tokens_per_second"),
+    *("tokens_per_second", "time_to_first_token_s", "between_tokens_s", "latency_s"),
+    *("histograms", "counters", "ranks", "slowest_rows"),
+)
+"""What a metrics file has."""
 
 
 class RunFileError(ValueError):
@@ -74,6 +80,8 @@ def read_run(paths: Sequence[Path]) -> RunFiles:
         elif "request_counts" in content:
             if run.metrics:
                 raise RunFileError(f"{path} is a second file of metrics: name those of one run")
+            if missing := [name for name in NEEDED if name not in content]:
+                raise RunFileError(f"{path} has no {', '.join(missing)}: another version wrote it")
             run.metrics, run.about = content, content.get("job", {})
         elif path not in paths:
             continue

@@ -22,11 +22,12 @@ def run_alone(**environ: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_alone_it_shows_one_rank():
-    done = run_alone(SLURM_JOB_ID="418", SLURM_NTASKS="4")
+    done = run_alone(SLURM_JOB_ID="418", SLURM_NTASKS="4", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
     assert "no launcher: 1 rank\n" in done.stdout
     assert "ranks     1 on 1 node\n" in done.stdout
     assert "JOB_ID=418 NTASKS=4" in done.stdout
+    assert "none CUDA_VISIBLE_DEVICES=\n" in done.stdout
     for name in ("Python", "torch", "mpi4py", "hpc-distkv", "CUDA of torch"):
         assert f"{name} " in done.stdout
 

@@ -70,11 +70,14 @@ def test_requests_are_counted(job, figures):
     }
 
 
-def test_every_second_of_a_rank_counts_once(figures):
+def test_every_second_of_a_rank_counts_once(figures, spans):
+    """All times together are no less than what the trace shows, and no more than the run."""
     for rank in figures["ranks"]:
         times = [rank["counters"][field] for field in FIELDS.values()]
         assert min(times) >= 0
-        assert 0.5 * figures["seconds"] < sum(times) <= figures["seconds"] + 1e-3
+        mine = [event for events in spans[rank["rank"]].values() for event in events]
+        first, last = min(e["ts"] for e in mine), max(e["ts"] + e["dur"] for e in mine)
+        assert 1e-6 * (last - first) - 1e-3 <= sum(times) <= figures["seconds"] + 1e-3
     ranks = figures["ranks"]
     for name, value in figures["counters"].items():
         if name not in ("peak_borrowed", "prediction_error"):
@@ -103,9 +106,8 @@ def test_the_spans_of_the_trace_add_up_to_the_metrics(trace, spans, figures):
         tokens = sum(step["args"]["tokens"] for step in mine["step"])
         decoded = tokens - counters["prompt_tokens"]
         assert 0 <= decoded <= counters["generated_tokens"]
-        assert 1e-6 * sum(e["dur"] for e in mine["step"]) == pytest.approx(
-            counters["step_time"], rel=0.05, abs=5e-3
-        )
+        in_steps = 1e-6 * sum(e["dur"] for e in mine["step"])
+        assert counters["compute_time"] - 1e-3 <= in_steps <= counters["step_time"] + 1e-3
         assert 1e-6 * sum(e["dur"] for e in mine["lead"]) == pytest.approx(
             counters["lead_time"], abs=2e-4
         )

@@ -36,12 +36,7 @@ WRONG = {
     "local rank": ([rank(local=("SLURM_LOCALID", 0)), rank(local=("SLURM_LOCALID", 1))], [0, 0],
                    [0, 1], "SLURM_LOCALID=1"),
     "all on one core": ([rank(cores=(0,)), rank(cores=(0,))], [0, 1], [0, 0], "less than a core"),
-    "one GPU for two": ([rank(devices=GPUS[:1]), rank(cores=(2, 3), devices=GPUS[:1])], [0, 1],
-                        [0, 0], "same GPU"),
-    "too many ranks": ([rank(cores=(n,), devices=GPUS[:2]) for n in range(3)], [0, 1, 2], [0] * 3,
-                       "rank 2 has no GPU left"),
     "torch for CPUs": ([rank(trouble="torch sees no GPU")], [0], [0], "torch sees no GPU"),
-    "GPU on one node": ([rank(devices=GPUS[:1]), rank()], [0, 0], [0, 1], "the same GPUs"),
 }  # fmt: skip
 
 
@@ -50,6 +45,10 @@ def test_what_is_wrong_is_said_once(wrong):
     ranks, local, nodes, words = WRONG[wrong]
     (said,) = problems(ranks, local, nodes, links(len(ranks)))
     assert words in said
+
+
+def test_gpus_that_ranks_cannot_have_are_said():
+    assert problems([rank()], [0], [0], [], "rank 1 sees none") == ["rank 1 sees none"]
 
 
 def test_a_slow_link_is_named_among_those_like_it():

@@ -99,6 +99,10 @@ BAD_FILES = {
     "nothing there": ({}, "no metrics or trace"),
     "no JSON": ({"a.json": "{"}, "cannot read"),
     "another's trace": ({"a.json": '{"traceEvents": []}'}, "no metrics or trace"),
+    "metrics of another version": (
+        {"a.json": '{"request_counts": {}, "counters": {}}'},
+        "another version wrote it",
+    ),
     "two traces": ({"b.json": "trace.json", "trace.json": "trace.json"}, "second trace"),
     "a trace without its tokens": (
         {"a.json": '{"traceEvents": [{"ph": "C"}], "otherData": {"format": "hpc-distkv trace 1"}}'},
