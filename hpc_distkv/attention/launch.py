@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,11 +92,51 @@ class Plan:
     most_parts: int
 
 
+class Launcher:
+    """One Triton function. What Triton compiled for arguments of a kind is kept here and launched
+    directly: Triton's own way there takes the host several times as long as the launch."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+        self._compiled: dict[tuple[object, ...], Any] = {}
+
+    def __call__(
+        self,
+        grid: tuple[int, int, int],
+        arguments: Sequence[Tensor | int | float],
+        constants: Sequence[object],
+        warps: int = 4,
+        stages: int = 3,
+    ) -> None:
+        """Launch with the function's parameters in order, `constants` last."""
+        key = (warps, stages, *constants, *map(_kind, arguments))
+        compiled = self._compiled.get(key)
+        if compiled is not None:
+            compiled[grid](*arguments, *constants)
+            return
+        launched = self._function[grid](*arguments, *constants, num_warps=warps, num_stages=stages)
+        if launched is not None:  # it is compiled, not interpreted
+            self._compiled[key] = launched
+
+
+def _kind(argument: Tensor | int | float) -> object:
+    """All that Triton's code depends on: of numbers, whether they are 1, and multiples of 16."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0, argument >> 31 == 0
+    return None
+
+
 class Kernels:
-    """The kernels on one kind of device. Callers have checked dtypes, shapes and strides."""
+    """The kernels on one device. Callers have checked dtypes, shapes and strides."""
 
     def __init__(self, module: ModuleType, processors: Processors) -> None:
-        self._triton = module
+        self._attend = Launcher(module.attend)
+        self._combine = Launcher(module.combine)
+        self._merge_rows = Launcher(module.merge_rows)
+        self._write_kv = Launcher(module.write_kv)
+        self._rotate = Launcher(module.rotate)
         self._processors = processors
 
     def serves(self, q: Tensor, k_cache: Tensor, spec: AttentionSpec) -> bool:
@@ -127,52 +169,31 @@ class Kernels:
         slopes = spec.slopes_on(q.device)
         for launch in plan.launches:
             kernel = launch.kernel
-            self._triton.attend[(launch.programs,)](
-                q,
-                k_cache,
-                v_cache,
-                out,
-                lse,
-                part_out,
-                part_lse,
-                launch.items,
-                plan.blocks,
-                plan.first_token,
-                lse if slopes is None else slopes,
-                q.stride(0),
-                k_cache.stride(0),
-                v_cache.stride(0),
-                spec.scale,
-                spec.softcap,
-                spec.window,
-                KV_HEADS=shape.kv_heads,
-                GROUP=shape.group,
-                DIM=shape.dim,
-                WIDTH=shape.width,
-                BLOCK_SIZE=k_cache.shape[2],
-                LINES=kernel.lines,
-                KEYS=kernel.keys,
-                POSITIONS=launch.positions,
-                CAUSAL=causal and launch.positions,
-                WINDOW=spec.window > 0,
-                SOFTCAP=spec.softcap > 0,
-                SLOPES=slopes is not None,
-                PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-                num_warps=kernel.warps,
-                num_stages=kernel.stages,
+            self._attend(
+                (launch.programs, 1, 1),
+                (
+                    *(q, k_cache, v_cache, out, lse, part_out, part_lse),
+                    *(launch.items, plan.blocks, plan.first_token),
+                    lse if slopes is None else slopes,
+                    *(q.stride(0), k_cache.stride(0), v_cache.stride(0)),
+                    *(float(spec.scale), float(spec.softcap), spec.window),
+                ),
+                (
+                    *(shape.kv_heads, shape.group, shape.dim, shape.width, k_cache.shape[2]),
+                    *(kernel.lines, kernel.keys, launch.positions, causal and launch.positions),
+                    *(spec.window > 0, spec.softcap > 0, slopes is not None),
+                    "ieee" if q.dtype == torch.float32 else "tf32",
+                ),
+                kernel.warps,
+                kernel.stages,
             )
         if plan.split:
-            self._triton.combine[(plan.split, q.shape[1])](
-                part_out,
-                part_lse,
-                out,
-                lse,
-                plan.merges,
-                HEADS=q.shape[1],
-                DIM=shape.dim,
-                WIDTH=shape.width,
-                PARTS=tuning.combined_parts(plan.most_parts, shape),
-                num_warps=2,
+            parts = tuning.combined_parts(plan.most_parts, shape)
+            self._combine(
+                (plan.split, q.shape[1], 1),
+                (part_out, part_lse, out, lse, plan.merges),
+                (q.shape[1], shape.dim, shape.width, parts),
+                warps=2,
             )
 
     def merge_rows(
@@ -183,8 +204,10 @@ class Kernels:
         width = tuning.power_of_two(dim)
         tile = min(max(_TILE // width, 1), tuning.power_of_two(heads))
         if parts:
-            self._triton.merge_rows[(parts, -(-heads // tile))](
-                out, lse, rows, part_out, part_lse, HEADS=heads, DIM=dim, WIDTH=width, TILE=tile
+            self._merge_rows(
+                (parts, -(-heads // tile), 1),
+                (out, lse, rows, part_out, part_lse),
+                (heads, dim, width, tile),
             )
 
     def write_kv(
@@ -200,22 +223,12 @@ class Kernels:
         tokens, heads, dim = k.shape
         size = heads * dim
         tile = min(tuning.power_of_two(size), _TILE)
+        strides = k.stride(0), v.stride(0), k_cache.stride(0), v_cache.stride(0)
         if tokens:
-            self._triton.write_kv[(tokens, -(-size // tile))](
-                k,
-                v,
-                k_cache,
-                v_cache,
-                blocks,
-                offsets,
-                k.stride(0),
-                v.stride(0),
-                k_cache.stride(0),
-                v_cache.stride(0),
-                SIZE=size,
-                DIM=dim,
-                BLOCK_SIZE=k_cache.shape[2],
-                TILE=tile,
+            self._write_kv(
+                (tokens, -(-size // tile), 1),
+                (k, v, k_cache, v_cache, blocks, offsets, *strides),
+                (size, dim, k_cache.shape[2], tile),
             )
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -225,18 +238,10 @@ class Kernels:
         tile = min(max(_TILE // width, 1), tuning.power_of_two(heads))
         out = torch.empty((tokens, heads, dim), dtype=x.dtype, device=x.device)
         if tokens:
-            self._triton.rotate[(tokens, -(-heads // tile))](
-                x,
-                cos,
-                sin,
-                out,
-                x.stride(0),
-                cos.stride(0),
-                HEADS=heads,
-                DIM=dim,
-                WIDTH=width,
-                ROTARY=cos.shape[-1],
-                TILE=tile,
+            self._rotate(
+                (tokens, -(-heads // tile), 1),
+                (x, cos, sin, out, x.stride(0), cos.stride(0)),
+                (heads, dim, width, cos.shape[-1], tile),
             )
         return out
 
