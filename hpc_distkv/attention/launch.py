@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -23,7 +23,7 @@ from hpc_distkv.attention.paged import PagedBatch
 from hpc_distkv.attention.spec import AttentionSpec
 from hpc_distkv.attention.staging import to_device
 from hpc_distkv.attention.tuning import Kernel, Processors, Shape
-from hpc_distkv.attention.worklist import KeyIndex
+from hpc_distkv.attention.worklist import ITEM_SIZE, MERGE_SIZE, KeyIndex
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +91,52 @@ class Plan:
     partials: int
     most_parts: int
 
+    @property
+    def form(self) -> Hashable:
+        """What its launches depend on, numbers on the device aside: plans of one form can take each
+        other's numbers."""
+        launches = [(at.kernel, _room(_items(at)), at.positions) for at in self.launches]
+        sizes = len(self.blocks), self.split, self.partials, self.most_parts
+        return (*launches, *map(_room, sizes))
+
+    def roomy(self) -> Plan:
+        """A plan with room for the numbers of any plan of this form, to be launched whatever they
+        are: programs without an item do nothing, and merges may be made twice."""
+
+        def room(tensor: Tensor, rows: int, columns: int = 1) -> Tensor:
+            return tensor.new_zeros(_room(rows) * columns)
+
+        launches = [
+            replace(
+                at,
+                items=room(at.items, _items(at), ITEM_SIZE),
+                programs=at.programs // _items(at) * _room(_items(at)),
+            )
+            for at in self.launches
+        ]
+        return Plan(
+            launches,
+            room(self.blocks, len(self.blocks)),
+            room(self.first_token, len(self.first_token)),
+            room(self.merges, self.split, MERGE_SIZE),
+            _room(self.split),
+            _room(self.partials),
+            _room(self.most_parts),
+        )
+
+    def take(self, other: Plan) -> None:
+        """The numbers of a plan of the form that this one was made roomy from."""
+        pairs = [(self.blocks, other.blocks), (self.first_token, other.first_token)]
+        for mine, theirs in zip(self.launches, other.launches, strict=True):
+            mine.items.zero_()
+            pairs.append((mine.items, theirs.items))
+        if self.split:
+            self.merges.view(-1, MERGE_SIZE).copy_(other.merges[:MERGE_SIZE])
+            pairs.append((self.merges, other.merges))
+        torch._foreach_copy_(
+            [mine[: theirs.numel()] for mine, theirs in pairs], [theirs for _, theirs in pairs]
+        )
+
 
 class Launcher:
     """One Triton function. What Triton compiled for arguments of a kind is kept here and launched
@@ -144,6 +190,24 @@ class Kernels:
         heads per KV head, and scales above 0."""
         return spec.scale > 0 and tuning.fits(_shape(q, k_cache), self._processors)
 
+    def plan(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        batch: PagedBatch,
+        spec: AttentionSpec,
+        *,
+        causal: bool,
+        given: Plan | None = None,
+    ) -> Plan:
+        """What `micro_attention` launches for this batch, worked out at the first call: what is
+        `given` then, if anything is. Of `q` only the shape matters."""
+        shape = _shape(q, k_cache)
+        return batch.derived(
+            (q.device, shape, causal, spec.window, len(q), len(k_cache), k_cache.shape[2]),
+            lambda: given or self._plan(batch, shape, causal, spec.window, q, k_cache),
+        )
+
     def micro_attention(
         self,
         q: Tensor,
@@ -158,10 +222,7 @@ class Kernels:
     ) -> None:
         """Fill out and lse. Raises ValueError where the batch's numbers do not fit the tensors."""
         shape = _shape(q, k_cache)
-        plan = batch.derived(
-            (q.device, shape, causal, spec.window, len(q), len(k_cache), k_cache.shape[2]),
-            lambda: self._plan(batch, shape, causal, spec.window, q, k_cache),
-        )
+        plan = self.plan(q, k_cache, batch, spec, causal=causal)
         part_out, part_lse = out, lse
         if plan.split:
             part_out = out.new_empty((plan.partials, *out.shape[1:]))
@@ -292,6 +353,14 @@ class Kernels:
             partials,
             int(merge[:, 3].max(initial=1)),
         )
+
+
+def _items(launch: Launch) -> int:
+    return launch.items.numel() // ITEM_SIZE
+
+
+def _room(size: int) -> int:
+    return tuning.power_of_two(size) if size else 0
 
 
 def _shape(q: Tensor, k_cache: Tensor) -> Shape:

@@ -33,6 +33,9 @@ class EngineConfig:
     attention_tokens: float = float("inf")
     """Context length at which a token costs twice what its linear layers cost."""
 
+    cuda_graphs: bool = True
+    """Whether decode steps on GPUs are recorded and replayed."""
+
     def __post_init__(self) -> None:
         for name in ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens"):
             if getattr(self, name) < 1:

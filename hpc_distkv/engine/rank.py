@@ -45,6 +45,8 @@ class EngineOptions:
     """Between GPUs: "nccl", "mpi" (by way of the host), or "auto", NCCL where it can be."""
     gpu_memory_utilization: float = 0.9
     """Part of the GPU's memory that is free beside the weights which steps and pool may take."""
+    enforce_eager: bool = False
+    """Never record decode steps as CUDA graphs."""
     dtype: str = "auto"
     """Of weights, activations and KV: "auto" is the checkpoint's."""
     num_blocks: int | None = None
@@ -103,6 +105,7 @@ class RankEngine:
             move_budget=options.move_budget,
             window=0 if policy.migrate else config.widest_window,
             attention_tokens=config.attention_tokens,
+            cuda_graphs=not options.enforce_eager,
         )
         self.capacity_blocks = self.config.num_blocks
         """rBlocks that one request may use at most."""
