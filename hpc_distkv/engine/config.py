@@ -33,7 +33,7 @@ class EngineConfig:
     attention_tokens: float = float("inf")
     """Context length at which a token costs twice what its linear layers cost."""
 
-    cuda_graphs: bool = True
+    cuda_graphs: bool = False
     """Whether decode steps on GPUs are recorded and replayed."""
 
     def __post_init__(self) -> None:
@@ -45,6 +45,11 @@ class EngineConfig:
     def bounce(self) -> int:
         """rBlocks beyond the pool."""
         return BOUNCE_BLOCKS if self.policy.dgfm else 0
+
+    @property
+    def spare(self) -> int:
+        """rBlocks beyond pool and bounce, that rows of recorded steps write to which are none."""
+        return int(self.cuda_graphs)
 
     def blocks(self, tokens: int) -> int:
         """rBlocks that hold `tokens` tokens."""

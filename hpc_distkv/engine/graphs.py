@@ -21,6 +21,8 @@ from hpc_distkv.memory.pool import BlockPool
 NO_ROW = PagedRow(1, 0, [], [], 0)
 ROW_STEP = 16
 """Rows are rounded up to powers of two, and from here on to multiples."""
+INPUTS = (torch.int64, torch.int64, torch.int32, torch.int32)
+"""Of tokens, positions, slots and places in them."""
 MOST_GRAPHS = 64
 """Recorded forms; each keeps about a megabyte."""
 RECORDED_AFTER = 2
@@ -33,7 +35,7 @@ class DecodeGraphs:
     def __init__(
         self, model: Model, pool: BlockPool, kernels: Kernels, shape: tuple[int, int]
     ) -> None:
-        """`shape`: query heads and head dimension."""
+        """`shape`: query heads and head dimension. The last rBlock of the pool is for this."""
         self._model, self._pool, self._kernels, self._shape = model, pool, kernels, shape
         self._specs = {spec.window: spec for spec in model.attention}
         self._seen: Counter[Hashable] = Counter()
@@ -41,6 +43,12 @@ class DecodeGraphs:
         self._memory = torch.cuda.graph_pool_handle()
         """Shared by all: what one leaves is read before the next is replayed."""
         self._stream = torch.cuda.Stream()
+        # What rows beyond the last write must not touch those of others.
+        spare = pool.num_blocks - 1
+        self._no_row = [
+            torch.full((ROW_STEP,), number, dtype=dtype, device=pool.device)
+            for number, dtype in zip((0, 0, spare, 0), INPUTS, strict=True)
+        ]
 
     def hidden(
         self, rows: Sequence[PagedRow], inputs: Sequence[torch.Tensor]
@@ -66,8 +74,11 @@ class DecodeGraphs:
             for window, spec in self._specs.items():
                 given = graph.plans[window]
                 self._kernels.plan(q, k_cache, graph.batch, spec, causal=True, given=given)
-        # Rows beyond the last do again what the first one does.
-        graph.fill([torch.cat((t, t[:1].expand(padded - len(t)))) for t in inputs], plans)
+        numbers = [
+            torch.cat((given, nothing[: padded - len(rows)]))
+            for given, nothing in zip(inputs, self._no_row, strict=True)
+        ]
+        graph.fill(numbers, plans)
         if form in self._graphs:
             return graph.replay()[: len(rows)]
         self._graphs[form] = graph

@@ -45,7 +45,7 @@ class Parts(NamedTuple):
 def recorder(parts: Parts) -> DecodeGraphs | None:
     """What records decode steps, where that can be done."""
     model, pool = parts.model, parts.pool
-    if not (parts.config.cuda_graphs and pool.device.type == "cuda" and model.unconditional):
+    if not (parts.config.cuda_graphs and model.unconditional):
         return None
     kernels = launch.kernels(pool.device)
     q = torch.empty((1, *parts.shape), dtype=pool.dtype, device=pool.device)

@@ -105,7 +105,7 @@ class RankEngine:
             move_budget=options.move_budget,
             window=0 if policy.migrate else config.widest_window,
             attention_tokens=config.attention_tokens,
-            cuda_graphs=not options.enforce_eager,
+            cuda_graphs=comm.device.place.type == "cuda" and not options.enforce_eager,
         )
         self.capacity_blocks = self.config.num_blocks
         """rBlocks that one request may use at most."""
@@ -113,7 +113,7 @@ class RankEngine:
         self._links: LinkCosts | None = None
         try:
             self._pool = BlockPool(
-                self.config.num_blocks + self.config.bounce,
+                self.config.num_blocks + self.config.bounce + self.config.spare,
                 config.num_layers,
                 config.num_kv_heads,
                 options.block_size,
