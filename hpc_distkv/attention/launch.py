@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from hpc_distkv.attention.paged import PagedBatch
 from hpc_distkv.attention.spec import AttentionSpec
 from hpc_distkv.attention.staging import to_device
 from hpc_distkv.attention.tuning import Kernel, Processors, Shape
-from hpc_distkv.attention.worklist import KeyIndex
+from hpc_distkv.attention.worklist import ITEM_SIZE, MERGE_SIZE, KeyIndex
 
 log = logging.getLogger(__name__)
 
@@ -89,18 +91,122 @@ class Plan:
     partials: int
     most_parts: int
 
+    @property
+    def form(self) -> Hashable:
+        """What its launches depend on, numbers on the device aside: plans of one form can take each
+        other's numbers."""
+        launches = [(at.kernel, _room(_items(at)), at.positions) for at in self.launches]
+        sizes = len(self.blocks), self.split, self.partials, self.most_parts
+        return (*launches, *map(_room, sizes))
+
+    def roomy(self) -> Plan:
+        """A plan with room for the numbers of any plan of this form, to be launched whatever they
+        are: programs without an item do nothing, and merges may be made twice."""
+
+        def room(tensor: Tensor, rows: int, columns: int = 1) -> Tensor:
+            return tensor.new_zeros(_room(rows) * columns)
+
+        launches = [
+            replace(
+                at,
+                items=room(at.items, _items(at), ITEM_SIZE),
+                programs=at.programs // _items(at) * _room(_items(at)),
+            )
+            for at in self.launches
+        ]
+        return Plan(
+            launches,
+            room(self.blocks, len(self.blocks)),
+            room(self.first_token, len(self.first_token)),
+            room(self.merges, self.split, MERGE_SIZE),
+            _room(self.split),
+            _room(self.partials),
+            _room(self.most_parts),
+        )
+
+    def take(self, other: Plan) -> None:
+        """The numbers of a plan of the form that this one was made roomy from."""
+        pairs = [(self.blocks, other.blocks), (self.first_token, other.first_token)]
+        for mine, theirs in zip(self.launches, other.launches, strict=True):
+            mine.items.zero_()
+            pairs.append((mine.items, theirs.items))
+        if self.split:
+            self.merges.view(-1, MERGE_SIZE).copy_(other.merges[:MERGE_SIZE])
+            pairs.append((self.merges, other.merges))
+        torch._foreach_copy_(
+            [mine[: theirs.numel()] for mine, theirs in pairs], [theirs for _, theirs in pairs]
+        )
+
+
+class Launcher:
+    """One Triton function. What Triton compiled for arguments of a kind is kept here and launched
+    directly: Triton's own way there takes the host several times as long as the launch."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+        self._compiled: dict[tuple[object, ...], Any] = {}
+
+    def __call__(
+        self,
+        grid: tuple[int, int, int],
+        arguments: Sequence[Tensor | int | float],
+        constants: Sequence[object],
+        warps: int = 4,
+        stages: int = 3,
+    ) -> None:
+        """Launch with the function's parameters in order, `constants` last."""
+        key = (warps, stages, *constants, *map(_kind, arguments))
+        compiled = self._compiled.get(key)
+        if compiled is not None:
+            compiled[grid](*arguments, *constants)
+            return
+        launched = self._function[grid](*arguments, *constants, num_warps=warps, num_stages=stages)
+        if launched is not None:  # it is compiled, not interpreted
+            self._compiled[key] = launched
+
+
+def _kind(argument: Tensor | int | float) -> object:
+    """All that Triton's code depends on: of numbers, whether they are 1, and multiples of 16."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0, argument >> 31 == 0
+    return None
+
 
 class Kernels:
-    """The kernels on one kind of device. Callers have checked dtypes, shapes and strides."""
+    """The kernels on one device. Callers have checked dtypes, shapes and strides."""
 
     def __init__(self, module: ModuleType, processors: Processors) -> None:
-        self._triton = module
+        self._attend = Launcher(module.attend)
+        self._combine = Launcher(module.combine)
+        self._merge_rows = Launcher(module.merge_rows)
+        self._write_kv = Launcher(module.write_kv)
+        self._rotate = Launcher(module.rotate)
         self._processors = processors
 
     def serves(self, q: Tensor, k_cache: Tensor, spec: AttentionSpec) -> bool:
         """Whether `micro_attention` takes this call: head dimensions up to 256, up to 128 query
         heads per KV head, and scales above 0."""
         return spec.scale > 0 and tuning.fits(_shape(q, k_cache), self._processors)
+
+    def plan(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        batch: PagedBatch,
+        spec: AttentionSpec,
+        *,
+        causal: bool,
+        given: Plan | None = None,
+    ) -> Plan:
+        """What `micro_attention` launches for this batch, worked out at the first call: what is
+        `given` then, if anything is. Of `q` only the shape matters."""
+        shape = _shape(q, k_cache)
+        return batch.derived(
+            (q.device, shape, causal, spec.window, len(q), len(k_cache), k_cache.shape[2]),
+            lambda: given or self._plan(batch, shape, causal, spec.window, q, k_cache),
+        )
 
     def micro_attention(
         self,
@@ -116,10 +222,7 @@ class Kernels:
     ) -> None:
         """Fill out and lse. Raises ValueError where the batch's numbers do not fit the tensors."""
         shape = _shape(q, k_cache)
-        plan = batch.derived(
-            (q.device, shape, causal, spec.window, len(q), len(k_cache), k_cache.shape[2]),
-            lambda: self._plan(batch, shape, causal, spec.window, q, k_cache),
-        )
+        plan = self.plan(q, k_cache, batch, spec, causal=causal)
         part_out, part_lse = out, lse
         if plan.split:
             part_out = out.new_empty((plan.partials, *out.shape[1:]))
@@ -127,52 +230,31 @@ class Kernels:
         slopes = spec.slopes_on(q.device)
         for launch in plan.launches:
             kernel = launch.kernel
-            self._triton.attend[(launch.programs,)](
-                q,
-                k_cache,
-                v_cache,
-                out,
-                lse,
-                part_out,
-                part_lse,
-                launch.items,
-                plan.blocks,
-                plan.first_token,
-                lse if slopes is None else slopes,
-                q.stride(0),
-                k_cache.stride(0),
-                v_cache.stride(0),
-                spec.scale,
-                spec.softcap,
-                spec.window,
-                KV_HEADS=shape.kv_heads,
-                GROUP=shape.group,
-                DIM=shape.dim,
-                WIDTH=shape.width,
-                BLOCK_SIZE=k_cache.shape[2],
-                LINES=kernel.lines,
-                KEYS=kernel.keys,
-                POSITIONS=launch.positions,
-                CAUSAL=causal and launch.positions,
-                WINDOW=spec.window > 0,
-                SOFTCAP=spec.softcap > 0,
-                SLOPES=slopes is not None,
-                PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-                num_warps=kernel.warps,
-                num_stages=kernel.stages,
+            self._attend(
+                (launch.programs, 1, 1),
+                (
+                    *(q, k_cache, v_cache, out, lse, part_out, part_lse),
+                    *(launch.items, plan.blocks, plan.first_token),
+                    lse if slopes is None else slopes,
+                    *(q.stride(0), k_cache.stride(0), v_cache.stride(0)),
+                    *(float(spec.scale), float(spec.softcap), spec.window),
+                ),
+                (
+                    *(shape.kv_heads, shape.group, shape.dim, shape.width, k_cache.shape[2]),
+                    *(kernel.lines, kernel.keys, launch.positions, causal and launch.positions),
+                    *(spec.window > 0, spec.softcap > 0, slopes is not None),
+                    "ieee" if q.dtype == torch.float32 else "tf32",
+                ),
+                kernel.warps,
+                kernel.stages,
             )
         if plan.split:
-            self._triton.combine[(plan.split, q.shape[1])](
-                part_out,
-                part_lse,
-                out,
-                lse,
-                plan.merges,
-                HEADS=q.shape[1],
-                DIM=shape.dim,
-                WIDTH=shape.width,
-                PARTS=tuning.combined_parts(plan.most_parts, shape),
-                num_warps=2,
+            parts = tuning.combined_parts(plan.most_parts, shape)
+            self._combine(
+                (plan.split, q.shape[1], 1),
+                (part_out, part_lse, out, lse, plan.merges),
+                (q.shape[1], shape.dim, shape.width, parts),
+                warps=2,
             )
 
     def merge_rows(
@@ -183,8 +265,10 @@ class Kernels:
         width = tuning.power_of_two(dim)
         tile = min(max(_TILE // width, 1), tuning.power_of_two(heads))
         if parts:
-            self._triton.merge_rows[(parts, -(-heads // tile))](
-                out, lse, rows, part_out, part_lse, HEADS=heads, DIM=dim, WIDTH=width, TILE=tile
+            self._merge_rows(
+                (parts, -(-heads // tile), 1),
+                (out, lse, rows, part_out, part_lse),
+                (heads, dim, width, tile),
             )
 
     def write_kv(
@@ -200,22 +284,12 @@ class Kernels:
         tokens, heads, dim = k.shape
         size = heads * dim
         tile = min(tuning.power_of_two(size), _TILE)
+        strides = k.stride(0), v.stride(0), k_cache.stride(0), v_cache.stride(0)
         if tokens:
-            self._triton.write_kv[(tokens, -(-size // tile))](
-                k,
-                v,
-                k_cache,
-                v_cache,
-                blocks,
-                offsets,
-                k.stride(0),
-                v.stride(0),
-                k_cache.stride(0),
-                v_cache.stride(0),
-                SIZE=size,
-                DIM=dim,
-                BLOCK_SIZE=k_cache.shape[2],
-                TILE=tile,
+            self._write_kv(
+                (tokens, -(-size // tile), 1),
+                (k, v, k_cache, v_cache, blocks, offsets, *strides),
+                (size, dim, k_cache.shape[2], tile),
             )
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -225,18 +299,10 @@ class Kernels:
         tile = min(max(_TILE // width, 1), tuning.power_of_two(heads))
         out = torch.empty((tokens, heads, dim), dtype=x.dtype, device=x.device)
         if tokens:
-            self._triton.rotate[(tokens, -(-heads // tile))](
-                x,
-                cos,
-                sin,
-                out,
-                x.stride(0),
-                cos.stride(0),
-                HEADS=heads,
-                DIM=dim,
-                WIDTH=width,
-                ROTARY=cos.shape[-1],
-                TILE=tile,
+            self._rotate(
+                (tokens, -(-heads // tile), 1),
+                (x, cos, sin, out, x.stride(0), cos.stride(0)),
+                (heads, dim, width, cos.shape[-1], tile),
             )
         return out
 
@@ -287,6 +353,14 @@ class Kernels:
             partials,
             int(merge[:, 3].max(initial=1)),
         )
+
+
+def _items(launch: Launch) -> int:
+    return launch.items.numel() // ITEM_SIZE
+
+
+def _room(size: int) -> int:
+    return tuning.power_of_two(size) if size else 0
 
 
 def _shape(q: Tensor, k_cache: Tensor) -> Shape:

@@ -21,7 +21,7 @@ TILE_BYTES = 32 * 1024
 """K and V of a tile."""
 WAVES = (0.5, 1, 2, 3, 4, 6, 8, 12, 16)
 """Programs per place that `chunk` tries."""
-TAIL = {True: 0.5, False: 0.05}
+TAIL = {True: 0.3, False: 0.05}
 """Whether there is more than one wave → the part of the longest program's time that is lost at the
 end, because programs are not equally fast."""
 
@@ -89,7 +89,8 @@ def decode_kernel(shape: Shape, device: Processors) -> Kernel:
     way. Two programs, each with two tiles of 32 KiB ahead or one of 64, keep 128 KiB of a
     processor's coming: 2.9 TB/s, what a copy reaches. Three programs or three tiles were slower,
     one program with one tile far slower. 16 lines are the least that the matrix units take; with
-    one query head per KV head 15 of them are idle, and it costs nothing.
+    one query head per KV head 15 of them are idle, and it costs nothing. Where there is more to
+    compute for a byte, one program cannot take a processor's share of the bandwidth alone.
     """
     lines = max(16, power_of_two(shape.group))
     keys, warps = _keys(shape), 4
@@ -112,11 +113,11 @@ def prefill_kernel(shape: Shape, device: Processors) -> Kernel:
     if shape.itemsize > 2:
         lines, warps = (32, 4) if shape.width <= 128 else (16, 8)
         lines = max(lines, power_of_two(shape.group))
-        kernel = Kernel(lines, 32, warps, 2, 1, alone=1.0, start=128, part=768)
+        kernel = Kernel(lines, 32, warps, 2, 1, alone=1.0, start=128, part=1280)
     else:
         lines = max(128, power_of_two(shape.group))
         warps = 8 if lines * shape.width > 128 * 128 else 4
-        kernel = Kernel(lines, _keys(shape), warps, 2, 2, alone=1.5, start=128, part=768)
+        kernel = Kernel(lines, _keys(shape), warps, 2, 2, alone=1.25, start=128, part=1280)
     return _fitted(kernel, shape, device)
 
 
@@ -132,21 +133,24 @@ def chunk(lengths: Ints, heads: int, kernel: Kernel, device: Processors) -> int:
     """Keys that one program takes at most, so that all finish early and at about the same time.
 
     Every processor runs `resident` programs at a time, those with most keys first. The keys are
-    dealt out evenly to one or more such waves, and the cheapest cut wins by this estimate: the even
-    share of all, or the longest program if it takes longer though alone on its processor; and what
-    is lost at the end.
+    dealt out to one or more such waves, and the cheapest cut wins by this estimate: an even share
+    of all, or the longest program if it takes longer though alone on its processor; and what is
+    lost at the end. Of cuts tried for 1 to 256 rows of 1 Ki to 1 Mi keys it chose the best within
+    1 % on average and 5 % at most.
     """
     places = kernel.resident * device.count
     work = int(lengths.sum()) * heads
-    best, least = 0, np.inf
-    for waves in WAVES:
-        size = max(math.ceil(work / (places * waves * kernel.keys)), 2) * kernel.keys
+    best, least = kernel.keys, np.inf
+    most = max(int(lengths.max()), 1)
+    cuts = {most // max(work / (places * waves), 2 * kernel.keys) for waves in WAVES}
+    for cut in sorted(cuts | {cut + 1 for cut in cuts if cut}):
+        size = math.ceil(most / max(cut, 1) / kernel.keys) * kernel.keys
         parts, part = parts_of(lengths, size, kernel.keys)
         extra = kernel.start + kernel.part * (parts > 1)
         longest = float((np.minimum(part, lengths) + extra).max())
-        share = (work + int((parts * extra).sum()) * heads) / places
+        evenly = (work + int((parts * extra).sum()) * heads) / places
         tail = TAIL[int(parts.sum()) * heads > places] * longest
-        cost = max(share, longest / kernel.alone) + tail
+        cost = max(evenly, longest / kernel.alone) + tail
         if cost < least:
             best, least = size, cost
     return best

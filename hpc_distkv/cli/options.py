@@ -49,6 +49,9 @@ ENGINE_OPTIONS = (
         help="Let ranks share a GPU, for trials: give --kv-memory too.",
     ),
     click.option(
+        "--enforce-eager", is_flag=True, help="Never replay decode steps of a GPU as CUDA graphs."
+    ),
+    click.option(
         "--transport",
         type=click.Choice(["auto", "nccl", "mpi"]),
         default="auto",

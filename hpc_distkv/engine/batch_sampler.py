@@ -140,7 +140,7 @@ def _adjusted(device: Device, logits: Tensor, sequences: Rows[Sequence]) -> Tens
     at, value, _ = next(parts), next(parts), next(parts)
     flat[at] += value
     at, value, _ = next(parts), next(parts), next(parts)
-    flat[at] = -torch.inf
+    flat.index_fill_(0, at, -torch.inf)
     at, penalty, _ = next(parts), next(parts), next(parts)
     seen = flat[at]
     flat[at] = torch.where(seen > 0, seen / penalty, seen * penalty)

@@ -38,6 +38,9 @@ class EngineConfig:
     attention_tokens: float = float("inf")
     """Context length at which a token costs twice what its linear layers cost."""
 
+    cuda_graphs: bool = False
+    """Whether decode steps on GPUs are recorded and replayed."""
+
     def __post_init__(self) -> None:
         for name in ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens"):
             if getattr(self, name) < 1:
@@ -62,6 +65,11 @@ class EngineConfig:
         length = request.prompt_len
         salt = length.to_bytes(8, "little") if self.keys_by_length else b""
         return request.prefix_keys(range(self.block_size, length, self.block_size), salt)
+
+    @property
+    def spare(self) -> int:
+        """rBlocks beyond pool and bounce, that rows of recorded steps write to which are none."""
+        return int(self.cuda_graphs)
 
     def blocks(self, tokens: int) -> int:
         """rBlocks that hold `tokens` tokens."""

@@ -3,48 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
-from typing import Protocol
 
 import torch
 
-from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow, micro_attention, write_kv
+from hpc_distkv.attention import PagedBatch, PagedRow, micro_attention, write_kv
 from hpc_distkv.comm.device import Device
 from hpc_distkv.engine.debtor import Debtor
+from hpc_distkv.engine.graphs import DecodeGraphs
+from hpc_distkv.engine.model import Model
 from hpc_distkv.engine.recorder import Recorder
 from hpc_distkv.engine.scheduler import Row
 from hpc_distkv.engine.shared import SharedAttention, groups_of
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.memory.rmanager import RManager
-
-Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-class Model(Protocol):
-    """What the engine needs of a decoder."""
-
-    @property
-    def attention(self) -> Sequence[AttentionSpec]:
-        """How each layer scores queries against keys."""
-
-    @property
-    def needs_lengths(self) -> bool:
-        """Whether `hidden` needs the lengths of the sequences."""
-
-    def hidden(
-        self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        attend: Attend,
-        pause: Callable[[], None],
-        lengths: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Tokens and positions `[T]` → hidden states `[T, hidden]`; `attend` is called once a
-        layer with (layer, q, k, v) and returns the attention output, `pause` between large
-        operators. `lengths` `[T]`, given if they are needed: tokens of each token's prompt, or of
-        the sequence up to the token if that is longer."""
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states `[n, hidden]` → float32 logits `[n, vocab]`."""
 
 
 class Forward:
@@ -59,11 +30,13 @@ class Forward:
         between_layers: Callable[[], None],
         pause: Callable[[], None],
         recorder: Recorder,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         """`between_layers` is called once a layer, so that control rounds go on during a step,
-        `pause` more often, so that debtors are served."""
+        `pause` more often, so that debtors are served; `graphs`: for steps that can be replayed, on
+        a device that can."""
         self._model, self._pool, self._rm, self._specs = model, pool, rmanager, model.attention
-        self._device = device
+        self._device, self._graphs = device, graphs
         self._between_layers, self._pause = between_layers, pause
         self._positional = any(spec.positional for spec in model.attention)
         self._recorder = recorder
@@ -78,9 +51,15 @@ class Forward:
         size = self._pool.block_size
         shared = SharedAttention(groups, rows, size, self._device) if groups else None
         apart = {prefix.id for prefixes in groups.values() for prefix in prefixes}
-        batch = PagedBatch.build([self._paged_row(row, apart) for row in rows])
+        paged = [self._paged_row(row, apart) for row in rows]
         inputs = [*self._inputs(rows), *self._slots(rows)]
         tokens, positions, ends, lengths, blocks, offsets = self._device.upload(inputs)
+        alone = not debtor and not shared
+        if self._graphs and alone and len(ends) == len(tokens) == len(rows):
+            replayed = self._graphs.hidden(paged, (tokens, positions, blocks, offsets))
+            if replayed is not None:
+                return self._model.logits(replayed)
+        batch = PagedBatch.build(paged)
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             self._recorder.layer(layer)

@@ -9,13 +9,16 @@ from typing import NamedTuple
 
 import torch
 
+from hpc_distkv.attention import launch
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.work import work
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.creditor import Creditor
 from hpc_distkv.engine.debtor import Debtor
-from hpc_distkv.engine.forward import Forward, Model
+from hpc_distkv.engine.forward import Forward
+from hpc_distkv.engine.graphs import DecodeGraphs
 from hpc_distkv.engine.instance import NO_LOGPROBS, Instance
+from hpc_distkv.engine.model import Model
 from hpc_distkv.engine.pace import StepWork
 from hpc_distkv.engine.scheduler import Plan, Row
 from hpc_distkv.engine.sequence import Sequence
@@ -39,6 +42,19 @@ class Parts(NamedTuple):
     decoder: TextDecoder | None
     """For requests with stop strings."""
     time: TimeSheet
+
+
+def recorder(parts: Parts) -> DecodeGraphs | None:
+    """What records decode steps, where that can be done."""
+    model, pool = parts.model, parts.pool
+    if not (parts.config.cuda_graphs and model.unconditional):
+        return None
+    kernels = launch.kernels(pool.device)
+    q = torch.empty((1, *parts.shape), dtype=pool.dtype, device=pool.device)
+    k_cache, _ = pool.layer(0)
+    if kernels is None or not all(kernels.serves(q, k_cache, spec) for spec in model.attention):
+        return None
+    return DecodeGraphs(model, pool, kernels, parts.shape)
 
 
 class Lane:
@@ -65,6 +81,7 @@ class Lane:
             between_layers,
             pause,
             parts.time.recorder,
+            recorder(parts),
         )
         self._block_size = pool.block_size
         self._attention_tokens = config.attention_tokens

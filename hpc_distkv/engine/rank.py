@@ -47,6 +47,8 @@ class EngineOptions:
     """Between GPUs: "nccl", "mpi" (by way of the host), or "auto", NCCL where it can be."""
     gpu_memory_utilization: float = 0.9
     """Part of the GPU's memory that is free beside the weights which steps and pool may take."""
+    enforce_eager: bool = False
+    """Never record decode steps as CUDA graphs."""
     dtype: str = "auto"
     """Of weights, activations and KV: "auto" is the checkpoint's."""
     num_blocks: int | None = None
@@ -109,6 +111,7 @@ class RankEngine:
             enable_prefix_caching=options.enable_prefix_caching,
             keys_by_length=model.needs_lengths,
             attention_tokens=config.attention_tokens,
+            cuda_graphs=comm.device.place.type == "cuda" and not options.enforce_eager,
         )
         self.capacity_blocks = self.config.num_blocks
         """rBlocks that one request may use at most."""
@@ -116,7 +119,7 @@ class RankEngine:
         self._links: LinkCosts | None = None
         try:
             self._pool = BlockPool(
-                self.config.num_blocks + self.config.bounce,
+                self.config.num_blocks + self.config.bounce + self.config.spare,
                 config.num_layers,
                 config.num_kv_heads,
                 options.block_size,

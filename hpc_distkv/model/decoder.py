@@ -96,6 +96,12 @@ class Decoder:
         return self.embedding.device
 
     @property
+    def unconditional(self) -> bool:
+        """Whether `hidden` asks the same of a device whatever the numbers are, and waits for
+        nothing: no experts to choose, no other lanes to sum up with, no lengths."""
+        return not (self.config.num_experts or self.needs_lengths or self.shard != WHOLE)
+
+    @property
     def needs_lengths(self) -> bool:
         """Whether `hidden` needs `lengths`."""
         return any(rotary.needs_lengths for rotary in self._rotaries)

@@ -94,7 +94,7 @@ def test_programs_of_a_decode_finish_at_about_the_same_time(lengths):
         min(chunk, length - start) for length in lengths for start in range(0, length, chunk)
     ] * LLAMA.kv_heads
     ideal = lengths.sum() * LLAMA.kv_heads / (kernel.resident * H100.count)
-    assert finish(items, kernel.resident * H100.count, kernel.alone) <= 1.1 * ideal
+    assert finish(items, kernel.resident * H100.count, kernel.alone) <= 1.25 * ideal
 
 
 def finish(items: list[int], places: int, alone: float) -> float:

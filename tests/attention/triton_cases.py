@@ -10,7 +10,15 @@ from attention_oracle import DTYPES, Case, assert_close, cases, dense, random_ca
 from hypothesis import HealthCheck, given, settings
 from test_attention_merge import parts_of
 
-from hpc_distkv.attention import PagedRow, launch, merge_rows, tuning, write_kv
+from hpc_distkv.attention import (
+    AttentionSpec,
+    PagedBatch,
+    PagedRow,
+    launch,
+    merge_rows,
+    tuning,
+    write_kv,
+)
 from hpc_distkv.attention import micro_attention as attention
 from hpc_distkv.model.rotary import Rotation, rotate
 
@@ -259,3 +267,36 @@ def test_heads_turn_as_complex_numbers(dim, rotary, dtype):
     assert got.is_contiguous()
     tol = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     torch.testing.assert_close(got.cpu().double(), want, rtol=tol, atol=tol)
+
+
+def decodes(lengths: list[int], seed: int) -> PagedBatch:
+    """A row of one query for each length, with rBlocks of 16 tokens."""
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(seed)).tolist()
+    rows = []
+    for length in lengths:
+        blocks = [order.pop() for _ in range(-(-length // 16))]
+        first = range(0, 16 * len(blocks), 16)
+        rows.append(PagedRow(1, max(length - 1, 0), blocks, first, length))
+    return PagedBatch.build(rows)
+
+
+@pytest.mark.usefixtures("cut")
+def test_a_roomy_plan_serves_every_batch_of_its_form():
+    """Also one with fewer items than the last, whose rows then are not computed again."""
+    generator = torch.Generator().manual_seed(0)
+    q, k_cache, v_cache = (
+        torch.randn(shape, generator=generator).to(DEVICE)
+        for shape in ((4, 4, 32), (40, 2, 16, 32), (40, 2, 16, 32))
+    )
+    kernels, spec = launch.kernels(DEVICE), AttentionSpec(scale=0.2)
+    batches = [decodes([200, 130, 70, 1], 1), decodes([140, 150, 90, 0], 2)]
+    plans = [kernels.plan(q, k_cache, batch, spec, causal=True) for batch in batches]
+    assert plans[0].form == plans[1].form
+    roomy, any_batch = plans[0].roomy(), decodes([0] * 4, 0)
+    kernels.plan(q, k_cache, any_batch, spec, causal=True, given=roomy)
+    for batch, plan in [*zip(batches, plans, strict=True), (batches[0], plans[0])]:
+        roomy.take(plan)
+        out, lse = attention(q, k_cache, v_cache, any_batch, spec, causal=True)
+        wanted_out, wanted_lse = attention(q, k_cache, v_cache, batch, spec, causal=True)
+        assert torch.equal(out, wanted_out)
+        assert torch.equal(lse, wanted_lse)

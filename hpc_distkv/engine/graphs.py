@@ -1,0 +1,144 @@
+"""Decode steps as CUDA graphs: what the host asks of the GPU in a step is recorded once.
+
+A decode step of a small model takes the host, which launches some 200 kernels, several times as
+long as the GPU. Its launches depend on little: on the number of rows, and on how attention is cut.
+So steps in which every row decodes with all its rBlocks at home are recorded by that form, with
+rows and cuts rounded up, and replayed: the host fills in tokens, slots and cuts, and launches once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+
+import torch
+
+from hpc_distkv.attention import PagedBatch, PagedRow, micro_attention, write_kv
+from hpc_distkv.attention.launch import Kernels, Plan
+from hpc_distkv.engine.model import Model
+from hpc_distkv.memory.pool import BlockPool
+
+NO_ROW = PagedRow(1, 0, [], [], 0)
+ROW_STEP = 16
+"""Rows are rounded up to powers of two, and from here on to multiples."""
+INPUTS = (torch.int64, torch.int64, torch.int32, torch.int32)
+"""Of tokens, positions, slots and places in them."""
+MOST_GRAPHS = 64
+"""Recorded forms; each keeps about a megabyte."""
+RECORDED_AFTER = 2
+"""Steps of a form that run as they are: to record one takes longer than several steps."""
+
+
+class DecodeGraphs:
+    """The recorded steps of one rank. Owner of the tensors they read and write."""
+
+    def __init__(
+        self, model: Model, pool: BlockPool, kernels: Kernels, shape: tuple[int, int]
+    ) -> None:
+        """`shape`: query heads and head dimension. The last rBlock of the pool is for this."""
+        self._model, self._pool, self._kernels, self._shape = model, pool, kernels, shape
+        self._specs = {spec.window: spec for spec in model.attention}
+        self._seen: Counter[Hashable] = Counter()
+        self._graphs: dict[Hashable, DecodeGraph] = {}
+        self._memory = torch.cuda.graph_pool_handle()
+        """Shared by all: what one leaves is read before the next is replayed."""
+        self._stream = torch.cuda.Stream()
+        # What rows beyond the last write must not touch those of others.
+        spare = pool.num_blocks - 1
+        self._no_row = [
+            torch.full((ROW_STEP,), number, dtype=dtype, device=pool.device)
+            for number, dtype in zip((0, 0, spare, 0), INPUTS, strict=True)
+        ]
+
+    def hidden(
+        self, rows: Sequence[PagedRow], inputs: Sequence[torch.Tensor]
+    ) -> torch.Tensor | None:
+        """The hidden states `[rows, hidden]` of a step in which every row has one query; None if it
+        has to run as it is. `inputs`, on the device: tokens, positions, slots and places in them,
+        `[rows]` each."""
+        padded = _rounded(len(rows))
+        batch = PagedBatch.build([*rows, *([NO_ROW] * (padded - len(rows)))])
+        q = torch.empty((padded, *self._shape), dtype=self._pool.dtype, device=self._pool.device)
+        k_cache, _ = self._pool.layer(0)
+        plans = {
+            window: self._kernels.plan(q, k_cache, batch, spec, causal=True)
+            for window, spec in self._specs.items()
+        }
+        form = padded, *(plan.form for plan in plans.values())
+        graph = self._graphs.get(form)
+        if graph is None:
+            self._seen[form] += 1
+            if self._seen[form] <= RECORDED_AFTER or len(self._graphs) >= MOST_GRAPHS:
+                return None
+            graph = DecodeGraph(self._model, self._pool, padded, plans)
+            for window, spec in self._specs.items():
+                given = graph.plans[window]
+                self._kernels.plan(q, k_cache, graph.batch, spec, causal=True, given=given)
+        numbers = [
+            torch.cat((given, nothing[: padded - len(rows)]))
+            for given, nothing in zip(inputs, self._no_row, strict=True)
+        ]
+        graph.fill(numbers, plans)
+        if form in self._graphs:
+            return graph.replay()[: len(rows)]
+        self._graphs[form] = graph
+        hidden = graph.compute()
+        graph.record(self._stream, self._memory)
+        return hidden[: len(rows)]
+
+
+class DecodeGraph:
+    """One recorded step, and the tensors it reads."""
+
+    def __init__(self, model: Model, pool: BlockPool, rows: int, plans: dict[int, Plan]) -> None:
+        self._model, self._pool = model, pool
+        self.plans = {window: plan.roomy() for window, plan in plans.items()}
+        """Window → what attention launches."""
+        self.batch = PagedBatch.build([NO_ROW] * rows)
+        """What attention is called with: all that it says are the plans that it is given."""
+        self._inputs: list[torch.Tensor] = []
+        self._graph = torch.cuda.CUDAGraph()
+        self._hidden = torch.empty(0)
+
+    def fill(self, inputs: Sequence[torch.Tensor], plans: dict[int, Plan]) -> None:
+        """Take the numbers of a step."""
+        if not self._inputs:
+            self._inputs = list(inputs)
+        else:
+            for mine, given in zip(self._inputs, inputs, strict=True):
+                mine.copy_(given)
+        for window, plan in plans.items():
+            self.plans[window].take(plan)
+
+    def compute(self) -> torch.Tensor:
+        """The hidden states, as every step makes them."""
+        tokens, positions, blocks, offsets = self._inputs
+
+        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            k_cache, v_cache = self._pool.layer(layer)
+            write_kv(k, v, k_cache, v_cache, blocks, offsets)
+            spec = self._model.attention[layer]
+            return micro_attention(q, k_cache, v_cache, self.batch, spec, causal=True)[0]
+
+        return self._model.hidden(tokens, positions, attend, lambda: None, None)
+
+    def record(self, stream: torch.cuda.Stream, memory: tuple[int, int]) -> None:
+        """Record `compute` without computing. Nothing waits for the device."""
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._graph.capture_begin(pool=memory, capture_error_mode="thread_local")
+            try:
+                self._hidden = self.compute()
+            finally:
+                self._graph.capture_end()
+
+    def replay(self) -> torch.Tensor:
+        """The hidden states of the numbers it was filled with, until the next step is replayed."""
+        self._graph.replay()
+        return self._hidden
+
+
+def _rounded(rows: int) -> int:
+    if rows >= ROW_STEP:
+        return -(-rows // ROW_STEP) * ROW_STEP
+    return 1 << (rows - 1).bit_length()

@@ -1,0 +1,45 @@
+"""What the engine needs of a decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from hpc_distkv.attention import AttentionSpec
+
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Model(Protocol):
+    """What the engine needs of a decoder."""
+
+    @property
+    def attention(self) -> Sequence[AttentionSpec]:
+        """How each layer scores queries against keys."""
+
+    @property
+    def unconditional(self) -> bool:
+        """Whether `hidden` asks the same of a device whatever the numbers are, and waits for
+        nothing."""
+
+    @property
+    def needs_lengths(self) -> bool:
+        """Whether `hidden` needs the lengths of the sequences."""
+
+    def hidden(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        attend: Attend,
+        pause: Callable[[], None],
+        lengths: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Tokens and positions `[T]` → hidden states `[T, hidden]`; `attend` is called once a
+        layer with (layer, q, k, v) and returns the attention output, `pause` between large
+        operators. `lengths` `[T]`, given if they are needed: tokens of each token's prompt, or of
+        the sequence up to the token if that is longer."""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states `[n, hidden]` → float32 logits `[n, vocab]`."""
