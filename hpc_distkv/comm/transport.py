@@ -156,16 +156,36 @@ class Comm:
     def share(self, value: T) -> list[T]:
         """The JSON values of all ranks, by rank, on every rank: one whole control round.
         Collective; no round may be open."""
-        self.rounds.report(json.dumps(value).encode())
+
+        def together(messages: list[bytes]) -> bytes:
+            return b"[" + b",".join(messages) + b"]"
+
+        values: list[T] = json.loads(self._round(json.dumps(value).encode(), together))
+        return values
+
+    def gather(self, message: bytes) -> list[bytes]:
+        """The messages of all ranks, by rank, on rank 0; [] elsewhere: one whole control round.
+        Collective; no round may be open."""
+        gathered: list[bytes] = []
+
+        def keep(messages: list[bytes]) -> bytes:
+            gathered.extend(messages)
+            return b""
+
+        self._round(message, keep)
+        return gathered
+
+    def _round(self, message: bytes, answer: Callable[[list[bytes]], bytes]) -> bytes:
+        """One round in which all ranks get what rank 0 makes of their messages."""
+        self.rounds.report(message)
 
         def everyone() -> bytes | None:
             reports = self.rounds.reports() if self.world.rank == 0 else None
             if reports is not None:
-                self.rounds.reply([b"[" + b",".join(reports) + b"]"] * self.world.size)
+                self.rounds.reply([answer(reports)] * self.world.size)
             return self.rounds.answer()
 
-        values: list[T] = json.loads(self.idle(everyone, "all ranks to agree"))
-        return values
+        return self.idle(everyone, "all ranks to agree")
 
     def close(self) -> None:
         """Wait until every rank is done and nothing is under way; afterwards a rank may leave with

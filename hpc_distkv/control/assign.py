@@ -120,7 +120,7 @@ class Assignment:
         while heap and (request := self._pull()) is not None:
             load, instance, rows, tokens = heap[0]
             self._give(request, instance, given)
-            rows, tokens = rows - 1, tokens - request.prompt_len
+            rows, tokens = rows - 1, tokens - request.length
             if rows > 0 and tokens > 0:
                 heapq.heapreplace(heap, (load + self._work(request), instance, rows, tokens))
             else:
@@ -141,7 +141,7 @@ class Assignment:
             while rows > 0 and tokens > 0 and (hand or self._deal_until(instance)):
                 request = hand.popleft()
                 self._give(request, instance, given)
-                rows, tokens = rows - 1, tokens - request.prompt_len
+                rows, tokens = rows - 1, tokens - request.length
 
     def _deal_until(self, instance: int) -> bool:
         """Deal rows until `instance` gets one."""
@@ -183,7 +183,7 @@ class Assignment:
         return self._prompt_work(request) + self._step_tokens * output
 
     def _prompt_work(self, request: Request) -> float:
-        return work(0, request.prompt_len, self._attention_tokens)
+        return work(0, request.length, self._attention_tokens)
 
     def _give(self, request: Request, instance: int, given: dict[int, list[Request]]) -> None:
         self.home[request.id] = instance

@@ -82,11 +82,20 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     prompt: bytes
     """`pack_tokens` of the prompt; never empty."""
     sampling: Sampling
+    output: bytes = b""
+    """`pack_tokens` of the output that an earlier run has made."""
+    logprobs: bytes = b""
+    """`control.logprobs` of `output`, if the request asks for them."""
 
     @property
     def prompt_len(self) -> int:
         """Prompt tokens."""
         return len(self.prompt) // 4
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and of an earlier run."""
+        return self.prompt_len + len(self.output) // 4
 
 
 class Result(msgspec.Struct, frozen=True, array_like=True):
@@ -105,6 +114,23 @@ class Result(msgspec.Struct, frozen=True, array_like=True):
     """`control.logprobs` of the output's tokens, if the request asked for them."""
     text_end: int | None = None
     """Characters of the output's text that belong to the answer, if a stop string ended it."""
+
+
+class Unfinished(msgspec.Struct, frozen=True, array_like=True):
+    """A request that a run was stopped before it could finish."""
+
+    id: int
+    output: bytes
+    """`pack_tokens` of its output so far; never empty."""
+    logprobs: bytes = b""
+    """`control.logprobs` of `output`, if the request asks for them."""
+
+
+class Remains(msgspec.Struct, frozen=True, array_like=True):
+    """What an instance has when a run is over and was not reported."""
+
+    results: list[Result] = []
+    unfinished: list[Unfinished] = []
 
 
 class Counters(msgspec.Struct):
@@ -263,6 +289,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Measured seconds to compute a prompt token; 0 if there were none yet."""
     exchange: float = 0.0
     """Measured seconds that remote rBlocks add to a decode step; 0 if there were none yet."""
+    drain: bool = False
+    """The run should end soon."""
+    halt: bool = False
+    """The run should end now."""
     changes: Changes = Changes()
 
 
@@ -289,4 +319,7 @@ class Answer(msgspec.Struct, omit_defaults=True):
     """rBlocks that requests younger than `admit_before` have to free."""
     give_way_at: int = -1
     """Where; -1: anywhere."""
+    drain: bool = False
+    """Begin nothing any more: the run ends before all rows are answered."""
     stop: bool = False
+    """The run is over, whatever still runs."""

@@ -20,6 +20,7 @@ from hpc_distkv.control.messages import Request
 from hpc_distkv.control.policy import POLICIES, Policy
 from hpc_distkv.engine.config import EngineConfig, OptionError
 from hpc_distkv.engine.follower import Follower
+from hpc_distkv.engine.interrupt import Interrupt
 from hpc_distkv.engine.lane import Parts
 from hpc_distkv.engine.stop import TextDecoder
 from hpc_distkv.engine.worker import Leader, Worker
@@ -145,12 +146,17 @@ class RankEngine:
         """Of weights and KV."""
         return _name(self._model.dtype)
 
-    def run(self, leader: Leader | None = None) -> Worker | Follower:
-        """Work until all requests of rank 0's leader are answered. Collective; `leader` is given
-        on rank 0 alone. Raises StallError, ProtocolError, and what the leader raises."""
+    def run(
+        self, leader: Leader | None = None, interrupt: Interrupt | None = None
+    ) -> Worker | Follower:
+        """Work until all requests of rank 0's leader are answered, or `interrupt` of any rank ends
+        the run. Collective; `leader` is given on rank 0 alone. Raises StallError, ProtocolError,
+        and what the leader raises."""
         heads = (self._model.config.num_heads, self._model.config.head_dim)
         parts = Parts(self.comm, self._model, self._pool, self.config, heads, self._decoder)
-        worker = Follower(parts) if self.comm.world.lane else Worker(parts, leader)
+        interrupt = interrupt or Interrupt()
+        follows = self.comm.world.lane > 0
+        worker = Follower(parts, interrupt) if follows else Worker(parts, leader, interrupt)
         worker.run()
         return worker
 
