@@ -134,7 +134,9 @@ class Worker:
     def _hand_in(self) -> None:
         """Rank 0 gets all that was not reported."""
         messages = self._comm.gather(msgspec.msgpack.encode(self._instance.remains()))
-        for message in messages[:: self._comm.world.tp] if self._leader else ():
+        if not self._leader:
+            return
+        for message in messages[:: self._comm.world.tp]:
             remains = msgspec.msgpack.decode(message, type=Remains)
             for result in remains.results:
                 self._leader.finish(result)

@@ -16,7 +16,7 @@ from test_sampling_anywhere import rows as sampling_rows
 from test_tensor_parallel import greedy, shards
 
 from hpc_distkv.comm.schedule import SeededSchedule
-from hpc_distkv.control.messages import Request, unpack_tokens
+from hpc_distkv.control.messages import Request
 from hpc_distkv.engine.interrupt import DRAIN, HALT, TERM_GRACE, Interrupt
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
@@ -62,7 +62,7 @@ def run_to_the_end(rows: list[Request], run: Run, rank: int, rng: random.Random)
     while left:
         asked = Countdown(at=rng.randint(1, 6), grace=rng.choice([0, 0, 3, 40]))
         outcome = run(list(left.values()), {rank: asked} if stops < 6 else {})
-        assert not {result for result in outcome.ids} & {u.id for u in outcome.unfinished}
+        assert not set(outcome.ids) & {u.id for u in outcome.unfinished}
         for result in outcome.results.values():
             results.append(result)
             del left[result.id]
