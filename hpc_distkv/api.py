@@ -252,7 +252,7 @@ class JobLeader:
             "answered_before": self._job.skipped - self._job.failed_before,
             "failed_before": self._job.failed_before,
             "total": self._job.total_rows,
-            "unfinished": self._job.in_flight,
+            "put_aside": self._job.begun_rows,
         }
         stopped = {"stopped": not self._job.complete, "put_aside_tokens": self._job.begun_tokens}
         return {

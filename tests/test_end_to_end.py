@@ -24,8 +24,8 @@ from mpirun import mpirun, run_mpi
 pytestmark = pytest.mark.skipif(mpirun() is None, reason="needs mpirun")
 
 BLOCK = 16
-ROWS = int(os.environ.get("HPC_DISTKV_ROWS", "60"))
-INTERRUPTIONS = int(os.environ.get("HPC_DISTKV_INTERRUPTIONS", "4"))
+ROWS = int(os.environ.get("HPC_DISTKV_ROWS", "40"))
+INTERRUPTIONS = int(os.environ.get("HPC_DISTKV_INTERRUPTIONS", "3"))
 MARK = "HPC_DISTKV_TEST_MARK"
 """Environment variable that tells the processes of one job from all others."""
 RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
@@ -204,7 +204,8 @@ class Launched:
 
     def __init__(self, job: BatchJob, ranks: int, *options: str | int) -> None:
         self.mark = uuid.uuid4().hex
-        self._job, self._before = job, self._size()
+        self._job = job
+        self._before = self._size()
         self._pool = ThreadPoolExecutor(1)
         words = [COMMAND, *job.arguments(*options)]
         self._run = self._pool.submit(run_mpi, ranks, words, 90, {MARK: self.mark})

@@ -180,9 +180,16 @@ class Job:
             for choice, result in pending.results.items():
                 self._keep(pending, choice, result=result)
         self.commit(now=True)
-        self._journal.set_aside([] if self.complete else self._begun.values())
-        for journal in self._journals:
-            journal.close(ordered and self.complete)
+        try:
+            self._journal.set_aside([] if self.complete else self._begun.values())
+        finally:
+            for journal in self._journals:
+                journal.close(ordered and self.complete)
+
+    @property
+    def begun_rows(self) -> int:
+        """Rows of which something is put aside."""
+        return len({answer.custom_id for answer in self._begun})
 
     @property
     def begun_tokens(self) -> int:

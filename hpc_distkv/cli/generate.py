@@ -191,7 +191,7 @@ def _summary(figures: dict[str, Any], output: Path) -> str:
     ]
     if figures["stopped"]:
         lines.append(
-            f"stopped   before all rows were answered; {rows['unfinished']} rows with "
+            f"stopped   before all rows were answered; {rows['put_aside']} rows with "
             f"{figures['put_aside_tokens']} output tokens are put aside: run the same command again"
         )
     return "\n".join(lines)

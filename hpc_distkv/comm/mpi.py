@@ -40,12 +40,13 @@ def open_mpi(stall_timeout: float, tp: int = 1) -> Comm:
     mail = MpiMail(everyone.Dup(), waiter)
     rounds = MpiRounds(everyone.Dup(), everyone.Dup(), waiter)
     waiter.background += [rounds.poke, mail.poke]
+    complaints = MpiMail(everyone.Dup(), waiter)
 
     def abort(status: int) -> None:
         everyone.Abort(status)
         os._exit(status)  # MPICH returns from Abort and waits to be killed
 
-    return Comm(world, transport, mail, rounds, waiter, abort)
+    return Comm(world, transport, mail, rounds, waiter, abort, complaints)
 
 
 def start_mpi() -> None:

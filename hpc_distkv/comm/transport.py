@@ -127,6 +127,10 @@ class Comm:
     waiter: Waiter
     abort: Callable[[int], object]
     """End the whole job with this exit status."""
+    complaints: Mail | None = None
+    """To rank 0, of waits that ran out (`comm.stall`)."""
+    heard: Callable[[int], str] = field(default=lambda rank: "", init=False)
+    """On rank 0: what is known of a rank's last words."""
     closed: bool = field(default=False, init=False)
     """Whether all ranks have agreed that they are done."""
 

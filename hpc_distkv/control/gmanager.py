@@ -30,6 +30,8 @@ ROOMY = 1.1
 RECALL_STEPS = 16
 """Steps whose budget for moves one round's recalls may use."""
 
+SAID = ("running", "waiting")
+"""What messages tell of an instance's last report."""
 PROMPT_ROWS = 1024
 """Query rows for which links are compared with computing."""
 
@@ -99,6 +101,8 @@ class GManager:
         self.round_number = 0
         self.draining = False
         """Whether the run ends before all rows are answered."""
+        self._reports: Reports | None = None
+        """Of the last round."""
         self._links = links
         self._exchange_seconds = exchange_seconds
         self._policy = policy
@@ -120,6 +124,7 @@ class GManager:
         reports = Reports(messages)
         reports.check(self.round_number)
         self._check_rows(reports)
+        self._reports = reports
         results = self._observe(reports)
         self.draining |= drain or bool(reports["drain"].any())
         plain = Answer(round=self.round_number, drain=self.draining)
@@ -142,6 +147,14 @@ class GManager:
         plain.stop = self.assignment.done
         self.round_number += 1
         return answers.encode(len(reports)), results
+
+    def last_report(self, instance: int) -> str:
+        """What an instance said last, for messages."""
+        if self._reports is None:
+            return "no report so far"
+        numbers = {name: int(self._reports[name][instance]) for name in ("round", *SAID)}
+        rows = ", ".join(f"{numbers[name]} rows {name}" for name in SAID)
+        return f"its last report was that of round {numbers['round']}, with {rows}"
 
     def _assign(self, reports: Reports, answers: Answers) -> None:
         given = self.assignment.assign(

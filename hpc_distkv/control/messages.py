@@ -126,13 +126,6 @@ class Unfinished(msgspec.Struct, frozen=True, array_like=True):
     """`control.logprobs` of `output`, if the request asks for them."""
 
 
-class Remains(msgspec.Struct, frozen=True, array_like=True):
-    """What an instance has when a run is over and was not reported."""
-
-    results: list[Result] = []
-    unfinished: list[Unfinished] = []
-
-
 class Counters(msgspec.Struct):
     """What one instance has done since its start. Times are wall seconds of its first rank, bytes
     are those of that rank alone."""
@@ -178,6 +171,14 @@ class Counters(msgspec.Struct):
     """Mean error of predicted decode step times, relative to the measured ones."""
     gaps: dict[int, int] = {}
     """Times between two tokens of a row: bin of `observe.latency` → count."""
+
+
+class Remains(msgspec.Struct, frozen=True, array_like=True):
+    """What an instance has when a run is over: its counters, and what was not reported."""
+
+    counters: Counters
+    results: list[Result]
+    unfinished: list[Unfinished]
 
 
 class Handover(msgspec.Struct, frozen=True, array_like=True):

@@ -135,13 +135,13 @@ class Instance:
         self.scheduler.put_aside()
 
     def remains(self) -> Remains:
-        """What was not reported, once nothing moves any more: results, and rows with tokens that
-        were not finished."""
+        """What is left to be told once nothing moves any more: also results that were not reported,
+        and rows with tokens that were not finished."""
         rows = (*self.scheduler.running, *self.scheduler.waiting)
         unfinished = [
             Unfinished(s.id, s.packed_output, s.packed_logprobs) for s in rows if s.output_len
         ]
-        return Remains(self._results, unfinished)
+        return Remains(self._count(), self._results, unfinished)
 
     def _changes(self) -> Changes:
         lent = {debtor: loan.total for debtor, loan in self.rm.loans.items()}

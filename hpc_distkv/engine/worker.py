@@ -85,6 +85,8 @@ class Worker:
         self._log = Log(comm)
         self._letters = Letters(comm, self._instance, self._lane.creditor, self._log)
         self._answer: Answer | None = None
+        if leader:
+            comm.heard = lambda rank: leader.gmanager.last_report(rank // comm.world.tp)
         self._idle = True
         self._leaving = False
 
@@ -136,8 +138,9 @@ class Worker:
         messages = self._comm.gather(msgspec.msgpack.encode(self._instance.remains()))
         if not self._leader:
             return
-        for message in messages[:: self._comm.world.tp]:
+        for instance, message in enumerate(messages[:: self._comm.world.tp]):
             remains = msgspec.msgpack.decode(message, type=Remains)
+            self._leader.gmanager.counters[instance] = remains.counters
             for result in remains.results:
                 self._leader.finish(result)
             for unfinished in remains.unfinished:

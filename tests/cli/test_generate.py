@@ -93,7 +93,7 @@ def test_metrics_agree_with_the_results(job):
         "answered_before": 0,
         "failed_before": 0,
         "total": 13,
-        "unfinished": 0,
+        "put_aside": 0,
     }
     usages = [line["response"]["body"]["usage"] for line in job.lines()]
     made = sum(usage["completion_tokens"] for usage in usages)
