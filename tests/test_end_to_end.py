@@ -24,6 +24,7 @@ from mpirun import mpirun, run_mpi
 pytestmark = pytest.mark.skipif(mpirun() is None, reason="needs mpirun")
 
 BLOCK = 16
+STALL = 5
 ROWS = int(os.environ.get("HPC_DISTKV_ROWS", "40"))
 INTERRUPTIONS = int(os.environ.get("HPC_DISTKV_INTERRUPTIONS", "3"))
 MARK = "HPC_DISTKV_TEST_MARK"
@@ -208,11 +209,16 @@ class Launched:
         self._before = self._size()
         self._pool = ThreadPoolExecutor(1)
         words = [COMMAND, *job.arguments(*options)]
-        self._run = self._pool.submit(run_mpi, ranks, words, 90, {MARK: self.mark})
+        self._run = self._pool.submit(run_mpi, ranks, words, 300, {MARK: self.mark})
 
     def wait_for_answers(self) -> None:
         """Until this run has written some, or has ended."""
         assert wait_for(lambda: self._run.done() or self._size() > self._before, 60)
+
+    def wait_for_a_step(self) -> None:
+        """Until all ranks have most likely begun to compute."""
+        assert wait_for(lambda: self._run.done() or self._job.output.exists(), 60)
+        time.sleep(0.7)
 
     def ranks(self) -> dict[int, psutil.Process]:
         return ranks_of(self.mark)
@@ -258,7 +264,7 @@ def test_after_any_interruptions_every_row_is_there_once_with_the_same_text(tmp_
     rows, ranks = long_rows(ROWS), 3
     options = ["--num-blocks", 24, "--max-num-seqs", 5, "--grace", 0.3]
     whole = BatchJob(tmp_path / "whole", tiny_model, rows)
-    ran = whole.run(ranks, *options)
+    ran = whole.run(ranks, *options, timeout=300)
     assert ran.returncode == 0, ran.stderr
 
     job = BatchJob(tmp_path, tiny_model, rows)
@@ -278,7 +284,7 @@ def test_after_any_interruptions_every_row_is_there_once_with_the_same_text(tmp_
             break
     print(f"rows answered at the interruptions: {answered}", file=sys.stderr)
     assert interrupted == INTERRUPTIONS
-    ran = job.run(ranks, *options)
+    ran = job.run(ranks, *options, timeout=300)
     assert ran.returncode == 0, ran.stderr
     assert len(job.lines()) == len(rows)
     assert job.answers() == whole.answers()
@@ -298,8 +304,7 @@ def test_a_stopped_job_keeps_what_it_has_begun(tmp_path, tiny_model):
     job = BatchJob(tmp_path, tiny_model, rows)
     options = ("--num-blocks", 200, "--grace", 0)
     run = Launched(job, 2, *options)
-    assert wait_for(lambda: (tmp_path / "results.jsonl").exists(), 60)
-    time.sleep(0.7)
+    run.wait_for_a_step()
     run.ranks()[1].send_signal(signal.SIGUSR2)
     ran = run.end()
     assert ran.returncode == 75, ran.stderr
@@ -313,3 +318,27 @@ def test_a_stopped_job_keeps_what_it_has_begun(tmp_path, tiny_model):
     whole = BatchJob(tmp_path / "whole", tiny_model, rows)
     assert whole.run(1, *options).returncode == 0
     assert job.answers() == whole.answers()
+
+
+# A rank that hangs
+
+
+def test_a_suspended_rank_ends_the_job_with_one_message_and_no_orphans(tmp_path, tiny_model):
+    rows = [
+        completion(f"row {n}", random_ids(20, random.Random(n)), 1000, ignore_eos=True)
+        for n in range(12)
+    ]
+    job = BatchJob(tmp_path, tiny_model, rows)
+    run = Launched(job, 3, "--num-blocks", 100, "--stall-timeout", STALL)
+    run.wait_for_a_step()
+    began = time.monotonic()
+    run.ranks()[2].suspend()
+    ran = run.end(90)
+    print(f"{time.monotonic() - began:.1f} s after SIGSTOP:\n{ran.stderr}", file=sys.stderr)
+    assert ran.returncode == 70, ran.stderr
+    assert "no answer from rank 2 on " in ran.stderr
+    assert re.search(r"rank 2 on \S+: its last report was that of round \d+, with", ran.stderr)
+    assert re.search(r"rank 0 on \S+ waits for rank 2 on \S+: ", ran.stderr)
+    assert ran.stderr.count("no answer from") == 1
+    assert {rank for rank in "012" if f"\n[rank {rank} on" in f"\n{ran.stderr}"} == {"0"}
+    assert not (tmp_path / "results.jsonl.tmp").exists()
