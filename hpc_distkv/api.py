@@ -63,6 +63,8 @@ class Files:
         Raises InputError and JournalError."""
         Intake(self.input).close()
         outputs = [self.output] if self.errors is None else [self.output, self.errors]
+        if len({path.resolve() for path in outputs}) < len(outputs):
+            raise JournalError(f"{self.errors} is both the results and the error file.")
         for path in outputs:
             check_place(path, self.input)
         claims = Claims()

@@ -116,6 +116,11 @@ class Rounds(ABC):
         return True
 
 
+def nothing_heard(rank: int) -> str:
+    """What is known of a rank as long as nothing is."""
+    return ""
+
+
 @dataclass(eq=False)
 class Comm:
     """What one rank has to reach the others."""
@@ -129,7 +134,7 @@ class Comm:
     """End the whole job with this exit status."""
     complaints: Mail | None = None
     """To rank 0, of waits that ran out (`comm.stall`)."""
-    heard: Callable[[int], str] = field(default=lambda rank: "", init=False)
+    heard: Callable[[int], str] = field(default_factory=lambda: nothing_heard, init=False)
     """On rank 0: what is known of a rank's last words."""
     closed: bool = field(default=False, init=False)
     """Whether all ranks have agreed that they are done."""
