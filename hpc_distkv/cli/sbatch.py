@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -109,7 +110,9 @@ def command(ctx: click.Context, /, submit: bool, **options: Any) -> None:
         | {"written_by": shlex.join(["hpc-distkv", *sys.argv[1:]])}
     )
     if script.gpus_per_node:
-        script = JobScript(**{**vars(script), "tasks_per_node": script.gpus_per_node})
+        if given.get("tasks_per_node", script.gpus_per_node) != script.gpus_per_node:
+            raise click.UsageError("there is one rank per GPU: give --gpus-per-node alone.")
+        script = replace(script, tasks_per_node=script.gpus_per_node)
     text = script.render()
     if not submit:
         click.echo(text, nl=False)

@@ -100,6 +100,7 @@ def test_a_task_of_an_array_answers_its_shard_and_requeues_itself_alone(
         ("--no-such-option 3", "No such option"),
         ("--kind array --shard 1/3", "--shards"),
         ("--kind mpirun --submit", "needs Slurm"),
+        ("--gpus-per-node 8 --tasks-per-node 2", "one rank per GPU"),
         ("--kind nothing", "is not one of"),
     ],
 )
