@@ -19,18 +19,21 @@ from typing import Any, TypeVar, cast
 import msgspec
 import torch
 
+from hpc_distkv.batch.claim import Claim
 from hpc_distkv.batch.errors import InputError, JournalError
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.job import Job, job_fingerprint
-from hpc_distkv.batch.journal import Journal
+from hpc_distkv.batch.journal import Journal, check_place
 from hpc_distkv.batch.service import Limits, SamplingDefaults, Service, model_names
+from hpc_distkv.batch.shard import Shard
 from hpc_distkv.comm.abort import aborting
 from hpc_distkv.comm.mpi import open_mpi
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.comm.world import World
-from hpc_distkv.control.messages import Result
+from hpc_distkv.control.messages import Result, Unfinished
 from hpc_distkv.engine.config import OptionError
 from hpc_distkv.engine.follower import Follower
+from hpc_distkv.engine.interrupt import Interrupt
 from hpc_distkv.engine.rank import EngineOptions, RankEngine, bind, load_model
 from hpc_distkv.engine.worker import Worker
 from hpc_distkv.model.config import ModelConfig
@@ -67,6 +70,41 @@ class Files:
     """The state of the run, every few seconds."""
     trace: Path | None = None
     """When which rank did what, at the end."""
+    retry_errors: bool = False
+    """Drop the error rows that there are, and answer these rows again."""
+    errors: Path | None = None
+    """Where error rows go; None: among the results."""
+    shard: Shard | None = None
+    """The part of the input to answer; None: all of it."""
+    ordered: bool = False
+    """Put the results into the order of the input when all are there."""
+
+    def claim(self) -> Claims:
+        """Claim the files to be written for this run, having looked whether they can be used.
+        Raises InputError and JournalError."""
+        Intake(self.input).close()
+        outputs = [self.output] if self.errors is None else [self.output, self.errors]
+        if len({path.resolve() for path in outputs}) < len(outputs):
+            raise JournalError(f"{self.errors} is both the results and the error file.")
+        for path in outputs:
+            check_place(path, self.input)
+        claims = Claims()
+        try:
+            for path in outputs:
+                claims[path] = Claim.take(path)
+        except JournalError:
+            claims.release()
+            raise
+        return claims
+
+
+class Claims(dict[Path, Claim]):
+    """A run's claims of the files that it writes."""
+
+    def release(self) -> None:
+        """Let others write them."""
+        for claim in self.values():
+            claim.release()
 
 
 def together(comm: Comm, prepare: Callable[[], T]) -> T:
@@ -137,20 +175,29 @@ class Engine:
     ) -> bool | None:
         return self._guard.__exit__(kind, error, trace)
 
-    def run(self, files: Files, progress: ProgressReport | None = None) -> dict[str, Any] | None:
-        """Answer every row of a batch file; resumes if the results file holds answers already.
-        Returns the run's figures on rank 0, None elsewhere. Raises SetupError on all ranks."""
-        job = self._together(lambda: self._open(files) if self._first else None)
+    def run(
+        self,
+        files: Files,
+        progress: ProgressReport | None = None,
+        *,
+        interrupt: Interrupt | None = None,
+        claims: Claims | None = None,
+    ) -> dict[str, Any] | None:
+        """Answer every row of a batch file, or as many as there is time for until `interrupt`;
+        resumes if the results file holds answers already. `claims`, on rank 0, if `files` have been
+        claimed. Returns the run's figures on rank 0, None elsewhere. Raises SetupError on all
+        ranks."""
+        job = self._together(lambda: self._open(files, claims) if self._first else None)
         leader = JobLeader(self.rank, job, self._watch(files, progress)) if job else None
         trace = begin_trace(self.comm) if files.trace else None
         started = time.time()
-        worker = self.rank.run(leader, trace)
+        worker = self.rank.run(leader, trace, interrupt)
         ranks = self._gather(worker)
         spans = gather_traces(self.comm, trace) if trace else []
         if leader is None:
             return None
         about = self._about(files, started)
-        figures = {"job": about, **leader.close(ranks, self.comm.world)}
+        figures = {"job": about, **leader.close(ranks, self.comm.world, files.ordered)}
         if files.trace and trace and (timeline := leader.watch.timeline):
             snapshots = timeline.snapshots
             try:
@@ -212,17 +259,31 @@ class Engine:
             "lending": config.policy.lending,
         }
 
-    def _open(self, files: Files) -> Job:
+    def _open(self, files: Files, claims: Claims | None) -> Job:
         limits = Limits(self.max_model_len, self.rank.capacity_tokens)
         service = Service.from_dir(self.model, self.config, limits, self.defaults, self._tokenizer)
         fingerprint = job_fingerprint(
-            self.config.fingerprint, model_names(self.model)[0], self.defaults
+            self.config.fingerprint, model_names(self.model)[0], self.defaults, files.shard
         )
-        intake = Intake(files.input)
-        journal = Journal.open(
-            files.output, fingerprint, overwrite=files.overwrite, source=files.input
-        )
-        return Job(intake, journal, service)
+        claims = claims or files.claim()
+
+        def journal(path: Path) -> Journal:
+            return Journal.open(
+                path,
+                fingerprint,
+                overwrite=files.overwrite,
+                retry_errors=files.retry_errors,
+                source=files.input,
+                claim=claims[path],
+            )
+
+        try:
+            intake = Intake(files.input, files.shard)
+            errors = journal(files.errors) if files.errors else None
+            return Job(intake, journal(files.output), service, errors)
+        except USER_ERRORS:
+            claims.release()
+            raise
 
     def _together(self, prepare: Callable[[], T]) -> T:
         return together(self.comm, prepare)
@@ -242,6 +303,10 @@ class JobLeader:
         self._record.add(result, *self._job.describe(result.id))
         self._job.finish(result)
 
+    def put_aside(self, unfinished: Unfinished) -> None:
+        """Keep what was made of a row for the rerun."""
+        self._job.put_aside(unfinished)
+
     def tick(self) -> None:
         """After every control round: make results durable and show how far the run is."""
         self._job.commit()
@@ -249,8 +314,8 @@ class JobLeader:
             self._record.see_pools(reports["capacity"] - reports["free"])
         self.watch.look(self._job, self.gmanager)
 
-    def close(self, ranks: Sequence[RankFigures], world: World) -> dict[str, Any]:
+    def close(self, ranks: Sequence[RankFigures], world: World, ordered: bool) -> dict[str, Any]:
         """Close the files; the figures of the run."""
-        self._job.close()
+        self._job.close(ordered)
         self.watch.close(self._job, self.gmanager)
         return self._record.figures(self._job, ranks, world)

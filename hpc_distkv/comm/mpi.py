@@ -39,6 +39,7 @@ def open_mpi(stall_timeout: float, tp: int = 1) -> Comm:
     mail = MpiMail(everyone.Dup(), waiter)
     rounds = MpiRounds(everyone.Dup(), everyone.Dup(), waiter)
     waiter.background += [rounds.poke, mail.poke]
+    complaints = MpiMail(everyone.Dup(), waiter)
 
     def abort(status: int) -> None:
         everyone.Abort(status)
@@ -49,7 +50,7 @@ def open_mpi(stall_timeout: float, tp: int = 1) -> Comm:
         waiter.background.append(another.poke)
         return another
 
-    return Comm(world, transport, mail, rounds, waiter, abort, new_mail)
+    return Comm(world, transport, mail, rounds, waiter, abort, new_mail, complaints)
 
 
 def library() -> str:

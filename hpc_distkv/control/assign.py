@@ -121,7 +121,7 @@ class Assignment:
         while places and (request := self._pull()) is not None:
             place, known = self._choose(request, places)
             self._give(request, place.instance, given)
-            places.take(place, self._work(request, known), request.prompt_len - known)
+            places.take(place, self._work(request, known), request.length - known)
         return given
 
     def _choose(self, request: Request, places: Places) -> tuple[Place, int]:
@@ -150,7 +150,7 @@ class Assignment:
             while rows > 0 and tokens > 0 and (hand or self._deal_until(instance)):
                 request = hand.popleft()
                 self._give(request, instance, given)
-                rows, tokens = rows - 1, tokens - request.prompt_len
+                rows, tokens = rows - 1, tokens - request.length
 
     def _deal_until(self, instance: int) -> bool:
         """Deal rows until `instance` gets one."""
@@ -192,7 +192,7 @@ class Assignment:
         return self._prompt_work(request) + self._step_tokens * output
 
     def _prompt_work(self, request: Request) -> float:
-        return work(0, request.prompt_len, self._attention_tokens)
+        return work(0, request.length, self._attention_tokens)
 
     def _give(self, request: Request, instance: int, given: dict[int, list[Request]]) -> None:
         self.home[request.id] = instance

@@ -83,6 +83,10 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     prompt: bytes
     """`pack_tokens` of the prompt; never empty."""
     sampling: Sampling
+    output: bytes = b""
+    """`pack_tokens` of the output that an earlier run has made."""
+    logprobs: bytes = b""
+    """`control.logprobs` of `output`, if the request asks for them."""
 
     @property
     def prompt_len(self) -> int:
@@ -101,6 +105,11 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
             begin = end
         return keys
 
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and of an earlier run."""
+        return self.prompt_len + len(self.output) // 4
+
 
 class Result(msgspec.Struct, frozen=True, array_like=True):
     """What became of one request."""
@@ -118,6 +127,16 @@ class Result(msgspec.Struct, frozen=True, array_like=True):
     """`control.logprobs` of the output's tokens, if the request asked for them."""
     text_end: int | None = None
     """Characters of the output's text that belong to the answer, if a stop string ended it."""
+
+
+class Unfinished(msgspec.Struct, frozen=True, array_like=True):
+    """A request that a run was stopped before it could finish."""
+
+    id: int
+    output: bytes
+    """`pack_tokens` of its output so far; never empty."""
+    logprobs: bytes = b""
+    """`control.logprobs` of `output`, if the request asks for them."""
 
 
 class Counters(msgspec.Struct):
@@ -178,6 +197,14 @@ class Counters(msgspec.Struct):
     """Mean error of predicted decode step times, relative to the measured ones."""
     gaps: dict[int, int] = {}
     """Times between two tokens of a row: bin of `observe.latency` → count."""
+
+
+class Remains(msgspec.Struct, frozen=True, array_like=True):
+    """What an instance has when a run is over: its counters, and what was not reported."""
+
+    counters: Counters
+    results: list[Result]
+    unfinished: list[Unfinished]
 
 
 class Handover(msgspec.Struct, frozen=True, array_like=True):
@@ -299,6 +326,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Measured seconds to compute a prompt token; 0 if there were none yet."""
     exchange: float = 0.0
     """Measured seconds that remote rBlocks add to a decode step; 0 if there were none yet."""
+    drain: bool = False
+    """The run should end soon."""
+    halt: bool = False
+    """The run should end now."""
     changes: Changes = Changes()
 
 
@@ -325,4 +356,7 @@ class Answer(msgspec.Struct, omit_defaults=True):
     """rBlocks that requests younger than `admit_before` have to free."""
     give_way_at: int = -1
     """Where; -1: anywhere."""
+    drain: bool = False
+    """Begin nothing any more: the run ends before all rows are answered."""
     stop: bool = False
+    """The run is over, whatever still runs."""

@@ -41,6 +41,8 @@ COLUMNS = {
     "per_kv": "f",
     "prompt_time": "f",
     "exchange": "f",
+    "drain": "?",
+    "halt": "?",
 }
 """Field of `Report` → its format, as of `struct` and of a numpy dtype; little-endian."""
 SIGNED = frozenset({"youngest"})

@@ -64,6 +64,8 @@ class Admission:
     def __init__(self, rmanager: RManager, config: EngineConfig, foresight: Foresight) -> None:
         self.before = NOBODY
         """No sequence younger than this may begin."""
+        self.closed = False
+        """No sequence may begin any more."""
         self.keep = 0
         """rBlocks to leave free for loans to come."""
         chunk = config.blocks(config.max_num_batched_tokens)
@@ -77,7 +79,7 @@ class Admission:
 
     def next(self, waiting: Rows[Sequence], running: Rows[Sequence]) -> Sequence | None:
         """The sequence of `waiting` that begins now; both lists ascend by age."""
-        if not waiting or len(running) >= self._config.max_num_seqs:
+        if self.closed or not waiting or len(running) >= self._config.max_num_seqs:
             return None
         state = self._state(waiting, running)
         if running and state == self._refused and self._refused_steps < REFUSED_STEPS:
@@ -96,7 +98,7 @@ class Admission:
 
     def outlook(self, waiting: Rows[Sequence], running: Rows[Sequence]) -> Outlook:
         """What comes of the waiting sequences, those too large for this instance left out."""
-        if not waiting:
+        if self.closed or not waiting:
             return NOTHING_WAITS
         room = self._room(waiting, running)
         seats = max(0, self._config.max_num_seqs - len(running))

@@ -22,6 +22,7 @@ from hpc_distkv.engine.events import (
     StepTimed,
     fingerprint,
 )
+from hpc_distkv.engine.interrupt import Interrupt
 from hpc_distkv.engine.lane import Lane, Parts
 from hpc_distkv.engine.pace import Speed
 from hpc_distkv.engine.recorder import Kind
@@ -59,7 +60,8 @@ class Follower:
     follower only in sums, for the same event, and in rounds, for the last boundary.
     """
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, interrupt: Interrupt) -> None:
+        self._interrupt = interrupt
         self._comm = comm = parts.comm
         self._time = parts.time
         self._lane = Lane(parts, self._attend, self._serve)
@@ -76,10 +78,11 @@ class Follower:
         """Follow until the gManager says stop. Raises StallError and ProtocolError."""
         with self._comm.waiter.meanwhile(self._attend):
             self._loop()
+            self._leaving = True
             if self._lane.sharing:
-                self._leaving = True
                 self._comm.share(None)
                 self._next(Left)
+            self._comm.gather(b"")
 
     @property
     def speed(self) -> Speed:
@@ -99,6 +102,7 @@ class Follower:
                 case Boundary(now):
                     answer = self._take_answer()
                     if answer.stop:
+                        self._instance.put_aside()
                         return
                     self._instance.apply(answer, now)
                     self._instance.credits()
@@ -124,9 +128,9 @@ class Follower:
     # -- control --------------------------------------------------------------------------------
 
     def _report(self) -> None:
-        """Take part in a round; only the leader has something to say."""
+        """Take part in a round: what this rank wants of the run; the leader says all else."""
         self._instance.report()
-        self._comm.rounds.report(b"")
+        self._comm.rounds.report(self._interrupt.wish)
 
     def _take_answer(self) -> Answer:
         what = f"the answer of round {self._instance.round}"

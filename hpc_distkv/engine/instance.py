@@ -13,9 +13,11 @@ from hpc_distkv.control.messages import (
     Counters,
     Handover,
     Header,
+    Remains,
     Report,
     Request,
     Result,
+    Unfinished,
 )
 from hpc_distkv.control.work import work
 from hpc_distkv.engine.config import EngineConfig
@@ -89,8 +91,9 @@ class Instance:
         self._returned = self.scheduler.give_back(answer.give_back)
         self.round += 1
 
-    def report(self) -> Report:
-        """What the gManager has to know at this boundary."""
+    def report(self, drain: bool = False, halt: bool = False) -> Report:
+        """What the gManager has to know at this boundary; `drain` and `halt` are what this rank
+        wants of the run."""
         demand, room = self.scheduler.demand(), self.scheduler.room()
         sharing = self.config.policy.sharing
         self._asked = demand.wanted
@@ -127,8 +130,23 @@ class Instance:
             per_kv=speed.per_kv,
             prompt_time=speed.prompt,
             exchange=speed.exchange,
+            drain=drain,
+            halt=halt,
             changes=self._changes(),
         )
+
+    def put_aside(self) -> None:
+        """The run is over: free what still runs."""
+        self.scheduler.put_aside()
+
+    def remains(self) -> Remains:
+        """What is left to be told once nothing moves any more: also results that were not reported,
+        and rows with tokens that were not finished."""
+        rows = (*self.scheduler.running, *self.scheduler.waiting)
+        unfinished = [
+            Unfinished(s.id, s.packed_output, s.packed_logprobs) for s in rows if s.output_len
+        ]
+        return Remains(self._count(), self._results, unfinished)
 
     def _changes(self) -> Changes:
         lent = {debtor: loan.total for debtor, loan in self.rm.loans.items()}

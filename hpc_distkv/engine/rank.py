@@ -23,6 +23,7 @@ from hpc_distkv.engine.activations import activation_peak, free_memory
 from hpc_distkv.engine.capacity import device_blocks, host_blocks
 from hpc_distkv.engine.config import EngineConfig, OptionError
 from hpc_distkv.engine.follower import Follower
+from hpc_distkv.engine.interrupt import Interrupt
 from hpc_distkv.engine.lane import Parts
 from hpc_distkv.engine.recorder import Recorder
 from hpc_distkv.engine.stop import TextDecoder
@@ -176,15 +177,20 @@ class RankEngine:
         return _name(self._model.dtype)
 
     def run(
-        self, leader: Leader | None = None, recorder: Recorder | None = None
+        self,
+        leader: Leader | None = None,
+        recorder: Recorder | None = None,
+        interrupt: Interrupt | None = None,
     ) -> Worker | Follower:
-        """Work until all requests of rank 0's leader are answered. Collective; `leader` is given
-        on rank 0 alone; `recorder`: is told when what happens here. Raises StallError,
-        ProtocolError, and what the leader raises."""
+        """Work until all requests of rank 0's leader are answered, or `interrupt` of any rank ends
+        the run. Collective; `leader` is given on rank 0 alone; `recorder`: is told when what
+        happens here. Raises StallError, ProtocolError, and what the leader raises."""
         heads = (self._model.config.num_heads, self._model.config.head_dim)
         time = TimeSheet(recorder or Recorder())
         parts = Parts(self.comm, self._model, self._pool, self.config, heads, self._decoder, time)
-        worker = Follower(parts) if self.comm.world.lane else Worker(parts, leader)
+        interrupt = interrupt or Interrupt()
+        follows = self.comm.world.lane > 0
+        worker = Follower(parts, interrupt) if follows else Worker(parts, leader, interrupt)
         worker.run()
         time.fill(worker.counters)
         return worker

@@ -122,7 +122,7 @@ class Scheduler:
 
     def give_back(self, rows: int) -> list[Sequence]:
         """The youngest waiting sequences, up to `rows`, that were not begun: they go elsewhere."""
-        fresh = [sequence for sequence in self.waiting if not sequence.output_len]
+        fresh = [sequence for sequence in self.waiting if sequence.fresh]
         given = fresh[max(0, len(fresh) - rows) :]
         for sequence in given:
             self.waiting.remove(sequence)
@@ -131,6 +131,7 @@ class Scheduler:
     def apply(self, answer: Answer, asked: int) -> None:
         """What a control round brought: the last report asked for `asked` rBlocks."""
         self._admission.before = answer.admit_before
+        self._admission.closed = self._admission.closed or answer.drain
         self._short_answers = self._short_answers + 1 if self._short else 0
         if self._config.policy.sharing:
             self._denied = asked > 0 and answer.granted == 0
@@ -141,6 +142,13 @@ class Scheduler:
         self._moves.apply(answer)
         if answer.give_way:
             self._give_way(answer.give_way, answer.give_way_at)
+
+    def put_aside(self) -> None:
+        """The run is over: what runs is freed, and keeps its tokens."""
+        for sequence in reversed(self.running):
+            self._set_back(sequence)
+        self.waiting = sorted((*self.running, *self.waiting), key=lambda s: s.id)
+        self.running = []
 
     def _give_way(self, blocks: int, at: int) -> None:
         """Preempt sequences younger than the one that is starved, the youngest first, until
@@ -199,7 +207,7 @@ class Scheduler:
     @property
     def fresh(self) -> int:
         """Waiting sequences that were not begun and could begin here."""
-        return sum(not s.output_len and not self._admission.large(s) for s in self.waiting)
+        return sum(s.fresh and not self._admission.large(s) for s in self.waiting)
 
     @property
     def lacking(self) -> int:
@@ -340,16 +348,19 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self._rm.close(sequence.id)
-        sequence.computed = 0
+        self._set_back(sequence)
         self.add(sequence)
         self.preemptions += 1
+
+    def _set_back(self, sequence: Sequence) -> None:
+        self._rm.close(sequence.id)
+        sequence.computed = 0
 
     # -- foresight ------------------------------------------------------------------------------
 
     def _next_waiting(self) -> list[Sequence]:
         """The sequence that is next to be admitted, if any may be."""
-        if len(self.running) >= self._config.max_num_seqs:
+        if self._admission.closed or len(self.running) >= self._config.max_num_seqs:
             return []
         return [sequence for sequence in self.waiting[:1] if sequence.id <= self._admission.before]
 

@@ -9,7 +9,7 @@ import msgspec
 import torch
 
 from hpc_distkv.control.gmanager import GManager
-from hpc_distkv.control.messages import Answer, Result
+from hpc_distkv.control.messages import Answer, Remains, Result, Unfinished
 from hpc_distkv.control.wire import encode_report
 from hpc_distkv.engine.events import (
     Boundary,
@@ -21,6 +21,7 @@ from hpc_distkv.engine.events import (
     StepTimed,
     fingerprint,
 )
+from hpc_distkv.engine.interrupt import HALT, Interrupt
 from hpc_distkv.engine.lane import Lane, Parts
 from hpc_distkv.engine.letters import Letters
 from hpc_distkv.engine.pace import Speed, StepSeconds
@@ -37,6 +38,9 @@ class Leader(Protocol):
 
     def finish(self, result: Result) -> None:
         """A request has its result."""
+
+    def put_aside(self, unfinished: Unfinished) -> None:
+        """The run has ended before a request did."""
 
     def tick(self) -> None:
         """Called after every control round."""
@@ -68,13 +72,14 @@ class Worker:
     gManager's victims.
 
     At the end every instance returns what it borrowed and serves on until all loans are settled
-    everywhere: no message is left behind.
+    everywhere: no message is left behind. So it is too when the run ends early: what runs is set
+    aside first, and its tokens are handed in last, when none of it can be under way any more.
     """
 
-    def __init__(self, parts: Parts, leader: Leader | None) -> None:
+    def __init__(self, parts: Parts, leader: Leader | None, interrupt: Interrupt) -> None:
         """`leader`: on rank 0 only."""
         self._comm = comm = parts.comm
-        self._leader = leader
+        self._leader, self._interrupt = leader, interrupt
         self._time = parts.time
         self._lane = Lane(parts, self._attend, self._serve)
         self._instance = self._lane.instance
@@ -82,6 +87,8 @@ class Worker:
         self._log = Log(comm)
         self._letters = Letters(comm, self._instance, self._lane.creditor, self._log)
         self._answer: Answer | None = None
+        if leader:
+            comm.heard = lambda rank: leader.gmanager.last_report(rank // comm.world.tp)
         self._idle = True
         self._leaving = False
 
@@ -90,8 +97,10 @@ class Worker:
         """Work until the gManager says stop. Raises StallError and ProtocolError."""
         with self._comm.waiter.meanwhile(self._attend):
             self._loop()
+            self._leaving = True
             if self._lane.sharing:
                 self._leave()
+            self._hand_in()
 
     def _loop(self) -> None:
         self._report()
@@ -100,6 +109,7 @@ class Worker:
                 answer, now = self._take_answer(), time.monotonic()
                 self._log.record(Boundary(now))
                 if answer.stop:
+                    self._instance.put_aside()
                     return
                 self._instance.apply(answer, now)
                 self._letters.open_credits()
@@ -118,13 +128,25 @@ class Worker:
     def _leave(self) -> None:
         """Return what was borrowed, and serve until nobody has anything of this rank's. Credit may
         still come until everybody is here: it goes back at once."""
-        self._leaving = True
         rm, creditor = self._instance.rm, self._lane.creditor
         self._comm.idle(
             lambda: (not rm.loans and creditor.idle) or None, "debtors to return their loans"
         )
         self._comm.share(None)
         self._log.record(Left())
+
+    def _hand_in(self) -> None:
+        """Rank 0 gets all that was not reported."""
+        messages = self._comm.gather(msgspec.msgpack.encode(self._instance.remains()))
+        if not self._leader:
+            return
+        for instance, message in enumerate(messages[:: self._comm.world.tp]):
+            remains = msgspec.msgpack.decode(message, type=Remains)
+            self._leader.gmanager.counters[instance] = remains.counters
+            for result in remains.results:
+                self._leader.finish(result)
+            for unfinished in remains.unfinished:
+                self._leader.put_aside(unfinished)
 
     def _return_all(self) -> None:
         debts = self._instance.rm.debts.values()
@@ -169,9 +191,12 @@ class Worker:
 
     def _answer_round(self, leader: Leader, messages: list[bytes]) -> None:
         """The gManager's part. It hears the leaders of instances, and every rank its instance's
-        answer."""
+        answer; of other ranks it hears what they want of the run."""
         tp = self._comm.world.tp
-        answers, results = leader.gmanager.round(messages[::tp])
+        wishes = [message for rank, message in enumerate(messages) if rank % tp]
+        answers, results = leader.gmanager.round(
+            messages[::tp], drain=any(wishes), halt=HALT in wishes
+        )
         self._comm.rounds.reply([answer for answer in answers for _ in range(tp)])
         for result in results:
             leader.finish(result)
@@ -180,7 +205,8 @@ class Worker:
     def _report(self) -> None:
         self._time.fill(self.counters)
         self._time.recorder.open(Kind.ROUND)
-        message = encode_report(self._instance.report())
+        wanted = self._interrupt
+        message = encode_report(self._instance.report(wanted.drain, wanted.halt))
         self.counters.bytes_reported += len(message)
         self._comm.rounds.report(message)
 

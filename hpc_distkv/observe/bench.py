@@ -11,7 +11,7 @@ from typing import Any
 
 from hpc_distkv.comm.local import open_local
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.control.messages import Request, Result, Sampling, pack_tokens
+from hpc_distkv.control.messages import Request, Result, Sampling, Unfinished, pack_tokens
 from hpc_distkv.engine.pace import Speed
 from hpc_distkv.engine.rank import EngineOptions, RankEngine
 from hpc_distkv.engine.recorder import Recorder
@@ -34,6 +34,9 @@ class BenchLeader:
         """Note the result's latencies and tokens."""
         self.record.add(result)
         self.tokens[result.id] = result.tokens
+
+    def put_aside(self, unfinished: Unfinished) -> None:
+        """A benchmark is not stopped early."""
 
     def tick(self) -> None:
         """Nothing to do between rounds."""

@@ -105,7 +105,9 @@ class RunRecord:
             "answered_before": job.skipped - job.failed_before,
             "failed_before": job.failed_before,
             "total": job.total_rows,
+            "put_aside": job.begun_rows,
         }
+        stopped = {"stopped": not job.complete, "put_aside_tokens": job.begun_tokens}
         requests = {
             "total": job.total_rows,
             "completed": job.answered + job.skipped - job.failed_before,
@@ -123,7 +125,7 @@ class RunRecord:
             }
             for number, rank in enumerate(ranks)
         ]
-        return {"request_counts": requests, "rows": rows, **summary, "ranks": each}
+        return {"request_counts": requests, "rows": rows, **stopped, **summary, "ranks": each}
 
 
 def _rounded(figures: dict[str, Any]) -> dict[str, float]:

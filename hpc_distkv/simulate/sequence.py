@@ -31,7 +31,7 @@ class SizedRequest(Request, frozen=True, array_like=True):
         return int.from_bytes(self.prompt[:4], "little")
 
     @property
-    def output(self) -> int:
+    def makes(self) -> int:
         """Output tokens it will make."""
         return int.from_bytes(self.prompt[4:8], "little")
 
@@ -78,7 +78,7 @@ class SizedSequence(Sequence):
         self.length = sized.prompt_len
         self.output_len = 0
         self.keys: list[bytes] = []
-        self._output = sized.output
+        self._output = sized.makes
         self.final_len = self.length + sized.sampling.max_tokens - 1
 
     def __repr__(self) -> str:
