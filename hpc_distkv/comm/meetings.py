@@ -132,17 +132,19 @@ class MeetingTransport(Transport):
     ) -> Pending:
         """Post one hop."""
         posts: list[Post] = []
-        rest: list[list[tuple[int, torch.Tensor]]] = []
-        unused = self._fabric.mark()
+        holds, unused = self._fabric.holds, self._fabric.mark()
         for pairs, channel, send in ((sends, send_on, True), (recvs, receive_on, False)):
-            rest.append([pair for pair in pairs if not self._fabric.holds(pair[1])])
             for peer, tensor in pairs:
-                if self._fabric.holds(tensor):
+                if holds(tensor):
                     upward = send if peer == self._me else send == (self._me < peer)
                     post = Post(Lane(peer, channel, upward), send, tensor, unused)
                     self._posted[post.lane].append(post)
                     posts.append(post)
-        others = self._inner.exchange(*rest, send_on, receive_on) if any(rest) else None
+        others = None
+        if len(posts) < len(sends) + len(recvs):
+            sends = [(peer, tensor) for peer, tensor in sends if not holds(tensor)]
+            recvs = [(peer, tensor) for peer, tensor in recvs if not holds(tensor)]
+            others = self._inner.exchange(sends, recvs, send_on, receive_on)
         pending = MeetingPending(posts, others, self)
         self._under_way[pending] = None
         self.push()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from hpc_distkv.comm.cuda import new_stream, passed
 from hpc_distkv.comm.device import Event
 from hpc_distkv.comm.meetings import Message
 from hpc_distkv.comm.transport import Comm
@@ -28,7 +29,8 @@ def usable() -> tuple[int, str]:
     if not getattr(nccl, "available", True):
         return 0, f"CuPy finds no NCCL: {INSTALL}"
     ours = nccl.get_version()
-    major, minor, patch = torch.cuda.nccl.version()[:3]
+    version: tuple[int, ...] = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+    major, minor, patch = version[:3]
     theirs = 10_000 * major + 100 * minor + patch
     if ours != theirs:
         return 0, (
@@ -52,7 +54,7 @@ class Nccl:
         world = comm.world
         mine = nccl.get_unique_id().hex() if world.rank == 0 else ""
         identity = bytes.fromhex(comm.share(mine)[0])
-        self._stream = torch.cuda.Stream(priority=-1)
+        self._stream = new_stream(priority=-1)
         try:
             self._communicator = nccl.NcclCommunicator(world.size, identity, world.rank)
         except nccl.NcclError as error:
@@ -65,9 +67,7 @@ class Nccl:
 
     def mark(self) -> torch.cuda.Event:
         """When all is done that the current stream was given."""
-        event = torch.cuda.Event()
-        event.record()
-        return event
+        return passed()
 
     def meet(self, messages: Sequence[Message]) -> Event:
         """All in one group."""
@@ -82,9 +82,7 @@ class Nccl:
             raise NcclError(
                 f"NCCL refuses messages with rank {messages[0].peer}: {error}"
             ) from None
-        event = torch.cuda.Event()
-        event.record(self._stream)
-        return event
+        return passed(self._stream)
 
     def check(self) -> None:
         """Raise NcclError if a peer is gone, and let go of what waits for it."""

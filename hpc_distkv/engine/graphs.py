@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 
 from hpc_distkv.attention import PagedBatch, PagedRow, micro_attention, write_kv
 from hpc_distkv.attention.launch import Kernels, Plan
+from hpc_distkv.comm.cuda import new_stream
 from hpc_distkv.engine.model import Model
 from hpc_distkv.memory.pool import BlockPool
 
@@ -42,7 +44,7 @@ class DecodeGraphs:
         self._graphs: dict[Hashable, DecodeGraph] = {}
         self._memory = torch.cuda.graph_pool_handle()
         """Shared by all: what one leaves is read before the next is replayed."""
-        self._stream = torch.cuda.Stream()
+        self._stream = new_stream()
         # What rows beyond the last write must not touch those of others.
         spare = pool.num_blocks - 1
         self._no_row = [
@@ -122,8 +124,9 @@ class DecodeGraph:
 
         return self._model.hidden(tokens, positions, attend, lambda: None, None)
 
-    def record(self, stream: torch.cuda.Stream, memory: tuple[int, int]) -> None:
-        """Record `compute` without computing. Nothing waits for the device."""
+    def record(self, stream: torch.cuda.Stream, memory: Any) -> None:
+        """Record `compute` without computing; `memory`: a handle of graph memory. Nothing waits for
+        the device."""
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._graph.capture_begin(pool=memory, capture_error_mode="thread_local")

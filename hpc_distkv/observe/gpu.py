@@ -34,7 +34,7 @@ def profile_steps(engine: RankEngine, requests: Sequence[Request]) -> dict[str, 
     busy: Counter[str] = Counter()
     for average in profiler.key_averages():
         calls[average.key] += average.count
-        if average.device_type == torch.autograd.DeviceType.CUDA:
+        if average.self_device_time_total and not average.self_cpu_time_total:
             busy[average.key] += average.self_device_time_total
     kernels = {name: n for name, n in busy.items() if not name.startswith(("Memcpy", "Memset"))}
     seconds = worker.counters.step_time

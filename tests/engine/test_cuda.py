@@ -87,6 +87,24 @@ def test_drawn_tokens_equal_those_of_the_cpu(tmp_path: Path) -> None:
     assert there.tokens == here.tokens
 
 
+def test_recorded_steps_change_no_token(tmp_path: Path) -> None:
+    """Rows come, go and give way, so steps of many forms are recorded and replayed."""
+    save("llama-llama3", tmp_path)
+    model, rng = loaded(tmp_path, "cuda"), random.Random(5)
+    rows = [
+        Request(
+            number,
+            pack_tokens(prompt(rng.randint(1, 150), number)),
+            Sampling(rng.randint(20, 120), rng.choice([0.0, 0.8]), seed=number),
+        )
+        for number in range(40)
+    ]
+    eager = on_gpu(model, rows, options(400, enforce_eager=True))
+    for blocks in (400, 60):
+        replayed = on_gpu(model, rows, options(blocks))
+        assert replayed.tokens == eager.tokens
+
+
 def test_a_pool_is_sized_from_what_the_gpu_has_left(tmp_path: Path) -> None:
     save("llama-llama3", tmp_path)
     rows = drawn(4)
