@@ -18,7 +18,7 @@ UNHEARD = 5.0
 APART = 0.2
 """Seconds between those who speak for themselves: the first one ends the job."""
 MOST_TOLD = 6
-"""Waits that the message tells of."""
+"""Ranks, and waits, that the message tells of."""
 PAUSE = 0.01
 
 
@@ -49,20 +49,20 @@ def agreed_words(comm: Comm, stall: StallError) -> str:
 
 def verdict(comm: Comm, complaints: Iterable[Complaint]) -> str:
     """Who is awaited and does not wait itself: those ranks hang, or compute for too long."""
-    by_rank = {complaint.rank: complaint for complaint in complaints}
-    awaited = {rank for complaint in by_rank.values() for rank in complaint.awaited}
-    waits = [complaint.text for _, complaint in sorted(by_rank.items())]
-    lines = [f"  {text}" for text in waits[:MOST_TOLD]]
-    if len(waits) > MOST_TOLD:
-        lines.append(f"  and {len(waits) - MOST_TOLD} others")
-    silent = sorted(awaited - by_rank.keys())
+    told = {complaint.rank: complaint for complaint in complaints}
+    silent = sorted({rank for c in told.values() for rank in c.awaited} - told.keys())
+    waits = [c.text for _, c in sorted(told.items()) if not silent or set(silent) & set(c.awaited)]
     if not silent:
-        return "\n".join(["all ranks wait for each other:", *lines]) if len(lines) > 1 else waits[0]
-    names = ", ".join(comm.world.name(rank) for rank in silent[:MOST_TOLD])
-    names += f" and {len(silent) - MOST_TOLD} others" if len(silent) > MOST_TOLD else ""
-    heard = [f"  {comm.world.name(rank)}: {words}" for rank in silent[:MOST_TOLD]
-             if (words := comm.heard(rank))]  # fmt: skip
-    return "\n".join([f"no answer from {names}: the job ends.", *heard, *lines])
+        return "\n".join(["all of these wait for each other:", *_some(waits)])
+    names = _some([comm.world.name(rank) for rank in silent])
+    known = [f"{comm.world.name(rank)}: {words}" for rank in silent if (words := comm.heard(rank))]
+    return "\n".join([f"no answer from {', '.join(names)}", *_some(known), *_some(waits)])
+
+
+def _some(words: list[str]) -> list[str]:
+    """Not more of them than anybody would read."""
+    rest = len(words) - MOST_TOLD
+    return [*words[:MOST_TOLD], f"and {rest} more"] if rest > 0 else words
 
 
 def _hear(mail: Mail) -> list[Complaint]:
