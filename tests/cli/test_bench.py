@@ -137,3 +137,11 @@ def test_kernels_of_a_device_that_is_not_there(device):
     assert done.returncode == 2
     assert device in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_gpu_that_is_not_there_is_not_profiled(tiny_model):
+    options = ("--model", str(tiny_model), "--device", "cpu", "--num-blocks", "10")
+    done = run_command(0, "bench", "gpu", *options)
+    assert done.returncode == 2
+    assert "run it on a node that has one" in done.stderr
+    assert "Traceback" not in done.stderr
