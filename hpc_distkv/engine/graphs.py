@@ -1,9 +1,10 @@
 """Decode steps as CUDA graphs: what the host asks of the GPU in a step is recorded once.
 
 A decode step of a small model takes the host, which launches hundreds of kernels, several times
-as long as the GPU. Its launches depend on little: on the number of rows, and on how attention is cut.
-So steps in which every row decodes with all its rBlocks at home are recorded by that form, with
-rows and cuts rounded up, and replayed: the host fills in tokens, slots and cuts, and launches once.
+as long as the GPU. Its launches depend on little: on the number of rows, and on how attention is
+cut. So steps in which every row decodes with all its rBlocks at home are recorded by that form,
+with rows and cuts rounded up, and replayed: the host fills in tokens, slots and cuts, and launches
+once.
 """
 
 from __future__ import annotations
