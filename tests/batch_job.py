@@ -44,6 +44,7 @@ class BatchJob:
 
     def __init__(self, folder: Path, model: Path, rows: Iterable[dict[str, Any]]) -> None:
         self.model = model
+        folder.mkdir(exist_ok=True)
         self.input = folder / "prompts.jsonl"
         self.output = folder / "results.jsonl"
         self.metrics = folder / "metrics.json"

@@ -1,5 +1,5 @@
 """The real command under mpirun: its answers are those of transformers, however the KV cache is
-spread over ranks, and every row is answered once, whichever rank is killed when."""
+spread over ranks, and every row is answered once, however the job is interrupted."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import contextlib
 import os
 import random
 import re
+import signal
+import subprocess
 import sys
 import time
 import uuid
@@ -22,7 +24,9 @@ from mpirun import mpirun, run_mpi
 pytestmark = pytest.mark.skipif(mpirun() is None, reason="needs mpirun")
 
 BLOCK = 16
-KILLS = int(os.environ.get("HPC_DISTKV_KILLS", "4"))
+STALL = 5
+ROWS = int(os.environ.get("HPC_DISTKV_ROWS", "40"))
+INTERRUPTIONS = int(os.environ.get("HPC_DISTKV_INTERRUPTIONS", "3"))
 MARK = "HPC_DISTKV_TEST_MARK"
 """Environment variable that tells the processes of one job from all others."""
 RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
@@ -152,14 +156,14 @@ def test_a_tensor_parallel_size_that_cannot_be_is_refused_at_once(tmp_path, demo
     assert "sizes that do: 1, 3\n" in ran.stderr
 
 
-# kill -9
+# Interruptions: kill -9 of one rank, and signals that ask the job to stop
 
 
-def killable_rows() -> list[dict]:
+def long_rows(count: int) -> list[dict]:
     """Rows for some seconds of work, greedy and drawn."""
     rng = random.Random(11)
     rows = []
-    for number in range(60):
+    for number in range(count):
         ids = random_ids(rng.choice([10, 30, 100, 500]), rng)
         fields = {"temperature": rng.choice([0, 0.8]), "ignore_eos": True}
         rows.append(completion(f"row {number}", ids, rng.randint(20, 120), **fields))
@@ -177,9 +181,14 @@ def processes(mark: str) -> dict[psutil.Process, dict[str, str]]:
     return found
 
 
-def is_rank(environment: dict[str, str]) -> bool:
-    """Launchers tell ranks, and nobody else, their number."""
-    return any(name in environment for name in RANK_VARIABLES)
+def ranks_of(mark: str) -> dict[int, psutil.Process]:
+    """The ranks among them by number: launchers tell ranks, and nobody else, their number."""
+    return {
+        int(environment[name]): process
+        for process, environment in processes(mark).items()
+        for name in RANK_VARIABLES
+        if name in environment
+    }
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
@@ -191,63 +200,143 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
-def run_and_kill(
-    job: BatchJob, options: list, ranks: int, after_answers: bool, rng: random.Random
-) -> bool:
-    """Kill one rank some time after the start, or after this run's first answers; whether the job
-    was still running then."""
+class Launched:
+    """A job that runs in the background, and may be interrupted."""
 
-    def size() -> int:
-        return job.output.stat().st_size if job.output.exists() else 0
+    def __init__(self, job: BatchJob, ranks: int, *options: str | int) -> None:
+        self.mark = uuid.uuid4().hex
+        self._job = job
+        self._before = self._size()
+        self._pool = ThreadPoolExecutor(1)
+        words = [COMMAND, *job.arguments(*options)]
+        self._run = self._pool.submit(run_mpi, ranks, words, 300, {MARK: self.mark})
 
-    before, mark = size(), uuid.uuid4().hex
-    with ThreadPoolExecutor(1) as pool:
-        run = pool.submit(run_mpi, ranks, [COMMAND, *job.arguments(*options)], 90, {MARK: mark})
-        if after_answers:
-            wait_for(lambda: run.done() or size() > before, 60)
-            time.sleep(rng.uniform(0, 1.5))
-        else:
-            time.sleep(rng.uniform(1, 5))
-        victims = [process for process, known in processes(mark).items() if is_rank(known)]
-        if len(victims) < ranks:
-            assert run.result().returncode == 0, run.result().stderr
-            return False
-        rng.choice(victims).kill()
-        assert wait_for(run.done, 60), "the job goes on without a rank"
-        status = run.result().returncode
-    if not status:  # killed on its way out
+    def wait_for_answers(self) -> None:
+        """Until this run has written some, or has ended."""
+        assert wait_for(lambda: self._run.done() or self._size() > self._before, 60)
+
+    def wait_for_a_step(self) -> None:
+        """Until all ranks have most likely begun to compute."""
+        assert wait_for(lambda: self._run.done() or self._job.output.exists(), 60)
+        time.sleep(0.7)
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        return ranks_of(self.mark)
+
+    def end(self, seconds: float = 60) -> subprocess.CompletedProcess[str]:
+        """How it ended; nothing of it is left."""
+        assert wait_for(self._run.done, seconds), "the job goes on"
+        assert wait_for(lambda: not processes(self.mark), 20), "a process outlived its job"
+        self._pool.shutdown()
+        return self._run.result()
+
+    def _size(self) -> int:
+        return self._job.output.stat().st_size if self._job.output.exists() else 0
+
+
+def interrupt(job: BatchJob, options: list, ranks: int, way: int, rng: random.Random) -> bool:
+    """Send a signal to one rank, or one that asks to stop to all of them, some time after the
+    start or after this run's first answers; whether the job was still running then."""
+    run = Launched(job, ranks, *options)
+    if rng.random() < 0.7:
+        run.wait_for_answers()
+        time.sleep(rng.uniform(0, 1.0))
+    else:
+        time.sleep(rng.uniform(1, 4))
+    victims = run.ranks()
+    if len(victims) < ranks:
+        ran = run.end()
+        assert ran.returncode == 0, ran.stderr
         return False
-    assert wait_for(lambda: not processes(mark), 20), "a rank outlived its job"
-    return True
+    everybody = way != signal.SIGKILL and rng.random() < 0.5
+    for rank in victims if everybody else [rng.randrange(ranks)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victims[rank].send_signal(way)
+    ran = run.end()
+    if way != signal.SIGKILL:
+        # Before the command listens, a signal ends the process.
+        assert ran.returncode in (0, 75, 128 + way, -way) or "signal" in ran.stderr, ran.stderr
+        print(f"{signal.Signals(way).name}: status {ran.returncode}", file=sys.stderr)
+    return ran.returncode != 0
 
 
-def test_after_kills_of_any_rank_a_rerun_has_every_row_once_with_the_same_text(
-    tmp_path, tiny_model
-):
-    rows, options, ranks = killable_rows(), ["--num-blocks", 24, "--max-num-seqs", 5], 3
-    (tmp_path / "whole").mkdir()
+def test_after_any_interruptions_every_row_is_there_once_with_the_same_text(tmp_path, tiny_model):
+    rows, ranks = long_rows(ROWS), 3
+    options = ["--num-blocks", 24, "--max-num-seqs", 5, "--grace", 0.3]
     whole = BatchJob(tmp_path / "whole", tiny_model, rows)
-    ran = whole.run(ranks, *options)
+    ran = whole.run(ranks, *options, timeout=300)
     assert ran.returncode == 0, ran.stderr
 
     job = BatchJob(tmp_path, tiny_model, rows)
     seed = int(os.environ.get("HPC_DISTKV_SEED", random.SystemRandom().randrange(10**6)))
     print(f"HPC_DISTKV_SEED={seed}", file=sys.stderr)
     rng = random.Random(seed)
-    killed, rows_at_kills = 0, []
-    for attempt in range(4 * KILLS):
-        if run_and_kill(job, options, ranks, attempt % 3 < 2, rng):
-            killed += 1
-            rows_at_kills.append(job.output.read_bytes().count(b"\n") if job.output.exists() else 0)
-        else:  # all rows were answered before the kill: begin again
+    interrupted, answered = 0, []
+    for _ in range(4 * INTERRUPTIONS):
+        way = (signal.SIGUSR2, signal.SIGKILL, signal.SIGTERM)[interrupted % 3]
+        if interrupt(job, options, ranks, way, rng):
+            interrupted += 1
+            answered.append(job.output.read_bytes().count(b"\n") if job.output.exists() else 0)
+        else:  # all rows were answered before: begin again
             assert job.answers() == whole.answers()
             job.output.unlink()
-        if killed == KILLS:
+        if interrupted == INTERRUPTIONS:
             break
-    print(f"rows answered at the kills: {rows_at_kills}", file=sys.stderr)
-    assert killed == KILLS
-    assert any(0 < answered < len(rows) for answered in rows_at_kills)
-    ran = job.run(ranks, *options)
+    print(f"rows answered at the interruptions: {answered}", file=sys.stderr)
+    assert interrupted == INTERRUPTIONS
+    ran = job.run(ranks, *options, timeout=300)
     assert ran.returncode == 0, ran.stderr
     assert len(job.lines()) == len(rows)
     assert job.answers() == whole.answers()
+    assert sorted(path.name for path in tmp_path.iterdir() if "results" in path.name) == [
+        "results.jsonl",
+        "results.jsonl.meta.json",
+    ]
+
+
+def test_a_stopped_job_keeps_what_it_has_begun(tmp_path, tiny_model):
+    """Rows far too long to end within the grace go on where they were: nothing is made twice."""
+    prompts = [random_ids(20, random.Random(n)) for n in range(4)]
+    rows = [
+        completion(f"row {n}", ids, 700, temperature=0.8, ignore_eos=True)
+        for n, ids in enumerate(prompts)
+    ]
+    job = BatchJob(tmp_path, tiny_model, rows)
+    options = ("--num-blocks", 200, "--grace", 0)
+    run = Launched(job, 2, *options)
+    run.wait_for_a_step()
+    run.ranks()[1].send_signal(signal.SIGUSR2)
+    ran = run.end()
+    assert ran.returncode == 75, ran.stderr
+    kept = job.figures()["put_aside_tokens"]
+    assert f"{kept} output tokens are put aside" in ran.stdout
+    made = job.figures()["counters"]["generated_tokens"]
+    assert 0 < kept <= made < 4 * 700
+    ran = job.run(2, *options)
+    assert ran.returncode == 0, ran.stderr
+    assert job.figures()["counters"]["generated_tokens"] == 4 * 700 - kept
+    assert {tokens for _, tokens, _ in job.answers().values()} == {700}
+
+
+# A rank that hangs
+
+
+def test_a_suspended_rank_ends_the_job_with_one_message_and_no_orphans(tmp_path, tiny_model):
+    rows = [
+        completion(f"row {n}", random_ids(20, random.Random(n)), 1000, ignore_eos=True)
+        for n in range(12)
+    ]
+    job = BatchJob(tmp_path, tiny_model, rows)
+    run = Launched(job, 3, "--num-blocks", 100, "--stall-timeout", STALL)
+    run.wait_for_a_step()
+    began = time.monotonic()
+    run.ranks()[2].suspend()
+    ran = run.end(90)
+    print(f"{time.monotonic() - began:.1f} s after SIGSTOP:\n{ran.stderr}", file=sys.stderr)
+    assert ran.returncode == 70, ran.stderr
+    assert "no answer from rank 2 on " in ran.stderr
+    assert re.search(r"rank 2 on \S+: its last report was that of round \d+, with", ran.stderr)
+    assert re.search(r"rank 0 on \S+ waits for rank 2 on \S+: ", ran.stderr)
+    assert ran.stderr.count("no answer from") == 1
+    assert {rank for rank in "012" if f"\n[rank {rank} on" in f"\n{ran.stderr}"} == {"0"}
+    assert not (tmp_path / "results.jsonl.tmp").exists()

@@ -30,6 +30,11 @@ class AttentionSpec:
     slopes: Tensor | None = None
     """ALiBi's slope of each query head: float32 [H] on the CPU, contiguous; None: no bias."""
 
+    @property
+    def positional(self) -> bool:
+        """Whether the position of a query decides on more than which keys it sees as past."""
+        return self.window > 0 or self.slopes is not None
+
     def __post_init__(self) -> None:
         if not 0 <= self.window <= MOST_WINDOW or not self.softcap >= 0:
             raise ValueError(

@@ -14,19 +14,56 @@ DUPLICATE = "duplicate_custom_id"
 """Error code of a row whose custom_id an earlier row has."""
 
 
-class _Error(msgspec.Struct):
+class _Error(msgspec.Struct, frozen=True):
     code: str
 
 
-class _Line(msgspec.Struct):
+class _Usage(msgspec.Struct, frozen=True):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class _Body(msgspec.Struct, frozen=True):
+    usage: _Usage = _Usage()
+
+
+class _Response(msgspec.Struct, frozen=True):
+    body: _Body
+
+
+class Line(msgspec.Struct, frozen=True):
+    """What is read back of a line of the results."""
+
     id: str
     custom_id: str | None
     error: _Error | None
+    response: _Response
+
+    @property
+    def number(self) -> int:
+        """Place of the row in the input, from 0, when it was answered."""
+        return int(self.id.removeprefix(ID_PREFIX))
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is an error row."""
+        return self.error is not None
+
+
+def read_line(line: bytes) -> Line:
+    """One line of the results file. Raises ValueError when it is not one."""
+    try:
+        row = msgspec.json.decode(line, type=Line)
+        _ = row.number
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return row
 
 
 @dataclass
 class Answered:
-    """Which rows have a line in the results file, and how many of those lines are errors.
+    """Which rows have a line in the results, how many of those lines are errors, and the tokens of
+    the others.
 
     A row is known by its custom_id. Rows without a usable one, and rows that repeat the
     custom_id of another, are known by their number.
@@ -34,21 +71,33 @@ class Answered:
 
     custom_ids: set[str] = field(default_factory=set)
     numbers: set[int] = field(default_factory=set)
+    lines: int = 0
     failed: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
 
     def add(self, line: bytes) -> None:
-        """Count one line of the results file. Raises ValueError when it is not one."""
-        try:
-            row = msgspec.json.decode(line, type=_Line)
-            number = int(row.id.removeprefix(ID_PREFIX))
-        except RecursionError:
-            raise ValueError("nested too deeply") from None
+        """Count one line of the results. Raises ValueError when it is not one."""
+        row = read_line(line)
         duplicate = row.error is not None and row.error.code == DUPLICATE
         if row.custom_id is None or duplicate:
-            self.numbers.add(number)
+            self.numbers.add(row.number)
         else:
             self.custom_ids.add(row.custom_id)
-        self.failed += row.error is not None
+        self.lines += 1
+        self.failed += row.failed
+        usage = row.response.body.usage
+        self.prompt_tokens += usage.prompt_tokens
+        self.output_tokens += usage.completion_tokens
+
+    def include(self, other: Answered) -> None:
+        """Add what another file holds."""
+        self.custom_ids |= other.custom_ids
+        self.numbers |= other.numbers
+        self.lines += other.lines
+        self.failed += other.failed
+        self.prompt_tokens += other.prompt_tokens
+        self.output_tokens += other.output_tokens
 
 
 def read_answered(path: Path) -> tuple[Answered, int]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from hpc_distkv.batch.answered import DUPLICATE, Answered
 from hpc_distkv.batch.errors import InputError, RowError
 from hpc_distkv.batch.schema import Envelope, read_envelope
+from hpc_distkv.batch.shard import Shard
 
 LONGEST_LINE = 256 << 20
 """Bytes. A longer line is an error row, and is not read into memory."""
@@ -22,9 +23,10 @@ class Intake:
     Holds every custom_id it has seen (about 100 bytes a row), never the rows.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Opens the file. Raises InputError."""
+    def __init__(self, path: str | os.PathLike[str], shard: Shard | None = None) -> None:
+        """Opens the file, for the rows of `shard` if it is given. Raises InputError."""
         self.path = Path(path)
+        self._shard = shard
         if str(path) == "-":
             raise InputError("the input must be a file: a stream cannot be read again to resume.")
         try:
@@ -52,9 +54,11 @@ class Intake:
         """
         seen: set[str] = set()
         for number, line in self._lines():
-            self.rows += 1
             envelope = _too_long(number) if line is None else read_envelope(line, number)
             custom_id = envelope.custom_id
+            if self._shard and not self._shard.has(custom_id, number):
+                continue
+            self.rows += 1
             if custom_id is None:
                 done = number in answered.numbers
             elif custom_id in seen:

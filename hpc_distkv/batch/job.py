@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
 
+from hpc_distkv.batch.answered import Answered
 from hpc_distkv.batch.choice import read_choice
 from hpc_distkv.batch.errors import RowError
 from hpc_distkv.batch.intake import Intake
@@ -16,9 +17,13 @@ from hpc_distkv.batch.journal import Journal
 from hpc_distkv.batch.response import answer_line, error_line
 from hpc_distkv.batch.rows import Row, parse_row, which_choice
 from hpc_distkv.batch.service import SamplingDefaults, Service
-from hpc_distkv.control.messages import Request, Result
+from hpc_distkv.batch.shard import Shard
+from hpc_distkv.batch.unfinished import Answer, Begun, digest
+from hpc_distkv.control.messages import Request, Result, Unfinished
 from hpc_distkv.model.detokenizer import CONTEXT
 
+SHARD = "shard"
+"""Where the fingerprint says which part of the input the results answer."""
 COMMIT_INTERVAL = 1.0
 """Seconds between two fsyncs of the results."""
 
@@ -28,35 +33,56 @@ class _Pending:
     row: Row
     """Without most of its prompt."""
     prompt_tokens: int
+    asked: tuple[str, ...]
+    """`digest` of the request of each of its answers."""
     results: dict[int, Result] = field(default_factory=dict)
     """By choice: the row is written when all are there."""
 
     @classmethod
-    def of(cls, row: Row) -> _Pending:
-        return cls(replace(row, prompt=row.prompt[-CONTEXT:]), len(row.prompt))
+    def of(cls, row: Row, requests: Sequence[Request]) -> _Pending:
+        return cls(
+            replace(row, prompt=row.prompt[-CONTEXT:]),
+            len(row.prompt),
+            tuple(map(digest, requests)),
+        )
 
 
 def job_fingerprint(
-    model_fingerprint: str, served_model: str, defaults: SamplingDefaults
+    model_fingerprint: str,
+    served_model: str,
+    defaults: SamplingDefaults,
+    shard: Shard | None = None,
 ) -> dict[str, Any]:
     """What must not change between a run and its rerun, for `Journal.open`."""
     return {
         "model": model_fingerprint,
         "served_model": served_model,
         "defaults": msgspec.to_builtins(defaults),
+        **({SHARD: str(shard)} if shard else {}),
     }
 
 
 class Job:
-    """Every row of `intake` gets exactly one line in `journal`, whatever is wrong with it.
+    """Every row of `intake` gets exactly one line in `journal`, whatever is wrong with it; or, if
+    it is an error row, in the journal `errors` where there is one.
 
-    Remembers the rows in flight only. Owns neither file's opening, but closes both.
+    Remembers the rows in flight, and what earlier runs have begun. Owns no file's opening, but
+    closes all.
     """
 
-    def __init__(self, intake: Intake, journal: Journal, service: Service) -> None:
+    def __init__(
+        self, intake: Intake, journal: Journal, service: Service, errors: Journal | None = None
+    ) -> None:
         self._intake = intake
         self._journal = journal
+        self._errors = errors or journal
         self._service = service
+        self._answered = Answered()
+        for each in self._journals:
+            self._answered.include(each.answered)
+        done = self._answered.custom_ids
+        self._begun = {a: b for a, b in journal.unfinished.items() if a.custom_id not in done}
+        """What was begun of the rows that have no line yet."""
         self._pending: dict[int, _Pending] = {}
         self._committed_at = time.monotonic()
         self.answered = 0
@@ -70,15 +96,32 @@ class Job:
         Call once. Writes the error rows on its way, thousands of them perhaps, before it yields.
         Raises InputError and JournalError.
         """
-        for envelope in self._intake.envelopes(self._journal.answered):
+        for envelope in self._intake.envelopes(self._answered):
             try:
                 row = parse_row(envelope, self._service)
             except RowError as error:
                 self._write_error(envelope.number, envelope.custom_id, error)
                 self.commit()
             else:
-                self._pending[row.number] = _Pending.of(row)
-                yield from row.requests()
+                requests = list(row.requests())
+                self._pending[row.number] = _Pending.of(row, requests)
+                for choice, request in enumerate(requests):
+                    begun = self._begun.get(Answer(row.custom_id, choice))
+                    if begun is None or not begun.fits(request):
+                        yield request
+                    elif begun.result:
+                        self.finish(msgspec.structs.replace(begun.result, id=request.id))
+                    else:
+                        yield msgspec.structs.replace(
+                            request, output=begun.output, logprobs=begun.logprobs
+                        )
+
+    def put_aside(self, unfinished: Unfinished) -> None:
+        """Keep what was made of a request that came from `requests` and will not be finished in
+        this run."""
+        number, choice = which_choice(unfinished.id)
+        if pending := self._pending.get(number):
+            self._keep(pending, choice, output=unfinished.output, logprobs=unfinished.logprobs)
 
     def finish(self, result: Result) -> None:
         """Take the result of a request that came from `requests`, and write the answer of its row
@@ -91,7 +134,7 @@ class Job:
         row = pending.row
         if len(pending.results) < row.choices:
             return
-        del self._pending[number]
+        self._forget(number)
         tokenizer = self._service.tokenizer
         choices = [
             read_choice(pending.results[index], row, tokenizer) for index in range(row.choices)
@@ -109,12 +152,20 @@ class Job:
         )
         self.answered += 1
 
+    def describe(self, request_id: int) -> tuple[str, int]:
+        """custom_id and prompt tokens of the row of a request in flight."""
+        pending = self._pending.get(which_choice(request_id)[0])
+        if pending is None:
+            return "", 0
+        return pending.row.custom_id, pending.prompt_tokens
+
     def refuse(self, request_id: int, error: RowError) -> None:
         """Write an error row for the row of a request that the engine cannot answer. Raises
         JournalError."""
         number, _ = which_choice(request_id)
-        pending = self._pending.pop(number, None)
+        pending = self._pending.get(number)
         if pending is not None:
+            self._forget(number)
             self._write_error(number, pending.row.custom_id, error)
 
     def commit(self, now: bool = False) -> None:
@@ -123,13 +174,34 @@ class Job:
         Cheap enough to be called in every step.
         """
         if now or time.monotonic() - self._committed_at >= COMMIT_INTERVAL:
-            self._journal.commit()
+            for journal in self._journals:
+                journal.commit()
             self._committed_at = time.monotonic()
 
-    def close(self) -> None:
-        """Commit and close. Rows in flight are left for a rerun. Raises JournalError."""
+    def close(self, ordered: bool = False) -> None:
+        """Commit and close. Rows in flight are left for a rerun, with what was put aside of them;
+        if there are none, the lines are put into the order of the input if `ordered`. Raises
+        JournalError."""
         self._intake.close()
-        self._journal.close()
+        for pending in self._pending.values():
+            for choice, result in pending.results.items():
+                self._keep(pending, choice, result=result)
+        self.commit(now=True)
+        try:
+            self._journal.set_aside([] if self.complete else self._begun.values())
+        finally:
+            for journal in self._journals:
+                journal.close(ordered and self.complete)
+
+    @property
+    def begun_rows(self) -> int:
+        """Rows of which something is put aside."""
+        return len({answer.custom_id for answer in self._begun})
+
+    @property
+    def begun_tokens(self) -> int:
+        """Output tokens that are put aside."""
+        return sum(begun.tokens for begun in self._begun.values())
 
     @property
     def in_flight(self) -> int:
@@ -144,7 +216,7 @@ class Job:
     @property
     def failed_before(self) -> int:
         """Error rows that the results file held at the start of this run."""
-        return self._journal.answered.failed
+        return self._answered.failed
 
     @property
     def total_rows(self) -> int | None:
@@ -166,6 +238,20 @@ class Job:
         """Whether every row of the input has its line."""
         return self._intake.exhausted and not self._pending
 
+    @property
+    def _journals(self) -> tuple[Journal, ...]:
+        return tuple(dict.fromkeys((self._journal, self._errors)))
+
+    def _keep(self, pending: _Pending, choice: int, **made: Any) -> None:
+        answer = Answer(pending.row.custom_id, choice)
+        self._begun[answer] = Begun(*answer, pending.asked[choice], **made)
+
+    def _forget(self, number: int) -> None:
+        """The row has its line."""
+        row = self._pending.pop(number).row
+        for choice in range(row.choices):
+            self._begun.pop(Answer(row.custom_id, choice), None)
+
     def _write_error(self, number: int, custom_id: str | None, error: RowError) -> None:
-        self._journal.append(error_line(number, custom_id, error))
+        self._errors.append(error_line(number, custom_id, error))
         self.failed += 1

@@ -5,17 +5,24 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import msgspec
 
 from hpc_distkv.batch.answered import Answered, read_answered
+from hpc_distkv.batch.claim import Claim
 from hpc_distkv.batch.errors import JournalError
+from hpc_distkv.batch.replace import remove_file, replace_file
+from hpc_distkv.batch.rewrite import drop_errors, order_lines
+from hpc_distkv.batch.unfinished import Answer, Begun, read_unfinished, write_unfinished
 
 FORMAT = 1
 """Version of the results file and of what resuming relies on."""
+
+INPUT = "input"
+"""Where the meta file says which file the rows came from: known, but free to change."""
 
 _BUFFER = 1 << 20
 """Bytes kept in memory before they are written out of turn."""
@@ -25,14 +32,20 @@ _RESTART = "Use --overwrite to start again, or another output."
 class Journal:
     """Owner of the results file. Lines are safe from kill -9 once written, which `commit` does.
 
-    Beside the file lies `<output>.meta.json`, written before the first row: the fingerprint of
-    the job. A rerun with another fingerprint is refused, so one file never mixes two jobs.
+    Beside the file lie
+    `<output>.meta.json`, written before the first row: the fingerprint of the job. A rerun with
+    another fingerprint is refused, so one file never mixes two jobs;
+    `<output>.unfinished.jsonl`, after a run that was stopped early: what it had begun;
+    `<output>.claim`, during a run: see `Claim`.
     """
 
-    def __init__(self, path: Path, fd: int, size: int, answered: Answered) -> None:
+    def __init__(self, path: Path, claim: Claim, fd: int, size: int, answered: Answered) -> None:
         self.path = path
         self.answered = answered
         """What was in the file when it was opened."""
+        self.unfinished: dict[Answer, Begun] = read_unfinished(unfinished_path(path))
+        """What an earlier run has begun."""
+        self._claim = claim
         self._fd: int | None = fd
         self._buffer = bytearray()
         self._written = size
@@ -45,9 +58,13 @@ class Journal:
         fingerprint: Mapping[str, Any],
         *,
         overwrite: bool = False,
+        retry_errors: bool = False,
         source: str | os.PathLike[str] | None = None,
+        claim: Claim | None = None,
     ) -> Journal:
-        """Start or resume the results file at `path`; `overwrite` drops what it holds.
+        """Start or resume the results file at `path`; `overwrite` drops what it holds, and
+        `retry_errors` its error rows. `claim` is of this path and taken if it is not given; the
+        journal releases it.
 
         `fingerprint` is everything that must be the same for old and new rows to belong
         together, as JSON values. `source`, the input, is protected from being overwritten.
@@ -55,19 +72,26 @@ class Journal:
         """
         path = Path(path)
         wanted = _plain({"format": FORMAT, **fingerprint})
-        with _reported(f"cannot use {path} for the results"):
-            check_place(path, source)
-            if overwrite or not path.exists() or path.stat().st_size == 0:
-                # Old rows go before the new fingerprint comes: at no instant are they together.
-                _empty(path)
-                _write_meta(_meta_path(path), wanted)
-            else:
-                _check_meta(path, wanted)
-            answered, sound = read_answered(path)
-            fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-            os.ftruncate(fd, sound)
-            os.fsync(fd)
-        return cls(path, fd, sound, answered)
+        if source is not None:
+            wanted[INPUT] = str(Path(source).resolve())
+        check_place(path, source)
+        claim = claim or Claim.take(path)
+        try:
+            with _reported(f"cannot use {path} for the results"):
+                if overwrite or not path.exists() or path.stat().st_size == 0:
+                    _begin(path, wanted, overwrite)
+                else:
+                    _check_meta(path, wanted)
+                if retry_errors:
+                    drop_errors(path)
+                answered, sound = read_answered(path)
+                fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+                os.ftruncate(fd, sound)
+                os.fsync(fd)
+                return cls(path, claim, fd, sound, answered)
+        except BaseException:
+            claim.release()
+            raise
 
     def append(self, line: bytes) -> None:
         """Add one line, given without its newline. Raises JournalError when the disk refuses."""
@@ -89,13 +113,34 @@ class Journal:
                 self._fail(error, keep=self._synced)
             self._synced = self._written
 
-    def close(self) -> None:
-        """Commit and close; nothing to do after a failure. Raises JournalError."""
+    def set_aside(self, begun: Collection[Begun]) -> None:
+        """Keep what is begun for a rerun, instead of what was kept before. Raises JournalError."""
+        place = unfinished_path(self.path)
+        try:
+            if begun:
+                write_unfinished(place, begun)
+            else:
+                remove_file(place)
+        except OSError as error:
+            raise JournalError(
+                f"cannot keep what was begun in {place}: {error.strerror}. The results so far are "
+                "safe; a rerun computes the rows that were not finished from an earlier state."
+            ) from error
+
+    def close(self, ordered: bool = False) -> None:
+        """Commit and close, and put the lines into the order of the input if `ordered`; nothing to
+        do after a failure. Raises JournalError."""
         if self._fd is None:
             return
         self.commit()
         os.close(self._fd)
         self._fd = None
+        try:
+            if ordered:
+                with _reported(f"all rows are in {self.path}, but cannot be put in order"):
+                    order_lines(self.path)
+        finally:
+            self._claim.release()
 
     def _write(self) -> None:
         assert self._fd is not None
@@ -114,6 +159,11 @@ class Journal:
     def _check_alone(self) -> None:
         """Two runs on one file would answer rows twice; so would writing to a deleted one."""
         assert self._fd is not None
+        try:
+            self._claim.check()
+        except JournalError:
+            self._abandon()
+            raise
         state = os.fstat(self._fd)
         if state.st_size == self._written and state.st_nlink > 0:
             return
@@ -139,6 +189,7 @@ class Journal:
         fd, self._fd = self._fd, None
         with contextlib.suppress(OSError):
             os.close(fd)
+        self._claim.release()
 
 
 @contextlib.contextmanager
@@ -151,6 +202,11 @@ def _reported(what: str) -> Iterator[None]:
 
 def _meta_path(path: Path) -> Path:
     return path.with_name(path.name + ".meta.json")
+
+
+def unfinished_path(path: Path) -> Path:
+    """Where lies what an earlier run of the results file at `path` has begun."""
+    return path.with_name(path.name + ".unfinished.jsonl")
 
 
 def check_place(path: Path, source: str | os.PathLike[str] | None) -> None:
@@ -167,6 +223,15 @@ def check_place(path: Path, source: str | os.PathLike[str] | None) -> None:
         raise JournalError(f"{path} is both the input and the output; give another output.")
 
 
+def _begin(path: Path, wanted: Mapping[str, Any], overwrite: bool) -> None:
+    """An empty results file. What is left of old rows goes before the new fingerprint comes: at no
+    instant are they together."""
+    if overwrite or not _meta_path(path).exists() or _differences(path, wanted):
+        remove_file(unfinished_path(path))
+    _empty(path)
+    _write_meta(_meta_path(path), wanted)
+
+
 def _empty(path: Path) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
@@ -176,18 +241,7 @@ def _empty(path: Path) -> None:
 
 
 def _write_meta(meta: Path, fingerprint: Mapping[str, Any]) -> None:
-    """Replace the side file in one piece, and put its name on the disk too."""
-    fresh = meta.with_name(meta.name + ".tmp")
-    with fresh.open("wb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(fingerprint)) + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(meta)
-    directory = os.open(meta.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    replace_file(meta, [msgspec.json.format(msgspec.json.encode(fingerprint)), b"\n"])
 
 
 def _check_meta(path: Path, wanted: Mapping[str, Any]) -> None:
@@ -197,22 +251,35 @@ def _check_meta(path: Path, wanted: Mapping[str, Any]) -> None:
             f"{path} is not empty and has no {meta.name} beside it, so it is not known which job "
             f"wrote it. {_RESTART}"
         )
+    if differences := _differences(path, wanted):
+        raise JournalError(
+            f"{path} holds results of another job: {'; '.join(differences)}. {_RESTART}"
+        )
+    if read_meta(path).get(INPUT) != wanted.get(INPUT):
+        _write_meta(meta, wanted)
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """What is known of the job that wrote the results file at `path`. Raises JournalError, and
+    OSError if there is nothing."""
+    meta = _meta_path(path)
     try:
-        found = msgspec.json.decode(meta.read_bytes(), type=dict[str, Any])
+        found: dict[str, Any] = msgspec.json.decode(meta.read_bytes(), type=dict[str, Any])
     except (ValueError, RecursionError):
         raise JournalError(
             f"{meta} is not readable as the fingerprint of a job. {_RESTART}"
         ) from None
-    old, new = _flat(found), _flat(wanted)
-    differences = [
+    return found
+
+
+def _differences(path: Path, wanted: Mapping[str, Any]) -> list[str]:
+    """How the job that wrote the results differs from the one that is wanted."""
+    old, new = _flat(read_meta(path)), _flat(wanted)
+    return [
         f"{name} was {old.get(name, 'absent')}, now {new.get(name, 'absent')}"
-        for name in sorted(old.keys() | new.keys())
+        for name in sorted((old.keys() | new.keys()) - {INPUT})
         if old.get(name) != new.get(name)
     ]
-    if differences:
-        raise JournalError(
-            f"{path} holds results of another job: {'; '.join(differences)}. {_RESTART}"
-        )
 
 
 def _plain(fingerprint: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from hpc_distkv.cli.options import POSITIVE, engine_options
 
 if TYPE_CHECKING:
     from hpc_distkv.comm.transport import Comm
+    from hpc_distkv.control.messages import Request
     from hpc_distkv.engine.rank import EngineOptions
     from hpc_distkv.model.decoder import Decoder
 
@@ -168,6 +170,55 @@ def unused_lending(**options: Any) -> None:
     _measured(options, measure)
 
 
+@command.command("trace-cost")
+@click.option("--model", required=True, help="Model directory.")
+@click.option("--input-len", type=POSITIVE, default=128, show_default=True)
+@click.option("--output-len", type=POSITIVE, default=48, show_default=True)
+@click.option("--num-prompts", type=POSITIVE, default=8, show_default=True)
+@click.option("--long-len", type=POSITIVE, help="Prompt tokens of one row more.")
+@click.option("--repeats", type=POSITIVE, default=8, show_default=True)
+@engine_options
+def trace_cost(**options: Any) -> None:
+    """The same rows with --trace and without it."""
+
+    def measure(comm: Comm, model: Decoder, settings: EngineOptions) -> dict[str, Any]:
+        from hpc_distkv.observe import bench
+
+        count, output_len = options["num_prompts"], options["output_len"]
+        vocab_size = model.config.vocab_size
+        requests = bench.synthetic(count, options["input_len"], output_len, vocab_size)
+        if options["long_len"]:
+            *_, long = bench.synthetic(count + 1, options["long_len"], output_len, vocab_size)
+            requests.append(long)
+        return bench.trace_cost(comm, model, settings, requests, options["repeats"])
+
+    _measured(options, measure)
+
+
+@command.command()
+@click.option("--model", required=True, help="Model directory.")
+@click.option("--document-len", type=POSITIVE, default=3000, show_default=True)
+@click.option("--question-len", type=POSITIVE, default=40, show_default=True)
+@click.option("--output-len", type=POSITIVE, default=16, show_default=True)
+@click.option("--rows", type=POSITIVE, default=64, show_default=True)
+@click.option("--repeats", type=POSITIVE, default=1, show_default=True)
+@engine_options
+def prefix(**options: Any) -> None:
+    """Rows with a document in common and different questions: prefix caching on against off."""
+
+    def measure(comm: Comm, model: Decoder, settings: EngineOptions) -> dict[str, Any]:
+        from hpc_distkv.observe.prefixes import questions, sharing
+
+        rows, document, question = (options[n] for n in ("rows", "document_len", "question_len"))
+        requests = questions(
+            rows, document, question, options["output_len"], model.config.vocab_size
+        )
+        distinct = document + rows * question
+        return sharing(comm, model, settings, requests, distinct, options["repeats"])
+
+    _measured(options, measure)
+
+
 @command.command()
 @click.option("--model", required=True, help="Model directory.")
 @click.option("--trace", "traces", required=True, multiple=True, help="Trace: FILE.toml#NAME.")
@@ -175,11 +226,18 @@ def unused_lending(**options: Any) -> None:
 @click.option("--scale", default=1.0, show_default=True, help="Divide all prompts by this.")
 @click.option("--scale-output", type=float, help="Divide all outputs by this. [default: --scale]")
 @click.option(
+    "--limits",
+    default=1.0,
+    show_default=True,
+    help="Above 1, outputs are not known beforehand: rows allow for this many times as much, and "
+    "end at random.",
+)
+@click.option(
     "--against",
     default="lend,lend-greedy,migrate,queue,isolated",
     show_default=True,
     help="Ways in the order of their runs: policies, no-dgfm, no-planner, budget-N (KV tokens "
-    "moved per step). Ratios are to the last one.",
+    "moved per step), tensor-parallel (one instance of all ranks). Ratios are to the last one.",
 )
 @click.option("--repeats", type=POSITIVE, default=1, show_default=True)
 @click.option("-o", "--output", type=click.Path(file_okay=False), help="Folder for JSON and plots.")
@@ -188,25 +246,41 @@ def policies(**options: Any) -> None:
     """The rows of traces under every policy, on the same ranks, and what the simulator says."""
 
     def measure(comm: Comm, model: Decoder, settings: EngineOptions) -> dict[str, Any]:
-        from hpc_distkv.api import together
-        from hpc_distkv.observe.policies import compare, draw, way
+        from hpc_distkv.api import SetupError, together
+        from hpc_distkv.engine.rank import RankEngine
+        from hpc_distkv.observe.policies import check_fit, compare, draw, engine_of, way
         from hpc_distkv.simulate.trace import Trace
 
-        def prepared() -> tuple[dict[str, EngineOptions], list[Trace]]:
-            names = options["against"].split(",")
-            traces = [Trace.load(name) for name in options["traces"]]
-            traces = [t.head(options["rows"]) if options["rows"] else t for t in traces]
-            scaled = [t.scaled(options["scale"], options["scale_output"]) for t in traces]
-            return {name: way(name, settings) for name in names}, scaled
+        if comm.world.tp > 1:
+            raise SetupError("give tensor-parallel in --against: --tensor-parallel-size must be 1")
 
-        ways, traces = together(comm, prepared)
+        def traces() -> dict[str, list[Request]]:
+            loaded = [Trace.load(name) for name in options["traces"]]
+            loaded = [t.head(options["rows"]) if options["rows"] else t for t in loaded]
+            scaled = [t.scaled(options["scale"], options["scale_output"]) for t in loaded]
+            limited = [t.limited(options["limits"]) for t in scaled]
+            return {t.name: t.requests(model.config.vocab_size) for t in limited}
+
+        def engines_of_ways() -> dict[str, RankEngine]:
+            names, pool = options["against"].split(","), 0
+            engines = {}
+            # The replicas first: they say how much memory there is for the others.
+            for name in sorted(names, key=lambda name: name == "tensor-parallel"):
+                ways = way(name, settings, comm.world.size)
+                engines[name] = engine_of(comm, options["model"], model, ways, pool)
+                pool = engines[name].config.num_blocks
+            return {name: engines[name] for name in names}
+
+        requests, engines = together(comm, traces), together(comm, engines_of_ways)
+        for engine in engines.values():
+            engine.join()
+        for rows in requests.values():
+            together(comm, partial(check_fit, engines, rows))
         results = {
-            trace.name: compare(
-                comm, model, ways, trace.requests(model.config.vocab_size), options["repeats"]
-            )
-            for trace in traces
+            name: compare(model.config, engines, rows, options["repeats"])
+            for name, rows in requests.items()
         }
-        figures = {"ways": list(ways), "traces": results}
+        figures = {"ways": list(engines), "traces": results}
         if comm.world.rank == 0 and options["output"]:
             folder = Path(options["output"])
             folder.mkdir(parents=True, exist_ok=True)

@@ -8,16 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hpc_distkv.cli.options import POSITIVE, engine_options
+from hpc_distkv.cli.options import POSITIVE, engine_options, read_shard
+from hpc_distkv.engine.interrupt import GRACE, TERM_GRACE, Interrupt
 
 if TYPE_CHECKING:
-    from hpc_distkv.api import Engine, Files
+    from hpc_distkv.api import Claims, Engine, Files
     from hpc_distkv.comm.transport import Comm
+
+STOPPED_STATUS = 75
+"""EX_TEMPFAIL of sysexits.h: to be tried again."""
 
 SAMPLING = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
     *("max_tokens", "seed"),
 )
+SEEING = ("metrics", "prometheus", "trace")
 
 
 @click.command("generate")
@@ -25,6 +30,25 @@ SAMPLING = (
 @click.option("-i", "--input", "source", required=True, help="Batch file (OpenAI JSONL).")
 @click.option("-o", "--output", required=True, help="Results file; a rerun resumes it.")
 @click.option("--overwrite", is_flag=True, help="Drop the answers that the results file holds.")
+@click.option("--retry-errors", is_flag=True, help="Answer the rows again that are error rows.")
+@click.option("--error-file", help="Where error rows go. [default: among the results]")
+@click.option(
+    "--ordered", is_flag=True, help="Put the results into the order of the input at the end."
+)
+@click.option(
+    "--shard",
+    metavar="i/n",
+    callback=read_shard,
+    help="Answer one of n parts of the input, i = 1 to n, each with a results file of its own.",
+)
+@click.option(
+    "--grace",
+    type=click.FloatRange(min=0),
+    default=GRACE,
+    show_default=True,
+    help="Seconds after SIGUSR2 in which rows that run may finish; then they are put aside for the "
+    f"rerun. After SIGTERM {TERM_GRACE:g} at most.",
+)
 @click.option(
     "--max-model-len",
     type=POSITIVE,
@@ -43,32 +67,61 @@ SAMPLING = (
     "--repetition-penalty", type=click.FloatRange(0, 1000, min_open=True), help="Likewise."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="For rows that give none.")
-@click.option("--metrics", type=click.Path(dir_okay=False), help="Write the run's figures (JSON).")
+@click.option(
+    "--metrics", type=click.Path(dir_okay=False), help="Write the run's figures at the end (JSON)."
+)
+@click.option(
+    "--prometheus",
+    type=click.Path(dir_okay=False),
+    help="Write the state every 10 s for the node exporter's textfile collector (FILE.prom).",
+)
+@click.option(
+    "--trace",
+    type=click.Path(dir_okay=False),
+    help="Write when which rank did what, for https://ui.perfetto.dev (FILE.json or .json.gz).",
+)
 @engine_options
 def command(**options: Any) -> None:
     """Answer every row of a batch file, once, on all ranks of the job.
 
     Start it under srun or mpirun, or alone. Run the same command again after an interruption: it
-    goes on where it was.
+    goes on where it was. On SIGUSR2 or SIGTERM it stops in time and keeps what it has begun.
 
-    Exit status: 0 all rows answered, 1 some rows are errors, 2 usage.
+    Exit status: 0 all rows answered, 1 some rows are errors, 2 usage, 75 stopped early: to be
+    started again.
     """
+    interrupt = Interrupt(options["grace"]).listen()
     from hpc_distkv.cli.job import in_world
 
-    in_world(options["stall_timeout"], lambda comm: _generate(comm, options))
+    in_world(options["stall_timeout"], lambda comm: _generate(comm, options, interrupt))
 
 
-def _generate(comm: Comm, options: dict[str, Any]) -> int:
-    from hpc_distkv.api import Engine, Files, together
+def _generate(comm: Comm, options: dict[str, Any], interrupt: Interrupt) -> int:
+    from hpc_distkv.api import together
+
+    paths = {n: Path(options[n]) if options[n] else None for n in SEEING}
+    files = _files(options, paths)
+    first = comm.world.rank == 0
+    claims = together(comm, lambda: _claim(files, paths) if first else None)
+    try:
+        return _run(comm, files, options, interrupt, claims)
+    finally:
+        if claims:
+            claims.release()
+
+
+def _run(
+    comm: Comm,
+    files: Files,
+    options: dict[str, Any],
+    interrupt: Interrupt,
+    claims: Claims | None,
+) -> int:
+    from hpc_distkv.api import Engine
     from hpc_distkv.cli.job import say, set_options
     from hpc_distkv.observe.metrics import write_json
     from hpc_distkv.observe.progress import ProgressReport
 
-    # A job that Slurm requeued goes on where it was, also if its first start was to overwrite.
-    afresh = options["overwrite"] and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
-    files = Files(Path(options["source"]), Path(options["output"]), afresh)
-    first = comm.world.rank == 0
-    together(comm, lambda: _check_files(files, options["metrics"]) if first else None)
     engine = Engine(
         options["model"],
         set_options(options),
@@ -77,28 +130,56 @@ def _generate(comm: Comm, options: dict[str, Any]) -> int:
         comm=comm,
     )
     say(comm, _announcement(engine))
-    figures = engine.run(files, ProgressReport() if first else None)
+    progress = ProgressReport() if comm.world.rank == 0 else None
+    figures = engine.run(files, progress, interrupt=interrupt, claims=claims)
     if figures is None:
         return 0
     if options["metrics"]:
-        write_json(Path(options["metrics"]), figures)
+        try:
+            write_json(Path(options["metrics"]), figures)
+        except OSError as error:  # the answers are there all the same
+            say(comm, f"cannot write the metrics: {error}")
     click.echo(_summary(figures, files.output))
     rows = figures["rows"]
+    if figures["stopped"]:
+        return STOPPED_STATUS
     return 1 if rows["failed"] + rows["failed_before"] else 0
 
 
-def _check_files(files: Files, metrics: str | None) -> None:
-    """What can be said of the files before the model is loaded. Raises InputError, JournalError
-    and OptionError."""
-    from hpc_distkv.batch.intake import Intake
-    from hpc_distkv.batch.journal import check_place
+def _files(options: dict[str, Any], paths: dict[str, Path | None]) -> Files:
+    from hpc_distkv.api import Files
+
+    # A job that Slurm requeued goes on where it was, whatever its first start was to drop.
+    first_start = os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
+    return Files(
+        Path(options["source"]),
+        Path(options["output"]),
+        overwrite=options["overwrite"] and first_start,
+        retry_errors=options["retry_errors"] and first_start,
+        errors=Path(options["error_file"]) if options["error_file"] else None,
+        shard=options["shard"],
+        ordered=options["ordered"],
+        prometheus=paths["prometheus"],
+        trace=paths["trace"],
+    )
+
+
+def _claim(files: Files, seeing: dict[str, Path | None]) -> Claims:
+    """Look at the files before the model is loaded, and claim those to be written. Raises
+    InputError, JournalError and OptionError."""
     from hpc_distkv.engine.config import OptionError
 
-    Intake(files.input).close()
-    check_place(files.output, files.input)
-    folder = Path(metrics or ".").absolute().parent
-    if not os.access(folder, os.W_OK):
-        raise OptionError(f"cannot write --metrics {metrics}: {folder} is no directory to write in")
+    for name, path in seeing.items():
+        folder = (path or Path()).absolute().parent
+        if path and not os.access(folder, os.W_OK):
+            raise OptionError(f"cannot write --{name} {path}: {folder} is no directory to write in")
+        if path and path.absolute() in (files.input.absolute(), files.output.absolute()):
+            raise OptionError(f"--{name} {path} is the input or the output: give another file")
+    if seeing["prometheus"] and seeing["prometheus"].suffix != ".prom":
+        raise OptionError(
+            f"--prometheus {seeing['prometheus']}: the node exporter reads *.prom files only"
+        )
+    return files.claim()
 
 
 def _announcement(engine: Engine) -> str:
@@ -121,6 +202,15 @@ def _announcement(engine: Engine) -> str:
     )
 
 
+def _sharing(counters: dict[str, Any]) -> list[str]:
+    if not counters["cached_tokens"]:
+        return []
+    return [
+        f"prompts   {counters['prompt_tokens']:.0f} tokens computed, "
+        f"{counters['cached_tokens']:.0f} taken from rows that began alike"
+    ]
+
+
 def _summary(figures: dict[str, Any], output: Path) -> str:
     rows, counters = figures["rows"], figures["counters"]
     before = rows["answered_before"] + rows["failed_before"]
@@ -129,9 +219,15 @@ def _summary(figures: dict[str, Any], output: Path) -> str:
         + (f", {before} were there before" if before else ""),
         f"time      {figures['seconds']:.1f} s, {figures['output_tokens_per_second']:.1f} output "
         f"tokens/s, {figures['tokens_per_second']:.1f} tokens/s with prompts",
+        *_sharing(counters),
         f"memory    {counters['blocks_borrowed']:.0f} rBlocks lent and borrowed between ranks, "
         f"at most {counters['peak_borrowed']:.0f} by one rank at once; "
         f"{counters['preemptions']:.0f} preemptions",
         f"results   {output}",
     ]
+    if figures["stopped"]:
+        lines.append(
+            f"stopped   before all rows were answered; {rows['put_aside']} rows with "
+            f"{figures['put_aside_tokens']} output tokens are put aside: run the same command again"
+        )
     return "\n".join(lines)

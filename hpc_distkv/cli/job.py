@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -22,6 +23,8 @@ from hpc_distkv.engine.rank import EngineOptions
 from hpc_distkv.memory.loan import ProtocolError
 
 USAGE_STATUS = 2
+FAREWELL = 1.0
+"""Seconds that a process needs to end after MPI's farewell."""
 EXPECTED = (InputError, JournalError, StallError, ProtocolError, ReportError, NcclError)
 """What ends a running job with a sentence that says everything."""
 
@@ -45,7 +48,18 @@ def in_world(stall_timeout: float, work: Callable[[Comm], int]) -> NoReturn:
             say(comm, f"Error: {error}")
             status = BUG_STATUS
         comm.close()
+        if status and comm.world.size > 1 and comm.world.rank == 0:
+            leave_last()
         sys.exit(status)
+
+
+def leave_last() -> None:
+    """Let the other ranks leave first, with status 0: launchers kill what is left of a job when a
+    process leaves with any other, and the job would seem to be killed."""
+    from mpi4py import MPI
+
+    MPI.Finalize()
+    time.sleep(FAREWELL)
 
 
 def say(comm: Comm, text: str) -> None:

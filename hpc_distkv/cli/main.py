@@ -13,6 +13,10 @@ COMMANDS = {
     "generate": "Answer a batch file on all ranks of the job.",
     "validate": "Check a batch file without loading the model.",
     "bench": "Measure throughput, policies, lending, the gManager; the published tables.",
+    "env": "Show where a job would run, and what looks wrong about it.",
+    "report": "Draw a finished run as one HTML page.",
+    "status": "Count what a results file holds, and what is left.",
+    "sbatch": "Write a Slurm job script, or submit it.",
     "simulate": "Run a trace on a described cluster in virtual time.",
 }
 RANK_VARIABLES = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")

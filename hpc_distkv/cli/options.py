@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+from hpc_distkv.batch.shard import Shard
 from hpc_distkv.model.config import DTYPE_BYTES
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -33,6 +34,14 @@ class Size(click.ParamType[int]):
         if not match or not 0 < number < float("inf"):
             self.fail(f"'{value}' is no size: write for example 4GiB or 512MiB", param, ctx)
         return int(number * (1024 if match[3] else 1000) ** _POWERS[match[2]])
+
+
+def read_shard(ctx: click.Context, param: click.Parameter, value: str | None) -> Shard | None:
+    """What `--shard` says."""
+    try:
+        return None if value is None else Shard.parse(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx, param) from None
 
 
 ENGINE_OPTIONS = (
@@ -107,6 +116,12 @@ ENGINE_OPTIONS = (
         show_default=True,
         help="How ranks share memory: lend rBlocks where it pays; only where they are short; "
         "migrate whole requests; share nothing but the queue of rows; or not even that.",
+    ),
+    click.option(
+        "--enable-prefix-caching/--no-enable-prefix-caching",
+        default=True,
+        show_default=True,
+        help="Compute equal beginnings of rows once on each rank, and share their rBlocks.",
     ),
     click.option(
         "--move-budget",

@@ -36,6 +36,12 @@ TENSOR_PARALLEL = "tensor-parallel"
 @click.option("--scale", default=1.0, show_default=True, help="Divide all prompts by this.")
 @click.option("--scale-output", type=float, help="Divide all outputs by this. [default: --scale]")
 @click.option(
+    "--limits",
+    default=1.0,
+    show_default=True,
+    help="Above 1, rows allow for this many times their output.",
+)
+@click.option(
     "--tensor-parallel-size",
     "--tp",
     "tp",
@@ -58,6 +64,12 @@ TENSOR_PARALLEL = "tensor-parallel"
     default=8192,
     show_default=True,
     help="Tokens in one step of one instance.",
+)
+@click.option(
+    "--enable-prefix-caching/--no-enable-prefix-caching",
+    default=True,
+    show_default=True,
+    help="Compute equal beginnings of rows once on each instance.",
 )
 @click.option(
     "--move-budget",
@@ -113,6 +125,7 @@ def _deployment(options: dict[str, Any]) -> Deployment:
         policy=_policy(options),
         lend_cap=options["lend_cap"],
         move_budget=options["move_budget"],
+        enable_prefix_caching=options["enable_prefix_caching"],
     )
     tp = options["tp"]
     if tp is None and options["policy"] == TENSOR_PARALLEL:
@@ -137,7 +150,7 @@ def _trace(options: dict[str, Any]) -> Trace:
 
     trace = Trace.load(options["trace"])
     trace = trace.head(options["rows"]) if options["rows"] else trace
-    return trace.scaled(options["scale"], options["scale_output"])
+    return trace.scaled(options["scale"], options["scale_output"]).limited(options["limits"])
 
 
 def _summary(figures: dict[str, Any], deployment: Deployment) -> str:

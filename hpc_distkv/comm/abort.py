@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from hpc_distkv.comm.stall import agreed_words
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.comm.waiter import StallError
 
@@ -17,9 +18,6 @@ BUG_STATUS = 70
 INTERRUPTED_STATUS = 130
 FORWARDED = 0.1
 """Seconds for the launcher to forward last words."""
-LAST_WORDS = 2.0
-"""Seconds between a stall's message and the end: the waits of the other ranks run out at about the
-same time, and together their messages tell which rank they all wait for."""
 
 Expected = tuple[type[BaseException], ...]
 """Exceptions whose message says everything: they are shown without a traceback."""
@@ -58,13 +56,17 @@ def aborting(comm: Comm, expected: Expected = ()) -> Iterator[Comm]:
 def end_job(comm: Comm, error: BaseException, expected: Expected = ()) -> None:
     """Say why on stderr, then end all ranks."""
     tag = f"[{comm.world.name(comm.world.rank)}] "
-    lines = last_words(error, (StallError, *expected)).rstrip("\n").split("\n")
+    if isinstance(error, StallError):
+        words = agreed_words(comm, error)
+    else:
+        words = last_words(error, expected)
+    lines = words.rstrip("\n").split("\n")
     # One write, every line tagged: the ranks' lines may mix, but stay readable.
     sys.stderr.write("".join(f"{tag}{line}\n" for line in lines))
     sys.stdout.flush()
     sys.stderr.flush()
     # A launcher that ends the job at once may drop what it has not forwarded yet.
-    time.sleep(LAST_WORDS if isinstance(error, StallError) else FORWARDED)
+    time.sleep(FORWARDED)
     comm.abort(exit_status(error))
 
 

@@ -30,8 +30,7 @@ def open_mpi(stall_timeout: float, tp: int = 1) -> Comm:
     from hpc_distkv.comm.mpi_transport import MpiTransport
 
     everyone = MPI.COMM_WORLD
-    library = MPI.Get_library_version().splitlines()[0].strip(" \0")
-    check_launch(everyone.Get_size(), library, os.environ)
+    check_launch(everyone.Get_size(), library(), os.environ)
     world = discover(everyone, tp)
     waiter = Waiter(world, stall_timeout, eagerness(world))
     # One clone per purpose: messages of one cannot meet receives of another, and collectives need
@@ -40,6 +39,7 @@ def open_mpi(stall_timeout: float, tp: int = 1) -> Comm:
     mail = MpiMail(everyone.Dup(), waiter)
     rounds = MpiRounds(everyone.Dup(), everyone.Dup(), waiter)
     waiter.background += [rounds.poke, mail.poke]
+    complaints = MpiMail(everyone.Dup(), waiter)
 
     def abort(status: int) -> None:
         everyone.Abort(status)
@@ -50,7 +50,15 @@ def open_mpi(stall_timeout: float, tp: int = 1) -> Comm:
         waiter.background.append(another.poke)
         return another
 
-    return Comm(world, transport, mail, rounds, waiter, abort, new_mail)
+    return Comm(world, transport, mail, rounds, waiter, abort, new_mail, complaints)
+
+
+def library() -> str:
+    """Name and version of the MPI library, once it has started."""
+    from mpi4py import MPI
+
+    lines: list[str] = MPI.Get_library_version().splitlines()
+    return lines[0].strip(" \0")
 
 
 def start_mpi() -> None:

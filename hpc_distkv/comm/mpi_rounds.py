@@ -24,7 +24,7 @@ import numpy as np
 from mpi4py import MPI
 
 from hpc_distkv.comm.transport import Rounds
-from hpc_distkv.comm.waiter import Waiter
+from hpc_distkv.comm.waiter import LONGEST_GAP, StallClock, Waiter
 
 Steps = Iterator[None]
 """One half of a round under way: yields whenever it has to wait for MPI."""
@@ -45,6 +45,7 @@ class MpiRounds(Rounds):
         self._waiter = waiter
         self._rank = up.Get_rank()
         self._under_way: list[Steps] = []
+        self._clock = StallClock()
         self._open = False
         self._gathered = False
         self._missing: set[int] = set()
@@ -100,15 +101,25 @@ class MpiRounds(Rounds):
         return not self._under_way
 
     def poke(self) -> None:
-        """Push on whatever is under way."""
+        """Push on whatever is under way. Raises StallError if nothing of it moved for the stall
+        timeout, though this rank has other work."""
         for steps in self._under_way[:]:
             if next(steps, steps) is steps:
                 self._under_way.remove(steps)
-                self._waiter.moved()
+                self._moved()
+        # Somewhat later than a wait for the round, which can say more.
+        if self._under_way and self._clock.look() > self._waiter.stall_timeout + LONGEST_GAP:
+            raise self._waiter.stall("a control round", self.awaited)
+
+    def _moved(self) -> None:
+        self._clock.restart()
+        self._waiter.moved()
 
     def _begin(self, steps: Steps) -> None:
         """Post the first requests of `steps` now: the order of calls is the order of posts."""
         if next(steps, steps) is not steps:
+            if not self._under_way:
+                self._clock.restart()
             self._under_way.append(steps)
 
     def _send_report(self, message: bytes) -> Steps:
@@ -127,7 +138,7 @@ class MpiRounds(Rounds):
             come = MPI.Request.Testsome(self._announcements)
             if come:
                 self._missing -= {index + 1 for index in come}
-                self._waiter.moved()
+                self._moved()
             else:
                 yield
         sizes = self._lengths.tolist()

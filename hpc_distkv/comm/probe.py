@@ -131,23 +131,8 @@ def ping_pong(comm: Comm, other: int, tensor: torch.Tensor, repeats: int) -> flo
 
 
 def gather(comm: Comm, costs: Sequence[Cost]) -> list[list[Cost]]:
-    """The costs of all ranks, by rank, on rank 0; [] elsewhere: one whole control round.
-
-    Unlike `Comm.share` it sends nothing back: all costs for every rank would be gigabytes at the
-    limit.
-    """
-    rows: list[list[Cost]] = []
-    comm.rounds.report(json.dumps(costs).encode())
-
-    def everyone() -> bytes | None:
-        reports = comm.rounds.reports() if comm.world.rank == 0 else None
-        if reports is not None:
-            rows.extend(json.loads(report) for report in reports)
-            comm.rounds.reply([b""] * comm.world.size)
-        return comm.rounds.answer()
-
-    comm.idle(everyone, "the probes of all ranks")
-    return rows
+    """The costs of all ranks, by rank, on rank 0; [] elsewhere."""
+    return [json.loads(row) for row in comm.gather(json.dumps(costs).encode())]
 
 
 def matrices(rows: Sequence[Sequence[Cost]]) -> LinkCosts:

@@ -121,6 +121,11 @@ class Rounds(ABC):
         return True
 
 
+def nothing_heard(rank: int) -> str:
+    """What is known of a rank as long as nothing is."""
+    return ""
+
+
 @dataclass(eq=False)
 class Comm:
     """What one rank has to reach the others."""
@@ -136,6 +141,10 @@ class Comm:
     """Mail of its own for one purpose more. Collective."""
     device: Device = field(default_factory=Device, init=False)
     """Where this rank computes; `binding.bind` chooses it."""
+    complaints: Mail | None = None
+    """To rank 0, of waits that ran out (`comm.stall`)."""
+    heard: Callable[[int], str] = field(default_factory=lambda: nothing_heard, init=False)
+    """On rank 0: what is known of a rank's last words."""
     closed: bool = field(default=False, init=False)
     """Whether all ranks have agreed that they are done."""
 
@@ -165,16 +174,36 @@ class Comm:
     def share(self, value: T) -> list[T]:
         """The JSON values of all ranks, by rank, on every rank: one whole control round.
         Collective; no round may be open."""
-        self.rounds.report(json.dumps(value).encode())
+
+        def together(messages: list[bytes]) -> bytes:
+            return b"[" + b",".join(messages) + b"]"
+
+        values: list[T] = json.loads(self._round(json.dumps(value).encode(), together))
+        return values
+
+    def gather(self, message: bytes) -> list[bytes]:
+        """The messages of all ranks, by rank, on rank 0; [] elsewhere: one whole control round.
+        Collective; no round may be open."""
+        gathered: list[bytes] = []
+
+        def keep(messages: list[bytes]) -> bytes:
+            gathered.extend(messages)
+            return b""
+
+        self._round(message, keep)
+        return gathered
+
+    def _round(self, message: bytes, answer: Callable[[list[bytes]], bytes]) -> bytes:
+        """One round in which all ranks get what rank 0 makes of their messages."""
+        self.rounds.report(message)
 
         def everyone() -> bytes | None:
             reports = self.rounds.reports() if self.world.rank == 0 else None
             if reports is not None:
-                self.rounds.reply([b"[" + b",".join(reports) + b"]"] * self.world.size)
+                self.rounds.reply([answer(reports)] * self.world.size)
             return self.rounds.answer()
 
-        values: list[T] = json.loads(self.idle(everyone, "all ranks to agree"))
-        return values
+        return self.idle(everyone, "all ranks to agree")
 
     def close(self) -> None:
         """Wait until every rank is done and nothing is under way; afterwards a rank may leave with

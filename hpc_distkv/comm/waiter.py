@@ -28,6 +28,29 @@ debugger suspended for an hour has not stalled for an hour."""
 class StallError(RuntimeError):
     """A wait made no progress for the stall timeout; the text says who waits for whom."""
 
+    def __init__(self, text: str, awaited: Iterable[int] = ()) -> None:
+        super().__init__(text)
+        self.awaited = tuple(awaited)
+        """Ranks."""
+
+
+class StallClock:
+    """Seconds in which nothing moved, as far as this process ran to see it."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Something moved."""
+        self.quiet, self._last = 0.0, time.monotonic()
+
+    def look(self) -> float:
+        """Seconds since the last move; to be called often."""
+        now = time.monotonic()
+        self.quiet += min(now - self._last, LONGEST_GAP)
+        self._last = now
+        return self.quiet
+
 
 def eagerness(world: World) -> float:
     """Seconds for which a waiting rank may keep its core busy: none where ranks share cores."""
@@ -81,23 +104,24 @@ class Waiter:
         """
         if (value := ready()) is not None:
             return value
-        polls, quiet, seen, last = 0, 0.0, self._moves, time.monotonic()
+        polls, seen, clock = 0, self._moves, StallClock()
         while True:
             for push in self.background:
                 push()
             if (value := ready()) is not None:
                 return value
-            now = time.monotonic()
             if self._moves != seen:
-                polls, quiet, seen = 0, 0.0, self._moves
-            quiet += min(now - last, LONGEST_GAP)
-            last = now
-            if quiet > self.stall_timeout:
-                raise StallError(
-                    f"{self.waits(what, awaited)}: nothing moved for {self.stall_timeout:g} s"
-                )
-            self.pause(polls, quiet, lambda: self.waits(what, awaited))
+                polls, seen = 0, self._moves
+                clock.restart()
+            if clock.look() > self.stall_timeout:
+                raise self.stall(what, awaited)
+            self.pause(polls, clock.quiet, lambda: self.waits(what, awaited))
             polls += 1
+
+    def stall(self, what: str, awaited: Callable[[], Iterable[int]]) -> StallError:
+        """The error of a wait in which nothing moved for too long."""
+        text = f"{self.waits(what, awaited)}: nothing moved for {self.stall_timeout:g} s"
+        return StallError(text, awaited())
 
     def waits(self, what: str, awaited: Callable[[], Iterable[int]]) -> str:
         """Who waits for whom."""

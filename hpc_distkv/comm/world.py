@@ -49,7 +49,7 @@ class World:
     @property
     def instance(self) -> int:
         """This rank's instance."""
-        return self.rank // self.tp
+        return self.instance_of(self.rank)
 
     @property
     def lane(self) -> int:
@@ -59,6 +59,10 @@ class World:
     def rank_of(self, instance: int) -> int:
         """The rank of this rank's lane in `instance`."""
         return instance * self.tp + self.lane
+
+    def instance_of(self, rank: int) -> int:
+        """The instance of any rank."""
+        return rank // self.tp
 
     def node_of(self, instance: int) -> int:
         """The node of the first rank of `instance`."""

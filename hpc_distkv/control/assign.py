@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from hpc_distkv.control.affinity import Affinity
 from hpc_distkv.control.messages import Request, Result
+from hpc_distkv.control.places import Place, Places
 from hpc_distkv.control.work import MeanOutput, work
 
 DEALT_AHEAD = 10_000
@@ -36,9 +37,11 @@ class Assignment:
         instances: int,
         queue: bool = True,
         attention_tokens: float = float("inf"),
+        affinity: Affinity | None = None,
     ) -> None:
         """`queue`: a row goes to the instance with least predicted work; otherwise rows are dealt
-        out in turn, as to replicas that each got their part of the input."""
+        out in turn, as to replicas that each got their part of the input. `affinity`: if instances
+        share the beginnings of rows."""
         self.exhausted = False
         self.home: dict[int, int] = {}
         """Unfinished request → its home instance."""
@@ -58,6 +61,7 @@ class Assignment:
         """Rows that come before all others."""
         self._dealt = None if queue else [deque[Request]() for _ in range(instances)]
         self._next = 0
+        self._affinity = affinity
 
     @property
     def prompt_work(self) -> float:
@@ -74,6 +78,12 @@ class Assignment:
     def waiting(self) -> bool:
         """Whether there may be rows that no instance has yet."""
         return not self.exhausted or bool(self._returned or self._ahead) or any(self._dealt or ())
+
+    @property
+    def unfinished(self) -> int:
+        """Rows that were read and have no result."""
+        dealt = sum(map(len, self._dealt or ()))
+        return len(self.home) + len(self._ahead) + len(self._returned) + dealt
 
     def take_back(self, request: Request) -> None:
         """An instance returns a row that it has not begun."""
@@ -105,27 +115,26 @@ class Assignment:
         if self._dealt is not None:
             self._deal(ready.tolist(), room_rows, room_tokens, given)
             return given
-        loads = work_left[ready]
-        order = np.argsort(loads, kind="stable")
-        heap = [
-            (load, instance, rows, tokens)
-            for load, instance, rows, tokens in zip(
-                loads[order].tolist(),
-                ready[order].tolist(),
-                room_rows[ready][order].tolist(),
-                room_tokens[ready][order].tolist(),
-                strict=True,
-            )
-        ]
-        while heap and (request := self._pull()) is not None:
-            load, instance, rows, tokens = heap[0]
-            self._give(request, instance, given)
-            rows, tokens = rows - 1, tokens - request.prompt_len
-            if rows > 0 and tokens > 0:
-                heapq.heapreplace(heap, (load + self._work(request), instance, rows, tokens))
-            else:
-                heapq.heappop(heap)
+        columns = (work_left, room_rows, room_tokens)
+        loads, rows, tokens = (column[ready].tolist() for column in columns)
+        places = Places(map(Place, loads, ready.tolist(), rows, tokens))
+        while places and (request := self._pull()) is not None:
+            place, known = self._choose(request, places)
+            self._give(request, place.instance, given)
+            places.take(place, self._work(request, known), request.length - known)
         return given
+
+    def _choose(self, request: Request, places: Places) -> tuple[Place, int]:
+        """The instance where the row is done first, and the tokens of its prompt that are likely to
+        be there: one with a beginning of it, if what that saves is more than the work it has
+        beyond others."""
+        least = places.least_of_all()
+        if self._affinity:
+            holders, known = self._affinity.find(request)
+            holder = places.least(holders)
+            if holder and holder.load - work(0, known, self._attention_tokens) <= least.load:
+                return holder, known
+        return least, 0
 
     def _deal(
         self,
@@ -141,7 +150,7 @@ class Assignment:
             while rows > 0 and tokens > 0 and (hand or self._deal_until(instance)):
                 request = hand.popleft()
                 self._give(request, instance, given)
-                rows, tokens = rows - 1, tokens - request.prompt_len
+                rows, tokens = rows - 1, tokens - request.length
 
     def _deal_until(self, instance: int) -> bool:
         """Deal rows until `instance` gets one."""
@@ -183,7 +192,7 @@ class Assignment:
         return self._prompt_work(request) + self._step_tokens * output
 
     def _prompt_work(self, request: Request) -> float:
-        return work(0, request.prompt_len, self._attention_tokens)
+        return work(0, request.length, self._attention_tokens)
 
     def _give(self, request: Request, instance: int, given: dict[int, list[Request]]) -> None:
         self.home[request.id] = instance
@@ -191,7 +200,9 @@ class Assignment:
         self._given_work += self._prompt_work(request)
         self._given_limits += request.sampling.max_tokens
         given.setdefault(instance, []).append(request)
+        if self._affinity:
+            self._affinity.give(request, instance)
 
-    def _work(self, request: Request) -> float:
+    def _work(self, request: Request, known: int) -> float:
         output = self._outputs.expected(request.sampling.max_tokens)
-        return work(0, request.prompt_len + output, self._attention_tokens)
+        return work(known, request.prompt_len + output, self._attention_tokens)

@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from hpc_distkv.control.affinity import Affinity
 from hpc_distkv.control.assign import Assignment
 from hpc_distkv.control.borrow import ANYWHERE, CANDIDATES, Grant, Need, greedy_borrow
 from hpc_distkv.control.dgfm import plan_recalls
@@ -30,6 +31,8 @@ ROOMY = 1.1
 RECALL_STEPS = 16
 """Steps whose budget for moves one round's recalls may use."""
 
+SAID = ("running", "waiting")
+"""What messages tell of an instance's last report."""
 PROMPT_ROWS = 1024
 """Query rows for which links are compared with computing."""
 
@@ -53,7 +56,8 @@ class Answers(dict[int, Answer]):
         encoder = msgspec.msgpack.Encoder()
         encoded = [encoder.encode(self.plain)] * instances
         for instance, answer in self.items():
-            answer.admit_before, answer.stop = self.plain.admit_before, self.plain.stop
+            answer.admit_before = self.plain.admit_before
+            answer.drain, answer.stop = self.plain.drain, self.plain.stop
             encoded[instance] = encoder.encode(answer)
         return encoded
 
@@ -71,6 +75,9 @@ class GManager:
     cluster are preempted, those with rBlocks at the starved request's home first and those nearby
     before others, until the rBlocks it wants are free. Every request fits in the whole cluster, so
     this ends with its finish at the latest when it is alone.
+
+    A run ends early when any rank wants it to: from then on nothing new is begun anywhere, and the
+    run is over as soon as nothing runs, or when a rank's time is up.
     """
 
     def __init__(
@@ -83,16 +90,24 @@ class GManager:
         block_size: int = 32,
         move_budget: int = 16,
         attention_tokens: float = float("inf"),
+        prefix_caching: bool = False,
         exchange_seconds: ExchangeSeconds = lambda link_class, rows: 0.0,
     ) -> None:
-        """`links`: of the instances; `block_size`, `move_budget` (KV tokens per step) and
-        `attention_tokens` as the engines'; `exchange_seconds`: (link class, query rows) → what
-        exchanges over such a link add to a step."""
+        """`links`: of the instances; `block_size`, `move_budget` (KV tokens per step),
+        `attention_tokens` and `prefix_caching` as the engines'; `exchange_seconds`: (link class,
+        query rows) → what exchanges over such a link add to a step."""
         self.ledger = DebtLedger(instances)
-        self.assignment = Assignment(requests, instances, policy.queue, attention_tokens)
+        affinity = Affinity(block_size) if prefix_caching and policy.queue else None
+        self.assignment = Assignment(requests, instances, policy.queue, attention_tokens, affinity)
         self.counters = [Counters() for _ in range(instances)]
+        self.reports: Reports | None = None
+        """Of the last round."""
         self.running = self.free = self.capacity = 0
         self.round_number = 0
+        self.draining = False
+        """Whether the run ends before all rows are answered."""
+        self._reports: Reports | None = None
+        """Of the last round."""
         self._links = links
         self._exchange_seconds = exchange_seconds
         self._policy = policy
@@ -104,16 +119,24 @@ class GManager:
         self._block_size, self._move_budget = block_size, move_budget
         self._patience = 0
 
-    def round(self, messages: Sequence[bytes]) -> tuple[list[bytes], list[Result]]:
+    def round(
+        self, messages: Sequence[bytes], *, drain: bool = False, halt: bool = False
+    ) -> tuple[list[bytes], list[Result]]:
         """One control round: the encoded reports of all instances by instance → an encoded answer
-        for each, and the results they carried. Raises ReportError, and does nothing, for messages
-        that no healthy instance sends."""
+        for each, and the results they carried. `drain` and `halt`, as in reports, come from ranks
+        that send none. Raises ReportError, and does nothing, for messages that no healthy instance
+        sends."""
         reports = Reports(messages)
         reports.check(self.round_number)
         self._check_rows(reports)
+        self._reports = reports
         results = self._observe(reports)
-        plain = Answer(round=self.round_number)
+        self.draining |= drain or bool(reports["drain"].any())
+        plain = Answer(round=self.round_number, drain=self.draining)
         answers = Answers(plain)
+        if self.draining and (halt or not self.running or reports["halt"].any()):
+            plain.stop = True
+            return answers.encode(len(reports)), results
         promised = reports["promised"].astype(np.int64)
         starved = self._starved(reports)
         self._serve_needs(reports, starved, promised, answers)
@@ -122,6 +145,23 @@ class GManager:
             self._call_victims(reports, starved, answers)
         elif self._planner:
             self._transfer(reports, promised, answers)
+        if not self.draining:
+            self._assign(reports, answers)
+        if self._policy.dgfm and self.ledger.total:
+            self._recall(reports, promised, answers)
+        plain.stop = self.assignment.done
+        self.round_number += 1
+        return answers.encode(len(reports)), results
+
+    def last_report(self, instance: int) -> str:
+        """What an instance said last, for messages."""
+        if self._reports is None:
+            return "no report so far"
+        numbers = {name: int(self._reports[name][instance]) for name in ("round", *SAID)}
+        rows = ", ".join(f"{numbers[name]} rows {name}" for name in SAID)
+        return f"its last report was that of round {numbers['round']}, with {rows}"
+
+    def _assign(self, reports: Reports, answers: Answers) -> None:
         given = self.assignment.assign(
             reports["room_rows"],
             reports["room_tokens"],
@@ -132,11 +172,6 @@ class GManager:
             answers[instance].assign = rows
         if self._policy.queue and not self.assignment.waiting:
             self._spread_tail(reports, given, answers)
-        if self._policy.dgfm and self.ledger.total:
-            self._recall(reports, promised, answers)
-        plain.stop = self.assignment.done
-        self.round_number += 1
-        return answers.encode(len(reports)), results
 
     def _check_rows(self, reports: Reports) -> None:
         gone: set[int] = set()
@@ -159,6 +194,7 @@ class GManager:
 
     def _observe(self, reports: Reports) -> list[Result]:
         results: list[Result] = []
+        self.reports = reports
         for instance, changes in reports.changes.items():
             if changes.lent is not None:
                 self.ledger.set_row(instance, changes.lent)
@@ -293,7 +329,7 @@ class GManager:
             if creditors and not (
                 self._planner and self._planner.pays(debtor, self.ledger, reports)
             ):
-                new = sum(request.prompt_len for request in answers[debtor].assign)
+                new = sum(request.length for request in answers[debtor].assign)
                 spare[debtor] = int(promised[debtor]) - new // self._block_size
         urgent = set(np.flatnonzero(reports["wanted"]).tolist())
         budget = RECALL_STEPS * self._move_budget // self._block_size

@@ -8,6 +8,7 @@ seconds, token ids travel as little-endian int32.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 
 import msgspec
@@ -82,11 +83,32 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     prompt: bytes
     """`pack_tokens` of the prompt; never empty."""
     sampling: Sampling
+    output: bytes = b""
+    """`pack_tokens` of the output that an earlier run has made."""
+    logprobs: bytes = b""
+    """`control.logprobs` of `output`, if the request asks for them."""
 
     @property
     def prompt_len(self) -> int:
         """Prompt tokens."""
         return len(self.prompt) // 4
+
+    def prefix_keys(self, ends: Iterable[int], salt: bytes = b"") -> list[bytes]:
+        """For each of `ends`, ascending: a key of the prompt's first so many tokens, which no other
+        tokens have, nor the same ones with another salt. Ends of which it is known that nobody
+        shares them may be left out, with all beyond."""
+        digest, begin = hashlib.blake2b(salt, digest_size=16), 0
+        keys = []
+        for end in ends:
+            digest.update(memoryview(self.prompt)[4 * begin : 4 * end])
+            keys.append(digest.copy().digest())
+            begin = end
+        return keys
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and of an earlier run."""
+        return self.prompt_len + len(self.output) // 4
 
 
 class Result(msgspec.Struct, frozen=True, array_like=True):
@@ -107,6 +129,16 @@ class Result(msgspec.Struct, frozen=True, array_like=True):
     """Characters of the output's text that belong to the answer, if a stop string ended it."""
 
 
+class Unfinished(msgspec.Struct, frozen=True, array_like=True):
+    """A request that a run was stopped before it could finish."""
+
+    id: int
+    output: bytes
+    """`pack_tokens` of its output so far; never empty."""
+    logprobs: bytes = b""
+    """`control.logprobs` of `output`, if the request asks for them."""
+
+
 class Counters(msgspec.Struct):
     """What one instance has done since its start. Times are wall seconds of its first rank, bytes
     are those of that rank alone."""
@@ -114,6 +146,9 @@ class Counters(msgspec.Struct):
     steps: int = 0
     prompt_tokens: int = 0
     """Prompt tokens computed, recomputed ones included."""
+    cached_tokens: int = 0
+    """Tokens of rows that began with rBlocks of others, or of their own before they gave way: they
+    were not computed again."""
     generated_tokens: int = 0
     preemptions: int = 0
     stalls: int = 0
@@ -141,17 +176,35 @@ class Counters(msgspec.Struct):
     bytes_reported: int = 0
     """Reports sent to the gManager and answers received."""
     step_time: float = 0.0
+    """Of steps, whatever they were spent on."""
+    compute_time: float = 0.0
+    """Of steps, less the following. This and the following, to `other_time`, exclude each other:
+    together they are all the time of the run."""
     partial_wait: float = 0.0
     """Waiting for partial results from creditors."""
+    move_wait: float = 0.0
+    """Waiting for rBlocks."""
     serve_time: float = 0.0
     """Attending debtors' queries to their guests."""
-    move_wait: float = 0.0
+    query_wait: float = 0.0
+    """Without work: waiting for the queries of a debtor's step under way here."""
     control_wait: float = 0.0
-    """Waiting at round boundaries, without work included."""
+    """Without work: waiting for answers of control rounds."""
+    lead_time: float = 0.0
+    """Rank 0: the gManager's rounds, with reading rows and writing answers."""
+    other_time: float = 0.0
     prediction_error: float = 0.0
     """Mean error of predicted decode step times, relative to the measured ones."""
     gaps: dict[int, int] = {}
     """Times between two tokens of a row: bin of `observe.latency` → count."""
+
+
+class Remains(msgspec.Struct, frozen=True, array_like=True):
+    """What an instance has when a run is over: its counters, and what was not reported."""
+
+    counters: Counters
+    results: list[Result]
+    unfinished: list[Unfinished]
 
 
 class Handover(msgspec.Struct, frozen=True, array_like=True):
@@ -173,21 +226,25 @@ class Header(msgspec.Struct, frozen=True, array_like=True, tag="header"):
     Applied in this field order."""
 
     released: list[int]
-    """Requests of mine that ended: free their guests."""
+    """Requests and prefixes of mine that ended: free their guests."""
     returned: int
     """Credit of mine that I give back."""
     moves: list[tuple[int, int]]
-    """(request, logical index) of the rBlocks I send you behind this step's layers."""
+    """(request or prefix, logical index) of the rBlocks I send you behind this step's layers."""
     recalls: list[tuple[int, int]]
-    """(request, logical index) of my rBlocks with you: send them back behind this step's layers."""
+    """(request or prefix, logical index) of my rBlocks with you: send them back behind this step's
+    layers."""
     handovers: list[Handover]
     """Requests of mine of which you host all rBlocks after this step: they are yours from then."""
-    queries: list[tuple[int, int, int]]
-    """(request, query rows, position of the first) of mine that attend to their guests with you, in
-    order of the rows."""
+    queries: list[tuple[list[int], int, int]]
+    """(request or prefixes, query rows, position of the first) of mine that attend to these guests
+    with you, in order of the rows."""
     dropped: list[tuple[int, int]] = []
     """(request, logical index) of mine that go on: free their guests' rBlocks before that index.
     Applied with `released`."""
+    splits: list[tuple[int, int, int]] = []
+    """(prefix, logical index, new prefix) of mine: the guest's rBlocks before that index are the
+    new prefix's. Applied first."""
 
 
 class Credit(msgspec.Struct, frozen=True, array_like=True, tag="credit"):
@@ -220,6 +277,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     free: int
     promised: int
     """rBlocks set aside until the answer: the most that may be granted."""
+    hosted: int = 0
+    """rBlocks that hold KV of others."""
     wanted: int = 0
     """rBlocks to borrow."""
     wanted_for: int = NOBODY
@@ -247,6 +306,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Sealed rBlocks at home of the request that has most of them."""
     lacking: int = 0
     """rBlocks that the oldest waiting row lacks to begin beside those that run; 0 if none does."""
+    prompt_tokens: int = 0
+    """Prompt tokens computed so far, recomputed ones included."""
+    generated_tokens: int = 0
+    """Output tokens so far."""
     kv_tokens: int = 0
     """KV tokens attended to here in a step of decodes: own ones at home, and guests."""
     work_left: float = 0.0
@@ -263,6 +326,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Measured seconds to compute a prompt token; 0 if there were none yet."""
     exchange: float = 0.0
     """Measured seconds that remote rBlocks add to a decode step; 0 if there were none yet."""
+    drain: bool = False
+    """The run should end soon."""
+    halt: bool = False
+    """The run should end now."""
     changes: Changes = Changes()
 
 
@@ -289,4 +356,7 @@ class Answer(msgspec.Struct, omit_defaults=True):
     """rBlocks that requests younger than `admit_before` have to free."""
     give_way_at: int = -1
     """Where; -1: anywhere."""
+    drain: bool = False
+    """Begin nothing any more: the run ends before all rows are answered."""
     stop: bool = False
+    """The run is over, whatever still runs."""

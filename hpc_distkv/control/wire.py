@@ -16,6 +16,7 @@ COLUMNS = {
     "capacity": "i",
     "free": "i",
     "promised": "i",
+    "hosted": "i",
     "wanted": "i",
     "wanted_for": "q",
     "largest": "i",
@@ -30,6 +31,8 @@ COLUMNS = {
     "youngest_blocks": "i",
     "longest": "i",
     "lacking": "i",
+    "prompt_tokens": "q",
+    "generated_tokens": "q",
     "kv_tokens": "q",
     "work_left": "f",
     "row_blocks": "f",
@@ -38,6 +41,8 @@ COLUMNS = {
     "per_kv": "f",
     "prompt_time": "f",
     "exchange": "f",
+    "drain": "?",
+    "halt": "?",
 }
 """Field of `Report` → its format, as of `struct` and of a numpy dtype; little-endian."""
 SIGNED = frozenset({"youngest"})

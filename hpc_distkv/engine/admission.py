@@ -57,12 +57,15 @@ class Admission:
     by what is expected of their outputs. One for which there is none has a place in time, as soon
     as enough of what runs has ended; younger ones pass it if they do not take that place (EASY
     backfilling, Lifka 1995). One that is too large for this instance alone waits until it has
-    credit for all of itself.
+    credit for all of itself, and one whose prompt goes on with what another is computing until
+    that is there.
     """
 
     def __init__(self, rmanager: RManager, config: EngineConfig, foresight: Foresight) -> None:
         self.before = NOBODY
         """No sequence younger than this may begin."""
+        self.closed = False
+        """No sequence may begin any more."""
         self.keep = 0
         """rBlocks to leave free for loans to come."""
         chunk = config.blocks(config.max_num_batched_tokens)
@@ -76,7 +79,7 @@ class Admission:
 
     def next(self, waiting: Rows[Sequence], running: Rows[Sequence]) -> Sequence | None:
         """The sequence of `waiting` that begins now; both lists ascend by age."""
-        if not waiting or len(running) >= self._config.max_num_seqs:
+        if self.closed or not waiting or len(running) >= self._config.max_num_seqs:
             return None
         state = self._state(waiting, running)
         if running and state == self._refused and self._refused_steps < REFUSED_STEPS:
@@ -86,6 +89,8 @@ class Admission:
         for sequence in waiting[:CANDIDATES]:
             if sequence.id > self.before:
                 break
+            if self._rm.prefixes.awaited(sequence.keys):
+                continue
             if self._may_begin(sequence, room):
                 return sequence
         self._refused, self._refused_steps = state, 0
@@ -93,7 +98,7 @@ class Admission:
 
     def outlook(self, waiting: Rows[Sequence], running: Rows[Sequence]) -> Outlook:
         """What comes of the waiting sequences, those too large for this instance left out."""
-        if not waiting:
+        if self.closed or not waiting:
             return NOTHING_WAITS
         room = self._room(waiting, running)
         seats = max(0, self._config.max_num_seqs - len(running))
@@ -101,7 +106,7 @@ class Admission:
         for sequence in waiting[: min(CANDIDATES, seats)]:
             if sequence.id > self.before:
                 break
-            if self.large(sequence):
+            if self.large(sequence) or self._rm.prefixes.awaited(sequence.keys):
                 continue
             if self._fits(sequence, room):
                 room.now -= self._foresight.missing(sequence, sequence.length + 1)
@@ -120,9 +125,9 @@ class Admission:
     def _state(self, waiting: Rows[Sequence], running: Rows[Sequence]) -> tuple[object, ...]:
         """All that decides on who may begin, but for the growth that was foreseen."""
         rm = self._rm
-        numbers = (self.before, self.keep, rm.credit, rm.promised, rm.lent, rm.borrowed)
+        memory = (rm.credit, rm.promised, rm.lent, rm.borrowed, rm.prefixes.computing)
         ids = (sequence.id for sequence in (*running, *waiting[:CANDIDATES]))
-        return (*numbers, len(running), *ids)
+        return (self.before, self.keep, *memory, len(running), *ids)
 
     def _room(self, waiting: Rows[Sequence], running: Rows[Sequence]) -> Room:
         """What is the same for all that wait."""
@@ -135,7 +140,7 @@ class Admission:
         reserve = self.reserve if running else 0
         prompts = sum(foresight.missing(row, row.length + 1) for row in running)
         in_time = max(0, usual + foresight.at_home(running) - self.reserve)
-        claims = [foresight.claim(row) for row in running]
+        claims = foresight.claims(running)
         return Room(free - reserve - prompts, usual - self.reserve - prompts, in_time, claims)
 
     def _may_begin(self, sequence: Sequence, room: Room) -> bool:
@@ -156,6 +161,7 @@ class Admission:
         if lacking <= 0 and over <= 0:
             return True
         if not room.blocked:
+            claim = claim._replace(tokens=sequence.length)  # Who shares with it may have ended.
             room.blocked = claim.at(self._foresight.start(room.claims, claim, room.in_time))
             room.lacking = max(lacking, math.ceil(over))
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hpc_distkv.control.messages import Request
 from hpc_distkv.control.policy import POLICIES, Policy
 
 BOUNCE_BLOCKS = 4
@@ -30,6 +31,10 @@ class EngineConfig:
     window: int = 0
     """What no query will see is freed: it sees so many tokens, its own included. 0: all are kept,
     for some layer sees them, or because requests that migrate are copied whole."""
+    enable_prefix_caching: bool = False
+    """Rows with equal beginnings share the sealed rBlocks of these: see `prefix_caching`."""
+    keys_by_length: bool = False
+    """Only rows with prompts of one length do, for the length decides on K (dynamic RoPE)."""
     attention_tokens: float = float("inf")
     """Context length at which a token costs twice what its linear layers cost."""
 
@@ -45,6 +50,21 @@ class EngineConfig:
     def bounce(self) -> int:
         """rBlocks beyond the pool."""
         return BOUNCE_BLOCKS if self.policy.dgfm else 0
+
+    @property
+    def prefix_caching(self) -> bool:
+        """Whether rows share rBlocks. They do not where a row alone decides on what becomes of
+        them: where they are freed behind a window, or copied with a request that migrates."""
+        return self.enable_prefix_caching and not self.window and not self.policy.migrate
+
+    def prefix_keys(self, request: Request) -> list[bytes]:
+        """Of the rBlocks of a prompt that may be shared: all before the one of its last token, for
+        that has to be computed."""
+        if not self.prefix_caching:
+            return []
+        length = request.prompt_len
+        salt = length.to_bytes(8, "little") if self.keys_by_length else b""
+        return request.prefix_keys(range(self.block_size, length, self.block_size), salt)
 
     @property
     def spare(self) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 
@@ -11,6 +12,8 @@ from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow, micro_atte
 from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR, Comm, Pending
 from hpc_distkv.control.messages import Header
 from hpc_distkv.engine.instance import Instance
+from hpc_distkv.engine.recorder import Kind
+from hpc_distkv.engine.timesheet import TimeSheet
 from hpc_distkv.memory.loan import ProtocolError
 from hpc_distkv.memory.pool import BlockPool
 
@@ -29,10 +32,11 @@ class Creditor:
         instance: Instance,
         shape: tuple[int, int],
         specs: Sequence[AttentionSpec],
+        time: TimeSheet,
     ) -> None:
         """`shape`: query heads and head dimension of the shard; `specs`: one for each layer."""
         self._comm, self._pool, self._instance = comm, pool, instance
-        self._shape, self._specs = shape, specs
+        self._shape, self._specs, self._time = shape, specs, time
         self._visits: dict[int, Visit] = {}
         """Debtor → the step of it that is being served."""
 
@@ -58,7 +62,9 @@ class Creditor:
                 self._instance,
                 self._shape,
                 self._specs,
+                self._time,
             )
+        self._time.recorder.open(Kind.VISIT, debtor)
 
     def push(self) -> list[int]:
         """Push on every visit. Returns the debtors whose step can be committed. Never blocks, and
@@ -75,7 +81,9 @@ class Creditor:
 
     def commit(self, debtor: int) -> None:
         """The step of `debtor`, all of which was served, is over."""
-        self._visits.pop(debtor).commit()
+        visit = self._visits.pop(debtor)
+        visit.commit()
+        self._time.recorder.close(Kind.VISIT, debtor, debtor, visit.rows)
 
 
 class Visit:
@@ -96,18 +104,21 @@ class Visit:
         instance: Instance,
         shape: tuple[int, int],
         specs: Sequence[AttentionSpec],
+        time: TimeSheet,
     ) -> None:
         self._rank, self._debtor = comm.world.rank_of(debtor), debtor
         self._comm, self._pool, self._instance, self._specs = comm, pool, instance, specs
+        self._time = time
         self._moved = instance.accept(debtor, header, now)
         self._pending: list[Pending] = []
         """Moves and partial results under way."""
         self._post_moves()
         self._layer = 0 if header.queries else pool.layers
+        self.rows = rows = sum(count for _, count, _ in header.queries)
+        """Query rows of a layer."""
         if header.queries:
-            rows = sum(count for _, count, _ in header.queries)
             heads, head_dim = shape
-            self._guests = PagedBatch.build([self._guest(*query) for query in header.queries])
+            self._guests = PagedBatch.build(self._paged_rows(header))
             place = pool.device
             self._queries = torch.empty((rows, heads, head_dim), dtype=pool.dtype, device=place)
             # A debtor sends queries of a layer after it has the partial results of the last one.
@@ -140,7 +151,7 @@ class Visit:
         self._arriving = self._comm.transport.exchange([], received, TO_DEBTOR, TO_CREDITOR)
 
     def _serve(self) -> None:
-        started = time.perf_counter()
+        self._time.enter(Kind.SERVE)
         k_cache, v_cache = self._pool.layer(self._layer)
         micro_attention(
             self._queries,
@@ -159,20 +170,33 @@ class Visit:
         self._pending.append(self._comm.transport.exchange(partials, [], TO_DEBTOR, TO_CREDITOR))
         counters = self._instance.counters
         counters.bytes_queried += self._out.nbytes + self._lse.nbytes
-        counters.serve_time += time.perf_counter() - started
+        self._time.leave(self._debtor, self._layer - 1)
 
-    def _guest(self, request: int, rows: int, position: int) -> PagedRow:
-        guest = self._instance.rm.guests.get((self._debtor, request))
-        if guest is None:
-            raise ProtocolError(
-                f"instance {self._debtor} sends queries of request {request}, of which instance "
-                f"{self._instance.rm.instance} hosts nothing"
-            )
-        size = self._pool.block_size
-        return PagedRow(
-            queries=rows,
-            query_position=position,
-            blocks=guest.slots,
-            first_token=[index * size for index in guest.indices],
-            kv_len=len(guest.slots) * size,
-        )
+    def _paged_rows(self, header: Header) -> list[PagedRow]:
+        """A row for each query, or for all queries of the same guests if their positions do not
+        matter: then they are served at once."""
+        rows: list[PagedRow] = []
+        together = not any(spec.positional for spec in self._specs)
+        for guests, queries in groupby(header.queries, key=itemgetter(0)):
+            counts = [(count, position) for _, count, position in queries]
+            if together:
+                counts = [(sum(count for count, _ in counts), 0)]
+            slots, first_token = self._hosted(guests)
+            kv_len = len(slots) * self._pool.block_size
+            rows += [PagedRow(n, position, slots, first_token, kv_len) for n, position in counts]
+        return rows
+
+    def _hosted(self, guests: list[int]) -> tuple[list[int], list[int]]:
+        """Slots of these guests, and the position of the first token of each."""
+        slots: list[int] = []
+        first_token: list[int] = []
+        for key in guests:
+            guest = self._instance.rm.guests.get((self._debtor, key))
+            if guest is None:
+                raise ProtocolError(
+                    f"instance {self._debtor} sends queries of request {key}, of which instance "
+                    f"{self._instance.rm.instance} hosts nothing"
+                )
+            slots += guest.slots
+            first_token += [index * self._pool.block_size for index in guest.indices]
+        return slots, first_token

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import msgspec
@@ -10,8 +9,11 @@ import torch
 
 from hpc_distkv.attention import merge_rows
 from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR, Comm, Pending
+from hpc_distkv.engine.guests import remote_queries
 from hpc_distkv.engine.instance import Instance
+from hpc_distkv.engine.recorder import Kind
 from hpc_distkv.engine.scheduler import Plan
+from hpc_distkv.engine.timesheet import TimeSheet
 from hpc_distkv.memory.pool import BlockPool
 
 
@@ -42,10 +44,16 @@ class Debtor:
     """
 
     def __init__(
-        self, comm: Comm, pool: BlockPool, instance: Instance, shape: tuple[int, int]
+        self,
+        comm: Comm,
+        pool: BlockPool,
+        instance: Instance,
+        shape: tuple[int, int],
+        time: TimeSheet,
     ) -> None:
         """`shape`: query heads and head dimension of the shard."""
         self._comm, self._pool, self._instance, self._shape = comm, pool, instance, shape
+        self._time = time
         self._counters = instance.counters
         self._legs: list[Leg] = []
         self._moves: Pending | None = None
@@ -60,14 +68,12 @@ class Debtor:
             if world.lane == 0:
                 self._comm.mail.post(world.rank_of(creditor), msgspec.msgpack.encode(header))
         self._post_moves(plan)
-        wanted: dict[int, list[int]] = {}
-        first = 0
-        for sequence, count in plan.rows:
-            for creditor in self._instance.rm.tables[sequence.id].remote:
-                wanted.setdefault(creditor, []).extend(range(first, first + count))
-            first += count
-        rows = [torch.tensor(places, dtype=torch.int32) for places in wanted.values()]
-        legs = zip(map(world.rank_of, wanted), self._comm.device.upload(rows), strict=True)
+        queries = remote_queries(self._instance.rm, plan.rows)
+        rows = [
+            torch.tensor([q.first + i for q in each for i in range(q.rows)], dtype=torch.int32)
+            for each in queries.values()
+        ]
+        legs = zip(map(world.rank_of, queries), self._comm.device.upload(rows), strict=True)
         self._legs = [self._leg(*leg) for leg in legs]
         return bool(self._legs)
 
@@ -79,22 +85,24 @@ class Debtor:
         partials = [(leg.rank, part) for leg in self._legs for part in (leg.out, leg.lse)]
         self._counters.bytes_queried += sum(tensor.nbytes for _, tensor in sends)
         self._partials = self._comm.transport.exchange(sends, partials, TO_CREDITOR, TO_DEBTOR)
+        self._time.recorder.open(Kind.EXCHANGE)
 
     def merge(self, layer: int, out: torch.Tensor, lse: torch.Tensor) -> None:
         """Merge the creditors' partial results into the rank's own, in place."""
-        started, served = time.perf_counter(), self._counters.serve_time
+        self._time.enter(Kind.PARTIALS)
         self._partials.wait(f"partial results, layer {layer}, step {self._steps}")
-        took = time.perf_counter() - started
-        self._counters.partial_wait += took - (self._counters.serve_time - served)
+        self._time.leave(layer, len(self._legs))
+        self._time.recorder.close(Kind.EXCHANGE, one=layer, other=len(self._legs))
         for leg in self._legs:
             merge_rows(out, lse, leg.rows, leg.out, leg.lse)
 
     def finish(self) -> None:
         """Wait for the moves."""
         if self._moves is not None:
-            started = time.perf_counter()
+            self._time.enter(Kind.MOVES)
             self._moves.wait(f"rBlocks, step {self._steps}")
-            self._counters.move_wait += time.perf_counter() - started
+            self._time.leave(self._moving)
+            self._time.recorder.close(Kind.TRANSFER, one=self._moving)
 
     def _post_moves(self, plan: Plan) -> None:
         rank_of, rblock = self._comm.world.rank_of, self._pool.rblock
@@ -104,6 +112,8 @@ class Debtor:
         if sends or recvs:
             self._counters.bytes_moved += sum(tensor.nbytes for _, tensor in (*sends, *recvs))
             self._moves = self._comm.transport.exchange(sends, recvs, TO_CREDITOR, TO_DEBTOR)
+            self._moving = len(sends) + len(recvs)
+            self._time.recorder.open(Kind.TRANSFER)
 
     def _leg(self, rank: int, rows: torch.Tensor) -> Leg:
         shape, place = (len(rows), *self._shape), self._pool.device

@@ -22,8 +22,10 @@ from hpc_distkv.engine.events import (
     StepTimed,
     fingerprint,
 )
+from hpc_distkv.engine.interrupt import Interrupt
 from hpc_distkv.engine.lane import Lane, Parts
 from hpc_distkv.engine.pace import Speed
+from hpc_distkv.engine.recorder import Kind
 from hpc_distkv.engine.worker import decode_answer
 from hpc_distkv.memory.loan import ProtocolError
 
@@ -58,8 +60,10 @@ class Follower:
     follower only in sums, for the same event, and in rounds, for the last boundary.
     """
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, interrupt: Interrupt) -> None:
+        self._interrupt = interrupt
         self._comm = comm = parts.comm
+        self._time = parts.time
         self._lane = Lane(parts, self._attend, self._serve)
         self._instance, self._creditor = self._lane.instance, self._lane.creditor
         self.counters = self._instance.counters
@@ -74,10 +78,11 @@ class Follower:
         """Follow until the gManager says stop. Raises StallError and ProtocolError."""
         with self._comm.waiter.meanwhile(self._attend):
             self._loop()
+            self._leaving = True
             if self._lane.sharing:
-                self._leaving = True
                 self._comm.share(None)
                 self._next(Left)
+            self._comm.gather(b"")
 
     @property
     def speed(self) -> Speed:
@@ -97,6 +102,7 @@ class Follower:
                 case Boundary(now):
                     answer = self._take_answer()
                     if answer.stop:
+                        self._instance.put_aside()
                         return
                     self._instance.apply(answer, now)
                     self._instance.credits()
@@ -110,18 +116,21 @@ class Follower:
                 f"{world.name(world.rank)} and {world.name(self._leader)} plan different steps of "
                 f"instance {world.instance}: do all ranks run the same version of this program?"
             )
+        self._time.enter(Kind.STEP if plan.rows else Kind.OTHER)
         self._lane.compute(plan, begun.now)
         ended = self._next(StepEnded)
         done = self._lane.end(plan, ended.tokens, ended.now)
+        tokens_computed = sum(count for _, count in plan.rows)
+        self._time.leave(len(plan.rows), tokens_computed, record=bool(plan.rows))
         if plan.rows:
             self._instance.note_step(done, self._next(StepTimed).seconds)
 
     # -- control --------------------------------------------------------------------------------
 
     def _report(self) -> None:
-        """Take part in a round; only the leader has something to say."""
+        """Take part in a round: what this rank wants of the run; the leader says all else."""
         self._instance.report()
-        self._comm.rounds.report(b"")
+        self._comm.rounds.report(self._interrupt.wish)
 
     def _take_answer(self) -> Answer:
         what = f"the answer of round {self._instance.round}"
@@ -189,6 +198,8 @@ class Follower:
             return None
 
         names = " or ".join(kind.__name__ for kind in kinds)
+        self._time.enter(Kind.CONTROL)
         event = self._comm.waiter.until(ready, f"its log ({names})", lambda: [self._leader])
+        self._time.leave(self._instance.round)
         self._log.popleft()
         return event

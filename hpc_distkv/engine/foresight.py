@@ -44,7 +44,7 @@ class Foresight:
     def missing(self, sequence: Sequence, tokens: int) -> int:
         """rBlocks the sequence lacks for its first `tokens` tokens."""
         table = self._rm.tables.get(sequence.id)
-        held = table.blocks if table else 0
+        held = table.blocks if table else self._rm.prefixes.in_use(sequence.keys)
         return max(0, self._config.blocks(min(tokens, sequence.final_len)) - held)
 
     def expected_end(self, sequence: Sequence) -> float:
@@ -52,15 +52,39 @@ class Foresight:
         output = self.outputs.expected(sequence.request.sampling.max_tokens)
         return sequence.request.prompt_len + max(output, sequence.output_len + 1)
 
+    def uncomputed(self, sequence: Sequence) -> int:
+        """Tokens that the sequence has to compute before it gets the next one."""
+        if sequence.id in self._rm.tables:
+            return sequence.remaining
+        return sequence.length - self._rm.prefixes.coming(sequence.keys) * self._config.block_size
+
     def at_home(self, running: Rows[Sequence]) -> int:
-        """rBlocks that these rows have here."""
-        return sum(len(self._rm.tables[sequence.id].slots) for sequence in running)
+        """rBlocks that these rows have here, shared ones counted once."""
+        own = sum(len(self._rm.tables[sequence.id].slots) for sequence in running)
+        return own + self._rm.prefixes.at_home(sequence.id for sequence in running)
+
+    def claims(self, running: Rows[Sequence]) -> list[Claim]:
+        """What these rows need; what they share counts with the one that ends last."""
+        size, prefixes = self._config.block_size, self._rm.prefixes
+        counted: set[int] = set()
+        claims = []
+        for claim, sequence in sorted(
+            ((self.claim(sequence), sequence) for sequence in running),
+            key=lambda pair: pair[0].end,
+            reverse=True,
+        ):
+            shared = [p for p in prefixes.chain(sequence.id) if p.id not in counted]
+            counted.update(prefix.id for prefix in shared)
+            tokens = size * sum(len(prefix.slots) for prefix in shared)
+            claims.append(claim._replace(tokens=claim.tokens + tokens))
+        return claims
 
     def claim(self, sequence: Sequence) -> Claim:
-        """What the sequence needs if it runs from now on."""
+        """What the sequence needs if it runs from now on, beside what others use too."""
         table = self._rm.tables.get(sequence.id)
-        away = table.absent * self._config.block_size if table else 0
-        return Claim(0, self.expected_end(sequence) - sequence.length, sequence.length - away)
+        away = table.absent if table else self._rm.prefixes.in_use(sequence.keys)
+        tokens = sequence.length - away * self._config.block_size
+        return Claim(0, self.expected_end(sequence) - sequence.length, tokens)
 
     def peak(self, claims: Rows[Claim]) -> float:
         """Most rBlocks that the claims take at once."""

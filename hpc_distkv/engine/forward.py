@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 import torch
 
@@ -11,7 +11,9 @@ from hpc_distkv.comm.device import Device
 from hpc_distkv.engine.debtor import Debtor
 from hpc_distkv.engine.graphs import DecodeGraphs
 from hpc_distkv.engine.model import Model
+from hpc_distkv.engine.recorder import Recorder
 from hpc_distkv.engine.scheduler import Row
+from hpc_distkv.engine.shared import SharedAttention, groups_of
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.memory.rmanager import RManager
 
@@ -27,6 +29,7 @@ class Forward:
         device: Device,
         between_layers: Callable[[], None],
         pause: Callable[[], None],
+        recorder: Recorder,
         graphs: DecodeGraphs | None = None,
     ) -> None:
         """`between_layers` is called once a layer, so that control rounds go on during a step,
@@ -35,6 +38,8 @@ class Forward:
         self._model, self._pool, self._rm, self._specs = model, pool, rmanager, model.attention
         self._device, self._graphs = device, graphs
         self._between_layers, self._pause = between_layers, pause
+        self._positional = any(spec.positional for spec in model.attention)
+        self._recorder = recorder
 
     def run(self, rows: Sequence[Row], debtor: Debtor | None) -> torch.Tensor:
         """Compute the rows' tokens and store their KV. Returns the float32 logits
@@ -42,16 +47,22 @@ class Forward:
         `debtor` is given if any row has rBlocks elsewhere."""
         if not rows:
             return torch.empty((0, 0))
-        paged = [self._paged_row(row) for row in rows]
+        groups = {} if self._positional else groups_of(self._rm, rows, self._pool.block_size)
+        size = self._pool.block_size
+        shared = SharedAttention(groups, rows, size, self._device) if groups else None
+        apart = {prefix.id for prefixes in groups.values() for prefix in prefixes}
+        paged = [self._paged_row(row, apart) for row in rows]
         inputs = [*self._inputs(rows), *self._slots(rows)]
         tokens, positions, ends, lengths, blocks, offsets = self._device.upload(inputs)
-        if self._graphs and not debtor and len(ends) == len(tokens) == len(rows):
+        alone = not debtor and not shared
+        if self._graphs and alone and len(ends) == len(tokens) == len(rows):
             replayed = self._graphs.hidden(paged, (tokens, positions, blocks, offsets))
             if replayed is not None:
                 return self._model.logits(replayed)
         batch = PagedBatch.build(paged)
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            self._recorder.layer(layer)
             self._between_layers()
             k_cache, v_cache = self._pool.layer(layer)
             write_kv(k, v, k_cache, v_cache, blocks, offsets)
@@ -59,6 +70,9 @@ class Forward:
                 debtor.post_queries(q)
             out, lse = micro_attention(q, k_cache, v_cache, batch, self._specs[layer], causal=True)
             self._pause()
+            if shared:
+                shared.merge(q, (k_cache, v_cache), self._specs[layer], out, lse)
+                self._pause()
             if debtor:
                 debtor.merge(layer, out, lse)
             return out
@@ -66,6 +80,7 @@ class Forward:
         hidden = self._model.hidden(
             tokens, positions, attend, self._pause, lengths if len(lengths) else None
         )
+        self._recorder.layer(-1)
         return self._model.logits(hidden[ends]) if len(ends) else torch.empty((0, 0))
 
     def _inputs(self, rows: Sequence[Row]) -> list[torch.Tensor]:
@@ -88,15 +103,20 @@ class Forward:
             for numbers in (tokens, positions, ends, lengths)
         ]
 
-    def _paged_row(self, row: Row) -> PagedRow:
+    def _paged_row(self, row: Row, apart: Container[int]) -> PagedRow:
+        """What the row attends to at home, but for the prefixes of `apart`."""
         sequence, count = row
         table, size = self._rm.tables[sequence.id], self._pool.block_size
+        prefixes = [p for p in self._rm.prefixes.chain(sequence.id) if p.id not in apart]
+        slots = [slot for part in (*prefixes, table) for slot in part.slots]
+        indices = [index for part in (*prefixes, table) for index in part.indices]
+        own = sequence.computed + count - table.absent * size
         return PagedRow(
             queries=count,
             query_position=sequence.computed,
-            blocks=table.slots,
-            first_token=[index * size for index in table.indices],
-            kv_len=sequence.computed + count - table.absent * size,
+            blocks=slots,
+            first_token=[index * size for index in indices],
+            kv_len=own + size * (len(slots) - len(table.slots)),
         )
 
     def _slots(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:

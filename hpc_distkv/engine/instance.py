@@ -13,12 +13,15 @@ from hpc_distkv.control.messages import (
     Counters,
     Handover,
     Header,
+    Remains,
     Report,
     Request,
     Result,
+    Unfinished,
 )
 from hpc_distkv.control.work import work
 from hpc_distkv.engine.config import EngineConfig
+from hpc_distkv.engine.guests import remote_queries
 from hpc_distkv.engine.pace import Pace, StepSeconds, StepWork
 from hpc_distkv.engine.scheduler import Plan, Row, Scheduler
 from hpc_distkv.engine.sequence import Sequence
@@ -88,18 +91,21 @@ class Instance:
         self._returned = self.scheduler.give_back(answer.give_back)
         self.round += 1
 
-    def report(self) -> Report:
-        """What the gManager has to know at this boundary."""
+    def report(self, drain: bool = False, halt: bool = False) -> Report:
+        """What the gManager has to know at this boundary; `drain` and `halt` are what this rank
+        wants of the run."""
         demand, room = self.scheduler.demand(), self.scheduler.room()
         sharing = self.config.policy.sharing
         self._asked = demand.wanted
         running = self.scheduler.running
         youngest = running[-1] if running else None
+        speed = self.pace.speed
         return Report(
             round=self.round,
             capacity=self.rm.num_blocks,
             free=self.rm.free,
             promised=self.rm.promise(demand.lendable if sharing else 0),
+            hosted=sum(loan.used for loan in self.rm.loans.values()),
             wanted=demand.wanted if sharing else 0,
             wanted_for=demand.wanted_for,
             largest=demand.largest,
@@ -111,19 +117,36 @@ class Instance:
             waiting=self.scheduler.fresh,
             seats=max(0, self.config.max_num_seqs - len(running)),
             youngest=youngest.id if youngest else -1,
-            youngest_blocks=self.rm.tables[youngest.id].held if youngest else 0,
+            youngest_blocks=self.rm.held_alone(youngest.id) if youngest else 0,
             longest=self.scheduler.longest,
             lacking=self.scheduler.lacking if self.config.policy.planner else 0,
+            prompt_tokens=self.counters.prompt_tokens,
+            generated_tokens=self.counters.generated_tokens,
             kv_tokens=self._kv_tokens(),
             work_left=self._work_left(),
             row_blocks=self._row_blocks(),
-            fixed=self.pace.steps.fixed,
-            per_token=self.pace.steps.per_token,
-            per_kv=self.pace.steps.per_kv,
-            prompt_time=self.pace.prompt,
-            exchange=self.pace.exchange,
+            fixed=speed.fixed,
+            per_token=speed.per_token,
+            per_kv=speed.per_kv,
+            prompt_time=speed.prompt,
+            exchange=speed.exchange,
+            drain=drain,
+            halt=halt,
             changes=self._changes(),
         )
+
+    def put_aside(self) -> None:
+        """The run is over: free what still runs."""
+        self.scheduler.put_aside()
+
+    def remains(self) -> Remains:
+        """What is left to be told once nothing moves any more: also results that were not reported,
+        and rows with tokens that were not finished."""
+        rows = (*self.scheduler.running, *self.scheduler.waiting)
+        unfinished = [
+            Unfinished(s.id, s.packed_output, s.packed_logprobs) for s in rows if s.output_len
+        ]
+        return Remains(self._count(), self._results, unfinished)
 
     def _changes(self) -> Changes:
         lent = {debtor: loan.total for debtor, loan in self.rm.loans.items()}
@@ -141,6 +164,7 @@ class Instance:
     def _count(self) -> Counters:
         self.counters.preemptions = self.scheduler.preemptions
         self.counters.stalls = self.scheduler.stalls
+        self.counters.cached_tokens = self.scheduler.cached_tokens
         self.counters.prediction_error = self.pace.steps.error
         return self.counters
 
@@ -150,16 +174,17 @@ class Instance:
         return {debtor: self.rm.open_credit(debtor) for debtor in granted}
 
     def _kv_tokens(self) -> int:
-        size = self.config.block_size
-        own = sum(s.computed for s in self.scheduler.running)
-        away = sum(table.absent for table in self.rm.tables.values())
-        return own + size * (sum(loan.used for loan in self.rm.loans.values()) - away)
+        running, size = self.scheduler.running, self.config.block_size
+        own = sum(s.computed - size * self.rm.tables[s.id].absent for s in running)
+        shared = self.rm.prefixes.at_home(s.id for s in running)
+        return own + size * (shared + sum(loan.used for loan in self.rm.loans.values()))
 
     def _work_left(self) -> float:
         rows = (*self.scheduler.running, *self.scheduler.waiting)
-        per_row = self.config.attention_tokens
+        foresight, per_row = self.scheduler.foresight, self.config.attention_tokens
         return sum(
-            work(s.computed, self.scheduler.foresight.expected_end(s), per_row) for s in rows
+            work(s.length - foresight.uncomputed(s), foresight.expected_end(s), per_row)
+            for s in rows
         )
 
     def _row_blocks(self) -> float:
@@ -181,28 +206,24 @@ class Instance:
 
     def headers(self, plan: Plan, now: float) -> dict[int, Header]:
         """What creditors have to know of this step; those without news are left out."""
-        queries: dict[int, list[tuple[int, int, int]]] = {}
-        for sequence, count in plan.rows:
-            for creditor in self.rm.tables[sequence.id].remote:
-                row = (sequence.id, count, sequence.computed)
-                queries.setdefault(creditor, []).append(row)
+        queries = remote_queries(self.rm, plan.rows)
         leaving = {s.id: self.rm.copies[s.id].creditor for s in plan.leaving}
         creditors = {move.peer for move in (*plan.moves, *plan.recalls)}
         creditors |= {c for c, debt in self.rm.debts.items() if debt.news}
         headers = {}
         for creditor in sorted({*queries, *creditors, *leaving.values()}):
-            dropped = self.rm.settle_dropped(creditor)
-            released, returned = self.rm.settle_debt(creditor)
+            news = self.rm.settle_debt(creditor)
             headers[creditor] = Header(
-                released=released,
-                returned=returned,
+                released=list(news.released),
+                returned=news.returned,
                 moves=[(m.request, m.block) for m in plan.moves if m.peer == creditor],
                 recalls=[(m.request, m.block) for m in plan.recalls if m.peer == creditor],
                 handovers=[
                     self._handover(s, now) for s in plan.leaving if leaving[s.id] == creditor
                 ],
-                queries=queries.get(creditor, []),
-                dropped=dropped,
+                queries=[query.asked for query in queries.get(creditor, [])],
+                dropped=list(news.dropped),
+                splits=list(news.splits),
             )
         return headers
 
@@ -238,6 +259,7 @@ class Instance:
             if sequence.output_len == 0 or count > 1:
                 self.counters.prompt_tokens += count
             sequence.computed += count
+            self.rm.seal(sequence.id, sequence.computed // self.config.block_size)
             if self.config.window:
                 self._drop_unseen(sequence)
             if not sequence.remaining:
@@ -247,7 +269,7 @@ class Instance:
     def _drop_unseen(self, sequence: Sequence) -> None:
         """Free the rBlocks wholly behind the window of the sequence's next query."""
         unseen = (sequence.computed - self.config.window + 1) // self.config.block_size
-        if unseen > self.rm.tables[sequence.id].dropped:
+        if unseen > self.rm.tables[sequence.id].start:
             self.rm.drop(sequence.id, unseen)
 
     def _append(self, sequence: Sequence, token: int, now: float, logprobs: bytes) -> None:
@@ -288,6 +310,7 @@ class Instance:
     def accept(self, debtor: int, header: Header, now: float) -> tuple[list[Move], list[Move]]:
         """Apply a header. Returns the moves that it asks for: out of this instance and into it.
         A debtor's next header is accepted after `commit_served`. Raises ProtocolError."""
+        self.rm.split_guests(debtor, header.splits)
         self.rm.evict(debtor, header.released)
         self.rm.evict_dropped(debtor, header.dropped)
         self.rm.take_back(debtor, header.returned)

@@ -23,6 +23,7 @@ from hpc_distkv.engine.pace import StepWork
 from hpc_distkv.engine.scheduler import Plan, Row
 from hpc_distkv.engine.sequence import Sequence
 from hpc_distkv.engine.stop import TextDecoder
+from hpc_distkv.engine.timesheet import TimeSheet
 from hpc_distkv.memory.pool import BlockPool
 
 NOTHING = Plan([], [], [], [])
@@ -40,6 +41,7 @@ class Parts(NamedTuple):
     """Query heads and head dimension of the shard."""
     decoder: TextDecoder | None
     """For requests with stop strings."""
+    time: TimeSheet
 
 
 def recorder(parts: Parts) -> DecodeGraphs | None:
@@ -67,8 +69,10 @@ class Lane:
         self.sharing = config.policy.sharing
         sequence = partial(Sequence, decoder=parts.decoder)
         self.instance = Instance(comm.world.instance, config, sequence)
-        self.debtor = Debtor(comm, pool, self.instance, shape)
-        self.creditor = Creditor(comm, pool, self.instance, shape, parts.model.attention)
+        self.debtor = Debtor(comm, pool, self.instance, shape, parts.time)
+        self.creditor = Creditor(
+            comm, pool, self.instance, shape, parts.model.attention, parts.time
+        )
         self._forward = Forward(
             parts.model,
             pool,
@@ -76,6 +80,7 @@ class Lane:
             comm.device,
             between_layers,
             pause,
+            parts.time.recorder,
             recorder(parts),
         )
         self._block_size = pool.block_size
@@ -116,9 +121,10 @@ class Lane:
     def _work(self, rows: list[Row]) -> StepWork:
         tables, size = self.instance.rm.tables, self._block_size
         decodes = [sequence for sequence, count in rows if count == 1]
+        shared = self.instance.rm.prefixes.at_home(sequence.id for sequence in decodes)
         return StepWork(
             decodes=len(decodes),
-            kv_tokens=sum(s.length - tables[s.id].absent * size for s in decodes),
+            kv_tokens=sum(s.length - tables[s.id].absent * size for s in decodes) + size * shared,
             prompt_work=sum(
                 work(s.computed, s.computed + count, self._attention_tokens)
                 for s, count in rows

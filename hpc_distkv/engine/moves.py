@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import bisect
+from collections import Counter
 from collections.abc import Sequence as Rows
 from itertools import islice
 
@@ -37,10 +37,11 @@ class Moves:
         """Credit goes back to its creditors: nothing is planned with it any more."""
         self._shed.clear()
 
-    def sealed(self, sequence: Sequence) -> int:
-        """Sealed rBlocks of the sequence that are at home: they may travel."""
-        sealed = sequence.computed // self._config.block_size
-        return bisect.bisect_left(self._rm.tables[sequence.id].indices, sealed)
+    def sealed(self, running: Rows[Sequence]) -> dict[int, int]:
+        """Sequence or prefix of it → sealed rBlocks that are at home: they may travel."""
+        size, tables = self._config.block_size, self._rm.tables
+        own = {s.id: tables[s.id].place(s.computed // size) for s in running}
+        return own | {p.id: len(p.slots) for p in self._rm.prefixes.used_by(own)}
 
     def sheddable(self) -> dict[int, int]:
         """Creditor → rBlocks that were planned to move there and have credit."""
@@ -55,13 +56,17 @@ class Moves:
         return out, self._home()
 
     def _out(self, running: Rows[Sequence], short: int) -> list[Move]:
-        """The oldest rBlocks of the longest sequences, to a creditor that hosts the sequence
-        already if there is one."""
+        """The oldest rBlocks of the longest sequences and prefixes, to a creditor that hosts the
+        same one already if there is one. What many share goes last: all of them would ask for it
+        in every step."""
         rm, shed = self._rm, self.sheddable()
+        sealed, readers = self.sealed(running), Counter[int]()
+        for sequence in running:
+            readers.update(rm.parts(sequence.id).keys())
         moves: list[Move] = []
-        for sequence in sorted(running, key=self.sealed, reverse=True):
-            table = rm.tables[sequence.id]
-            for index in islice(table.indices, self.sealed(sequence)):
+        for key in sorted(sealed, key=lambda key: sealed[key] / readers[key], reverse=True):
+            table = rm.tables[key]
+            for index in islice(table.indices, sealed[key]):
                 if len(moves) < short and rm.credit:
                     creditor = max(
                         (c for c, debt in rm.debts.items() if debt.credit),
@@ -71,7 +76,7 @@ class Moves:
                     creditor = next(iter(shed))
                 else:
                     return moves
-                moves.append(rm.move_out(sequence.id, index, creditor))
+                moves.append(rm.move_out(key, index, creditor))
                 if creditor in shed:  # it serves the plan, for whatever reason it was made
                     self._shed[creditor] -= 1
                     shed = self.sheddable()

@@ -9,6 +9,8 @@ from hpc_distkv.control.step_time import StepTime
 EXCHANGES = 500
 """Decode steps with an exchange of which the mean counts: a wait is short or long by what the
 creditor computes meanwhile."""
+SETTLED = 16
+"""Decode steps before their model counts as known: loans for gain must not follow noise."""
 
 
 class StepWork(NamedTuple):
@@ -66,7 +68,9 @@ class Pace:
     def speed(self) -> Speed:
         """All of it."""
         steps = self.steps
-        return Speed(steps.fixed, steps.per_token, steps.per_kv, self.prompt, self.exchange)
+        known = steps.observations >= SETTLED
+        model = (steps.fixed, steps.per_token, steps.per_kv) if known else (0.0, 0.0, 0.0)
+        return Speed(*model, self.prompt, self.exchange)
 
     def note(self, work: StepWork, seconds: StepSeconds) -> None:
         """How long a step took."""

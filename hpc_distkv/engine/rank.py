@@ -23,8 +23,11 @@ from hpc_distkv.engine.activations import activation_peak, free_memory
 from hpc_distkv.engine.capacity import device_blocks, host_blocks
 from hpc_distkv.engine.config import EngineConfig, OptionError
 from hpc_distkv.engine.follower import Follower
+from hpc_distkv.engine.interrupt import Interrupt
 from hpc_distkv.engine.lane import Parts
+from hpc_distkv.engine.recorder import Recorder
 from hpc_distkv.engine.stop import TextDecoder
+from hpc_distkv.engine.timesheet import TimeSheet
 from hpc_distkv.engine.worker import Leader, Worker
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.model.config import ModelConfig
@@ -58,6 +61,8 @@ class EngineOptions:
     max_num_batched_tokens: int = 512
     policy: str | Policy = "lend"
     """How ranks share memory: one of `control.policy.POLICIES`."""
+    enable_prefix_caching: bool = True
+    """Rows with equal beginnings compute these once on each instance, and share their rBlocks."""
     move_budget: int = 16
     """KV tokens that may move in a step though no row waits for them."""
     lend_cap: int | None = None
@@ -104,6 +109,8 @@ class RankEngine:
             lend_cap=options.lend_cap,
             move_budget=options.move_budget,
             window=0 if policy.migrate else config.widest_window,
+            enable_prefix_caching=options.enable_prefix_caching,
+            keys_by_length=model.needs_lengths,
             attention_tokens=config.attention_tokens,
             cuda_graphs=comm.device.place.type == "cuda" and not options.enforce_eager,
         )
@@ -169,13 +176,23 @@ class RankEngine:
         """Of weights and KV."""
         return _name(self._model.dtype)
 
-    def run(self, leader: Leader | None = None) -> Worker | Follower:
-        """Work until all requests of rank 0's leader are answered. Collective; `leader` is given
-        on rank 0 alone. Raises StallError, ProtocolError, and what the leader raises."""
+    def run(
+        self,
+        leader: Leader | None = None,
+        recorder: Recorder | None = None,
+        interrupt: Interrupt | None = None,
+    ) -> Worker | Follower:
+        """Work until all requests of rank 0's leader are answered, or `interrupt` of any rank ends
+        the run. Collective; `leader` is given on rank 0 alone; `recorder`: is told when what
+        happens here. Raises StallError, ProtocolError, and what the leader raises."""
         heads = (self._model.config.num_heads, self._model.config.head_dim)
-        parts = Parts(self.comm, self._model, self._pool, self.config, heads, self._decoder)
-        worker = Follower(parts) if self.comm.world.lane else Worker(parts, leader)
+        time = TimeSheet(recorder or Recorder())
+        parts = Parts(self.comm, self._model, self._pool, self.config, heads, self._decoder, time)
+        interrupt = interrupt or Interrupt()
+        follows = self.comm.world.lane > 0
+        worker = Follower(parts, interrupt) if follows else Worker(parts, leader, interrupt)
         worker.run()
+        time.fill(worker.counters)
         return worker
 
     def gmanager(self, requests: Iterator[Request]) -> GManager:
@@ -192,6 +209,7 @@ class RankEngine:
             block_size=config.block_size,
             move_budget=config.move_budget,
             attention_tokens=config.attention_tokens,
+            prefix_caching=config.prefix_caching,
             exchange_seconds=self._exchange_seconds(links),
         )
 

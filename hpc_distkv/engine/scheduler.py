@@ -9,6 +9,7 @@ from typing import NamedTuple
 from hpc_distkv.control.messages import NOBODY, Answer
 from hpc_distkv.engine.admission import NOTHING_WAITS, Admission
 from hpc_distkv.engine.config import EngineConfig
+from hpc_distkv.engine.demand import Demand
 from hpc_distkv.engine.foresight import Foresight
 from hpc_distkv.engine.migration import Migrations
 from hpc_distkv.engine.moves import Moves
@@ -57,19 +58,6 @@ class Plan(NamedTuple):
     """Sequences that are handed over after this step."""
 
 
-class Demand(NamedTuple):
-    """What a report says of memory."""
-
-    wanted: int
-    wanted_for: int
-    largest: int
-    """rBlocks that the largest sequence that wants any may come to need."""
-    whole: bool
-    """`wanted_for` does not run yet, and will only with all that is wanted."""
-    starved: bool
-    lendable: int
-
-
 class Scheduler:
     """Continuous batching with chunked prefill, oldest first. Owner of the waiting and running
     sequences; every rBlock it hands out it takes from its RManager. Pure.
@@ -84,7 +72,7 @@ class Scheduler:
     def __init__(self, rmanager: RManager, config: EngineConfig) -> None:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self.preemptions = self.stalls = 0
+        self.preemptions = self.stalls = self.cached_tokens = 0
         self.exchange_tokens = EXCHANGE_TOKENS
         """Prompt tokens computed in the time that remote rBlocks add to a step."""
         self.step_tokens = STEP_TOKENS
@@ -113,7 +101,8 @@ class Scheduler:
     # -- between steps --------------------------------------------------------------------------
 
     def add(self, sequence: Sequence) -> None:
-        """A newly assigned sequence."""
+        """A sequence that has to begin."""
+        sequence.keys = sequence.keys or self._config.prefix_keys(sequence.request)
         bisect.insort(self.waiting, sequence, key=lambda s: s.id)
 
     def finish(self, sequence: Sequence) -> None:
@@ -133,7 +122,7 @@ class Scheduler:
 
     def give_back(self, rows: int) -> list[Sequence]:
         """The youngest waiting sequences, up to `rows`, that were not begun: they go elsewhere."""
-        fresh = [sequence for sequence in self.waiting if not sequence.output_len]
+        fresh = [sequence for sequence in self.waiting if sequence.fresh]
         given = fresh[max(0, len(fresh) - rows) :]
         for sequence in given:
             self.waiting.remove(sequence)
@@ -142,6 +131,7 @@ class Scheduler:
     def apply(self, answer: Answer, asked: int) -> None:
         """What a control round brought: the last report asked for `asked` rBlocks."""
         self._admission.before = answer.admit_before
+        self._admission.closed = self._admission.closed or answer.drain
         self._short_answers = self._short_answers + 1 if self._short else 0
         if self._config.policy.sharing:
             self._denied = asked > 0 and answer.granted == 0
@@ -153,16 +143,22 @@ class Scheduler:
         if answer.give_way:
             self._give_way(answer.give_way, answer.give_way_at)
 
+    def put_aside(self) -> None:
+        """The run is over: what runs is freed, and keeps its tokens."""
+        for sequence in reversed(self.running):
+            self._set_back(sequence)
+        self.waiting = sorted((*self.running, *self.waiting), key=lambda s: s.id)
+        self.running = []
+
     def _give_way(self, blocks: int, at: int) -> None:
         """Preempt sequences younger than the one that is starved, the youngest first, until
         `blocks` are free, at instance `at` if it is given."""
         for sequence in [s for s in reversed(self.running) if s.id > self._admission.before]:
             if blocks <= 0:
                 return
-            table = self._rm.tables[sequence.id]
-            freed = table.held if at < 0 else len(table.remote.get(at, ()))
-            if freed:
-                blocks -= freed
+            parts = self._rm.parts(sequence.id).values()
+            if at < 0 or any(at in part.remote for part in parts):
+                blocks -= self._rm.held_alone(sequence.id, None if at < 0 else at)
                 self._preempt(sequence)
 
     def demand(self) -> Demand:
@@ -211,7 +207,7 @@ class Scheduler:
     @property
     def fresh(self) -> int:
         """Waiting sequences that were not begun and could begin here."""
-        return sum(not s.output_len and not self._admission.large(s) for s in self.waiting)
+        return sum(s.fresh and not self._admission.large(s) for s in self.waiting)
 
     @property
     def lacking(self) -> int:
@@ -220,8 +216,8 @@ class Scheduler:
 
     @property
     def longest(self) -> int:
-        """Sealed rBlocks at home of the running sequence that has most of them."""
-        return max(map(self._moves.sealed, self.running), default=0)
+        """Sealed rBlocks at home of the running sequence, or the prefix, that has most of them."""
+        return max(self._moves.sealed(self.running).values(), default=0)
 
     def room(self) -> tuple[int, int]:
         """Rows and prompt tokens that may be assigned: enough to keep the batch full until the
@@ -230,7 +226,7 @@ class Scheduler:
         if room < self._first_chunk and (self.waiting or not self.running or self._admission.keep):
             return 0, 0
         most = self._config.max_num_batched_tokens
-        queued = sum(min(s.remaining, most) for s in self.waiting)
+        queued = sum(min(self.foresight.uncomputed(s), most) for s in self.waiting)
         rows = self._config.max_num_seqs - len(self.running) - len(self.waiting)
         return max(0, rows), max(0, 2 * most - queued)
 
@@ -287,7 +283,9 @@ class Scheduler:
             # A victim of another's starved row may be older than what runs here by now.
             self.waiting.remove(sequence)
             bisect.insort(self.running, sequence, key=lambda s: s.id)
-            self._rm.open(sequence.id)
+            table = self._rm.open(sequence.id, sequence.keys)
+            sequence.computed = table.start * self._config.block_size
+            self.cached_tokens += sequence.computed
         return sequence
 
     def _foreseen(self, sequence: Sequence) -> int:
@@ -308,6 +306,8 @@ class Scheduler:
     def _make_room(self, sequence: Sequence, count: int, rows: dict[int, Row]) -> bool:
         """Give the sequence the rBlocks for `count` tokens, preempting younger ones if need be."""
         needed = self.foresight.missing(sequence, sequence.computed + count)
+        if not needed:
+            return True
         while needed > max(0, self._rm.usable):  # below 0 while bounce slots are in use
             self._short = True
             if self._hopes(sequence):
@@ -348,16 +348,19 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self._rm.close(sequence.id)
-        sequence.computed = 0
+        self._set_back(sequence)
         self.add(sequence)
         self.preemptions += 1
+
+    def _set_back(self, sequence: Sequence) -> None:
+        self._rm.close(sequence.id)
+        sequence.computed = 0
 
     # -- foresight ------------------------------------------------------------------------------
 
     def _next_waiting(self) -> list[Sequence]:
         """The sequence that is next to be admitted, if any may be."""
-        if len(self.running) >= self._config.max_num_seqs:
+        if self._admission.closed or len(self.running) >= self._config.max_num_seqs:
             return []
         return [sequence for sequence in self.waiting[:1] if sequence.id <= self._admission.before]
 
@@ -371,7 +374,8 @@ class Scheduler:
         with. While an older request is starved elsewhere, only what is older counts; and what was
         to be kept for loans is not for those that wait."""
         need = self._first_chunk if self._admission.before == NOBODY else 0
-        claims = [self.foresight.claim(s) for s in self.running if s.id <= self._admission.before]
+        before = self._admission.before
+        claims = self.foresight.claims([s for s in self.running if s.id <= before])
         if not self._admission.keep:
             claims += self._outlook.claims
         growth = self.foresight.peak(claims) - self.foresight.at_home(self.running)
@@ -383,7 +387,7 @@ class Scheduler:
         return self._rm.credit if self._rm.usable > 0 or self._movable() else 0
 
     def _movable(self) -> bool:
-        return any(self._moves.sealed(sequence) for sequence in self.running)
+        return any(self._moves.sealed(self.running).values())
 
     def _return_credit(self, surplus: int, planned: Mapping[int, int] = NOTHING_PLANNED) -> None:
         """Give back `surplus` of the credit, but not what is `planned` to be used (by creditor)."""

@@ -23,6 +23,8 @@ class Sequence:
     """For a request with stop strings."""
     tokens: list[int] = field(init=False)
     """Prompt and output so far."""
+    keys: list[bytes] = field(default_factory=list)
+    """Of the rBlocks of the prompt that may be shared."""
     computed: int = 0
     first_token_at: float | None = None
     last_token_at: float | None = None
@@ -34,16 +36,17 @@ class Sequence:
     """If there are stop strings."""
 
     def __post_init__(self) -> None:
-        self.tokens = unpack_tokens(self.request.prompt)
+        prompt = unpack_tokens(self.request.prompt)
+        self.tokens = prompt + unpack_tokens(self.request.output)
         sampling = self.request.sampling
         if sampling.rules and sampling.rules.penalises:
             self.counts = TokenCounts(self.request.prompt_len)
         if sampling.logprobs is not None:
-            self.logprobs = bytearray()
+            self.logprobs = bytearray(self.request.logprobs)
         if sampling.stop:
             if self.decoder is None:
                 raise ValueError(f"request {self.id} has stop strings, but there is no tokenizer")
-            self.stop = StopMatcher(sampling, self.decoder, self.tokens)
+            self.stop = StopMatcher(sampling, self.decoder, prompt)
 
     @property
     def id(self) -> int:
@@ -64,6 +67,11 @@ class Sequence:
     def output_len(self) -> int:
         """Output tokens so far."""
         return self.length - self.request.prompt_len
+
+    @property
+    def fresh(self) -> bool:
+        """Whether it has made no token yet, in this run."""
+        return self.length == self.request.length
 
     def append(self, token: int, now: float, logprobs: bytes = b"") -> None:
         """One more output token, and its record if the request asks for logprobs."""

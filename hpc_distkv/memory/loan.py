@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -19,6 +20,25 @@ class Dropped(NamedTuple):
     blocks: int
 
 
+class Split(NamedTuple):
+    """A prefix whose first part became a prefix of its own."""
+
+    prefix: int
+    first: int
+    """Logical index of the first rBlock that it keeps."""
+    new: int
+    """The prefix that has the rBlocks before that one."""
+
+
+class News(NamedTuple):
+    """What a header tells a creditor of what it hosts or has set aside; see `control.messages`."""
+
+    released: Sequence[int] = ()
+    returned: int = 0
+    dropped: Sequence[tuple[int, int]] = ()
+    splits: Sequence[Split] = ()
+
+
 @dataclass
 class Debt:
     """What this instance owes one creditor, in rBlocks."""
@@ -30,9 +50,13 @@ class Debt:
     returned: int = 0
     """Credit given up of which the creditor has not been told."""
     released: dict[int, int] = field(default_factory=dict)
-    """Requests that ended → their rBlocks that the creditor has not been told to free."""
+    """Requests and prefixes that ended → their rBlocks that the creditor has not been told to
+    free."""
     dropped: dict[int, Dropped] = field(default_factory=dict)
     """Requests that go on → what the creditor has not been told to free of them."""
+
+    splits: list[Split] = field(default_factory=list)
+    """What the creditor has not been told to split."""
 
     @property
     def total(self) -> int:
@@ -42,7 +66,15 @@ class Debt:
     @property
     def news(self) -> bool:
         """Whether the creditor has to be told of something."""
-        return bool(self.released or self.dropped or self.returned)
+        return bool(self.released or self.dropped or self.returned or self.splits)
+
+    def settle(self) -> News:
+        """The news, which is told herewith."""
+        dropped = [(request, left.first) for request, left in self.dropped.items()]
+        news = News(list(self.released), self.returned, dropped, self.splits)
+        self.used -= sum(self.released.values()) + sum(d.blocks for d in self.dropped.values())
+        self.released, self.dropped, self.returned, self.splits = {}, {}, 0, []
+        return news
 
 
 @dataclass
@@ -64,19 +96,19 @@ class Loan:
 
 @dataclass
 class Guest:
-    """The rBlocks hosted for one request of one debtor, in the order of their arrival."""
+    """The rBlocks hosted for one block table of one debtor, in the order of their arrival."""
 
     slots: list[int] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
     """Logical index of each slot in the debtor's block table."""
 
-    def drop(self, first: int) -> list[int]:
-        """Forget the rBlocks before logical rBlock `first`; returns the slots they leave."""
-        kept = [at for at, index in enumerate(self.indices) if index >= first]
-        left = [slot for slot, index in zip(self.slots, self.indices, strict=True) if index < first]
-        self.slots = [self.slots[at] for at in kept]
-        self.indices = [self.indices[at] for at in kept]
-        return left
+    def cut(self, first: int) -> Guest:
+        """Take out the rBlocks before logical rBlock `first`, as a guest of their own."""
+        pairs = list(zip(self.slots, self.indices, strict=True))
+        early = [pair for pair in pairs if pair[1] < first]
+        late = [pair for pair in pairs if pair[1] >= first]
+        self.slots, self.indices = [slot for slot, _ in late], [index for _, index in late]
+        return Guest([slot for slot, _ in early], [index for _, index in early])
 
 
 class Kind(Enum):
@@ -95,8 +127,9 @@ class Move(NamedTuple):
     it was."""
 
     request: int
+    """Or the prefix."""
     block: int
-    """Logical index in the request's block table."""
+    """Logical index."""
     slot: int
     """This instance's slot: the one it leaves on the sender's side, the receiving one on the
     other."""

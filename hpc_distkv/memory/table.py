@@ -20,13 +20,11 @@ class BlockTable:
     """Logical index of each of `slots`."""
     remote: dict[int, list[int]] = field(default_factory=dict)
     """Creditor → logical indices of the rBlocks it hosts, in the order it received them."""
-    dropped: int = 0
-    """rBlocks that no query will see any more; they were the first, and are nowhere."""
-
-    @property
-    def remote_blocks(self) -> int:
-        """rBlocks hosted elsewhere."""
-        return sum(map(len, self.remote.values()))
+    remote_blocks: int = 0
+    """rBlocks hosted elsewhere: all of `remote`."""
+    start: int = 0
+    """Logical index of the first rBlock that may be in this table. Those before belong to a prefix
+    that it continues, or no query will see them any more."""
 
     @property
     def held(self) -> int:
@@ -35,13 +33,13 @@ class BlockTable:
 
     @property
     def blocks(self) -> int:
-        """Logical rBlocks in all, dropped ones included."""
-        return self.dropped + self.held
+        """Logical rBlocks in all, those before `start` included."""
+        return self.start + self.held
 
     @property
     def absent(self) -> int:
-        """Logical rBlocks that are not at home."""
-        return self.dropped + self.remote_blocks
+        """Logical rBlocks that this table does not have at home."""
+        return self.start + self.remote_blocks
 
     def add(self, slot: int) -> None:
         """Append a logical rBlock at home."""
@@ -57,30 +55,33 @@ class BlockTable:
         at = self.place(index)
         del self.indices[at]
         self.remote.setdefault(creditor, []).append(index)
+        self.remote_blocks += 1
         return self.slots.pop(at)
 
     def to_home(self, index: int, creditor: int, slot: int) -> None:
         """Logical rBlock `index`, hosted by `creditor` so far, is now in home slot `slot`."""
         hosted = self.remote[creditor]
         hosted.remove(index)
+        self.remote_blocks -= 1
         if not hosted:
             del self.remote[creditor]
         at = self.place(index)
         self.indices.insert(at, index)
         self.slots.insert(at, slot)
 
-    def drop(self, first: int) -> tuple[list[int], dict[int, int]]:
-        """Forget the rBlocks before logical rBlock `first`: the home slots that they leave, and
-        creditor → how many it hosts."""
+    def cut(self, first: int) -> BlockTable:
+        """Take out the rBlocks before logical rBlock `first`, as a table of their own."""
         at = self.place(first)
-        left, self.slots, self.indices = self.slots[:at], self.slots[at:], self.indices[at:]
-        away: dict[int, int] = {}
+        part = BlockTable(self.slots[:at], self.indices[:at], start=self.start)
+        self.slots, self.indices = self.slots[at:], self.indices[at:]
         for creditor, hosted in list(self.remote.items()):
             kept = [index for index in hosted if index >= first]
             if len(kept) < len(hosted):
-                away[creditor] = len(hosted) - len(kept)
+                part.remote[creditor] = [index for index in hosted if index < first]
+                part.remote_blocks += len(hosted) - len(kept)
                 self.remote[creditor] = kept
             if not kept:
                 del self.remote[creditor]
-        self.dropped = first
-        return left, away
+        self.remote_blocks -= part.remote_blocks
+        self.start = first
+        return part

@@ -11,12 +11,14 @@ from typing import Any
 
 from hpc_distkv.comm.local import open_local
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.control.messages import Request, Result, Sampling, pack_tokens
+from hpc_distkv.control.messages import Request, Result, Sampling, Unfinished, pack_tokens
 from hpc_distkv.engine.pace import Speed
 from hpc_distkv.engine.rank import EngineOptions, RankEngine
+from hpc_distkv.engine.recorder import Recorder
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.observe.metrics import peak_memory
 from hpc_distkv.observe.run import RunRecord
+from hpc_distkv.observe.trace import begin_trace
 
 
 class BenchLeader:
@@ -29,9 +31,12 @@ class BenchLeader:
         """Request → the tokens of its answer, packed."""
 
     def finish(self, result: Result) -> None:
-        """Note the result's latencies."""
+        """Note the result's latencies and tokens."""
         self.record.add(result)
         self.tokens[result.id] = result.tokens
+
+    def put_aside(self, unfinished: Unfinished) -> None:
+        """A benchmark is not stopped early."""
 
     def tick(self) -> None:
         """Nothing to do between rounds."""
@@ -49,12 +54,25 @@ def synthetic(
     ]
 
 
-def run_once(engine: RankEngine, requests: Sequence[Request]) -> dict[str, Any]:
+def run_once(
+    engine: RankEngine, requests: Sequence[Request], recorder: Recorder | None = None
+) -> dict[str, Any]:
     """Answer the requests on all ranks; every rank gets the seconds, rank 0 the other figures."""
+    return run_led(engine, lead(engine, requests), recorder)
+
+
+def lead(engine: RankEngine, requests: Sequence[Request]) -> BenchLeader | None:
+    """What rank 0 runs with."""
+    return BenchLeader(engine, iter(requests)) if engine.comm.world.rank == 0 else None
+
+
+def run_led(
+    engine: RankEngine, leader: BenchLeader | None, recorder: Recorder | None = None
+) -> dict[str, Any]:
+    """As `run_once`, for the requests of `leader`."""
     comm = engine.comm
-    leader = BenchLeader(engine, iter(requests)) if comm.world.rank == 0 else None
     started = time.perf_counter()
-    worker = engine.run(leader)
+    worker = engine.run(leader, recorder)
     seconds = time.perf_counter() - started
     shared = comm.share((peak_memory(), worker.speed))
     if leader is None:
@@ -126,7 +144,7 @@ def decode_rate(
     engine = RankEngine(comm, model, options)
     engine.join()
     requests = synthetic(1, context, steps, model.config.vocab_size)
-    leader = BenchLeader(engine, iter(requests)) if comm.world.rank == 0 else None
+    leader = lead(engine, requests)
     engine.run(leader)
     rate = 0.0
     if leader:
@@ -165,6 +183,26 @@ def unused_lending(
     return {
         "seconds": {way: statistics.median(values) for way, values in seconds.items()},
         "lending_over_alone_time": ratios(seconds["lending"], seconds["alone"]),
+    }
+
+
+def trace_cost(
+    comm: Comm, model: Decoder, options: EngineOptions, requests: Sequence[Request], repeats: int
+) -> dict[str, Any]:
+    """The same rows with a trace and without."""
+    engine = RankEngine(comm, model, options)
+    engine.join()
+    warm_up(engine, requests)
+
+    def seconds(recorder: Recorder | None) -> float:
+        comm.share(None)
+        return max(comm.share(float(run_once(engine, requests, recorder)["seconds"])))
+
+    ways = {"traced": lambda: seconds(begin_trace(comm)), "plain": lambda: seconds(None)}
+    times = alternate(ways, repeats)
+    return {
+        "seconds": {way: statistics.median(values) for way, values in times.items()},
+        "traced_over_plain_time": ratios(times["traced"], times["plain"]),
     }
 
 

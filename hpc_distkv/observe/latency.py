@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from array import array
 
+import numpy as np
+
+from hpc_distkv.control.gaps import BINS_PER_OCTAVE, gap_bin
+
 PERCENTILES = (50, 90, 99)
 
 
 class Latencies:
-    """Seconds, one value per answered row."""
+    """Seconds, one value per answered row: four bytes each."""
 
     def __init__(self) -> None:
         self._seconds = array("f")
@@ -21,8 +25,24 @@ class Latencies:
         """Mean and percentiles (nearest rank) in seconds; empty without rows."""
         if not self._seconds:
             return {}
-        ordered = sorted(self._seconds)
+        ordered = np.sort(np.frombuffer(self._seconds, "f4"))
         last = len(ordered) - 1
         shown = {f"p{p}": ordered[round(last * p / 100)] for p in PERCENTILES}
-        summary = {"mean": sum(ordered) / len(ordered), **shown, "max": ordered[-1]}
-        return {name: round(seconds, 4) for name, seconds in summary.items()}
+        summary = {"mean": ordered.mean(dtype="f8"), **shown, "max": ordered[-1]}
+        return {name: round(float(seconds), 4) for name, seconds in summary.items()}
+
+    def bins(self) -> dict[int, int]:
+        """`control.gaps.gap_bin` → rows."""
+        bins: dict[int, int] = {}
+        for seconds in self._seconds:
+            at = gap_bin(seconds)
+            bins[at] = bins.get(at, 0) + 1
+        return bins
+
+
+def histogram(bins: dict[int, int]) -> list[tuple[float, int]]:
+    """(seconds at the middle of the bin, count) in order, from times counted by `gap_bin`."""
+    return [
+        (float(f"{2 ** ((at + 0.5) / BINS_PER_OCTAVE):.4g}"), count)
+        for at, count in sorted(bins.items())
+    ]

@@ -6,13 +6,24 @@ import json
 import os
 import resource
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from hpc_distkv.control.messages import Counters
+
+
+class RankFigures(msgspec.Struct, array_like=True):
+    """What one rank has to say of a run when it is over."""
+
+    counters: Counters
+    """Of its instance, but for times and bytes, which are the rank's own."""
+    peak_memory: int
+    """Bytes."""
+    threads: int
 
 
 def total(counters: Sequence[Counters]) -> dict[str, Any]:
@@ -35,8 +46,18 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`, which takes its place if nothing goes wrong."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_json(path: Path, figures: dict[str, Any]) -> None:
     """Replace `path` by `figures`, all of them or nothing. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(figures, indent=2) + "\n")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(figures, indent=2) + "\n")

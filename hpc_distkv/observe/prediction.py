@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import mean
 
-from hpc_distkv.control.messages import Request
 from hpc_distkv.control.policy import POLICIES, Policy
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.model.config import ModelConfig
@@ -26,9 +25,9 @@ def predicted_rate(
     policy: str | Policy,
     ranks: int,
     speeds: Sequence[Mapping[str, float]],
-    requests: Sequence[Request],
+    rows: Sequence[Row],
 ) -> float:
-    """Output tokens per second that the simulator predicts for `requests` on `ranks` ranks of one
+    """Output tokens per second that the simulator predicts for `rows` on `ranks` ranks of one
     node. `speeds`: what ranks measured (`engine.pace.Speed`); their means count."""
     policy = POLICIES[policy] if isinstance(policy, str) else policy
     deployment = Deployment(
@@ -37,7 +36,6 @@ def predicted_rate(
         1,
         replace(config, policy=policy if ranks > 1 else POLICIES["queue"]),
     )
-    rows = [Row(request.prompt_len, request.sampling.max_tokens) for request in requests]
     figures = Simulation(deployment, rows).run().figures(deployment)
     return float(figures["output_tokens_per_second"])
 
@@ -47,15 +45,15 @@ def most_rate(
     config: EngineConfig,
     ranks: int,
     speeds: Sequence[Mapping[str, float]],
-    requests: Sequence[Request],
+    rows: Sequence[Row],
 ) -> float:
     """Output tokens per second that no policy can exceed: as if all work were spread evenly over
     the ranks, with memory full at every moment, or as long as the longest row takes alone."""
     rates = _measured(model, speeds)
     pool = config.num_blocks * config.block_size
     shared = longest = 0.0
-    for request in requests:
-        prompt, output = request.prompt_len, request.sampling.max_tokens
+    for row in rows:
+        prompt, output = row.prompt, row.output
         held = prompt + (output - 1) / 2
         own = prompt * (rates.prefill_per_token + prompt / 2 * rates.per_pair)
         # The first output token comes with the prompt.
@@ -63,7 +61,7 @@ def most_rate(
         # A step's fixed time is shared by the rows that fit into memory beside this one.
         shared += own + output * rates.fixed * min(1.0, held / pool)
         longest = max(longest, own + output * rates.fixed)
-    outputs = sum(request.sampling.max_tokens for request in requests)
+    outputs = sum(row.output for row in rows)
     return outputs / max(shared / ranks, longest)
 
 

@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
+
+from hpc_distkv.observe.snapshot import Snapshot
+from hpc_distkv.observe.units import duration
 
 LOG_INTERVAL = 10.0
 """Seconds between two lines of a log."""
 BAR_INTERVAL = 0.2
+RATE_SECONDS = 10.0
+"""Rates are those of the last so many seconds, or of the time since the last line."""
 
 
-class State(NamedTuple):
-    """What a run looks like at one moment."""
+class Tokens(NamedTuple):
+    """Tokens of all ranks so far."""
 
-    fraction: float
-    """Part of the input that is behind us, 0 to 1."""
-    rows: int
-    """Rows with a line in the results."""
-    failed: int
-    running: int
-    tokens: int
-    """Prompt and output tokens computed so far."""
-    used: float
-    """Part of all rBlocks in use, 0 to 1."""
-    lent: int
-    """rBlocks lent at the moment."""
+    at: float
+    prompt: int
+    generated: int
 
 
 class ProgressReport:
@@ -37,17 +37,14 @@ class ProgressReport:
     def __init__(self, stream: TextIO = sys.stderr) -> None:
         self._stream = stream
         self._started = self._shown = time.monotonic()
-        self._bar: Progress | None = None
+        self._tokens = deque([Tokens(self._started, 0, 0)])
+        self._bar: Live | None = None
         if stream.isatty():
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.percentage:3.0f}%"),
-                TimeElapsedColumn(),
-                console=Console(file=stream),
-                auto_refresh=False,
+            self._progress = Progress(
+                BarColumn(), TextColumn("{task.percentage:3.0f}%  {task.description}")
             )
-            self._task = self._bar.add_task("starting", total=1.0)
+            self._task = self._progress.add_task("starting", total=1.0)
+            self._bar = Live(self._progress, console=Console(file=stream), auto_refresh=False)
             self._bar.start()
 
     @property
@@ -56,24 +53,46 @@ class ProgressReport:
         interval = BAR_INTERVAL if self._bar else LOG_INTERVAL
         return time.monotonic() - self._shown >= interval
 
-    def show(self, state: State) -> None:
-        """Print the state if it is time to."""
+    def show(self, now: Snapshot) -> None:
+        """Print the snapshot if it is time to."""
         if not self.due:
             return
-        now = self._shown = time.monotonic()
-        text = (
-            f"{state.rows} rows ({state.failed} errors), {state.running} running, "
-            f"{state.tokens / (now - self._started):.0f} tokens/s, "
-            f"KV {state.used:.0%} used, {state.lent} rBlocks lent"
-        )
+        self._shown = time.monotonic()
+        passed = self._shown - self._started
+        prompt, output = self._rates(now)
+        left = now.seconds_left(passed)
+        rows = f"{now.rows:,} of {'≈ ' if now.estimated else ''}{now.rows + now.left:,.0f}"
+        parts = [
+            f"{rows} rows, {now.failed} errors",
+            f"{int(now.running.sum())} running, {now.waiting} waiting",
+            f"{prompt:,.0f} prompt + {output:,.0f} output tokens/s",
+            f"KV {now.pool_use:.0%} used, {now.lent} rBlocks lent",
+            "" if left is None else f"{duration(left)} left",
+        ]
         if self._bar:
-            self._bar.update(self._task, completed=state.fraction, description=text, refresh=True)
+            times = f"{duration(passed)}, {parts[-1] or 'no row has ended yet'}"
+            self._progress.update(self._task, completed=now.fraction, description=times)
+            self._bar.update(Group(self._progress, self._details(parts[:-1])), refresh=True)
         else:
-            passed = now - self._started
-            self._stream.write(f"[{passed:7.0f} s] {state.fraction:4.0%}  {text}\n")
+            text = "; ".join(part for part in parts if part)
+            self._stream.write(f"[{duration(passed):>8}] {now.fraction:4.0%}  {text}\n")
             self._stream.flush()
 
     def close(self) -> None:
         """End the bar, if there is one."""
         if self._bar:
             self._bar.stop()
+
+    def _rates(self, now: Snapshot) -> tuple[float, float]:
+        """Prompt and output tokens per second."""
+        tokens = self._tokens
+        new = Tokens(self._shown, int(now.prompt_tokens.sum()), int(now.generated_tokens.sum()))
+        tokens.append(new)
+        while len(tokens) > 2 and self._shown - tokens[1].at >= RATE_SECONDS:
+            tokens.popleft()
+        old = tokens[0]
+        seconds = max(new.at - old.at, 1e-6)
+        return (new.prompt - old.prompt) / seconds, (new.generated - old.generated) / seconds
+
+    def _details(self, parts: Sequence[str]) -> Text:
+        return Text("; ".join(parts), style="dim")

@@ -90,6 +90,12 @@ class CostModel:
         """Seconds of attention alone: of the local part, or of MicroAttention for guests."""
         return decode_kv * self.rates.kv_token + pairs * self.rates.pair
 
+    def read_for(self, rows: int, tokens: int) -> float:
+        """KV tokens that cost as much to attend to for one decode row as `tokens` do for `rows`
+        decode rows at once: they are read once, and multiplied for every row."""
+        rates = self.rates
+        return tokens * max(1.0, rows * rates.pair / rates.kv_token if rates.kv_token else 1.0)
+
     def exchange_time(self, rows: int, level: int) -> float:
         """Seconds per step, all layers, of `rows` query rows' way to a creditor at `level` and of
         their partial results' way back, the creditor's MicroAttention left out.

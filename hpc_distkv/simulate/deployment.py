@@ -86,7 +86,7 @@ class Deployment:
 
     def fits(self, row: Row) -> bool:
         """Whether a row could ever end; others are refused before they start."""
-        return row.prompt + row.output - 1 <= self.capacity_tokens
+        return row.prompt + row.max_tokens - 1 <= self.capacity_tokens
 
 
 def usable_tp(cluster: Cluster, model: ModelShape, block_size: int) -> list[int]:

@@ -19,7 +19,7 @@ class Load(NamedTuple):
     """What the rows of a step compute at home: as in `CostModel.step_time`."""
 
     decode_rows: int = 0
-    decode_kv: int = 0
+    decode_kv: float = 0.0
     prefill_tokens: int = 0
     prefill_pairs: float = 0.0
     new_tokens: int = 0

@@ -75,6 +75,7 @@ class Simulation:
             block_size=config.block_size,
             move_budget=config.move_budget,
             attention_tokens=config.attention_tokens,
+            prefix_caching=config.prefix_caching,
             exchange_seconds=lambda level, rows: self._steps.cost.exchange_time(rows, level),
         )
         self._events: list[tuple[float, int, Callable[[Any], None], Any]] = []
@@ -127,7 +128,7 @@ class Simulation:
         for number, row in enumerate(rows):
             if deployment.fits(row):
                 self.record.start(row)
-                yield SizedRequest.of(number, row.prompt, row.output)
+                yield SizedRequest.of(number, row)
             else:
                 self.record.refuse()
 

@@ -72,25 +72,30 @@ class Steps:
         instance.append(plan.rows, [0] * load.new_tokens, now)
         took, waited = now - member.began, member.partial_wait
         prompts = load.prefill_tokens + load.prefill_pairs / instance.config.attention_tokens
-        work = StepWork(load.decode_rows, load.decode_kv, prompts, member.exchanging)
+        work = StepWork(load.decode_rows, round(load.decode_kv), prompts, member.exchanging)
         instance.note_step(work, StepSeconds(took, waited, took - member.computing - waited))
         return True
 
     def _load(self, instance: Instance, plan: Plan) -> Load:
         rm, size = instance.rm, self._block_size
-        decodes = kv = prefill = new = 0
-        pairs = 0.0
+        decodes = prefill = new = 0
+        kv = pairs = 0.0
+        readers = Counter[int]()
+        """Prefix → decode rows that it is read for, once."""
         for sequence, count in plan.rows:
-            at_home = sequence.computed
-            new += sequence.length - at_home == count
-            if rm.debts:
-                at_home -= rm.tables[sequence.id].remote_blocks * size
+            table, chain = rm.tables[sequence.id], rm.prefixes.chain(sequence.id)
+            new += sequence.length - sequence.computed == count
+            own = sequence.computed - table.absent * size
             if count == 1:
                 decodes += 1
-                kv += at_home + 1
+                kv += own + 1
+                readers.update(prefix.id for prefix in chain)
             else:
+                at_home = own + size * sum(len(prefix.slots) for prefix in chain)
                 prefill += count
                 pairs += count * at_home + count * (count + 1) / 2
+        for number, rows in readers.items():
+            kv += self.cost.read_for(rows, size * len(rm.tables[number].slots))
         return Load(decodes, kv, prefill, pairs, new)
 
     def _gaps(self, attention: float, linear: float) -> float:
@@ -135,14 +140,15 @@ class Steps:
 
     def _serving(self, creditor: Member, debtor: int, header: Header) -> float:
         """Seconds of MicroAttention for the queries of a header: all guest rBlocks are sealed."""
-        kv, pairs = 0, 0
-        for request, rows, _ in header.queries:
-            guest = creditor.instance.rm.guests[debtor, request]
-            tokens = len(guest.slots) * self._block_size
+        kv = pairs = 0.0
+        asked = Counter((tuple(keys), rows) for keys, rows, _ in header.queries)
+        for (keys, rows), times in asked.items():
+            guests = (creditor.instance.rm.guests[debtor, key] for key in keys)
+            tokens = sum(len(guest.slots) for guest in guests) * self._block_size
             if rows == 1:
-                kv += tokens
+                kv += self.cost.read_for(times, tokens)
             else:
-                pairs += rows * tokens
+                pairs += times * rows * tokens
         return self.cost.attention_time(kv, pairs)
 
     def _moving(self, number: int, moves: Iterable[Move]) -> float:

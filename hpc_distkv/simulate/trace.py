@@ -59,6 +59,13 @@ class Row(NamedTuple):
     """-1: shares nothing."""
     prefix_tokens: int = 0
     long: bool = False
+    limit: int = 0
+    """Output tokens that the row allows for beforehand; 0: just those it makes."""
+
+    @property
+    def max_tokens(self) -> int:
+        """What a request says of its output."""
+        return self.limit or self.output
 
 
 class Uniform(
@@ -177,6 +184,8 @@ class Trace:
     """Every prompt is divided by it."""
     output_factor: float = 1.0
     """Every output is divided by it."""
+    limit_factor: float = 1.0
+    """Every row allows for this many times its output."""
 
     @staticmethod
     def load(path: str | Path) -> Trace:
@@ -219,6 +228,20 @@ class Trace:
             output_factor=self.output_factor * outputs,
         )
 
+    def limited(self, factor: float) -> Trace:
+        """The same rows, but their outputs are not known beforehand: each allows for `factor` times
+        as much as it makes."""
+        if not 1 <= factor < math.inf:
+            raise OptionError(f"limits must be at least the outputs, not {factor:g} times as much")
+        if factor == 1:
+            return self
+        return replace(
+            self,
+            name=f"{self.name}<{factor:g}",
+            description=f"{self.description}, limits {factor:g} times the outputs",
+            limit_factor=factor,
+        )
+
     @cached_property
     def rows(self) -> list[Row]:
         """The rows."""
@@ -238,7 +261,8 @@ class Trace:
         )
         output = max(1, round(row.output / self.output_factor))
         prefix = prefix if row.prefix_tokens else 0
-        return row._replace(prompt=prefix + own, output=output, prefix_tokens=prefix)
+        limit = math.ceil(output * self.limit_factor) if self.limit_factor > 1 else 0
+        return row._replace(prompt=prefix + own, output=output, prefix_tokens=prefix, limit=limit)
 
     def summary(self) -> dict[str, float]:
         """Rows, tokens, percentiles (nearest rank) of a row's prompt and output tokens together,
@@ -255,7 +279,9 @@ class Trace:
         }
 
     def requests(self, vocab_size: int) -> list[Request]:
-        """The rows as requests of random token ids, which end by length only; ids are 0, 1, …"""
+        """The rows as requests of random token ids; ids are 0, 1, … They end by length only, or
+        with limits above their outputs at a random token: one in `output` of the vocabulary ends a
+        row, so its outputs are geometric around that."""
         if vocab_size < 1:
             raise OptionError(f"vocab_size must be at least 1, not {vocab_size}")
 
@@ -265,6 +291,12 @@ class Trace:
             ids: list[int] = (raw % vocab_size).tolist()
             return ids
 
+        def sampling(i: int, row: Row) -> Sampling:
+            if not row.limit:
+                return Sampling(max_tokens=row.output)
+            ends = sorted(set(text(max(1, vocab_size // row.output), 2, i)))
+            return Sampling(row.limit, temperature=1.0, seed=i, stop_token_ids=tuple(ends))
+
         return [
             Request(
                 i,
@@ -272,7 +304,7 @@ class Trace:
                     text(row.prefix_tokens, 1, row.prefix + 1)
                     + text(row.prompt - row.prefix_tokens, 0, i)
                 ),
-                Sampling(max_tokens=row.output),
+                sampling(i, row),
             )
             for i, row in enumerate(self.rows)
         ]

@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from batch_fakes import answer, chat, completion, make_service, read_lines, run_job, write_lines
+from batch_fakes import (
+    answer,
+    chat,
+    completion,
+    make_service,
+    read_lines,
+    run_job,
+    summaries,
+    write_lines,
+)
 from test_rows import parse
 
 from hpc_distkv.batch.choice import read_choice
@@ -43,7 +52,7 @@ def test_the_row_is_written_with_its_last_answer_in_any_order(tmp_path: Path) ->
             (tmp_path / file).unlink()
 
 
-def test_a_run_that_ends_between_answers_leaves_the_row_for_the_next(tmp_path: Path) -> None:
+def test_a_run_that_ends_between_answers_leaves_the_others_for_the_next(tmp_path: Path) -> None:
     write_lines(tmp_path / "in", [completion("a", n=3)])
     job = open_job(tmp_path)
     requests = list(job.requests())
@@ -52,7 +61,13 @@ def test_a_run_that_ends_between_answers_leaves_the_row_for_the_next(tmp_path: P
     job.close()
     assert read_lines(tmp_path / "out") == []
     again = open_job(tmp_path)
-    assert list(again.requests()) == requests
+    assert list(again.requests()) == requests[2:]
+    again.finish(answer(requests[2]))
+    again.close()
+    (tmp_path / "whole").mkdir()
+    write_lines(tmp_path / "whole" / "in", [completion("a", n=3)])
+    run_job(tmp_path / "whole" / "in", tmp_path / "whole" / "out")
+    assert summaries(tmp_path / "out") == summaries(tmp_path / "whole" / "out")
 
 
 def test_an_error_of_one_answer_is_that_of_the_row(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from hpc_distkv.batch.claim import claim_path
 from hpc_distkv.batch.errors import JournalError, RowError
 from hpc_distkv.batch.journal import Journal
 from hpc_distkv.batch.response import error_line
@@ -226,17 +227,37 @@ def test_a_failed_fsync_goes_back_to_the_last_good_one(
     assert path.read_bytes() == sound
 
 
-def test_two_runs_on_one_file_are_noticed(tmp_path: Path) -> None:
-    first, second = Journal.open(tmp_path / "out", JOB), Journal.open(tmp_path / "out", JOB)
+def test_a_second_run_on_one_file_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    first = Journal.open(tmp_path / "out", JOB)
     first.append(line(0))
-    first.commit()
-    second.append(line(0))
-    with pytest.raises(JournalError, match="running twice"):
-        second.commit()
+    with pytest.raises(JournalError, match=f"another run writes to .*: process {os.getpid()} on"):
+        Journal.open(tmp_path / "out", JOB)
     first.append(line(1))
     first.close()
-    second.close()
     assert (tmp_path / "out").read_bytes() == line(0) + b"\n" + line(1) + b"\n"
+    Journal.open(tmp_path / "out", JOB).close()
+    assert not claim_path(tmp_path / "out").exists()
+
+
+def test_a_program_that_writes_to_the_file_is_noticed(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path / "out", JOB)
+    with (tmp_path / "out").open("ab") as file:
+        file.write(b"note\n")
+    journal.append(line(0))
+    with pytest.raises(JournalError, match="changed"):
+        journal.commit()
+
+
+def test_a_run_that_lost_its_claim_writes_nothing_more(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path / "out", JOB)
+    claim_path(tmp_path / "out").unlink()
+    other = Journal.open(tmp_path / "out", JOB)
+    journal.append(line(0))
+    with pytest.raises(JournalError, match="taken over"):
+        journal.commit()
+    other.append(line(1))
+    other.close()
+    assert (tmp_path / "out").read_bytes() == line(1) + b"\n"
 
 
 def test_a_removed_file_is_noticed(tmp_path: Path) -> None:

@@ -31,14 +31,16 @@ def trace(tmp_path: Path) -> str:
     return f"{file}#few"
 
 
-def policies(tiny_model: Path, trace: str, folder: Path, against: str, ranks: int = RANKS):
+def policies(
+    tiny_model: Path, trace: str, folder: Path, against: str, *others: str, ranks: int = RANKS
+):
     model = ("--model", str(tiny_model), "--dtype", "float32", "--num-blocks", "6")
     rows = ("--trace", trace, "--rows", "10", "--block-size", "16", "--against", against)
-    return run_command(ranks, "bench", "policies", *model, *rows, "-o", str(folder))
+    return run_command(ranks, "bench", "policies", *model, *rows, "-o", str(folder), *others)
 
 
 def test_policies_side_by_side(tiny_model, trace, tmp_path):
-    ways = "lend,budget-0,no-dgfm,no-planner,lend-greedy,migrate,queue,isolated"
+    ways = "lend,budget-0,no-dgfm,no-planner,lend-greedy,migrate,tensor-parallel,queue,isolated"
     done = policies(tiny_model, trace, tmp_path / "out", ways)
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "out" / "policies.json").read_text())
@@ -67,6 +69,36 @@ def test_a_way_that_is_none_is_named(tiny_model, trace, tmp_path, against, said)
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_prefix(tiny_model):
+    model = ("--model", str(tiny_model), "--dtype", "float32", "--num-blocks", "60")
+    rows = ("--document-len", "40", "--question-len", "5", "--rows", "6", "--output-len", "3")
+    done = run_command(RANKS, "bench", "prefix", *model, *rows, "--block-size", "8")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["prompt_tokens"] == figures["computed_prompt_tokens"]["apart"] == 6 * 45
+    assert figures["distinct_prompt_tokens"] == 40 + 6 * 5
+    assert 40 + 6 * 5 <= figures["computed_prompt_tokens"]["shared"] <= max(1, RANKS) * 40 + 6 * 5
+    assert figures["apart_over_shared_time"]["median"] > 0
+
+
+def test_rows_that_are_too_long_for_a_way_are_refused_with_the_arithmetic(
+    tiny_model, trace, tmp_path
+):
+    done = policies(tiny_model, trace, tmp_path, "lend,isolated", "--limits", "9", ranks=0)
+    assert done.returncode == 2
+    assert "the KV of 132 tokens, and lend has room for 96" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_outputs_that_are_not_known_beforehand(tiny_model, trace, tmp_path):
+    done = policies(tiny_model, trace, tmp_path, "lend,isolated", "--limits", "4", ranks=0)
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads(done.stdout)["traces"].values()
+    made = result["figures"]["isolated"]["output_tokens"]
+    assert result["figures"]["lend"]["output_tokens"] == made == result["output_tokens"]
+    assert 10 <= made <= 4 * (8 * 4 + 2 * 8)
 
 
 def test_rounds(tmp_path):
@@ -119,24 +151,6 @@ def test_paper(tmp_path):
     assert {file.name for file in folder.glob("*.svg")} == {
         f"paper-{name}.svg" for name in ("context", "mixes", "short", "long")
     }
-
-
-def test_kernels():
-    small = ("--length", "64", "--length", "500", "--batch", "2", "--most-tokens", "512")
-    done = run_command(0, "bench", "kernels", "--device", "cpu", *small)
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout)
-    (decode,) = figures["decode"]
-    assert (decode["batch"], decode["tokens"], figures["prompt"]) == (2, 64, [])
-    assert decode["out_error"] < 1e-2
-
-
-@pytest.mark.parametrize("device", ["cuda:99", "abacus"])
-def test_kernels_of_a_device_that_is_not_there(device):
-    done = run_command(0, "bench", "kernels", "--device", device)
-    assert done.returncode == 2
-    assert device in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_a_gpu_that_is_not_there_is_not_profiled(tiny_model):

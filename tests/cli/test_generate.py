@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 
 import pytest
 from batch_job import BatchJob, answer, chat, completion, random_ids, run_script
 from mpirun import mpirun
+
+from hpc_distkv.batch.claim import Claim
 
 LAUNCHED = [0, pytest.param(2, marks=pytest.mark.skipif(mpirun() is None, reason="needs mpirun"))]
 FOLDER = Path(__file__).parent
@@ -76,6 +79,46 @@ def test_bad_rows_become_error_rows_and_status_1_also_in_a_rerun(ranks, tmp_path
     assert lines[2]["error"]["code"] == "duplicate_custom_id"
 
 
+def test_what_cannot_be_written_is_said_before_the_model_is_looked_for(job):
+    job.model, job.output = Path("/no/such/model"), Path("/proc/results.jsonl")
+    ran = job.run(0)
+    assert ran.returncode == 2, ran.stderr
+    assert "cannot use /proc/results.jsonl for the results" in ran.stderr
+
+
+def test_a_second_run_on_the_same_results_is_refused_before_it_loads_the_model(job):
+    with Claim.take(job.output):
+        job.model = Path("/no/such/model")
+        ran = job.run(0)
+    assert ran.returncode == 2, ran.stderr
+    assert f"another run writes to {job.output}: process {os.getpid()} on " in ran.stderr
+    assert not job.output.exists()
+
+
+def test_errors_apart_results_in_order_and_errors_again(tmp_path, tiny_model):
+    rows = [completion(f"row {n}", [5 + n, 7], 30 - 2 * n, ignore_eos=True) for n in range(9)]
+    rows.insert(3, completion("bad", "once", 5000))
+    job = BatchJob(tmp_path, tiny_model, rows)
+    options = ("--error-file", tmp_path / "errors.jsonl", "--ordered", "--temperature", 0)
+    ran = job.run(0, *options)
+    assert ran.returncode == 1, ran.stderr
+    assert [line["custom_id"] for line in job.lines()] == [f"row {n}" for n in range(9)]
+    errors = (tmp_path / "errors.jsonl").read_text().splitlines()
+    assert [json.loads(line)["custom_id"] for line in errors] == ["bad"]
+    rows[3] = completion("bad", "once", 5)
+    job = BatchJob(tmp_path, tiny_model, rows)
+    ran = job.run(0, *options, "--retry-errors")
+    assert ran.returncode == 0, ran.stderr
+    assert [line["custom_id"] for line in job.lines()] == [row["custom_id"] for row in rows]
+    assert (tmp_path / "errors.jsonl").read_text() == ""
+
+
+def test_an_error_file_that_is_the_results_file_is_refused(job):
+    ran = job.run(0, "--error-file", job.output)
+    assert ran.returncode == 2, ran.stderr
+    assert "both the results and the error file" in ran.stderr
+
+
 def test_an_empty_file_is_a_finished_job(tmp_path, tiny_model):
     job = BatchJob(tmp_path, tiny_model, [])
     ran = job.run(0)
@@ -93,6 +136,7 @@ def test_metrics_agree_with_the_results(job):
         "answered_before": 0,
         "failed_before": 0,
         "total": 13,
+        "put_aside": 0,
     }
     usages = [line["response"]["body"]["usage"] for line in job.lines()]
     made = sum(usage["completion_tokens"] for usage in usages)

@@ -24,6 +24,8 @@ LAUNCHED = [0, pytest.param(2, marks=pytest.mark.skipif(mpirun() is None, reason
         ["generate", "--help"],
         ["validate", "--help"],
         ["bench", "--help"],
+        ["env", "--help"],
+        ["report", "--help"],
     ],
     ids=" ".join,
 )

@@ -9,7 +9,7 @@ import time
 import torch
 from letters import take
 
-from hpc_distkv.comm import abort
+from hpc_distkv.comm import abort, stall
 from hpc_distkv.comm.mpi import open_mpi
 from hpc_distkv.comm.transport import Comm
 
@@ -40,6 +40,12 @@ def leaves_too_early(comm: Comm) -> None:
 
 def sleeps_in_round(comm: Comm) -> None:
     if comm.world.rank == 2:
+        time.sleep(60)
+    wait_for_all(comm)
+
+
+def sleeps_as_first(comm: Comm) -> None:
+    if comm.world.rank == 0:
         time.sleep(60)
     wait_for_all(comm)
 
@@ -75,6 +81,6 @@ def rows_failed(comm: Comm) -> None:
 if __name__ == "__main__":
     way = sys.argv[1]
     stalls = way.startswith(("sleeps", "leaves"))
-    abort.LAST_WORDS = 1.0
+    stall.HEARING, stall.UNHEARD = 0.7, 1.5
     with abort.aborting(open_mpi(stall_timeout=1.0 if stalls else 30.0)) as comm:
         globals()[way](comm)

@@ -7,7 +7,6 @@ import pytest
 from letters import take
 from mpirun import mpirun, run_mpi
 
-from hpc_distkv.comm import abort
 from hpc_distkv.comm.abort import aborting
 from hpc_distkv.comm.local import open_local, run_local
 from hpc_distkv.comm.schedule import PeerFailedError
@@ -24,13 +23,14 @@ needs_mpirun = pytest.mark.skipif(mpirun() is None, reason="needs mpirun")
         ("exception", 3, 70, ["[rank 1 on ", "rank one has had enough", "Traceback"]),
         ("thread", 2, 70, ["[rank 1 on ", "by zero", "Traceback"]),
         ("leaves_too_early", 2, 70, ["[rank 0 on ", "waits for rank 1 on ", "that never comes"]),
-        ("sleeps_in_round", 3, 70, ["[rank 0 on ", "waits for rank 2 on ", "to agree"]),
+        ("sleeps_in_round", 3, 70, ["[rank 0 on ", "no answer from rank 2 on ", "to agree"]),
         (
             "sleeps_in_step",
             3,
             70,
-            ["waits for rank 2 on ", "queries, layer 3", "headers of step 5"],
+            ["[rank 0 on ", "no answer from rank 2 on ", "queries, layer 3", "headers of step 5"],
         ),
+        ("sleeps_as_first", 3, 70, ["[rank 1 on ", "waits for rank 0 on ", "to agree"]),
         ("agreed", 2, 2, ["[None, 'no such file']"]),
         ("rows_failed", 2, 1, []),
     ],
@@ -42,6 +42,8 @@ def test_one_rank_takes_all_along(way, ranks, status, said):
     for words in said:
         assert words in ran.stderr
     assert ("Traceback" in ran.stderr) == ("Traceback" in said), ran.stderr
+    speakers = {line.split(" on ")[0] for line in ran.stderr.splitlines() if line[:6] == "[rank "}
+    assert len(speakers) <= 1, "one rank speaks for all"
     assert time.monotonic() - began < 30
 
 
@@ -65,8 +67,7 @@ class UsageError(Exception):
         (SystemExit("no"), 1, "[rank 1] left before the other ranks were done: no\n"),
     ],
 )
-def test_last_words_and_status(error, status, said, capsys, monkeypatch):
-    monkeypatch.setattr(abort, "LAST_WORDS", 0.0)
+def test_last_words_and_status(error, status, said, capsys):
     comm = open_local(2)[1]
     ended = []
     comm.abort = ended.append

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from gmanager_rounds import DGFM, Job, lends, requests, uneven
 from hypothesis import given
@@ -9,7 +10,14 @@ from hypothesis import strategies as st
 from made_reports import report
 
 from hpc_distkv.control.gmanager import PLAN_EVERY, RECALL_STEPS
-from hpc_distkv.control.messages import Changes, Counters, Result, pack_tokens, unpack_tokens
+from hpc_distkv.control.messages import (
+    Answer,
+    Changes,
+    Counters,
+    Result,
+    pack_tokens,
+    unpack_tokens,
+)
 from hpc_distkv.control.policy import POLICIES, Policy
 from hpc_distkv.control.wire import ReportError, encode_report
 
@@ -26,6 +34,36 @@ def test_a_job_stops_when_the_last_result_is_in():
     answers = job.round(report(changes=Changes(results=[result])), report())
     assert job.results == [result]
     assert all(answer.stop for answer in answers)
+
+
+def test_once_anybody_wants_to_stop_nothing_is_begun_and_what_runs_may_end():
+    job = Job(2, requests(9))
+    job.round(report(), report())
+    asked = report(drain=True, running=1), report(running=1)
+    for reports in (asked, (report(running=1), report())):
+        answers = job.round(*reports)
+        assert [(answer.assign, answer.drain, answer.stop) for answer in answers] == [
+            ([], True, False)
+        ] * 2
+    assert all(answer.stop for answer in job.round(report(), report()))
+
+
+def test_when_time_is_up_anywhere_the_run_is_over_whatever_runs():
+    job = Job(2, requests(9))
+    running = report(running=1, wanted=3, wanted_for=0), report(promised=4)
+    job.round(*running)
+    late = msgspec.structs.replace(running[1], drain=True, halt=True)
+    answers = job.round(running[0], late)
+    assert [(answer.stop, answer.lend) for answer in answers] == [(True, {})] * 2
+
+
+def test_ranks_that_send_no_report_are_heard_too():
+    job = Job(1, requests(9))
+    message = [encode_report(report(running=1))]
+    (answer,), _ = job.manager.round(message, drain=True)
+    assert not msgspec.msgpack.decode(answer, type=Answer).stop
+    (answer,), _ = job.manager.round([encode_report(report(1, running=1))], drain=True, halt=True)
+    assert msgspec.msgpack.decode(answer, type=Answer).stop
 
 
 def test_rows_arrive_as_they_were_given():

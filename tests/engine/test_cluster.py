@@ -107,10 +107,11 @@ def test_nothing_is_lent_when_lending_is_off(model):
     assert all(counters.blocks_borrowed == 0 for counters in outcome.counters)
 
 
-def test_an_even_load_that_fits_borrows_nothing(model):
+@pytest.mark.parametrize("seed", range(5))
+def test_an_even_load_that_fits_borrows_nothing(model, steady_pace, seed):
     rng = random.Random(5)
     rows = [request(i, 30, 20, rng) for i in range(24)]
-    outcome = run_cluster(model, rows, 3, options(200))
+    outcome = run_cluster(model, rows, 3, options(200), SeededSchedule(seed))
     assert all(counters.blocks_borrowed == 0 for counters in outcome.counters)
     assert min(counters.generated_tokens for counters in outcome.counters) > 0
 

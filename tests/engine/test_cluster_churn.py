@@ -39,7 +39,7 @@ def total(outcomes: list[Outcome], name: str) -> int:
     return sum(getattr(counters, name) for o in outcomes for counters in o.counters)
 
 
-def test_dgfm_lowers_the_share_of_rblocks_that_live_elsewhere(model):
+def test_dgfm_lowers_the_share_of_rblocks_that_live_elsewhere(model, steady_pace):
     """The mean over steps and over several runs; the tokens are the same."""
     shares = {}
     for dgfm in (True, False):

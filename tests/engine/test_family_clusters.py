@@ -58,3 +58,27 @@ def test_greedy_tokens_equal_those_of_transformers(name: str, tmp_path: Path) ->
         assert outcome.tokens == want
         borrowed = sum(counters.blocks_borrowed for counters in outcome.counters)
         assert borrowed > 5 if ranks > 1 else borrowed == 0
+
+
+@pytest.mark.parametrize("name", ["gemma2", "bloom", "mistral-window"])
+def test_rows_that_share_a_beginning_get_the_tokens_of_transformers(
+    name: str, tmp_path: Path
+) -> None:
+    """Windows and ALiBi look at positions. What lies behind the windows of all layers is freed
+    instead of shared."""
+    torch.set_num_threads(1)
+    transformer = save(name, tmp_path)
+    model = load_decoder(tmp_path, ModelConfig.from_dir(tmp_path), "float32")
+    start = prompt(70, 0)
+    prompts = [start + prompt(tokens, 1 + seed) for seed, tokens in enumerate([9, 9, 30, 17])]
+    requests = [
+        Request(number, pack_tokens(ids), Sampling(8, 0.0, seed=0))
+        for number, ids in enumerate(prompts)
+    ]
+    want = {number: continuation(transformer, ids, 8) for number, ids in enumerate(prompts)}
+    for ranks, blocks in ((1, 200), (3, 10)):
+        options = EngineOptions(num_blocks=blocks, block_size=BLOCK, threads=1)
+        outcome = run_cluster(model, requests, ranks, options)
+        assert outcome.tokens == want
+        cached = sum(counters.cached_tokens for counters in outcome.counters)
+        assert (cached > 0) == (name != "mistral-window") or ranks > 1

@@ -203,7 +203,7 @@ def test_rows_with_rblocks_elsewhere_send_their_queries_there():
     one, _ = borrowing()
     plan = one.plan()
     headers = one.headers(plan, 0.0)
-    assert [query[:2] for query in headers[1].queries] == [(0, 1)]
+    assert [query[:2] for query in headers[1].queries] == [([0], 1)]
 
 
 def test_a_row_that_ends_is_released_and_its_credit_is_used_again():

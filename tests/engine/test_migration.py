@@ -225,11 +225,11 @@ def migrations(outcome: Outcome) -> int:
     return sum(counters.migrations for counters in outcome.counters)
 
 
-def test_rows_that_migrate_go_on_with_the_same_tokens(model):
+def test_rows_that_migrate_go_on_with_the_same_tokens(model, steady_pace):
     moved = 0
     for seed in range(6):
         rows = rows_of(seed)
-        outcome = run_cluster(model, rows, 3, options(24, policy="migrate"))
+        outcome = run_cluster(model, rows, 3, options(24, policy="migrate"), SeededSchedule(seed))
         assert outcome.tokens == unconstrained(model, rows)
         assert sum(counters.blocks_borrowed for counters in outcome.counters) == 0
         moved += migrations(outcome)

@@ -143,7 +143,7 @@ def test_rblocks_at_one_instance_are_freed_only_by_those_that_have_some_there():
     scheduler.rm.commit([scheduler.rm.move_out(3, 0, 7), scheduler.rm.move_out(5, 0, 7)], [])
     answer(scheduler, give_way=1, give_way_at=7, admit_before=2)
     assert running(scheduler) == [3, 8]
-    assert scheduler.rm.settle_debt(7) == ([5], 0)
+    assert scheduler.rm.settle_debt(7)[:2] == ([5], 0)
 
 
 @settings(deadline=None)

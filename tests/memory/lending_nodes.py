@@ -18,8 +18,10 @@ from hpc_distkv.engine.debtor import Debtor
 from hpc_distkv.engine.events import Log
 from hpc_distkv.engine.instance import Instance
 from hpc_distkv.engine.letters import Letters
+from hpc_distkv.engine.recorder import Recorder
 from hpc_distkv.engine.scheduler import Plan, Row
 from hpc_distkv.engine.sequence import Sequence
+from hpc_distkv.engine.timesheet import TimeSheet
 from hpc_distkv.memory.loan import Move
 from hpc_distkv.memory.pool import BlockPool
 
@@ -40,9 +42,10 @@ class Node:
         self.rm = self.instance.rm
         blocks = config.num_blocks + config.bounce
         self.pool = BlockPool(blocks, LAYERS, 1, BLOCK, HEAD_DIM, torch.float32)
-        self.debtor = Debtor(comm, self.pool, self.instance, (1, HEAD_DIM))
+        time = TimeSheet(Recorder())
+        self.debtor = Debtor(comm, self.pool, self.instance, (1, HEAD_DIM), time)
         specs = [AttentionSpec(1.0)] * LAYERS
-        self.creditor = Creditor(comm, self.pool, self.instance, (1, HEAD_DIM), specs)
+        self.creditor = Creditor(comm, self.pool, self.instance, (1, HEAD_DIM), specs, time)
         self.letters = Letters(comm, self.instance, self.creditor, Log(comm))
         self.marks = marks
         self.answer: Answer | None = Answer(round=0)

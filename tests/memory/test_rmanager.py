@@ -184,7 +184,7 @@ def test_a_request_that_ends_is_told_to_all_its_creditors():
     assert one.borrowed == 3, "until the creditors are told"
     one.check()
     for creditor in (other, third):
-        released, returned = one.settle_debt(creditor.instance)
+        released, returned, *_ = one.settle_debt(creditor.instance)
         assert (released, returned) == ([7], 0)
         creditor.evict(0, released)
         assert creditor.usable == 4
@@ -196,7 +196,7 @@ def test_credit_that_is_returned_is_the_creditors_again():
     with_credit(3, one, other)
     one.return_credit(1, 2)
     assert one.credit == 1
-    released, returned = one.settle_debt(1)
+    released, returned, *_ = one.settle_debt(1)
     assert (released, returned) == ([], 2)
     other.take_back(0, returned)
     assert other.usable == 3
@@ -215,16 +215,16 @@ def test_dropped_rblocks_are_free_at_home_at_once_and_at_creditors_once_they_are
     one.drop(7, 3)
     assert one.tables[7].indices == [4, 5]
     assert one.tables[7].remote == {1: [3]}
-    assert (one.tables[7].dropped, one.tables[7].blocks, one.free) == (3, 6, 4)
+    assert (one.tables[7].start, one.tables[7].blocks, one.free) == (3, 6, 4)
     assert one.borrowed == 3, "until the creditor is told"
     check(one, other)
-    other.evict_dropped(0, one.settle_dropped(1))
+    other.evict_dropped(0, one.settle_debt(1).dropped)
     check(one, other)
     assert (one.borrowed, other.free) == (1, 5)
     one.grow(7, 1)
     assert one.tables[7].indices == [4, 5, 6]
     one.drop(7, 5)
-    other.evict_dropped(0, one.settle_dropped(1))
+    other.evict_dropped(0, one.settle_debt(1).dropped)
     assert (one.debts, other.loans, other.guests, other.usable) == ({}, {}, {}, 6)
     check(one, other)
 
@@ -237,9 +237,9 @@ def test_what_was_dropped_is_released_with_a_request_that_ends_before_its_credit
     one.drop(7, 2)
     one.close(7)
     check(one, other)
-    assert one.settle_dropped(1) == []
-    released, _ = one.settle_debt(1)
-    other.evict(0, released)
+    news = one.settle_debt(1)
+    assert news.dropped == []
+    other.evict(0, news.released)
     assert (one.debts, other.loans, other.usable) == ({}, {}, 6)
     check(one, other)
 
@@ -279,7 +279,7 @@ def test_copies_of_a_request_that_ends_are_freed_at_the_creditor():
     request_of(one, 7, 3)
     copy(one, other, 7, 2)
     one.close(7)
-    released, _ = one.settle_debt(1)
+    released, *_ = one.settle_debt(1)
     other.evict(0, released)
     check(one, other)
     assert other.usable == 3, "and one of credit is left"

@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import io
 import json
+import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from seen_runs import snapshot
 
 from hpc_distkv.control.messages import Counters, Result, pack_tokens
 from hpc_distkv.observe import progress
 from hpc_distkv.observe.latency import Latencies
 from hpc_distkv.observe.metrics import total, write_json
+from hpc_distkv.observe.prometheus import PrometheusFile
 from hpc_distkv.observe.run import RunRecord
+from hpc_distkv.observe.watch import Watch
 
-STATE = progress.State(fraction=0.5, rows=7, failed=1, running=3, tokens=900, used=0.25, lent=4)
+NOW = snapshot(
+    0.0,
+    [30, 20],
+    [0, 4],
+    [(0, 1, 4)],
+    answered=6,
+    failed=1,
+    left=7.0,
+    prompt_tokens=np.array([300, 200]),
+    generated_tokens=np.array([30, 20]),
+)
 
 
 def test_latencies_are_summed_up_by_percentile():
@@ -63,11 +79,15 @@ def test_a_log_gets_one_plain_line_per_interval(monkeypatch):
     report = progress.ProgressReport(stream)
     for _ in range(50):
         now[0] += 1.0
-        report.show(STATE)
+        report.show(NOW)
     report.close()
     lines = stream.getvalue().splitlines()
     assert len(lines) == 50 // progress.LOG_INTERVAL
-    assert "7 rows (1 errors), 3 running, 90 tokens/s" in lines[0]
+    assert lines[0] == (
+        "[ 0:00:10]  50%  7 of ≈ 14 rows, 1 errors; 4 running, 3 waiting; "
+        "50 prompt + 5 output tokens/s; KV 25% used, 4 rBlocks lent; 0:00:10 left"
+    )
+    assert "0 prompt + 0 output" in lines[-1]  # rates are those of the last interval
     assert "\x1b" not in stream.getvalue()
 
 
@@ -80,7 +100,86 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
     report = progress.ProgressReport(stream)
-    report.show(STATE)
+    report.show(NOW)
     report.close()
     assert "50%" in stream.getvalue()
-    assert "7 rows" in stream.getvalue()
+    assert "7 of ≈ 14 rows" in stream.getvalue()
+    assert "4 running, 3 waiting" in stream.getvalue()
+
+
+def test_time_left_is_that_of_rows_like_those_that_ended():
+    assert NOW.seconds_left(70.0) == 70.0
+    assert NOW._replace(least_seconds=90.0).seconds_left(70.0) == 90.0  # a long row is under way
+    assert snapshot(0.0, [1], [0], [], answered=0, before=5).seconds_left(70.0) is None
+    assert snapshot(0.0, [1], [0], [], answered=0, before=5, left=15.0).fraction == 0.25
+    assert snapshot(0.0, [1], [0], [], answered=0, left=0.0).fraction == 1.0
+
+
+def test_the_slowest_rows_are_listed_by_name():
+    record, times = RunRecord(), list(range(1, 31))
+    random.Random(3).shuffle(times)
+    for time in times:
+        record.add(Result(time, pack_tokens([1]), "stop", 0.5, float(time)), f"row {time}", 7)
+    slowest = record.summary([Counters()], [])["slowest_rows"]
+    assert [row["custom_id"] for row in slowest] == [f"row {n}" for n in range(30, 10, -1)]
+    assert {row["prompt_tokens"] for row in slowest} == {7}
+
+
+def test_histograms_have_every_row_near_its_time():
+    record, rng = RunRecord(), np.random.default_rng(2)
+    times = rng.lognormal(0, 2, 500)
+    for n, time in enumerate(times):
+        record.add(Result(n, b"", "stop", 0.1, float(time)))
+    bins = record.summary([Counters()], [])["histograms"]["latency_s"]
+    assert sum(count for _, count in bins) == 500
+    spread = np.repeat([time for time, _ in bins], [count for _, count in bins])
+    assert np.abs(np.log(spread / np.sort(times))).max() < 0.05
+
+
+def test_pools_are_remembered_at_their_fullest():
+    record = RunRecord()
+    for used in ([3, 9], [5, 2], [4, 4]):
+        record.see_pools(np.array(used))
+    assert record.summary([Counters()], [])["peak_kv_blocks"] == [5, 9]
+
+
+def samples(path):
+    """Name and labels → value of a file for Prometheus, by its own parser."""
+    families = text_string_to_metric_families(path.read_text())
+    return {
+        (sample.name, *sorted(sample.labels.items())): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def test_prometheus_reads_what_is_written(tmp_path):
+    path = tmp_path / "run.prom"
+    file = PrometheusFile(path, {"output": "/data/out.jsonl", "slurm_job_id": "7"})
+    assert file.due
+    file.write(NOW, [Counters(preemptions=2), Counters(preemptions=3, bytes_moved=10)])
+    assert not file.due
+    found = samples(path)
+    run = (("output", "/data/out.jsonl"), ("slurm_job_id", "7"))
+    assert found["hpc_distkv_rows_total", *run[:1], ("result", "failed"), run[1]] == 1
+    assert found["hpc_distkv_preemptions_total", *run] == 5
+    assert found["hpc_distkv_bytes_moved_total", *run] == 10
+    assert found["hpc_distkv_progress_ratio", *run] == 0.5
+    assert found["hpc_distkv_finished", *run] == 0
+    for name, values in (
+        ("kv_blocks_used", (30, 20)),
+        ("kv_blocks_lent_now", (0, 4)),
+        ("kv_blocks_owed_now", (4, 0)),
+        ("generated_tokens_total", (30, 20)),
+    ):
+        for instance, value in enumerate(values):
+            assert found[f"hpc_distkv_{name}", ("instance", str(instance)), *run] == value
+    file.write(NOW, [Counters()], finished=True)
+    assert samples(path)["hpc_distkv_finished", *run] == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_no_run_ends_because_its_state_cannot_be_written(tmp_path, caplog):
+    watch = Watch(prometheus=PrometheusFile(tmp_path / "missing" / "run.prom", {}))
+    watch._write(watch.prometheus, NOW, SimpleNamespace(counters=[Counters()]))
+    assert "cannot write the file for Prometheus" in caplog.text

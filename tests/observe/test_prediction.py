@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_distkv.control.messages import Request, Sampling, pack_tokens
 from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.family import FAMILIES
 from hpc_distkv.observe.prediction import most_rate, predicted_rate
+from hpc_distkv.simulate.trace import Row
 
 MODEL = ModelConfig(
     family=next(iter(FAMILIES.values())),
@@ -36,26 +36,20 @@ SPEED = {
 CONFIG = EngineConfig(num_blocks=40, block_size=8, max_num_batched_tokens=64)
 
 
-def requests(*lengths: tuple[int, int]) -> list[Request]:
-    return [
-        Request(i, pack_tokens([1] * prompt), Sampling(max_tokens=output))
-        for i, (prompt, output) in enumerate(lengths)
-    ]
-
-
-lengths = st.lists(st.tuples(st.integers(2, 250), st.integers(1, 60)), min_size=1, max_size=30)
+row = st.tuples(st.integers(2, 250), st.integers(1, 60)).map(lambda lengths: Row(*lengths))
+rows_of_any_length = st.lists(row, min_size=1, max_size=30)
 
 
 @settings(max_examples=40, deadline=None)
-@given(lengths, st.integers(1, 4), st.sampled_from(sorted(POLICIES)))
+@given(rows_of_any_length, st.integers(1, 4), st.sampled_from(sorted(POLICIES)))
 def test_no_simulated_run_exceeds_what_is_called_the_most(rows, ranks, policy):
     config = replace(CONFIG, policy=POLICIES[policy])
-    most = most_rate(MODEL, config, ranks, [SPEED], requests(*rows))
-    assert predicted_rate(MODEL, config, policy, ranks, [SPEED], requests(*rows)) <= most * 1.001
+    most = most_rate(MODEL, config, ranks, [SPEED], rows)
+    assert predicted_rate(MODEL, config, policy, ranks, [SPEED], rows) <= most * 1.001
 
 
 def test_the_longest_row_bounds_any_number_of_ranks():
-    rows = requests((10, 50))
+    rows = [Row(10, 50)]
     alone = (
         10 * (0.0035 + 5 * 0.0035 / MODEL.attention_tokens) + 49 * (0.004 + 34.5 * 6e-6) + 50 * 0.04
     )

@@ -43,7 +43,15 @@ def deployment(
     cluster = Cluster(
         nodes=instances, gpus_per_node=1, device=Device("toy", 1e9, 0), measured=SPEED
     )
-    config = EngineConfig(blocks, BLOCK, seqs, batched, POLICIES[policy], move_budget=BLOCK)
+    config = EngineConfig(
+        blocks,
+        BLOCK,
+        seqs,
+        batched,
+        POLICIES[policy],
+        move_budget=BLOCK,
+        enable_prefix_caching=True,
+    )
     return Deployment(cluster, MODEL, 1, config)
 
 
@@ -67,7 +75,26 @@ def virtual(figures: dict[str, Any]) -> dict[str, Any]:
 
 QUICK = [Phase.explicit, Phase.reuse, Phase.generate]
 """A job that is stuck takes long to shrink."""
-rows = st.lists(st.builds(Row, st.integers(1, 90), st.integers(1, 30)), min_size=1, max_size=14)
+TEXTS = [7, 30, 50]
+"""Tokens of what some rows begin with."""
+
+
+def made(own: int, output: int, beyond: int, text: int) -> Row:
+    """`text` -1: it shares nothing."""
+    row = Row(own, output, limit=output + beyond)
+    if text < 0:
+        return row
+    return row._replace(prompt=TEXTS[text] + own, prefix=text, prefix_tokens=TEXTS[text])
+
+
+row = st.builds(
+    made,
+    st.integers(1, 90),
+    st.integers(1, 30),
+    st.integers(0, 20),
+    st.integers(-1, len(TEXTS) - 1),
+)
+rows = st.lists(row, min_size=1, max_size=14)
 
 
 @settings(max_examples=60, deadline=None, phases=QUICK)
@@ -76,7 +103,7 @@ def test_every_row_that_fits_is_answered_once_and_the_books_agree(rows, policy, 
     where = deployment(instances, blocks, policy)
     answered, simulation = run(where, rows)
     room = BLOCK * blocks * (instances if policy.startswith("lend") else 1)
-    fitting = [n for n, row in enumerate(rows) if row.prompt + row.output - 1 <= room]
+    fitting = [n for n, row in enumerate(rows) if row.prompt + row.max_tokens - 1 <= room]
     assert sorted(answered) == fitting
     figures = simulation.record.figures(where)
     assert figures["rows"] == {"answered": len(fitting), "refused": len(rows) - len(fitting)}

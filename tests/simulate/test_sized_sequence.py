@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from hpc_distkv.control.messages import Request, Sampling, pack_tokens, unpack_tokens
 from hpc_distkv.engine.sequence import Sequence
 from hpc_distkv.simulate.sequence import SizedRequest, SizedSequence
+from hpc_distkv.simulate.trace import Row
 
 
 def both(prompt: int, output: int) -> tuple[Sequence, SizedSequence]:
     real = Request(7, pack_tokens(range(prompt)), Sampling(max_tokens=output))
-    return Sequence(real, 1.5), SizedSequence(SizedRequest.of(7, prompt, output), 1.5)
+    return Sequence(real, 1.5), SizedSequence(SizedRequest.of(7, Row(prompt, output)), 1.5)
 
 
 def state(sequence: Sequence) -> dict[str, object]:
@@ -53,10 +54,19 @@ def test_it_goes_on_elsewhere_as_a_real_one_does(prompt, output, made):
     assert state(moved[1]) == state(moved[0])
 
 
-def test_a_prompt_of_two_million_tokens_is_four_bytes_on_the_wire():
-    sent = msgspec.msgpack.encode(SizedRequest.of(3, 2_000_000, 500))
-    assert len(sent) < 40
+def test_a_prompt_of_two_million_tokens_is_a_few_bytes_on_the_wire():
+    sent = msgspec.msgpack.encode(SizedRequest.of(3, Row(2_000_000, 500, 4, 9)))
+    assert len(sent) < 60
     received = msgspec.msgpack.decode(sent, type=Request)
-    assert unpack_tokens(received.prompt) == [2_000_000]
+    assert unpack_tokens(received.prompt) == [2_000_000, 500, 4, 9]
     sequence = SizedSequence(received, 0.0)
     assert (sequence.id, sequence.length, sequence.final_len) == (3, 2_000_000, 2_000_499)
+
+
+def test_it_may_end_before_its_limit():
+    sequence = SizedSequence(SizedRequest.of(1, Row(10, 2, limit=9)), 0.0)
+    assert sequence.final_len == 10 + 9 - 1
+    sequence.append(0, 1.0)
+    assert sequence.finish_reason is None
+    sequence.append(0, 2.0)
+    assert sequence.finish_reason == "stop"

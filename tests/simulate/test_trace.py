@@ -317,3 +317,19 @@ def test_most_rows_of_the_prefix_trace_share_their_prefix():
     uses = Counter(row.prefix for row in rows if row.prefix >= 0)
     assert sum(uses.values()) == 900
     assert min(uses.values()) > 1
+
+
+def test_rows_with_limits_above_their_outputs_end_at_a_random_token():
+    trace = Trace.load(TRACES / "uniform.toml").head(200)
+    assert trace.limited(1) is trace
+    limited = trace.limited(2.5)
+    assert {row.limit for row in limited.rows} == {320}
+    assert [row._replace(limit=0) for row in limited.rows] == trace.rows
+    vocabulary = 5000
+    requests = limited.requests(vocabulary)
+    assert {request.sampling.max_tokens for request in requests} == {320}
+    assert len({request.sampling.stop_token_ids for request in requests}) == 200
+    ends = [len(request.sampling.stop_token_ids) / vocabulary for request in requests]
+    assert 0.9 / 128 < min(ends) <= max(ends) <= 1 / 128
+    with pytest.raises(OptionError, match="at least the outputs"):
+        trace.limited(0.5)

@@ -1,0 +1,82 @@
+"""Answers that a run was stopped before it could finish: kept beside the results for the rerun."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from hpc_distkv.batch.errors import JournalError
+from hpc_distkv.batch.replace import replace_file
+from hpc_distkv.control.messages import Request, Result
+
+
+class Answer(NamedTuple):
+    """One answer of one row."""
+
+    custom_id: str
+    choice: int
+    """Which of the row's answers it is."""
+
+
+class Begun(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What an earlier run has made of one answer."""
+
+    custom_id: str
+    choice: int
+    request: str
+    """`digest` of what was asked."""
+    output: bytes = b""
+    """`pack_tokens` of the output so far."""
+    logprobs: bytes = b""
+    """`control.logprobs` of `output`, if asked for."""
+    result: Result | None = None
+    """The whole answer, when others of its row were not finished."""
+
+    @property
+    def answer(self) -> Answer:
+        """Whose beginning it is."""
+        return Answer(self.custom_id, self.choice)
+
+    @property
+    def tokens(self) -> int:
+        """Of the output so far."""
+        return len(self.result.tokens if self.result else self.output) // 4
+
+    def fits(self, request: Request) -> bool:
+        """Whether `request` asks for the same, and for more tokens than there are."""
+        room = self.result is not None or self.tokens < request.sampling.max_tokens
+        return room and self.request == digest(request)
+
+
+def digest(request: Request) -> str:
+    """What an output's beginning depends on: the prompt and all sampling fields, but not how long
+    it may become."""
+    sampling = msgspec.structs.replace(request.sampling, max_tokens=0)
+    asked = msgspec.msgpack.encode((request.prompt, sampling))
+    return hashlib.blake2b(asked, digest_size=16).hexdigest()
+
+
+def read_unfinished(path: Path) -> dict[Answer, Begun]:
+    """What `write_unfinished` wrote; nothing if there is no such file. Raises JournalError."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return {}
+    try:
+        begun = [msgspec.json.decode(line, type=Begun) for line in lines]
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise JournalError(
+            f"{path} does not hold answers that were begun ({error}). Remove it to compute these "
+            "rows from their start."
+        ) from None
+    return {each.answer: each for each in begun}
+
+
+def write_unfinished(path: Path, begun: Iterable[Begun]) -> None:
+    """Replace the file in one piece. Raises OSError."""
+    lines = [msgspec.json.encode(each) for each in begun]
+    replace_file(path, [line + b"\n" for line in lines])

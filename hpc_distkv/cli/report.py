@@ -1,0 +1,40 @@
+"""`hpc-distkv report`: a finished run as one HTML page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("report")
+@click.argument(
+    "run", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path), metavar="RUN..."
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("report.html"),
+    show_default=True,
+    help="The page.",
+)
+def command(run: tuple[Path, ...], output: Path) -> None:
+    """Draw what `generate --metrics FILE --trace FILE` wrote as one HTML page.
+
+    RUN are those files, in any order, or a folder that has both. One of the two is enough for a
+    part of the page.
+    """
+    from hpc_distkv.observe.metrics import replacing
+    from hpc_distkv.observe.report import page
+    from hpc_distkv.observe.run_files import RunFileError, read_run
+
+    try:
+        html = page(read_run(run))
+        with replacing(output) as temporary:
+            temporary.write_text(html)
+    except RunFileError as error:
+        raise click.UsageError(str(error)) from error
+    except OSError as error:
+        raise click.UsageError(f"cannot write {output}: {error}") from error
+    click.echo(f"report    {output}")

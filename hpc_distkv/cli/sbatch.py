@@ -1,0 +1,126 @@
+"""`hpc-distkv sbatch`: write a job script, and submit it."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from hpc_distkv.cli.generate import command as generate
+from hpc_distkv.cli.options import POSITIVE
+from hpc_distkv.slurm.script import KINDS, JobScript
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gpu": {},
+    "cpu": {"gpus_per_node": 0, "tasks_per_node": 2, "cpus_per_task": 16, "nodes": 2},
+    "array": {"nodes": 1},
+    "mpirun": {"gpus_per_node": 0, "tasks_per_node": 2},
+}
+"""What differs from the defaults of `JobScript`."""
+
+
+FILES = ("model", "source", "output")
+"""Options of `generate` that the script has as variables."""
+
+
+def generate_options(words: Sequence[str]) -> dict[str, Any]:
+    """What the options of `generate` among a command's words mean for the script. Raises
+    UsageError for what `generate` would not take: better now than when the job starts."""
+    script = JobScript()
+    files = ["--model", script.model, "-i", script.input, "-o", script.output]
+    context = generate.make_context("generate", [*files, *words])
+    given = [
+        parameter
+        for parameter in generate.params
+        if context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
+    ]
+    arguments: list[str] = []
+    for parameter in given:
+        value = context.params[str(parameter.name)]
+        if parameter.name == "shard":
+            raise click.UsageError("--shard is given by --kind array, with --shards.")
+        if parameter.name not in (*FILES, "grace"):
+            arguments.append(parameter.opts[-1])
+            arguments += [] if value is True else [str(value)]
+    found: dict[str, Any] = {"arguments": arguments}
+    for name, option in zip(("model", "input", "output"), FILES, strict=True):
+        found[name] = context.params[option]
+    if any(parameter.name == "grace" for parameter in given):
+        found["grace"] = math.ceil(context.params["grace"])
+    return found
+
+
+@click.command(
+    "sbatch", context_settings={"ignore_unknown_options": True, "allow_extra_args": True}
+)
+@click.option(
+    "--kind",
+    type=click.Choice(KINDS),
+    default="gpu",
+    show_default=True,
+    help="One rank per GPU; on CPUs; an array of shards; mpirun without Slurm.",
+)
+@click.option("--nodes", type=POSITIVE, help="Nodes.  [default: 4; cpu: 2; array: 1]")
+@click.option(
+    "--gpus-per-node", type=click.IntRange(min=0), help="GPUs, and ranks, of a node.  [default: 4]"
+)
+@click.option(
+    "--tasks-per-node",
+    type=POSITIVE,
+    help="Ranks of a node without GPUs, or of mpirun.  [default: 2]",
+)
+@click.option("--cpus-per-task", type=POSITIVE, help="Cores of a rank.  [default: 8; cpu: 16]")
+@click.option("--shards", type=POSITIVE, help="Jobs of an array.  [default: 8]")
+@click.option("--time", help="Time limit as of sbatch.  [default: 12:00:00]")
+@click.option("--partition", help="As of sbatch.")
+@click.option("--account", help="As of sbatch.")
+@click.option("--job-name", help="As of sbatch.  [default: hpc-distkv]")
+@click.option("--mpi", help="As of srun.  [default: pmix]")
+@click.option("--container", help="Apptainer image that has hpc-distkv.")
+@click.option(
+    "--line",
+    "lines",
+    multiple=True,
+    help="A line of the script before the start, such as 'module load openmpi'.",
+)
+@click.option(
+    "--sbatch-line",
+    "sbatch_lines",
+    multiple=True,
+    help="A further option of sbatch, such as '--qos=long'.",
+)
+@click.option("--submit", is_flag=True, help="Submit the script instead of printing it.")
+@click.pass_context
+def command(ctx: click.Context, /, submit: bool, **options: Any) -> None:
+    """Write a Slurm job script for `hpc-distkv generate`, all options of which may follow
+    (--model, -i, -o, --num-blocks ...), and print it or submit it.
+    """  # fmt: skip
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    script = JobScript(
+        **DEFAULTS[options["kind"]]
+        | given
+        | generate_options(ctx.args)
+        | {"written_by": shlex.join(["hpc-distkv", *sys.argv[1:]])}
+    )
+    if script.gpus_per_node:
+        if given.get("tasks_per_node", script.gpus_per_node) != script.gpus_per_node:
+            raise click.UsageError("there is one rank per GPU: give --gpus-per-node alone.")
+        script = replace(script, tasks_per_node=script.gpus_per_node)
+    text = script.render()
+    if not submit:
+        click.echo(text, nl=False)
+        return
+    if options["kind"] == "mpirun":
+        raise click.UsageError("--submit needs Slurm; run the script of --kind mpirun yourself.")
+    try:
+        done = subprocess.run(["sbatch"], input=text, text=True, check=False)
+    except FileNotFoundError:
+        raise click.ClickException("there is no sbatch on this machine.") from None
+    raise SystemExit(done.returncode)

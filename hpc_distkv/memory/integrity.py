@@ -1,0 +1,84 @@
+"""What must hold in an RManager at every instant."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hpc_distkv.memory.loan import Kind
+
+if TYPE_CHECKING:
+    from hpc_distkv.memory.prefix import Prefix
+    from hpc_distkv.memory.rmanager import RManager
+
+
+def check_slots(rm: RManager, free: Sequence[int]) -> None:
+    """Assert that every slot and every logical rBlock has exactly one owner, and that no more is
+    set aside than there is."""
+    owned = [*free, *(move.slot for move in rm.incoming)]
+    moving = [(m.kind is Kind.RECALL, m.peer, m.request, m.block) for m in rm.outgoing]
+    moving += [(m.kind is not Kind.RECALL, m.peer, m.request, m.block) for m in rm.incoming]
+    assert len(set(moving)) == len(moving), "an rBlock moves twice at once"
+    for table in rm.tables.values():
+        owned += table.slots
+        assert table.remote_blocks == sum(map(len, table.remote.values())), "a count is wrong"
+        held = sorted(sum(table.remote.values(), list(table.indices)))
+        assert held == list(range(table.start, table.blocks)), (
+            "a logical rBlock is lost or owned twice"
+        )
+    for guest in rm.guests.values():
+        owned += guest.slots
+    slots = range(rm.num_blocks + rm.bounce)
+    assert sorted(owned) == list(slots), "a slot is lost or owned twice"
+    assert rm.usable >= -rm.bounce, "more set aside than free"
+    assert rm.lent <= rm.lend_cap, "more lent than the cap"
+
+
+def check_prefixes(rm: RManager) -> None:
+    """Assert that prefixes follow on each other, and that the counts of their users are right."""
+    prefixes, users, idle = rm.prefixes.prefixes, Counter[int](), 0
+    assert {key: rm.tables[key] for key in rm.tables if key < 0} == prefixes, "a prefix is lost"
+    for request in rm.tables.keys() - prefixes.keys():
+        last = rm.prefixes.last(request)
+        if last:
+            users[last.id] += 1
+            assert rm.tables[request].start == last.blocks, "a request does not continue its prefix"
+    for prefix in prefixes.values():
+        begin = 0
+        if parent := prefix.parent:
+            begin = parent.blocks
+            users[parent.id] += prefix.users > 0
+            assert prefix.id in parent.children, "a prefix has another parent"
+        assert prefix.start == begin, "a prefix does not begin where its parent ends"
+        assert prefix.held == len(prefix.keys) > 0, "a prefix has rBlocks without keys"
+        assert rm.prefixes.match([*_keys_before(prefix), *prefix.keys]) == prefix.blocks, (
+            "an rBlock cannot be found"
+        )
+        if not prefix.users:
+            idle += len(prefix.slots)
+            assert not prefix.remote, "what nobody uses is lent"
+    counted = {prefix.id: prefix.users for prefix in prefixes.values() if prefix.users}
+    assert users == Counter(counted), "a prefix counts its users wrongly"
+    assert rm.prefixes.idle == idle, "rBlocks that nobody uses are counted wrongly"
+
+
+def check_loans(rm: RManager) -> None:
+    """Assert that debts and loans are what tables and guests say."""
+    for creditor, debt in rm.debts.items():
+        used = sum(len(table.remote.get(creditor, ())) for table in rm.tables.values())
+        used += sum(m.peer == creditor and m.kind is Kind.LEND for m in rm.outgoing)
+        used += sum(c.blocks for c in rm.copies.values() if c.creditor == creditor)
+        used += sum(debt.released.values()) + sum(d.blocks for d in debt.dropped.values())
+        assert debt.used == used, "a debt differs from its tables"
+    for debtor, loan in rm.loans.items():
+        hosted = sum(len(g.slots) for (d, _), g in rm.guests.items() if d == debtor)
+        arriving = sum(move.peer == debtor and move.kind is not Kind.RECALL for move in rm.incoming)
+        assert loan.used == hosted + arriving, "a loan's count differs from its guests"
+
+
+def _keys_before(prefix: Prefix) -> list[bytes]:
+    keys: list[bytes] = []
+    while parent := prefix.parent:
+        keys, prefix = parent.keys + keys, parent
+    return keys

@@ -1,0 +1,261 @@
+"""The beginnings that requests share: sealed rBlocks, found by what they hold."""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from hpc_distkv.memory.table import BlockTable
+
+
+@dataclass(eq=False)
+class Prefix(BlockTable):
+    """A run of sealed rBlocks that every prompt with the same tokens up to there has in common. It
+    begins where its parent ends."""
+
+    id: int = 0
+    """As of a request, but negative."""
+    keys: list[bytes] = field(default_factory=list)
+    """Of each rBlock: equal for equal tokens from the beginning of the prompt."""
+    parent: Prefix | None = None
+    children: set[int] = field(default_factory=set)
+    """The prefixes that continue it."""
+    users: int = 0
+    """Requests that continue it, and children that are in use."""
+    used: int = 0
+    """When its last user left."""
+
+
+class PrefixTree:
+    """Owner of the prefixes: which there are, who uses them, and which goes first.
+
+    A prefix is a block table beside those of requests, so it is lent and brought home as they are.
+    A request that begins continues the longest prefix that its prompt has in common with earlier
+    ones, and its own rBlocks become part of a prefix as they are sealed. A prefix is in use if a
+    request continues it or a prefix in use does. Others stay as cache until their slots are wanted,
+    those unused longest first, last rBlocks first. What of them is lent is no cache: it goes as
+    soon as nobody uses it, with all that continues it.
+    """
+
+    def __init__(self, tables: dict[int, BlockTable]) -> None:
+        """`tables`: of the RManager; the prefixes are among them."""
+        self.prefixes: dict[int, Prefix] = {}
+        self.idle = 0
+        """rBlocks of prefixes that nobody uses: all are at home."""
+        self._tables = tables
+        self._at: dict[bytes, Prefix] = {}
+        """Key of an rBlock → the prefix that has it."""
+        self._last: dict[int, Prefix] = {}
+        """Request → the prefix that its own table continues."""
+        self._computing: dict[int, Sequence[bytes]] = {}
+        """Requests that have not sealed all that they may share → the keys of that."""
+        self._evictable: list[tuple[int, int]] = []
+        """Heap of (used, id); also has some that are in use again, or gone."""
+        self._clock = 0
+        self._newest = 0
+
+    # -- who has what ---------------------------------------------------------------------------
+
+    @property
+    def computing(self) -> int:
+        """Requests that are computing what others may share."""
+        return len(self._computing)
+
+    def last(self, request: int) -> Prefix | None:
+        """The prefix that a request continues."""
+        return self._last.get(request)
+
+    def chain(self, request: int) -> list[Prefix]:
+        """All prefixes of a request, the first rBlocks first."""
+        return _line(self._last.get(request))[::-1]
+
+    def used_by(self, requests: Iterable[int]) -> list[Prefix]:
+        """The prefixes of these requests, each once."""
+        found: dict[int, Prefix] = {}
+        for request in requests:
+            prefix = self._last.get(request)
+            while prefix and prefix.id not in found:
+                found[prefix.id] = prefix
+                prefix = prefix.parent
+        return list(found.values())
+
+    def at_home(self, requests: Iterable[int]) -> int:
+        """rBlocks at home that these requests share or might share, each counted once."""
+        return sum(len(prefix.slots) for prefix in self.used_by(requests))
+
+    def used_alone(self, request: int) -> list[Prefix]:
+        """The prefixes that nobody uses but this request."""
+        alone = []
+        for prefix in _line(self._last.get(request)):
+            if prefix.users > 1:
+                break
+            alone.append(prefix)
+        return alone
+
+    def match(self, keys: Sequence[bytes]) -> int:
+        """How many rBlocks of a prompt are here, from its first on."""
+        return bisect.bisect_left(range(len(keys)), True, key=lambda at: keys[at] not in self._at)
+
+    def in_use(self, keys: Sequence[bytes]) -> int:
+        """How many rBlocks of a prompt are here and in use: sharing them takes no memory."""
+        matched = self.match(keys)
+        for prefix in _line(self._at[keys[matched - 1]] if matched else None):
+            if prefix.users:
+                return min(matched, prefix.blocks)
+        return 0
+
+    def coming(self, keys: Sequence[bytes]) -> int:
+        """How many rBlocks of a prompt are here, or will be when those that are at work on the same
+        beginning have computed it."""
+        others = (_common(keys, other) for other in self._computing.values())
+        return max(self.match(keys), *others, 0)
+
+    def awaited(self, keys: Sequence[bytes]) -> bool:
+        """Whether somebody is computing the next rBlock of a prompt beyond what is here."""
+        return bool(self._computing) and self.coming(keys) > self.match(keys)
+
+    # -- requests come and go -------------------------------------------------------------------
+
+    def find(self, keys: Sequence[bytes], idle: int) -> tuple[Prefix, int] | None:
+        """The longest beginning of a prompt that is here, of which at most `idle` rBlocks are in
+        use by nobody: the prefix that has its last rBlock, and its length in rBlocks."""
+        length = min(self.match(keys), self.in_use(keys) + idle)
+        return (self._at[keys[length - 1]], length) if length else None
+
+    def split(self, prefix: Prefix, first: int) -> Prefix:
+        """Make the rBlocks before logical rBlock `first` a prefix of their own, the parent of what
+        is left. Returns it."""
+        count = first - prefix.start
+        part = prefix.cut(first)
+        new = self._add(prefix.parent, part, prefix.keys[:count])
+        if prefix.parent:
+            prefix.parent.children.remove(prefix.id)
+        prefix.keys, prefix.parent = prefix.keys[count:], new
+        new.children.add(prefix.id)
+        new.users, new.used = int(prefix.users > 0), prefix.used
+        return new
+
+    def join(self, request: int, prefix: Prefix | None, keys: Sequence[bytes]) -> None:
+        """A request with a prompt of `keys` begins, and continues `prefix`, all of it."""
+        if prefix:
+            self._last[request] = prefix
+            self._use(prefix)
+        if len(keys) > (prefix.blocks if prefix else 0):
+            self._computing[request] = keys
+
+    def seal(self, request: int, blocks: int) -> None:
+        """The first `blocks` rBlocks of a request are full: others may share its prompt's."""
+        keys = self._computing.get(request)
+        if keys is None:
+            return
+        table = self._tables[request]
+        while table.start < min(blocks, len(keys)):
+            if keys[table.start] in self._at:  # It had no room to take that: it keeps its own.
+                del self._computing[request]
+                return
+            self._take_over(request, table, keys[table.start])
+        if table.start == len(keys):
+            del self._computing[request]
+
+    def leave(self, request: int) -> list[Prefix]:
+        """A request ends, or gives way. Returns the prefixes that are gone with it."""
+        self._computing.pop(request, None)
+        gone: list[Prefix] = []
+        self._clock += 1
+        prefix = self._last.pop(request, None)
+        while prefix:
+            prefix.users -= 1
+            if prefix.users:
+                break
+            prefix.used = self._clock
+            self.idle += len(prefix.slots)
+            self._offer(prefix)
+            if prefix.remote:
+                self._forget(prefix, gone)
+            prefix = prefix.parent
+        return gone
+
+    def evict(self) -> int:
+        """Give up the rBlock that is wanted least. Returns its slot; `idle` was above 0."""
+        prefix = self._oldest()
+        slot = prefix.slots.pop()
+        prefix.indices.pop()
+        del self._at[prefix.keys.pop()]
+        self.idle -= 1
+        if not prefix.keys:
+            self._detach(prefix)
+        return slot
+
+    def _use(self, prefix: Prefix | None) -> None:
+        while prefix:
+            prefix.users += 1
+            if prefix.users > 1:
+                return
+            self.idle -= len(prefix.slots)
+            prefix = prefix.parent
+
+    def _add(self, parent: Prefix | None, part: BlockTable, keys: list[bytes]) -> Prefix:
+        self._newest -= 1
+        new = Prefix(**vars(part), id=self._newest, keys=keys, parent=parent)
+        self._tables[new.id] = self.prefixes[new.id] = new
+        self._at.update(dict.fromkeys(keys, new))
+        if parent:
+            parent.children.add(new.id)
+        return new
+
+    def _take_over(self, request: int, table: BlockTable, key: bytes) -> None:
+        """The first rBlock of a request's table is the next one of what others may share."""
+        prefix = self._last.get(request)
+        if prefix is None or prefix.users > 1 or prefix.children:
+            prefix = self._last[request] = self._add(prefix, BlockTable(start=table.start), [])
+            prefix.users = 1  # the request, which used its parent before
+        prefix.add(table.cut(table.start + 1).slots[0])
+        prefix.keys.append(key)
+        self._at[key] = prefix
+
+    def _offer(self, prefix: Prefix) -> None:
+        if not prefix.children:
+            heapq.heappush(self._evictable, (prefix.used, prefix.id))
+
+    def _oldest(self) -> Prefix:
+        while True:
+            used, number = self._evictable[0]
+            prefix = self.prefixes.get(number)
+            if prefix and (prefix.used, prefix.users, len(prefix.children)) == (used, 0, 0):
+                return prefix
+            heapq.heappop(self._evictable)
+
+    def _forget(self, prefix: Prefix, gone: list[Prefix]) -> None:
+        """Nobody uses the prefix, nor what continues it: all that is no cache any more."""
+        for child in list(prefix.children):
+            self._forget(self.prefixes[child], gone)
+        for key in prefix.keys:
+            del self._at[key]
+        self.idle -= len(prefix.slots)
+        self._detach(prefix)
+        gone.append(prefix)
+
+    def _detach(self, prefix: Prefix) -> None:
+        del self.prefixes[prefix.id], self._tables[prefix.id]
+        parent = prefix.parent
+        if parent:
+            parent.children.remove(prefix.id)
+            if not parent.users:
+                self._offer(parent)
+
+
+def _common(a: Sequence[bytes], b: Sequence[bytes]) -> int:
+    """How many rBlocks two prompts have in common."""
+    shorter = range(min(len(a), len(b)))
+    return bisect.bisect_left(shorter, True, key=lambda at: a[at] != b[at])
+
+
+def _line(prefix: Prefix | None) -> list[Prefix]:
+    """A prefix and all it continues, itself first."""
+    line = []
+    while prefix:
+        line.append(prefix)
+        prefix = prefix.parent
+    return line

@@ -1,0 +1,108 @@
+"""What a run looks like at one moment."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpc_distkv.batch.job import Job
+from hpc_distkv.control.gmanager import GManager
+
+Numbers = NDArray[np.int64]
+
+
+class Snapshot(NamedTuple):
+    """Seen from rank 0. Arrays have one value per instance, as of its last report."""
+
+    at: float
+    """By `time.perf_counter`."""
+    answered: int
+    """Rows of this run, like `failed`."""
+    failed: int
+    before: int
+    """Rows that had their line before this run."""
+    left: float
+    """Rows without a line."""
+    estimated: bool
+    """Whether `left` is: the input has not been read to its end."""
+    least_seconds: float
+    """That some instance needs for the rows it has, if all their tokens were as fast as those of
+    prompts."""
+    waiting: int
+    """Requests that were read, and neither run nor are finished."""
+    running: Numbers
+    prompt_tokens: Numbers
+    """Computed so far, recomputed ones included."""
+    generated_tokens: Numbers
+    used: Numbers
+    """rBlocks."""
+    hosted: Numbers
+    """Those of them that hold KV of others."""
+    capacity: Numbers
+    debts: list[tuple[int, int, int]]
+    """(debtor, creditor, rBlocks lent or set aside)."""
+
+    @property
+    def rows(self) -> int:
+        """Rows with a line in the results."""
+        return self.answered + self.failed + self.before
+
+    @property
+    def fraction(self) -> float:
+        """Part of the input that is behind us, 0 to 1."""
+        return self.rows / (self.rows + self.left) if self.rows + self.left else 1.0
+
+    @property
+    def lent(self) -> int:
+        """rBlocks lent or set aside for others."""
+        return sum(blocks for _, _, blocks in self.debts)
+
+    @property
+    def pool_use(self) -> float:
+        """Part of all rBlocks in use, 0 to 1."""
+        return float(self.used.sum() / max(1, self.capacity.sum()))
+
+    def seconds_left(self, seconds: float) -> float | None:
+        """If rows go on to end as in the `seconds` of this run so far, but no less than the work
+        begun takes: the last rows may be the longest. None: no row has ended."""
+        done = self.answered + self.failed
+        return max(self.left * seconds / done, self.least_seconds) if done else None
+
+
+def take_snapshot(job: Job, manager: GManager) -> Snapshot:
+    """How far the job is now, by its own books and the last control round's reports."""
+    reports = manager.reports
+    assert reports is not None
+    columns = {
+        name: reports[name].astype(np.int64)
+        for name in ("running", "prompt_tokens", "generated_tokens", "capacity", "free", "hosted")
+    }
+    return Snapshot(
+        at=time.perf_counter(),
+        answered=job.answered,
+        failed=job.failed,
+        before=job.skipped,
+        left=_rows_left(job),
+        estimated=job.total_rows is None,
+        least_seconds=float((reports["work_left"] * reports["prompt_time"]).max()),
+        waiting=max(0, manager.assignment.unfinished - int(columns["running"].sum())),
+        running=columns["running"],
+        prompt_tokens=columns["prompt_tokens"],
+        generated_tokens=columns["generated_tokens"],
+        used=columns["capacity"] - columns["free"],
+        hosted=columns["hosted"],
+        capacity=columns["capacity"],
+        debts=list(manager.ledger.pairs()),
+    )
+
+
+def _rows_left(job: Job) -> float:
+    behind = job.answered + job.failed + job.skipped
+    if job.total_rows is not None:
+        return job.total_rows - behind
+    read = behind + job.in_flight
+    unread = job.input_bytes - job.bytes_read
+    return job.in_flight + read * unread / max(1, job.bytes_read)
