@@ -120,13 +120,15 @@ def gpu(**options: Any) -> None:
     """One rank on a GPU: waits and copies of a step, and how busy the GPU is."""
 
     def measure(comm: Comm, model: Decoder, settings: EngineOptions) -> dict[str, Any]:
-        from hpc_distkv.api import SetupError, together
+        from hpc_distkv.api import SetupError
         from hpc_distkv.engine.rank import RankEngine
         from hpc_distkv.observe import bench
         from hpc_distkv.observe.gpu import profile_steps
 
         if comm.world.size > 1:
             raise SetupError("this benchmark profiles one rank: run without mpirun")
+        if comm.device.place.type == "cpu":
+            raise SetupError("this benchmark profiles a GPU: run it on a node that has one")
         requests = bench.synthetic(
             options["num_prompts"],
             options["input_len"],
@@ -136,7 +138,7 @@ def gpu(**options: Any) -> None:
         engine = RankEngine(comm, model, settings)
         engine.join()
         bench.run_once(engine, requests)
-        return together(comm, lambda: profile_steps(engine, requests))
+        return profile_steps(engine, requests)
 
     _measured(options, measure)
 

@@ -12,6 +12,8 @@ from hpc_distkv.comm.device import Event
 from hpc_distkv.comm.meetings import Message
 from hpc_distkv.comm.transport import Comm
 
+OLDEST_CUPY = 14
+"""From here on unique ids are bytes."""
 INSTALL = "pip install 'hpc-distkv[cuda13]' (or [cuda12], whichever CUDA torch was built for)"
 
 
@@ -23,9 +25,12 @@ def usable() -> tuple[int, str]:
     """The version of NCCL that CuPy and torch both loaded, as 22809 for 2.28.9, or 0 and why there
     is none. torch is imported first: its NCCL is the one that both should get."""
     try:
+        import cupy
         from cupy.cuda import nccl
     except ImportError as error:
         return 0, f"CuPy is missing ({error}): {INSTALL}"
+    if int(cupy.__version__.split(".")[0]) < OLDEST_CUPY:
+        return 0, f"CuPy {cupy.__version__} is older than {OLDEST_CUPY}: {INSTALL}"
     if not getattr(nccl, "available", True):
         return 0, f"CuPy finds no NCCL: {INSTALL}"
     ours = nccl.get_version()

@@ -1,9 +1,10 @@
 """Decode steps as CUDA graphs: what the host asks of the GPU in a step is recorded once.
 
-A decode step of a small model takes the host, which launches some 200 kernels, several times as
-long as the GPU. Its launches depend on little: on the number of rows, and on how attention is cut.
-So steps in which every row decodes with all its rBlocks at home are recorded by that form, with
-rows and cuts rounded up, and replayed: the host fills in tokens, slots and cuts, and launches once.
+A decode step of a small model takes the host, which launches hundreds of kernels, several times
+as long as the GPU. Its launches depend on little: on the number of rows, and on how attention is
+cut. So steps in which every row decodes with all its rBlocks at home are recorded by that form,
+with rows and cuts rounded up, and replayed: the host fills in tokens, slots and cuts, and launches
+once.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ ROW_STEP = 16
 INPUTS = (torch.int64, torch.int64, torch.int32, torch.int32)
 """Of tokens, positions, slots and places in them."""
 MOST_GRAPHS = 64
-"""Recorded forms; each keeps about a megabyte."""
+"""Recorded forms: what is recorded stays in the GPU's memory."""
 RECORDED_AFTER = 2
 """Steps of a form that run as they are: to record one takes longer than several steps."""
 

@@ -151,3 +151,29 @@ def test_paper(tmp_path):
     assert {file.name for file in folder.glob("*.svg")} == {
         f"paper-{name}.svg" for name in ("context", "mixes", "short", "long")
     }
+
+
+def test_kernels():
+    small = ("--length", "64", "--length", "500", "--batch", "2", "--most-tokens", "512")
+    done = run_command(0, "bench", "kernels", "--device", "cpu", *small)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    (decode,) = figures["decode"]
+    assert (decode["batch"], decode["tokens"], figures["prompt"]) == (2, 64, [])
+    assert decode["out_error"] < 1e-2
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "abacus"])
+def test_kernels_of_a_device_that_is_not_there(device):
+    done = run_command(0, "bench", "kernels", "--device", device)
+    assert done.returncode == 2
+    assert device in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_gpu_that_is_not_there_is_not_profiled(tiny_model):
+    options = ("--model", str(tiny_model), "--device", "cpu", "--num-blocks", "10")
+    done = run_command(0, "bench", "gpu", *options)
+    assert done.returncode == 2
+    assert "run it on a node that has one" in done.stderr
+    assert "Traceback" not in done.stderr

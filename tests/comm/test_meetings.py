@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from recorded_fabric import connect
 from test_staged import PROMISES
 
 from hpc_distkv.comm.local import leftovers, open_local, run_local
-from hpc_distkv.comm.nccl import refusal
+from hpc_distkv.comm.nccl import refusal, usable
 from hpc_distkv.comm.schedule import SeededSchedule
 from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR, Comm
 
@@ -167,6 +169,42 @@ def test_messages_of_different_sizes_are_refused():
     comms[1].transport.push()
     with pytest.raises(AssertionError, match="rank 1 posted 12 bytes where 16 were expected"):
         comms[0].transport.push()
+
+
+class FakeNccl:
+    available = True
+    version = 22907
+
+    def get_version(self) -> int:
+        return self.version
+
+
+def pretend(monkeypatch, cupy: str, version: int) -> None:
+    """CuPy of this release with this NCCL, beside torch with NCCL 2.28.9."""
+    library = FakeNccl()
+    library.version = version
+    package = SimpleNamespace(__version__=cupy, cuda=SimpleNamespace(nccl=library))
+    monkeypatch.setitem(sys.modules, "cupy", package)
+    monkeypatch.setitem(sys.modules, "cupy.cuda", package.cuda)
+    monkeypatch.setattr("torch.cuda.nccl.version", lambda: (2, 28, 9))
+
+
+def test_two_versions_of_nccl_in_a_process_are_explained(monkeypatch):
+    pretend(monkeypatch, "14.2.0", 22809)
+    assert usable() == (22809, "")
+    pretend(monkeypatch, "14.2.0", 22907)
+    version, why = usable()
+    assert version == 0
+    assert "CuPy loaded NCCL 22907 and torch 22809" in why
+
+
+def test_a_cupy_that_is_missing_or_too_old_is_said_with_what_to_install(monkeypatch):
+    pretend(monkeypatch, "13.6.0", 22809)
+    assert "older than 14" in usable()[1]
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    version, why = usable()
+    assert version == 0
+    assert "pip install 'hpc-distkv[cuda13]'" in why
 
 
 def test_ranks_whose_libraries_differ_are_refused_with_the_versions():
