@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -55,15 +55,13 @@ def in_world(stall_timeout: float, work: Callable[[Comm], int]) -> NoReturn:
 
 def leave_in_turn(rank: int, status: int) -> None:
     """Let the other ranks leave before the first one, if that has a status other than 0: launchers
-    kill what is left of a job then, and the job would seem to be killed."""
+    end what is left of a job then, and the job would seem to be killed. It takes the interpreter
+    its time to end, so SIGTERM no longer counts."""
     from mpi4py import MPI
 
     MPI.Finalize()
-    if rank:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)  # the interpreter takes its time to end
-    if status:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if status and rank == 0:
         time.sleep(FAREWELL)
 
 
