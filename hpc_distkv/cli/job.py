@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -48,18 +49,21 @@ def in_world(stall_timeout: float, work: Callable[[Comm], int]) -> NoReturn:
             say(comm, f"Error: {error}")
             status = BUG_STATUS
         comm.close()
-        if status and comm.world.size > 1 and comm.world.rank == 0:
-            leave_last()
+        if comm.world.size > 1:
+            leave_in_turn(comm.world.rank, status)
         sys.exit(status)
 
 
-def leave_last() -> None:
-    """Let the other ranks leave first, with status 0: launchers kill what is left of a job when a
-    process leaves with any other, and the job would seem to be killed."""
+def leave_in_turn(rank: int, status: int) -> None:
+    """Let the other ranks leave before the first one, if that has a status other than 0: launchers
+    end what is left of a job then, and the job would seem to be killed. It takes the interpreter
+    its time to end, so SIGTERM no longer counts."""
     from mpi4py import MPI
 
     MPI.Finalize()
-    time.sleep(FAREWELL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if status and rank == 0:
+        time.sleep(FAREWELL)
 
 
 def say(comm: Comm, text: str) -> None:

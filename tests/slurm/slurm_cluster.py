@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "libpmix2")
+PMIX = Path("/usr/lib/x86_64-linux-gnu/pmix2/lib/libpmix.so"), "libpmix-dev"
+"""What Slurm's PMIx plugin loads, and the package that has it under this name."""
 PROGRAMS = ("slurmctld", "slurmd", "munged", "srun")
 NODES = 2
 CPUS = 8
@@ -31,6 +33,7 @@ CredType=cred/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=6
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool.%n
+TmpFS={folder}/tmp.%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
@@ -58,17 +61,21 @@ class UnavailableError(RuntimeError):
     """No Slurm can be had here; the text says why."""
 
 
-def install() -> None:
-    """Have the programs, from Debian's packages if need be. Raises UnavailableError."""
+def install(pmix: bool) -> None:
+    """Have the programs, from Debian's packages if need be; with srun --mpi=pmix if so. Raises
+    UnavailableError."""
     search = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
     if os.geteuid() != 0:
         raise UnavailableError("Slurm's daemons need root here")
-    if not all(shutil.which(program, path=search) for program in PROGRAMS):
+    missing = [] if all(shutil.which(p, path=search) for p in PROGRAMS) else [*PACKAGES]
+    if pmix and not PMIX[0].exists():
+        missing.append(PMIX[1])
+    if missing:
         if shutil.which("apt-get") is None:
             raise UnavailableError("there is no Slurm, and no apt-get to install it with")
         for words in (
             ("update", "-qq"),
-            ("install", "-qq", "-y", "--no-install-recommends", *PACKAGES),
+            ("install", "-qq", "-y", "--no-install-recommends", *missing),
         ):
             quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
             done = subprocess.run(
@@ -171,7 +178,8 @@ class SlurmCluster:
 
     def _start(self) -> None:
         folder = self.folder
-        (folder / "state").mkdir()
+        for name in ("state", *(f"tmp.node{n}" for n in range(1, NODES + 1))):
+            (folder / name).mkdir()
         key = folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o400)

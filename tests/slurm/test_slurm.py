@@ -22,7 +22,7 @@ SIZES = ("--dtype", "float32", "--block-size", "16", "--num-blocks", "100", "--t
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
     try:
-        install()
+        install(pmix=is_open_mpi())
     except UnavailableError as error:
         pytest.skip(str(error))
     with SlurmCluster(tmp_path_factory.mktemp("slurm")) as cluster:
