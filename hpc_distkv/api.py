@@ -188,6 +188,21 @@ class Engine:
         claimed. Returns the run's figures on rank 0, None elsewhere. Raises SetupError on all
         ranks."""
         job = self._together(lambda: self._open(files, claims) if self._first else None)
+        try:
+            return self._answer(files, job, progress, interrupt)
+        finally:
+            if job:
+                job.release()
+            if progress:
+                progress.close()
+
+    def _answer(
+        self,
+        files: Files,
+        job: Job | None,
+        progress: ProgressReport | None,
+        interrupt: Interrupt | None,
+    ) -> dict[str, Any] | None:
         leader = JobLeader(self.rank, job, self._watch(files, progress)) if job else None
         trace = begin_trace(self.comm) if files.trace else None
         started = time.time()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -86,8 +87,8 @@ class Claim:
         """Claim `output`. Waits for `STALE` seconds at most, until it is known whether another
         claim is void. Raises JournalError if it is not, or if nothing can be written there."""
         path = claim_path(output)
-        owner = Owner.here()
         try:
+            owner = Owner.here()
             fd = _create(path, owner)
             if fd is None:
                 _wait_until_void(path, output, sleep)
@@ -116,7 +117,8 @@ class Claim:
         self._thread.join()
         os.close(self._fd)
         if _read(self.path) == self._owner:
-            self.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # then it is void as soon as this process is gone
+                self.path.unlink(missing_ok=True)
 
     def __enter__(self) -> Claim:
         return self

@@ -193,6 +193,11 @@ class Job:
             for journal in self._journals:
                 journal.close(ordered and self.complete)
 
+    def release(self) -> None:
+        """Let other runs write the files, however this one ended."""
+        for journal in self._journals:
+            journal.release()
+
     @property
     def begun_rows(self) -> int:
         """Rows of which something is put aside."""
@@ -207,6 +212,11 @@ class Job:
     def in_flight(self) -> int:
         """Rows handed out and not finished."""
         return len(self._pending)
+
+    @property
+    def answered_before(self) -> int:
+        """Rows that earlier runs have answered."""
+        return self._answered.lines - self._answered.failed
 
     @property
     def skipped(self) -> int:

@@ -115,6 +115,7 @@ class Journal:
 
     def set_aside(self, begun: Collection[Begun]) -> None:
         """Keep what is begun for a rerun, instead of what was kept before. Raises JournalError."""
+        self._claim.check()
         place = unfinished_path(self.path)
         try:
             if begun:
@@ -137,10 +138,15 @@ class Journal:
         self._fd = None
         try:
             if ordered:
+                self._claim.check()
                 with _reported(f"all rows are in {self.path}, but cannot be put in order"):
                     order_lines(self.path)
         finally:
             self._claim.release()
+
+    def release(self) -> None:
+        """Let other runs write, however this one ended."""
+        self._claim.release()
 
     def _write(self) -> None:
         assert self._fd is not None
@@ -211,6 +217,11 @@ def unfinished_path(path: Path) -> Path:
 
 def check_place(path: Path, source: str | os.PathLike[str] | None) -> None:
     """Whether results could go to `path`, as far as a look can tell. Raises JournalError."""
+    with _reported(f"cannot use {path} for the results"):
+        _look_at(path, source)
+
+
+def _look_at(path: Path, source: str | os.PathLike[str] | None) -> None:
     if not path.parent.is_dir():
         raise JournalError(
             f"cannot use {path} for the results: there is no directory {path.parent}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,13 +15,13 @@ from hpc_distkv.batch.replace import replace_file
 
 def order_lines(path: Path) -> None:
     """Put the lines of a results file, all of them sound, into the order of the rows' numbers, by
-    an ordered copy that is renamed. Takes 16 bytes of memory per row. Raises OSError."""
-    numbers, starts = [], [0]
+    an ordered copy that is renamed. Takes 24 bytes of memory per row. Raises OSError."""
+    numbers, starts = array("q"), array("q", [0])
     with path.open("rb") as file:
         for line in file:
             numbers.append(read_line(line).number)
             starts.append(starts[-1] + len(line))
-    order = np.argsort(np.array(numbers, dtype=np.int64), kind="stable")
+    order = np.argsort(np.frombuffer(numbers, np.int64), kind="stable")
     if (order[1:] > order[:-1]).all():
         return
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:

@@ -169,12 +169,16 @@ def _claim(files: Files, seeing: dict[str, Path | None]) -> Claims:
     InputError, JournalError and OptionError."""
     from hpc_distkv.engine.config import OptionError
 
+    taken = {path.resolve() for path in (files.input, files.output, files.errors) if path}
     for name, path in seeing.items():
-        folder = (path or Path()).absolute().parent
-        if path and not os.access(folder, os.W_OK):
+        if path is None:
+            continue
+        folder = path.absolute().parent
+        if not os.access(folder, os.W_OK):
             raise OptionError(f"cannot write --{name} {path}: {folder} is no directory to write in")
-        if path and path.absolute() in (files.input.absolute(), files.output.absolute()):
-            raise OptionError(f"--{name} {path} is the input or the output: give another file")
+        if path.resolve() in taken:
+            raise OptionError(f"--{name} {path} is a file of this job: give another one")
+        taken.add(path.resolve())
     if seeing["prometheus"] and seeing["prometheus"].suffix != ".prom":
         raise OptionError(
             f"--prometheus {seeing['prometheus']}: the node exporter reads *.prom files only"

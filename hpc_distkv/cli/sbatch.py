@@ -28,6 +28,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 FILES = ("model", "source", "output")
 """Options of `generate` that the script has as variables."""
+SIDE_FILES = ("--error-file", "--metrics", "--trace", "--prometheus")
+"""What each job of an array would write anew."""
 
 
 def generate_options(words: Sequence[str]) -> dict[str, Any]:
@@ -47,8 +49,9 @@ def generate_options(words: Sequence[str]) -> dict[str, Any]:
         if parameter.name == "shard":
             raise click.UsageError("--shard is given by --kind array, with --shards.")
         if parameter.name not in (*FILES, "grace"):
-            arguments.append(parameter.opts[-1])
-            arguments += [] if value is True else [str(value)]
+            off = value is False and parameter.secondary_opts
+            arguments.append(parameter.secondary_opts[-1] if off else parameter.opts[-1])
+            arguments += [] if isinstance(value, bool) else [str(value)]
     found: dict[str, Any] = {"arguments": arguments}
     for name, option in zip(("model", "input", "output"), FILES, strict=True):
         found[name] = context.params[option]
@@ -109,6 +112,10 @@ def command(ctx: click.Context, /, submit: bool, **options: Any) -> None:
         | generate_options(ctx.args)
         | {"written_by": shlex.join(["hpc-distkv", *sys.argv[1:]])}
     )
+    if script.kind == "array" and (side := set(SIDE_FILES) & set(script.arguments)):
+        raise click.UsageError(
+            f"all jobs of an array would write the file of {min(side)}: leave it out."
+        )
     if script.gpus_per_node:
         if given.get("tasks_per_node", script.gpus_per_node) != script.gpus_per_node:
             raise click.UsageError("there is one rank per GPU: give --gpus-per-node alone.")

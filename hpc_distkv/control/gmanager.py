@@ -106,8 +106,6 @@ class GManager:
         self.round_number = 0
         self.draining = False
         """Whether the run ends before all rows are answered."""
-        self._reports: Reports | None = None
-        """Of the last round."""
         self._links = links
         self._exchange_seconds = exchange_seconds
         self._policy = policy
@@ -129,7 +127,7 @@ class GManager:
         reports = Reports(messages)
         reports.check(self.round_number)
         self._check_rows(reports)
-        self._reports = reports
+        self.reports = reports
         results = self._observe(reports)
         self.draining |= drain or bool(reports["drain"].any())
         plain = Answer(round=self.round_number, drain=self.draining)
@@ -155,9 +153,9 @@ class GManager:
 
     def last_report(self, instance: int) -> str:
         """What an instance said last, for messages."""
-        if self._reports is None:
+        if self.reports is None:
             return "no report so far"
-        numbers = {name: int(self._reports[name][instance]) for name in ("round", *SAID)}
+        numbers = {name: int(self.reports[name][instance]) for name in ("round", *SAID)}
         rows = ", ".join(f"{numbers[name]} rows {name}" for name in SAID)
         return f"its last report was that of round {numbers['round']}, with {rows}"
 
@@ -194,7 +192,6 @@ class GManager:
 
     def _observe(self, reports: Reports) -> list[Result]:
         results: list[Result] = []
-        self.reports = reports
         for instance, changes in reports.changes.items():
             if changes.lent is not None:
                 self.ledger.set_row(instance, changes.lent)

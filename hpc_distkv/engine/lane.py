@@ -44,7 +44,7 @@ class Parts(NamedTuple):
     time: TimeSheet
 
 
-def recorder(parts: Parts) -> DecodeGraphs | None:
+def decode_graphs(parts: Parts) -> DecodeGraphs | None:
     """What records decode steps, where that can be done."""
     model, pool = parts.model, parts.pool
     if not (parts.config.cuda_graphs and model.unconditional):
@@ -81,7 +81,7 @@ class Lane:
             between_layers,
             pause,
             parts.time.recorder,
-            recorder(parts),
+            decode_graphs(parts),
         )
         self._block_size = pool.block_size
         self._attention_tokens = config.attention_tokens

@@ -102,7 +102,7 @@ class RunRecord:
         rows = {
             "answered": job.answered,
             "failed": job.failed,
-            "answered_before": job.skipped - job.failed_before,
+            "answered_before": job.answered_before,
             "failed_before": job.failed_before,
             "total": job.total_rows,
             "put_aside": job.begun_rows,
@@ -110,7 +110,7 @@ class RunRecord:
         stopped = {"stopped": not job.complete, "put_aside_tokens": job.begun_tokens}
         requests = {
             "total": job.total_rows,
-            "completed": job.answered + job.skipped - job.failed_before,
+            "completed": job.answered + job.answered_before,
             "failed": job.failed + job.failed_before,
         }
         counters = [rank.counters for rank in ranks[:: world.tp]]
