@@ -96,6 +96,15 @@ class Admission:
         self._refused, self._refused_steps = state, 0
         return None
 
+    def following(self, waiting: Rows[Sequence]) -> Sequence | None:
+        """The oldest of the waiting sequences that need not wait for another's beginning."""
+        for sequence in waiting[:CANDIDATES]:
+            if sequence.id > self.before:
+                break
+            if not self._rm.prefixes.awaited(sequence.keys):
+                return sequence
+        return None
+
     def outlook(self, waiting: Rows[Sequence], running: Rows[Sequence]) -> Outlook:
         """What comes of the waiting sequences, those too large for this instance left out."""
         if self.closed or not waiting:

@@ -153,10 +153,12 @@ class Scheduler:
     def _give_way(self, blocks: int, at: int) -> None:
         """Preempt sequences younger than the one that is starved, the youngest first, until
         `blocks` are free, at instance `at` if it is given."""
-        for sequence in [s for s in reversed(self.running) if s.id > self._admission.before]:
+        before = self._admission.before
+        kept = self._rm.prefixes.used_by(s.id for s in self.running if s.id <= before)
+        for sequence in [s for s in reversed(self.running) if s.id > before]:
             if blocks <= 0:
                 return
-            parts = self._rm.parts(sequence.id).values()
+            parts = [part for part in self._rm.parts(sequence.id).values() if part not in kept]
             if at < 0 or any(at in part.remote for part in parts):
                 blocks -= self._rm.held_alone(sequence.id, None if at < 0 else at)
                 self._preempt(sequence)
@@ -177,16 +179,16 @@ class Scheduler:
             missing = self.foresight.missing(oldest, oldest.length + growth)
             largest = self._config.blocks(oldest.final_len)
             return Demand(max(1, missing - held), oldest.id, largest, False, True, 0)
-        soon = (*self.running, *self._next_to_begin())
+        following = self._next_to_begin()
         need = self._admission.reserve if self.running else 0
         wanted, wanted_for, largest = 0, NOBODY, 0
-        for sequence in soon:
+        for sequence in (*self.running, *following):
             need += self.foresight.missing(sequence, self._foreseen(sequence))
             if need > held and self._worth_borrowing(sequence):
                 wanted, wanted_for = need - held, min(wanted_for, sequence.id)
                 largest = max(largest, self._config.blocks(sequence.final_len))
         if wanted:
-            whole = bool(self.waiting) and wanted_for == self.waiting[0].id
+            whole = any(sequence.id == wanted_for for sequence in following)
             self._whole_reports = self._whole_reports + 1 if whole else 0
             stuck = self._whole_reports > PATIENCE and not self.running
             if self._whole_reports > PATIENCE and self._denied:
@@ -362,7 +364,8 @@ class Scheduler:
         """The sequence that is next to be admitted, if any may be."""
         if self._admission.closed or len(self.running) >= self._config.max_num_seqs:
             return []
-        return [sequence for sequence in self.waiting[:1] if sequence.id <= self._admission.before]
+        following = self._admission.following(self.waiting)
+        return [following] if following else []
 
     def _next_to_begin(self) -> list[Sequence]:
         """The same. With a planner, one that has to wait until others end takes nothing now."""

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 
 from hpc_distkv.memory.table import BlockTable
 
+MOST_STALE = 64
+"""Entries of the heap that may be no longer true, beyond as many as there are prefixes."""
+
 
 @dataclass(eq=False)
 class Prefix(BlockTable):
@@ -216,8 +219,12 @@ class PrefixTree:
         self._at[key] = prefix
 
     def _offer(self, prefix: Prefix) -> None:
-        if not prefix.children:
-            heapq.heappush(self._evictable, (prefix.used, prefix.id))
+        if prefix.children:
+            return
+        heapq.heappush(self._evictable, (prefix.used, prefix.id))
+        if len(self._evictable) > 2 * len(self.prefixes) + MOST_STALE:
+            idle = (p for p in self.prefixes.values() if not p.users and not p.children)
+            self._evictable = sorted((p.used, p.id) for p in idle)
 
     def _oldest(self) -> Prefix:
         while True:

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from hpc_distkv.attention import AttentionSpec
+from hpc_distkv.comm.device import Device
 from hpc_distkv.control.messages import Request, Sampling, pack_tokens
 from hpc_distkv.engine import shared
 from hpc_distkv.engine.forward import Forward
+from hpc_distkv.engine.recorder import Recorder
 from hpc_distkv.engine.scheduler import Row
 from hpc_distkv.engine.sequence import Sequence
 from hpc_distkv.engine.shared import groups_of
@@ -113,7 +115,7 @@ def test_rows_get_the_attention_that_they_would_get_alone(spec):
     for slot in range(100):
         pool.rblock(slot).normal_()
     model = OneLayer(spec, sum(row.tokens for row in rows))
-    Forward(model, pool, rm, lambda: None, lambda: None).run(rows, None)
+    Forward(model, pool, rm, Device(), lambda: None, lambda: None, Recorder()).run(rows, None)
     first = 0
     for row in rows:
         part = slice(first, first := first + row.tokens)
