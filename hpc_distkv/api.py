@@ -78,6 +78,10 @@ class Files:
     """The part of the input to answer; None: all of it."""
     ordered: bool = False
     """Put the results into the order of the input when all are there."""
+    job: str | None = None
+    """Slurm's job id."""
+    restarted: bool = False
+    """Whether that job was started before, and goes on where it was."""
 
     def claim(self) -> Claims:
         """Claim the files to be written for this run, having looked whether they can be used.
@@ -287,8 +291,11 @@ class Engine:
                 path,
                 fingerprint,
                 overwrite=files.overwrite,
-                retry_errors=files.retry_errors,
+                retry_errors=files.retry_errors and not files.restarted,
                 source=files.input,
+                errors=files.errors if path == files.output else None,
+                job=files.job,
+                restarted=files.restarted,
                 claim=claims[path],
             )
 

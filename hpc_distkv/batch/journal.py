@@ -22,7 +22,13 @@ FORMAT = 1
 """Version of the results file and of what resuming relies on."""
 
 INPUT = "input"
-"""Where the meta file says which file the rows came from: known, but free to change."""
+"""Where the meta file says which file the rows came from."""
+ERRORS = "errors"
+"""Where it says which file the error rows are in, if they are in another one."""
+DROPPED = "dropped_by"
+"""Where it says which Slurm job dropped what the file held."""
+FREE = {INPUT, ERRORS, DROPPED}
+"""What a rerun may change."""
 
 _BUFFER = 1 << 20
 """Bytes kept in memory before they are written out of turn."""
@@ -60,6 +66,9 @@ class Journal:
         overwrite: bool = False,
         retry_errors: bool = False,
         source: str | os.PathLike[str] | None = None,
+        errors: Path | None = None,
+        job: str | None = None,
+        restarted: bool = False,
         claim: Claim | None = None,
     ) -> Journal:
         """Start or resume the results file at `path`; `overwrite` drops what it holds, and
@@ -67,17 +76,27 @@ class Journal:
         journal releases it.
 
         `fingerprint` is everything that must be the same for old and new rows to belong
-        together, as JSON values. `source`, the input, is protected from being overwritten.
-        Raises JournalError with what to do about it.
+        together, as JSON values. `source`, the input, is protected from being overwritten;
+        `errors`: the file of error rows, if they are kept apart; `job`: Slurm's id, if there is
+        one: when it is `restarted`, it does not drop once more what it has made since it dropped
+        what was there. Raises JournalError with what to do about it.
         """
         path = Path(path)
         wanted = _plain({"format": FORMAT, **fingerprint})
         if source is not None:
             wanted[INPUT] = str(Path(source).resolve())
+        if errors is not None:
+            wanted[ERRORS] = str(errors.resolve())
+        if job:
+            wanted[DROPPED] = job
         check_place(path, source)
         claim = claim or Claim.take(path)
         try:
             with _reported(f"cannot use {path} for the results"):
+                if restarted and _meta_path(path).exists():
+                    overwrite &= read_meta(path).get(DROPPED) != job
+                if not overwrite:
+                    _check_errors(path, wanted.get(ERRORS))
                 if overwrite or not path.exists() or path.stat().st_size == 0:
                     _begin(path, wanted, overwrite)
                 else:
@@ -266,8 +285,19 @@ def _check_meta(path: Path, wanted: Mapping[str, Any]) -> None:
         raise JournalError(
             f"{path} holds results of another job: {'; '.join(differences)}. {_RESTART}"
         )
-    if read_meta(path).get(INPUT) != wanted.get(INPUT):
+    found = read_meta(path)
+    if any(found.get(name) != wanted.get(name) for name in (INPUT, ERRORS)):
         _write_meta(meta, wanted)
+
+
+def _check_errors(path: Path, errors: str | None) -> None:
+    """Error rows in a file that is not given would be answered again."""
+    before = read_meta(path).get(ERRORS) if _meta_path(path).exists() else None
+    if before and before != errors and Path(before).exists():
+        raise JournalError(
+            f"the error rows of {path} are in {before}: give --error-file {before}, or remove that "
+            "file to answer them again."
+        )
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -288,7 +318,7 @@ def _differences(path: Path, wanted: Mapping[str, Any]) -> list[str]:
     old, new = _flat(read_meta(path)), _flat(wanted)
     return [
         f"{name} was {old.get(name, 'absent')}, now {new.get(name, 'absent')}"
-        for name in sorted((old.keys() | new.keys()) - {INPUT})
+        for name in sorted((old.keys() | new.keys()) - FREE)
         if old.get(name) != new.get(name)
     ]
 

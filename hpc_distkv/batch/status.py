@@ -10,7 +10,7 @@ from hpc_distkv.batch.claim import Owner, read_claim
 from hpc_distkv.batch.errors import InputError, JournalError
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.job import SHARD
-from hpc_distkv.batch.journal import INPUT, read_meta, unfinished_path
+from hpc_distkv.batch.journal import ERRORS, INPUT, read_meta, unfinished_path
 from hpc_distkv.batch.shard import Shard
 from hpc_distkv.batch.unfinished import read_unfinished
 
@@ -34,11 +34,12 @@ class Status:
 
 def read_status(output: Path, source: Path | None = None, errors: Path | None = None) -> Status:
     """Read a job's files, and change nothing; a run may be writing to them. `source`: the input, if
-    it is not where it was; `errors`: the file of error rows. Raises JournalError."""
+    it is not where it was; `errors`: the file of error rows, likewise. Raises JournalError."""
     try:
         meta = read_meta(output)
         answered, _ = read_answered(output)
-        if errors:
+        errors = errors or (Path(meta[ERRORS]) if ERRORS in meta else None)
+        if errors and errors.exists():
             answered.include(read_answered(errors)[0])
     except OSError as error:
         raise JournalError(f"cannot read {error.filename}: {error.strerror}.") from error

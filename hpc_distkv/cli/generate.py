@@ -149,16 +149,16 @@ def _run(
 def _files(options: dict[str, Any], paths: dict[str, Path | None]) -> Files:
     from hpc_distkv.api import Files
 
-    # A job that Slurm requeued goes on where it was, whatever its first start was to drop.
-    first_start = os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
     return Files(
         Path(options["source"]),
         Path(options["output"]),
-        overwrite=options["overwrite"] and first_start,
-        retry_errors=options["retry_errors"] and first_start,
+        overwrite=options["overwrite"],
+        retry_errors=options["retry_errors"],
         errors=Path(options["error_file"]) if options["error_file"] else None,
         shard=options["shard"],
         ordered=options["ordered"],
+        job=os.environ.get("SLURM_JOB_ID"),
+        restarted=os.environ.get("SLURM_RESTART_COUNT", "0") != "0",
         prometheus=paths["prometheus"],
         trace=paths["trace"],
     )

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 from hpc_distkv.control.messages import Request
 
-STEP = 8
-"""Beginnings of a prompt are looked at whose lengths are 1/8 apart: few, however long it is."""
-MOST_KEYS = 1 << 16
+STEP = 32
+"""Beginnings of a prompt are looked at whose lengths are 1/32 apart: few, however long it is."""
+MOST_KEYS = 1 << 17
 """Beginnings that are remembered; those given longest ago are forgotten first."""
 MOST_HOLDERS = 8
 """Instances that are remembered for each, the last ones."""

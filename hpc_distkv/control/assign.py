@@ -59,6 +59,8 @@ class Assignment:
         """Prompt tokens in the time of a decode step, as told last."""
         self._returned = deque[Request]()
         """Rows that come before all others."""
+        self._levelled: set[int] = set()
+        """Rows that were given back once, wherever their beginnings are: to who has least to do."""
         self._dealt = None if queue else [deque[Request]() for _ in range(instances)]
         self._next = 0
         self._affinity = affinity
@@ -91,10 +93,12 @@ class Assignment:
         self._given_work -= self._prompt_work(request)
         self._given_limits -= request.sampling.max_tokens
         self._returned.append(request)
+        self._levelled.add(request.id)
 
     def finish(self, result: Result) -> None:
         """A row has its result."""
         del self.home[result.id]
+        self._levelled.discard(result.id)
         self._outputs.add(len(result.tokens) // 4, self._limits.pop(result.id))
 
     def assign(
@@ -129,7 +133,7 @@ class Assignment:
         be there: one with a beginning of it, if what that saves is more than the work it has
         beyond others."""
         least = places.least_of_all()
-        if self._affinity:
+        if self._affinity and request.id not in self._levelled:
             holders, known = self._affinity.find(request)
             holder = places.least(holders)
             if holder and holder.load - work(0, known, self._attention_tokens) <= least.load:

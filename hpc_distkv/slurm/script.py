@@ -92,5 +92,6 @@ class JobScript:
 
 
 def _setting(name: str, value: str) -> str:
-    """A variable that the environment of sbatch may set, too."""
-    return f"${{{name}:-{shlex.quote(value)}}}"
+    """The value of a variable; one that was not given may be set in the environment of sbatch."""
+    given = value != getattr(JobScript, name.lower())
+    return shlex.quote(value) if given else f"${{{name}:-{shlex.quote(value)}}}"

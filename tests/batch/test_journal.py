@@ -53,6 +53,30 @@ def test_fingerprint_lies_beside_the_results_before_the_first_row(tmp_path: Path
     journal.close()
 
 
+def test_a_rerun_knows_where_the_error_rows_are(tmp_path: Path) -> None:
+    path, errors = tmp_path / "out", tmp_path / "errors"
+    Journal.open(path, JOB, errors=errors).close()
+    errors.write_bytes(b"")
+    with pytest.raises(JournalError, match=f"give --error-file {errors}"):
+        Journal.open(path, JOB)
+    Journal.open(path, JOB, errors=errors).close()
+    errors.unlink()
+    Journal.open(path, JOB).close()
+
+
+def test_a_job_that_is_requeued_drops_what_was_there_once(tmp_path: Path) -> None:
+    path = started(tmp_path / "out")
+    Journal.open(path, JOB, overwrite=True, job="7", restarted=True).close()
+    assert path.read_bytes() == b""  # its first start did not get so far
+    journal = Journal.open(path, JOB, overwrite=True, job="7")
+    journal.append(line(0))
+    journal.close()
+    Journal.open(path, JOB, overwrite=True, job="7", restarted=True).close()
+    assert path.read_bytes() == line(0) + b"\n"
+    Journal.open(path, JOB, overwrite=True, job="7").close()
+    assert path.read_bytes() == b""
+
+
 def test_another_job_is_refused_with_every_difference(tmp_path: Path) -> None:
     path = started(tmp_path / "out")
     before = path.read_bytes()

@@ -35,7 +35,9 @@ def run(
     fingerprint = job_fingerprint("f00d", "tiny", service.defaults, shard)
 
     def journal(path: Path) -> Journal:
-        return Journal.open(path, fingerprint, retry_errors=retry, source=folder / "in")
+        apart = folder / errors if errors and path.name == name else None
+        source = folder / "in"
+        return Journal.open(path, fingerprint, retry_errors=retry, source=source, errors=apart)
 
     job = Job(
         Intake(folder / "in", shard),
@@ -144,11 +146,11 @@ def test_status_counts_what_the_files_say(tmp_path: Path) -> None:
     assert code == 75
     assert said == {"done": "4", "failed": "1", "left": "5", "tokens": tokens}
     run(tmp_path, errors="errors")
-    code, said = show(tmp_path / "out", "--error-file", tmp_path / "errors")
+    code, said = show(tmp_path / "out")
     assert (code, said["done"], said["left"]) == (1, "9", "0")
     (tmp_path / "in").rename(tmp_path / "moved")
     assert "unknown" in show(tmp_path / "out")[1]["left"]
-    assert show(tmp_path / "out", "-i", tmp_path / "moved")[1]["left"] == "1"
+    assert show(tmp_path / "out", "-i", tmp_path / "moved")[1]["left"] == "0"
 
 
 def test_status_of_a_running_job_changes_nothing(tmp_path: Path) -> None:

@@ -71,13 +71,16 @@ def test_names_with_spaces_and_options_reach_the_ranks(
 ) -> None:
     files = ("--model", "/a model", "-i", "in put", "-o", "out $put")
     options = ("--kv-memory", "4GiB", "--overwrite", "--policy", "queue", "--grace", "10")
-    ran = sbatch(monkeypatch, *files, *options, "--line", "export NOTE=1", "--mpi", "pmi2")
+    more = ("--line", "export NOTE=1", "--mpi", "pmi2", "--no-enable-prefix-caching")
+    ran = sbatch(monkeypatch, *files, *options, *more)
     assert "#SBATCH --signal=USR2@40" in ran.output
-    calls = run_script(ran.output, tmp_path, SLURM_CPUS_PER_TASK="8", SLURM_JOB_ID="77")
+    theirs = {"MODEL": "another", "INPUT": "of", "OUTPUT": "theirs"}
+    calls = run_script(ran.output, tmp_path, SLURM_CPUS_PER_TASK="8", SLURM_JOB_ID="77", **theirs)
     assert calls == [
         *("srun", "--mpi=pmi2", "--cpus-per-task=8", "--kill-on-bad-exit=1", "--label"),
         *("hpc-distkv", "generate", *files, "--grace", "10"),
         *("--overwrite", "--kv-memory", str(4 << 30), "--policy", "queue"),
+        "--no-enable-prefix-caching",
         *("scontrol", "requeue", "77"),
     ]
 
@@ -96,6 +99,7 @@ def test_a_task_of_an_array_answers_its_shard_and_requeues_itself_alone(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ("--kind array --metrics m.json", "all jobs of an array would write the file of --metrics"),
         ("--num-blocks none", "'none' is not a valid integer"),
         ("--no-such-option 3", "No such option"),
         ("--kind array --shard 1/3", "--shards"),
