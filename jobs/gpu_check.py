@@ -1,4 +1,5 @@
 """Checks and measures this machine's GPU path: `make gpu-check`. Prints one JSON; takes minutes.
+Ends with status 1 if a part fails.
 
 In this order: the attention kernels against float64, torch's attention and the speed of a copy; a
 batch end to end against transformers; what steps wait for; two ranks that share the GPU, one of
@@ -86,6 +87,11 @@ def main() -> None:
             ),
         }
     print(json.dumps(figures, indent=2))
+    faults = [name for name, part in figures.items() if isinstance(part, dict) and "error" in part]
+    if not figures["two_ranks_share"].get("same_tokens", True):
+        faults.append("two_ranks_share: other tokens than one rank")
+    if faults:
+        sys.exit(f"gpu-check: {', '.join(faults)}")
 
 
 if __name__ == "__main__":

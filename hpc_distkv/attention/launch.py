@@ -31,6 +31,7 @@ _TILE = 1024
 """Numbers that a program of the copying kernels takes."""
 
 
+@functools.cache
 def interpreted() -> bool:
     """Whether Triton runs kernels on the CPU: for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -13,7 +13,7 @@ from hpc_distkv.engine.graphs import DecodeGraphs
 from hpc_distkv.engine.model import Model
 from hpc_distkv.engine.recorder import Recorder
 from hpc_distkv.engine.scheduler import Row
-from hpc_distkv.engine.shared import SharedAttention, groups_of
+from hpc_distkv.engine.shared import LEAST_SAVED, LEAST_SAVED_REPLAYED, SharedAttention, groups_of
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.memory.rmanager import RManager
 
@@ -47,15 +47,16 @@ class Forward:
         `debtor` is given if any row has rBlocks elsewhere."""
         if not rows:
             return torch.empty((0, 0))
-        groups = {} if self._positional else groups_of(self._rm, rows, self._pool.block_size)
         size = self._pool.block_size
+        replayable = self._graphs and not debtor and all(count == 1 for _, count in rows)
+        least = LEAST_SAVED_REPLAYED if replayable else LEAST_SAVED
+        groups = {} if self._positional else groups_of(self._rm, rows, size, least)
         shared = SharedAttention(groups, rows, size, self._device) if groups else None
         apart = {prefix.id for prefixes in groups.values() for prefix in prefixes}
         paged = [self._paged_row(row, apart) for row in rows]
         inputs = [*self._inputs(rows), *self._slots(rows)]
         tokens, positions, ends, lengths, blocks, offsets = self._device.upload(inputs)
-        alone = not debtor and not shared
-        if self._graphs and alone and len(ends) == len(tokens) == len(rows):
+        if self._graphs and replayable and not shared and len(ends) == len(rows):
             replayed = self._graphs.hidden(paged, (tokens, positions, blocks, offsets))
             if replayed is not None:
                 return self._model.logits(replayed)

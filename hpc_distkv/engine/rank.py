@@ -15,13 +15,14 @@ from hpc_distkv.comm.device import DeviceError
 from hpc_distkv.comm.group import Group
 from hpc_distkv.comm.probe import LinkCosts, probe
 from hpc_distkv.comm.transport import Comm
+from hpc_distkv.control.borrow import CANDIDATES
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.links import Links
 from hpc_distkv.control.messages import Request
 from hpc_distkv.control.policy import POLICIES, Policy
 from hpc_distkv.engine.activations import activation_peak, free_memory
 from hpc_distkv.engine.capacity import device_blocks, host_blocks
-from hpc_distkv.engine.config import EngineConfig, OptionError
+from hpc_distkv.engine.config import BOUNCE_BLOCKS, EngineConfig, OptionError
 from hpc_distkv.engine.follower import Follower
 from hpc_distkv.engine.interrupt import Interrupt
 from hpc_distkv.engine.lane import Parts
@@ -294,6 +295,9 @@ def _blocks_that_fit(comm: Comm, model: Decoder, options: EngineOptions, block_b
     tokens = options.max_num_batched_tokens
     rows = min(options.max_num_seqs, tokens)
     peak = activation_peak(model, comm.device, tokens, rows, options.block_size)
+    # Beyond the pool: rBlocks to bounce and to spare, queries and partial results in both roles.
+    row_bytes = model.config.num_heads * model.config.head_dim * (model.dtype.itemsize + 4)
+    peak += (BOUNCE_BLOCKS + 1) * block_bytes + 2 * CANDIDATES * tokens * row_bytes
     free = free_memory(comm.device)
     return device_blocks(free, peak, options.gpu_memory_utilization, wanted, block_bytes, tokens)
 

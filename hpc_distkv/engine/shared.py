@@ -15,13 +15,19 @@ from hpc_distkv.memory.rmanager import RManager
 LEAST_SAVED = 8192
 """KV tokens that rows together have to be spared from reading: less costs no more than a further
 call and its merge. Measured on Zen 4 with 3 KV heads of dimension 64."""
+LEAST_SAVED_REPLAYED = 1 << 18
+"""The same where a step would otherwise be replayed: its launches one by one take milliseconds, in
+which a GPU reads about so many tokens. An estimate: not measured."""
 
 Groups = dict[tuple[int, ...], list[Prefix]]
 """Rows of a step, by their place in it → the prefixes at home that these rows and no others use."""
 
 
-def groups_of(rm: RManager, rows: Sequence[Row], block_size: int) -> Groups:
-    """What is worth to be attended to by several rows at once."""
+def groups_of(
+    rm: RManager, rows: Sequence[Row], block_size: int, least: int = LEAST_SAVED
+) -> Groups:
+    """What is worth to be attended to by several rows at once: where they are spared from reading
+    `least` tokens."""
     readers: dict[int, list[int]] = {}
     for place, (sequence, _) in enumerate(rows):
         for prefix in rm.prefixes.chain(sequence.id):
@@ -34,7 +40,7 @@ def groups_of(rm: RManager, rows: Sequence[Row], block_size: int) -> Groups:
     return {
         places: prefixes
         for places, prefixes in groups.items()
-        if (len(places) - 1) * sum(len(p.slots) for p in prefixes) * block_size >= LEAST_SAVED
+        if (len(places) - 1) * sum(len(p.slots) for p in prefixes) * block_size >= least
     }
 
 
