@@ -177,7 +177,7 @@ def _claim(files: Files, seeing: dict[str, Path | None]) -> Claims:
         if not os.access(folder, os.W_OK):
             raise OptionError(f"cannot write --{name} {path}: {folder} is no directory to write in")
         if path.resolve() in taken:
-            raise OptionError(f"--{name} {path} is a file of this job: give another one")
+            raise OptionError(f"--{name} {path} is a file of this job: give another file")
         taken.add(path.resolve())
     if seeing["prometheus"] and seeing["prometheus"].suffix != ".prom":
         raise OptionError(

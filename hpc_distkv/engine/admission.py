@@ -97,11 +97,10 @@ class Admission:
         return None
 
     def following(self, waiting: Rows[Sequence]) -> Sequence | None:
-        """The oldest of the waiting sequences that need not wait for another's beginning."""
-        for sequence in waiting[:CANDIDATES]:
-            if sequence.id > self.before:
-                break
-            if not self._rm.prefixes.awaited(sequence.keys):
+        """The oldest of the waiting sequences, for which memory may be asked; not while another
+        computes its beginning."""
+        for sequence in waiting[:1]:
+            if sequence.id <= self.before and not self._rm.prefixes.awaited(sequence.keys):
                 return sequence
         return None
 

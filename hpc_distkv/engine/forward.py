@@ -13,7 +13,7 @@ from hpc_distkv.engine.graphs import DecodeGraphs
 from hpc_distkv.engine.model import Model
 from hpc_distkv.engine.recorder import Recorder
 from hpc_distkv.engine.scheduler import Row
-from hpc_distkv.engine.shared import LEAST_SAVED, LEAST_SAVED_REPLAYED, SharedAttention, groups_of
+from hpc_distkv.engine.shared import SharedAttention, groups_of
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.memory.rmanager import RManager
 
@@ -48,9 +48,9 @@ class Forward:
         if not rows:
             return torch.empty((0, 0))
         size = self._pool.block_size
-        replayable = self._graphs and not debtor and all(count == 1 for _, count in rows)
-        least = LEAST_SAVED_REPLAYED if replayable else LEAST_SAVED
-        groups = {} if self._positional else groups_of(self._rm, rows, size, least)
+        decodes = all(count == 1 for _, count in rows)
+        replayable = self._graphs is not None and debtor is None and decodes
+        groups = {} if self._positional else groups_of(self._rm, rows, size, replayable)
         shared = SharedAttention(groups, rows, size, self._device) if groups else None
         apart = {prefix.id for prefixes in groups.values() for prefix in prefixes}
         paged = [self._paged_row(row, apart) for row in rows]

@@ -24,10 +24,11 @@ Groups = dict[tuple[int, ...], list[Prefix]]
 
 
 def groups_of(
-    rm: RManager, rows: Sequence[Row], block_size: int, least: int = LEAST_SAVED
+    rm: RManager, rows: Sequence[Row], block_size: int, replayable: bool = False
 ) -> Groups:
-    """What is worth to be attended to by several rows at once: where they are spared from reading
-    `least` tokens."""
+    """What is worth to be attended to by several rows at once; `replayable`: in a step that would
+    be replayed without."""
+    least = LEAST_SAVED_REPLAYED if replayable else LEAST_SAVED
     readers: dict[int, list[int]] = {}
     for place, (sequence, _) in enumerate(rows):
         for prefix in rm.prefixes.chain(sequence.id):

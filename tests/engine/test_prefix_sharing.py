@@ -71,13 +71,17 @@ def total(outcome: Outcome, counter: str) -> int:
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(("ranks", "blocks"), [(1, 4000), (1, 40), (3, 60), (3, 14)])
 @pytest.mark.parametrize("make", [rows_of, choices_of])
-def test_rows_that_share_get_the_tokens_of_rows_that_do_not(model, make, ranks, blocks, seed):
+def test_rows_that_share_get_the_tokens_of_rows_that_do_not(
+    model, steady_pace, make, ranks, blocks, seed
+):
     rows = make(3, 5, random.Random(seed))
-    alone, found = apart(model, rows), run_cluster(model, rows, ranks, options(blocks))
+    alone = apart(model, rows)
+    found = run_cluster(model, rows, ranks, options(blocks), SeededSchedule(seed))
     assert found.tokens == alone.tokens
-    assert total(found, "prompt_tokens") < total(alone, "prompt_tokens")
-    if blocks == 14:
+    if blocks == 14:  # so little that rows give way, and are computed again
         assert total(found, "blocks_borrowed")
+    else:
+        assert total(found, "prompt_tokens") < total(alone, "prompt_tokens")
 
 
 def test_a_document_is_computed_once_and_so_is_what_two_documents_have_in_common(model):
@@ -98,7 +102,7 @@ def test_all_answers_to_a_prompt_share_its_full_rblocks(model):
     assert total(found, "prompt_tokens") == length + 7 * own
 
 
-def test_lent_rblocks_are_shared_too(model):
+def test_lent_rblocks_are_shared_too(model, steady_pace):
     """The document is longer than a pool: its rows cannot but attend to what is lent. No instance
     computes it twice."""
     rng = random.Random(3)
@@ -107,7 +111,8 @@ def test_lent_rblocks_are_shared_too(model):
         Request(number, pack_tokens(text + tokens(5, rng)), Sampling(24, seed=number))
         for number in range(6)
     ]
-    alone, found = apart(model, rows), run_cluster(model, rows, 3, options(14))
+    alone = apart(model, rows)
+    found = run_cluster(model, rows, 3, options(14), SeededSchedule(0))
     assert found.tokens == alone.tokens
     assert total(found, "blocks_borrowed")
     assert total(found, "prompt_tokens") <= 3 * len(text) + 6 * 5
@@ -135,7 +140,7 @@ def test_where_keys_depend_on_the_length_of_a_prompt_only_equal_lengths_share():
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_the_lanes_of_an_instance_share_alike(tiny_model: Path, seed):
+def test_the_lanes_of_an_instance_share_alike(tiny_model: Path, steady_pace, seed):
     rows = greedy(rows_of(2, 8, random.Random(seed)))
     alone = apart(load_decoder(tiny_model, ModelConfig.from_dir(tiny_model)), rows)
     found = run(tiny_model, rows, 4, 2, SeededSchedule(seed), num_blocks=15)
