@@ -9,30 +9,25 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-import msgspec
-
 from hpc_distkv.batch.answered import Answered, read_answered
 from hpc_distkv.batch.claim import Claim
 from hpc_distkv.batch.errors import JournalError
-from hpc_distkv.batch.replace import remove_file, replace_file
+from hpc_distkv.batch.meta import (
+    DROPPED,
+    check_errors,
+    check_meta,
+    describe,
+    differences,
+    has_meta,
+    read_meta,
+    write_meta,
+)
+from hpc_distkv.batch.replace import remove_file
 from hpc_distkv.batch.rewrite import drop_errors, order_lines
 from hpc_distkv.batch.unfinished import Answer, Begun, read_unfinished, write_unfinished
 
-FORMAT = 1
-"""Version of the results file and of what resuming relies on."""
-
-INPUT = "input"
-"""Where the meta file says which file the rows came from."""
-ERRORS = "errors"
-"""Where it says which file the error rows are in, if they are in another one."""
-DROPPED = "dropped_by"
-"""Where it says which Slurm job dropped what the file held."""
-FREE = {INPUT, ERRORS, DROPPED}
-"""What a rerun may change."""
-
 _BUFFER = 1 << 20
 """Bytes kept in memory before they are written out of turn."""
-_RESTART = "Use --overwrite to start again, or another output."
 
 
 class Journal:
@@ -82,25 +77,19 @@ class Journal:
         what was there. Raises JournalError with what to do about it.
         """
         path = Path(path)
-        wanted = _plain({"format": FORMAT, **fingerprint})
-        if source is not None:
-            wanted[INPUT] = str(Path(source).resolve())
-        if errors is not None:
-            wanted[ERRORS] = str(errors.resolve())
-        if job:
-            wanted[DROPPED] = job
+        wanted = describe(fingerprint, source, errors, job)
         check_place(path, source)
         claim = claim or Claim.take(path)
         try:
             with _reported(f"cannot use {path} for the results"):
-                if restarted and _meta_path(path).exists():
+                if restarted and has_meta(path):
                     overwrite &= read_meta(path).get(DROPPED) != job
                 if not overwrite:
-                    _check_errors(path, wanted.get(ERRORS))
+                    check_errors(path, wanted)
                 if overwrite or not path.exists() or path.stat().st_size == 0:
                     _begin(path, wanted, overwrite)
                 else:
-                    _check_meta(path, wanted)
+                    check_meta(path, wanted)
                 if retry_errors:
                     drop_errors(path)
                 answered, sound = read_answered(path)
@@ -225,10 +214,6 @@ def _reported(what: str) -> Iterator[None]:
         raise JournalError(f"{what}: {error.strerror or error}.") from error
 
 
-def _meta_path(path: Path) -> Path:
-    return path.with_name(path.name + ".meta.json")
-
-
 def unfinished_path(path: Path) -> Path:
     """Where lies what an earlier run of the results file at `path` has begun."""
     return path.with_name(path.name + ".unfinished.jsonl")
@@ -256,10 +241,10 @@ def _look_at(path: Path, source: str | os.PathLike[str] | None) -> None:
 def _begin(path: Path, wanted: Mapping[str, Any], overwrite: bool) -> None:
     """An empty results file. What is left of old rows goes before the new fingerprint comes: at no
     instant are they together."""
-    if overwrite or not _meta_path(path).exists() or _differences(path, wanted):
+    if overwrite or not has_meta(path) or differences(path, wanted):
         remove_file(unfinished_path(path))
     _empty(path)
-    _write_meta(_meta_path(path), wanted)
+    write_meta(path, wanted)
 
 
 def _empty(path: Path) -> None:
@@ -268,72 +253,3 @@ def _empty(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _write_meta(meta: Path, fingerprint: Mapping[str, Any]) -> None:
-    replace_file(meta, [msgspec.json.format(msgspec.json.encode(fingerprint)), b"\n"])
-
-
-def _check_meta(path: Path, wanted: Mapping[str, Any]) -> None:
-    meta = _meta_path(path)
-    if not meta.exists():
-        raise JournalError(
-            f"{path} is not empty and has no {meta.name} beside it, so it is not known which job "
-            f"wrote it. {_RESTART}"
-        )
-    if differences := _differences(path, wanted):
-        raise JournalError(
-            f"{path} holds results of another job: {'; '.join(differences)}. {_RESTART}"
-        )
-    found = read_meta(path)
-    if any(found.get(name) != wanted.get(name) for name in (INPUT, ERRORS)):
-        _write_meta(meta, wanted)
-
-
-def _check_errors(path: Path, errors: str | None) -> None:
-    """Error rows in a file that is not given would be answered again."""
-    before = read_meta(path).get(ERRORS) if _meta_path(path).exists() else None
-    if before and before != errors and Path(before).exists():
-        raise JournalError(
-            f"the error rows of {path} are in {before}: give --error-file {before}, or remove that "
-            "file to answer them again."
-        )
-
-
-def read_meta(path: Path) -> dict[str, Any]:
-    """What is known of the job that wrote the results file at `path`. Raises JournalError, and
-    OSError if there is nothing."""
-    meta = _meta_path(path)
-    try:
-        found: dict[str, Any] = msgspec.json.decode(meta.read_bytes(), type=dict[str, Any])
-    except (ValueError, RecursionError):
-        raise JournalError(
-            f"{meta} is not readable as the fingerprint of a job. {_RESTART}"
-        ) from None
-    return found
-
-
-def _differences(path: Path, wanted: Mapping[str, Any]) -> list[str]:
-    """How the job that wrote the results differs from the one that is wanted."""
-    old, new = _flat(read_meta(path)), _flat(wanted)
-    return [
-        f"{name} was {old.get(name, 'absent')}, now {new.get(name, 'absent')}"
-        for name in sorted((old.keys() | new.keys()) - FREE)
-        if old.get(name) != new.get(name)
-    ]
-
-
-def _plain(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(fingerprint))
-    return plain
-
-
-def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested fields → {dotted name: JSON text}."""
-    flat: dict[str, str] = {}
-    for name, value in fields.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = msgspec.json.encode(value).decode()
-    return flat

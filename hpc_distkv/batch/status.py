@@ -10,7 +10,8 @@ from hpc_distkv.batch.claim import Owner, read_claim
 from hpc_distkv.batch.errors import InputError, JournalError
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.job import SHARD
-from hpc_distkv.batch.journal import ERRORS, INPUT, read_meta, unfinished_path
+from hpc_distkv.batch.journal import unfinished_path
+from hpc_distkv.batch.meta import ERRORS, INPUT, read_meta
 from hpc_distkv.batch.shard import Shard
 from hpc_distkv.batch.unfinished import read_unfinished
 

@@ -1,0 +1,121 @@
+"""The job that a results file belongs to: `<output>.meta.json`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from hpc_distkv.batch.errors import JournalError
+from hpc_distkv.batch.replace import replace_file
+
+FORMAT = 1
+"""Version of the results file and of what resuming relies on."""
+
+INPUT = "input"
+"""Where the meta file says which file the rows came from."""
+ERRORS = "errors"
+"""Where it says which file the error rows are in, if they are in another one."""
+DROPPED = "dropped_by"
+"""Where it says which Slurm job dropped what the file held."""
+FREE = {INPUT, ERRORS, DROPPED}
+"""What a rerun may change."""
+
+_RESTART = "Use --overwrite to start again, or another output."
+
+
+def describe(
+    fingerprint: Mapping[str, Any],
+    source: str | os.PathLike[str] | None,
+    errors: Path | None,
+    job: str | None,
+) -> dict[str, Any]:
+    """What there is to know of a job: see `Journal.open`."""
+    meta: dict[str, Any] = msgspec.json.decode(
+        msgspec.json.encode({"format": FORMAT, **fingerprint})
+    )
+    if source is not None:
+        meta[INPUT] = str(Path(source).resolve())
+    if errors is not None:
+        meta[ERRORS] = str(errors.resolve())
+    if job:
+        meta[DROPPED] = job
+    return meta
+
+
+def write_meta(path: Path, meta: Mapping[str, Any]) -> None:
+    """Replace what is known of the job of the results file at `path`. Raises OSError."""
+    replace_file(_meta_path(path), [msgspec.json.format(msgspec.json.encode(meta)), b"\n"])
+
+
+def check_meta(path: Path, wanted: Mapping[str, Any]) -> None:
+    """Refuse the results of another job, with JournalError; note what may change. Raises
+    OSError."""
+    meta = _meta_path(path)
+    if not meta.exists():
+        raise JournalError(
+            f"{path} is not empty and has no {meta.name} beside it, so it is not known which job "
+            f"wrote it. {_RESTART}"
+        )
+    if found := differences(path, wanted):
+        raise JournalError(f"{path} holds results of another job: {'; '.join(found)}. {_RESTART}")
+    before = read_meta(path)
+    if any(before.get(name) != wanted.get(name) for name in (INPUT, ERRORS)):
+        write_meta(path, wanted)
+
+
+def has_meta(path: Path) -> bool:
+    """Whether anything is known of the job."""
+    return _meta_path(path).exists()
+
+
+def check_errors(path: Path, wanted: Mapping[str, Any]) -> None:
+    """Refuse to go on without the file of error rows, which would be answered again. Raises
+    JournalError and OSError."""
+    before = read_meta(path).get(ERRORS) if has_meta(path) else None
+    if before and before != wanted.get(ERRORS) and Path(before).exists():
+        raise JournalError(
+            f"the error rows of {path} are in {before}: give --error-file {before}, or remove that "
+            "file to answer them again."
+        )
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """What is known of the job that wrote the results file at `path`. Raises JournalError, and
+    OSError if there is nothing."""
+    meta = _meta_path(path)
+    try:
+        found: dict[str, Any] = msgspec.json.decode(meta.read_bytes(), type=dict[str, Any])
+    except (ValueError, RecursionError):
+        raise JournalError(
+            f"{meta} is not readable as the fingerprint of a job. {_RESTART}"
+        ) from None
+    return found
+
+
+def differences(path: Path, wanted: Mapping[str, Any]) -> list[str]:
+    """How the job that wrote the results differs from the one that is wanted."""
+    old, new = _flat(read_meta(path)), _flat(wanted)
+    return [
+        f"{name} was {old.get(name, 'absent')}, now {new.get(name, 'absent')}"
+        for name in sorted((old.keys() | new.keys()) - FREE)
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _meta_path(path: Path) -> Path:
+    return path.with_name(path.name + ".meta.json")
+
+
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested fields → {dotted name: JSON text}."""
+    flat: dict[str, str] = {}
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = msgspec.json.encode(value).decode()
+    return flat
