@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hpc_distkv.cli.bench_simulated import paper, rounds, scale
 from hpc_distkv.cli.options import POSITIVE, engine_options
 
 if TYPE_CHECKING:
@@ -292,118 +293,6 @@ def policies(**options: Any) -> None:
 
 
 @command.command()
-@click.option(
-    "--instances", multiple=True, type=POSITIVE, default=(32, 1_000, 10_000), show_default=True
-)
-@click.option("--rounds", "count", type=POSITIVE, default=50, show_default=True)
-def rounds(instances: tuple[int, ...], count: int) -> None:
-    """The gManager alone: time and bytes of a control round, by number of instances."""
-    from hpc_distkv.observe.rounds import round_times
-
-    figures = [round_times(number, count) for number in instances]
-    click.echo(json.dumps(figures, indent=2))
-
-
-@command.command()
-@click.option("--cluster", default="jobs/clusters/a100-4x8.toml", show_default=True)
-@click.option("--model", default="llama2-7b", show_default=True)
-@click.option("--traces", default="jobs/traces", show_default=True, help="Folder of trace files.")
-@click.option("--rows", type=POSITIVE, default=300, show_default=True, help="Rows of each trace.")
-@click.option("-o", "--output", type=click.Path(file_okay=False), help="Folder for JSON and plots.")
-def paper(cluster: str, model: str, traces: str, rows: int, output: str | None) -> None:
-    """The published tables, from the simulator, beside the published numbers."""
-    from hpc_distkv.simulate import paper as published
-    from hpc_distkv.simulate.cluster import Cluster
-    from hpc_distkv.simulate.models import ModelShape
-
-    def measure() -> dict[str, Any]:
-        shape = ModelShape.named(model)
-        tables = published.tables(Cluster.load(cluster), shape, traces, rows)
-        return {
-            name: {
-                "published": published.PUBLISHED[name],
-                "differences": published.EXPLAINED[name],
-                "simulated": table,
-            }
-            for name, table in tables.items()
-        }
-
-    figures = _simulated(measure, output, "paper.json")
-    for name, table in figures.items():
-        click.echo(f"{name}: published {table['published']}")
-        for row, result in table["simulated"].items():
-            ratios = result.get("lend_over") or {
-                key: result[key] for key in ("over_instance", "over_node")
-            }
-            shown = ", ".join(f"{ratio:.2f} × {other}" for other, ratio in ratios.items())
-            click.echo(f"  {row:22s} {shown}")
-    if output:
-        from hpc_distkv.observe.plots import bars
-
-        for name in ("mixes", "short", "long"):
-            ratios = {row: r["lend_over"] for row, r in figures[name]["simulated"].items()}
-            title = f"Throughput of lend over …; published {figures[name]['published']}"
-            bars(Path(output) / f"paper-{name}.svg", title, ratios, "×", None)
-        context = figures["context_length"]
-        tokens = {name: result["tokens"] for name, result in context["simulated"].items()}
-        title = f"Longest row; published {context['published']}"
-        bars(Path(output) / "paper-context.svg", title, tokens, "tokens", None)
-
-
-@command.command()
-@click.option("--cluster", default="jobs/clusters/h100-10000.toml", show_default=True)
-@click.option("--model", default="llama2-7b", show_default=True)
-@click.option("--trace", default="jobs/traces/mixes.toml#share-05-long-20k", show_default=True)
-@click.option(
-    "--gpus", multiple=True, type=POSITIVE, default=(8, 64, 512, 2048, 10_000), show_default=True
-)
-@click.option("--rows-per-gpu", type=POSITIVE, default=10, show_default=True)
-@click.option("-o", "--output", type=click.Path(file_okay=False), help="Folder for JSON and plots.")
-def scale(
-    cluster: str,
-    model: str,
-    trace: str,
-    gpus: tuple[int, ...],
-    rows_per_gpu: int,
-    output: str | None,
-) -> None:
-    """Throughput per GPU and gManager round time, from 8 to 10,000 simulated GPUs."""
-    from hpc_distkv.simulate import paper as published
-    from hpc_distkv.simulate.cluster import Cluster
-    from hpc_distkv.simulate.models import ModelShape
-    from hpc_distkv.simulate.trace import Trace
-
-    def measure() -> dict[str, Any]:
-        points = published.scale(
-            Cluster.load(cluster), ModelShape.named(model), Trace.load(trace), gpus, rows_per_gpu
-        )
-        return {"model": model, "trace": trace, "points": points}
-
-    figures = _simulated(measure, output, "scale.json")
-    click.echo(json.dumps(figures, indent=2))
-    if output:
-        from hpc_distkv.observe.plots import lines
-
-        points = figures["points"]
-        for file, title, name, values in (
-            (
-                "scale-throughput.svg",
-                "Throughput per GPU",
-                "tokens/s per GPU",
-                [(p["gpus"], p["tokens_per_second_per_gpu"]) for p in points],
-            ),
-            (
-                "scale-round.svg",
-                "Time of a gManager round",
-                "ms",
-                [(p["gpus"], 1e3 * p["round_seconds"]["mean"]) for p in points],
-            ),
-        ):
-            series = {"lend": values}
-            lines(Path(output) / file, title, series, "GPUs", name, log_x=True)
-
-
-@command.command()
 @click.option("--device", default="cuda", show_default=True, help="cuda, cuda:1, … or cpu.")
 @click.option("--length", "lengths", multiple=True, type=POSITIVE, help="Tokens of decoded rows.")
 @click.option("--batch", "batches", multiple=True, type=POSITIVE, help="Rows decoded together.")
@@ -439,18 +328,5 @@ def kernels(
     click.echo(json.dumps(figures, indent=2))
 
 
-def _simulated(
-    measure: Callable[[], dict[str, Any]], output: str | None, name: str
-) -> dict[str, Any]:
-    """Figures that need no ranks, also written to the folder `output`."""
-    from hpc_distkv.engine.config import OptionError
-    from hpc_distkv.model.errors import ModelError
-
-    try:
-        figures = measure()
-    except (OptionError, ModelError) as error:
-        raise click.UsageError(str(error)) from error
-    if output:
-        Path(output).mkdir(parents=True, exist_ok=True)
-        (Path(output) / name).write_text(json.dumps(figures, indent=2) + "\n")
-    return figures
+for simulated in (rounds, paper, scale):
+    command.add_command(simulated)
