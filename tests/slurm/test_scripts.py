@@ -45,15 +45,15 @@ def test_scripts_are_sound_bash(name: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def run_script(text: str, folder: Path, **environment: str) -> list[str]:
-    """The words with which a script calls srun, which stands for a job that is stopped, and what
-    the script does then."""
-    for program in ("srun", "scontrol"):
+ANSWER = 'while [ "$1" != -o ]; do shift; done; echo row >> "$2"'
+
+
+def run_script(text: str, folder: Path, job: str = ANSWER, **environment: str) -> list[str]:
+    """The words with which a script calls srun, which stands for a job that does `job` and is
+    stopped, and what the script does then."""
+    for program, rest in (("srun", f"{job}\nexit 75"), ("scontrol", "exit 0")):
         path = folder / program
-        path.write_text(
-            f"#!/bin/bash\nprintf '%s\\n' {program} \"$@\" >> calls\n"
-            f"exit {75 if program == 'srun' else 0}\n"
-        )
+        path.write_text(f"#!/bin/bash\nprintf '%s\\n' {program} \"$@\" >> calls\n{rest}\n")
         path.chmod(0o755)
     (folder / "script").write_text(text)
     done = subprocess.run(
@@ -83,6 +83,15 @@ def test_names_with_spaces_and_options_reach_the_ranks(
         "--no-enable-prefix-caching",
         *("scontrol", "requeue", "77"),
     ]
+
+
+def test_a_job_that_does_not_get_on_is_not_requeued_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = sbatch(monkeypatch, "--time", "5").output
+    (tmp_path / "results.jsonl").write_text("row\n")
+    calls = run_script(text, tmp_path, ":", SLURM_CPUS_PER_TASK="8", SLURM_JOB_ID="77")
+    assert "scontrol" not in calls
 
 
 def test_a_task_of_an_array_answers_its_shard_and_requeues_itself_alone(
