@@ -111,7 +111,9 @@ class Visit:
         self._time = time
         self._moved = instance.accept(debtor, header, now)
         self._pending: list[Pending] = []
-        """Moves and partial results under way."""
+        """Moves under way."""
+        self._sending: Pending | None = None
+        """The partial results of the last layer that was served."""
         self._post_moves()
         self._layer = 0 if header.queries else pool.layers
         self.rows = rows = sum(count for _, count, _ in header.queries)
@@ -121,17 +123,21 @@ class Visit:
             self._guests = PagedBatch.build(self._paged_rows(header))
             place = pool.device
             self._queries = torch.empty((rows, heads, head_dim), dtype=pool.dtype, device=place)
-            # A debtor sends queries of a layer after it has the partial results of the last one.
             self._out = torch.empty((rows, heads, head_dim), device=place)
             self._lse = torch.empty((rows, heads), device=place)
             self._await_queries()
 
     def advance(self) -> bool:
         """Do what can be done now. Returns whether nothing is left but to commit."""
-        while self._layer < self._pool.layers and self._arriving.done():
+        while self._layer < self._pool.layers and self._arriving.done() and self._sent:
             self._serve()
         self._pending = [pending for pending in self._pending if not pending.done()]
-        return self._layer >= self._pool.layers and not self._pending
+        return self._layer >= self._pool.layers and not self._pending and self._sent
+
+    @property
+    def _sent(self) -> bool:
+        """Whether the tensors of partial results may be filled anew."""
+        return self._sending is None or self._sending.done()
 
     def commit(self) -> None:
         """The moves are served where they went."""
@@ -167,7 +173,7 @@ class Visit:
         if self._layer < self._pool.layers:
             self._await_queries()
         partials = [(self._rank, self._out), (self._rank, self._lse)]
-        self._pending.append(self._comm.transport.exchange(partials, [], TO_DEBTOR, TO_CREDITOR))
+        self._sending = self._comm.transport.exchange(partials, [], TO_DEBTOR, TO_CREDITOR)
         counters = self._instance.counters
         counters.bytes_queried += self._out.nbytes + self._lse.nbytes
         self._time.leave(self._debtor, self._layer - 1)
