@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import click
+
 LLAMA_1B = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -86,7 +88,7 @@ def main() -> None:
                 ranks=2,
             ),
         }
-    print(json.dumps(figures, indent=2))
+    click.echo(json.dumps(figures, indent=2))
     faults = [name for name, part in figures.items() if isinstance(part, dict) and "error" in part]
     if not figures["two_ranks_share"].get("same_tokens", True):
         faults.append("two_ranks_share: other tokens than one rank")

@@ -99,10 +99,9 @@ class Admission:
     def following(self, waiting: Rows[Sequence]) -> Sequence | None:
         """The oldest of the waiting sequences, for which memory may be asked; not while another
         computes its beginning."""
-        for sequence in waiting[:1]:
-            if sequence.id <= self.before and not self._rm.prefixes.awaited(sequence.keys):
-                return sequence
-        return None
+        if not waiting or waiting[0].id > self.before:
+            return None
+        return None if self._rm.prefixes.awaited(waiting[0].keys) else waiting[0]
 
     def outlook(self, waiting: Rows[Sequence], running: Rows[Sequence]) -> Outlook:
         """What comes of the waiting sequences, those too large for this instance left out."""

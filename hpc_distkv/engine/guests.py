@@ -28,11 +28,13 @@ class Query(NamedTuple):
 
 def remote_queries(rm: RManager, rows: Iterable[Row]) -> dict[int, list[Query]]:
     """Creditor → the queries it gets in a step, those of the same guests together."""
+    if not rm.debts:
+        return {}
     queries: dict[int, list[Query]] = {}
     first = 0
     for sequence, count in rows:
         guests: dict[int, list[int]] = {}
-        for key, table in rm.parts(sequence.id).items() if rm.debts else ():
+        for key, table in rm.parts(sequence.id).items():
             for creditor in table.remote:
                 guests.setdefault(creditor, []).append(key)
         for creditor, keys in guests.items():

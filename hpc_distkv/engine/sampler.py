@@ -72,7 +72,7 @@ def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
     for row, sequence in enumerate(sequences):
         sampling = sequence.request.sampling
         if sampling.temperature > 0 or sampling.rules:
-            tokens[row] = _choose(logits[row].cpu(), sequence)
+            tokens[row] = _choose(logits[row], sequence)
     return tokens
 
 

@@ -29,6 +29,8 @@ def groups_of(
     """What is worth to be attended to by several rows at once; `replayable`: in a step that would
     be replayed without."""
     least = LEAST_SAVED_REPLAYED if replayable else LEAST_SAVED
+    if not rm.prefixes.prefixes:
+        return {}
     readers: dict[int, list[int]] = {}
     for place, (sequence, _) in enumerate(rows):
         for prefix in rm.prefixes.chain(sequence.id):
