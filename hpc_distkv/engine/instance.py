@@ -109,7 +109,6 @@ class Instance:
             wanted=demand.wanted if sharing else 0,
             wanted_for=demand.wanted_for,
             largest=demand.largest,
-            whole=demand.whole,
             starved=demand.starved,
             room_rows=room[0],
             room_tokens=room[1],
@@ -156,6 +155,7 @@ class Instance:
             results=self._results,
             adopted=self._adopted,
             returned=[sequence.request for sequence in self._returned],
+            large=self.scheduler.large,
             counters=self._count() if idle or self.round % COUNTED_ROUNDS == 0 else None,
         )
         self._lent, self._results, self._adopted, self._returned = lent, [], [], []
