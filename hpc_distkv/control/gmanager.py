@@ -289,11 +289,10 @@ class GManager:
         if not self._policy.lending:
             return ANYWHERE
         classes = self._links.classes(debtor)
-        known = reports["prompt_time"][reports["prompt_time"] > 0]
-        others = np.unique(np.delete(classes, debtor)).tolist()
+        others = np.flatnonzero(np.bincount(np.delete(classes, debtor))).tolist()
         fast = others[:1]
-        if len(known):
-            limit = PROMPT_ROWS * float(known.mean())
+        if len(others) > 1 and (known := reports["prompt_time"] > 0).any():
+            limit = PROMPT_ROWS * float(reports["prompt_time"][known].mean())
             fast += [c for c in others[1:] if self._exchange_seconds(c, PROMPT_ROWS) <= limit]
         reach = max(fast, default=ANYWHERE)
         room = int(reports["capacity"][classes <= reach].sum())
