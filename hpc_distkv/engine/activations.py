@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from hpc_distkv.attention import PagedBatch, PagedRow, micro_attention, write_kv
+from hpc_distkv.attention import (
+    PagedBatch,
+    PagedRow,
+    Rotation,
+    micro_attention,
+    rotate_and_write,
+)
 from hpc_distkv.comm.device import Device
 from hpc_distkv.control.messages import Request, Sampling, pack_tokens
 from hpc_distkv.engine.batch_sampler import sample_together
@@ -76,9 +82,11 @@ def _step(model: Decoder, device: Device, tokens: int, rows: int, block_size: in
         [zeros, ends, places // block_size % pool.num_blocks, places % block_size]
     )
 
-    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(
+        layer: int, qk: torch.Tensor, v: torch.Tensor, rotation: Rotation | None
+    ) -> torch.Tensor:
         cache = pool.layer(0)
-        write_kv(k, v, *cache, slots, offsets)
+        q = rotate_and_write(qk, v, rotation, *cache, slots, offsets)
         return micro_attention(q, *cache, batch, model.attention[layer], causal=True)[0]
 
     lengths = ids if model.needs_lengths else None

@@ -15,7 +15,13 @@ from typing import Any
 
 import torch
 
-from hpc_distkv.attention import PagedBatch, PagedRow, micro_attention, write_kv
+from hpc_distkv.attention import (
+    PagedBatch,
+    PagedRow,
+    Rotation,
+    micro_attention,
+    rotate_and_write,
+)
 from hpc_distkv.attention.launch import Kernels, Plan
 from hpc_distkv.comm.cuda import new_stream
 from hpc_distkv.engine.model import Model
@@ -117,9 +123,11 @@ class DecodeGraph:
         """The hidden states, as every step makes them."""
         tokens, positions, blocks, offsets = self._inputs
 
-        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def attend(
+            layer: int, qk: torch.Tensor, v: torch.Tensor, rotation: Rotation | None
+        ) -> torch.Tensor:
             k_cache, v_cache = self._pool.layer(layer)
-            write_kv(k, v, k_cache, v_cache, blocks, offsets)
+            q = rotate_and_write(qk, v, rotation, k_cache, v_cache, blocks, offsets)
             spec = self._model.attention[layer]
             return micro_attention(q, k_cache, v_cache, self.batch, spec, causal=True)[0]
 
