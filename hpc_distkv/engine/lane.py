@@ -47,7 +47,8 @@ class Parts(NamedTuple):
 def decode_graphs(parts: Parts) -> DecodeGraphs | None:
     """What records decode steps, where that can be done."""
     model, pool = parts.model, parts.pool
-    if not (parts.config.cuda_graphs and model.unconditional):
+    own_kernels = all(spec.backend == "auto" for spec in model.attention)
+    if not (parts.config.cuda_graphs and model.unconditional and own_kernels):
         return None
     kernels = launch.kernels(pool.device)
     q = torch.empty((1, *parts.shape), dtype=pool.dtype, device=pool.device)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hpc_distkv.attention import flashinfer
 from hpc_distkv.comm import binding
 from hpc_distkv.comm.broadcast import LaneBroadcast
 from hpc_distkv.comm.device import DeviceError
@@ -49,6 +50,8 @@ class EngineOptions:
     """Between GPUs: "nccl", "mpi" (by way of the host), or "auto", NCCL where it can be."""
     gpu_memory_utilization: float = 0.9
     """Part of the GPU's memory that is free beside the weights which steps and pool may take."""
+    attention_backend: str = "auto"
+    """Attention kernels on GPUs: "flashinfer", where they serve, or "auto", our own."""
     enforce_eager: bool = False
     """Never record decode steps as CUDA graphs."""
     dtype: str = "auto"
@@ -255,6 +258,12 @@ def bind(comm: Comm, options: EngineOptions) -> None:
         binding.bind(comm, options.device, options.allow_gpu_sharing, options.transport)
     except DeviceError as error:
         raise OptionError(str(error)) from None
+    if options.attention_backend == flashinfer.BACKEND:
+        why_not = flashinfer.missing()
+        if comm.device.place.type != "cuda":
+            why_not = "it needs GPUs"
+        if why_not:
+            raise OptionError(f"--attention-backend flashinfer cannot be: {why_not}")
 
 
 def load_model(comm: Comm, path: str | Path, options: EngineOptions) -> Decoder:
@@ -275,6 +284,9 @@ def load_model(comm: Comm, path: str | Path, options: EngineOptions) -> Decoder:
         decoder = load_decoder(path, config, dtype, comm.device.place, shard, relay)
     if world.tp > 1:
         decoder.lanes = Group(comm)
+    if options.attention_backend != "auto":
+        backend = options.attention_backend
+        decoder.attention = [replace(spec, backend=backend) for spec in decoder.attention]
     return decoder
 
 
