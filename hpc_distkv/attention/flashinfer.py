@@ -106,12 +106,20 @@ class Layout(NamedTuple):
             if np.any(inside & ((steps < block_size) | (together & (steps != block_size)))):
                 return None
         starts = np.concatenate(([0], np.cumsum(counts)))
-        return cls(
-            *(
-                torch.from_numpy(numbers.astype(np.int32))
-                for numbers in (starts, indptr, batch.blocks.numpy()[listed], last_page_len)
-            ),
-            bool((counts == 1).any()),
+        query_start, page_start, listed_pages, last = (
+            torch.from_numpy(numbers.astype(np.int32))
+            for numbers in (starts, indptr, batch.blocks.numpy()[listed], last_page_len)
+        )
+        return cls(query_start, page_start, listed_pages, last, bool((counts == 1).any()))
+
+    def pinned(self) -> Layout:
+        """Where it is copied from without waiting."""
+        return Layout(
+            self.qo_indptr.pin_memory(),
+            self.kv_indptr.pin_memory(),
+            self.kv_indices.pin_memory(),
+            self.last_page_len.pin_memory(),
+            self.decodes,
         )
 
 
@@ -152,10 +160,11 @@ class FlashInfer:
         lse: Tensor,
     ) -> None:
         """Fill out and lse; `layout`: as `self.layout` gave it for this call."""
-        _, kv_heads, block_size, dim = k_cache.shape
-        options = (q.dtype, q.shape[1], kv_heads, block_size, dim, causal)
-        options = (*options, spec.scale, spec.window, spec.softcap)
-        wrapper = batch.derived((BACKEND, *options), lambda: self._planned(batch, layout, *options))
+        options = (q.dtype, q.shape[1:], k_cache.shape, causal)
+        wrapper = batch.derived(
+            (BACKEND, *options, spec.scale, spec.window, spec.softcap),
+            lambda: self._planned(q, k_cache, batch, layout, spec, causal),
+        )
         rounded, base_2 = wrapper.run(q, (k_cache, v_cache), return_lse=True)
         out.copy_(rounded)
         torch.mul(base_2, LN_2, out=lse)
@@ -171,29 +180,22 @@ class FlashInfer:
     ) -> Layout | None:
         batch.check(queries, num_blocks, block_size)
         layout = Layout.of(batch, block_size, causal, window)
-        if layout is None or self._device.type != "cuda":
-            return layout
-        # It copies them without waiting only if they are pinned.
-        return Layout(*(numbers.pin_memory() for numbers in layout[:4]), layout.decodes)
+        return layout.pinned() if layout and self._device.type == "cuda" else layout
 
     def _planned(
         self,
+        q: Tensor,
+        k_cache: Tensor,
         batch: PagedBatch,
         layout: Layout,
-        dtype: torch.dtype,
-        heads: int,
-        kv_heads: int,
-        block_size: int,
-        dim: int,
+        spec: AttentionSpec,
         causal: bool,
-        scale: float,
-        window: int,
-        softcap: float,
     ) -> Any:
         """A wrapper that has planned this batch, on the current stream, and serves it alone."""
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        _, kv_heads, block_size, dim = k_cache.shape
         # A wrapper keeps what it has found best for its first plan.
-        kind = stream, "fa2" if layout.decodes else "auto", dtype, dim
+        kind = stream, "fa2" if layout.decodes else "auto", q.dtype, dim
         idle = self._idle[kind]
         at = next((at for at, (_, over) in enumerate(idle) if over is None or over.query()), None)
         wrapper = self._new(stream, kind[1]) if at is None else idle.pop(at)[0]
@@ -202,16 +204,16 @@ class FlashInfer:
             layout.kv_indptr,
             layout.kv_indices,
             layout.last_page_len,
-            heads,
+            q.shape[1],
             kv_heads,
             dim,
             block_size,
             causal=causal,
-            sm_scale=scale,
-            window_left=window - 1,
-            logits_soft_cap=softcap,
-            q_data_type=dtype,
-            kv_data_type=dtype,
+            sm_scale=spec.scale,
+            window_left=spec.window - 1,
+            logits_soft_cap=spec.softcap,
+            q_data_type=q.dtype,
+            kv_data_type=q.dtype,
         )
 
         def give_back() -> None:

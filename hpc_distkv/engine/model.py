@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from hpc_distkv.attention import AttentionSpec, Rotation
+from hpc_distkv.model.shard import Lanes
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, Rotation | None], torch.Tensor]
 
@@ -27,6 +28,10 @@ class Model(Protocol):
     @property
     def needs_lengths(self) -> bool:
         """Whether `hidden` needs the lengths of the sequences."""
+
+    @property
+    def lanes(self) -> Lanes:
+        """Those that hold the other shards of it."""
 
     def hidden(
         self,

@@ -24,6 +24,9 @@ ALL = slice(None)
 class Lanes(Protocol):
     """What a shard asks of those that hold the rest of its model."""
 
+    def begin(self, apart: bool) -> None:
+        """A step begins; `apart`: none of its waits is for anybody but these."""
+
     def total(self, x: Tensor) -> Tensor:
         """The sum of all lanes' `x`, in place; the same bits everywhere."""
 
@@ -33,6 +36,9 @@ class Lanes(Protocol):
 
 class Alone:
     """There is nobody else."""
+
+    def begin(self, apart: bool) -> None:
+        """Nothing."""
 
     def total(self, x: Tensor) -> Tensor:
         """`x` as it is."""
