@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from hpc_distkv.attention import launch, native, reference
-from hpc_distkv.attention.layout import inner_contiguous
+from hpc_distkv.attention.layout import index_on, inner_contiguous
 from hpc_distkv.attention.rotation import Rotation, rotate
-from hpc_distkv.attention.staging import index_on
 
 
 def rotate_and_write(

@@ -22,9 +22,9 @@ from hpc_distkv.attention import tuning
 from hpc_distkv.attention.paged import PagedBatch
 from hpc_distkv.attention.rotation import Rotation
 from hpc_distkv.attention.spec import AttentionSpec
-from hpc_distkv.attention.staging import to_device
 from hpc_distkv.attention.tuning import Kernel, Processors, Shape
-from hpc_distkv.attention.worklist import ITEM_SIZE, MERGE_SIZE, KeyIndex
+from hpc_distkv.attention.worklist import ITEM_SIZE, MERGE_SIZE, Ints, KeyIndex
+from hpc_distkv.comm.upload import upload
 
 log = logging.getLogger(__name__)
 
@@ -331,14 +331,9 @@ class Kernels:
             launches.append((kernel, items, not tiles.exact))
             merges.append(merge)
         merge = np.concatenate(merges)
-        blocks, first_token, on_device, *items_on_device = to_device(
-            [
-                batch.blocks.numpy(),
-                batch.first_token.numpy(),
-                merge,
-                *(items for _, items, _ in launches),
-            ],
-            q.device,
+        lists = [_flat(numbers) for numbers in (merge, *(items for _, items, _ in launches))]
+        blocks, first_token, on_device, *items_on_device = upload(
+            [batch.blocks, batch.first_token, *lists], q.device
         )
         return Plan(
             [
@@ -352,6 +347,10 @@ class Kernels:
             partials,
             int(merge[:, 3].max(initial=1)),
         )
+
+
+def _flat(numbers: Ints) -> Tensor:
+    return torch.from_numpy(numbers.astype(np.int32).reshape(-1))
 
 
 def _items(launch: Launch) -> int:

@@ -186,8 +186,8 @@ def test_no_rows_and_no_queries():
 def test_what_a_batch_needs_on_the_device_is_copied_once_for_all_layers(monkeypatch):
     case = random_case(11, shapes=[(1, 40), (5, 60)])
     copies = []
-    copy = launch.to_device
-    monkeypatch.setattr(launch, "to_device", lambda *args: copies.append(args) or copy(*args))
+    copy = launch.upload
+    monkeypatch.setattr(launch, "upload", lambda *args: copies.append(args) or copy(*args))
     batch = case.batch
     q, k_cache, v_cache = (t.to(DEVICE) for t in (case.q, case.k_cache, case.v_cache))
     for _ in range(3):
