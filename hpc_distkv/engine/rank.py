@@ -16,14 +16,13 @@ from hpc_distkv.comm.device import DeviceError
 from hpc_distkv.comm.group import Group
 from hpc_distkv.comm.probe import LinkCosts, probe
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.control.borrow import CANDIDATES
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.links import Links
 from hpc_distkv.control.messages import Request
 from hpc_distkv.control.policy import POLICIES, Policy
-from hpc_distkv.engine.activations import activation_peak, free_memory
+from hpc_distkv.engine.activations import LargestStep, activation_peak, free_memory
 from hpc_distkv.engine.capacity import device_blocks, host_blocks
-from hpc_distkv.engine.config import BOUNCE_BLOCKS, EngineConfig, OptionError
+from hpc_distkv.engine.config import EngineConfig, OptionError
 from hpc_distkv.engine.follower import Follower
 from hpc_distkv.engine.interrupt import Interrupt
 from hpc_distkv.engine.lane import Parts
@@ -104,8 +103,8 @@ class RankEngine:
         set_threads(comm, options.threads)
         block_bytes = options.block_size * config.kv_bytes_per_token(_name(model.dtype))
         policy = _policy(options.policy, comm.world.instances)
-        self.config = EngineConfig(
-            num_blocks=_blocks_that_fit(comm, model, options, block_bytes),
+        wanted = EngineConfig(
+            num_blocks=1,
             block_size=options.block_size,
             max_num_seqs=min(options.max_num_seqs, options.max_num_batched_tokens),
             max_num_batched_tokens=options.max_num_batched_tokens,
@@ -118,6 +117,8 @@ class RankEngine:
             attention_tokens=config.attention_tokens,
             cuda_graphs=comm.device.place.type == "cuda" and not options.enforce_eager,
         )
+        blocks = _blocks_that_fit(comm, model, options, wanted, block_bytes)
+        self.config = replace(wanted, num_blocks=blocks)
         self.capacity_blocks = self.config.num_blocks
         """rBlocks that one request may use at most."""
         self._model = model
@@ -295,7 +296,9 @@ def set_threads(comm: Comm, threads: int | None) -> None:
     torch.set_num_threads(threads or max(1, int(comm.world.cores)))
 
 
-def _blocks_that_fit(comm: Comm, model: Decoder, options: EngineOptions, block_bytes: int) -> int:
+def _blocks_that_fit(
+    comm: Comm, model: Decoder, options: EngineOptions, config: EngineConfig, block_bytes: int
+) -> int:
     if comm.device.place.type == "cpu":
         return options.num_blocks or host_blocks(comm, options.kv_memory, block_bytes)
     wanted = options.num_blocks * block_bytes if options.num_blocks else options.kv_memory
@@ -304,14 +307,20 @@ def _blocks_that_fit(comm: Comm, model: Decoder, options: EngineOptions, block_b
             "ranks that share a GPU cannot see what the others will take: give --kv-memory or "
             "--num-blocks with --allow-gpu-sharing"
         )
-    tokens = options.max_num_batched_tokens
-    rows = min(options.max_num_seqs, tokens)
-    peak = activation_peak(model, comm.device, tokens, rows, options.block_size)
-    # Beyond the pool: rBlocks to bounce and to spare, queries and partial results in both roles.
-    row_bytes = model.config.num_heads * model.config.head_dim * (model.dtype.itemsize + 4)
-    peak += (BOUNCE_BLOCKS + 1) * block_bytes + 2 * CANDIDATES * tokens * row_bytes
+    step = LargestStep(
+        tokens=config.max_num_batched_tokens,
+        rows=config.max_num_seqs,
+        block_size=config.block_size,
+        others=comm.world.instances - 1 if config.policy.lending else 0,
+        shares=config.prefix_caching,
+        recorded=config.cuda_graphs and model.unconditional,
+    )
+    peak = activation_peak(model, comm.device, step)
+    peak += (config.bounce + config.spare) * block_bytes  # beyond the pool
     free = free_memory(comm.device)
-    return device_blocks(free, peak, options.gpu_memory_utilization, wanted, block_bytes, tokens)
+    return device_blocks(
+        free, peak, options.gpu_memory_utilization, wanted, block_bytes, step.tokens
+    )
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -24,6 +24,9 @@ ALL = slice(None)
 class Lanes(Protocol):
     """What a shard asks of those that hold the rest of its model."""
 
+    def rehearsal(self) -> Lanes:
+        """What takes the same memory, and waits for nobody."""
+
     def begin(self, apart: bool) -> None:
         """A step begins; `apart`: none of its waits is for anybody but these."""
 
@@ -36,6 +39,10 @@ class Lanes(Protocol):
 
 class Alone:
     """There is nobody else."""
+
+    def rehearsal(self) -> Alone:
+        """The same."""
+        return self
 
     def begin(self, apart: bool) -> None:
         """Nothing."""

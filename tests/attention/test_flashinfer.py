@@ -160,3 +160,23 @@ def test_without_gpus_it_is_refused_at_start():
     (comm,) = open_local(1)
     with pytest.raises(OptionError, match="--attention-backend flashinfer cannot be: it needs GPU"):
         bind(comm, EngineOptions(device="cpu", attention_backend="flashinfer"))
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or flashinfer.missing() is not None,
+    reason="needs a GPU and FlashInfer",
+)
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 2.0}, {"window": 40}, {"causal": False}], ids=str
+)
+@pytest.mark.parametrize("shapes", [[(1, 3000), (1, 33)], [(200, 1500)], [(1, 900), (20, 60)]])
+def test_its_own_kernels_do_what_the_double_does(shapes, options):
+    case = random_case(9, shapes=shapes, dim=128, group=4, dtype=torch.bfloat16, **options)
+    if case.causal:
+        own(case, 0)
+    want_out, want_lse = dense(case)
+    on = (tensor.cuda() for tensor in (case.q, case.k_cache, case.v_cache))
+    spec = replace(case.spec, backend="flashinfer")
+    out, lse = micro_attention(*on, case.batch, spec, causal=case.causal)
+    assert_close((out.cpu(),), (want_out,), 2e-2)
+    assert_close((lse.cpu(),), (want_lse,), 1e-3)

@@ -137,3 +137,10 @@ def test_the_longest_common_part_of_every_set_of_rows_is_one_group():
         (0, 1, 2): "a" * LONG,
         (3, 4): "b" * LONG,
     }, "what 6 and 7 share is not worth it"
+
+
+def test_a_row_is_in_a_few_groups_at_most_those_that_spare_most(monkeypatch):
+    monkeypatch.setattr(shared, "MOST_SHARED", 1)
+    rm = RManager(0, 100)
+    assert set(groups_of(rm, rows_of(rm), BLOCK)) == {(0, 1, 2, 3, 4, 5)}
+    test_rows_get_the_attention_that_they_would_get_alone(AttentionSpec(0.3))
