@@ -53,7 +53,6 @@ class Forward:
         `debtor` is given if any row has rBlocks elsewhere."""
         if not rows:
             return torch.empty((0, 0))
-        self._model.lanes.begin(apart=debtor is None)
         size = self._pool.block_size
         decodes = all(count == 1 for _, count in rows)
         replayable = self._graphs is not None and debtor is None and decodes

@@ -84,6 +84,7 @@ class Lane:
             parts.time.recorder,
             decode_graphs(parts),
         )
+        self._lanes = parts.model.lanes
         self._block_size = pool.block_size
         self._attention_tokens = config.attention_tokens
         self._exchanging = False
@@ -92,6 +93,7 @@ class Lane:
         """The plan's headers, moves and layers. Returns the logits of the rows that end, on the
         leader. `now`: the leader's clock."""
         self._exchanging = self.sharing and self.debtor.begin(plan, now)
+        self._lanes.begin(apart=not self._exchanging)
         logits = self._forward.run(plan.rows, self.debtor if self._exchanging else None)
         if self.sharing:
             self.debtor.finish()
