@@ -151,6 +151,8 @@ class MeetingTransport(Transport):
         """For hops."""
         self._hop: Event | None = None
         """The last one, until it has passed."""
+        self._lanes: list[int] = []
+        """The other ranks of the instance."""
         self._turns: deque[int] = deque()
         """Peers in the order in which meetings are begun with them."""
         self._under_way: dict[MeetingPending, None] = {}
@@ -182,17 +184,14 @@ class MeetingTransport(Transport):
     def unite(self, comm: Comm) -> None:
         """Give the ranks of this one's instance a fabric of their own."""
         self._within = self._fabric.within(comm)
+        self._lanes = [rank for rank in comm.world.lanes if rank != self._me]
 
     def hop(self, sends: Pairs, recvs: Pairs) -> bool:
         """Ask for a hop within the instance."""
         tensors = [tensor for _, tensor in (*sends, *recvs)]
         if self._within is None or not all(map(self._fabric.holds, tensors)):
             return False
-        self._waiter.until(
-            lambda: self._free or None,
-            "messages to pass",
-            lambda: {post.lane.peer for post in self._meeting[1]} if self._meeting else (),
-        )
+        self._waiter.until(lambda: self._free or None, "messages to pass", self._held_by)
         messages = [Message(peer, True, tensor) for peer, tensor in sends]
         messages += [Message(peer, False, tensor) for peer, tensor in recvs]
         self._hop = self._within.meet(messages)
@@ -218,10 +217,12 @@ class MeetingTransport(Transport):
             self._begin()
 
     def drained(self) -> bool:
-        """Whether all exchanges have completed."""
+        """Whether all exchanges and hops have completed."""
+        self.push()
         for pending in list(self._under_way):
             pending.done()
-        return not self._under_way and self._mail.drained() and self._inner.drained()
+        over = not self._under_way and self._hop is None
+        return over and self._mail.drained() and self._inner.drained()
 
     def over(self, pending: MeetingPending) -> None:
         """`pending` is done."""
@@ -328,6 +329,10 @@ class MeetingTransport(Transport):
         if time.monotonic() > self._checked + CHECK_SECONDS:
             fabric.check()
             self._checked = time.monotonic()
+
+    def _held_by(self) -> list[int]:
+        """Who keeps this rank's hops waiting."""
+        return [post.lane.peer for post in self._meeting[1]] if self._meeting else self._lanes
 
     @property
     def _free(self) -> bool:
