@@ -6,7 +6,13 @@ from collections.abc import Callable, Container, Sequence
 
 import torch
 
-from hpc_distkv.attention import PagedBatch, PagedRow, micro_attention, write_kv
+from hpc_distkv.attention import (
+    PagedBatch,
+    PagedRow,
+    Rotation,
+    micro_attention,
+    rotate_and_write,
+)
 from hpc_distkv.comm.device import Device
 from hpc_distkv.engine.debtor import Debtor
 from hpc_distkv.engine.graphs import DecodeGraphs
@@ -62,11 +68,13 @@ class Forward:
                 return self._model.logits(replayed)
         batch = PagedBatch.build(paged)
 
-        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def attend(
+            layer: int, qk: torch.Tensor, v: torch.Tensor, rotation: Rotation | None
+        ) -> torch.Tensor:
             self._recorder.layer(layer)
             self._between_layers()
             k_cache, v_cache = self._pool.layer(layer)
-            write_kv(k, v, k_cache, v_cache, blocks, offsets)
+            q = rotate_and_write(qk, v, rotation, k_cache, v_cache, blocks, offsets)
             if debtor:
                 debtor.post_queries(q)
             out, lse = micro_attention(q, k_cache, v_cache, batch, self._specs[layer], causal=True)

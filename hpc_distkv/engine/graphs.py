@@ -15,7 +15,13 @@ from typing import Any
 
 import torch
 
-from hpc_distkv.attention import PagedBatch, PagedRow, micro_attention, write_kv
+from hpc_distkv.attention import (
+    PagedBatch,
+    PagedRow,
+    Rotation,
+    micro_attention,
+    rotate_and_write,
+)
 from hpc_distkv.attention.launch import Kernels, Plan
 from hpc_distkv.comm.cuda import new_stream
 from hpc_distkv.engine.model import Model
@@ -27,7 +33,10 @@ ROW_STEP = 16
 INPUTS = (torch.int64, torch.int64, torch.int32, torch.int32)
 """Of tokens, positions, slots and places in them."""
 MOST_GRAPHS = 64
-"""Recorded forms: what is recorded stays in the GPU's memory."""
+"""Recorded forms: beyond, the least recently used one makes place. What it gives back are its
+inputs, its cuts and the GPU's record of its launches; its part of the memory that all share is for
+the next one to be recorded. That it may be running still cannot be: as many other steps have ended
+since."""
 RECORDED_AFTER = 2
 """Steps of a form that run as they are: to record one takes longer than several steps."""
 
@@ -43,6 +52,7 @@ class DecodeGraphs:
         self._specs = {spec.window: spec for spec in model.attention}
         self._seen: Counter[Hashable] = Counter()
         self._graphs: dict[Hashable, DecodeGraph] = {}
+        """The least recently used first."""
         self._memory = torch.cuda.graph_pool_handle()
         """Shared by all: what one leaves is read before the next is replayed."""
         self._stream = new_stream()
@@ -68,26 +78,32 @@ class DecodeGraphs:
             for window, spec in self._specs.items()
         }
         form = padded, *(plan.form for plan in plans.values())
-        graph = self._graphs.get(form)
+        graph = recorded = self._graphs.pop(form, None)
         if graph is None:
             self._seen[form] += 1
-            if self._seen[form] <= RECORDED_AFTER or len(self._graphs) >= MOST_GRAPHS:
+            if self._seen[form] <= RECORDED_AFTER:
                 return None
             graph = DecodeGraph(self._model, self._pool, padded, plans)
             for window, spec in self._specs.items():
                 given = graph.plans[window]
                 self._kernels.plan(q, k_cache, graph.batch, spec, causal=True, given=given)
+            if len(self._graphs) == MOST_GRAPHS:
+                self._drop(next(iter(self._graphs)))
+        self._graphs[form] = graph
         numbers = [
             torch.cat((given, nothing[: padded - len(rows)]))
             for given, nothing in zip(inputs, self._no_row, strict=True)
         ]
         graph.fill(numbers, plans)
-        if form in self._graphs:
+        if recorded:
             return graph.replay()[: len(rows)]
-        self._graphs[form] = graph
         hidden = graph.compute()
         graph.record(self._stream, self._memory)
         return hidden[: len(rows)]
+
+    def _drop(self, form: Hashable) -> None:
+        """Forget a form: should it come back, it is worth recording when it has come back often."""
+        del self._graphs[form], self._seen[form]
 
 
 class DecodeGraph:
@@ -117,9 +133,11 @@ class DecodeGraph:
         """The hidden states, as every step makes them."""
         tokens, positions, blocks, offsets = self._inputs
 
-        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def attend(
+            layer: int, qk: torch.Tensor, v: torch.Tensor, rotation: Rotation | None
+        ) -> torch.Tensor:
             k_cache, v_cache = self._pool.layer(layer)
-            write_kv(k, v, k_cache, v_cache, blocks, offsets)
+            q = rotate_and_write(qk, v, rotation, k_cache, v_cache, blocks, offsets)
             spec = self._model.attention[layer]
             return micro_attention(q, k_cache, v_cache, self.batch, spec, causal=True)[0]
 

@@ -47,7 +47,8 @@ class Parts(NamedTuple):
 def decode_graphs(parts: Parts) -> DecodeGraphs | None:
     """What records decode steps, where that can be done."""
     model, pool = parts.model, parts.pool
-    if not (parts.config.cuda_graphs and model.unconditional):
+    own_kernels = all(spec.backend == "auto" for spec in model.attention)
+    if not (parts.config.cuda_graphs and model.unconditional and own_kernels):
         return None
     kernels = launch.kernels(pool.device)
     q = torch.empty((1, *parts.shape), dtype=pool.dtype, device=pool.device)
@@ -83,6 +84,7 @@ class Lane:
             parts.time.recorder,
             decode_graphs(parts),
         )
+        self._lanes = parts.model.lanes
         self._block_size = pool.block_size
         self._attention_tokens = config.attention_tokens
         self._exchanging = False
@@ -91,6 +93,7 @@ class Lane:
         """The plan's headers, moves and layers. Returns the logits of the rows that end, on the
         leader. `now`: the leader's clock."""
         self._exchanging = self.sharing and self.debtor.begin(plan, now)
+        self._lanes.begin(apart=not self._exchanging)
         logits = self._forward.run(plan.rows, self.debtor if self._exchanging else None)
         if self.sharing:
             self.debtor.finish()
