@@ -27,18 +27,21 @@ def sample_together(device: Device, logits: Tensor, sequences: Rows[Sequence]) -
     if any(sampling.rules for sampling in samplings):
         logits = _adjusted(device, logits, sequences)
     tokens = logits.argmax(dim=-1)
-    for plain in (True, False):
-        chosen = [
-            row
-            for row, s in enumerate(samplings)
-            if s.temperature > 0 and (s.top_k == 0 and s.top_p >= 1) == plain
-        ]
-        for start in range(0, len(chosen), DRAWN_TOGETHER):
-            part = chosen[start : start + DRAWN_TOGETHER]
-            rows, *settings = device.upload(_settings(part, sequences, logits.shape[1]))
-            draw = _draw if plain else _draw_sorted
+    drawing = [row for row, s in enumerate(samplings) if s.temperature > 0]
+    if not drawing:
+        return tokens
+    plain = [row for row in drawing if samplings[row].top_k == 0 and samplings[row].top_p >= 1]
+    rest = sorted({*drawing}.difference(plain))
+    settings = device.upload(_settings([*plain, *rest], sequences, logits.shape[1]))
+    for draw, first, end in (
+        (_draw, 0, len(plain)),
+        (_draw_sorted, len(plain), len(drawing)),
+    ):
+        for start in range(first, end, DRAWN_TOGETHER):
+            part = slice(start, min(start + DRAWN_TOGETHER, end))
+            rows, *numbers = (setting[part] for setting in settings)
             scores = logits[rows]
-            drawn = draw(scores, *settings)
+            drawn = draw(scores, *numbers)
             # Without one finite logit there is nothing to draw from.
             some = scores.amax(dim=-1).isfinite()
             tokens[rows] = torch.where(some, drawn, tokens[rows])
@@ -47,13 +50,10 @@ def sample_together(device: Device, logits: Tensor, sequences: Rows[Sequence]) -
 
 def _settings(rows: list[int], sequences: Rows[Sequence], vocab: int) -> list[Tensor]:
     """int64 rows; float64 uniform numbers, temperatures, min-p and top-p, int64 top-k, all `[n, 1]`
-    but the first."""
+    but the first. All rows have `draws`."""
     samplings = [sequences[row].request.sampling for row in rows]
-    places = [sequences[row].length for row in rows]
-    uniforms = [
-        np.random.Generator(np.random.Philox(key=sampling.seed, counter=place)).random()
-        for sampling, place in zip(samplings, places, strict=True)
-    ]
+    drawing = [(s.draws, s.length) for s in map(sequences.__getitem__, rows)]
+    uniforms = [draws.at(length) for draws, length in drawing if draws]
     numbers = (
         uniforms,
         [s.temperature for s in samplings],

@@ -64,9 +64,8 @@ def begin_sampling(
 def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
     """The next token of each sequence; `logits` is float32 `[sequences, vocab]`, left as it is.
 
-    Randomness comes from a counter-based generator (Philox4x64) keyed by the row's seed with the
-    token's position as its counter, so a token depends on the row, its seed and its position
-    alone: not on batch, rank, preemption or restart.
+    Randomness comes from `Draws`, so a token depends on the row, its seed and its position alone:
+    not on batch, rank, preemption or restart.
     """
     tokens: list[int] = logits.argmax(dim=-1).tolist()
     for row, sequence in enumerate(sequences):
@@ -121,16 +120,15 @@ def _choose(logits: torch.Tensor, sequence: Sequence) -> int:
             sequence.counts.read(sequence.tokens)
         begun = sequence.output_len >= sampling.min_tokens
         logits = adjusted(logits, sampling.rules, sequence.counts, begun)
-    if sampling.temperature > 0 and logits.max().isfinite():
-        return _draw(logits, sampling, sequence.length)
+    if sequence.draws and logits.max().isfinite():
+        return _draw(logits, sampling, sequence.draws.at(sequence.length))
     return int(logits.argmax())
 
 
-def _draw(logits: torch.Tensor, sampling: Sampling, position: int) -> int:
+def _draw(logits: torch.Tensor, sampling: Sampling, uniform: float) -> int:
     """Temperature, then min-p, then top-k, then top-p of what is left, then one uniform number."""
     order, weights = candidates(logits, sampling)
     cumulative = np.cumsum(weights)
-    uniform = np.random.Generator(np.random.Philox(key=sampling.seed, counter=position)).random()
     place = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
     # Not beyond the last token that has any weight, should the product have been rounded up.
     place = min(place, int(np.searchsorted(cumulative, cumulative[-1])))

@@ -105,10 +105,12 @@ class Scheduler:
         sequence.keys = sequence.keys or self._config.prefix_keys(sequence.request)
         bisect.insort(self.waiting, sequence, key=lambda s: s.id)
 
-    def finish(self, sequence: Sequence) -> None:
-        """The sequence has all its output; its rBlocks go back, also to its creditors."""
+    def finish(self, sequence: Sequence, in_use: bool = False) -> None:
+        """The sequence has all its output; its rBlocks go back, also to its creditors. If they are
+        `in_use`, they are to be closed later."""
         self.running.remove(sequence)
-        self._rm.close(sequence.id)
+        if not in_use:
+            self._rm.close(sequence.id)
         self.foresight.outputs.add(sequence.output_len, sequence.request.sampling.max_tokens)
 
     def adopt(self, sequence: Sequence) -> None:
@@ -203,6 +205,8 @@ class Scheduler:
             shed = self._moves.sheddable() if self._movable() else {}
             lacking = max(0, need - self._rm.usable)
             self._return_credit(self._rm.credit - lacking - sum(shed.values()), shed)
+        if not self._config.policy.sharing:
+            return Demand(0, NOBODY, 0, False, False, 0)
         rest = max(0, self._rm.usable + self._rm.credit - need)
         return Demand(0, NOBODY, 0, False, False, min(rest, self._lendable()))
 
@@ -259,9 +263,12 @@ class Scheduler:
         return self._migrations.plan(self.running, need - self._rm.usable)
 
     def _plan_decodes(self, rows: dict[int, Row]) -> None:
+        tables, size = self._rm.tables, self._config.block_size
         for sequence in [s for s in self.running if s.remaining == 1]:
-            # An older one may have made it give way meanwhile.
-            if sequence.id in self._rm.tables and self._make_room(sequence, 1, rows):
+            table = tables.get(sequence.id)
+            if table is None:  # An older one has made it give way meanwhile.
+                continue
+            if sequence.computed < table.blocks * size or self._make_room(sequence, 1, rows):
                 rows[sequence.id] = Row(sequence, 1)
 
     def _plan_prefills(self, rows: dict[int, Row], budget: int) -> None:

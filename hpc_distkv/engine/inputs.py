@@ -1,0 +1,120 @@
+"""What one forward pass reads: its tokens, where their KV goes, and what they attend to at home."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.functional import pad
+
+from hpc_distkv.attention import PagedBatch
+from hpc_distkv.engine.scheduler import Row
+from hpc_distkv.memory.rmanager import RManager
+from hpc_distkv.memory.table import Slots
+
+Ints = NDArray[np.signedinteger[Any]]
+
+
+class Inputs(NamedTuple):
+    """The numbers of T tokens, on the CPU."""
+
+    tokens: torch.Tensor
+    """int64 `[T]`."""
+    positions: torch.Tensor
+    """int64 `[T]`: places in their sequences."""
+    ends: torch.Tensor
+    """int64: which of the tokens end a row that has no token left to compute."""
+    blocks: torch.Tensor
+    """int32 `[T]`: the slots that their KV goes to. They are in the last rBlocks of a table, which
+    are at home."""
+    offsets: torch.Tensor
+    """int32 `[T]`: places in these."""
+    batch: PagedBatch
+    """What they attend to at home."""
+
+    def lengths(self, rows: Sequence[Row]) -> torch.Tensor:
+        """int64 `[T]`, as of `Model.hidden`: a recomputed token gets the one it had when it was
+        computed first."""
+        prompts = [s.prompt_len for s, count in rows for _ in range(count)]
+        return torch.maximum(self.positions + 1, torch.tensor(prompts))
+
+    def padded(self, rows: int, slot: int) -> Inputs:
+        """With rows more, to be `rows` in all: of one token, whose KV goes to `slot`, and which
+        attends to nothing."""
+        batch = self.batch
+        more = rows - batch.kv_len.numel()
+        queries, listed = int(batch.query_start[-1]), int(batch.block_start[-1])
+        return Inputs(
+            pad(self.tokens, (0, more)),
+            pad(self.positions, (0, more)),
+            self.ends,
+            pad(self.blocks, (0, more), value=slot),
+            pad(self.offsets, (0, more)),
+            PagedBatch(
+                torch.cat((batch.query_start, torch.arange(1, more + 1).int() + queries)),
+                pad(batch.query_position, (0, more)),
+                pad(batch.block_start, (0, more), value=listed),
+                batch.blocks,
+                batch.first_token,
+                pad(batch.kv_len, (0, more)),
+            ),
+        )
+
+
+def read(rm: RManager, rows: Sequence[Row], block_size: int, apart: Container[int] = ()) -> Inputs:
+    """The inputs of at least one row, which attends to all it has at home but the prefixes of
+    `apart`."""
+    own = [rm.tables[sequence.id] for sequence, _ in rows]
+    parts: list[Slots] = [table.slots for table in own]
+    indices: list[Slots] = [table.indices for table in own]
+    held = _ints(map(len, parts))
+    """rBlocks of each row that its own table has at home."""
+    before = np.zeros_like(held)
+    """The same of its prefixes: they stand before those."""
+    if rm.prefixes.prefixes:
+        tables = [
+            [*(p for p in rm.prefixes.chain(sequence.id) if p.id not in apart), table]
+            for (sequence, _), table in zip(rows, own, strict=True)
+        ]
+        before = _ints(sum(len(prefix.slots) for prefix in line[:-1]) for line in tables)
+        parts = [table.slots for line in tables for table in line]
+        indices = [table.indices for line in tables for table in line]
+    slots = _joined(parts)
+    count = _ints(count for _, count in rows)
+    first = _ints(sequence.computed for sequence, _ in rows)
+    absent = _ints(table.absent for table in own)
+    end, block_end = np.cumsum(count), np.cumsum(before + held)
+    positions = np.repeat(first - end + count, count) + np.arange(end[-1])
+    place = np.repeat(block_end - held - absent, count) + positions // block_size
+    tokens = [t for s, n in rows for t in s.tokens[s.computed : s.computed + n]]
+    remaining = _ints(sequence.remaining for sequence, _ in rows)
+    return Inputs(
+        torch.tensor(tokens, dtype=torch.int64),
+        torch.from_numpy(positions),
+        torch.from_numpy(end[remaining == count] - 1),
+        torch.from_numpy(slots[place]),
+        _int32(positions % block_size),
+        PagedBatch(
+            query_start=_int32(np.append(0, end)),
+            query_position=_int32(first),
+            block_start=_int32(np.append(0, block_end)),
+            blocks=torch.from_numpy(slots),
+            first_token=torch.from_numpy(_joined(indices) * np.int32(block_size)),
+            kv_len=_int32(first + count + (before - absent) * block_size),
+        ),
+    )
+
+
+def _joined(parts: Iterable[Slots]) -> NDArray[np.int32]:
+    return np.frombuffer(bytearray().join(parts), np.int32)
+
+
+def _ints(numbers: Iterable[int]) -> Ints:
+    return np.fromiter(numbers, np.int64)
+
+
+def _int32(numbers: Ints) -> torch.Tensor:
+    return torch.from_numpy(numbers.astype(np.int32))
