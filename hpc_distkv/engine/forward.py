@@ -42,27 +42,33 @@ class Forward:
         self._positional = any(spec.positional for spec in model.attention)
         self._recorder = recorder
 
-    def run(self, rows: Sequence[Row], debtor: Debtor | None) -> torch.Tensor:
+    def run(
+        self, rows: Sequence[Row], debtor: Debtor | None, drawn: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Compute the rows' tokens and store their KV. Returns the float32 logits
         `[sampled rows, vocab]` of those rows that have no token left to compute, in order.
-        `debtor` is given if any row has rBlocks elsewhere."""
+        `debtor` is given if any row has rBlocks elsewhere; `drawn`, on the device, if tokens may be
+        among those that the step before has drawn: see `Sequence.expect`."""
         if not rows:
             return torch.empty((0, 0))
         size = self._pool.block_size
         decodes = all(count == 1 for _, count in rows)
-        replayable = self._graphs is not None and debtor is None and decodes
+        graphs = self._graphs if decodes and debtor is None else None
+        replayable = graphs is not None
         groups = {} if self._positional else groups_of(self._rm, rows, size, replayable)
         shared = SharedAttention(groups, rows, size, self._device) if groups else None
         apart = {prefix.id for prefixes in groups.values() for prefix in prefixes}
         inputs = read(self._rm, rows, size, apart)
-        graphs = None
-        if replayable and not shared and len(inputs.ends) == len(rows):
-            graphs = self._graphs
+        if shared or len(inputs.ends) < len(rows):
+            graphs = None
+        if graphs:
             inputs = graphs.padded(inputs)
         numbers = [*inputs[:-1]]
         if self._model.needs_lengths:
             numbers.append(inputs.lengths(rows))
         tokens, positions, ends, blocks, offsets, *lengths = self._device.upload(numbers)
+        if drawn is not None and len(drawn):
+            tokens = torch.where(tokens < 0, drawn[(-1 - tokens).clamp_(min=0)], tokens)
         batch = inputs.batch
         if graphs:
             replayed = graphs.hidden(batch, (tokens, positions, blocks, offsets))

@@ -43,6 +43,9 @@ class Instance:
 
         boundary:  apply(answer) → credits() to debtors → report()
         step:      plan() → headers(plan) to creditors → compute → commit(plan) → append(tokens)
+                   append(tokens) is advance() and learn(tokens). Between the two, steps without
+                   loans may be planned and computed ahead: advance() → plan(ahead) → compute →
+                   learn(tokens of the first) → advance() → …
         any time:  accept(header of a debtor) → serve its queries, move → commit_served
                    open_credit(from a creditor)
     """
@@ -203,9 +206,9 @@ class Instance:
 
     # -- steps ----------------------------------------------------------------------------------
 
-    def plan(self) -> Plan:
-        """What this step computes and moves."""
-        return self.scheduler.plan()
+    def plan(self, ahead: bool = False) -> Plan:
+        """What this step computes and moves; `ahead`: while the one before is computed."""
+        return self.scheduler.plan(ahead)
 
     def headers(self, plan: Plan, now: float) -> dict[int, Header]:
         """What creditors have to know of this step; those without news are left out."""

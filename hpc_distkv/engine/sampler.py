@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,19 +26,27 @@ Sampled = tuple[list[int], dict[int, bytes]]
 those that ask for it."""
 
 
-def begin_sampling(
-    device: Device, logits: torch.Tensor, sequences: Rows[Sequence]
-) -> Callable[[], Sampled | None]:
-    """Ask `device` for the next tokens. Returns what gives them once all that the device was asked
-    for so far is done, and None until then; it never blocks. `logits`: float32 `[sequences,
-    vocab]`."""
+class Draw(NamedTuple):
+    """The next tokens of some sequences, on their way."""
+
+    tokens: torch.Tensor
+    """int64 `[sequences]`, on the device."""
+    ready: Callable[[], Sampled | None]
+    """Gives them once all that the device was asked for until the draw is done, and None until
+    then. Never blocks."""
+
+
+def begin_sampling(device: Device, logits: torch.Tensor, sequences: Rows[Sequence]) -> Draw:
+    """Ask `device` for the next tokens. `logits`: float32 `[sequences, vocab]`."""
     if not sequences:
         over = device.fetch([])
-        return lambda: None if over.ready() is None else ([], {})
-    if device.place.type == "cpu":
+        return Draw(
+            torch.empty(0, dtype=torch.int64), lambda: None if over.ready() is None else ([], {})
+        )
+    if not device.deferred:
         tokens = sample(logits, sequences)
         sampled = tokens, sample_logprobs(logits, sequences, tokens)
-        return lambda: sampled
+        return Draw(torch.tensor(tokens), lambda: sampled)
     drawn = sample_together(device, logits, sequences)
     groups = _asking(sequences)
     uploaded = device.upload([torch.tensor(rows) for rows in groups.values()]) if groups else []
@@ -58,7 +67,7 @@ def begin_sampling(
             records.update(zip((sequences[row].id for row in rows), packed, strict=True))
         return fetched[0].tolist(), records
 
-    return ready
+    return Draw(drawn, ready)
 
 
 def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:

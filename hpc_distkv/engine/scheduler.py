@@ -83,7 +83,9 @@ class Scheduler:
         self._admission = Admission(rmanager, config, self.foresight)
         self._outlook = NOTHING_WAITS
         self._starved = False
-        self._short = False
+        self.short = False
+        """Whether memory was short in the last step that was planned."""
+        self._ahead = False
         self._short_answers = 0
         self._whole_reports = 0
         """Reports in a row that asked for all that a waiting sequence needs."""
@@ -134,7 +136,7 @@ class Scheduler:
         """What a control round brought: the last report asked for `asked` rBlocks."""
         self._admission.before = answer.admit_before
         self._admission.closed = self._admission.closed or answer.drain
-        self._short_answers = self._short_answers + 1 if self._short else 0
+        self._short_answers = self._short_answers + 1 if self.short else 0
         if self._config.policy.sharing:
             self._denied = asked > 0 and answer.granted == 0
         foreseen = GROWTH_ROUNDS * self._steps
@@ -238,9 +240,11 @@ class Scheduler:
 
     # -- a step ---------------------------------------------------------------------------------
 
-    def plan(self) -> Plan:
-        """The next step: decodes first, then prefill chunks up to the token budget."""
-        self._starved = self._short = False
+    def plan(self, ahead: bool = False) -> Plan:
+        """The next step: decodes first, then prefill chunks up to the token budget. `ahead`: while
+        another one is computed, so nothing moves, and nobody gives way."""
+        self._ahead = ahead
+        self._starved = self.short = False
         self._steps += 1
         rows: dict[int, Row] = {}
         self._plan_decodes(rows)
@@ -251,7 +255,7 @@ class Scheduler:
         copies, leaving = self._plan_migrations()
         for sequence in leaving:
             rows.pop(sequence.id, None)
-        moves, recalls = self._plan_moves() if self._rm.debts else ([], [])
+        moves, recalls = self._plan_moves() if self._rm.debts and not ahead else ([], [])
         return Plan([rows[request] for request in sorted(rows)], copies + moves, recalls, leaving)
 
     def _plan_migrations(self) -> tuple[list[Move], list[Sequence]]:
@@ -265,6 +269,8 @@ class Scheduler:
     def _plan_decodes(self, rows: dict[int, Row]) -> None:
         tables, size = self._rm.tables, self._config.block_size
         for sequence in [s for s in self.running if s.remaining == 1]:
+            if sequence.computed >= sequence.final_len:  # Its last token is on its way.
+                continue
             table = tables.get(sequence.id)
             if table is None:  # An older one has made it give way meanwhile.
                 continue
@@ -318,7 +324,9 @@ class Scheduler:
         if not needed:
             return True
         while needed > max(0, self._rm.usable):  # below 0 while bounce slots are in use
-            self._short = True
+            self.short = True
+            if self._ahead:
+                return False
             if self._hopes(sequence):
                 self.stalls += 1
                 return False

@@ -17,9 +17,9 @@ VOCABULARY = 500
 
 
 class Elsewhere(Device):
-    """A device that is not the host, as far as anybody asks, and ends nothing before it is told."""
+    """A device that ends nothing before it is told."""
 
-    place = torch.device("cuda")
+    deferred = True
     over = False
 
     def query(self) -> bool:
@@ -81,7 +81,7 @@ def test_a_row_without_a_finite_logit_is_drawn_as_alone():
 def test_what_is_drawn_is_there_once_the_device_has_come_to_it():
     rows, logits = random_rows(9, 30)
     device = Elsewhere()
-    ready = begin_sampling(device, logits, rows)
+    ready = begin_sampling(device, logits, rows).ready
     assert ready() is None
     device.over = True
     tokens, records = ready()
@@ -92,7 +92,7 @@ def test_what_is_drawn_is_there_once_the_device_has_come_to_it():
 
 def test_a_step_without_new_tokens_ends_when_the_device_has_come_to_its_end():
     device = Elsewhere()
-    ready = begin_sampling(device, torch.empty((0, 0)), [])
+    ready = begin_sampling(device, torch.empty((0, 0)), []).ready
     assert ready() is None
     device.over = True
     assert ready() == ([], {})
