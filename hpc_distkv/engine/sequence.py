@@ -69,7 +69,7 @@ class Sequence:
     @property
     def remaining(self) -> int:
         """Tokens whose KV is missing; 1 in decode."""
-        return self.length - self.computed
+        return len(self.tokens) - self.computed
 
     @property
     def output_len(self) -> int:

@@ -268,7 +268,8 @@ class Worker:
 
         * on a device that is done already
         * with other lanes, which learn tokens from the log, step by step
-        * with loans: rBlocks move that were written, and headers and queries go out in order
+        * with debts: rBlocks move that were written, and headers and queries go out in order
+        * with guests: their queries come in behind all that the device was asked for before
         * with migration: a sequence is handed over with all its tokens
         * with windows in all layers: what falls behind them is freed between steps
         * where memory was short: somebody may have to give way, whose rBlocks are in use
@@ -279,7 +280,7 @@ class Worker:
             self._comm.device.deferred
             and bool(plan.rows)
             and not self._log.followed
-            and not instance.rm.debts
+            and not (instance.rm.debts or instance.rm.loans)
             and not instance.config.policy.migrate
             and not instance.config.window
             and not instance.scheduler.short

@@ -86,6 +86,11 @@ class SizedSequence(Sequence):
     def __repr__(self) -> str:
         return f"SizedSequence({self.id}: {self.computed} of {self.length} computed)"
 
+    @property
+    def remaining(self) -> int:
+        """Tokens whose KV is missing."""
+        return self.length - self.computed
+
     def expect(self, place: int) -> None:
         """One more output token, whichever."""
         self.length += 1
