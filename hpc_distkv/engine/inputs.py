@@ -68,29 +68,32 @@ def read(rm: RManager, rows: Sequence[Row], block_size: int, apart: Container[in
     """The inputs of at least one row, which attends to all it has at home but the prefixes of
     `apart`."""
     own = [rm.tables[sequence.id] for sequence, _ in rows]
-    parts: list[Slots] = [table.slots for table in own]
-    indices: list[Slots] = [table.indices for table in own]
-    held = _ints(map(len, parts))
-    """rBlocks of each row that its own table has at home."""
-    before = np.zeros_like(held)
-    """The same of its prefixes: they stand before those."""
+    tables, ends = own, np.arange(len(rows))
+    """What rows attend to, the prefixes of each before its own, and which ones are their own."""
     if rm.prefixes.prefixes:
-        tables = [
-            [*(p for p in rm.prefixes.chain(sequence.id) if p.id not in apart), table]
-            for (sequence, _), table in zip(rows, own, strict=True)
-        ]
-        before = _ints(sum(len(prefix.slots) for prefix in line[:-1]) for line in tables)
-        parts = [table.slots for line in tables for table in line]
-        indices = [table.indices for line in tables for table in line]
+        tables, lines = [], []
+        for (sequence, _), table in zip(rows, own, strict=True):
+            chain = rm.prefixes.chain(sequence.id)
+            tables += [prefix for prefix in chain if prefix.id not in apart] if apart else chain
+            lines.append(len(tables))
+            tables.append(table)
+        ends = _ints(lines)
+    parts = [table.slots for table in tables]
+    sizes = _ints(map(len, parts))
+    block_end, held = np.cumsum(sizes)[ends], sizes[ends]
+    before = np.diff(block_end, prepend=0) - held
     slots = _joined(parts)
-    count = _ints(count for _, count in rows)
-    first = _ints(sequence.computed for sequence, _ in rows)
-    absent = _ints(table.absent for table in own)
-    end, block_end = np.cumsum(count), np.cumsum(before + held)
+    count = _ints([count for _, count in rows])
+    first = _ints([sequence.computed for sequence, _ in rows])
+    absent = _ints([table.absent for table in own])
+    end = np.cumsum(count)
     positions = np.repeat(first - end + count, count) + np.arange(end[-1])
     place = np.repeat(block_end - held - absent, count) + positions // block_size
-    tokens = [t for s, n in rows for t in s.tokens[s.computed : s.computed + n]]
-    remaining = _ints(sequence.remaining for sequence, _ in rows)
+    if end[-1] == len(rows):
+        tokens = [sequence.tokens[sequence.computed] for sequence, _ in rows]
+    else:
+        tokens = [t for s, n in rows for t in s.tokens[s.computed : s.computed + n]]
+    remaining = _ints([len(sequence.tokens) for sequence, _ in rows]) - first
     return Inputs(
         torch.tensor(tokens, dtype=torch.int64),
         torch.from_numpy(positions),
@@ -102,7 +105,9 @@ def read(rm: RManager, rows: Sequence[Row], block_size: int, apart: Container[in
             query_position=_int32(first),
             block_start=_int32(np.append(0, block_end)),
             blocks=torch.from_numpy(slots),
-            first_token=torch.from_numpy(_joined(indices) * np.int32(block_size)),
+            first_token=torch.from_numpy(
+                _joined([table.indices for table in tables]) * np.int32(block_size)
+            ),
             kv_len=_int32(first + count + (before - absent) * block_size),
         ),
     )
