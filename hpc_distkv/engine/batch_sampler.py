@@ -21,11 +21,15 @@ DRAWN_TOGETHER = 32
 """Rows that are drawn at once: bounds the memory of sorted weights."""
 
 
-def sample_together(device: Device, logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
-    """int64 `[sequences]` on the device; `logits`: float32 `[sequences, vocab]`, left as it is."""
+def sample_together(
+    device: Device, logits: Tensor, sequences: Rows[Sequence], before: Tensor | None = None
+) -> Tensor:
+    """int64 `[sequences]` on the device; `logits`: float32 `[sequences, vocab]`, left as it is;
+    `before`, on the device: tokens that the host does not know yet (see `Sequence.expect`), of
+    sequences that are `foreseeable`."""
     samplings = [sequence.request.sampling for sequence in sequences]
     if any(sampling.rules for sampling in samplings):
-        logits = _adjusted(device, logits, sequences)
+        logits = _adjusted(device, logits, sequences, before)
     tokens = logits.argmax(dim=-1)
     drawing = [row for row, s in enumerate(samplings) if s.temperature > 0]
     if not drawing:
@@ -113,9 +117,13 @@ def _place(cumulative: Tensor, uniform: Tensor, total: Tensor) -> Tensor:
     return place.clamp_(max=cumulative.shape[1] - 1)  # Where the weights are no numbers.
 
 
-def _adjusted(device: Device, logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
+def _adjusted(
+    device: Device, logits: Tensor, sequences: Rows[Sequence], before: Tensor | None
+) -> Tensor:
     """As `penalties.adjusted`, for all rows."""
     vocab = logits.shape[1]
+    unknown: list[tuple[int, int, float]] = []
+    """Row, the place of its last token in `before`, and its penalty for repetition."""
     bias, withheld, repeated, output = _Edits(vocab), _Edits(vocab), _Edits(vocab), _Edits(vocab)
     for row, sequence in enumerate(sequences):
         rules = sequence.request.sampling.rules
@@ -129,12 +137,17 @@ def _adjusted(device: Device, logits: Tensor, sequences: Rows[Sequence]) -> Tens
             sequence.counts.read(sequence.tokens)
             if rules.repetition_penalty != 1.0:
                 repeated.add(row, sequence.counts.seen.numpy(), rules.repetition_penalty)
+                if sequence.tokens[-1] < 0:
+                    unknown.append((row, -1 - sequence.tokens[-1], rules.repetition_penalty))
             if rules.frequency_penalty or rules.presence_penalty:
                 ids, times = sequence.counts.output
                 frequencies = np.float32(rules.frequency_penalty) * times.numpy()
                 output.add(row, ids.numpy(), frequencies, rules.presence_penalty)
     edits = (bias, withheld, repeated, output)
-    parts = iter(device.upload([part for edit in edits for part in edit.tensors()]))
+    rows, places, penalties = zip(*unknown, strict=True) if unknown else ((), (), ())
+    numbers = torch.tensor([rows, places], dtype=torch.int64), torch.tensor(penalties)
+    parts = iter(device.upload([*numbers, *(part for edit in edits for part in edit.tensors())]))
+    (rows_there, places_there), penalties_there = next(parts), next(parts)
     logits = logits.clone()
     flat = logits.view(-1)
     at, value, _ = next(parts), next(parts), next(parts)
@@ -142,6 +155,9 @@ def _adjusted(device: Device, logits: Tensor, sequences: Rows[Sequence]) -> Tens
     at, value, _ = next(parts), next(parts), next(parts)
     flat.index_fill_(0, at, -torch.inf)
     at, penalty, _ = next(parts), next(parts), next(parts)
+    if before is not None and unknown:  # A token that was seen before as well is set twice.
+        at = torch.cat((at, rows_there * vocab + before[places_there]))
+        penalty = torch.cat((penalty, penalties_there))
     seen = flat[at]
     flat[at] = torch.where(seen > 0, seen / penalty, seen * penalty)
     at, frequency, presence = next(parts), next(parts), next(parts)

@@ -36,8 +36,14 @@ class Draw(NamedTuple):
     then. Never blocks."""
 
 
-def begin_sampling(device: Device, logits: torch.Tensor, sequences: Rows[Sequence]) -> Draw:
-    """Ask `device` for the next tokens. `logits`: float32 `[sequences, vocab]`."""
+def begin_sampling(
+    device: Device,
+    logits: torch.Tensor,
+    sequences: Rows[Sequence],
+    before: torch.Tensor | None = None,
+) -> Draw:
+    """Ask `device` for the next tokens. `logits`: float32 `[sequences, vocab]`; `before`: the
+    tokens that the step before draws, if the host does not know them."""
     if not sequences:
         over = device.fetch([])
         return Draw(
@@ -47,7 +53,7 @@ def begin_sampling(device: Device, logits: torch.Tensor, sequences: Rows[Sequenc
         tokens = sample(logits, sequences)
         sampled = tokens, sample_logprobs(logits, sequences, tokens)
         return Draw(torch.tensor(tokens), lambda: sampled)
-    drawn = sample_together(device, logits, sequences)
+    drawn = sample_together(device, logits, sequences, before)
     groups = _asking(sequences)
     uploaded = device.upload([torch.tensor(rows) for rows in groups.values()]) if groups else []
     scores = [

@@ -260,7 +260,7 @@ class Worker:
         computed."""
         logits = self._lane.compute(plan, now, drawn)
         ends = [row.sequence for row in plan.rows if row.sequence.remaining == row.tokens]
-        return Step(plan, begin_sampling(self._comm.device, logits, ends))
+        return Step(plan, begin_sampling(self._comm.device, logits, ends, drawn))
 
     def _may_go_on(self, plan: Plan) -> bool:
         """Whether the step after this one may be planned, and asked of the device, before this one
@@ -273,7 +273,7 @@ class Worker:
         * with migration: a sequence is handed over with all its tokens
         * with windows in all layers: what falls behind them is freed between steps
         * where memory was short: somebody may have to give way, whose rBlocks are in use
-        * with penalties, which look at all earlier tokens
+        * with penalties that count all earlier tokens
         """
         instance = self._instance
         return (
@@ -284,7 +284,7 @@ class Worker:
             and not instance.config.policy.migrate
             and not instance.config.window
             and not instance.scheduler.short
-            and all(sequence.counts is None for sequence, _ in plan.rows)
+            and all(sequence.foreseeable for sequence, _ in plan.rows)
         )
 
     def _end(self, step: Step, following: Container[int] = ()) -> None:

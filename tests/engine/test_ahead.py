@@ -30,7 +30,7 @@ def model() -> Decoder:
     return tiny_decoder()
 
 
-NO_PENALTY = {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
+UNCOUNTED = {"frequency_penalty": 0.0, "presence_penalty": 0.0}
 
 
 class Watch:
@@ -152,8 +152,8 @@ def test_ranks_that_lend_go_step_by_step(model, watch, policy, seed):
 def test_rows_with_all_sampling_fields(model, watch, seed):
     rows = sampling_rows(24, 60, random.Random(seed))
     for row in rows[8:]:
-        if row.sampling.rules:  # Penalties look at tokens that are known.
-            rules = msgspec.structs.replace(row.sampling.rules, **NO_PENALTY)
+        if row.sampling.rules:  # These penalties count tokens that are known.
+            rules = msgspec.structs.replace(row.sampling.rules, **UNCOUNTED)
             sampling = msgspec.structs.replace(row.sampling, rules=rules)
             rows[row.id] = msgspec.structs.replace(row, sampling=sampling)
     outcome = late(model, rows, 1, options(80), seed, decoder=Letters())
