@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from hpc_distkv.attention import PagedBatch
 from hpc_distkv.engine.scheduler import Row
 from hpc_distkv.memory.rmanager import RManager
-from hpc_distkv.memory.table import Slots
+from hpc_distkv.memory.table import BlockTable, Slots
 
 Ints = NDArray[np.signedinteger[Any]]
 
@@ -68,57 +68,76 @@ def read(rm: RManager, rows: Sequence[Row], block_size: int, apart: Container[in
     """The inputs of at least one row, which attends to all it has at home but the prefixes of
     `apart`."""
     own = [rm.tables[sequence.id] for sequence, _ in rows]
-    tables, ends = own, np.arange(len(rows))
-    """What rows attend to, the prefixes of each before its own, and which ones are their own."""
+    tables, last = own, np.arange(len(rows))
     if rm.prefixes.prefixes:
-        tables, lines = [], []
-        for (sequence, _), table in zip(rows, own, strict=True):
-            chain = rm.prefixes.chain(sequence.id)
-            tables += [prefix for prefix in chain if prefix.id not in apart] if apart else chain
-            lines.append(len(tables))
-            tables.append(table)
-        ends = _ints(lines)
-    parts = [table.slots for table in tables]
-    sizes = _ints(map(len, parts))
-    block_end, held = np.cumsum(sizes)[ends], sizes[ends]
-    before = np.diff(block_end, prepend=0) - held
-    slots = _joined(parts)
-    count = _ints([count for _, count in rows])
-    first = _ints([sequence.computed for sequence, _ in rows])
+        tables, last = _with_prefixes(rm, rows, own, apart)
+    slots = _joined([table.slots for table in tables])
+    sizes = _ints([len(table.slots) for table in tables])
+    held = sizes[last]
+    """rBlocks of each row's own table at home; the row's rBlocks end with them."""
+    block_start = _starts(np.cumsum(sizes)[last])
     absent = _ints([table.absent for table in own])
-    end = np.cumsum(count)
-    positions = np.repeat(first - end + count, count) + np.arange(end[-1])
-    place = np.repeat(block_end - held - absent, count) + positions // block_size
-    if end[-1] == len(rows):
+    first = _ints([sequence.computed for sequence, _ in rows])
+    count = _ints([count for _, count in rows])
+    start = _starts(np.cumsum(count))
+    shift = block_start[1:] - held - absent
+    """Where logical rBlock 0 of a row would stand among the slots."""
+    positions = first
+    if start[-1] == len(rows):
         tokens = [sequence.tokens[sequence.computed] for sequence, _ in rows]
     else:
         tokens = [t for s, n in rows for t in s.tokens[s.computed : s.computed + n]]
-    remaining = _ints([len(sequence.tokens) for sequence, _ in rows]) - first
+        positions = np.repeat(first - start[:-1], count) + np.arange(start[-1])
+        shift = np.repeat(shift, count)
+    ending = first + count == _ints([len(sequence.tokens) for sequence, _ in rows])
+    kv_len = first + count + (block_start[1:] - block_start[:-1] - held - absent) * block_size
     return Inputs(
         torch.tensor(tokens, dtype=torch.int64),
         torch.from_numpy(positions),
-        torch.from_numpy(end[remaining == count] - 1),
-        torch.from_numpy(slots[place]),
+        torch.from_numpy(start[1:][ending] - 1),
+        torch.from_numpy(slots[shift + positions // block_size]),
         _int32(positions % block_size),
         PagedBatch(
-            query_start=_int32(np.append(0, end)),
+            query_start=_int32(start),
             query_position=_int32(first),
-            block_start=_int32(np.append(0, block_end)),
+            block_start=_int32(block_start),
             blocks=torch.from_numpy(slots),
             first_token=torch.from_numpy(
                 _joined([table.indices for table in tables]) * np.int32(block_size)
             ),
-            kv_len=_int32(first + count + (before - absent) * block_size),
+            kv_len=_int32(kv_len),
         ),
     )
 
 
-def _joined(parts: Iterable[Slots]) -> NDArray[np.int32]:
+def _with_prefixes(
+    rm: RManager, rows: Sequence[Row], own: Sequence[BlockTable], apart: Container[int]
+) -> tuple[list[BlockTable], Ints]:
+    """The tables of all rows one after another, each row's own after those of its prefixes; and
+    which ones are their own."""
+    tables: list[BlockTable] = []
+    last = []
+    for (sequence, _), table in zip(rows, own, strict=True):
+        chain = rm.prefixes.chain(sequence.id)
+        tables += [prefix for prefix in chain if prefix.id not in apart] if apart else chain
+        last.append(len(tables))
+        tables.append(table)
+    return tables, _ints(last)
+
+
+def _starts(ends: Ints) -> Ints:
+    """Where runs begin that end at `ends`, and where the last one ends."""
+    starts = np.zeros(len(ends) + 1, np.int64)
+    starts[1:] = ends
+    return starts
+
+
+def _joined(parts: Sequence[Slots]) -> NDArray[np.int32]:
     return np.frombuffer(bytearray().join(parts), np.int32)
 
 
-def _ints(numbers: Iterable[int]) -> Ints:
-    return np.fromiter(numbers, np.int64)
+def _ints(numbers: Sequence[int]) -> Ints:
+    return np.array(numbers, np.int64)
 
 
 def _int32(numbers: Ints) -> torch.Tensor:
