@@ -84,7 +84,9 @@ class Scheduler:
         self._admission = Admission(rmanager, config, self.foresight)
         self._outlook = NOTHING_WAITS
         self._starved = False
-        self._short = False
+        self.short = False
+        """Whether memory was short in the last step that was planned."""
+        self._ahead = False
         self._short_answers = 0
         self._short_steps = 0
         """Steps and answers since there was enough memory."""
@@ -104,10 +106,12 @@ class Scheduler:
         sequence.keys = sequence.keys or self._config.prefix_keys(sequence.request)
         bisect.insort(self.waiting, sequence, key=lambda s: s.id)
 
-    def finish(self, sequence: Sequence) -> None:
-        """The sequence has all its output; its rBlocks go back, also to its creditors."""
+    def finish(self, sequence: Sequence, in_use: bool = False) -> None:
+        """The sequence has all its output; its rBlocks go back, also to its creditors. If they are
+        `in_use`, they are to be closed later."""
         self.running.remove(sequence)
-        self._rm.close(sequence.id)
+        if not in_use:
+            self._rm.close(sequence.id)
         self.foresight.outputs.add(sequence.output_len, sequence.request.sampling.max_tokens)
 
     def adopt(self, sequence: Sequence) -> None:
@@ -131,7 +135,7 @@ class Scheduler:
         """What a control round brought: the last report asked for `asked` rBlocks."""
         self._admission.before = answer.admit_before
         self._admission.closed = self._admission.closed or answer.drain
-        self._short_answers = self._short_answers + 1 if self._short else 0
+        self._short_answers = self._short_answers + 1 if self.short else 0
         if self._config.policy.sharing:
             self._denied = asked > 0 and answer.granted == 0
         foreseen = GROWTH_ROUNDS * self._steps
@@ -193,6 +197,8 @@ class Scheduler:
             shed = self._moves.sheddable() if self._movable() else {}
             lacking = max(0, need - self._rm.usable)
             self._return_credit(self._rm.credit - lacking - sum(shed.values()), shed)
+        if not self._config.policy.sharing:
+            return Demand(0, NOBODY, 0, False, 0)
         rest = max(0, self._rm.usable + self._rm.credit - need)
         return Demand(0, NOBODY, 0, False, min(rest, self._lendable()))
 
@@ -224,7 +230,9 @@ class Scheduler:
         """Rows and prompt tokens that may be assigned: enough to keep the batch full until the
         next rounds, no more, so that rows stay free to go where there is time."""
         room = self._rm.usable - self._admission.keep
-        if room < self._admission.first_chunk and (self.waiting or not self.running or self._admission.keep):
+        if room < self._admission.first_chunk and (
+            self.waiting or not self.running or self._admission.keep
+        ):
             return 0, 0
         most = self._config.max_num_batched_tokens
         queued = sum(
@@ -237,10 +245,13 @@ class Scheduler:
 
     # -- a step ---------------------------------------------------------------------------------
 
-    def plan(self) -> Plan:
-        """The next step: decodes first, then prefill chunks up to the token budget."""
-        self._short_steps = self._short_steps + 1 if self._short else 0
-        self._starved = self._short = False
+    def plan(self, ahead: bool = False) -> Plan:
+        """The next step: decodes first, then prefill chunks up to the token budget. `ahead`: while
+        another one is computed, so nothing moves, and nobody gives way."""
+        self._ahead = ahead
+        if not ahead:
+            self._short_steps = self._short_steps + 1 if self.short else 0
+        self._starved = self.short = False
         self._steps += 1
         rows: dict[int, Row] = {}
         self._plan_decodes(rows)
@@ -251,7 +262,7 @@ class Scheduler:
         copies, leaving = self._plan_migrations()
         for sequence in leaving:
             rows.pop(sequence.id, None)
-        moves, recalls = self._plan_moves() if self._rm.debts else ([], [])
+        moves, recalls = self._plan_moves() if self._rm.debts and not ahead else ([], [])
         self._idle = not rows
         return Plan([rows[request] for request in sorted(rows)], copies + moves, recalls, leaving)
 
@@ -264,9 +275,14 @@ class Scheduler:
         return self._migrations.plan(self.running, need - self._rm.usable)
 
     def _plan_decodes(self, rows: dict[int, Row]) -> None:
+        tables, size = self._rm.tables, self._config.block_size
         for sequence in [s for s in self.running if s.remaining == 1]:
-            # An older one may have made it give way meanwhile.
-            if sequence.id in self._rm.tables and self._make_room(sequence, 1, rows):
+            if sequence.computed >= sequence.final_len:  # Its last token is on its way.
+                continue
+            table = tables.get(sequence.id)
+            if table is None:  # An older one has made it give way meanwhile.
+                continue
+            if sequence.computed < table.blocks * size or self._make_room(sequence, 1, rows):
                 rows[sequence.id] = Row(sequence, 1)
 
     def _plan_prefills(self, rows: dict[int, Row], budget: int) -> None:
@@ -331,7 +347,9 @@ class Scheduler:
         if not needed:
             return True
         while needed > max(0, self._rm.usable):  # below 0 while bounce slots are in use
-            self._short = True
+            self.short = True
+            if self._ahead:
+                return False
             youngest = self.running[-1]
             if self._hopes(sequence) or self._waits_for_ends(youngest):
                 self.stalls += 1
