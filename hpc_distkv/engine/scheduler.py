@@ -339,7 +339,7 @@ class Scheduler:
         if yields:
             left += sum(self.foresight.missing(s, self._foreseen(s)) for s in others)
         spare = max(0, self._rm.usable - left)
-        return max(not yields, (held + spare) * self._config.block_size - sequence.computed)
+        return max(0 if yields else 1, (held + spare) * self._config.block_size - sequence.computed)
 
     def _make_room(self, sequence: Sequence, count: int, rows: dict[int, Row]) -> bool:
         """Give the sequence the rBlocks for `count` tokens, preempting younger ones if need be."""
