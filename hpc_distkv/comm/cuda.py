@@ -9,8 +9,9 @@ Streams of a rank, and what orders them (events alone; the host waits for none o
     into      copies from the host: likewise, for the memory they overwrite may be in use; then
               compute and serving wait for them
 
-Copies out and copies in never wait for each other. An own step ends when the host has seen the last
-event on compute, so what a step freed is not in use any more.
+Copies out and copies in never wait for each other. An own step ends when the host has seen its last
+event on compute, and what it used is freed then: so that is not in use any more, though the next
+step may be on its way.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ def passed(stream: torch.cuda.Stream | None = None) -> torch.cuda.Event:
 
 class Cuda(Device):
     """One CUDA device."""
+
+    deferred = True
 
     def __init__(self, index: int) -> None:
         """Make it the current one of this process. Raises DeviceError."""

@@ -168,8 +168,8 @@ def _step(model: Decoder, device: Device, step: LargestStep) -> None:
 
     lengths = ids if model.needs_lengths else None
     logits = model.logits(model.hidden(ids, ids, attend, lengths=lengths)[ends])
-    drawn = begin_sampling(device, logits, [_sequence(logits.shape[1])] * step.rows)
-    while drawn() is None:
+    draw = begin_sampling(device, logits, [_sequence(logits.shape[1])] * step.rows)
+    while draw.ready() is None:
         pass
 
 

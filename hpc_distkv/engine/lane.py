@@ -3,7 +3,7 @@ its own lane's part of the tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from hpc_distkv.engine.creditor import Creditor
 from hpc_distkv.engine.debtor import Debtor
 from hpc_distkv.engine.forward import Forward
 from hpc_distkv.engine.graphs import DecodeGraphs
-from hpc_distkv.engine.instance import NO_LOGPROBS, Instance
+from hpc_distkv.engine.instance import Instance
 from hpc_distkv.engine.model import Model
 from hpc_distkv.engine.pace import StepWork
 from hpc_distkv.engine.scheduler import Plan, Row
@@ -27,6 +27,16 @@ from hpc_distkv.engine.timesheet import TimeSheet
 from hpc_distkv.memory.pool import BlockPool
 
 NOTHING = Plan([], [], [], [])
+
+
+class Advance(NamedTuple):
+    """A step that counts as computed, before its tokens are known."""
+
+    rows: list[Row]
+    ends: list[Sequence]
+    """Those that get a token, in order."""
+    work: StepWork
+    """What the step has to compute."""
 
 
 class Parts(NamedTuple):
@@ -89,30 +99,23 @@ class Lane:
         self._attention_tokens = config.attention_tokens
         self._exchanging = False
 
-    def compute(self, plan: Plan, now: float) -> torch.Tensor:
+    def compute(self, plan: Plan, now: float, drawn: torch.Tensor | None = None) -> torch.Tensor:
         """The plan's headers, moves and layers. Returns the logits of the rows that end, on the
-        leader. `now`: the leader's clock."""
+        leader. `now`: the leader's clock; `drawn`: as of `Forward.run`."""
         self._exchanging = self.sharing and self.debtor.begin(plan, now)
         self._lanes.begin(apart=not self._exchanging)
-        logits = self._forward.run(plan.rows, self.debtor if self._exchanging else None)
+        logits = self._forward.run(plan.rows, self.debtor if self._exchanging else None, drawn)
         if self.sharing:
             self.debtor.finish()
         return logits
 
-    def end(
-        self,
-        plan: Plan,
-        tokens: list[int],
-        now: float,
-        logprobs: Mapping[int, bytes] = NO_LOGPROBS,
-    ) -> StepWork:
-        """Commit the moves of a step that was computed, and append its new tokens. Returns what
-        the step had to compute. `logprobs`: on the leader, who alone reports results."""
+    def advance(self, plan: Plan) -> Advance:
+        """Go on from a step that is computed, or, if nothing moves in it, being computed: commit
+        its moves, and count its rows as computed."""
         if self.sharing:
             self.instance.commit(plan)
         done = self._work(plan.rows)
-        self.instance.append(plan.rows, tokens, now, logprobs)
-        return done
+        return Advance(plan.rows, self.instance.advance(plan.rows), done)
 
     def return_all(self, now: float) -> None:
         """Give all credit back."""

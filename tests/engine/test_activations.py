@@ -53,9 +53,9 @@ def peaks(monkeypatch) -> list[int]:
         found.append(current.account.peak)
         return logits
 
-    def sampled(device, logits, sequences):
+    def sampled(device, logits, sequences, drawn):
         with current.account:
-            begun = sample(Elsewhere(), logits, sequences)
+            begun = sample(Elsewhere(), logits, sequences, drawn)
         found.append(current.account.peak)
         return begun
 

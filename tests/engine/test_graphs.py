@@ -12,6 +12,7 @@ import torch
 from hpc_distkv.attention import PagedBatch, PagedRow
 from hpc_distkv.engine import graphs
 from hpc_distkv.engine.graphs import RECORDED_AFTER, DecodeGraphs
+from hpc_distkv.engine.inputs import Inputs
 
 DONE: list[str] = []
 
@@ -59,10 +60,14 @@ def table(monkeypatch) -> DecodeGraphs:
 def step(table: DecodeGraphs, rows: int) -> str:
     """What a step of so many rows did."""
     DONE.clear()
-    inputs = [torch.zeros(rows, dtype=dtype) for dtype in graphs.INPUTS]
-    hidden = table.hidden([PagedRow(1, 0, [0], [0], 1)] * rows, inputs)
+    numbers = torch.arange(rows)
+    batch = PagedBatch.build([PagedRow(1, 0, [0], [0], 1)] * rows)
+    given = Inputs(numbers, numbers, numbers, numbers.int(), numbers.int(), batch)
+    padded = table.padded(given)
+    inputs = [padded.tokens, padded.positions, padded.blocks, padded.offsets]
+    hidden = table.hidden(padded.batch, inputs)
     assert (hidden is None) == (not DONE)
-    assert hidden is None or len(hidden) == rows
+    assert hidden is None or len(hidden) == len(padded.tokens)
     return "+".join(DONE) or "as it is"
 
 
