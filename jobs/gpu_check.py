@@ -1,9 +1,10 @@
 """Checks and measures this machine's GPU path: `make gpu-check`. Prints one JSON; takes minutes.
 Ends with status 1 if a part fails.
 
-In this order: the attention kernels against float64, torch's attention and the speed of a copy; a
-batch end to end against transformers; what steps wait for; two ranks that share the GPU, one of
-which lends to the other. End-to-end figures are of random weights in the shape of Llama-3.2-1B.
+In this order: the attention kernels against float64, torch's attention, FlashInfer's where it is
+installed, and the speed of a copy; a batch end to end against transformers; what steps wait for;
+two ranks that share the GPU, one of which lends to the other. End-to-end figures are of random
+weights in the shape of Llama-3.2-1B.
 """
 
 from __future__ import annotations

@@ -63,6 +63,8 @@ class Nccl:
         from cupy.cuda import nccl
 
         self._nccl: Any = nccl
+        self._errors = (nccl.NcclError, KeyError)
+        """CuPy knows no name for some codes, and raises KeyError."""
         self._comm, self._ranks, self._stream = comm, ranks, stream
         me = comm.world.rank
         mine = nccl.get_unique_id().hex() if me == ranks[0] else ""
@@ -70,10 +72,7 @@ class Nccl:
         with self._guarded("NCCL to connect its GPU"):
             try:
                 self._communicator = nccl.NcclCommunicator(len(ranks), identity, ranks.index(me))
-            except (
-                nccl.NcclError,
-                KeyError,
-            ) as error:  # KeyError: a code that CuPy has no name for
+            except self._errors as error:
                 raise NcclError(f"NCCL cannot connect the ranks: {error}") from error
             self._connect(comm.device.place)
 
@@ -99,7 +98,7 @@ class Nccl:
                 peer, size = self._ranks.index(rank), tensor.nbytes
                 call(tensor.data_ptr(), size, self._nccl.NCCL_UINT8, peer, stream.cuda_stream)
             self._nccl.groupEnd()
-        except (self._nccl.NcclError, KeyError) as error:
+        except self._errors as error:
             raise NcclError(
                 f"NCCL refuses messages with rank {messages[0].peer}: {error}"
             ) from None
@@ -109,7 +108,7 @@ class Nccl:
         """Raise NcclError if a peer is gone, and let go of what waits for it."""
         try:
             self._communicator.check_async_error()
-        except (self._nccl.NcclError, KeyError) as error:
+        except self._errors as error:
             self._communicator.abort()
             raise NcclError(f"a GPU of another rank does not answer any more: {error}") from error
 

@@ -291,7 +291,8 @@ class Worker:
         """Wait until the step is over, on the device too: its tokens are there. `following`: the
         requests in the step that the device computes next, if it was begun."""
         ready = step.draw.ready
-        (tokens, logprobs), now = self._comm.waiter.until(ready, STEP_END), time.monotonic()
+        tokens, logprobs = self._comm.waiter.until(ready, STEP_END, self._other_lanes)
+        now = time.monotonic()
         self._log.record(StepEnded(tokens, now))
         rows, ends, work = step.advance or self._lane.advance(step.plan)
         self._instance.learn(rows, ends, tokens, now, logprobs, following)
@@ -303,6 +304,11 @@ class Worker:
             )
             self._log.record(StepTimed(seconds))
             self._instance.note_step(work, seconds)
+
+    def _other_lanes(self) -> list[int]:
+        """Who may hold up what the device computes: in a hop it waits for all of them."""
+        world = self._comm.world
+        return [rank for rank in world.lanes if rank != world.rank]
 
     def _end_under_way(self) -> None:
         """Nothing is computed any more when this returns."""

@@ -171,8 +171,8 @@ def test_a_rank_that_does_not_come_ends_the_job_in_time(library, missing, capsys
 
     threading.Thread(target=run, daemon=True).start()
     began = time.monotonic()
-    assert over.wait(10)
-    assert time.monotonic() - began < 5
+    assert over.wait(20)
+    assert time.monotonic() - began < 10
     assert ended[0] == 70
     said = capsys.readouterr().err
     assert "rank 2: NCCL to " + ("connect its GPU" if missing == "start" else "let go of") in said
