@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hpc_distkv.cli.bench_simulated import paper, rounds, scale
+from hpc_distkv.cli.bench_simulated import host, paper, rounds, scale
 from hpc_distkv.cli.options import POSITIVE, engine_options
 
 if TYPE_CHECKING:
@@ -328,5 +328,5 @@ def kernels(
     click.echo(json.dumps(figures, indent=2))
 
 
-for simulated in (rounds, paper, scale):
+for simulated in (host, rounds, paper, scale):
     command.add_command(simulated)

@@ -1,4 +1,5 @@
-"""The benchmarks that need no ranks: the gManager alone, and simulated clusters."""
+"""The benchmarks that need no ranks: the gManager and the host's work alone, and simulated
+clusters."""
 
 from __future__ import annotations
 
@@ -22,6 +23,34 @@ def rounds(instances: tuple[int, ...], count: int) -> None:
     from hpc_distkv.observe.rounds import round_times
 
     figures = [round_times(number, count) for number in instances]
+    click.echo(json.dumps(figures, indent=2))
+
+
+@click.command()
+@click.option("--rows", multiple=True, type=POSITIVE, default=(64, 256), show_default=True)
+@click.option("--input-len", type=POSITIVE, default=512, show_default=True)
+@click.option("--output-len", type=click.IntRange(min=30), default=128, show_default=True)
+@click.option("--temperature", default=0.0, show_default=True)
+@click.option(
+    "--step-ms", default=2.3, show_default=True, help="Milliseconds the device takes for a step."
+)
+def host(
+    rows: tuple[int, ...], input_len: int, output_len: int, temperature: float, step_ms: float
+) -> None:
+    """The host's work for a decode step alone: a model without layers, on a device that is not
+    there."""
+    from msgspec.structs import replace
+
+    from hpc_distkv.observe.bench import synthetic
+    from hpc_distkv.observe.host import VOCABULARY, host_figures
+
+    figures = []
+    for count in rows:
+        requests = [
+            replace(request, sampling=replace(request.sampling, temperature=temperature))
+            for request in synthetic(count, input_len, output_len, VOCABULARY)
+        ]
+        figures.append(host_figures(requests, step_ms / 1e3))
     click.echo(json.dumps(figures, indent=2))
 
 

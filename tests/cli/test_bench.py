@@ -111,6 +111,17 @@ def test_rounds(tmp_path):
     assert all(0 < point["median_ms"] <= point["max_ms"] for point in points)
 
 
+def test_host():
+    options = ("--input-len", "40", "--output-len", "40", "--step-ms", "8")
+    done = run_command(0, "bench", "host", "--rows", "4", "--rows", "8", *options)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert [figure["rows"] for figure in figures] == [4, 8]
+    for figure in figures:
+        assert figure["host_microseconds"] > 0
+        assert figure["step_milliseconds"] > 6, "the device is the bottleneck"
+
+
 def test_scale(tmp_path):
     done = run_command(
         0,

@@ -4,7 +4,6 @@ and nothing that is in use is freed."""
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -14,7 +13,8 @@ from test_cluster import BLOCK, VOCABULARY, demand_of, options, request, tiny_de
 from test_prefix_sharing import rows_of as rows_with_a_document
 from test_sampling_anywhere import Letters, check_same
 from test_sampling_anywhere import rows as sampling_rows
-from test_window_clusters import windowed
+from test_window_clusters import crowd
+from test_window_clusters import model as windowed  # noqa: F401
 
 from hpc_distkv.comm.schedule import SeededSchedule
 from hpc_distkv.control.messages import Request, Sampling, pack_tokens
@@ -170,9 +170,10 @@ def test_rows_that_share_their_beginning(model, watch, seed):
     assert watch.ahead > 0
 
 
-def test_rows_with_windows_go_step_by_step(tmp_path: Path, watch) -> None:
-    model, row, want = windowed(tmp_path, window=24, tokens=60, output=12)
-    assert late(model, [row], 1, options(60), 0).tokens == {0: want}
+def test_rows_with_windows_go_step_by_step(windowed, watch):  # noqa: F811
+    rows = crowd(0, 30 * BLOCK)
+    outcome = late(windowed, rows, 1, options(60), 0)
+    assert outcome.tokens == unconstrained(windowed, rows)
     assert watch.ahead == 0
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from clusters import Outcome, run_cluster
-from families import continuation, prompt, save
+from families import VOCABULARY, continuation, prompt, save
 from mpirun import mpirun, run_mpi
 
 from hpc_distkv.comm.binding import bind
@@ -17,6 +17,7 @@ from hpc_distkv.comm.local import leftovers, open_local
 from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR
 from hpc_distkv.control.messages import LogitRules, Request, Sampling, pack_tokens
 from hpc_distkv.engine.rank import EngineOptions
+from hpc_distkv.engine.worker import Worker
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.model.weights import load_decoder
@@ -103,6 +104,22 @@ def test_recorded_steps_change_no_token(tmp_path: Path) -> None:
     for blocks in (400, 60):
         replayed = on_gpu(model, rows, options(blocks))
         assert replayed.tokens == eager.tokens
+
+
+def test_steps_that_are_planned_ahead_change_no_token(tmp_path: Path, monkeypatch) -> None:
+    """Rows may end at any token, when the next step has begun with them."""
+    save("llama-llama3", tmp_path)
+    model, rng = loaded(tmp_path, "cuda"), random.Random(7)
+    rows = []
+    for number in range(40):
+        stop = tuple(rng.sample(range(VOCABULARY), VOCABULARY // 20))
+        sampling = Sampling(
+            rng.randint(20, 120), rng.choice([0.0, 0.8]), seed=number, stop_token_ids=stop
+        )
+        rows.append(Request(number, pack_tokens(prompt(rng.randint(1, 150), number)), sampling))
+    ahead = on_gpu(model, rows, options(400))
+    monkeypatch.setattr(Worker, "_may_go_on", lambda worker, plan: False)
+    assert on_gpu(model, rows, options(400)).tokens == ahead.tokens
 
 
 def test_a_pool_is_sized_from_what_the_gpu_has_left(tmp_path: Path) -> None:
