@@ -124,6 +124,12 @@ class Assignment:
         instance: rows and prompt tokens there is room for, work it has already. `step_tokens`:
         prompt tokens that could be computed in the time of a decode step."""
         self._step_tokens = step_tokens
+        if self._affinity:
+            # What is large goes on with what is somewhere by now, like any other row.
+            for request in [*islice(self._large, LOOK_AHEAD)]:
+                if not self._is_large(request):
+                    self._large.remove(request)
+                    self._returned.append(request)
         given: dict[int, list[Request]] = {}
         if not self.waiting:
             return given
@@ -203,10 +209,17 @@ class Assignment:
         """The next row that may be assigned."""
         while len(self._large) < self._most_ahead:
             request = self._next_row()
-            if request is None or request.length < self.large_from:
+            if request is None or not self._is_large(request):
                 return request
             self._large.append(request)
         return None
+
+    def _is_large(self, request: Request) -> bool:
+        """Whether it is, but for a beginning that is likely to be somewhere."""
+        if request.length < self.large_from:
+            return False
+        known = self._affinity.find(request)[1] if self._affinity else 0
+        return request.length - known >= self.large_from
 
     def _next_row(self) -> Request | None:
         if not self.exhausted:

@@ -57,14 +57,16 @@ class LargeRows:
         for placed in sorted(waiting, key=lambda placed: placed.row.request):
             home, row = placed
             near = self._links.classes(home) <= reach(home, row.blocks)
-            if (blocked & near).any():
+            # One that goes on with what others share may need little: it passes.
+            large = row.blocks > reports["capacity"][home]
+            if large and (blocked & near).any():
                 continue  # an older one waits for the same room
             beside = [other.row for other in begun if near[other.home]]
             room = SHARE * reports["capacity"][near].sum()
             # Prompts at one home are computed one after the other.
             prompt = any(other.home == home and other.row.prompt for other in begun)
             if beside and (prompt or peak([*beside, row], step_tokens) > room):
-                blocked |= near
+                blocked |= near & large
             else:
                 begun.append(placed)
                 begin.append(placed)

@@ -212,9 +212,11 @@ class Scheduler:
         """Sequences too large for this instance: all that run, and the oldest that waits."""
         if not self._config.policy.planner:
             return []
-        waiting = filter(self._admission.large, self.waiting)
-        rows = [*filter(self._admission.large, self.running), *islice(waiting, 1)]
-        return [self._large(sequence) for sequence in rows]
+        large, awaited = self._admission.large, self._rm.prefixes.awaited
+        waiting = (s for s in self.waiting if large(s) and not awaited(s.keys))
+        counted: set[int] = set()
+        rows = (*filter(large, self.running), *islice(waiting, 1))
+        return [self._large(sequence, counted) for sequence in rows]
 
     @property
     def lacking(self) -> int:
@@ -316,15 +318,20 @@ class Scheduler:
         """Tokens for which memory is asked for now."""
         return sequence.length + self._growth
 
-    def _large(self, sequence: Sequence) -> Large:
+    def _large(self, sequence: Sequence, counted: set[int]) -> Large:
+        """`counted`: prefixes of others, which count once."""
         table, end = self._rm.tables.get(sequence.id), self.foresight.expected_end(sequence)
-        left = work(sequence.computed, sequence.length, self._config.attention_tokens)
+        shared = [p for p in self._rm.prefixes.chain(sequence.id) if p.id not in counted]
+        counted.update(prefix.id for prefix in shared)
+        held = sum(part.held for part in (*shared, table) if part)
+        done = sequence.length - self.foresight.uncomputed(sequence)
+        left = work(done, sequence.length, self._config.attention_tokens)
         return Large(
             sequence.id,
             begun=bool(table) or sequence.id in self._admission.begin,
-            held=table.held if table else 0,
-            blocks=self._config.blocks(int(end)),
-            prompt=left if sequence.remaining > 1 else 0.0,
+            held=held,
+            blocks=held + self.foresight.missing(sequence, int(end)),
+            prompt=left if sequence.length > done + 1 else 0.0,
             output=end - sequence.length,
         )
 

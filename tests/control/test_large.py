@@ -86,6 +86,14 @@ def test_nobody_passes_an_older_one_that_waits_for_the_same_room():
     assert begun(Job(3), *rows) == [[], [1], []]
 
 
+def test_one_that_needs_little_beside_what_others_share_passes():
+    first = large(0, 150, begun=True, held=150, prompt=0)
+    waiting, sharing = with_large(large(1, 150)), with_large(first, large(2, 20))
+    assert begun(Job(2), waiting, sharing) == [[], [2]]
+    sharing = with_large(first, large(2, 21))
+    assert begun(Job(2), waiting, sharing) == [[], []]
+
+
 def test_those_that_have_begun_count_with_what_they_come_to_have():
     going_on = with_large(large(0, 190, begun=True, held=20, prompt=50))
     assert begun(Job(3), going_on, with_large(large(1, 110)), with_large()) == [[], [], []]
@@ -145,6 +153,20 @@ def test_what_is_expected_of_a_row_that_goes_on():
     room = np.array([1000])
     assignment.assign(room, room, np.zeros(1))
     assert assignment.large_rows(5, BLOCK) == [Large(0, False, 0, 12, 320.0, 44.0)]
+
+
+def test_a_row_too_large_whose_beginning_is_somewhere_is_like_any_other():
+    """It goes where that is."""
+    document = pack_tokens(range(150 * BLOCK))
+    rows = [Request(n, document + pack_tokens([n] * 9), Sampling(max_tokens=8)) for n in range(3)]
+    job = Job(3, rows, POLICIES["lend"], block_size=BLOCK, prefix_caching=True)
+    room = {"room_rows": 8, "room_tokens": 9999}
+    answers = job.round(
+        with_large(**room), with_large(capacity=101, free=101, **room), with_large(**room)
+    )
+    assert [[r.id for r in answer.assign] for answer in answers] == [[], [0], []]
+    reports = with_large(**room), with_large(large(0, 151, begun=True), **room), with_large(**room)
+    assert [[r.id for r in answer.assign] for answer in job.round(*reports)] == [[], [1, 2], []]
 
 
 # -- room for them ------------------------------------------------------------------------------

@@ -103,8 +103,8 @@ def test_all_answers_to_a_prompt_share_its_full_rblocks(model):
 
 
 def test_lent_rblocks_are_shared_too(model, steady_pace):
-    """The document is longer than a pool: its rows cannot but attend to what is lent. No instance
-    computes it twice."""
+    """The document is longer than a pool: its rows cannot but attend to what is lent. Some go
+    on with what others have computed."""
     rng = random.Random(3)
     text = tokens(20 * BLOCK, rng)
     rows = [
@@ -112,10 +112,10 @@ def test_lent_rblocks_are_shared_too(model, steady_pace):
         for number in range(6)
     ]
     alone = apart(model, rows)
-    found = run_cluster(model, rows, 3, options(14), SeededSchedule(0))
+    found = run_cluster(model, rows, 3, options(18), SeededSchedule(0))
     assert found.tokens == alone.tokens
     assert total(found, "blocks_borrowed")
-    assert total(found, "prompt_tokens") <= 3 * len(text) + 6 * 5
+    assert total(found, "cached_tokens") >= 2 * len(text)
 
 
 def test_without_prefix_caching_every_row_computes_all_of_its_prompt(model):
