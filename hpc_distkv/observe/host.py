@@ -23,6 +23,7 @@ from hpc_distkv.engine.recorder import Recorder
 from hpc_distkv.engine.timesheet import TimeSheet
 from hpc_distkv.engine.worker import Worker
 from hpc_distkv.memory.pool import BlockPool
+from hpc_distkv.model.shard import Alone, Lanes
 
 BLOCK = 32
 VOCABULARY = 64
@@ -63,6 +64,7 @@ class NoLayers:
     attention: Sequence[AttentionSpec] = ()
     unconditional = True
     needs_lengths = False
+    lanes: Lanes = Alone()
 
     def hidden(
         self,
