@@ -126,10 +126,10 @@ class Assignment:
         self._step_tokens = step_tokens
         if self._affinity:
             # What is large goes on with what is somewhere by now, like any other row.
-            for known in [*islice(self._large, LOOK_AHEAD)]:
-                if not self._is_large(known):
-                    self._large.remove(known)
-                    self._returned.append(known)
+            for row in [*islice(self._large, LOOK_AHEAD)]:
+                if not self._is_large(row):
+                    self._large.remove(row)
+                    self._returned.append(row)
         given: dict[int, list[Request]] = {}
         if not self.waiting:
             return given
