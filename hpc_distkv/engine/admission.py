@@ -68,8 +68,7 @@ class Admission:
         """No sequence may begin any more."""
         self.keep = 0
         """rBlocks to leave free for loans to come."""
-        chunk = config.blocks(config.max_num_batched_tokens)
-        self.reserve = min(chunk, max(1, config.num_blocks // 100))
+        self.reserve = config.reserve
         """Room that stays free when a row is admitted, for those that run to grow into."""
         self._rm, self._config, self._foresight = rmanager, config, foresight
         self._refused: tuple[object, ...] = ()
@@ -125,9 +124,13 @@ class Admission:
         return Outlook(claims, blocked, room.lacking)
 
     def large(self, sequence: Sequence) -> bool:
-        """Whether the planner has to find room elsewhere for the sequence before it can run."""
+        """Whether the planner has to find room elsewhere for the sequence before it can run. One
+        that all pools cannot hold begins alone, and has in the host's memory what is not granted
+        by the time."""
+        if not self._config.policy.planner or self._config.needs_host(sequence.final_len):
+            return False
         own = self._config.num_blocks - self._rm.lent - self.reserve
-        return self._config.policy.planner and self._config.blocks(sequence.length + 1) > own
+        return self._config.blocks(sequence.length + 1) > own
 
     def _state(self, waiting: Rows[Sequence], running: Rows[Sequence]) -> tuple[object, ...]:
         """All that decides on who may begin, but for the growth that was foreseen."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
+from typing import Protocol
 
 import torch
 
 from hpc_distkv.attention import PagedBatch, PagedRow, micro_attention, write_kv
 from hpc_distkv.comm.device import Device
-from hpc_distkv.engine.debtor import Debtor
 from hpc_distkv.engine.graphs import DecodeGraphs
 from hpc_distkv.engine.model import Model
 from hpc_distkv.engine.recorder import Recorder
@@ -16,6 +16,16 @@ from hpc_distkv.engine.scheduler import Row
 from hpc_distkv.engine.shared import SharedAttention, groups_of
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.memory.rmanager import RManager
+
+
+class Elsewhere(Protocol):
+    """What attends to the rBlocks of a step that are not in the pool: `Debtor`, `HostTier`."""
+
+    def post_queries(self, q: torch.Tensor) -> None:
+        """Send off the rows of `q` `[tokens, heads, head_dim]` that have rBlocks there."""
+
+    def merge(self, layer: int, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """Merge the partial results into the rank's own, in place."""
 
 
 class Forward:
@@ -41,15 +51,16 @@ class Forward:
         self._positional = any(spec.positional for spec in model.attention)
         self._recorder = recorder
 
-    def run(self, rows: Sequence[Row], debtor: Debtor | None) -> torch.Tensor:
+    def run(self, rows: Sequence[Row], elsewhere: Sequence[Elsewhere] = ()) -> torch.Tensor:
         """Compute the rows' tokens and store their KV. Returns the float32 logits
         `[sampled rows, vocab]` of those rows that have no token left to compute, in order.
-        `debtor` is given if any row has rBlocks elsewhere."""
+        `elsewhere`: where rows have rBlocks beside the pool; queries are sent in this order, and
+        what takes longest to answer comes first."""
         if not rows:
             return torch.empty((0, 0))
         size = self._pool.block_size
         decodes = all(count == 1 for _, count in rows)
-        replayable = self._graphs is not None and debtor is None and decodes
+        replayable = self._graphs is not None and not elsewhere and decodes
         groups = {} if self._positional else groups_of(self._rm, rows, size, replayable)
         shared = SharedAttention(groups, rows, size, self._device) if groups else None
         apart = {prefix.id for prefixes in groups.values() for prefix in prefixes}
@@ -67,15 +78,16 @@ class Forward:
             self._between_layers()
             k_cache, v_cache = self._pool.layer(layer)
             write_kv(k, v, k_cache, v_cache, blocks, offsets)
-            if debtor:
-                debtor.post_queries(q)
+            for place in elsewhere:
+                place.post_queries(q)
             out, lse = micro_attention(q, k_cache, v_cache, batch, self._specs[layer], causal=True)
             self._pause()
             if shared:
                 shared.merge(q, (k_cache, v_cache), self._specs[layer], out, lse)
                 self._pause()
-            if debtor:
-                debtor.merge(layer, out, lse)
+            for place in reversed(elsewhere):
+                place.merge(layer, out, lse)
+                self._pause()
             return out
 
         hidden = self._model.hidden(

@@ -15,8 +15,9 @@ from hpc_distkv.control.work import work
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.creditor import Creditor
 from hpc_distkv.engine.debtor import Debtor
-from hpc_distkv.engine.forward import Forward
+from hpc_distkv.engine.forward import Elsewhere, Forward
 from hpc_distkv.engine.graphs import DecodeGraphs
+from hpc_distkv.engine.host import HostTier
 from hpc_distkv.engine.instance import NO_LOGPROBS, Instance
 from hpc_distkv.engine.model import Model
 from hpc_distkv.engine.pace import StepWork
@@ -42,6 +43,8 @@ class Parts(NamedTuple):
     decoder: TextDecoder | None
     """For requests with stop strings."""
     time: TimeSheet
+    host_pool: BlockPool | None = None
+    """rBlocks in the host's memory."""
 
 
 def decode_graphs(parts: Parts) -> DecodeGraphs | None:
@@ -73,6 +76,11 @@ class Lane:
         self.creditor = Creditor(
             comm, pool, self.instance, shape, parts.model.attention, parts.time
         )
+        self._host: HostTier | None = None
+        if parts.host_pool:
+            self._host = HostTier(
+                comm, pool, parts.host_pool, self.instance.rm, parts.model.attention, parts.time
+            )
         self._forward = Forward(
             parts.model,
             pool,
@@ -91,7 +99,12 @@ class Lane:
         """The plan's headers, moves and layers. Returns the logits of the rows that end, on the
         leader. `now`: the leader's clock."""
         self._exchanging = self.sharing and self.debtor.begin(plan, now)
-        logits = self._forward.run(plan.rows, self.debtor if self._exchanging else None)
+        elsewhere: list[Elsewhere] = [self.debtor] if self._exchanging else []
+        if self._host and self._host.begin(plan):
+            elsewhere.append(self._host)
+        logits = self._forward.run(plan.rows, elsewhere)
+        if self._host:
+            self._host.finish()
         if self.sharing:
             self.debtor.finish()
         return logits
@@ -105,8 +118,7 @@ class Lane:
     ) -> StepWork:
         """Commit the moves of a step that was computed, and append its new tokens. Returns what
         the step had to compute. `logprobs`: on the leader, who alone reports results."""
-        if self.sharing:
-            self.instance.commit(plan)
+        self.instance.commit(plan)
         done = self._work(plan.rows)
         self.instance.append(plan.rows, tokens, now, logprobs)
         return done

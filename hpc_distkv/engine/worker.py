@@ -225,9 +225,9 @@ class Worker:
         (tokens, logprobs), now = self._sample(plan.rows, logits), time.monotonic()
         self._log.record(StepEnded(tokens, now))
         done = self._lane.end(plan, tokens, now, logprobs)
-        self._idle = not plan.rows
+        self._idle = plan.idle
         tokens_computed = sum(count for _, count in plan.rows)
-        self._time.leave(len(plan.rows), tokens_computed, record=not self._idle)
+        self._time.leave(len(plan.rows), tokens_computed, record=bool(plan.rows))
         if plan.rows:
             partials, beside = self._waited()
             seconds = StepSeconds(
@@ -238,7 +238,7 @@ class Worker:
 
     def _waited(self) -> tuple[float, float]:
         spent = self._time.spent
-        return spent(Kind.PARTIALS), spent(Kind.MOVES, Kind.SERVE)
+        return spent(Kind.PARTIALS), spent(Kind.MOVES, Kind.SERVE, Kind.HOST)
 
     def _sample(self, rows: list[Row], logits: torch.Tensor) -> tuple[list[int], dict[int, bytes]]:
         """The new tokens of the rows that have all others computed, and records of logprobs. When
