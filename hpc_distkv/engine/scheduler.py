@@ -15,7 +15,7 @@ from hpc_distkv.engine.foresight import Foresight
 from hpc_distkv.engine.migration import Migrations
 from hpc_distkv.engine.moves import Moves
 from hpc_distkv.engine.sequence import Sequence
-from hpc_distkv.engine.swap import Swaps
+from hpc_distkv.engine.swap import GROWTH_TOKENS, Swaps
 from hpc_distkv.memory.loan import Move
 from hpc_distkv.memory.rmanager import RManager
 
@@ -455,7 +455,7 @@ class Scheduler:
         ahead = 2 * self._config.max_num_batched_tokens
 
         def growth(sequence: Sequence) -> int:
-            target = min(sequence.length + 8, sequence.computed + ahead)
+            target = min(sequence.length + GROWTH_TOKENS, sequence.computed + ahead)
             return self.foresight.missing(sequence, target)
 
         short = self._admission.reserve - max(0, self._rm.usable) + sum(map(growth, self.running))

@@ -16,6 +16,8 @@ from hpc_distkv.memory.rmanager import RManager
 SWAP_TOKENS = 1.0
 """Prompt tokens computed while an rBlock leaves for the host's memory and comes back, until it was
 measured."""
+GROWTH_TOKENS = 8
+"""That a row in decode is sure to grow by."""
 HOME_BLOCKS = 8
 """rBlocks that come home in one step though no row waits for them."""
 
@@ -131,9 +133,10 @@ class Swaps:
         return len(blocks)
 
     def _bring_home(self, running: Rows[Sequence]) -> None:
-        room = self._rm.usable - sum(
-            self._foresight.missing(s, int(self._foresight.expected_end(s))) for s in running
-        )
+        room = self._rm.usable - self._config.reserve
+        for sequence in running:
+            end = max(int(self._foresight.expected_end(sequence)), sequence.length + GROWTH_TOKENS)
+            room -= self._foresight.missing(sequence, end)
         moving = {(move.request, move.block) for move in self._home}
         there = (
             (key, index)
