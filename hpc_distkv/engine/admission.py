@@ -127,10 +127,10 @@ class Admission:
         """Whether the planner has to find room elsewhere for the sequence before it can run. One
         that all pools cannot hold begins alone, and has in the host's memory what is not granted
         by the time."""
-        if not self._config.policy.planner or self._config.needs_host(sequence.final_len):
-            return False
         own = self._config.num_blocks - self._rm.lent - self.reserve
-        return self._config.blocks(sequence.length + 1) > own
+        if not self._config.policy.planner or self._config.blocks(sequence.length + 1) <= own:
+            return False
+        return not self._config.needs_host(int(self._foresight.expected_end(sequence)))
 
     def _state(self, waiting: Rows[Sequence], running: Rows[Sequence]) -> tuple[object, ...]:
         """All that decides on who may begin, but for the growth that was foreseen."""

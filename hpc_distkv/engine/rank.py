@@ -347,7 +347,8 @@ def _blocks_that_fit(comm: Comm, model: Decoder, options: EngineOptions, block_b
     peak = activation_peak(model, comm.device, tokens, rows, options.block_size)
     # Beyond the pool: rBlocks to bounce and to spare, queries and partial results in both roles.
     row_bytes = model.config.num_heads * model.config.head_dim * (model.dtype.itemsize + 4)
-    peak += (BOUNCE_BLOCKS + 1) * block_bytes + 2 * CANDIDATES * tokens * row_bytes
+    legs = 2 * CANDIDATES + (options.host_kv_memory is not None)
+    peak += (BOUNCE_BLOCKS + 1) * block_bytes + legs * tokens * row_bytes
     free = free_memory(comm.device)
     return device_blocks(free, peak, options.gpu_memory_utilization, wanted, block_bytes, tokens)
 

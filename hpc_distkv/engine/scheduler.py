@@ -356,9 +356,9 @@ class Scheduler:
                 self.stalls += 1
                 return False
             youngest = self.running[-1]
-            if youngest is sequence:
+            if youngest is sequence or self.swaps.returns(youngest):
                 self.stalls += 1
-                self._starved |= self._starves(sequence)
+                self._starved |= youngest is sequence and self._starves(sequence)
                 return False
             self._preempt(youngest)
             rows.pop(youngest.id, None)

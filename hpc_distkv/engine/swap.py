@@ -48,6 +48,7 @@ class Swaps:
         self._rm, self._config, self._foresight = rmanager, config, foresight
         self._space = rmanager.host_space
         self._leaving: list[Sequence] = []
+        self._returning: list[Sequence] = []
         self._out: list[Move] = []
         self._home: list[Move] = []
 
@@ -76,8 +77,12 @@ class Swaps:
         return True
 
     def leaves(self, sequence: Sequence) -> bool:
-        """Whether what the sequence has computed is on its way."""
+        """Whether the sequence gives way in this step, with what it has computed."""
         return sequence in self._leaving
+
+    def returns(self, sequence: Sequence) -> bool:
+        """Whether the sequence goes on after this step, in which its rBlocks come home."""
+        return sequence in self._returning
 
     def resume(self, sequence: Sequence) -> bool:
         """Open the table of a sequence that was put aside, and begin to bring home what has room.
@@ -88,6 +93,8 @@ class Swaps:
         room = max(0, self._rm.usable - tail)
         home = in_host[max(0, len(in_host) - room) :]
         self._home += [self._rm.bring_home(sequence.id, index, HOST) for index in home]
+        if home:
+            self._returning.append(sequence)
         return bool(home)
 
     def discard(self, sequence: Sequence) -> None:
@@ -98,7 +105,8 @@ class Swaps:
 
     def helps(self, sequence: Sequence) -> bool:
         """Whether rBlocks of a running sequence that lacks memory can go to the host's."""
-        return self._outgrows(sequence) and self._room() > 0 and any(self._movable(sequence))
+        room = self._outgrows(sequence) and self._room() > 0
+        return room and next(self._movable(sequence), None) is not None
 
     def plan(self, running: Rows[Sequence], short: int) -> None:
         """Let go what rows that outgrow the pool lack, `short` rBlocks in all; or bring home what
@@ -119,7 +127,7 @@ class Swaps:
 
     def commit(self) -> list[Sequence]:
         """The step's moves have arrived. Returns the sequences that are put aside now."""
-        gone, self._leaving, self.freeing = self._leaving, [], 0
+        gone, self._leaving, self._returning, self.freeing = self._leaving, [], [], 0
         for sequence in gone:
             self._rm.leave(sequence.id)
         return gone
