@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from hpc_distkv.comm.device import Device, Fetch
 from hpc_distkv.comm.local import network_of
 from hpc_distkv.comm.staged import StagedTransport
 from hpc_distkv.comm.transport import Comm
@@ -78,48 +77,3 @@ def stage(comms: Sequence[Comm]) -> list[DeferredCopies]:
     events = network.events
     network.events = lambda: [*events(), *(copies.happen for copies in devices if copies.waiting)]
     return devices
-
-
-class LateDevice(Device):
-    """A device whose copies beside what it computes end when they are chosen to, in any order, and
-    leave garbage where they go until then; what it fetches is there later too."""
-
-    def __init__(self) -> None:
-        self.under_way: list[DeferredEvent] = []
-
-    def copy_beside(
-        self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]
-    ) -> DeferredEvent:
-        for target in targets:
-            target.view(-1).view(torch.uint8).fill_(POISON)
-        return self._later(sources, targets)
-
-    def fetch(self, tensors: Sequence[torch.Tensor]) -> Fetch:
-        there = [torch.full_like(tensor, POISON) for tensor in tensors]
-        return Fetch(there, self._later([tensor.clone() for tensor in tensors], there))
-
-    def events(self) -> list[Callable[[], None]]:
-        return [lambda event=event: self._happen(event) for event in self.under_way]
-
-    def _later(
-        self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]
-    ) -> DeferredEvent:
-        pairs = list(zip(sources, targets, strict=True))
-        event = DeferredEvent(lambda: [target.copy_(source) for source, target in pairs])
-        self.under_way.append(event)
-        return event
-
-    def _happen(self, event: DeferredEvent) -> None:
-        self.under_way.remove(event)
-        event.happen()
-        event.past = True
-
-
-def late(comms: Sequence[Comm]) -> None:
-    """Give all ranks such devices; when copies end is up to the schedule of their network."""
-    devices = [LateDevice() for _ in comms]
-    for comm, device in zip(comms, devices, strict=True):
-        comm.device = device
-    network = network_of(comms)
-    events = network.events
-    network.events = lambda: [*events(), *(e for device in devices for e in device.events())]

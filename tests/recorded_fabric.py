@@ -36,10 +36,19 @@ class RecordedFabric:
         self.marks: list[list[Late]] = [[] for _ in range(ranks)]
         self.meetings: list[tuple[int, int, int]] = []
         """(rank, peer, messages) in the order in which they were asked for."""
+        self.hops: list[tuple[int, ...]] = []
+        """The ranks of each that all of them have asked for."""
+        self.asked: dict[int, list[Sequence[Message]]] = {rank: [] for rank in range(ranks)}
+        """Hops that not all ranks of the instance have asked for."""
+        self.tails: list[list[Late]] = [[] for _ in range(ranks)]
+        """Hops that have moved their bytes and have not passed."""
+        self.closed: list[int] = []
         self.failure: Exception | None = None
 
     def ask(self, rank: int, messages: Sequence[Message]) -> Late:
         assert self.heads[rank] is None, "a message would stand behind another"
+        assert not self.asked[rank], "two fabrics at once"
+        assert not self.tails[rank], "two fabrics at once"
         peers = {message.peer for message in messages}
         assert len(peers) == 1, "a meeting has two sides"
         self.heads[rank] = asked = Asked(messages)
@@ -48,7 +57,8 @@ class RecordedFabric:
 
     def events(self) -> list[Callable[[], None]]:
         """What could happen next: kernels end, in order; both sides of a meeting are there."""
-        found = [lambda marks=marks: self.pass_mark(marks) for marks in self.marks if marks]
+        queues = [queue for queue in (*self.marks, *self.tails) if queue]
+        found = [lambda queue=queue: self.pass_mark(queue) for queue in queues]
         for rank, asked in enumerate(self.heads):
             peer = asked.messages[0].peer if asked else -1
             theirs = self.heads[peer] if asked else None
@@ -58,6 +68,33 @@ class RecordedFabric:
 
     def pass_mark(self, marks: list[Late]) -> None:
         marks.pop(0).past = True
+
+    def hop(self, comm: Comm, messages: Sequence[Message]) -> Late:
+        """The host stands still until all ranks of the instance have asked for the hop, as it may
+        in any call that waits for the GPU; it serves nobody meanwhile."""
+        rank, ranks = comm.world.rank, comm.world.lanes
+        assert self.heads[rank] is None, "two fabrics at once"
+        own = self.asked[rank]
+        own.append(messages)
+        while own and not all(self.asked[other] for other in ranks):
+            comm.waiter.pause(0, 0.0, lambda: f"rank {rank} stands still in a hop")
+        if own:  # the first that sees all of them
+            self.move({other: self.asked[other].pop() for other in ranks})
+            self.hops.append(tuple(ranks))
+        event = Late()
+        self.tails[rank].append(event)
+        return event
+
+    def move(self, hop: dict[int, Sequence[Message]]) -> None:
+        """Every send of a hop meets its receive."""
+        recvs = {
+            (peer, rank): t for rank, each in hop.items() for peer, send, t in each if not send
+        }
+        sends = {(rank, peer): t for rank, each in hop.items() for peer, send, t in each if send}
+        assert sends.keys() == recvs.keys()
+        for pair, source in sends.items():
+            assert source.nbytes == recvs[pair].nbytes
+            recvs[pair].copy_(source)
 
     def meet(self, low: int, high: int) -> None:
         ours, theirs = self.heads[low], self.heads[high]
@@ -97,9 +134,26 @@ class End:
     def meet(self, messages: Sequence[Message]) -> Late:
         return self.fabric.ask(self.rank, messages)
 
+    def within(self, comm: Comm) -> Inside:
+        return Inside(self.fabric, comm)
+
+    def close(self) -> None:
+        self.fabric.closed.append(self.rank)
+
     def check(self) -> None:
         if self.fabric.failure:
             raise self.fabric.failure
+
+
+class Inside(End):
+    """One rank's end of its instance's own fabric."""
+
+    def __init__(self, fabric: RecordedFabric, comm: Comm) -> None:
+        super().__init__(fabric, comm.world.rank)
+        self.comm = comm
+
+    def meet(self, messages: Sequence[Message]) -> Late:
+        return self.fabric.hop(self.comm, messages)
 
 
 def connect(comms: Sequence[Comm]) -> RecordedFabric:

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from hpc_distkv.attention import tuning
 from hpc_distkv.attention.paged import PagedBatch
+from hpc_distkv.attention.rotation import Rotation
 from hpc_distkv.attention.spec import AttentionSpec
-from hpc_distkv.attention.staging import to_device
 from hpc_distkv.attention.tuning import Kernel, Processors, Shape
-from hpc_distkv.attention.worklist import ITEM_SIZE, MERGE_SIZE, KeyIndex
+from hpc_distkv.attention.worklist import ITEM_SIZE, MERGE_SIZE, Ints, KeyIndex
+from hpc_distkv.comm.upload import upload
 
 log = logging.getLogger(__name__)
 
@@ -183,8 +184,7 @@ class Kernels:
         self._attend = Launcher(module.attend)
         self._combine = Launcher(module.combine)
         self._merge_rows = Launcher(module.merge_rows)
-        self._write_kv = Launcher(module.write_kv)
-        self._rotate = Launcher(module.rotate)
+        self._rotate_and_write = Launcher(module.rotate_and_write)
         self._processors = processors
 
     def serves(self, q: Tensor, k_cache: Tensor, spec: AttentionSpec) -> bool:
@@ -273,40 +273,37 @@ class Kernels:
                 (heads, dim, width, tile),
             )
 
-    def write_kv(
+    def rotate_and_write(
         self,
-        k: Tensor,
+        qk: Tensor,
         v: Tensor,
+        rotation: Rotation | None,
         k_cache: Tensor,
         v_cache: Tensor,
         blocks: Tensor,
         offsets: Tensor,
-    ) -> None:
-        """Copy in place; `blocks` and `offsets` on the device of the others."""
-        tokens, heads, dim = k.shape
-        size = heads * dim
-        tile = min(tuning.power_of_two(size), _TILE)
-        strides = k.stride(0), v.stride(0), k_cache.stride(0), v_cache.stride(0)
-        if tokens:
-            self._write_kv(
-                (tokens, -(-size // tile), 1),
-                (k, v, k_cache, v_cache, blocks, offsets, *strides),
-                (size, dim, k_cache.shape[2], tile),
-            )
-
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Heads `x` [T, heads, head_dim], turned by cos and sin [T, 1, rotary_dim]."""
-        tokens, heads, dim = x.shape
+    ) -> Tensor:
+        """As `cache.rotate_and_write`; `blocks` and `offsets` on the device of the others."""
+        tokens, kv_heads, dim = v.shape
+        heads = qk.shape[1] - kv_heads
+        q = qk[:, :heads]
+        if rotation is None:
+            qk, heads = qk[:, heads:], 0
+            turned, (cos, sin), rotary = qk, (qk, qk), 0
+        else:
+            q = turned = torch.empty((tokens, heads, dim), dtype=qk.dtype, device=qk.device)
+            (cos, sin), rotary = rotation, rotation.cos.shape[-1]
         width = tuning.power_of_two(dim)
-        tile = min(max(_TILE // width, 1), tuning.power_of_two(heads))
-        out = torch.empty((tokens, heads, dim), dtype=x.dtype, device=x.device)
+        every = heads + 2 * kv_heads
+        tile = min(max(_TILE // width, 1), tuning.power_of_two(every))
+        strides = qk.stride(0), v.stride(0), cos.stride(0), k_cache.stride(0), v_cache.stride(0)
         if tokens:
-            self._rotate(
-                (tokens, -(-heads // tile), 1),
-                (x, cos, sin, out, x.stride(0), cos.stride(0)),
-                (heads, dim, width, cos.shape[-1], tile),
+            self._rotate_and_write(
+                (tokens, -(-every // tile), 1),
+                (qk, v, turned, k_cache, v_cache, cos, sin, blocks, offsets, *strides),
+                (heads, kv_heads, dim, width, rotary, k_cache.shape[2], tile),
             )
-        return out
+        return q
 
     def _plan(
         self,
@@ -334,14 +331,9 @@ class Kernels:
             launches.append((kernel, items, not tiles.exact))
             merges.append(merge)
         merge = np.concatenate(merges)
-        blocks, first_token, on_device, *items_on_device = to_device(
-            [
-                batch.blocks.numpy(),
-                batch.first_token.numpy(),
-                merge,
-                *(items for _, items, _ in launches),
-            ],
-            q.device,
+        lists = [_flat(numbers) for numbers in (merge, *(items for _, items, _ in launches))]
+        blocks, first_token, on_device, *items_on_device = upload(
+            [batch.blocks, batch.first_token, *lists], q.device
         )
         return Plan(
             [
@@ -355,6 +347,10 @@ class Kernels:
             partials,
             int(merge[:, 3].max(initial=1)),
         )
+
+
+def _flat(numbers: Ints) -> Tensor:
+    return torch.from_numpy(numbers.astype(np.int32).reshape(-1))
 
 
 def _items(launch: Launch) -> int:

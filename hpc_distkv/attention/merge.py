@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hpc_distkv.attention import launch, native, reference
-from hpc_distkv.attention.staging import index_on
+from hpc_distkv.attention.layout import index_on
 
 
 def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

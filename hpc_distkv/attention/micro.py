@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hpc_distkv.attention import launch, native, reference
+from hpc_distkv.attention import flashinfer, launch, native, reference
 from hpc_distkv.attention.layout import inner_contiguous
 from hpc_distkv.attention.paged import PagedBatch
 from hpc_distkv.attention.spec import AttentionSpec
@@ -52,8 +52,14 @@ def micro_attention(
         raise ValueError(f"{spec.slopes.shape[0]} slopes do not fit the {q.shape[1]} heads of q")
     out = _output(out, q.shape, q.device, "out")
     lse = _output(lse, q.shape[:2], q.device, "lse")
+    flash = flashinfer.kernels(q.device) if spec.backend == flashinfer.BACKEND else None
+    layout = flash.layout(q, k_cache, batch, spec, causal=causal) if flash else None
     triton = launch.kernels(q.device)
-    if triton and triton.serves(q, k_cache, spec):
+    if flash and layout:
+        flash.micro_attention(
+            q, k_cache, v_cache, batch, layout, spec, causal=causal, out=out, lse=lse
+        )
+    elif triton and triton.serves(q, k_cache, spec):
         triton.micro_attention(q, k_cache, v_cache, batch, spec, causal=causal, out=out, lse=lse)
     elif _native_shape(q) and (kernels := native.kernels()):
         kernels.micro_attention(

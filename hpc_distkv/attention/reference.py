@@ -94,7 +94,7 @@ def merge_rows(out: Tensor, lse: Tensor, rows: Tensor, part_out: Tensor, part_ls
 def write_kv(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, blocks: Tensor, offsets: Tensor
 ) -> None:
-    """As `cache.write_kv`."""
+    """Store k[t], v[t] [T, Hkv, D] at cache[blocks[t], :, offsets[t]]."""
     index = blocks.to(k.device, torch.int64), slice(None), offsets.to(k.device, torch.int64)
     k_cache[index] = k
     v_cache[index] = v

@@ -1,4 +1,5 @@
-"""The Triton kernels: MicroAttention over paged rBlocks, its merges, the cache write, the rotation.
+"""The Triton kernels: MicroAttention over paged rBlocks, its merges, the rotation with the
+cache write.
 
 Needs triton, which decides at import, by TRITON_INTERPRET, whether the kernels are compiled or run
 in its interpreter; so this module is imported only when `launch.kernels` needs it.
@@ -289,62 +290,58 @@ def merge_rows(
 
 
 @triton.jit
-def write_kv(
-    k,
+def rotate_and_write(
+    qk,
     v,
+    q,
     k_cache,
     v_cache,
-    blocks,
-    offsets,
-    k_from,
-    v_from,
-    k_stride,
-    v_stride,
-    SIZE: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """One program: TILE of the SIZE = KV heads · DIM numbers of one token's K and V."""
-    token = tl.program_id(0).to(tl.int64)
-    block = tl.load(blocks + token).to(tl.int64)
-    within = tl.load(offsets + token)
-    number = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    real = number < SIZE
-    to = (number // DIM * BLOCK_SIZE + within) * DIM + number % DIM
-    new_k = tl.load(k + token * k_from + number, mask=real)
-    new_v = tl.load(v + token * v_from + number, mask=real)
-    tl.store(k_cache + block * k_stride + to, new_k, mask=real)
-    tl.store(v_cache + block * v_stride + to, new_v, mask=real)
-
-
-@triton.jit
-def rotate(
-    x,
     cos,
     sin,
-    out,
-    x_stride,
+    blocks,
+    offsets,
+    qk_from,
+    v_from,
     table_stride,
+    k_stride,
+    v_stride,
     HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     ROTARY: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One program: TILE heads of one token; the first ROTARY numbers of a head turn, the rest are
-    copied. Numbers i and i + ROTARY / 2 are a pair; sin carries the sign of the half."""
+    """One program: TILE heads of one token. Queries turn and go to q, keys turn and go into the
+    token's rBlock, values go there as they are. Of a head the first ROTARY numbers turn, i and
+    i + ROTARY / 2 as a pair; sin carries the sign of the half."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * TILE + tl.arange(0, TILE)
     d = tl.arange(0, WIDTH)
-    inside = (head < HEADS)[:, None] & (d < DIM)[None, :]
-    turns = d < ROTARY
-    other = tl.where(d < ROTARY // 2, d + ROTARY // 2, d - ROTARY // 2)
-    at = x + token * x_stride + head[:, None] * DIM
-    mine = tl.load(at + d[None, :], mask=inside, other=0.0).to(tl.float32)
-    pair = tl.load(at + other[None, :], mask=inside & turns[None, :], other=0.0).to(tl.float32)
-    c = tl.load(cos + token * table_stride + d, mask=turns, other=1.0).to(tl.float32)
-    s = tl.load(sin + token * table_stride + d, mask=turns, other=0.0).to(tl.float32)
-    turned = mine * c[None, :] + pair * s[None, :]
-    to = (token * HEADS + head)[:, None] * DIM + d[None, :]
-    tl.store(out + to, turned.to(out.dtype.element_ty), mask=inside)
+    some = (d < DIM)[None, :]
+    at = qk + token * qk_from + head[:, None] * DIM
+    inside = (head < HEADS + KV_HEADS)[:, None] & some
+    turned = tl.load(at + d[None, :], mask=inside, other=0.0)
+    if ROTARY:
+        turns = d < ROTARY
+        other = tl.where(d < ROTARY // 2, d + ROTARY // 2, d - ROTARY // 2)
+        pair = tl.load(at + other[None, :], mask=inside & turns[None, :], other=0.0)
+        c = tl.load(cos + token * table_stride + d, mask=turns, other=1.0).to(tl.float32)
+        s = tl.load(sin + token * table_stride + d, mask=turns, other=0.0).to(tl.float32)
+        rotated = turned.to(tl.float32) * c[None, :] + pair.to(tl.float32) * s[None, :]
+        turned = rotated.to(q.dtype.element_ty)
+    query = (token * HEADS + head)[:, None] * DIM + d[None, :]
+    tl.store(q + query, turned, mask=(head < HEADS)[:, None] & some)
+
+    block = tl.load(blocks + token).to(tl.int64)
+    within = tl.load(offsets + token)
+    key = head - HEADS
+    to = (key * BLOCK_SIZE + within)[:, None] * DIM + d[None, :]
+    mine = ((key >= 0) & (key < KV_HEADS))[:, None] & some
+    tl.store(k_cache + block * k_stride + to, turned, mask=mine)
+    value = key - KV_HEADS
+    to = (value * BLOCK_SIZE + within)[:, None] * DIM + d[None, :]
+    mine = ((value >= 0) & (value < KV_HEADS))[:, None] & some
+    new = tl.load(v + token * v_from + value[:, None] * DIM + d[None, :], mask=mine)
+    tl.store(v_cache + block * v_stride + to, new, mask=mine)

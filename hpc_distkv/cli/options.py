@@ -61,6 +61,14 @@ ENGINE_OPTIONS = (
         "--enforce-eager", is_flag=True, help="Never replay decode steps of a GPU as CUDA graphs."
     ),
     click.option(
+        "--attention-backend",
+        type=click.Choice(["auto", "flashinfer"]),
+        default="auto",
+        show_default=True,
+        help="Attention kernels on GPUs; flashinfer: its kernels where they serve, which must be "
+        "installed, and no CUDA graphs; auto: this program's own.",
+    ),
+    click.option(
         "--transport",
         type=click.Choice(["auto", "nccl", "mpi"]),
         default="auto",

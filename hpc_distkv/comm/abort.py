@@ -6,16 +6,18 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from hpc_distkv.comm.stall import agreed_words
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.comm.waiter import StallError
+from hpc_distkv.comm.waiter import StallClock, StallError
 
 BUG_STATUS = 70
 """Exit status after an unexpected exception (EX_SOFTWARE of sysexits.h)."""
 INTERRUPTED_STATUS = 130
+GUARD_SECONDS = 0.1
+"""Between two looks at whether a call that cannot be polled takes too long."""
 FORWARDED = 0.1
 """Seconds for the launcher to forward last words."""
 
@@ -51,6 +53,27 @@ def aborting(comm: Comm, expected: Expected = ()) -> Iterator[Comm]:
         raise
     finally:
         threading.excepthook = previous_hook
+
+
+@contextmanager
+def guarded(comm: Comm, what: str, awaited: Iterable[int]) -> Iterator[None]:
+    """For calls in this block that wait for other ranks and cannot be polled: after the stall
+    timeout the job ends, as by a StallError of any other wait. `what` names the calls, `awaited`
+    are the ranks. The calls must let other threads run, and must not be MPI's."""
+    over = threading.Event()
+
+    def watch() -> None:
+        clock = StallClock()
+        while not over.wait(GUARD_SECONDS):
+            if clock.look() > comm.stall_timeout:
+                end_job(comm, comm.waiter.stall(what, lambda: awaited))
+                return
+
+    threading.Thread(target=watch, name=what, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def end_job(comm: Comm, error: BaseException, expected: Expected = ()) -> None:

@@ -37,7 +37,7 @@ def bind(comm: Comm, wanted: str = "auto", sharing: bool = False, transport: str
     comm.device = device = _open(comm, own_index(sight.devices, world.local_rank))
     way: MeetingTransport | StagedTransport
     if by_nccl:
-        fabric = nccl.Nccl(comm)
+        fabric = nccl.Nccl(comm, range(world.size), cuda.new_stream(priority=-1))
         way = MeetingTransport(comm.transport, fabric, comm.new_mail(), comm.waiter)
     else:
         way = StagedTransport(comm.transport, device, comm.waiter)

@@ -2,7 +2,7 @@
 
 Streams of a rank, and what orders them (events alone; the host waits for none of them, but polls):
 
-    compute   the own step
+    compute   the own step; in it hops within an instance (`meetings`)
     serving   what is computed for debtors, before own kernels that have not begun: of a higher
               priority, for a debtor waits in every layer
     out       copies to the host: each waits for what the stream that asked for it had been given
@@ -12,21 +12,19 @@ Streams of a rank, and what orders them (events alone; the host waits for none o
               them is asked for when the host has seen their end
 
 Copies out and copies in never wait for each other, nor for those beside. An own step ends when the
-host has seen the last event on compute, so what a step freed is not in use any more.
+host has seen its last event on compute, and what it used is freed then: so that is not in use any
+more, though the next step may be on its way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from itertools import accumulate
 
 import torch
 
 from hpc_distkv.comm.device import Device, DeviceError, Event, Fetch, Sight, own_index
-
-ALIGNMENT = 16
-"""Bytes at whose multiples tensors begin that are sent to the device together."""
+from hpc_distkv.comm.upload import upload
 
 
 def new_stream(priority: int = 0) -> torch.cuda.Stream:
@@ -43,6 +41,8 @@ def passed(stream: torch.cuda.Stream | None = None) -> torch.cuda.Event:
 
 class Cuda(Device):
     """One CUDA device."""
+
+    deferred = True
 
     def __init__(self, index: int) -> None:
         """Make it the current one of this process. Raises DeviceError."""
@@ -66,18 +66,7 @@ class Cuda(Device):
 
     def upload(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """All in one copy, ordered as the kernels around it."""
-        if not tensors:
-            return []
-        sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
-        starts = [0, *accumulate(sizes)]
-        staged = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=True)
-        for tensor, start in zip(tensors, starts, strict=False):
-            staged[start : start + tensor.nbytes].view(tensor.dtype).copy_(tensor.reshape(-1))
-        there = staged.to(self.place, non_blocking=True)
-        return [
-            there[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            for tensor, start in zip(tensors, starts, strict=False)
-        ]
+        return upload(tensors, self.place)
 
     def fetch(self, tensors: Sequence[torch.Tensor]) -> Fetch:
         """One copy for each, ordered as the kernels around it."""

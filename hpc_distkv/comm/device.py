@@ -49,6 +49,8 @@ class Device:
     own processor: all that was asked of it is done when the call returns."""
 
     place = torch.device("cpu")
+    deferred = False
+    """Whether calls return before what was asked for is done."""
 
     @property
     def name(self) -> str:

@@ -15,28 +15,45 @@ bytes instead of 2 · (lanes - 1) / lanes times."""
 
 
 class Group:
-    """Collectives between the ranks of this rank's instance, point to point on a channel of their
-    own, so whatever carries tensors carries them.
+    """Collectives between the ranks of this rank's instance, made of hops from point to point, so
+    whatever carries tensors carries them.
 
     Every sum is made in float32 in the order of the lanes: all lanes hold the same bits, whatever
-    the size, and so does every repetition.
+    the size, and so does every repetition. (A reduction of the fabric's own would add up bfloat16
+    in bfloat16, and in another order for other sizes.)
+
+    Hops go one of two ways, and all lanes choose the same. In steps that wait for other instances
+    (those with loans) they go as all other tensors do, on a channel of their own, and the host
+    waits. In other steps only the first one does: then every lane has begun the step, and comes to
+    its end whatever happens elsewhere. So from there on hops are ordered with what is computed
+    (`Transport.hop`), where the transport has a way for that, and no host waits.
 
     Why no wait lasts for ever: the lanes of an instance take the same steps in the same order
     (`engine.follower`), so the n-th call of each is the same collective; all its sends and receives
     are posted before any is awaited; and whoever waits goes on serving its debtors, since it waits
     with the `Waiter`. So a lane waits only for lanes that are still on their way to the same call.
+    For hops whose host does not wait see `meetings`.
     """
 
     def __init__(self, comm: Comm) -> None:
+        """Collective over all ranks, once instances are formed and tensors have their way."""
         world = comm.world
         self._transport = comm.transport
-        self._lane = world.lane
-        first = world.rank - world.lane
-        self._ranks = range(first, first + world.tp)
+        self._transport.unite(comm)
+        self._lane, self._ranks = world.lane, world.lanes
         self._others = [rank for rank in self._ranks if rank != world.rank]
         self._calls = 0
+        self._apart = self._begun = False
         self._room = torch.empty(0, dtype=torch.uint8)
         """For what is received; it grows to the largest tensor and stays."""
+
+    def rehearsal(self) -> Group:
+        """One that takes the same memory, and exchanges nothing with anybody."""
+        return Rehearsal(self)
+
+    def begin(self, apart: bool) -> None:
+        """A step begins; `apart`: all lanes come to its end whatever becomes of other instances."""
+        self._apart, self._begun = apart, False
 
     def total(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of all lanes' `x` (contiguous, of one shape and dtype), in place."""
@@ -93,5 +110,19 @@ class Group:
 
     def _exchange(self, sends: Pairs, recvs: Pairs) -> None:
         self._calls += 1
+        if self._apart and self._begun and self._transport.hop(sends, recvs):
+            return
         pending = self._transport.exchange(sends, recvs, WITHIN, WITHIN)
         pending.wait(f"hop {self._calls} between the ranks of an instance")
+        self._begun = True
+
+
+class Rehearsal(Group):
+    """See `Group.rehearsal`."""
+
+    def __init__(self, group: Group) -> None:
+        self.__dict__ |= group.__dict__
+        self._room = torch.empty(0, dtype=torch.uint8)
+
+    def _exchange(self, sends: Pairs, recvs: Pairs) -> None:
+        """Nothing."""

@@ -21,8 +21,26 @@ rank h is the greatest. h polls (whoever waits does), so it must be in another m
 one that only the other side can be missing from: h is its lower rank, and its higher rank is
 greater than h, against the choice. (Locks taken in the order of ranks: Havender, 1968.) And a
 message that both sides have posted is met: kernels end by themselves, as no stream but the
-fabric's waits for another rank; mail arrives; and a lower rank that is in no meeting opens one, for
-its peers in turn.
+fabric's waits for another rank (but for hops, see below); mail arrives; and a lower rank that is in
+no meeting opens one, for its peers in turn.
+
+Hops within an instance (`Transport.hop`) go without appointments, on a fabric of the instance's own
+that works on the stream of what is computed, so the host runs ahead. Of two fabrics on one GPU
+NVIDIA says that operations of one must be over before the other's begin, in the same order on all
+ranks: what waits on a GPU for another rank holds processors and may hold up whole streams and calls
+of the host. So a rank is in a meeting or in hops, never in both: it begins a meeting when its hops
+have passed, and asks for a hop when it is in no meeting, and when none is left that it could begin.
+
+Why that never lasts for ever either. A hop that all ranks of the instance have asked for is over by
+itself, as meetings are. All of them begin a step together and come to each of its hops unless they
+are stuck (`group`). Suppose ranks are stuck: in a meeting as the lower side, or in hops that not
+all have asked for, or before one of these. Take the highest instance I that has such ranks, and of
+these one that has asked for the fewest hops and posted the fewest messages within I: r. All its
+hops are asked for by everybody in I, so they pass. If r is in a meeting as the lower side, with a
+rank of a higher instance, that one is not stuck, hence free at some time, and joins before it does
+anything else; with a rank of I, that one has no hops left but such that r has asked for too, and
+joins. Before r can ask for its next hop there are no more than a few meetings to begin: debtors
+that wait for answers of all of I's ranks ask for no further layer meanwhile. So r gets on.
 """
 
 from __future__ import annotations
@@ -36,7 +54,7 @@ import msgspec
 import torch
 
 from hpc_distkv.comm.device import Event
-from hpc_distkv.comm.transport import TO_CREDITOR, Mail, Pairs, Pending, Transport
+from hpc_distkv.comm.transport import TO_CREDITOR, Comm, Mail, Pairs, Pending, Transport
 from hpc_distkv.comm.waiter import Waiter
 
 CHECK_SECONDS = 0.1
@@ -61,7 +79,7 @@ class Message(NamedTuple):
 
 
 class Fabric(Protocol):
-    """Moves tensors of devices, if both sides ask for it. Never blocks."""
+    """Moves tensors of devices, if both sides ask for it. `meet` never waits for other ranks."""
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether it moves this tensor."""
@@ -70,11 +88,18 @@ class Fabric(Protocol):
         """When all is done that the current stream was given."""
 
     def meet(self, messages: Sequence[Message]) -> Event:
-        """Ask for messages with one peer, all at once; the event passes when they have. The peer
-        asks for the same ones in the same order."""
+        """Ask for messages, all at once; the event passes when they have. The peers (of a meeting
+        one) ask for the same ones in the same order."""
+
+    def within(self, comm: Comm) -> Fabric:
+        """Another one, for hops between the ranks of this rank's instance, on the current stream.
+        Collective over all ranks."""
 
     def check(self) -> None:
         """Raise if it has failed."""
+
+    def close(self) -> None:
+        """Give up the connections. Collective, when nothing is under way."""
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
@@ -122,6 +147,12 @@ class MeetingTransport(Transport):
         self._called: deque[tuple[int, Go]] = deque()
         """Meetings that lower ranks are in and wait for this one."""
         self._meeting: tuple[Event, list[Post]] | None = None
+        self._within: Fabric | None = None
+        """For hops."""
+        self._hop: Event | None = None
+        """The last one, until it has passed."""
+        self._lanes: list[int] = []
+        """The other ranks of the instance."""
         self._turns: deque[int] = deque()
         """Peers in the order in which meetings are begun with them."""
         self._under_way: dict[MeetingPending, None] = {}
@@ -150,6 +181,29 @@ class MeetingTransport(Transport):
         self.push()
         return pending
 
+    def unite(self, comm: Comm) -> None:
+        """Give the ranks of this one's instance a fabric of their own."""
+        self._within = self._fabric.within(comm)
+        self._lanes = [rank for rank in comm.world.lanes if rank != self._me]
+
+    def hop(self, sends: Pairs, recvs: Pairs) -> bool:
+        """Ask for a hop within the instance."""
+        tensors = [tensor for _, tensor in (*sends, *recvs)]
+        if self._within is None or not all(map(self._fabric.holds, tensors)):
+            return False
+        self._waiter.until(lambda: self._free or None, "messages to pass", self._held_by)
+        messages = [Message(peer, True, tensor) for peer, tensor in sends]
+        messages += [Message(peer, False, tensor) for peer, tensor in recvs]
+        self._hop = self._within.meet(messages)
+        return True
+
+    def close(self) -> None:
+        """Close the fabrics."""
+        for fabric in (self._within, self._fabric):
+            if fabric is not None:
+                fabric.close()
+        self._inner.close()
+
     def push(self) -> None:
         """Do what can be done now."""
         self._note_ready()
@@ -157,14 +211,18 @@ class MeetingTransport(Transport):
             self._read(*letter)
         if self._meeting is not None:
             self._end()
-        if self._meeting is None:
+        if self._hop is not None:
+            self._pass()
+        if self._meeting is None and self._hop is None:
             self._begin()
 
     def drained(self) -> bool:
-        """Whether all exchanges have completed."""
+        """Whether all exchanges and hops have completed."""
+        self.push()
         for pending in list(self._under_way):
             pending.done()
-        return not self._under_way and self._mail.drained() and self._inner.drained()
+        over = not self._under_way and self._hop is None
+        return over and self._mail.drained() and self._inner.drained()
 
     def over(self, pending: MeetingPending) -> None:
         """`pending` is done."""
@@ -254,9 +312,42 @@ class MeetingTransport(Transport):
                 post.tensor = None
             self._meeting = None
             self._waiter.moved()
-        elif time.monotonic() > self._checked + CHECK_SECONDS:
-            self._fabric.check()
+        else:
+            self._check(self._fabric)
+
+    def _pass(self) -> None:
+        """See whether the hops are over, and now and then whether they never will be."""
+        assert self._hop is not None
+        assert self._within is not None
+        if self._hop.query():
+            self._hop = None
+            self._waiter.moved()
+        else:
+            self._check(self._within)
+
+    def _check(self, fabric: Fabric) -> None:
+        if time.monotonic() > self._checked + CHECK_SECONDS:
+            fabric.check()
             self._checked = time.monotonic()
+
+    def _held_by(self) -> list[int]:
+        """Who keeps this rank's hops waiting."""
+        return [post.lane.peer for post in self._meeting[1]] if self._meeting else self._lanes
+
+    @property
+    def _free(self) -> bool:
+        """Whether this rank is in no meeting, and could begin none if its hops had passed."""
+        self.push()
+        return self._meeting is None and not self._called and not self._could_open
+
+    @property
+    def _could_open(self) -> bool:
+        """Whether this rank and a higher one, or itself, are both ready for a message."""
+        for lane in self._ready:
+            back = lane._replace(upward=not lane.upward)
+            if self._theirs.get(lane) or (lane.peer == self._me and back in self._ready):
+                return True
+        return False
 
 
 class MeetingPending(Pending):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
-from hpc_distkv.comm.cuda import new_stream, passed
-from hpc_distkv.comm.device import Event
+from hpc_distkv.comm.abort import guarded
+from hpc_distkv.comm.cuda import passed
 from hpc_distkv.comm.meetings import Message
 from hpc_distkv.comm.transport import Comm
 
@@ -46,25 +47,39 @@ def usable() -> tuple[int, str]:
 
 
 class Nccl:
-    """A fabric (`meetings.Fabric`): one communicator over all ranks, and one stream for all that it
-    does. No other stream waits for this one, and it waits for none: messages are asked for when the
-    host has seen that kernels before them are over, and used when it has seen them pass."""
+    """A fabric (`meetings.Fabric`): one communicator over some ranks.
 
-    def __init__(self, comm: Comm) -> None:
-        """Connect this rank's GPU, the current device, with all others. Collective. Raises
-        NcclError."""
+    The one over all ranks has a stream for all that it does. No other stream waits for that one,
+    and it waits for none: messages are asked for when the host has seen that kernels before them
+    are over, and used when it has seen them pass. The one of an instance works on whichever stream
+    is current, in order with what is computed there.
+    """
+
+    def __init__(self, comm: Comm, ranks: range, stream: torch.cuda.Stream | None = None) -> None:
+        """Connect this rank's GPU, the current device, with those of `ranks`, which is one of
+        several ranges that all ranks of the job fall into. `stream`: for all that it does; None:
+        the current one. Collective over the job. Raises NcclError; a rank that does not come ends
+        the job after the stall timeout."""
         from cupy.cuda import nccl
 
         self._nccl: Any = nccl
-        world = comm.world
-        mine = nccl.get_unique_id().hex() if world.rank == 0 else ""
-        identity = bytes.fromhex(comm.share(mine)[0])
-        self._stream = new_stream(priority=-1)
-        try:
-            self._communicator = nccl.NcclCommunicator(world.size, identity, world.rank)
-        except nccl.NcclError as error:
-            raise NcclError(f"NCCL cannot connect the ranks: {error}") from error
-        self._connect(range(world.size))
+        self._comm, self._ranks, self._stream = comm, ranks, stream
+        me = comm.world.rank
+        mine = nccl.get_unique_id().hex() if me == ranks[0] else ""
+        identity = bytes.fromhex(comm.share(mine)[ranks[0]])
+        with self._guarded("NCCL to connect its GPU"):
+            try:
+                self._communicator = nccl.NcclCommunicator(len(ranks), identity, ranks.index(me))
+            except (
+                nccl.NcclError,
+                KeyError,
+            ) as error:  # KeyError: a code that CuPy has no name for
+                raise NcclError(f"NCCL cannot connect the ranks: {error}") from error
+            self._connect(comm.device.place)
+
+    def within(self, comm: Comm) -> Nccl:
+        """A communicator over the ranks of this rank's instance."""
+        return Nccl(comm, comm.world.lanes)
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether it is on a GPU."""
@@ -74,42 +89,52 @@ class Nccl:
         """When all is done that the current stream was given."""
         return passed()
 
-    def meet(self, messages: Sequence[Message]) -> Event:
+    def meet(self, messages: Sequence[Message]) -> torch.cuda.Event:
         """All in one group."""
-        stream = self._stream.cuda_stream
+        stream = self._stream or torch.cuda.current_stream()
         try:
             self._nccl.groupStart()
-            for peer, send, tensor in messages:
+            for rank, send, tensor in messages:
                 call = self._communicator.send if send else self._communicator.recv
-                call(tensor.data_ptr(), tensor.nbytes, self._nccl.NCCL_UINT8, peer, stream)
+                peer, size = self._ranks.index(rank), tensor.nbytes
+                call(tensor.data_ptr(), size, self._nccl.NCCL_UINT8, peer, stream.cuda_stream)
             self._nccl.groupEnd()
-        except self._nccl.NcclError as error:
+        except (self._nccl.NcclError, KeyError) as error:
             raise NcclError(
                 f"NCCL refuses messages with rank {messages[0].peer}: {error}"
             ) from None
-        return passed(self._stream)
+        return passed(stream)
 
     def check(self) -> None:
         """Raise NcclError if a peer is gone, and let go of what waits for it."""
         try:
             self._communicator.check_async_error()
-        except Exception as error:  # CuPy knows no name for some codes, and raises KeyError
+        except (self._nccl.NcclError, KeyError) as error:
             self._communicator.abort()
             raise NcclError(f"a GPU of another rank does not answer any more: {error}") from error
 
-    def _connect(self, peers: Sequence[int]) -> None:
+    def close(self) -> None:
+        """Destroy the communicator: ranks of a node wait for each other. One that does not come
+        ends the job after the stall timeout."""
+        with self._guarded("NCCL to let go of its GPU"):
+            self._communicator.destroy()
+
+    def _guarded(self, what: str) -> AbstractContextManager[None]:
+        """Calls that wait for the other ranks. CuPy and torch let other threads run meanwhile."""
+        me = self._comm.world.rank
+        return guarded(self._comm, what, [rank for rank in self._ranks if rank != me])
+
+    def _connect(self, device: torch.device) -> None:
         """A byte to and from everybody, all in one group on all ranks: connections are made at
         first use, and make the host wait for the other one's."""
-        bytes_out, bytes_in = torch.ones((2, len(peers)), dtype=torch.uint8, device="cuda")
-        torch.cuda.current_stream().synchronize()
-        self.meet(
-            [
-                Message(peer, send, tensor[at : at + 1])
-                for at, peer in enumerate(peers)
-                for send, tensor in ((True, bytes_out), (False, bytes_in))
-            ]
-        )
-        self._stream.synchronize()
+        bytes_out, bytes_in = torch.ones((2, len(self._ranks)), dtype=torch.uint8, device=device)
+        self.mark().synchronize()
+        messages = [
+            Message(peer, send, tensor[at : at + 1])
+            for at, peer in enumerate(self._ranks)
+            for send, tensor in ((True, bytes_out), (False, bytes_in))
+        ]
+        self.meet(messages).synchronize()
 
 
 def refusal(versions: Sequence[tuple[int, str]]) -> str | None:

@@ -62,6 +62,23 @@ class Transport(ABC):
         untouched until it is done; they are contiguous and both sides know their sizes
         beforehand."""
 
+    def unite(self, comm: Comm) -> None:  # noqa: B027 (most have nothing to do)
+        """Instances have been formed: connect the ranks of this one with each other by `hop`'s way.
+        Collective over all ranks."""
+
+    def hop(self, sends: Pairs, recvs: Pairs) -> bool:
+        """A hop within this rank's instance, of which all its ranks ask for the same ones in the
+        same order: for what is computed from now on it is done, and no host waits for it. Sends may
+        be overwritten likewise. Whether there is such a way; if not, nothing happens.
+
+        All ranks of the instance must be sure to come to every hop that one has asked for, whatever
+        becomes of other instances: what is computed stands still until they have.
+        """
+        return False
+
+    def close(self) -> None:  # noqa: B027 (most have nothing to close)
+        """All ranks are done, and nothing is under way. Collective."""
+
     def push(self) -> None:  # noqa: B027 (most have nothing to do)
         """Push on what is under way, where it does not get on by itself. Never blocks."""
 
@@ -219,4 +236,5 @@ class Comm:
         self.idle(lambda: self.mail.drained() or None, "the last headers to be received")
         self.agree(None)
         self.idle(lambda: self.rounds.drained() or None, "the last answers to be received")
+        self.transport.close()
         self.closed = True

@@ -56,6 +56,11 @@ class World:
         """This rank's index inside its instance."""
         return self.rank % self.tp
 
+    @property
+    def lanes(self) -> range:
+        """The ranks of this rank's instance, by lane."""
+        return range(self.rank - self.lane, self.rank - self.lane + self.tp)
+
     def rank_of(self, instance: int) -> int:
         """The rank of this rank's lane in `instance`."""
         return instance * self.tp + self.lane

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from hpc_distkv.control.affinity import Affinity
-from hpc_distkv.control.messages import Request, Result
+from hpc_distkv.control.messages import Large, Request, Result
 from hpc_distkv.control.places import Place, Places
 from hpc_distkv.control.work import MeanOutput, work
 
@@ -23,6 +25,9 @@ MOST_AHEAD = 16_384
 """Rows that are read ahead at most, however many instances there are."""
 READ_AT_ONCE = 8
 """Rows read for each that is assigned, until enough are ahead: so no round takes long."""
+
+NOT_LARGE = 1 << 62
+"""Tokens that no prompt has."""
 
 Numbers = np.ndarray[Any, Any]
 
@@ -54,6 +59,9 @@ class Assignment:
         self._outputs = MeanOutput()
         self._ahead = deque[Request]()
         """Rows that were read and wait for an instance."""
+        self.large_from = NOT_LARGE
+        """Tokens from which on rows are too large for any one pool: they wait apart."""
+        self._large = deque[Request]()
         self._most_ahead = min(instances * LOOK_AHEAD, MOST_AHEAD)
         self._step_tokens = 1.0
         """Prompt tokens in the time of a decode step, as told last."""
@@ -79,12 +87,16 @@ class Assignment:
     @property
     def waiting(self) -> bool:
         """Whether there may be rows that no instance has yet."""
-        return not self.exhausted or bool(self._returned or self._ahead) or any(self._dealt or ())
+        return (
+            not self.exhausted
+            or bool(self._returned or self._ahead or self._large)
+            or any(self._dealt or ())
+        )
 
     @property
     def unfinished(self) -> int:
         """Rows that were read and have no result."""
-        dealt = sum(map(len, self._dealt or ()))
+        dealt = sum(map(len, self._dealt or ())) + len(self._large)
         return len(self.home) + len(self._ahead) + len(self._returned) + dealt
 
     def take_back(self, request: Request) -> None:
@@ -128,6 +140,24 @@ class Assignment:
             places.take(place, self._work(request, known), request.length - known)
         return given
 
+    def large_rows(self, count: int, block_size: int) -> list[Large]:
+        """The oldest `count` of the rows too large for any one pool that have no instance."""
+        rows = []
+        for request in islice(self._large, count):
+            output = self._outputs.expected(request.sampling.max_tokens)
+            output = max(1.0, output - (request.length - request.prompt_len))
+            blocks = math.ceil((request.length + output) / block_size)
+            prompt = self._prompt_work(request)
+            rows.append(Large(request.id, False, 0, blocks, prompt, output))
+        return rows
+
+    def give_large(self, number: int, instance: int) -> Request:
+        """Request `number` out of `large_rows` goes to `instance`."""
+        request = next(request for request in self._large if request.id == number)
+        self._large.remove(request)
+        self._give(request, instance, {})
+        return request
+
     def _choose(self, request: Request, places: Places) -> tuple[Place, int]:
         """The instance where the row is done first, and the tokens of its prompt that are likely to
         be there: one with a beginning of it, if what that saves is more than the work it has
@@ -170,6 +200,15 @@ class Assignment:
         return True
 
     def _pull(self) -> Request | None:
+        """The next row that may be assigned."""
+        while len(self._large) < self._most_ahead:
+            request = self._next_row()
+            if request is None or request.length < self.large_from:
+                return request
+            self._large.append(request)
+        return None
+
+    def _next_row(self) -> Request | None:
         if not self.exhausted:
             self._read_ahead()
         if self._returned:

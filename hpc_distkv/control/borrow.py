@@ -28,8 +28,6 @@ class Need(NamedTuple):
     blocks: int
     reach: int = ANYWHERE
     """The highest link class of a creditor that will do."""
-    whole: bool = False
-    """Nothing less than all of it will do."""
     creditors: int = CANDIDATES
     """Most that may share in it."""
 
@@ -53,21 +51,12 @@ def greedy_borrow(
     """
     grants = []
     left = int(promised.sum())
-    claimed = np.zeros(len(promised), dtype=bool)
-    """What an older request that needs it all at once is waiting for."""
-    for _, debtor, wanted, reach, whole, creditors in sorted(needs):
+    for _, debtor, wanted, reach, creditors in sorted(needs):
         if left == 0:
             break
         rank = _ranks(debtor, promised, ledger, links)
-        near = links.classes(debtor) <= reach
-        rank[~near] = _NEVER
-        if whole:
-            rank[claimed] = _NEVER
-            if promised[rank != _NEVER].sum() < wanted:
-                claimed |= near
-                continue
-            promised[debtor] = 0  # It needs its own room as well.
-        for _ in range(len(rank) if whole else creditors):
+        rank[links.classes(debtor) > reach] = _NEVER
+        for _ in range(creditors):
             creditor = int(rank.argmin())
             if wanted == 0 or rank[creditor] == _NEVER:
                 break

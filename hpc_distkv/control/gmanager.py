@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Container, Iterator, Sequence
+from functools import partial
 
 import msgspec
 import numpy as np
@@ -13,12 +14,14 @@ from hpc_distkv.control.affinity import Affinity
 from hpc_distkv.control.assign import Assignment
 from hpc_distkv.control.borrow import ANYWHERE, CANDIDATES, Grant, Need, greedy_borrow
 from hpc_distkv.control.dgfm import plan_recalls
+from hpc_distkv.control.large import LargeRows
 from hpc_distkv.control.ledger import DebtLedger
 from hpc_distkv.control.links import Links
 from hpc_distkv.control.messages import Answer, Counters, Request, Result
 from hpc_distkv.control.planner import Planner
 from hpc_distkv.control.policy import POLICIES, Policy
 from hpc_distkv.control.wire import ReportError, Reports
+from hpc_distkv.control.work import STEP_TOKENS
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +102,7 @@ class GManager:
         self.ledger = DebtLedger(instances)
         affinity = Affinity(block_size) if prefix_caching and policy.queue else None
         self.assignment = Assignment(requests, instances, policy.queue, attention_tokens, affinity)
+        self._large_rows = LargeRows(self.assignment, links, block_size)
         self.counters = [Counters() for _ in range(instances)]
         self.reports: Reports | None = None
         """Of the last round."""
@@ -160,14 +164,24 @@ class GManager:
         return f"its last report was that of round {numbers['round']}, with {rows}"
 
     def _assign(self, reports: Reports, answers: Answers) -> None:
+        if self._policy.planner:
+            self.assignment.large_from = self._block_size * int(reports["capacity"].max())
+        step_tokens = _step_tokens(reports)
         given = self.assignment.assign(
             reports["room_rows"],
             reports["room_tokens"],
             reports["work_left"],
-            _step_tokens(reports),
+            step_tokens,
         )
         for instance, rows in given.items():
             answers[instance].assign = rows
+        for home, row in self._large_rows.begin(
+            reports, partial(self._reach, reports), step_tokens
+        ):
+            if row.request not in self.assignment.home:
+                request = self.assignment.give_large(row.request, home)
+                answers[home].assign = [*answers[home].assign, request]
+            answers[home].begin = [*answers[home].begin, row.request]
         if self._policy.queue and not self.assignment.waiting:
             self._spread_tail(reports, given, answers)
 
@@ -235,8 +249,7 @@ class GManager:
                 int(reports["wanted_for"][i]),
                 i,
                 self._need(reports, i),
-                ANYWHERE if i == starved else self._reach(reports, i),
-                bool(reports["whole"][i]) and self._policy.lending,
+                ANYWHERE if i == starved else self._own_reach(reports, i),
                 1 if self._policy.migrate else CANDIDATES,
             )
             for i in np.flatnonzero(reports["wanted"]).tolist()
@@ -245,44 +258,45 @@ class GManager:
             return
         for grant in greedy_borrow(needs, promised, self.ledger, self._links):
             self._enter(grant, answers)
-        self._keep_for_whole_needs(reports, needs, promised, answers)
+        self._keep(reports, needs, answers)
 
-    def _keep_for_whole_needs(
-        self, reports: Reports, needs: Sequence[Need], promised: Blocks, answers: Answers
-    ) -> None:
-        """Let what becomes free gather for the oldest request that needs it all at once, and for
-        others that don't reach the same instances."""
-        keeping: set[int] = set()
-        for need in sorted(need for need in needs if need.whole):
-            near = np.flatnonzero(self._links.classes(need.debtor) <= need.reach).tolist()
-            if answers[need.debtor].granted or not keeping.isdisjoint(near):
+    def _keep(self, reports: Reports, needs: Sequence[Need], answers: Answers) -> None:
+        """What becomes free is left to rows that are too large for their homes and go on."""
+        going_on = {
+            instance
+            for instance, changes in reports.changes.items()
+            if any(row.begun for row in changes.large)
+        }
+        for need in needs:
+            missing = need.blocks - answers[need.debtor].granted
+            if missing <= 0 or need.debtor not in going_on:
                 continue
-            keeping.update(near)
-            others = [instance for instance in near if instance != need.debtor]
-            missing = max(0, need.blocks - int(promised[others].sum()))
-            for creditor in others:
-                share = int(promised[creditor]) + missing // len(others) + 1
-                answers[creditor].keep += share
+            near = self._links.classes(need.debtor) <= need.reach
+            near[need.debtor] = False
+            creditors = np.flatnonzero(near).tolist()
+            for creditor in creditors:
+                answers[creditor].keep += missing // len(creditors) + 1
             answers[need.debtor].keep += int(reports["free"][need.debtor])
-            promised[near] = 0
 
-    def _reach(self, reports: Reports, debtor: int) -> int:
+    def _own_reach(self, reports: Reports, debtor: int) -> int:
+        return self._reach(reports, debtor, int(reports["largest"][debtor]))
+
+    def _reach(self, reports: Reports, debtor: int, largest: int) -> int:
         """How far the debtor's rBlocks may go: over links on which the queries of a prompt take no
-        longer than computing it, if there is room enough for its largest request in all; over any
-        otherwise. A row had better wait for room nearby than have all its prompt's queries cross a
-        slow network."""
+        longer than computing it, if there is room enough for a request of `largest` rBlocks in all;
+        over any otherwise. A row had better wait for room nearby than have all its prompt's queries
+        cross a slow network."""
         if not self._policy.lending:
             return ANYWHERE
         classes = self._links.classes(debtor)
-        known = reports["prompt_time"][reports["prompt_time"] > 0]
-        others = np.unique(np.delete(classes, debtor)).tolist()
+        others = np.flatnonzero(np.bincount(np.delete(classes, debtor))).tolist()
         fast = others[:1]
-        if len(known):
-            limit = PROMPT_ROWS * float(known.mean())
+        if len(others) > 1 and (known := reports["prompt_time"] > 0).any():
+            limit = PROMPT_ROWS * float(reports["prompt_time"][known].mean())
             fast += [c for c in others[1:] if self._exchange_seconds(c, PROMPT_ROWS) <= limit]
         reach = max(fast, default=ANYWHERE)
         room = int(reports["capacity"][classes <= reach].sum())
-        return reach if room > ROOMY * reports["largest"][debtor] else ANYWHERE
+        return reach if room > ROOMY * largest else ANYWHERE
 
     def _need(self, reports: Reports, instance: int) -> int:
         """A request that migrates needs room for all of itself."""
@@ -303,7 +317,7 @@ class GManager:
                 reports,
                 self.ledger,
                 self.assignment.waiting,
-                lambda i: self._reach(reports, i),
+                partial(self._own_reach, reports),
                 self.assignment.prompt_work,
             )
             self._planned = {(t.debtor, t.creditor): t.blocks for t in plan}
@@ -342,13 +356,7 @@ class GManager:
         if not self._policy.lending:
             return None
         starved = np.flatnonzero(reports["starved"]).tolist()
-        starved = [i for i in starved if not reports["whole"][i] or self._alone(reports, i)]
         return min(starved, key=lambda i: int(reports["wanted_for"][i]), default=None)
-
-    def _alone(self, reports: Reports, instance: int) -> bool:
-        """Whether nothing runs that could make room by ending."""
-        near = self._links.classes(instance) <= self._reach(reports, instance)
-        return not reports["running"][near].any()
 
     def _call_victims(self, reports: Reports, starved: int, answers: Answers) -> None:
         """Let younger requests give way until the starved one has what it wants: first those that
@@ -358,7 +366,7 @@ class GManager:
             return
         self._patience = self.round_number + PATIENCE
         oldest, youngest = int(reports["wanted_for"][starved]), reports["youngest"]
-        near = self._links.classes(starved) <= self._reach(reports, starved)
+        near = self._links.classes(starved) <= self._own_reach(reports, starved)
         order = [int(i) for i in np.argsort(-youngest) if youngest[i] > oldest]
         order.sort(key=lambda i: not (near[i] or any(near[c] for c in self.ledger.creditors_of(i))))
         guests = self.ledger.debtors_of(starved)
@@ -377,10 +385,10 @@ class GManager:
 
 def _step_tokens(reports: Reports) -> float:
     """Prompt tokens that could be computed in the time of a decode step, in the mean over what
-    runs; 1 as long as nobody knows."""
+    runs."""
     known = (reports["prompt_time"] > 0) & (reports["running"] > 0) & (reports["fixed"] > 0)
     if not known.any():
-        return 1.0
+        return STEP_TOKENS
     steps = reports["fixed"] + reports["per_token"] * reports["running"]
     steps = steps + reports["per_kv"] * reports["kv_tokens"]
     return float(steps[known].mean() / reports["prompt_time"][known].mean())

@@ -262,6 +262,22 @@ class Credit(msgspec.Struct, frozen=True, array_like=True, tag="credit"):
     """rBlocks that I set aside for you."""
 
 
+class Large(msgspec.Struct, frozen=True, array_like=True):
+    """What may come of a row that is too large for one pool."""
+
+    request: int
+    begun: bool
+    """Whether it runs, or may begin as soon as there is room for its first tokens."""
+    held: int
+    """rBlocks that it has."""
+    blocks: int
+    """rBlocks that it is expected to have at its end."""
+    prompt: float
+    """Work of its prompt that is left (`control.work`)."""
+    output: float
+    """Output tokens that are expected to be left."""
+
+
 class Changes(msgspec.Struct, frozen=True, array_like=True):
     """The part of a report that most reports do without."""
 
@@ -273,6 +289,8 @@ class Changes(msgspec.Struct, frozen=True, array_like=True):
     counters: Counters | None = None
     returned: list[Request] = []
     """Rows that were not begun and go to another instance."""
+    large: list[Large] = []
+    """Rows too large for this instance: all that run, and the oldest that waits."""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -293,8 +311,6 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """The oldest request that wants them; NOBODY when nothing is wanted."""
     largest: int = 0
     """rBlocks that the largest request that wants any may come to need in all."""
-    whole: bool = False
-    """`wanted_for` does not run yet, and will only with all that is wanted."""
     starved: bool = False
     """`wanted_for` cannot go on, and no younger request at home could give way."""
     room_rows: int = 0
@@ -358,6 +374,8 @@ class Answer(msgspec.Struct, omit_defaults=True):
     """Creditor → rBlocks to bring home."""
     keep: int = 0
     """rBlocks to leave free for loans to come: admit nothing into them."""
+    begin: list[int] = []
+    """Rows too large for the instance that may begin with what there is, and borrow."""
     admit_before: int = NOBODY
     """No request younger than this may be admitted; NOBODY: all may."""
     give_way: int = 0

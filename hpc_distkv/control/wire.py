@@ -20,7 +20,6 @@ COLUMNS = {
     "wanted": "i",
     "wanted_for": "q",
     "largest": "i",
-    "whole": "?",
     "starved": "?",
     "room_rows": "i",
     "room_tokens": "i",
@@ -106,6 +105,13 @@ class Reports:
                 if not 0 <= debtor < instances or debtor == instance or blocks < 0:
                     raise ReportError(
                         f"instance {instance} reports a loan of {blocks} rBlocks to {debtor}"
+                    )
+            for row in changes.large:
+                numbers = (row.held, row.blocks, row.prompt, row.output)
+                if not all(0 <= number < float("inf") for number in numbers):
+                    raise ReportError(
+                        f"instance {instance} reports of request {row.request} what cannot be: "
+                        f"{numbers}"
                     )
 
     def _refuse(self, bad: np.ndarray[Any, Any], why: str, column: str) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+STEP_TOKENS = 16.0
+"""Prompt tokens computed in the fixed time of a step, until it was measured."""
+
 
 def work(start: int, end: float, attention_tokens: float) -> float:
     """Predicted work of the tokens from `start` to `end` of one row, in tokens' worth of linear

@@ -25,7 +25,7 @@ class Room:
     """What is left beside the rows that run, in rBlocks, and who takes it."""
 
     for_large: int
-    """Now, for one that waited for credit."""
+    """Now, for one that borrows."""
     now: int
     """Now, for any other."""
     in_time: int
@@ -56,9 +56,9 @@ class Admission:
     """Admits the oldest waiting sequence for which there is room: now, and as all that run grow,
     by what is expected of their outputs. One for which there is none has a place in time, as soon
     as enough of what runs has ended; younger ones pass it if they do not take that place (EASY
-    backfilling, Lifka 1995). One that is too large for this instance alone waits until it has
-    credit for all of itself, and one whose prompt goes on with what another is computing until
-    that is there.
+    backfilling, Lifka 1995). One that is too large for this instance alone begins on the
+    gManager's word, and one whose prompt goes on with what another is computing when that is
+    there.
     """
 
     def __init__(self, rmanager: RManager, config: EngineConfig, foresight: Foresight) -> None:
@@ -70,6 +70,12 @@ class Admission:
         """rBlocks to leave free for loans to come."""
         self.reserve = config.reserve
         """Room that stays free when a row is admitted, for those that run to grow into."""
+        chunk = config.blocks(config.max_num_batched_tokens)
+        self.first_chunk = min(chunk, max(1, config.num_blocks // 8))
+        """Room that is not lent, so that rows assigned here can begin, unless one starves. At
+        least the reserve."""
+        self.begin: set[int] = set()
+        """Sequences too large for this instance that may begin all the same, and borrow."""
         self._rm, self._config, self._foresight = rmanager, config, foresight
         self._refused: tuple[object, ...] = ()
         """The state in which nobody could begin."""
@@ -98,9 +104,12 @@ class Admission:
     def following(self, waiting: Rows[Sequence]) -> Sequence | None:
         """The oldest of the waiting sequences, for which memory may be asked; not while another
         computes its beginning."""
-        if not waiting or waiting[0].id > self.before:
-            return None
-        return None if self._rm.prefixes.awaited(waiting[0].keys) else waiting[0]
+        for sequence in waiting[:CANDIDATES]:
+            if sequence.id > self.before:
+                return None
+            if sequence.id in self.begin or not self.large(sequence):
+                return None if self._rm.prefixes.awaited(sequence.keys) else sequence
+        return None
 
     def outlook(self, waiting: Rows[Sequence], running: Rows[Sequence]) -> Outlook:
         """What comes of the waiting sequences, those too large for this instance left out."""
@@ -124,20 +133,17 @@ class Admission:
         return Outlook(claims, blocked, room.lacking)
 
     def large(self, sequence: Sequence) -> bool:
-        """Whether the planner has to find room elsewhere for the sequence before it can run. One
-        that all pools cannot hold begins alone, and has in the host's memory what is not granted
-        by the time."""
+        """Whether the sequence can't run with this instance's memory alone, and the gManager looks
+        after such."""
         own = self._config.num_blocks - self._rm.lent - self.reserve
-        if not self._config.policy.planner or self._config.blocks(sequence.length + 1) <= own:
-            return False
-        return not self._config.needs_host(int(self._foresight.expected_end(sequence)))
+        return self._config.policy.planner and self._config.blocks(sequence.length + 1) > own
 
     def _state(self, waiting: Rows[Sequence], running: Rows[Sequence]) -> tuple[object, ...]:
         """All that decides on who may begin, but for the growth that was foreseen."""
         rm = self._rm
         memory = (rm.credit, rm.promised, rm.lent, rm.borrowed, rm.prefixes.computing)
         ids = (sequence.id for sequence in (*running, *waiting[:CANDIDATES]))
-        return (self.before, self.keep, *memory, len(running), *ids)
+        return (self.before, self.keep, len(self.begin), *memory, len(running), *ids)
 
     def _room(self, waiting: Rows[Sequence], running: Rows[Sequence]) -> Room:
         """What is the same for all that wait."""
@@ -155,8 +161,8 @@ class Admission:
 
     def _may_begin(self, sequence: Sequence, room: Room) -> bool:
         if self.large(sequence):
-            end = int(self._foresight.expected_end(sequence))
-            return self._foresight.missing(sequence, end) <= room.for_large
+            fits = self.first_chunk <= room.for_large or not room.claims
+            return sequence.id in self.begin and fits
         return self._fits(sequence, room)
 
     def _fits(self, sequence: Sequence, room: Room) -> bool:

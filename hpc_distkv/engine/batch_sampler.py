@@ -21,24 +21,31 @@ DRAWN_TOGETHER = 32
 """Rows that are drawn at once: bounds the memory of sorted weights."""
 
 
-def sample_together(device: Device, logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
-    """int64 `[sequences]` on the device; `logits`: float32 `[sequences, vocab]`, left as it is."""
+def sample_together(
+    device: Device, logits: Tensor, sequences: Rows[Sequence], before: Tensor | None = None
+) -> Tensor:
+    """int64 `[sequences]` on the device; `logits`: float32 `[sequences, vocab]`, left as it is;
+    `before`, on the device: tokens that the host does not know yet (see `Sequence.expect`), of
+    sequences that are `foreseeable`."""
     samplings = [sequence.request.sampling for sequence in sequences]
     if any(sampling.rules for sampling in samplings):
-        logits = _adjusted(device, logits, sequences)
+        logits = _adjusted(device, logits, sequences, before)
     tokens = logits.argmax(dim=-1)
-    for plain in (True, False):
-        chosen = [
-            row
-            for row, s in enumerate(samplings)
-            if s.temperature > 0 and (s.top_k == 0 and s.top_p >= 1) == plain
-        ]
-        for start in range(0, len(chosen), DRAWN_TOGETHER):
-            part = chosen[start : start + DRAWN_TOGETHER]
-            rows, *settings = device.upload(_settings(part, sequences, logits.shape[1]))
-            draw = _draw if plain else _draw_sorted
+    drawing = [row for row, s in enumerate(samplings) if s.temperature > 0]
+    if not drawing:
+        return tokens
+    plain = [row for row in drawing if samplings[row].top_k == 0 and samplings[row].top_p >= 1]
+    rest = sorted({*drawing}.difference(plain))
+    settings = device.upload(_settings([*plain, *rest], sequences, logits.shape[1]))
+    for draw, first, end in (
+        (_draw, 0, len(plain)),
+        (_draw_sorted, len(plain), len(drawing)),
+    ):
+        for start in range(first, end, DRAWN_TOGETHER):
+            part = slice(start, min(start + DRAWN_TOGETHER, end))
+            rows, *numbers = (setting[part] for setting in settings)
             scores = logits[rows]
-            drawn = draw(scores, *settings)
+            drawn = draw(scores, *numbers)
             # Without one finite logit there is nothing to draw from.
             some = scores.amax(dim=-1).isfinite()
             tokens[rows] = torch.where(some, drawn, tokens[rows])
@@ -47,13 +54,10 @@ def sample_together(device: Device, logits: Tensor, sequences: Rows[Sequence]) -
 
 def _settings(rows: list[int], sequences: Rows[Sequence], vocab: int) -> list[Tensor]:
     """int64 rows; float64 uniform numbers, temperatures, min-p and top-p, int64 top-k, all `[n, 1]`
-    but the first."""
+    but the first. All rows have `draws`."""
     samplings = [sequences[row].request.sampling for row in rows]
-    places = [sequences[row].length for row in rows]
-    uniforms = [
-        np.random.Generator(np.random.Philox(key=sampling.seed, counter=place)).random()
-        for sampling, place in zip(samplings, places, strict=True)
-    ]
+    drawing = [(s.draws, s.length) for s in map(sequences.__getitem__, rows)]
+    uniforms = [draws.at(length) for draws, length in drawing if draws]
     numbers = (
         uniforms,
         [s.temperature for s in samplings],
@@ -113,9 +117,13 @@ def _place(cumulative: Tensor, uniform: Tensor, total: Tensor) -> Tensor:
     return place.clamp_(max=cumulative.shape[1] - 1)  # Where the weights are no numbers.
 
 
-def _adjusted(device: Device, logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
+def _adjusted(
+    device: Device, logits: Tensor, sequences: Rows[Sequence], before: Tensor | None
+) -> Tensor:
     """As `penalties.adjusted`, for all rows."""
     vocab = logits.shape[1]
+    unknown: list[tuple[int, int, float]] = []
+    """Row, the place of its last token in `before`, and its penalty for repetition."""
     bias, withheld, repeated, output = _Edits(vocab), _Edits(vocab), _Edits(vocab), _Edits(vocab)
     for row, sequence in enumerate(sequences):
         rules = sequence.request.sampling.rules
@@ -129,12 +137,17 @@ def _adjusted(device: Device, logits: Tensor, sequences: Rows[Sequence]) -> Tens
             sequence.counts.read(sequence.tokens)
             if rules.repetition_penalty != 1.0:
                 repeated.add(row, sequence.counts.seen.numpy(), rules.repetition_penalty)
+                if sequence.tokens[-1] < 0:
+                    unknown.append((row, -1 - sequence.tokens[-1], rules.repetition_penalty))
             if rules.frequency_penalty or rules.presence_penalty:
                 ids, times = sequence.counts.output
                 frequencies = np.float32(rules.frequency_penalty) * times.numpy()
                 output.add(row, ids.numpy(), frequencies, rules.presence_penalty)
     edits = (bias, withheld, repeated, output)
-    parts = iter(device.upload([part for edit in edits for part in edit.tensors()]))
+    rows, places, penalties = zip(*unknown, strict=True) if unknown else ((), (), ())
+    numbers = torch.tensor([rows, places], dtype=torch.int64), torch.tensor(penalties)
+    parts = iter(device.upload([*numbers, *(part for edit in edits for part in edit.tensors())]))
+    (rows_there, places_there), penalties_there = next(parts), next(parts)
     logits = logits.clone()
     flat = logits.view(-1)
     at, value, _ = next(parts), next(parts), next(parts)
@@ -142,6 +155,9 @@ def _adjusted(device: Device, logits: Tensor, sequences: Rows[Sequence]) -> Tens
     at, value, _ = next(parts), next(parts), next(parts)
     flat.index_fill_(0, at, -torch.inf)
     at, penalty, _ = next(parts), next(parts), next(parts)
+    if before is not None and unknown:  # A token that was seen before as well is set twice.
+        at = torch.cat((at, rows_there * vocab + before[places_there]))
+        penalty = torch.cat((penalty, penalties_there))
     seen = flat[at]
     flat[at] = torch.where(seen > 0, seen / penalty, seen * penalty)
     at, frequency, presence = next(parts), next(parts), next(parts)

@@ -44,8 +44,6 @@ class EngineConfig:
     """rBlocks in the host's memory; 0: it is not used."""
     host_copy_seconds: float = 0.0
     """Measured time in which an rBlock goes there and comes back."""
-    pooled_blocks: int = 0
-    """Most rBlocks that one row can have in all pools together; 0: not known."""
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens"):
@@ -82,11 +80,6 @@ class EngineConfig:
         """rBlocks that stay free when a row is admitted, for those that run to grow into."""
         chunk = self.blocks(self.max_num_batched_tokens)
         return min(chunk, max(1, self.num_blocks // 100))
-
-    def needs_host(self, tokens: int) -> bool:
-        """Whether only the host's memory, beside all pools, has room for a row of so many
-        tokens."""
-        return 0 < self.pooled_blocks < self.blocks(tokens) and self.host_blocks > 0
 
     def blocks(self, tokens: int) -> int:
         """rBlocks that hold `tokens` tokens."""

@@ -12,7 +12,5 @@ class Demand(NamedTuple):
     wanted_for: int
     largest: int
     """rBlocks that the largest sequence that wants any may come to need."""
-    whole: bool
-    """`wanted_for` does not run yet, and will only with all that is wanted."""
     starved: bool
     lendable: int

@@ -119,11 +119,12 @@ class Follower:
         self._time.enter(Kind.STEP if plan.rows else Kind.OTHER)
         self._lane.compute(plan, begun.now)
         ended = self._next(StepEnded)
-        done = self._lane.end(plan, ended.tokens, ended.now)
+        advance = self._lane.advance(plan)
+        self._instance.learn(advance.rows, advance.ends, ended.tokens, ended.now)
         tokens_computed = sum(count for _, count in plan.rows)
         self._time.leave(len(plan.rows), tokens_computed, record=bool(plan.rows))
         if plan.rows:
-            self._instance.note_step(done, self._next(StepTimed).seconds)
+            self._instance.note_step(advance.work, self._next(StepTimed).seconds)
 
     # -- control --------------------------------------------------------------------------------
 

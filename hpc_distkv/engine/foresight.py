@@ -50,7 +50,7 @@ class Foresight:
     def expected_end(self, sequence: Sequence) -> float:
         """Tokens of prompt and output that the sequence is expected to have at its end."""
         output = self.outputs.expected(sequence.request.sampling.max_tokens)
-        return sequence.request.prompt_len + max(output, sequence.output_len + 1)
+        return sequence.prompt_len + max(output, sequence.output_len + 1)
 
     def uncomputed(self, sequence: Sequence) -> int:
         """Tokens that the sequence has to compute before it gets the next one."""
@@ -75,9 +75,11 @@ class Foresight:
             reverse=True,
         ):
             shared = [p for p in prefixes.chain(sequence.id) if p.id not in counted]
-            counted.update(prefix.id for prefix in shared)
-            tokens = size * sum(len(prefix.slots) for prefix in shared)
-            claims.append(claim._replace(tokens=claim.tokens + tokens))
+            if shared:
+                counted.update(prefix.id for prefix in shared)
+                tokens = size * sum(len(prefix.slots) for prefix in shared)
+                claim = claim._replace(tokens=claim.tokens + tokens)
+            claims.append(claim)
         return claims
 
     def claim(self, sequence: Sequence) -> Claim:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 
-from hpc_distkv.attention import PagedBatch, PagedRow, micro_attention, write_kv
+from hpc_distkv.attention import Rotation, micro_attention, rotate_and_write
 from hpc_distkv.comm.device import Device
 from hpc_distkv.engine.graphs import DecodeGraphs
+from hpc_distkv.engine.inputs import read
 from hpc_distkv.engine.model import Model
 from hpc_distkv.engine.recorder import Recorder
 from hpc_distkv.engine.scheduler import Row
@@ -51,33 +52,50 @@ class Forward:
         self._positional = any(spec.positional for spec in model.attention)
         self._recorder = recorder
 
-    def run(self, rows: Sequence[Row], elsewhere: Sequence[Elsewhere] = ()) -> torch.Tensor:
+    def run(
+        self,
+        rows: Sequence[Row],
+        elsewhere: Sequence[Elsewhere] = (),
+        drawn: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Compute the rows' tokens and store their KV. Returns the float32 logits
         `[sampled rows, vocab]` of those rows that have no token left to compute, in order.
         `elsewhere`: where rows have rBlocks beside the pool; queries are sent in this order, and
-        what takes longest to answer comes first."""
+        what takes longest to answer comes first. `drawn`, on the device, if tokens may be among
+        those that the step before has drawn: see `Sequence.expect`."""
         if not rows:
             return torch.empty((0, 0))
         size = self._pool.block_size
         decodes = all(count == 1 for _, count in rows)
-        replayable = self._graphs is not None and not elsewhere and decodes
+        graphs = self._graphs if decodes and not elsewhere else None
+        replayable = graphs is not None
         groups = {} if self._positional else groups_of(self._rm, rows, size, replayable)
         shared = SharedAttention(groups, rows, size, self._device) if groups else None
         apart = {prefix.id for prefixes in groups.values() for prefix in prefixes}
-        paged = [self._paged_row(row, apart) for row in rows]
-        inputs = [*self._inputs(rows), *self._slots(rows)]
-        tokens, positions, ends, lengths, blocks, offsets = self._device.upload(inputs)
-        if self._graphs and replayable and not shared and len(ends) == len(rows):
-            replayed = self._graphs.hidden(paged, (tokens, positions, blocks, offsets))
+        inputs = read(self._rm, rows, size, apart)
+        if shared or len(inputs.ends) < len(rows):
+            graphs = None
+        if graphs:
+            inputs = graphs.padded(inputs)
+        numbers = [*inputs[:-1]]
+        if self._model.needs_lengths:
+            numbers.append(inputs.lengths(rows))
+        tokens, positions, ends, blocks, offsets, *lengths = self._device.upload(numbers)
+        if drawn is not None and len(drawn):
+            tokens = torch.where(tokens < 0, drawn[(-1 - tokens).clamp_(min=0)], tokens)
+        batch = inputs.batch
+        if graphs:
+            replayed = graphs.hidden(batch, (tokens, positions, blocks, offsets))
             if replayed is not None:
-                return self._model.logits(replayed)
-        batch = PagedBatch.build(paged)
+                return self._model.logits(replayed[: len(rows)])
 
-        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def attend(
+            layer: int, qk: torch.Tensor, v: torch.Tensor, rotation: Rotation | None
+        ) -> torch.Tensor:
             self._recorder.layer(layer)
             self._between_layers()
             k_cache, v_cache = self._pool.layer(layer)
-            write_kv(k, v, k_cache, v_cache, blocks, offsets)
+            q = rotate_and_write(qk, v, rotation, k_cache, v_cache, blocks, offsets)
             for place in elsewhere:
                 place.post_queries(q)
             out, lse = micro_attention(q, k_cache, v_cache, batch, self._specs[layer], causal=True)
@@ -91,58 +109,7 @@ class Forward:
             return out
 
         hidden = self._model.hidden(
-            tokens, positions, attend, self._pause, lengths if len(lengths) else None
+            tokens, positions, attend, self._pause, lengths[0] if lengths else None
         )
         self._recorder.layer(-1)
         return self._model.logits(hidden[ends]) if len(ends) else torch.empty((0, 0))
-
-    def _inputs(self, rows: Sequence[Row]) -> list[torch.Tensor]:
-        """int64: tokens and positions; which of them end a row that has no token left to compute;
-        if the model needs them, lengths: a recomputed token gets the one it had when it was
-        computed first."""
-        tokens = [t for s, n in rows for t in s.tokens[s.computed : s.computed + n]]
-        positions = [p for s, n in rows for p in range(s.computed, s.computed + n)]
-        ends, end = [], 0
-        for sequence, count in rows:
-            end += count
-            if sequence.remaining == count:
-                ends.append(end - 1)
-        lengths: list[int] = []
-        if self._model.needs_lengths:
-            least = [s.request.prompt_len for s, n in rows for _ in range(n)]
-            lengths = [max(p + 1, n) for p, n in zip(positions, least, strict=True)]
-        return [
-            torch.tensor(numbers, dtype=torch.int64)
-            for numbers in (tokens, positions, ends, lengths)
-        ]
-
-    def _paged_row(self, row: Row, apart: Container[int]) -> PagedRow:
-        """What the row attends to at home, but for the prefixes of `apart`."""
-        sequence, count = row
-        table, size = self._rm.tables[sequence.id], self._pool.block_size
-        prefixes = [p for p in self._rm.prefixes.chain(sequence.id) if p.id not in apart]
-        slots = [slot for part in (*prefixes, table) for slot in part.slots]
-        indices = [index for part in (*prefixes, table) for index in part.indices]
-        own = sequence.computed + count - table.absent * size
-        return PagedRow(
-            queries=count,
-            query_position=sequence.computed,
-            blocks=slots,
-            first_token=[index * size for index in indices],
-            kv_len=own + size * (len(slots) - len(table.slots)),
-        )
-
-    def _slots(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slot and place within it of every token of the step. They are in the last rBlocks of a
-        table, which are at home."""
-        blocks: list[int] = []
-        offsets: list[int] = []
-        size = self._pool.block_size
-        for sequence, count in rows:
-            table = self._rm.tables[sequence.id]
-            shift = table.absent
-            for position in range(sequence.computed, sequence.computed + count):
-                block, offset = divmod(position, size)
-                blocks.append(table.slots[block - shift])
-                offsets.append(offset)
-        return torch.tensor(blocks, dtype=torch.int32), torch.tensor(offsets, dtype=torch.int32)

@@ -15,19 +15,27 @@ from typing import Any
 
 import torch
 
-from hpc_distkv.attention import PagedBatch, PagedRow, micro_attention, write_kv
+from hpc_distkv.attention import (
+    PagedBatch,
+    PagedRow,
+    Rotation,
+    micro_attention,
+    rotate_and_write,
+)
 from hpc_distkv.attention.launch import Kernels, Plan
 from hpc_distkv.comm.cuda import new_stream
+from hpc_distkv.engine.inputs import Inputs
 from hpc_distkv.engine.model import Model
 from hpc_distkv.memory.pool import BlockPool
 
 NO_ROW = PagedRow(1, 0, [], [], 0)
 ROW_STEP = 16
 """Rows are rounded up to powers of two, and from here on to multiples."""
-INPUTS = (torch.int64, torch.int64, torch.int32, torch.int32)
-"""Of tokens, positions, slots and places in them."""
 MOST_GRAPHS = 64
-"""Recorded forms: what is recorded stays in the GPU's memory."""
+"""Recorded forms: beyond, the least recently used one makes place. What it gives back are its
+inputs, its cuts and the GPU's record of its launches; its part of the memory that all share is for
+the next one to be recorded. That it may be running still cannot be: as many other steps have ended
+since."""
 RECORDED_AFTER = 2
 """Steps of a form that run as they are: to record one takes longer than several steps."""
 
@@ -43,51 +51,52 @@ class DecodeGraphs:
         self._specs = {spec.window: spec for spec in model.attention}
         self._seen: Counter[Hashable] = Counter()
         self._graphs: dict[Hashable, DecodeGraph] = {}
+        """The least recently used first."""
         self._memory = torch.cuda.graph_pool_handle()
         """Shared by all: what one leaves is read before the next is replayed."""
         self._stream = new_stream()
-        # What rows beyond the last write must not touch those of others.
-        spare = pool.num_blocks - 1
-        self._no_row = [
-            torch.full((ROW_STEP,), number, dtype=dtype, device=pool.device)
-            for number, dtype in zip((0, 0, spare, 0), INPUTS, strict=True)
-        ]
 
-    def hidden(
-        self, rows: Sequence[PagedRow], inputs: Sequence[torch.Tensor]
-    ) -> torch.Tensor | None:
-        """The hidden states `[rows, hidden]` of a step in which every row has one query; None if it
-        has to run as it is. `inputs`, on the device: tokens, positions, slots and places in them,
-        `[rows]` each."""
-        padded = _rounded(len(rows))
-        batch = PagedBatch.build([*rows, *([NO_ROW] * (padded - len(rows)))])
-        q = torch.empty((padded, *self._shape), dtype=self._pool.dtype, device=self._pool.device)
+    def padded(self, inputs: Inputs) -> Inputs:
+        """Inputs of rows that decode, rounded up to a form. What rows beyond the last write must
+        not touch those of others."""
+        rows = len(inputs.tokens)
+        more = _rounded(rows) - rows
+        return inputs.padded(rows + more, self._pool.num_blocks - 1) if more else inputs
+
+    def hidden(self, batch: PagedBatch, inputs: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """The hidden states `[rows, hidden]` of a `padded` step in which every row has one query;
+        None if it has to run as it is. `inputs`, on the device: tokens, positions, slots and places
+        in them, `[rows]` each."""
+        rows = batch.kv_len.numel()
+        q = torch.empty((rows, *self._shape), dtype=self._pool.dtype, device=self._pool.device)
         k_cache, _ = self._pool.layer(0)
         plans = {
             window: self._kernels.plan(q, k_cache, batch, spec, causal=True)
             for window, spec in self._specs.items()
         }
-        form = padded, *(plan.form for plan in plans.values())
-        graph = self._graphs.get(form)
+        form = rows, *(plan.form for plan in plans.values())
+        graph = recorded = self._graphs.pop(form, None)
         if graph is None:
             self._seen[form] += 1
-            if self._seen[form] <= RECORDED_AFTER or len(self._graphs) >= MOST_GRAPHS:
+            if self._seen[form] <= RECORDED_AFTER:
                 return None
-            graph = DecodeGraph(self._model, self._pool, padded, plans)
+            graph = DecodeGraph(self._model, self._pool, rows, plans)
             for window, spec in self._specs.items():
                 given = graph.plans[window]
                 self._kernels.plan(q, k_cache, graph.batch, spec, causal=True, given=given)
-        numbers = [
-            torch.cat((given, nothing[: padded - len(rows)]))
-            for given, nothing in zip(inputs, self._no_row, strict=True)
-        ]
-        graph.fill(numbers, plans)
-        if form in self._graphs:
-            return graph.replay()[: len(rows)]
+            if len(self._graphs) == MOST_GRAPHS:
+                self._drop(next(iter(self._graphs)))
         self._graphs[form] = graph
+        graph.fill(inputs, plans)
+        if recorded:
+            return graph.replay()
         hidden = graph.compute()
         graph.record(self._stream, self._memory)
-        return hidden[: len(rows)]
+        return hidden
+
+    def _drop(self, form: Hashable) -> None:
+        """Forget a form: should it come back, it is worth recording when it has come back often."""
+        del self._graphs[form], self._seen[form]
 
 
 class DecodeGraph:
@@ -108,8 +117,7 @@ class DecodeGraph:
         if not self._inputs:
             self._inputs = list(inputs)
         else:
-            for mine, given in zip(self._inputs, inputs, strict=True):
-                mine.copy_(given)
+            torch._foreach_copy_(self._inputs, list(inputs))
         for window, plan in plans.items():
             self.plans[window].take(plan)
 
@@ -117,9 +125,11 @@ class DecodeGraph:
         """The hidden states, as every step makes them."""
         tokens, positions, blocks, offsets = self._inputs
 
-        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def attend(
+            layer: int, qk: torch.Tensor, v: torch.Tensor, rotation: Rotation | None
+        ) -> torch.Tensor:
             k_cache, v_cache = self._pool.layer(layer)
-            write_kv(k, v, k_cache, v_cache, blocks, offsets)
+            q = rotate_and_write(qk, v, rotation, k_cache, v_cache, blocks, offsets)
             spec = self._model.attention[layer]
             return micro_attention(q, k_cache, v_cache, self.batch, spec, causal=True)[0]
 

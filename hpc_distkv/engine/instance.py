@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Container, Mapping
 from collections.abc import Sequence as Rows
 
 from hpc_distkv.control.gaps import gap_bin
@@ -42,6 +43,9 @@ class Instance:
 
         boundary:  apply(answer) → credits() to debtors → report()
         step:      plan() → headers(plan) to creditors → compute → commit(plan) → append(tokens)
+                   append(tokens) is advance() and learn(tokens). Between the two, steps without
+                   loans may be planned and computed ahead: advance() → plan(ahead) → compute →
+                   learn(tokens of the first) → advance() → …
         any time:  accept(header of a debtor) → serve its queries, move → commit_served
                    open_credit(from a creditor)
     """
@@ -71,6 +75,8 @@ class Instance:
         """Debtor → what the header that is being served hands over."""
         self._back: list[tuple[int, Sequence]] = []
         """What came back while the step that handed it over was not over here."""
+        self._over: set[int] = set()
+        """Finished requests that are in a step which is being computed: it uses their rBlocks."""
 
     # -- boundaries -----------------------------------------------------------------------------
 
@@ -111,7 +117,6 @@ class Instance:
             wanted=demand.wanted if sharing else 0,
             wanted_for=demand.wanted_for,
             largest=demand.largest,
-            whole=demand.whole,
             starved=demand.starved,
             room_rows=room[0],
             room_tokens=room[1],
@@ -120,7 +125,7 @@ class Instance:
             seats=max(0, self.config.max_num_seqs - len(running)),
             youngest=youngest.id if youngest else -1,
             youngest_blocks=self.rm.held_alone(youngest.id) if youngest else 0,
-            longest=self.scheduler.longest,
+            longest=self.scheduler.longest if sharing else 0,
             lacking=self.scheduler.lacking if self.config.policy.planner else 0,
             prompt_tokens=self.counters.prompt_tokens,
             generated_tokens=self.counters.generated_tokens,
@@ -158,6 +163,7 @@ class Instance:
             results=self._results,
             adopted=self._adopted,
             returned=[sequence.request for sequence in self._returned],
+            large=self.scheduler.large,
             counters=self._count() if idle or self.round % COUNTED_ROUNDS == 0 else None,
         )
         self._lent, self._results, self._adopted, self._returned = lent, [], [], []
@@ -202,9 +208,9 @@ class Instance:
 
     # -- steps ----------------------------------------------------------------------------------
 
-    def plan(self) -> Plan:
-        """What this step computes and moves."""
-        return self.scheduler.plan()
+    def plan(self, ahead: bool = False) -> Plan:
+        """What this step computes and moves; `ahead`: while the one before is computed."""
+        return self.scheduler.plan(ahead)
 
     def headers(self, plan: Plan, now: float) -> dict[int, Header]:
         """What creditors have to know of this step; those without news are left out."""
@@ -260,17 +266,59 @@ class Instance:
         """The step's rows are computed; `tokens` are the new ones of those rows that have no token
         left to compute, in order, and `logprobs` the records of those requests that ask for
         them."""
-        new = iter(tokens)
+        self.learn(rows, self.advance(rows), tokens, now, logprobs)
+
+    def advance(self, rows: Rows[Row]) -> list[Sequence]:
+        """The step's rows count as computed. Returns those that have no token left to compute, in
+        order: each goes on with a token that is not known yet, the n-th of what the step draws."""
+        ends: list[Sequence] = []
+        sealing = self.rm.prefixes.computing
         for sequence, count in rows:
-            if sequence.output_len == 0 or count > 1:
-                self.counters.prompt_tokens += count
-            sequence.computed += count
-            self.rm.seal(sequence.id, sequence.computed // self.config.block_size)
-            if self.config.window:
-                self._drop_unseen(sequence)
-            if not sequence.remaining:
-                self._append(sequence, next(new), now, logprobs.get(sequence.id, b""))
-        self.counters.generated_tokens += len(tokens)
+            ending = sequence.remaining == count
+            if sequence.id not in self._over:
+                if count > 1 or sequence.output_len == 0:
+                    self.counters.prompt_tokens += count
+                sequence.computed += count
+                if sealing:
+                    self.rm.seal(sequence.id, sequence.computed // self.config.block_size)
+                if ending:
+                    sequence.expect(len(ends))
+            if ending:
+                ends.append(sequence)
+        return ends
+
+    def learn(
+        self,
+        rows: Rows[Row],
+        ends: Rows[Sequence],
+        tokens: Rows[int],
+        now: float,
+        logprobs: Mapping[int, bytes] = NO_LOGPROBS,
+        following: Container[int] = (),
+    ) -> None:
+        """The step of `rows` is over: its `ends` have got `tokens`. The requests in `following` are
+        in a step that is computed already, and has not advanced: what ends here has a token too
+        many there, and keeps its rBlocks until that is over too."""
+        over, self._over = self._over, set()
+        if self.config.window:
+            for sequence, _ in rows:
+                if sequence.id not in over:
+                    self._drop_unseen(sequence)
+        gaps = Counter[float]()
+        for sequence, token in zip(ends, tokens, strict=True):
+            if sequence.id in over:
+                continue
+            if sequence.last_token_at is not None:
+                gaps[now - sequence.last_token_at] += 1
+            sequence.learn(token, now, logprobs.get(sequence.id, b""))
+            if reason := sequence.finish_reason:
+                self._finish(sequence, reason, now, sequence.id in following)
+        for seconds, count in gaps.items():
+            gap = gap_bin(seconds)
+            self.counters.gaps[gap] = self.counters.gaps.get(gap, 0) + count
+        for request in over:
+            self.rm.close(request)
+        self.counters.generated_tokens += len(tokens) - len(over)
 
     def _drop_unseen(self, sequence: Sequence) -> None:
         """Free the rBlocks wholly behind the window of the sequence's next query."""
@@ -281,25 +329,22 @@ class Instance:
         if unseen > self.rm.tables[sequence.id].start:
             self.rm.drop(sequence.id, unseen)
 
-    def _append(self, sequence: Sequence, token: int, now: float, logprobs: bytes) -> None:
-        if sequence.last_token_at is not None:
-            gap = gap_bin(now - sequence.last_token_at)
-            self.counters.gaps[gap] = self.counters.gaps.get(gap, 0) + 1
-        sequence.append(token, now, logprobs)
-        if reason := sequence.finish_reason:
-            self.scheduler.finish(sequence)
-            assert sequence.first_token_at is not None
-            self._results.append(
-                Result(
-                    id=sequence.id,
-                    tokens=sequence.packed_output,
-                    finish_reason=reason,
-                    first_token_time=sequence.first_token_at - sequence.assigned_at,
-                    total_time=now - sequence.assigned_at,
-                    logprobs=sequence.packed_logprobs,
-                    text_end=sequence.text_end,
-                )
+    def _finish(self, sequence: Sequence, reason: str, now: float, in_use: bool) -> None:
+        self.scheduler.finish(sequence, in_use)
+        if in_use:
+            self._over.add(sequence.id)
+        assert sequence.first_token_at is not None
+        self._results.append(
+            Result(
+                id=sequence.id,
+                tokens=sequence.packed_output,
+                finish_reason=reason,
+                first_token_time=sequence.first_token_at - sequence.assigned_at,
+                total_time=now - sequence.assigned_at,
+                logprobs=sequence.packed_logprobs,
+                text_end=sequence.text_end,
             )
+        )
 
     def note_step(self, work: StepWork, seconds: StepSeconds) -> None:
         """How long a step with rows took."""

@@ -3,7 +3,7 @@ its own lane's part of the tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from hpc_distkv.engine.debtor import Debtor
 from hpc_distkv.engine.forward import Elsewhere, Forward
 from hpc_distkv.engine.graphs import DecodeGraphs
 from hpc_distkv.engine.host import HostTier
-from hpc_distkv.engine.instance import NO_LOGPROBS, Instance
+from hpc_distkv.engine.instance import Instance
 from hpc_distkv.engine.model import Model
 from hpc_distkv.engine.pace import StepWork
 from hpc_distkv.engine.scheduler import Plan, Row
@@ -28,6 +28,16 @@ from hpc_distkv.engine.timesheet import TimeSheet
 from hpc_distkv.memory.pool import BlockPool
 
 NOTHING = Plan([], [], [], [])
+
+
+class Advance(NamedTuple):
+    """A step that counts as computed, before its tokens are known."""
+
+    rows: list[Row]
+    ends: list[Sequence]
+    """Those that get a token, in order."""
+    work: StepWork
+    """What the step has to compute."""
 
 
 class Parts(NamedTuple):
@@ -50,7 +60,8 @@ class Parts(NamedTuple):
 def decode_graphs(parts: Parts) -> DecodeGraphs | None:
     """What records decode steps, where that can be done."""
     model, pool = parts.model, parts.pool
-    if not (parts.config.cuda_graphs and model.unconditional):
+    own_kernels = all(spec.backend == "auto" for spec in model.attention)
+    if not (parts.config.cuda_graphs and model.unconditional and own_kernels):
         return None
     kernels = launch.kernels(pool.device)
     q = torch.empty((1, *parts.shape), dtype=pool.dtype, device=pool.device)
@@ -91,37 +102,32 @@ class Lane:
             parts.time.recorder,
             decode_graphs(parts),
         )
+        self._lanes = parts.model.lanes
         self._block_size = pool.block_size
         self._attention_tokens = config.attention_tokens
         self._exchanging = False
 
-    def compute(self, plan: Plan, now: float) -> torch.Tensor:
+    def compute(self, plan: Plan, now: float, drawn: torch.Tensor | None = None) -> torch.Tensor:
         """The plan's headers, moves and layers. Returns the logits of the rows that end, on the
-        leader. `now`: the leader's clock."""
+        leader. `now`: the leader's clock; `drawn`: as of `Forward.run`."""
         self._exchanging = self.sharing and self.debtor.begin(plan, now)
         elsewhere: list[Elsewhere] = [self.debtor] if self._exchanging else []
         if self._host and self._host.begin(plan):
             elsewhere.append(self._host)
-        logits = self._forward.run(plan.rows, elsewhere)
+        self._lanes.begin(apart=not self._exchanging)
+        logits = self._forward.run(plan.rows, elsewhere, drawn)
         if self._host:
             self._host.finish()
         if self.sharing:
             self.debtor.finish()
         return logits
 
-    def end(
-        self,
-        plan: Plan,
-        tokens: list[int],
-        now: float,
-        logprobs: Mapping[int, bytes] = NO_LOGPROBS,
-    ) -> StepWork:
-        """Commit the moves of a step that was computed, and append its new tokens. Returns what
-        the step had to compute. `logprobs`: on the leader, who alone reports results."""
+    def advance(self, plan: Plan) -> Advance:
+        """Go on from a step that is computed, or, if nothing moves in it, being computed: commit
+        its moves, and count its rows as computed."""
         self.instance.commit(plan)
         done = self._work(plan.rows)
-        self.instance.append(plan.rows, tokens, now, logprobs)
-        return done
+        return Advance(plan.rows, self.instance.advance(plan.rows), done)
 
     def return_all(self, now: float) -> None:
         """Give all credit back."""

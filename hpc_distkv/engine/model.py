@@ -7,9 +7,10 @@ from typing import Protocol
 
 import torch
 
-from hpc_distkv.attention import AttentionSpec
+from hpc_distkv.attention import AttentionSpec, Rotation
+from hpc_distkv.model.shard import Lanes
 
-Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Attend = Callable[[int, torch.Tensor, torch.Tensor, Rotation | None], torch.Tensor]
 
 
 class Model(Protocol):
@@ -28,6 +29,10 @@ class Model(Protocol):
     def needs_lengths(self) -> bool:
         """Whether `hidden` needs the lengths of the sequences."""
 
+    @property
+    def lanes(self) -> Lanes:
+        """Those that hold the other shards of it."""
+
     def hidden(
         self,
         tokens: torch.Tensor,
@@ -37,9 +42,10 @@ class Model(Protocol):
         lengths: torch.Tensor | None,
     ) -> torch.Tensor:
         """Tokens and positions `[T]` → hidden states `[T, hidden]`; `attend` is called once a
-        layer with (layer, q, k, v) and returns the attention output, `pause` between large
-        operators. `lengths` `[T]`, given if they are needed: tokens of each token's prompt, or of
-        the sequence up to the token if that is longer."""
+        layer with (layer, q and k `[T, heads + kv_heads, head_dim]` before their rotation, v, the
+        rotation or None) and returns the attention output, `pause` between large operators.
+        `lengths` `[T]`, given if they are needed: tokens of each token's prompt, or of the sequence
+        up to the token if that is longer."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states `[n, hidden]` → float32 logits `[n, vocab]`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from itertools import islice
 
@@ -49,11 +50,14 @@ class Moves:
         shed = {c: min(n, debts[c].credit) for c, n in self._shed.items() if c in debts}
         return {creditor: blocks for creditor, blocks in shed.items() if blocks > 0}
 
-    def plan(self, running: Rows[Sequence], short: int) -> tuple[list[Move], list[Move]]:
-        """Moves of this step: out, of which `short` are waited for, and home."""
+    def plan(
+        self, running: Rows[Sequence], short: int, growth: Callable[[], int]
+    ) -> tuple[list[Move], list[Move]]:
+        """Moves of this step: out, of which `short` are waited for, and home, into room beyond the
+        `growth` of what runs."""
         self._tokens = min(self._tokens, self._config.block_size) + self._config.move_budget
         out = self._out(running, short) if self._rm.credit else []
-        return out, self._home()
+        return out, self._home(growth) if any(self._recall.values()) else []
 
     def _out(self, running: Rows[Sequence], short: int) -> list[Move]:
         """The oldest rBlocks of the longest sequences and prefixes, to a creditor that hosts the
@@ -82,9 +86,10 @@ class Moves:
                     shed = self.sheddable()
         return moves
 
-    def _home(self) -> list[Move]:
+    def _home(self, growth: Callable[[], int]) -> list[Move]:
         """Of the requests with fewest rBlocks at the creditor first."""
         moves: list[Move] = []
+        room = self._rm.usable - growth()
         for creditor in self._recall:
             hosted = [
                 (len(table.remote[creditor]), request)
@@ -97,7 +102,7 @@ class Moves:
                 for index in self._rm.tables[request].remote[creditor]
             ]
             for request, index in blocks[: self._recall[creditor]]:
-                if self._rm.usable + self._rm.bounce <= 0 or not self._afford():
+                if room <= len(moves) or not self._afford():
                     return moves
                 moves.append(self._rm.bring_home(request, index, creditor))
                 self._recall[creditor] -= 1

@@ -9,20 +9,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hpc_distkv.attention import flashinfer
 from hpc_distkv.comm import binding
 from hpc_distkv.comm.broadcast import LaneBroadcast
 from hpc_distkv.comm.device import DeviceError
 from hpc_distkv.comm.group import Group
 from hpc_distkv.comm.probe import LinkCosts, probe
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.control.borrow import CANDIDATES
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.links import Links
 from hpc_distkv.control.messages import Request
 from hpc_distkv.control.policy import POLICIES, Policy
-from hpc_distkv.engine.activations import activation_peak, free_memory
+from hpc_distkv.engine.activations import LargestStep, activation_peak, free_memory
 from hpc_distkv.engine.capacity import device_blocks, host_blocks, tier_blocks
-from hpc_distkv.engine.config import BOUNCE_BLOCKS, EngineConfig, OptionError
+from hpc_distkv.engine.config import EngineConfig, OptionError
 from hpc_distkv.engine.follower import Follower
 from hpc_distkv.engine.host import copy_seconds
 from hpc_distkv.engine.interrupt import Interrupt
@@ -51,6 +51,8 @@ class EngineOptions:
     """Between GPUs: "nccl", "mpi" (by way of the host), or "auto", NCCL where it can be."""
     gpu_memory_utilization: float = 0.9
     """Part of the GPU's memory that is free beside the weights which steps and pool may take."""
+    attention_backend: str = "auto"
+    """Attention kernels on GPUs: "flashinfer", where they serve, or "auto", our own."""
     enforce_eager: bool = False
     """Never record decode steps as CUDA graphs."""
     dtype: str = "auto"
@@ -107,8 +109,8 @@ class RankEngine:
         set_threads(comm, options.threads)
         block_bytes = options.block_size * config.kv_bytes_per_token(_name(model.dtype))
         policy = _policy(options.policy, comm.world.instances)
-        self.config = EngineConfig(
-            num_blocks=_blocks_that_fit(comm, model, options, block_bytes),
+        wanted = EngineConfig(
+            num_blocks=1,
             block_size=options.block_size,
             max_num_seqs=min(options.max_num_seqs, options.max_num_batched_tokens),
             max_num_batched_tokens=options.max_num_batched_tokens,
@@ -124,6 +126,8 @@ class RankEngine:
                 comm, options.host_kv_memory, options.host_kv_path, block_bytes
             ),
         )
+        blocks = _blocks_that_fit(comm, model, options, wanted, block_bytes)
+        self.config = replace(wanted, num_blocks=blocks)
         self.capacity_blocks = self.config.num_blocks
         """rBlocks that one request may use at most."""
         self._model = model
@@ -159,13 +163,12 @@ class RankEngine:
             for first in range(0, world.size, world.tp)
         ]
         total = sum(lends for _, lends, _, _ in pools)
-        own, lends, host, copying = pools[world.instance]
+        own, _, host, copying = pools[world.instance]
         self.config = replace(
             config,
             num_blocks=own,
             host_blocks=host,
             host_copy_seconds=-copying,
-            pooled_blocks=own + total - lends,
         )
         self.capacity_blocks = min(own + total - lends + host for own, lends, host, _ in pools)
 
@@ -305,6 +308,12 @@ def bind(comm: Comm, options: EngineOptions) -> None:
         binding.bind(comm, options.device, options.allow_gpu_sharing, options.transport)
     except DeviceError as error:
         raise OptionError(str(error)) from None
+    if options.attention_backend == flashinfer.BACKEND:
+        why_not = flashinfer.missing()
+        if comm.device.place.type != "cuda":
+            why_not = "it needs GPUs"
+        if why_not:
+            raise OptionError(f"--attention-backend flashinfer cannot be: {why_not}")
 
 
 def load_model(comm: Comm, path: str | Path, options: EngineOptions) -> Decoder:
@@ -325,6 +334,9 @@ def load_model(comm: Comm, path: str | Path, options: EngineOptions) -> Decoder:
         decoder = load_decoder(path, config, dtype, comm.device.place, shard, relay)
     if world.tp > 1:
         decoder.lanes = Group(comm)
+    if options.attention_backend != "auto":
+        backend = options.attention_backend
+        decoder.attention = [replace(spec, backend=backend) for spec in decoder.attention]
     return decoder
 
 
@@ -333,7 +345,9 @@ def set_threads(comm: Comm, threads: int | None) -> None:
     torch.set_num_threads(threads or max(1, int(comm.world.cores)))
 
 
-def _blocks_that_fit(comm: Comm, model: Decoder, options: EngineOptions, block_bytes: int) -> int:
+def _blocks_that_fit(
+    comm: Comm, model: Decoder, options: EngineOptions, config: EngineConfig, block_bytes: int
+) -> int:
     if comm.device.place.type == "cpu":
         return options.num_blocks or host_blocks(comm, options.kv_memory, block_bytes)
     wanted = options.num_blocks * block_bytes if options.num_blocks else options.kv_memory
@@ -342,15 +356,23 @@ def _blocks_that_fit(comm: Comm, model: Decoder, options: EngineOptions, block_b
             "ranks that share a GPU cannot see what the others will take: give --kv-memory or "
             "--num-blocks with --allow-gpu-sharing"
         )
-    tokens = options.max_num_batched_tokens
-    rows = min(options.max_num_seqs, tokens)
-    peak = activation_peak(model, comm.device, tokens, rows, options.block_size)
-    # Beyond the pool: rBlocks to bounce and to spare, queries and partial results in both roles.
-    row_bytes = model.config.num_heads * model.config.head_dim * (model.dtype.itemsize + 4)
-    legs = 2 * CANDIDATES + (options.host_kv_memory is not None)
-    peak += (BOUNCE_BLOCKS + 1) * block_bytes + legs * tokens * row_bytes
+    others = comm.world.instances - 1 if config.policy.lending else 0
+    if config.host_blocks:
+        others += 1  # The host's processor attends for this rank, as a creditor does.
+    step = LargestStep(
+        tokens=config.max_num_batched_tokens,
+        rows=config.max_num_seqs,
+        block_size=config.block_size,
+        others=others,
+        shares=config.prefix_caching,
+        recorded=config.cuda_graphs and model.unconditional,
+    )
+    peak = activation_peak(model, comm.device, step)
+    peak += (config.bounce + config.spare) * block_bytes  # beyond the pool
     free = free_memory(comm.device)
-    return device_blocks(free, peak, options.gpu_memory_utilization, wanted, block_bytes, tokens)
+    return device_blocks(
+        free, peak, options.gpu_memory_utilization, wanted, block_bytes, step.tokens
+    )
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,20 +26,34 @@ Sampled = tuple[list[int], dict[int, bytes]]
 those that ask for it."""
 
 
+class Draw(NamedTuple):
+    """The next tokens of some sequences, on their way."""
+
+    tokens: torch.Tensor
+    """int64 `[sequences]`, on the device."""
+    ready: Callable[[], Sampled | None]
+    """Gives them once all that the device was asked for until the draw is done, and None until
+    then. Never blocks."""
+
+
 def begin_sampling(
-    device: Device, logits: torch.Tensor, sequences: Rows[Sequence]
-) -> Callable[[], Sampled | None]:
-    """Ask `device` for the next tokens. Returns what gives them once all that the device was asked
-    for so far is done, and None until then; it never blocks. `logits`: float32 `[sequences,
-    vocab]`."""
+    device: Device,
+    logits: torch.Tensor,
+    sequences: Rows[Sequence],
+    before: torch.Tensor | None = None,
+) -> Draw:
+    """Ask `device` for the next tokens. `logits`: float32 `[sequences, vocab]`; `before`: the
+    tokens that the step before draws, if the host does not know them."""
     if not sequences:
         over = device.fetch([])
-        return lambda: None if over.ready() is None else ([], {})
-    if device.place.type == "cpu":
+        return Draw(
+            torch.empty(0, dtype=torch.int64), lambda: None if over.ready() is None else ([], {})
+        )
+    if not device.deferred:
         tokens = sample(logits, sequences)
         sampled = tokens, sample_logprobs(logits, sequences, tokens)
-        return lambda: sampled
-    drawn = sample_together(device, logits, sequences)
+        return Draw(torch.tensor(tokens), lambda: sampled)
+    drawn = sample_together(device, logits, sequences, before)
     groups = _asking(sequences)
     uploaded = device.upload([torch.tensor(rows) for rows in groups.values()]) if groups else []
     scores = [
@@ -58,15 +73,14 @@ def begin_sampling(
             records.update(zip((sequences[row].id for row in rows), packed, strict=True))
         return fetched[0].tolist(), records
 
-    return ready
+    return Draw(drawn, ready)
 
 
 def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
     """The next token of each sequence; `logits` is float32 `[sequences, vocab]`, left as it is.
 
-    Randomness comes from a counter-based generator (Philox4x64) keyed by the row's seed with the
-    token's position as its counter, so a token depends on the row, its seed and its position
-    alone: not on batch, rank, preemption or restart.
+    Randomness comes from `Draws`, so a token depends on the row, its seed and its position alone:
+    not on batch, rank, preemption or restart.
     """
     tokens: list[int] = logits.argmax(dim=-1).tolist()
     for row, sequence in enumerate(sequences):
@@ -121,16 +135,15 @@ def _choose(logits: torch.Tensor, sequence: Sequence) -> int:
             sequence.counts.read(sequence.tokens)
         begun = sequence.output_len >= sampling.min_tokens
         logits = adjusted(logits, sampling.rules, sequence.counts, begun)
-    if sampling.temperature > 0 and logits.max().isfinite():
-        return _draw(logits, sampling, sequence.length)
+    if sequence.draws and logits.max().isfinite():
+        return _draw(logits, sampling, sequence.draws.at(sequence.length))
     return int(logits.argmax())
 
 
-def _draw(logits: torch.Tensor, sampling: Sampling, position: int) -> int:
+def _draw(logits: torch.Tensor, sampling: Sampling, uniform: float) -> int:
     """Temperature, then min-p, then top-k, then top-p of what is left, then one uniform number."""
     order, weights = candidates(logits, sampling)
     cumulative = np.cumsum(weights)
-    uniform = np.random.Generator(np.random.Philox(key=sampling.seed, counter=position)).random()
     place = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
     # Not beyond the last token that has any weight, should the product have been rounded up.
     place = min(place, int(np.searchsorted(cumulative, cumulative[-1])))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Rows
+from itertools import islice
 from typing import NamedTuple
 
-from hpc_distkv.control.messages import NOBODY, Answer
+from hpc_distkv.control.messages import NOBODY, Answer, Large
+from hpc_distkv.control.work import STEP_TOKENS, work
 from hpc_distkv.engine.admission import NOTHING_WAITS, Admission
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.demand import Demand
@@ -28,8 +31,6 @@ STARVED_GROWTH = 8
 again, only as often as that pays."""
 EXCHANGE_TOKENS = 10.0
 """Prompt tokens computed in the time that remote rBlocks add to a step, until it was measured."""
-STEP_TOKENS = 16.0
-"""Prompt tokens computed in the fixed time of a step, until it was measured."""
 GUEST_STEPS = 5
 """How many times its fixed time a step may compute prompts while guests are hosted: they wait for
 its operators, and shorter steps waste time of their own."""
@@ -94,10 +95,14 @@ class Scheduler:
         self._admission = Admission(rmanager, config, self.foresight)
         self._outlook = NOTHING_WAITS
         self._starved = False
-        self._short = False
+        self.short = False
+        """Whether memory was short in the last step that was planned."""
+        self._ahead = False
         self._short_answers = 0
-        self._whole_reports = 0
-        """Reports in a row that asked for all that a waiting sequence needs."""
+        self._short_steps = 0
+        """Steps and answers since there was enough memory."""
+        self._idle = True
+        """Whether nothing ran in the last step."""
         self._migrations = Migrations(rmanager, config) if config.policy.migrate else None
         self._steps = 0
         self._growth = MOST_GROWTH // 4
@@ -105,10 +110,6 @@ class Scheduler:
         self._moves = Moves(rmanager, config)
         self.swaps = Swaps(rmanager, config, self.foresight)
         self._denied = not config.policy.sharing
-        chunk = config.blocks(config.max_num_batched_tokens)
-        self._first_chunk = min(chunk, max(1, config.num_blocks // 8))
-        """Room that is not lent, so that rows assigned here can begin, unless one starves. At
-        least the reserve."""
 
     # -- between steps --------------------------------------------------------------------------
 
@@ -117,10 +118,12 @@ class Scheduler:
         sequence.keys = sequence.keys or self._config.prefix_keys(sequence.request)
         bisect.insort(self.waiting, sequence, key=lambda s: s.id)
 
-    def finish(self, sequence: Sequence) -> None:
-        """The sequence has all its output; its rBlocks go back, also to its creditors."""
+    def finish(self, sequence: Sequence, in_use: bool = False) -> None:
+        """The sequence has all its output; its rBlocks go back, also to its creditors. If they are
+        `in_use`, they are to be closed later."""
         self.running.remove(sequence)
-        self._rm.close(sequence.id)
+        if not in_use:
+            self._rm.close(sequence.id)
         self.foresight.outputs.add(sequence.output_len, sequence.request.sampling.max_tokens)
 
     def adopt(self, sequence: Sequence) -> None:
@@ -134,8 +137,8 @@ class Scheduler:
 
     def give_back(self, rows: int) -> list[Sequence]:
         """The youngest waiting sequences, up to `rows`, that were not begun: they go elsewhere."""
-        aside = self._rm.host_space.aside
-        fresh = [s for s in self.waiting if s.fresh and s.id not in aside]
+        aside, large = self._rm.host_space.aside, self._admission.large
+        fresh = [s for s in self.waiting if s.fresh and s.id not in aside and not large(s)]
         given = fresh[max(0, len(fresh) - rows) :]
         for sequence in given:
             self.waiting.remove(sequence)
@@ -145,13 +148,14 @@ class Scheduler:
         """What a control round brought: the last report asked for `asked` rBlocks."""
         self._admission.before = answer.admit_before
         self._admission.closed = self._admission.closed or answer.drain
-        self._short_answers = self._short_answers + 1 if self._short else 0
+        self._short_answers = self._short_answers + 1 if self.short else 0
         if self._config.policy.sharing:
             self._denied = asked > 0 and answer.granted == 0
         foreseen = GROWTH_ROUNDS * self._steps
         self._growth = max(LEAST_GROWTH, min(MOST_GROWTH, (self._growth + foreseen) // 2))
         self._steps = 0
         self._admission.keep = answer.keep
+        self._admission.begin.update(answer.begin)
         self._moves.apply(answer)
         if answer.give_way:
             self._give_way(answer.give_way, answer.give_way_at)
@@ -193,7 +197,7 @@ class Scheduler:
             growth = max(self._growth, oldest.length // STARVED_GROWTH)
             missing = self.foresight.missing(oldest, oldest.length + growth)
             largest = self._config.blocks(oldest.final_len)
-            return Demand(max(1, missing - held), oldest.id, largest, False, True, 0)
+            return Demand(max(1, missing - held), oldest.id, largest, True, 0)
         following = self._next_to_begin()
         need = self._admission.reserve if self.running else 0
         wanted, wanted_for, largest = 0, NOBODY, 0
@@ -203,23 +207,15 @@ class Scheduler:
                 wanted, wanted_for = need - held, min(wanted_for, sequence.id)
                 largest = max(largest, self._config.blocks(sequence.final_len))
         if wanted:
-            whole = any(sequence.id == wanted_for for sequence in following)
-            self._whole_reports = self._whole_reports + 1 if whole else 0
-            stuck = self._whole_reports > PATIENCE and not self.running
-            if self._whole_reports > PATIENCE and self._denied:
-                # What does not suffice is not held back from others.
-                wanted += self._rm.credit
-                self._moves.forget_plans()
-                self._return_credit(self._rm.credit)
-            return Demand(
-                wanted, wanted_for, largest, whole, stuck, self._lendable() if whole else 0
-            )
+            return Demand(wanted, wanted_for, largest, False, 0)
         if self._config.policy.lending:
             shed = self._moves.sheddable() if self._movable() else {}
             lacking = max(0, need - self._rm.usable)
             self._return_credit(self._rm.credit - lacking - sum(shed.values()), shed)
+        if not self._config.policy.sharing:
+            return Demand(0, NOBODY, 0, False, 0)
         rest = max(0, self._rm.usable + self._rm.credit - need)
-        return Demand(0, NOBODY, 0, False, False, min(rest, self._lendable()))
+        return Demand(0, NOBODY, 0, False, min(rest, self._lendable()))
 
     @property
     def fresh(self) -> int:
@@ -227,6 +223,15 @@ class Scheduler:
         aside = self._rm.host_space.aside
         waiting = [s for s in self.waiting if s.fresh and s.id not in aside]
         return sum(not self._admission.large(s) for s in waiting)
+
+    @property
+    def large(self) -> list[Large]:
+        """Sequences too large for this instance: all that run, and the oldest that waits."""
+        if not self._config.policy.planner:
+            return []
+        waiting = filter(self._admission.large, self.waiting)
+        rows = [*filter(self._admission.large, self.running), *islice(waiting, 1)]
+        return [self._large(sequence) for sequence in rows]
 
     @property
     def lacking(self) -> int:
@@ -242,18 +247,28 @@ class Scheduler:
         """Rows and prompt tokens that may be assigned: enough to keep the batch full until the
         next rounds, no more, so that rows stay free to go where there is time."""
         room = self._rm.usable - self._admission.keep
-        if room < self._first_chunk and (self.waiting or not self.running or self._admission.keep):
+        if room < self._admission.first_chunk and (
+            self.waiting or not self.running or self._admission.keep
+        ):
             return 0, 0
         most = self._config.max_num_batched_tokens
-        queued = sum(min(self.foresight.uncomputed(s), most) for s in self.waiting)
+        queued = sum(
+            min(self.foresight.uncomputed(s), most)
+            for s in self.waiting
+            if not self._admission.large(s)
+        )
         rows = self._config.max_num_seqs - len(self.running) - len(self.waiting)
         return max(0, rows), max(0, 2 * most - queued)
 
     # -- a step ---------------------------------------------------------------------------------
 
-    def plan(self) -> Plan:
-        """The next step: decodes first, then prefill chunks up to the token budget."""
-        self._starved = self._short = False
+    def plan(self, ahead: bool = False) -> Plan:
+        """The next step: decodes first, then prefill chunks up to the token budget. `ahead`: while
+        another one is computed, so nothing moves, and nobody gives way."""
+        self._ahead = ahead
+        if not ahead:
+            self._short_steps = self._short_steps + 1 if self.short else 0
+        self._starved = self.short = False
         self._steps += 1
         rows: dict[int, Row] = {}
         self._plan_decodes(rows)
@@ -264,7 +279,8 @@ class Scheduler:
         copies, leaving = self._plan_migrations()
         for sequence in leaving:
             rows.pop(sequence.id, None)
-        moves, recalls = self._plan_moves()
+        moves, recalls = ([], []) if ahead else self._plan_moves()
+        self._idle = not rows
         planned = [rows[request] for request in sorted(rows)]
         return Plan(planned, copies + moves, recalls, leaving, *self.swaps.take_plan())
 
@@ -283,9 +299,14 @@ class Scheduler:
         return self._migrations.plan(self.running, need - self._rm.usable)
 
     def _plan_decodes(self, rows: dict[int, Row]) -> None:
+        tables, size = self._rm.tables, self._config.block_size
         for sequence in [s for s in self.running if s.remaining == 1]:
-            # An older one may have made it give way meanwhile.
-            if self._runs(sequence) and self._make_room(sequence, 1, rows):
+            if sequence.computed >= sequence.final_len:  # Its last token is on its way.
+                continue
+            table = tables.get(sequence.id)
+            if table is None or self.swaps.leaves(sequence):  # An older one made it give way.
+                continue
+            if sequence.computed < table.blocks * size or self._make_room(sequence, 1, rows):
                 rows[sequence.id] = Row(sequence, 1)
 
     def _plan_prefills(self, rows: dict[int, Row], budget: int) -> None:
@@ -297,7 +318,7 @@ class Scheduler:
             if not self._runs(sequence):
                 continue
             tokens = min(sequence.remaining, budget, self._fit(sequence))
-            if self._make_room(sequence, tokens, rows):
+            if tokens and self._make_room(sequence, tokens, rows):
                 rows[sequence.id] = Row(sequence, tokens)
                 budget -= tokens
             elif not prefills:
@@ -312,6 +333,7 @@ class Scheduler:
         if sequence is not None:
             # A victim of another's starved row may be older than what runs here by now.
             self.waiting.remove(sequence)
+            self._admission.begin.discard(sequence.id)
             bisect.insort(self.running, sequence, key=lambda s: s.id)
             if self._begin(sequence):
                 return self._admit()
@@ -331,19 +353,33 @@ class Scheduler:
         return sits_out
 
     def _foreseen(self, sequence: Sequence) -> int:
-        """Tokens for which memory is asked for now: of one that waits for all of itself, all."""
-        if self._waits_for_whole(sequence):
-            return int(self.foresight.expected_end(sequence))
+        """Tokens for which memory is asked for now."""
         return sequence.length + self._growth
 
-    def _waits_for_whole(self, sequence: Sequence) -> bool:
-        return sequence.id not in self._rm.tables and self._admission.large(sequence)
+    def _large(self, sequence: Sequence) -> Large:
+        table, end = self._rm.tables.get(sequence.id), self.foresight.expected_end(sequence)
+        left = work(sequence.computed, sequence.length, self._config.attention_tokens)
+        return Large(
+            sequence.id,
+            begun=bool(table) or sequence.id in self._admission.begin,
+            held=table.held if table else 0,
+            blocks=self._config.blocks(int(end)),
+            prompt=left if sequence.remaining > 1 else 0.0,
+            output=end - sequence.length,
+        )
 
     def _fit(self, sequence: Sequence) -> int:
-        """Tokens the sequence can compute with what is free now, at least one."""
+        """Tokens the sequence can compute with what is free now. One too large for this instance
+        leaves others what they grow by, as long as these go on: when they lack it, it is usually
+        the youngest, and would be computed again. Any other can compute one at least."""
         held = self._rm.tables[sequence.id].blocks
-        spare = max(0, self._rm.usable - (self._admission.reserve if len(self.running) > 1 else 0))
-        return max(1, (held + spare) * self._config.block_size - sequence.computed)
+        others = [s for s in self.running if s is not sequence]
+        left = self._admission.reserve if others else 0
+        yields = not self._idle and self._admission.large(sequence)
+        if yields:
+            left += sum(self.foresight.missing(s, self._foreseen(s)) for s in others)
+        spare = max(0, self._rm.usable - left)
+        return max(not yields, (held + spare) * self._config.block_size - sequence.computed)
 
     def _make_room(self, sequence: Sequence, count: int, rows: dict[int, Row]) -> bool:
         """Give the sequence the rBlocks for `count` tokens, preempting younger ones if need be."""
@@ -351,14 +387,19 @@ class Scheduler:
         if not needed:
             return True
         while needed > max(0, self._rm.usable):  # below 0 while bounce slots are in use
-            self._short = True
-            if self._hopes(sequence) or needed <= self.swaps.freeing:
-                self.stalls += 1
+            self.short = True
+            if self._ahead:
                 return False
             youngest = self.running[-1]
-            if youngest is sequence or self.swaps.returns(youngest):
+            if self._hopes(sequence) or self._waits_for_ends(youngest):
                 self.stalls += 1
-                self._starved |= youngest is sequence and self._starves(sequence)
+                return False
+            if needed <= self.swaps.freeing or self.swaps.returns(youngest):
+                self.stalls += 1
+                return False
+            if youngest is sequence:
+                self.stalls += 1
+                self._starved |= self._starves(sequence)
                 return False
             self._preempt(youngest)
             rows.pop(youngest.id, None)
@@ -369,6 +410,13 @@ class Scheduler:
         """Whether a sequence that lacks memory needs rows elsewhere to give way: none can here."""
         oldest = sequence is self.running[0]
         return oldest and self._config.policy.lending and not self.swaps.helps(sequence)
+
+    def _waits_for_ends(self, youngest: Sequence) -> bool:
+        """Whether to let others end rather than `youngest` give way: for as long as it would take
+        to compute its tokens again, or to copy them away and back, if anything goes on
+        meanwhile."""
+        waited = (self._short_steps + 1) * self.step_tokens
+        return not self._idle and waited <= self.swaps.cost(youngest)
 
     def _hopes(self, sequence: Sequence) -> bool:
         """Whether rBlocks will come without anybody giving way."""
@@ -423,10 +471,10 @@ class Scheduler:
         """Room that nobody here needs: not what runs, nor what begins next, nor what new rows begin
         with. While an older request is starved elsewhere, only what is older counts; and what was
         to be kept for loans is not for those that wait."""
-        need = self._first_chunk if self._admission.before == NOBODY else 0
-        before = self._admission.before
+        before, keep = self._admission.before, self._admission.keep
+        need = 0 if keep or before < NOBODY else self._admission.first_chunk
         claims = self.foresight.claims([s for s in self.running if s.id <= before])
-        if not self._admission.keep:
+        if not keep:
             claims += self._outlook.claims
         growth = self.foresight.peak(claims) - self.foresight.at_home(self.running)
         return max(0, int(self._rm.usable - need - max(0, growth)))
@@ -463,7 +511,13 @@ class Scheduler:
         moves: tuple[list[Move], list[Move]] = [], []
         if lending:
             beginning = sum(map(growth, self._next_to_begin()))
-            moves = self._moves.plan(self.running, min(short + beginning, most))
+            waited = min(short + beginning, most)
+            moves = self._moves.plan(self.running, waited, self._home_growth)
         if self._config.host_blocks:
             self.swaps.plan(self.running, min(short, most) - len(moves[0]))
         return moves
+
+    def _home_growth(self) -> int:
+        """rBlocks that what runs comes to take here beyond those it has."""
+        peak = self.foresight.peak(self.foresight.claims(self.running))
+        return max(0, math.ceil(peak) - self.foresight.at_home(self.running))

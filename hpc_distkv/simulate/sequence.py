@@ -56,6 +56,7 @@ class SizedSequence(Sequence):
         "last_token_at",
         "length",
         "output_len",
+        "prompt_len",
         "request",
     )
     request: Request
@@ -66,6 +67,7 @@ class SizedSequence(Sequence):
     id: int
     length: int
     output_len: int
+    prompt_len: int
     final_len: int
 
     def __init__(self, request: Request, assigned_at: float) -> None:
@@ -75,7 +77,7 @@ class SizedSequence(Sequence):
         self.computed = 0
         self.first_token_at = self.last_token_at = None
         self.id = sized.id
-        self.length = sized.prompt_len
+        self.length = self.prompt_len = sized.prompt_len
         self.output_len = 0
         self.keys: list[bytes] = []
         self._output = sized.makes
@@ -84,10 +86,18 @@ class SizedSequence(Sequence):
     def __repr__(self) -> str:
         return f"SizedSequence({self.id}: {self.computed} of {self.length} computed)"
 
-    def append(self, token: int, now: float, logprobs: bytes = b"") -> None:
+    @property
+    def remaining(self) -> int:
+        """Tokens whose KV is missing."""
+        return self.length - self.computed
+
+    def expect(self, place: int) -> None:
         """One more output token, whichever."""
         self.length += 1
         self.output_len += 1
+
+    def learn(self, token: int, now: float, logprobs: bytes = b"") -> None:
+        """It is there."""
         self.last_token_at = now
         if self.first_token_at is None:
             self.first_token_at = now

@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow
+from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow, Rotation, rotate_and_write
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -148,3 +148,37 @@ def assert_close(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], tol: f
     for mine, theirs in zip(got, want, strict=True):
         assert mine.dtype == torch.float32
         torch.testing.assert_close(mine.double(), theirs.double(), rtol=tol, atol=tol)
+
+
+def check_turn(rotary: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    """`rotate_and_write` of 5 tokens with 3 query and 2 KV heads, views of one projection, against
+    complex numbers in float64; nothing but the tokens' slots is written."""
+    generator = torch.Generator().manual_seed(2)
+    fused = torch.randn(5, 7, dim, generator=generator).to(dtype)
+    angles = torch.rand(5, 1, rotary // 2, generator=generator) * 7
+    cos, sin = angles.cos().repeat(1, 1, 2), angles.sin().repeat(1, 1, 2)
+    sin[..., : rotary // 2] *= -1
+    cos, sin = cos.to(dtype), sin.to(dtype)
+    half = rotary // 2
+    pairs = torch.complex(fused[:, :5, :half].double(), fused[:, :5, half:rotary].double())
+    turned = pairs * torch.complex(cos[..., half:].double(), sin[..., half:].double())
+    want = torch.cat((turned.real, turned.imag, fused[:, :5, rotary:].double()), -1)
+    pool = torch.randn(8, 3, 2, 2, 16, dim, generator=generator).to(dtype)
+    blocks = torch.randint(0, 8, (5,), generator=generator, dtype=torch.int32)
+    offsets = torch.randperm(16, generator=generator)[:5].int()
+    on, new = pool.to(device), fused.to(device)
+    rotation = Rotation(cos.to(device), sin.to(device))
+    q = rotate_and_write(
+        new[:, :5], new[:, 5:], rotation, on[:, 2, 0], on[:, 2, 1], blocks, offsets
+    )
+    wanted = pool.double()
+    for token, (block, offset) in enumerate(zip(blocks, offsets, strict=True)):
+        wanted[block, 2, 0, :, offset] = want[token, 3:]
+        wanted[block, 2, 1, :, offset] = fused[token, 5:].double()
+    tol = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    torch.testing.assert_close(q.cpu().double(), want[:, :3], rtol=tol, atol=tol)
+    torch.testing.assert_close(on.cpu().double(), wanted, rtol=tol, atol=tol)
+    untouched = torch.ones(8, 16, dtype=torch.bool)
+    untouched[blocks.long(), offsets.long()] = False
+    rest = untouched[:, None, None, None, :, None].expand_as(pool)
+    assert torch.equal(on.cpu()[rest], pool[rest])

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from attention_oracle import Case, cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_distkv.attention import tuning
-from hpc_distkv.attention.staging import ALIGNMENT, to_device
 from hpc_distkv.attention.worklist import KeyIndex
 
 H100 = tuning.Processors(132, 232_448)
@@ -130,11 +128,3 @@ def test_tiles_fit_the_shared_memory_of_small_and_large_gpus(dim, itemsize, grou
         queries = kernel.lines * shape.width * itemsize
         tiles = (kernel.stages - 1) * kernel.keys * 2 * shape.width * itemsize
         assert kernel.resident * (queries + tiles) <= shared
-
-
-def test_one_copy_brings_all_arrays_aligned():
-    arrays = [np.arange(5), np.zeros((0, 8), np.int64), np.arange(6).reshape(2, 3) * 7]
-    copies = to_device(arrays, torch.device("cpu"))
-    assert [copy.tolist() for copy in copies] == [array.reshape(-1).tolist() for array in arrays]
-    assert len({copy.untyped_storage().data_ptr() for copy in copies}) == 1
-    assert all(copy.storage_offset() % ALIGNMENT == 0 for copy in copies)

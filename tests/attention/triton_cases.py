@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from attention_oracle import DTYPES, Case, assert_close, cases, dense, random_case
+from attention_oracle import DTYPES, Case, assert_close, cases, check_turn, dense, random_case
 from hypothesis import HealthCheck, given, settings
 from test_attention_merge import parts_of
 
@@ -16,11 +16,10 @@ from hpc_distkv.attention import (
     PagedRow,
     launch,
     merge_rows,
+    rotate_and_write,
     tuning,
-    write_kv,
 )
 from hpc_distkv.attention import micro_attention as attention
-from hpc_distkv.model.rotary import Rotation, rotate
 
 DEVICE = torch.device("cpu" if launch.interpreted() else "cuda")
 ROUNDED = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -187,8 +186,8 @@ def test_no_rows_and_no_queries():
 def test_what_a_batch_needs_on_the_device_is_copied_once_for_all_layers(monkeypatch):
     case = random_case(11, shapes=[(1, 40), (5, 60)])
     copies = []
-    copy = launch.to_device
-    monkeypatch.setattr(launch, "to_device", lambda *args: copies.append(args) or copy(*args))
+    copy = launch.upload
+    monkeypatch.setattr(launch, "upload", lambda *args: copies.append(args) or copy(*args))
     batch = case.batch
     q, k_cache, v_cache = (t.to(DEVICE) for t in (case.q, case.k_cache, case.v_cache))
     for _ in range(3):
@@ -238,7 +237,9 @@ def test_tokens_land_in_their_slots_and_nowhere_else(tokens, heads, dim, dtype):
     for token, (block, offset) in enumerate(zip(blocks, offsets, strict=True)):
         want[block, 2, :, :, offset] = fused[token, 1:]
     on, new = pool.to(DEVICE), fused.to(DEVICE)
-    write_kv(new[:, 1], new[:, 2], on[:, 2, 0], on[:, 2, 1], blocks, offsets)
+    qk = new[:, :2].flatten(1, 2)
+    q = rotate_and_write(qk, new[:, 2], None, on[:, 2, 0], on[:, 2, 1], blocks, offsets)
+    assert torch.equal(q, new[:, 0])
     assert torch.equal(on.cpu(), want)
 
 
@@ -246,27 +247,14 @@ def test_slots_out_of_range_are_refused_before_anything_is_written():
     cache, k = torch.zeros(2, 4, 2, 8, 16, device=DEVICE), torch.ones(2, 2, 16, device=DEVICE)
     blocks, offsets = (torch.tensor([1, at], dtype=torch.int32) for at in (4, 0))
     with pytest.raises(ValueError, match=r"blocks must lie in \[0, 4\) and offsets in \[0, 8\)"):
-        write_kv(k, k, cache[0], cache[1], blocks, offsets)
+        rotate_and_write(k, k, None, cache[0], cache[1], blocks, offsets)
     assert (cache == 0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("dim", "rotary"), [(64, 64), (80, 80), (80, 32)])
-def test_heads_turn_as_complex_numbers(dim, rotary, dtype):
-    generator = torch.Generator().manual_seed(2)
-    fused = torch.randn(5, 4, dim, generator=generator).to(dtype)
-    angles = torch.rand(5, 1, rotary // 2, generator=generator) * 7
-    cos, sin = angles.cos().repeat(1, 1, 2), angles.sin().repeat(1, 1, 2)
-    sin[..., : rotary // 2] *= -1
-    cos, sin = cos.to(dtype), sin.to(dtype)
-    half = rotary // 2
-    pairs = torch.complex(fused[:, :3, :half].double(), fused[:, :3, half:rotary].double())
-    turned = pairs * torch.complex(cos[..., half:].double(), sin[..., half:].double())
-    want = torch.cat((turned.real, turned.imag, fused[:, :3, rotary:].double()), -1)
-    got = rotate(fused.to(DEVICE)[:, :3], Rotation(cos.to(DEVICE), sin.to(DEVICE)))
-    assert got.is_contiguous()
-    tol = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
-    torch.testing.assert_close(got.cpu().double(), want, rtol=tol, atol=tol)
+def test_queries_and_keys_turn_as_complex_numbers_and_values_stay(dim, rotary, dtype):
+    check_turn(rotary, dim, dtype, DEVICE)
 
 
 def decodes(lengths: list[int], seed: int) -> PagedBatch:

@@ -60,6 +60,14 @@ def sleeps_in_step(comm: Comm) -> None:
         take(comm, [0, 2], "headers of step 5")
 
 
+def sleeps_in_call(comm: Comm) -> None:
+    """Others wait for it in a call that cannot be polled."""
+    if comm.world.rank == 2:
+        time.sleep(60)
+    with abort.guarded(comm, "NCCL to connect its GPU", [0, 1, 2]):
+        time.sleep(60)
+
+
 def agreed(comm: Comm) -> None:
     """All leave together with the status of a usage error."""
     said = comm.agree("no such file" if comm.world.rank == 1 else None)

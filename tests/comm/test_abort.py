@@ -7,7 +7,7 @@ import pytest
 from letters import take
 from mpirun import mpirun, run_mpi
 
-from hpc_distkv.comm.abort import aborting
+from hpc_distkv.comm.abort import aborting, guarded
 from hpc_distkv.comm.local import open_local, run_local
 from hpc_distkv.comm.schedule import PeerFailedError
 from hpc_distkv.comm.waiter import StallError
@@ -31,6 +31,7 @@ needs_mpirun = pytest.mark.skipif(mpirun() is None, reason="needs mpirun")
             ["[rank 0 on ", "no answer from rank 2 on ", "queries, layer 3", "headers of step 5"],
         ),
         ("sleeps_as_first", 3, 70, ["[rank 1 on ", "waits for rank 0 on ", "to agree"]),
+        ("sleeps_in_call", 3, 70, ["[rank 0 on ", "no answer from rank 2 on ", "NCCL to connect"]),
         ("agreed", 2, 2, ["[None, 'no such file']"]),
         ("rows_failed", 2, 1, []),
     ],
@@ -45,6 +46,20 @@ def test_one_rank_takes_all_along(way, ranks, status, said):
     speakers = {line.split(" on ")[0] for line in ran.stderr.splitlines() if line[:6] == "[rank "}
     assert len(speakers) <= 1, "one rank speaks for all"
     assert time.monotonic() - began < 30
+
+
+def test_calls_that_end_in_time_end_nothing(capsys):
+    comm = open_local(2, stall_timeout=0.2)[1]
+    ended = []
+    comm.abort = ended.append
+    with guarded(comm, "a call", [0]):
+        pass
+    time.sleep(0.5)
+    assert ended == []
+    with guarded(comm, "a call that takes too long", [0]):
+        time.sleep(0.8)
+    assert ended == [70]
+    assert "waits for rank 0: a call that takes too long" in capsys.readouterr().err
 
 
 class UsageError(Exception):

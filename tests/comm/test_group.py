@@ -2,12 +2,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import group_contract
 import pytest
 from group_contract import CONTRACT
 from mpirun import mpirun, run_mpi
+from recorded_fabric import connect
 
+from hpc_distkv.comm.group import Group
 from hpc_distkv.comm.local import leftovers, open_local, run_local
 from hpc_distkv.comm.schedule import SeededSchedule
+from hpc_distkv.comm.transport import Comm
 
 SCRIPT = str(Path(__file__).with_name("group_contract.py"))
 
@@ -26,6 +30,32 @@ def test_interleavings_keep_the_contract(promise, seed):
     comms = open_local(6, tp=3, schedule=SeededSchedule(seed))
     run_local(comms, promise)
     assert leftovers(comms) == []
+
+
+def in_steps(promise):
+    """The promise, kept in steps that wait for no other instance."""
+
+    class Steps(Group):
+        def __init__(self, comm: Comm) -> None:
+            super().__init__(comm)
+            self.begin(apart=True)
+
+    def kept(comm: Comm) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(group_contract, "Group", Steps)
+            promise(comm)
+
+    return kept
+
+
+@pytest.mark.parametrize("promise", CONTRACT[:2], ids=lambda promise: promise.__name__)
+@pytest.mark.parametrize("seed", range(3))
+def test_hops_that_no_host_waits_for_keep_the_contract(promise, seed):
+    comms = open_local(6, tp=3, schedule=SeededSchedule(seed))
+    fabric = connect(comms)
+    run_local(comms, in_steps(promise))
+    assert leftovers(comms) == []
+    assert {(0, 1, 2), (3, 4, 5)} == set(fabric.hops)
 
 
 @pytest.mark.skipif(mpirun() is None, reason="needs mpirun")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +13,12 @@ import torch
 from recorded_fabric import connect
 from test_staged import PROMISES
 
+from hpc_distkv.comm.group import Group
 from hpc_distkv.comm.local import leftovers, open_local, run_local
 from hpc_distkv.comm.nccl import refusal, usable
 from hpc_distkv.comm.schedule import SeededSchedule
 from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR, Comm
+from hpc_distkv.comm.waiter import StallError
 
 LAYERS = 4
 
@@ -47,9 +51,14 @@ def query(debtor: int, creditor: int, layer: int, rows: int) -> torch.Tensor:
     return torch.arange(8.0 * rows).add_(1000 * debtor + 100 * creditor + 10 * layer)
 
 
-def answers(comm: Comm, graph: dict[int, dict[int, int]]) -> None:
+def answers(
+    comm: Comm,
+    graph: dict[int, dict[int, int]],
+    then: Callable[[], object] = list,
+) -> None:
     """The exchanges of one step, as debtors and creditors make them: a debtor posts the queries of
-    a layer to all creditors and waits; a creditor answers when it polls, and never waits."""
+    a layer to all creditors and waits; a creditor answers when it polls, and never waits. `then`
+    follows in each layer."""
     me, transport = comm.world.rank, comm.transport
     visits = {debtor: Visit(comm, debtor, owed[me]) for debtor, owed in graph.items() if me in owed}
 
@@ -64,6 +73,7 @@ def answers(comm: Comm, graph: dict[int, dict[int, int]]) -> None:
         transport.exchange(sent, got, TO_CREDITOR, TO_DEBTOR).wait(f"layer {layer}")
         for (_, question), (_, answer) in zip(sent, got, strict=True):
             assert torch.equal(answer, question + 0.5)
+        then()
     comm.idle(lambda: all(visit.over for visit in visits.values()) or None, "debtors")
 
 
@@ -113,6 +123,77 @@ def test_a_circle_of_debts_is_served():
         connect(comms)
         run_local(comms, lambda comm: answers(comm, graph))
         assert leftovers(comms) == []
+
+
+def step_of_instance(comm: Comm, graph: dict[int, dict[int, int]], apart: set[int]) -> None:
+    """One step of a rank in an instance of two, with a sum in every layer; those of the instances
+    `apart` wait for no other."""
+    group, world = Group(comm), comm.world
+    group.begin(world.instance in apart)
+
+    def total() -> None:
+        x = torch.full((5,), 1.0 + world.rank)
+        assert (group.total(x) == 3 + 2 * world.lanes[0]).all()
+
+    answers(comm, graph, total)
+
+
+LOANS = {0: {2: 2, 4: 1}, 1: {3: 2, 5: 1}, 2: {0: 3}, 3: {1: 3}, 4: {}, 5: {}}
+"""Instances 0 and 1 are debtors of each other, and 0 of instance 2 too."""
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_hops_and_meetings_never_stand_in_each_others_way(seed):
+    comms = open_local(6, tp=2, schedule=SeededSchedule(seed))
+    fabric = connect(comms)
+    run_local(comms, lambda comm: step_of_instance(comm, LOANS, apart={2}))
+    assert leftovers(comms) == []
+    assert fabric.hops == [(4, 5)] * (LAYERS - 1), "the first one is by appointment"
+
+
+def test_debtors_of_each_other_may_not_hop():
+    """Which is why steps that wait for other instances do not."""
+
+    def try_seeds() -> None:
+        for seed in range(12):
+            comms = open_local(6, tp=2, schedule=SeededSchedule(seed))
+            connect(comms)
+            run_local(comms, lambda comm: step_of_instance(comm, LOANS, apart={0, 1, 2}))
+
+    with pytest.raises(StallError, match="stands still in a hop"):
+        try_seeds()
+
+
+def test_no_meeting_begins_before_hops_have_passed_and_no_hop_before_meetings():
+    comms = open_local(4, tp=2)
+    fabric = connect(comms)
+    run_local(comms, lambda comm: comm.transport.unite(comm))
+    lanes = [
+        threading.Thread(
+            target=comm.transport.hop, args=([(1 - comm.world.rank, x)], [(1 - comm.world.rank, y)])
+        )
+        for comm, x, y in zip(comms[:2], torch.ones(2, 3), torch.zeros(2, 3), strict=True)
+    ]
+    for lane in lanes:
+        lane.start()
+    for lane in lanes:
+        lane.join()
+    arriving = comms[2].transport.exchange([], [(0, torch.zeros(3))])
+    leaving = comms[0].transport.exchange([(2, torch.ones(3))], [])
+    for marks in fabric.marks:
+        if marks:
+            fabric.pass_mark(marks)
+    for pending in (arriving, leaving, arriving):
+        assert not pending.done()
+    assert fabric.meetings == []
+    assert not comms[0].transport._free, "it would hop on and on, and the meeting would wait"
+    fabric.pass_mark(fabric.tails[0])
+    for pending in (leaving, arriving):
+        assert not pending.done()
+    assert fabric.meetings == [(0, 2, 1), (2, 0, 1)]
+    assert not comms[0].transport._free
+    fabric.meet(0, 2)
+    assert comms[0].transport._free
 
 
 def test_what_is_ready_together_goes_in_one_meeting():

@@ -17,9 +17,9 @@ VOCABULARY = 500
 
 
 class Elsewhere(Device):
-    """A device that is not the host, as far as anybody asks, and ends nothing before it is told."""
+    """A device that ends nothing before it is told."""
 
-    place = torch.device("cuda")
+    deferred = True
     over = False
 
     def query(self) -> bool:
@@ -70,6 +70,31 @@ def test_the_tokens_are_those_drawn_row_by_row(seed):
     assert torch.equal(logits, before)
 
 
+def test_a_token_that_the_host_does_not_know_yet_is_penalised_as_a_known_one():
+    rows, waiting = [], []
+    drawn = torch.tensor([9, 3, 250, 7])
+    for number, place in enumerate([2, 0, 1, 3, 2]):
+        rules = LogitRules(repetition_penalty=4.0, min_p=0.1)
+        sampling = Sampling(9, [0.0, 1.0][number % 2], seed=number, rules=rules)
+        earlier = (9, 3, 8)
+        token = int(drawn[place])
+        rows.append(sequence(sampling, 5, (*earlier, token), number))
+        waiting.append(sequence(sampling, 4, earlier, number))
+        waiting[-1].expect(place)
+    logits = torch.randn(5, VOCABULARY)
+    for row, known in enumerate(rows):
+        logits[row, known.tokens[-1]] = 5.0  # without the penalty it would be drawn again
+    want = sample(logits, rows)
+    assert sample_together(Device(), logits, waiting, drawn).tolist() == want
+    for row, token in zip(waiting, want, strict=True):
+        assert row.tokens[-1] < 0
+        row.learn(int(drawn[-1 - row.tokens[-1]]), 0.0)
+        row.append(token, 0.0)
+    for row, token in zip(rows, want, strict=True):
+        row.append(token, 0.0)
+    assert sample_together(Device(), logits, waiting).tolist() == sample(logits, rows)
+
+
 def test_a_row_without_a_finite_logit_is_drawn_as_alone():
     hot = Sampling(max_tokens=1, temperature=1.0, top_k=3)
     rows = [sequence(hot, number=0), sequence(hot, number=1)]
@@ -81,7 +106,7 @@ def test_a_row_without_a_finite_logit_is_drawn_as_alone():
 def test_what_is_drawn_is_there_once_the_device_has_come_to_it():
     rows, logits = random_rows(9, 30)
     device = Elsewhere()
-    ready = begin_sampling(device, logits, rows)
+    ready = begin_sampling(device, logits, rows).ready
     assert ready() is None
     device.over = True
     tokens, records = ready()
@@ -92,7 +117,7 @@ def test_what_is_drawn_is_there_once_the_device_has_come_to_it():
 
 def test_a_step_without_new_tokens_ends_when_the_device_has_come_to_its_end():
     device = Elsewhere()
-    ready = begin_sampling(device, torch.empty((0, 0)), [])
+    ready = begin_sampling(device, torch.empty((0, 0)), []).ready
     assert ready() is None
     device.over = True
     assert ready() == ([], {})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from clusters import Outcome, run_cluster
-from deferred_copies import late
+from late_device import be_late
 from test_cluster import BLOCK, VOCABULARY, model, options, unconstrained  # noqa: F401
 from test_tensor_parallel import run, whole  # noqa: F401
 
@@ -157,7 +157,7 @@ def test_what_is_put_aside_makes_room_for_a_row_that_cannot_go_on():
 def test_copies_that_end_late_change_no_token(model, seed):  # noqa: F811
     rows = pressed() if seed % 2 else crowd(random.Random(seed), 8, 40 * BLOCK)
     ranks, schedule = 1 + seed // 2, SeededSchedule(seed)
-    outcome = run_cluster(model, rows, ranks, tier(16, 24), schedule, prepare=late)
+    outcome = run_cluster(model, rows, ranks, tier(16, 24), schedule, prepare=be_late)
     assert outcome.tokens == unconstrained(model, rows)
     assert total(outcome, "blocks_to_host") > 0
 

@@ -40,9 +40,11 @@ class Rig:
         self.rm.credit_opened(creditor, len(rblocks))
         self.rm.commit([self.rm.move_out(*rblock, creditor) for rblock in rblocks], [])
 
-    def step(self, short: int = 0) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
+    def step(
+        self, short: int = 0, growth: int = 0
+    ) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
         """(request, rBlock, creditor) of what leaves and of what comes home in one step."""
-        out, home = self.moves.plan(self.running, short)
+        out, home = self.moves.plan(self.running, short, lambda: growth)
         self.rm.check()
         assert all(move.kind is Kind.LEND for move in out)
         assert all(move.kind is Kind.RECALL for move in home)
@@ -196,33 +198,23 @@ def test_the_budget_counts_both_ways_together():
     assert steps(rig, 3) == [(1, 1), (0, 2), (0, 0)]
 
 
-def full(bounce: int) -> Rig:
-    """One free rBlock, six elsewhere that are called home."""
-    rig = Rig({0: 40}, num_blocks=10, bounce=bounce)
+def test_into_a_full_pool_only_as_many_come_home_as_there_is_room():
+    rig = Rig({0: 40}, num_blocks=10)
     rig.lend(3, *[(0, index) for index in range(6)])
     rig.rm.open(9)
     rig.rm.grow(9, 5)
     assert rig.rm.usable == 1
     rig.answer(recall={3: 6})
-    return rig
-
-
-def test_into_a_full_pool_only_as_many_come_home_as_there_is_room():
-    rig = full(bounce=0)
     assert steps(rig, 2) == [(0, 1), (0, 0)]
 
 
-def test_bounce_slots_take_in_what_finds_no_room_and_only_that():
-    rig = full(bounce=2)
-    assert steps(rig, 2) == [(0, 3), (0, 0)]
-    assert rig.rm.usable == -2
-    rig.rm.close(9)
-    assert rig.rm.usable == 3, "bounce slots are the first to be free again"
-    roomy = Rig({0: 40}, num_blocks=20, bounce=2)
-    roomy.lend(3, (0, 0), (0, 1))
-    roomy.answer(recall={3: 2})
-    assert steps(roomy, 1) == [(0, 2)]
-    assert roomy.rm.usable == 10
+@pytest.mark.parametrize(("growth", "home"), [(0, 6), (4, 4), (7, 1), (8, 0), (20, 0)])
+def test_nothing_comes_home_into_room_that_those_who_run_will_take(growth, home):
+    rig = Rig({0: 40}, num_blocks=12)
+    rig.lend(3, *[(0, index) for index in range(6)])
+    assert rig.rm.usable == 8
+    rig.answer(recall={3: 6})
+    assert len(rig.step(growth=growth)[1]) == home
 
 
 def test_every_creditors_part_comes_home():

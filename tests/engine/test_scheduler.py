@@ -156,7 +156,7 @@ def test_rblocks_at_one_instance_are_freed_only_by_those_that_have_some_there():
 def test_every_row_that_fits_alone_is_finished_and_the_oldest_never_goes_back(
     num_blocks, rows, policy, short
 ):
-    """Nobody lends: every round denies what was asked for."""
+    """Nobody lends: every round denies what was asked for, and lets what is too large begin."""
     scheduler = make(num_blocks, policy)
     if short:
         expect_short(scheduler)
@@ -167,7 +167,8 @@ def test_every_row_that_fits_alone_is_finished_and_the_oldest_never_goes_back(
         if not scheduler.running and not scheduler.waiting:
             break
         if round_number % 3 == 0:
-            answer(scheduler, asked=scheduler.demand().wanted)
+            begin = [row.request for row in scheduler.large]
+            answer(scheduler, asked=scheduler.demand().wanted, begin=begin)
         oldest = min(s.id for s in (*scheduler.running, *scheduler.waiting))
         step(scheduler)
         assert sequences[oldest].computed >= progress.get(oldest, 0)

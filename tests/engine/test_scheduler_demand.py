@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from schedules import add, answer, expect_short, make, running, step
 
+from hpc_distkv.control.messages import Large
 from hpc_distkv.engine.scheduler import PATIENCE, Scheduler
 
 # -- what is asked for --------------------------------------------------------------------------
@@ -112,7 +113,7 @@ def test_a_row_borrows_if_that_costs_less_than_to_compute_the_youngest_again():
 @pytest.mark.parametrize("policy", ["lend", "lend-greedy"])
 def test_a_row_waits_for_no_loan_that_does_not_pay(policy):
     scheduler = two_that_fill(policy)
-    scheduler.exchange_tokens = 100.0
+    scheduler.exchange_tokens = scheduler.step_tokens = 100.0
     goes_on = [0 in step(scheduler) for _ in range(8)]
     assert all(goes_on) == (policy == "lend")
     assert (scheduler.preemptions == 1) == (policy == "lend")
@@ -162,48 +163,81 @@ def test_two_rows_do_not_begin_in_the_same_room():
     assert scheduler.lacking == 3
 
 
-# -- with a planner, a row too large for its instance begins with all it needs --------------------
+# -- with a planner, a row too large for its instance begins on the gManager's word ---------------
 
 
 def large_and_small() -> Scheduler:
     """A row of 15 rBlocks and one of 2 wait for the same 12."""
-    scheduler = make(num_blocks=12, policy="lend", max_num_batched_tokens=64)
+    scheduler = make(num_blocks=12, policy="lend", max_num_batched_tokens=16)
     add(scheduler, 0, prompt=59, max_tokens=2)
     add(scheduler, 1, prompt=7, max_tokens=2)
     return scheduler
 
 
-def test_a_row_too_large_waits_for_all_it_needs_and_others_pass_it():
+def test_a_row_too_large_waits_for_the_gmanager_and_others_pass_it():
     scheduler = large_and_small()
+    assert scheduler.large == [Large(0, False, 0, 16, 59.0, 2.0)]
     assert step(scheduler) == {1: 7}
+    assert scheduler.demand().wanted == 0
+    assert scheduler.fresh == 0
+    answer(scheduler, begin=[0])
+    assert scheduler.large[0].begun
+    assert step(scheduler) == {0: 15, 1: 1}
+    assert scheduler.large == [Large(0, True, 4, 16, 44.0, 2.0)]
+
+
+def test_a_row_too_large_asks_for_all_its_prompt_as_soon_as_it_runs():
+    scheduler = large_and_small()
+    answer(scheduler, begin=[0])
+    step(scheduler)
     demand = scheduler.demand()
-    assert (demand.wanted_for, demand.whole, demand.largest) == (0, True, 15)
-    assert not demand.starved
-    assert step(scheduler) == {1: 1}
-    scheduler.rm.credit_opened(3, 2)
-    assert step(scheduler) == {}
-    scheduler.rm.credit_opened(3, 1)
-    assert 0 in step(scheduler)
+    assert (demand.wanted_for, demand.largest) == (0, 15)
+    assert demand.wanted >= 15 - 12
 
 
-def test_the_credit_of_a_row_too_large_is_not_for_those_that_pass_it():
+def test_a_row_too_large_that_gave_way_waits_for_the_gmanager_again():
     scheduler = large_and_small()
-    add(scheduler, 2, prompt=36)
-    scheduler.rm.credit_opened(3, 2)
-    assert step(scheduler) == {1: 7}
+    answer(scheduler, begin=[0])
+    step(scheduler)
+    answer(scheduler, give_way=1, admit_before=-1)
+    assert running(scheduler) == []
+    answer(scheduler)
+    assert 0 not in step(scheduler)
+    assert not scheduler.large[0].begun
 
 
-def test_a_row_too_large_that_nobody_makes_room_for_is_starved_when_nothing_runs_here():
-    scheduler = make(num_blocks=12, policy="lend")
-    add(scheduler, 0, prompt=59)
-    starved = []
-    for _ in range(PATIENCE + 2):
-        demand = scheduler.demand()
-        starved.append(demand.starved)
-        assert (demand.wanted_for, demand.whole) == (0, True)
-        answer(scheduler, asked=demand.wanted)
-        assert step(scheduler) == {}
-    assert starved == [False] * PATIENCE + [True] * 2
+def test_a_row_too_large_is_not_given_back_to_go_elsewhere():
+    scheduler = large_and_small()
+    assert [sequence.id for sequence in scheduler.give_back(5)] == [1]
+
+
+def test_a_row_too_large_leaves_others_what_they_grow_by_while_they_go_on():
+    """Row 1 grows to 3 rBlocks more than it has, and one is in reserve."""
+    scheduler = make(num_blocks=12, policy="lend", max_num_batched_tokens=64)
+    add(scheduler, 1, prompt=3, max_tokens=14)
+    step(scheduler)
+    add(scheduler, 2, prompt=59)
+    answer(scheduler, begin=[2])
+    assert step(scheduler) == {1: 1, 2: 4 * (12 - 1 - 3 - 1)}
+    while 1 in running(scheduler):
+        assert step(scheduler).keys() == {1}
+    assert step(scheduler)[2] > 0
+    assert scheduler.preemptions == 0
+
+
+@pytest.mark.parametrize(("step_tokens", "waited"), [(14.0, 2), (40.0, 0)])
+def test_a_row_gives_way_only_after_the_time_that_it_would_take_again(step_tokens, waited):
+    """Row 0 lacks an rBlock when row 2 has 31 tokens."""
+    scheduler = make(num_blocks=12, policy="lend", max_num_batched_tokens=64)
+    expect_short(scheduler)
+    for number, prompt in enumerate((5, 3, 27)):
+        add(scheduler, number, prompt, max_tokens=40)
+    scheduler.step_tokens, scheduler.exchange_tokens = step_tokens, 100.0
+    ran = []
+    while not scheduler.preemptions:
+        ran.append(0 in step(scheduler))
+    assert ran.count(False) == waited
+    assert running(scheduler) == [0, 1]
 
 
 # -- what is lent -------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ class OneLayer:
         self.out = torch.empty(0)
 
     def hidden(self, tokens, positions, attend: Callable, pause, lengths) -> torch.Tensor:
-        self.out = attend(0, self.q, self.k, self.v)
+        self.out = attend(0, torch.cat((self.q, self.k), 1), self.v, None)
         return torch.zeros(len(tokens), 1)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -135,3 +135,10 @@ def test_the_longest_common_part_of_every_set_of_rows_is_one_group():
         (0, 1, 2): "a" * LONG,
         (3, 4): "b" * LONG,
     }, "what 6 and 7 share is not worth it"
+
+
+def test_a_row_is_in_a_few_groups_at_most_those_that_spare_most(monkeypatch):
+    monkeypatch.setattr(shared, "MOST_SHARED", 1)
+    rm = RManager(0, 100)
+    assert set(groups_of(rm, rows_of(rm), BLOCK)) == {(0, 1, 2, 3, 4, 5)}
+    test_rows_get_the_attention_that_they_would_get_alone(AttentionSpec(0.3))

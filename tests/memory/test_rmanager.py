@@ -86,7 +86,7 @@ def test_a_lent_rblock_counts_where_it_is_and_belongs_where_it_came_from():
     lend(one, other, 7, 0, 1)
     check(one, other)
     assert one.tables[7].remote == {1: [0, 1]}
-    assert one.tables[7].indices == [2]
+    assert [*one.tables[7].indices] == [2]
     assert (one.free, one.borrowed, one.held, one.credit) == (3, 2, 3, 0)
     assert (other.free, other.lent, other.held) == (2, 2, 0)
 
@@ -120,11 +120,11 @@ def test_what_comes_home_is_in_its_place_again():
     lend(one, other, 7, 2, 0, 1)
     recall(one, other, 7, 1)
     table = one.tables[7]
-    assert table.indices == [1, 3]
+    assert [*table.indices] == [1, 3]
     assert table.remote == {1: [2, 0]}
     assert other.guests[0, 7].indices == [2, 0]
     recall(one, other, 7, 0, 2)
-    assert table.indices == [0, 1, 2, 3]
+    assert [*table.indices] == [0, 1, 2, 3]
     assert table.remote == {}
     assert not one.debts
     assert not other.loans
@@ -152,7 +152,7 @@ def test_two_full_instances_bring_their_rblocks_home_at_once_through_bounce_slot
         rm.commit(back[rm.instance], home[rm.instance])
     check(one, other)
     assert one.usable == other.usable == 0
-    assert one.tables[0].indices == other.tables[1].indices == [0, 1, 2, 3]
+    assert [*one.tables[0].indices] == [*other.tables[1].indices] == [0, 1, 2, 3]
     assert not one.debts
     assert not one.loans
 
@@ -213,7 +213,7 @@ def test_dropped_rblocks_are_free_at_home_at_once_and_at_creditors_once_they_are
     lend(one, other, 7, 0, 1, 3)
     one.drop(7, 1)
     one.drop(7, 3)
-    assert one.tables[7].indices == [4, 5]
+    assert [*one.tables[7].indices] == [4, 5]
     assert one.tables[7].remote == {1: [3]}
     assert (one.tables[7].start, one.tables[7].blocks, one.free) == (3, 6, 4)
     assert one.borrowed == 3, "until the creditor is told"
@@ -222,7 +222,7 @@ def test_dropped_rblocks_are_free_at_home_at_once_and_at_creditors_once_they_are
     check(one, other)
     assert (one.borrowed, other.free) == (1, 5)
     one.grow(7, 1)
-    assert one.tables[7].indices == [4, 5, 6]
+    assert [*one.tables[7].indices] == [4, 5, 6]
     one.drop(7, 5)
     other.evict_dropped(0, one.settle_debt(1).dropped)
     assert (one.debts, other.loans, other.guests, other.usable) == ({}, {}, {}, 6)
@@ -261,7 +261,7 @@ def test_a_request_is_copied_while_it_grows_and_then_handed_over():
     with_credit(4, one, other)
     request_of(one, 7, 3)
     copy(one, other, 7, 2)
-    assert one.tables[7].indices == [0, 1, 2], "it is served at home"
+    assert [*one.tables[7].indices] == [0, 1, 2], "it is served at home"
     one.grow(7, 1)
     copy(one, other, 7, 2)
     one.hand_over(7)
@@ -269,7 +269,7 @@ def test_a_request_is_copied_while_it_grows_and_then_handed_over():
     check(one, other)
     assert one.free == 6
     assert (one.debts, other.loans, other.guests) == ({}, {}, {})
-    assert other.tables[7].indices == [0, 1, 2, 3]
+    assert [*other.tables[7].indices] == [0, 1, 2, 3]
     assert (other.free, other.held) == (2, 4)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpc_distkv.attention import AttentionSpec
+from hpc_distkv.attention import AttentionSpec, Rotation
+from hpc_distkv.attention.rotation import rotate
 from hpc_distkv.model.decoder import Decoder
 
 
@@ -21,8 +22,11 @@ class DenseAttention:
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+    def __call__(self, layer: int, qk: Tensor, v: Tensor, rotation: Rotation | None) -> Tensor:
+        assert qk.stride(-1) == v.stride(-1) == 1
+        if rotation is not None:
+            qk = rotate(qk, rotation)
+        q, k = qk[:, : -v.shape[1]], qk[:, -v.shape[1] :]
         keys = self.keys[layer] = torch.cat((self.keys.get(layer, k[:0]), k))
         values = self.values[layer] = torch.cat((self.values.get(layer, v[:0]), v))
         group = q.shape[1] // k.shape[1]

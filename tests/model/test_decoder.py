@@ -11,6 +11,8 @@ from dense import logits_of, reference_logits, save_llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hpc_distkv.attention import Rotation
+from hpc_distkv.attention.rotation import rotate
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.rope import Rope
 from hpc_distkv.model.weights import load_decoder, random_decoder
@@ -91,8 +93,8 @@ def test_layers_driven_one_at_a_time_equal_hidden(tiny_model: Path) -> None:
     decoder = load_decoder(tiny_model, ModelConfig.from_dir(tiny_model))
     tokens, positions = torch.arange(9), torch.arange(9)
 
-    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return q * (layer + 1)
+    def attend(layer: int, qk: torch.Tensor, v: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+        return rotate(qk, rotation)[:, : -v.shape[1]] * (layer + 1)
 
     with torch.inference_mode():
         x, rotations = decoder.embed(tokens, positions), decoder.rotations(positions)

@@ -156,7 +156,7 @@ def test_rows_beside_each_other_share_the_step():
 def test_only_lending_answers_a_row_longer_than_a_pool(policy):
     answered, simulation = run(deployment(policy=policy), [Row(100, 10), Row(10, 3)])
     lends = policy.startswith("lend")
-    assert answered == ([1, 0] if lends else [1])
+    assert sorted(answered) == ([0, 1] if lends else [1])
     figures = simulation.record.figures(deployment(policy=policy))
     assert figures["rows"]["refused"] == (0 if lends else 1)
     assert (figures["remote_share"] > 0.3) == lends

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attention_oracle import check_turn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hpc_distkv.attention import write_kv
+from hpc_distkv.attention import Rotation, rotate_and_write
 
 
 def int32(values: list[int]) -> torch.Tensor:
@@ -37,7 +38,9 @@ def test_tokens_land_in_their_slots_and_nowhere_else(
             for head in range(kv_heads):
                 want[block, 2, which, head, offset] = fused[token, 1 + which, head]
     blocks, offsets = [s // block_size for s in slots], [s % block_size for s in slots]
-    write_kv(fused[:, 1], fused[:, 2], pool[:, 2, 0], pool[:, 2, 1], int32(blocks), int32(offsets))
+    qk, slots = fused[:, :2].flatten(1, 2), (int32(blocks), int32(offsets))
+    q = rotate_and_write(qk, fused[:, 2], None, pool[:, 2, 0], pool[:, 2, 1], *slots)
+    assert torch.equal(q, fused[:, 0])
     assert torch.equal(pool, want)
 
 
@@ -46,17 +49,30 @@ def test_tokens_land_in_their_slots_and_nowhere_else(
 def test_slots_out_of_range_are_refused_before_anything_is_written(block, offset):
     cache, k = torch.zeros(2, 4, 2, 8, 16), torch.ones(2, 2, 16)
     with pytest.raises(ValueError, match=r"blocks must lie in \[0, 4\) and offsets in \[0, 8\)"):
-        write_kv(k, k, cache[0], cache[1], int32([1, block]), int32([1, offset]))
+        rotate_and_write(k, k, None, cache[0], cache[1], int32([1, block]), int32([1, offset]))
     assert (cache == 0).all()
 
 
 def test_what_does_not_fit_is_refused():
     cache, k, slots = torch.zeros(4, 2, 8, 16), torch.ones(2, 2, 16), int32([0, 1])
-    with pytest.raises(ValueError, match="does not fit a cache"):
-        write_kv(k[:, :1], k[:, :1], cache, cache, slots, slots)
-    with pytest.raises(ValueError, match="do not fit a cache of"):
-        write_kv(k.half(), k.half(), cache, cache, slots, slots)
-    with pytest.raises(ValueError, match="int32"):
-        write_kv(k, k, cache, cache, slots.long(), slots)
-    with pytest.raises(ValueError, match="contiguous"):
-        write_kv(k.mT.contiguous().mT, k, cache, cache, slots, slots)
+    table = torch.ones(2, 1, 16)
+    for match, qk, v, rotation, blocks in (
+        ("does not fit a cache", k[:, :1], k[:, :1], None, slots),
+        ("not of the same tokens", k[:, :1], k, None, slots),
+        ("not of the same tokens", k[:1], k, None, slots),
+        ("do not fit a cache of", k.half(), k.half(), None, slots),
+        ("int32", k, k, None, slots.long()),
+        ("contiguous", k.mT.contiguous().mT, k, None, slots),
+        ("does not fit qk", k, k, Rotation(table[:1], table), slots),
+        ("does not fit qk", k, k, Rotation(table, table.half()), slots),
+        ("does not fit qk", k, k, Rotation(table.repeat(1, 1, 2), table), slots),
+    ):
+        with pytest.raises(ValueError, match=match):
+            rotate_and_write(qk, v, rotation, cache, cache, blocks, slots)
+    assert (cache == 0).all()
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("rotary", [16, 6])
+def test_queries_and_keys_turn_as_complex_numbers_and_values_stay(rotary):
+    check_turn(rotary, 16, torch.float32, torch.device("cpu"))

@@ -1,0 +1,190 @@
+"""NCCL's calls as this program makes them, against a library that moves bytes between threads and
+blocks wherever NCCL may block."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+import time
+from collections import defaultdict, deque
+from contextlib import suppress
+from types import SimpleNamespace
+
+import pytest
+import torch
+from group_contract import parts_are_joined_on_lane_0, totals_are_float32_sums_in_the_order_of_lanes
+from test_group import in_steps
+from test_meetings import LOANS, step_of_instance
+from test_staged import PROMISES
+
+from hpc_distkv.comm.local import leftovers, open_local, run_local
+from hpc_distkv.comm.meetings import MeetingTransport, Message
+from hpc_distkv.comm.nccl import Nccl, NcclError
+from hpc_distkv.comm.transport import Comm
+
+LONG = 20.0
+
+
+class Library:
+    """`cupy.cuda.nccl`: a group's end, and making and destroying a communicator, return when all
+    other ranks that they concern have made the same call."""
+
+    NCCL_UINT8 = 1
+
+    class NcclError(Exception):
+        pass
+
+    def __init__(self) -> None:
+        self.change = threading.Condition()
+        self.posts: defaultdict[tuple, deque[list]] = defaultdict(deque)
+        self.joined: defaultdict[bytes, int] = defaultdict(int)
+        self.left: defaultdict[bytes, int] = defaultdict(int)
+        self.ids = 0
+        self.groups = threading.local()
+        library = self
+
+        class NcclCommunicator:
+            def __init__(self, size: int, identity: bytes, rank: int) -> None:
+                assert 0 <= rank < size
+                self.size, self.identity, self.rank = size, identity, rank
+                library.come(library.joined, identity, size)
+
+            def send(self, pointer: int, count: int, dtype: int, peer: int, stream: int) -> None:
+                self.post((self.identity, self.rank, peer), True, pointer, count, dtype)
+
+            def recv(self, pointer: int, count: int, dtype: int, peer: int, stream: int) -> None:
+                self.post((self.identity, peer, self.rank), False, pointer, count, dtype)
+
+            def post(self, pair: tuple, send: bool, pointer: int, count: int, dtype: int) -> None:
+                assert dtype == library.NCCL_UINT8
+                assert 0 <= pair[1] < self.size > pair[2] >= 0
+                library.groups.posts.append((pair, send, [pointer, count, False]))
+
+            def check_async_error(self) -> None:
+                pass
+
+            def destroy(self) -> None:
+                library.come(library.left, self.identity, self.size)
+
+        self.NcclCommunicator = NcclCommunicator
+        self.groupStart, self.groupEnd = self.start_group, self.end_group
+
+    def get_unique_id(self) -> bytes:
+        with self.change:
+            self.ids += 1
+            return self.ids.to_bytes(128, "big")
+
+    def come(self, counts: dict[bytes, int], identity: bytes, size: int) -> None:
+        with self.change:
+            counts[identity] += 1
+            self.change.notify_all()
+            assert self.change.wait_for(lambda: counts[identity] >= size, LONG)
+
+    def start_group(self) -> None:
+        self.groups.posts = []
+
+    def end_group(self) -> None:
+        mine = [post for _, _, post in self.groups.posts]
+        with self.change:
+            for pair, send, post in self.groups.posts:
+                other = self.posts[*pair, not send]
+                if other:
+                    match = other.popleft()
+                    assert match[1] == post[1]
+                    source, target = (post, match) if send else (match, post)
+                    ctypes.memmove(target[0], source[0], source[1])
+                    match[2] = post[2] = True
+                else:
+                    self.posts[*pair, send].append(post)
+            self.change.notify_all()
+            assert self.change.wait_for(lambda: all(post[2] for post in mine), LONG), "stuck"
+
+
+class Passed:
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+
+@pytest.fixture
+def library(monkeypatch) -> Library:
+    found = Library()
+    package = SimpleNamespace(__version__="14.2.0", cuda=SimpleNamespace(nccl=found))
+    monkeypatch.setitem(sys.modules, "cupy", package)
+    monkeypatch.setitem(sys.modules, "cupy.cuda", package.cuda)
+    monkeypatch.setattr("hpc_distkv.comm.nccl.passed", lambda stream=None: Passed())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(Nccl, "holds", lambda self, tensor: True)
+    return found
+
+
+def connected(comm: Comm) -> None:
+    fabric = Nccl(comm, range(comm.world.size), SimpleNamespace(cuda_stream=8))
+    way = MeetingTransport(comm.transport, fabric, comm.new_mail(), comm.waiter)
+    comm.transport = way
+    comm.waiter.background.append(way.push)
+
+
+@pytest.mark.parametrize(
+    "promise",
+    [
+        *PROMISES,
+        in_steps(totals_are_float32_sums_in_the_order_of_lanes),
+        in_steps(parts_are_joined_on_lane_0),
+        lambda comm: step_of_instance(comm, LOANS, apart={2}),
+    ],
+)
+def test_ranks_whose_hosts_block_in_every_call_keep_the_contract(library, promise):
+    def work(comm: Comm) -> None:
+        connected(comm)
+        promise(comm)
+        comm.close()
+
+    comms = open_local(6, stall_timeout=LONG, tp=2)
+    run_local(comms, work)
+    assert leftovers(comms) == []
+    assert library.left == library.joined
+
+
+@pytest.mark.parametrize("missing", ["start", "close"])
+def test_a_rank_that_does_not_come_ends_the_job_in_time(library, missing, capsys):
+    """Its start is the first call that waits for all, its close the last."""
+    comms = open_local(3, stall_timeout=0.5)
+    ended, over = [], threading.Event()
+
+    def work(comm: Comm) -> None:
+        comm.abort = lambda status: (ended.append(status), over.set())
+        hangs = comm.world.rank == 2
+        if hangs and missing == "start":
+            comm.share("")
+            return
+        fabric = Nccl(comm, range(3), SimpleNamespace(cuda_stream=8))
+        if not hangs:
+            fabric.close()
+
+    def run() -> None:
+        with suppress(Exception):
+            run_local(comms, work)
+
+    threading.Thread(target=run, daemon=True).start()
+    began = time.monotonic()
+    assert over.wait(10)
+    assert time.monotonic() - began < 5
+    assert ended[0] == 70
+    said = capsys.readouterr().err
+    assert "rank 2: NCCL to " + ("connect its GPU" if missing == "start" else "let go of") in said
+
+
+def test_what_nccl_refuses_is_said(library):
+    (comm,) = open_local(1)
+    fabric = Nccl(comm, range(1))
+
+    def refuse(*_: int) -> None:
+        raise library.NcclError("unhandled system error")
+
+    fabric._communicator.send = refuse
+    with pytest.raises(NcclError, match="refuses messages with rank 0: unhandled system error"):
+        fabric.meet([Message(0, True, torch.zeros(1))])

@@ -1,0 +1,161 @@
+"""When rows too large for one pool begin."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from gmanager_rounds import Job
+from hypothesis import given
+from hypothesis import strategies as st
+from made_reports import report
+
+from hpc_distkv.control.assign import Assignment
+from hpc_distkv.control.large import SHARE, peak
+from hpc_distkv.control.messages import Changes, Large, Report, Request, Sampling, pack_tokens
+from hpc_distkv.control.policy import POLICIES
+
+BLOCK = 32
+STEP = 10.0
+
+numbers = st.integers(0, 50)
+larges = st.builds(
+    lambda held, more, prompt, output: Large(0, True, held, held + more, prompt, output),
+    numbers,
+    numbers,
+    numbers,
+    st.integers(1, 20),
+)
+
+
+# -- how much they have at once -----------------------------------------------------------------
+
+
+@given(st.lists(larges, min_size=1, max_size=5))
+def test_the_peak_is_the_most_of_all_moments(rows):
+    def held(row: Large, moment: float) -> float:
+        if moment > row.prompt + row.output * STEP:
+            return 0.0
+        part = min(1.0, moment / row.prompt) if row.prompt else 1.0
+        return row.held + part * (row.blocks - row.held)
+
+    moments = np.arange(0, 260 + 1)  # all ends are whole numbers
+    most = max(sum(held(row, moment) for row in rows) for moment in moments)
+    assert peak(rows, STEP) == pytest.approx(most)
+
+
+def test_a_row_that_ends_before_another_has_grown_takes_no_room_from_it():
+    ending = Large(0, True, 10, 10, 0.0, 1.0)
+    growing = Large(1, True, 0, 10, 100.0, 5.0)
+    assert peak([ending, growing], STEP) == pytest.approx(11)
+    assert peak([ending, growing], step_tokens=100.0) == pytest.approx(20)
+
+
+# -- who begins ---------------------------------------------------------------------------------
+
+
+def large(number: int, blocks: int, begun: bool = False, held: int = 0, prompt: int = 100) -> Large:
+    return Large(number, begun, held, blocks, float(prompt), 1000.0)
+
+
+def with_large(*rows: Large, **fields: object) -> Report:
+    """A report of an instance with 100 rBlocks."""
+    fields = {"capacity": 100, "free": 100, "seats": 8, "fixed": 0.1, "running": 1} | fields
+    return report(changes=Changes(large=list(rows)), **fields)
+
+
+def begun(job: Job, *reports: Report) -> list[list[int]]:
+    job.manager.assignment.home |= {
+        row.request: instance for instance, some in enumerate(reports) for row in some.changes.large
+    }
+    return [answer.begin for answer in job.round(*reports)]
+
+
+def test_one_that_is_alone_begins_whatever_it_needs():
+    assert begun(Job(2), with_large(large(0, 199)), with_large()) == [[0], []]
+
+
+def test_those_begin_that_have_room_together():
+    rows = [with_large(large(n, blocks)) for n, blocks in enumerate((110, 120, 90, 101))]
+    room = SHARE * 400
+    assert 110 + 120 + 90 <= room < 110 + 120 + 90 + 101
+    assert begun(Job(4), *rows) == [[0], [1], [2], []]
+
+
+def test_nobody_passes_an_older_one_that_waits_for_the_same_room():
+    rows = with_large(large(3, 110)), with_large(large(1, 110)), with_large(large(2, 180))
+    assert begun(Job(3), *rows) == [[], [1], []]
+
+
+def test_those_that_have_begun_count_with_what_they_come_to_have():
+    going_on = with_large(large(0, 190, begun=True, held=20, prompt=50))
+    assert begun(Job(3), going_on, with_large(large(1, 110)), with_large()) == [[], [], []]
+    ending = with_large(Large(0, True, 190, 190, 0.0, 0.1))
+    assert begun(Job(3), ending, with_large(large(1, 110)), with_large()) == [[], [1], []]
+
+
+def test_prompts_at_one_home_come_one_after_the_other():
+    first = large(0, 101, begun=True, held=10, prompt=50)
+    assert begun(Job(4), with_large(first, large(1, 101)), *[with_large()] * 3)[0] == []
+    decoding = large(0, 101, begun=True, held=101, prompt=0)
+    assert begun(Job(4), with_large(decoding, large(1, 101)), *[with_large()] * 3)[0] == [1]
+
+
+def test_rows_out_of_each_others_reach_do_not_wait_for_each_other():
+    rows = [with_large(large(n, 150)) for n in range(4)]
+    assert begun(Job(4, nodes=[0, 0, 1, 1]), *rows) == [[0], [], [2], []]
+
+
+# -- rows that have no home yet -----------------------------------------------------------------
+
+
+def prompt(number: int, tokens: int) -> Request:
+    return Request(number, pack_tokens([0] * tokens), Sampling(max_tokens=64))
+
+
+def test_a_row_too_large_gets_its_home_when_it_begins():
+    """The one with most room that has none yet."""
+    rows = [prompt(0, 150 * BLOCK), prompt(1, 10), prompt(2, 150 * BLOCK)]
+    job = Job(2, rows, POLICIES["lend"], block_size=BLOCK)
+    reports = with_large(free=10, room_rows=8, room_tokens=99), with_large(free=20)
+    answers = job.round(*reports)
+    assert [[r.id for r in answer.assign] for answer in answers] == [[1], [0]]
+    assert [answer.begin for answer in answers] == [[], [0]]
+    assert job.manager.assignment.home == {0: 1, 1: 0}
+    reports = with_large(), with_large(large(0, 152, begun=True, held=150, prompt=0))
+    assert [answer.begin for answer in job.round(*reports)] == [[], []]
+    reports = with_large(), with_large(Large(0, True, 152, 152, 0.0, 0.1))
+    assert [answer.begin for answer in job.round(*reports)] == [[2], []]
+
+
+def test_rows_too_large_that_wait_are_not_read_without_end():
+    assignment = Assignment(iter([prompt(n, 50) for n in range(1000)]), 2)
+    assignment.large_from = 40
+    room = np.array([1000, 1000])
+    assert assignment.assign(room, room, np.zeros(2)) == {}
+    assert len(assignment.large_rows(1000, BLOCK)) < 100
+    assert assignment.waiting
+    assert assignment.unfinished < 200
+
+
+def test_what_is_expected_of_a_row_that_goes_on():
+    """20 tokens of an earlier run, out of at most 64."""
+    request = Request(0, pack_tokens([0] * 300), Sampling(max_tokens=64), pack_tokens([0] * 20))
+    assignment = Assignment(iter([request]), 1)
+    assignment.large_from = 100
+    room = np.array([1000])
+    assignment.assign(room, room, np.zeros(1))
+    assert assignment.large_rows(5, BLOCK) == [Large(0, False, 0, 12, 320.0, 44.0)]
+
+
+# -- room for them ------------------------------------------------------------------------------
+
+
+def test_what_becomes_free_is_left_to_those_that_have_begun():
+    row = large(0, 200, begun=True, held=10)
+    short = with_large(row, wanted=9, wanted_for=0, largest=200, free=4)
+    answers = Job(3).round(short, report(promised=2), report(promised=3))
+    assert answers[0].granted == 5
+    assert answers[0].keep == 4, "it has that already"
+    assert answers[1].keep + answers[2].keep >= 4
+    other = report(wanted=9, wanted_for=0, largest=20, free=4)
+    assert [a.keep for a in Job(3).round(other, report(promised=2), report(promised=3))] == [0] * 3
