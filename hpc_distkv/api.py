@@ -273,6 +273,7 @@ class Engine:
             "dtype": self.rank.dtype,
             "block_size": config.block_size,
             "num_blocks": config.num_blocks,
+            "host_blocks": config.host_blocks,
             "max_num_seqs": config.max_num_seqs,
             "max_num_batched_tokens": config.max_num_batched_tokens,
             "lending": config.policy.lending,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, MutableSequence, Sequence
+from functools import partial
 
 import torch
 from deferred_copies import POISON, DeferredEvent
@@ -14,12 +15,15 @@ from hpc_distkv.comm.transport import Comm
 
 
 class LateDevice(Device):
-    """What it is asked to fetch is garbage until the schedule lets it arrive, in order."""
+    """What it is asked to fetch is garbage until the schedule lets it arrive, in order. Copies
+    beside what it computes read when they arrive, in any order; where they go is garbage until
+    then."""
 
     deferred = True
 
     def __init__(self) -> None:
         self.waiting: deque[DeferredEvent] = deque()
+        self.beside: list[DeferredEvent] = []
 
     def fetch(self, tensors: Sequence[torch.Tensor]) -> Fetch:
         there = [tensor.clone() for tensor in tensors]
@@ -31,8 +35,24 @@ class LateDevice(Device):
         self.waiting.append(event)
         return Fetch(here, event)
 
-    def happen(self) -> None:
-        event = self.waiting.popleft()
+    def copy_beside(
+        self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]
+    ) -> DeferredEvent:
+        for tensor in targets:
+            tensor.view(-1).view(torch.uint8).fill_(POISON)
+        pairs = list(zip(targets, sources, strict=True))
+        event = DeferredEvent(lambda: [to.copy_(source) for to, source in pairs])
+        self.beside.append(event)
+        return event
+
+    @property
+    def events(self) -> list[Callable[[], None]]:
+        copies = [partial(self._happen, event, self.beside) for event in self.beside]
+        fetched = list(self.waiting)[:1]
+        return [*(partial(self._happen, event, self.waiting) for event in fetched), *copies]
+
+    def _happen(self, event: DeferredEvent, among: MutableSequence[DeferredEvent]) -> None:
+        among.remove(event)
         event.happen()
         event.past = True
 
@@ -43,4 +63,4 @@ def be_late(comms: Sequence[Comm]) -> None:
     for comm, device in zip(comms, devices, strict=True):
         comm.device = device
     events = network.events
-    network.events = lambda: [*events(), *(device.happen for device in devices if device.waiting)]
+    network.events = lambda: [*events(), *(event for device in devices for event in device.events)]

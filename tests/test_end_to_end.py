@@ -78,6 +78,31 @@ def test_the_demo_model_answers_as_transformers_with_most_of_the_long_row_remote
     assert remote > with_kv / 2 if ranks > 1 else remote == 0
 
 
+def test_a_row_larger_than_all_pools_is_answered_from_files(
+    tmp_path, demo_model, demo_rows, demo_answers
+):
+    """An rBlock takes 720 KiB: a rank's file has room for 16, and is gone with the rank."""
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    job = BatchJob(tmp_path, demo_model, demo_rows)
+    files = ("--host-kv-path", folder, "--host-kv-memory", "11.5MiB")
+    ran = job.run(2, "--num-blocks", 8, "--temperature", 0, *files)
+    assert ran.returncode == 0, ran.stderr
+    assert job.answers() == demo_answers
+    assert job.figures()["counters"]["peak_host"] >= LONG_TOKENS // BLOCK - 2 * 8
+    assert "rBlocks to its memory" in ran.stdout
+    assert list(folder.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_made_ends_the_job_with_the_reason(tmp_path, tiny_model):
+    job = BatchJob(tmp_path, tiny_model, [completion("a", [5], 3)])
+    files = ("--host-kv-path", tmp_path, "--host-kv-memory", "1000000TiB")
+    refused = job.run(2, "--num-blocks", 8, *files)
+    assert refused.returncode == 2
+    assert f"--host-kv-path {tmp_path}: no file of" in refused.stderr
+    assert list(tmp_path.glob("*kv*")) == []
+
+
 @pytest.mark.parametrize(("ranks", "blocks", "seed"), [(2, 24, 0), (4, 8, 2)])
 def test_a_wide_mix_is_answered_as_by_transformers(ranks, blocks, seed, tmp_path, tiny_model):
     rng = random.Random(seed)

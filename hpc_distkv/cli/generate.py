@@ -191,13 +191,16 @@ def _announcement(engine: Engine) -> str:
     lending = f"one row may have {rank.capacity_tokens} tokens of KV"
     if world.instances > 1:
         lending += ", lent between ranks" if rank.config.policy.lending else ", nothing is lent"
+    host = rank.config.host_blocks
+    beside = f", {host} more in the memory of its host" if host else ""
     sampling = f"temperature {defaults.temperature:g}" if defaults.temperature else "greedy"
     ranks = f"{world.size} ranks"
     if world.tp > 1:
         ranks += f" in {world.instances} instances of {world.tp}"
     return (
         f"{ranks}, {rank.processor} each; {rank.dtype}; "
-        f"{rank.config.num_blocks} rBlocks of {rank.config.block_size} tokens a rank: {lending}\n"
+        f"{rank.config.num_blocks} rBlocks of {rank.config.block_size} tokens a rank"
+        f"{beside}: {lending}\n"
         "for what a row leaves out, from the options or the model's generation_config.json: "
         f"{sampling}, top_p {defaults.top_p:g}, "
         f"top_k {defaults.top_k or 'off'}, min_p {defaults.min_p:g}, repetition_penalty "
@@ -215,6 +218,16 @@ def _sharing(counters: dict[str, Any]) -> list[str]:
     ]
 
 
+def _host(counters: dict[str, Any]) -> list[str]:
+    if not counters["blocks_to_host"]:
+        return []
+    return [
+        f"host      {counters['blocks_to_host']:.0f} rBlocks to its memory and "
+        f"{counters['blocks_from_host']:.0f} back, at most {counters['peak_host']:.0f} there at "
+        "once by one rank"
+    ]
+
+
 def _summary(figures: dict[str, Any], output: Path) -> str:
     rows, counters = figures["rows"], figures["counters"]
     before = rows["answered_before"] + rows["failed_before"]
@@ -227,6 +240,7 @@ def _summary(figures: dict[str, Any], output: Path) -> str:
         f"memory    {counters['blocks_borrowed']:.0f} rBlocks lent and borrowed between ranks, "
         f"at most {counters['peak_borrowed']:.0f} by one rank at once; "
         f"{counters['preemptions']:.0f} preemptions",
+        *_host(counters),
         f"results   {output}",
     ]
     if figures["stopped"]:

@@ -97,6 +97,17 @@ ENGINE_OPTIONS = (
         "[default: 40 % of the node's available memory over its ranks; on a GPU, what is left]",
     ),
     click.option(
+        "--host-kv-memory",
+        type=Size(),
+        help="Memory of the host that one rank may use for rBlocks its KV cache has no room for: "
+        "of rows that give way, and of rows larger than all KV caches. [default: none]",
+    ),
+    click.option(
+        "--host-kv-path",
+        metavar="DIR",
+        help="Directory on a disk of the node: --host-kv-memory is a file there. CPUs only.",
+    ),
+    click.option(
         "--block-size",
         type=POSITIVE,
         default=32,

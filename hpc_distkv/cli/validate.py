@@ -14,6 +14,7 @@ from hpc_distkv.batch.footprint import Footprint, Pool
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.rows import Row, parse_row
 from hpc_distkv.batch.service import Limits, SamplingDefaults, Service
+from hpc_distkv.cli.options import Size
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.errors import ModelError
 
@@ -151,6 +152,11 @@ def _percentile(ordered: list[int], percent: int) -> int:
 )
 @click.option("--num-blocks", type=click.IntRange(min=1), help="rBlocks in the pool of one rank.")
 @click.option(
+    "--host-kv-memory",
+    type=Size(),
+    help="What --host-kv-memory will be, where a replica is one rank and --dtype the checkpoint's.",
+)
+@click.option(
     "--block-size", type=click.IntRange(min=1), default=32, show_default=True, help="Tokens."
 )
 @click.option(
@@ -172,6 +178,7 @@ def command(
     max_model_len: int | None,
     max_tokens: int | None,
     num_blocks: int | None,
+    host_kv_memory: int | None,
     block_size: int,
     ranks: int,
     table: bool,
@@ -183,9 +190,11 @@ def command(
     pool = Pool(block_size, num_blocks)
     try:
         config = ModelConfig.from_dir(model)
+        host_blocks = (host_kv_memory or 0) // (block_size * config.kv_bytes_per_token())
+        beside = host_blocks * block_size
         limits = Limits(
             max_model_len=max_model_len or config.max_position,
-            capacity_tokens=None if pool.tokens is None else pool.tokens * ranks,
+            capacity_tokens=None if pool.tokens is None else pool.tokens * ranks + beside,
         )
         defaults = SamplingDefaults(max_tokens=max_tokens)
         service = Service.from_dir(model, config, limits, defaults)

@@ -8,10 +8,12 @@ Streams of a rank, and what orders them (events alone; the host waits for none o
     out       copies to the host: each waits for what the stream that asked for it had been given
     into      copies from the host: likewise, for the memory they overwrite may be in use; then
               compute and serving wait for them
+    beside    rBlocks to and from the host's memory: likewise, but nothing waits for them; what uses
+              them is asked for when the host has seen their end
 
-Copies out and copies in never wait for each other. An own step ends when the host has seen its last
-event on compute, and what it used is freed then: so that is not in use any more, though the next
-step may be on its way.
+Copies out and copies in never wait for each other, nor for those beside. An own step ends when the
+host has seen its last event on compute, and what it used is freed then: so that is not in use any
+more, though the next step may be on its way.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ class Cuda(Device):
             self.place = torch.device("cuda", index)
             self._compute = torch.cuda.current_stream()
             self._serving = new_stream(priority=-1)
-            self._out, self._into = new_stream(), new_stream()
+            self._out, self._into, self._beside = new_stream(), new_stream(), new_stream()
         except RuntimeError as error:  # how torch says that a device is busy or broken
             raise DeviceError(f"CUDA device {index} cannot be used: {error}") from error
 
@@ -72,6 +74,21 @@ class Cuda(Device):
         for tensor, copy in zip(tensors, copies, strict=True):
             copy.copy_(tensor, non_blocking=True)
         return Fetch(copies, self.mark())
+
+    def pin(self, memory: torch.Tensor) -> None:
+        """Lock it in place, without torch's allocator, which would take a power of two. It stays so
+        for the run."""
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        code = runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+        if int(code):
+            raise RuntimeError(f"CUDA cannot lock {memory.nbytes} bytes (error {int(code)})")
+
+    def copy_beside(
+        self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]
+    ) -> Event:
+        """On a stream of its own."""
+        self._beside.wait_event(self.mark())
+        return self._copy(self._beside, sources, targets)
 
     # -- copies beside what is computed (see `staged.Copies`) -------------------------------------
 

@@ -24,6 +24,14 @@ class Event(Protocol):
         """Whether it has passed. Never blocks."""
 
 
+class Passed:
+    """A moment that has passed."""
+
+    def query(self) -> bool:
+        """True."""
+        return True
+
+
 class Fetch:
     """Tensors on their way to the host."""
 
@@ -61,6 +69,19 @@ class Device:
         """Tensors of the device → what they will hold when all that was asked so far is done.
         Never blocks."""
         return Fetch(list(tensors))
+
+    def pin(self, memory: torch.Tensor) -> None:
+        """Make memory of the host fit for `copy_beside`. Raises RuntimeError."""
+
+    def copy_beside(
+        self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]
+    ) -> Event:
+        """Copy from the device to pinned memory of the host or back, beside what is computed and
+        after all that was asked so far. Nothing that is asked for later waits for it: neither side
+        may be written to, nor `targets` be read, before the event has passed."""
+        for source, target in zip(sources, targets, strict=True):
+            target.copy_(source)
+        return Passed()
 
 
 class Sight(NamedTuple):

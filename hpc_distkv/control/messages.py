@@ -166,6 +166,12 @@ class Counters(msgspec.Struct):
     """Requests handed over to another instance."""
     peak_borrowed: int = 0
     """Most rBlocks hosted elsewhere at once."""
+    blocks_to_host: int = 0
+    """rBlocks moved or copied to the host's memory."""
+    blocks_from_host: int = 0
+    """rBlocks brought home from there."""
+    peak_host: int = 0
+    """Most rBlocks there at once."""
     held_block_steps: int = 0
     """rBlocks of running requests, summed over steps."""
     remote_block_steps: int = 0
@@ -184,6 +190,8 @@ class Counters(msgspec.Struct):
     """Waiting for partial results from creditors."""
     move_wait: float = 0.0
     """Waiting for rBlocks."""
+    host_time: float = 0.0
+    """Attending to own rBlocks in the host's memory."""
     serve_time: float = 0.0
     """Attending debtors' queries to their guests."""
     query_wait: float = 0.0

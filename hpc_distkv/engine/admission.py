@@ -68,9 +68,9 @@ class Admission:
         """No sequence may begin any more."""
         self.keep = 0
         """rBlocks to leave free for loans to come."""
-        chunk = config.blocks(config.max_num_batched_tokens)
-        self.reserve = min(chunk, max(1, config.num_blocks // 100))
+        self.reserve = config.reserve
         """Room that stays free when a row is admitted, for those that run to grow into."""
+        chunk = config.blocks(config.max_num_batched_tokens)
         self.first_chunk = min(chunk, max(1, config.num_blocks // 8))
         """Room that is not lent, so that rows assigned here can begin, unless one starves. At
         least the reserve."""

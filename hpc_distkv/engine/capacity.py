@@ -45,6 +45,31 @@ def device_blocks(
     return (wanted or room) // block_bytes
 
 
+def tier_blocks(comm: Comm, memory: int | None, path: str | None, block_bytes: int) -> int:
+    """rBlocks that `memory` bytes of the host hold beside a rank's pool, in a file below `path` if
+    it is given. Raises OptionError if these options cannot work."""
+    if memory is None:
+        if path is not None:
+            raise OptionError("--host-kv-path needs --host-kv-memory: how much may go there")
+        return 0
+    if memory < block_bytes:
+        raise OptionError(
+            f"one rBlock takes {block_bytes} bytes, but --host-kv-memory gives {memory}: give more"
+        )
+    if path is not None and comm.device.place.type != "cpu":
+        raise OptionError(
+            "--host-kv-path is for ranks on CPUs: a GPU copies from memory that is locked in "
+            "place, so give --host-kv-memory alone"
+        )
+    ranks, there = comm.world.local_size, available_memory()
+    if path is None and memory * ranks > there:
+        raise OptionError(
+            f"--host-kv-memory gives {memory} bytes to each of {ranks} ranks on this node, which "
+            f"has {there} bytes available: give less, or --host-kv-path on a disk of the node"
+        )
+    return memory // block_bytes
+
+
 def available_memory() -> int:
     """Bytes this node can still give: what the kernel says, or less if Slurm or a control group
     allows less."""

@@ -40,6 +40,10 @@ class EngineConfig:
 
     cuda_graphs: bool = False
     """Whether decode steps on GPUs are recorded and replayed."""
+    host_blocks: int = 0
+    """rBlocks in the host's memory; 0: it is not used."""
+    host_copy_seconds: float = 0.0
+    """Measured time in which an rBlock goes there and comes back."""
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens"):
@@ -70,6 +74,12 @@ class EngineConfig:
     def spare(self) -> int:
         """rBlocks beyond pool and bounce, that rows of recorded steps write to which are none."""
         return int(self.cuda_graphs)
+
+    @property
+    def reserve(self) -> int:
+        """rBlocks that stay free when a row is admitted, for those that run to grow into."""
+        chunk = self.blocks(self.max_num_batched_tokens)
+        return min(chunk, max(1, self.num_blocks // 100))
 
     def blocks(self, tokens: int) -> int:
         """rBlocks that hold `tokens` tokens."""

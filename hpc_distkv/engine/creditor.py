@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
-from operator import itemgetter
 
 import torch
 
-from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow, micro_attention
+from hpc_distkv.attention import AttentionSpec, PagedBatch, micro_attention
 from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR, Comm, Pending
 from hpc_distkv.control.messages import Header
+from hpc_distkv.engine.guests import guest_rows
 from hpc_distkv.engine.instance import Instance
 from hpc_distkv.engine.recorder import Kind
 from hpc_distkv.engine.timesheet import TimeSheet
@@ -120,7 +119,9 @@ class Visit:
         """Query rows of a layer."""
         if header.queries:
             heads, head_dim = shape
-            self._guests = PagedBatch.build(self._paged_rows(header))
+            together = not any(spec.positional for spec in specs)
+            guests = guest_rows(header.queries, self._hosted, pool.block_size, together)
+            self._guests = PagedBatch.build(guests)
             place = pool.device
             self._queries = torch.empty((rows, heads, head_dim), dtype=pool.dtype, device=place)
             self._out = torch.empty((rows, heads, head_dim), device=place)
@@ -178,24 +179,10 @@ class Visit:
         counters.bytes_queried += self._out.nbytes + self._lse.nbytes
         self._time.leave(self._debtor, self._layer - 1)
 
-    def _paged_rows(self, header: Header) -> list[PagedRow]:
-        """A row for each query, or for all queries of the same guests if their positions do not
-        matter: then they are served at once."""
-        rows: list[PagedRow] = []
-        together = not any(spec.positional for spec in self._specs)
-        for guests, queries in groupby(header.queries, key=itemgetter(0)):
-            counts = [(count, position) for _, count, position in queries]
-            if together:
-                counts = [(sum(count for count, _ in counts), 0)]
-            slots, first_token = self._hosted(guests)
-            kv_len = len(slots) * self._pool.block_size
-            rows += [PagedRow(n, position, slots, first_token, kv_len) for n, position in counts]
-        return rows
-
     def _hosted(self, guests: list[int]) -> tuple[list[int], list[int]]:
-        """Slots of these guests, and the position of the first token of each."""
+        """Slots of these guests, and the logical index of each."""
         slots: list[int] = []
-        first_token: list[int] = []
+        indices: list[int] = []
         for key in guests:
             guest = self._instance.rm.guests.get((self._debtor, key))
             if guest is None:
@@ -204,5 +191,5 @@ class Visit:
                     f"{self._instance.rm.instance} hosts nothing"
                 )
             slots += guest.slots
-            first_token += [index * self._pool.block_size for index in guest.indices]
-        return slots, first_token
+            indices += guest.indices
+        return slots, indices

@@ -76,7 +76,8 @@ Event = Boundary | StepBegun | StepEnded | StepTimed | Arrived | Served | Opened
 def fingerprint(plan: Plan) -> int:
     """A number that two replicas with different plans do not share, but for one in 2³²."""
     rows = [(sequence.id, count) for sequence, count in plan.rows]
-    moves = [(m.request, m.block, m.slot, m.peer) for m in (*plan.moves, *plan.recalls)]
+    every = (*plan.moves, *plan.recalls, *plan.to_host, *plan.from_host)
+    moves = [(m.request, m.block, m.slot, m.peer) for m in every]
     return zlib.crc32(repr((rows, moves, [s.id for s in plan.leaving])).encode())
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 
 from hpc_distkv.attention import Rotation, micro_attention, rotate_and_write
 from hpc_distkv.comm.device import Device
-from hpc_distkv.engine.debtor import Debtor
 from hpc_distkv.engine.graphs import DecodeGraphs
 from hpc_distkv.engine.inputs import read
 from hpc_distkv.engine.model import Model
@@ -17,6 +17,16 @@ from hpc_distkv.engine.scheduler import Row
 from hpc_distkv.engine.shared import SharedAttention, groups_of
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.memory.rmanager import RManager
+
+
+class Elsewhere(Protocol):
+    """What attends to the rBlocks of a step that are not in the pool: `Debtor`, `HostTier`."""
+
+    def post_queries(self, q: torch.Tensor) -> None:
+        """Send off the rows of `q` `[tokens, heads, head_dim]` that have rBlocks there."""
+
+    def merge(self, layer: int, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """Merge the partial results into the rank's own, in place."""
 
 
 class Forward:
@@ -43,17 +53,21 @@ class Forward:
         self._recorder = recorder
 
     def run(
-        self, rows: Sequence[Row], debtor: Debtor | None, drawn: torch.Tensor | None = None
+        self,
+        rows: Sequence[Row],
+        elsewhere: Sequence[Elsewhere] = (),
+        drawn: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute the rows' tokens and store their KV. Returns the float32 logits
         `[sampled rows, vocab]` of those rows that have no token left to compute, in order.
-        `debtor` is given if any row has rBlocks elsewhere; `drawn`, on the device, if tokens may be
-        among those that the step before has drawn: see `Sequence.expect`."""
+        `elsewhere`: where rows have rBlocks beside the pool; queries are sent in this order, and
+        what takes longest to answer comes first. `drawn`, on the device, if tokens may be among
+        those that the step before has drawn: see `Sequence.expect`."""
         if not rows:
             return torch.empty((0, 0))
         size = self._pool.block_size
         decodes = all(count == 1 for _, count in rows)
-        graphs = self._graphs if decodes and debtor is None else None
+        graphs = self._graphs if decodes and not elsewhere else None
         replayable = graphs is not None
         groups = {} if self._positional else groups_of(self._rm, rows, size, replayable)
         shared = SharedAttention(groups, rows, size, self._device) if groups else None
@@ -82,15 +96,16 @@ class Forward:
             self._between_layers()
             k_cache, v_cache = self._pool.layer(layer)
             q = rotate_and_write(qk, v, rotation, k_cache, v_cache, blocks, offsets)
-            if debtor:
-                debtor.post_queries(q)
+            for place in elsewhere:
+                place.post_queries(q)
             out, lse = micro_attention(q, k_cache, v_cache, batch, self._specs[layer], causal=True)
             self._pause()
             if shared:
                 shared.merge(q, (k_cache, v_cache), self._specs[layer], out, lse)
                 self._pause()
-            if debtor:
-                debtor.merge(layer, out, lse)
+            for place in reversed(elsewhere):
+                place.merge(layer, out, lse)
+                self._pause()
             return out
 
         hidden = self._model.hidden(

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import groupby
+from operator import itemgetter
 from typing import NamedTuple
 
+from hpc_distkv.attention import PagedRow
 from hpc_distkv.engine.scheduler import Row
+from hpc_distkv.memory.loan import HOST
 from hpc_distkv.memory.rmanager import RManager
+
+Asked = tuple[list[int], int, int]
+"""Guests, query rows and the position of the first: as a header says it."""
+Hosted = Callable[[list[int]], tuple[list[int], list[int]]]
+"""Guests → their slots, and the logical index of each."""
 
 
 class Query(NamedTuple):
@@ -21,7 +30,7 @@ class Query(NamedTuple):
     """Of the first query among the tokens of the step."""
 
     @property
-    def asked(self) -> tuple[list[int], int, int]:
+    def asked(self) -> Asked:
         """As a header says it."""
         return self.guests, self.rows, self.position
 
@@ -30,6 +39,17 @@ def remote_queries(rm: RManager, rows: Iterable[Row]) -> dict[int, list[Query]]:
     """Creditor → the queries it gets in a step, those of the same guests together."""
     if not rm.debts:
         return {}
+    queries = _queries(rm, rows)
+    queries.pop(HOST, None)
+    return queries
+
+
+def host_queries(rm: RManager, rows: Iterable[Row]) -> list[Query]:
+    """The queries of a step to what is in the host's memory, those of the same guests together."""
+    return _queries(rm, rows).get(HOST, []) if rm.host_space.used else []
+
+
+def _queries(rm: RManager, rows: Iterable[Row]) -> dict[int, list[Query]]:
     queries: dict[int, list[Query]] = {}
     first = 0
     for sequence, count in rows:
@@ -43,3 +63,19 @@ def remote_queries(rm: RManager, rows: Iterable[Row]) -> dict[int, list[Query]]:
     for asked in queries.values():
         asked.sort(key=lambda query: query.guests)
     return queries
+
+
+def guest_rows(
+    asked: Iterable[Asked], hosted: Hosted, block_size: int, together: bool
+) -> list[PagedRow]:
+    """A row for each query, or, `together`, for all queries of the same guests, where positions do
+    not matter: then they are served at once."""
+    rows: list[PagedRow] = []
+    for guests, queries in groupby(asked, key=itemgetter(0)):
+        counts = [(count, position) for _, count, position in queries]
+        if together:
+            counts = [(sum(count for count, _ in counts), 0)]
+        slots, indices = hosted(guests)
+        first_token, kv_len = [index * block_size for index in indices], len(slots) * block_size
+        rows += [PagedRow(n, position, slots, first_token, kv_len) for n, position in counts]
+    return rows

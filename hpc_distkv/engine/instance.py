@@ -58,7 +58,9 @@ class Instance:
     ) -> None:
         self.config = config
         self.counters = Counters()
-        self.rm = RManager(number, config.num_blocks, config.lend_cap, config.bounce)
+        self.rm = RManager(
+            number, config.num_blocks, config.lend_cap, config.bounce, config.host_blocks
+        )
         self.scheduler = Scheduler(self.rm, config)
         self.pace = Pace()
         self.round = 0
@@ -239,7 +241,11 @@ class Instance:
             self.counters.blocks_borrowed += move.kind is Kind.LEND
             self.counters.blocks_copied += move.kind is Kind.COPY
         self.counters.blocks_returned += len(plan.recalls)
-        self.rm.commit(plan.moves, plan.recalls)
+        self.counters.blocks_to_host += len(plan.to_host)
+        self.counters.blocks_from_host += len(plan.from_host)
+        self.counters.peak_host = max(self.counters.peak_host, self.rm.host_space.used)
+        self.rm.commit((*plan.moves, *plan.to_host), (*plan.recalls, *plan.from_host))
+        self.scheduler.commit()
         for sequence in plan.leaving:
             self.scheduler.hand_over(sequence)
             if sequence.id in self._adopted:  # its next home says where it is
@@ -316,7 +322,10 @@ class Instance:
 
     def _drop_unseen(self, sequence: Sequence) -> None:
         """Free the rBlocks wholly behind the window of the sequence's next query."""
-        unseen = (sequence.computed - self.config.window + 1) // self.config.block_size
+        query = sequence.computed
+        if self.config.host_blocks:  # It may be put aside, and go on from what is sealed.
+            query -= query % self.config.block_size
+        unseen = (query - self.config.window + 1) // self.config.block_size
         if unseen > self.rm.tables[sequence.id].start:
             self.rm.drop(sequence.id, unseen)
 
@@ -349,6 +358,8 @@ class Instance:
                 self.scheduler.exchange_tokens = exchange / prompt
             if fixed := self.pace.steps.fixed:
                 self.scheduler.step_tokens = fixed / prompt
+            if copying := self.config.host_copy_seconds:
+                self.scheduler.swaps.block_tokens = copying / prompt
 
     # -- letters of others, at any time ---------------------------------------------------------
 

@@ -15,8 +15,9 @@ from hpc_distkv.control.work import work
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.creditor import Creditor
 from hpc_distkv.engine.debtor import Debtor
-from hpc_distkv.engine.forward import Forward
+from hpc_distkv.engine.forward import Elsewhere, Forward
 from hpc_distkv.engine.graphs import DecodeGraphs
+from hpc_distkv.engine.host import HostTier
 from hpc_distkv.engine.instance import Instance
 from hpc_distkv.engine.model import Model
 from hpc_distkv.engine.pace import StepWork
@@ -52,6 +53,8 @@ class Parts(NamedTuple):
     decoder: TextDecoder | None
     """For requests with stop strings."""
     time: TimeSheet
+    host_pool: BlockPool | None = None
+    """rBlocks in the host's memory."""
 
 
 def decode_graphs(parts: Parts) -> DecodeGraphs | None:
@@ -84,6 +87,11 @@ class Lane:
         self.creditor = Creditor(
             comm, pool, self.instance, shape, parts.model.attention, parts.time
         )
+        self._host: HostTier | None = None
+        if parts.host_pool:
+            self._host = HostTier(
+                comm, pool, parts.host_pool, self.instance.rm, parts.model.attention, parts.time
+            )
         self._forward = Forward(
             parts.model,
             pool,
@@ -103,8 +111,13 @@ class Lane:
         """The plan's headers, moves and layers. Returns the logits of the rows that end, on the
         leader. `now`: the leader's clock; `drawn`: as of `Forward.run`."""
         self._exchanging = self.sharing and self.debtor.begin(plan, now)
+        elsewhere: list[Elsewhere] = [self.debtor] if self._exchanging else []
+        if self._host and self._host.begin(plan):
+            elsewhere.append(self._host)
         self._lanes.begin(apart=not self._exchanging)
-        logits = self._forward.run(plan.rows, self.debtor if self._exchanging else None, drawn)
+        logits = self._forward.run(plan.rows, elsewhere, drawn)
+        if self._host:
+            self._host.finish()
         if self.sharing:
             self.debtor.finish()
         return logits
@@ -112,8 +125,7 @@ class Lane:
     def advance(self, plan: Plan) -> Advance:
         """Go on from a step that is computed, or, if nothing moves in it, being computed: commit
         its moves, and count its rows as computed."""
-        if self.sharing:
-            self.instance.commit(plan)
+        self.instance.commit(plan)
         done = self._work(plan.rows)
         return Advance(plan.rows, self.instance.advance(plan.rows), done)
 

@@ -48,7 +48,10 @@ class Migrations:
     def plan(self, running: Rows[Sequence], short: int) -> tuple[list[Move], list[Sequence]]:
         """Copies of this step, and the sequences that are handed over with it. `short`: rBlocks
         that should become free here."""
-        self._target = {r: c for r, c in self._target.items() if r in self._rm.tables}
+        tables = self._rm.tables  # What is in the host's memory cannot be copied from the pool.
+        self._target = {
+            r: c for r, c in self._target.items() if r in tables and not tables[r].remote
+        }
         self._choose(running, short)
         moves: list[Move] = []
         leaving: list[Sequence] = []
@@ -79,7 +82,9 @@ class Migrations:
             sizes = [
                 (self._rm.tables[s.id].blocks, s.id)
                 for s in running
-                if s.remaining == 1 and s.id not in self._target
+                if s.remaining == 1
+                and s.id not in self._target
+                and not self._rm.tables[s.id].remote
             ]
             fitting = [size for size in sizes if size[0] + GROWTH_BLOCKS <= debt.credit]
             enough = [size for size in fitting if size[0] >= short]

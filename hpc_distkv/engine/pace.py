@@ -48,7 +48,7 @@ class StepSeconds(NamedTuple):
     partial_wait: float
     """Of that, waiting for creditors' partial results."""
     beside: float
-    """Of that, waiting for moves, and serving debtors."""
+    """Of that, waiting for moves, serving debtors, and attending in the host's memory."""
 
 
 class Pace:

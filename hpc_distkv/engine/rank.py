@@ -21,15 +21,17 @@ from hpc_distkv.control.links import Links
 from hpc_distkv.control.messages import Request
 from hpc_distkv.control.policy import POLICIES, Policy
 from hpc_distkv.engine.activations import LargestStep, activation_peak, free_memory
-from hpc_distkv.engine.capacity import device_blocks, host_blocks
+from hpc_distkv.engine.capacity import device_blocks, host_blocks, tier_blocks
 from hpc_distkv.engine.config import EngineConfig, OptionError
 from hpc_distkv.engine.follower import Follower
+from hpc_distkv.engine.host import copy_seconds
 from hpc_distkv.engine.interrupt import Interrupt
 from hpc_distkv.engine.lane import Parts
 from hpc_distkv.engine.recorder import Recorder
 from hpc_distkv.engine.stop import TextDecoder
 from hpc_distkv.engine.timesheet import TimeSheet
 from hpc_distkv.engine.worker import Leader, Worker
+from hpc_distkv.memory.mapped import mapped_memory
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
@@ -59,6 +61,10 @@ class EngineOptions:
     """rBlocks in the pool; None: as many as `kv_memory` holds."""
     kv_memory: int | None = None
     """Bytes for the pool; None: a share of the memory that is available."""
+    host_kv_memory: int | None = None
+    """Bytes of the host's memory for rBlocks that the pool has no room for; None: none."""
+    host_kv_path: str | None = None
+    """Directory on a disk of the node for a file that takes the place of that memory."""
     block_size: int = 32
     max_num_seqs: int = 128
     max_num_batched_tokens: int = 512
@@ -116,6 +122,9 @@ class RankEngine:
             keys_by_length=model.needs_lengths,
             attention_tokens=config.attention_tokens,
             cuda_graphs=comm.device.place.type == "cuda" and not options.enforce_eager,
+            host_blocks=tier_blocks(
+                comm, options.host_kv_memory, options.host_kv_path, block_bytes
+            ),
         )
         blocks = _blocks_that_fit(comm, model, options, wanted, block_bytes)
         self.config = replace(wanted, num_blocks=blocks)
@@ -123,21 +132,17 @@ class RankEngine:
         """rBlocks that one request may use at most."""
         self._model = model
         self._links: LinkCosts | None = None
+        blocks = self.config.num_blocks + self.config.bounce + self.config.spare
         try:
-            self._pool = BlockPool(
-                self.config.num_blocks + self.config.bounce + self.config.spare,
-                config.num_layers,
-                config.num_kv_heads,
-                options.block_size,
-                config.head_dim,
-                model.dtype,
-                comm.device.place,
-            )
+            self._pool = self._lay_out(blocks, comm.device.place)
         except RuntimeError as error:  # how torch says that memory is short
             raise OptionError(
                 f"there is no memory for {self.config.num_blocks} rBlocks of {block_bytes} bytes: "
                 "give less --num-blocks or --kv-memory"
             ) from error
+        self._host_pool: BlockPool | None = None
+        if self.config.host_blocks:
+            self._host_pool = self._host_tier(self.config.host_blocks * block_bytes, options)
 
     def join(self) -> None:
         """Learn what the pools of all ranks hold together, and what links between ranks cost.
@@ -151,14 +156,21 @@ class RankEngine:
         if config.policy.lending:
             cap = config.num_blocks if config.lend_cap is None else config.lend_cap
             lendable = min(config.num_blocks, cap)
-        ranks = self.comm.share((config.num_blocks, lendable))
+        copying = copy_seconds(self.comm, self._pool, self._host_pool) if self._host_pool else 0.0
+        ranks = self.comm.share((config.num_blocks, lendable, config.host_blocks, -copying))
         pools = [
             tuple(map(min, zip(*ranks[first : first + world.tp], strict=True)))
             for first in range(0, world.size, world.tp)
         ]
-        self.config = replace(config, num_blocks=pools[world.instance][0])
-        total = sum(lends for _, lends in pools)
-        self.capacity_blocks = min(own + total - lends for own, lends in pools)
+        total = sum(lends for _, lends, _, _ in pools)
+        own, _, host, copying = pools[world.instance]
+        self.config = replace(
+            config,
+            num_blocks=own,
+            host_blocks=host,
+            host_copy_seconds=-copying,
+        )
+        self.capacity_blocks = min(own + total - lends + host for own, lends, host, _ in pools)
 
     @property
     def capacity_tokens(self) -> int:
@@ -192,7 +204,16 @@ class RankEngine:
         happens here. Raises StallError, ProtocolError, and what the leader raises."""
         heads = (self._model.config.num_heads, self._model.config.head_dim)
         time = TimeSheet(recorder or Recorder())
-        parts = Parts(self.comm, self._model, self._pool, self.config, heads, self._decoder, time)
+        parts = Parts(
+            self.comm,
+            self._model,
+            self._pool,
+            self.config,
+            heads,
+            self._decoder,
+            time,
+            self._host_pool,
+        )
         interrupt = interrupt or Interrupt()
         follows = self.comm.world.lane > 0
         worker = Follower(parts, interrupt) if follows else Worker(parts, leader, interrupt)
@@ -235,6 +256,33 @@ class RankEngine:
             config.num_layers * (slowest[link_class][0] + rows * slowest[link_class][1])
         )
 
+    def _lay_out(
+        self, blocks: int, place: torch.device, memory: torch.Tensor | None = None
+    ) -> BlockPool:
+        config, dtype = self._model.config, self._model.dtype
+        sizes = (config.num_layers, config.num_kv_heads, self.config.block_size, config.head_dim)
+        return BlockPool(blocks, *sizes, dtype, place, memory)
+
+    def _host_tier(self, size: int, options: EngineOptions) -> BlockPool:
+        """rBlocks in the host's memory. Raises OptionError."""
+        folder = options.host_kv_path
+        try:
+            if folder is not None:
+                memory = mapped_memory(size, Path(folder))
+            else:
+                memory = torch.empty(size, dtype=torch.uint8)
+            self.comm.device.pin(memory)
+        except OSError as error:
+            raise OptionError(
+                f"--host-kv-path {folder}: no file of {size} bytes can be made there "
+                f"({error.strerror}): give another directory, or less --host-kv-memory"
+            ) from error
+        except RuntimeError as error:
+            raise OptionError(
+                f"the host has no memory for --host-kv-memory ({error}): give less"
+            ) from error
+        return self._lay_out(self.config.host_blocks, torch.device("cpu"), memory)
+
     def _query_bytes(self) -> int:
         """One query row of one layer."""
         config = self._model.config
@@ -248,7 +296,8 @@ class RankEngine:
                 raise OptionError(
                     f"request {request.id} may come to need the KV of {tokens} tokens "
                     f"({request.prompt_len} of its prompt), but there is room for "
-                    f"{self.capacity_tokens}: give more --num-blocks, or more ranks"
+                    f"{self.capacity_tokens}: give more --num-blocks or --host-kv-memory, or more "
+                    "ranks"
                 )
             yield request
 
@@ -307,11 +356,14 @@ def _blocks_that_fit(
             "ranks that share a GPU cannot see what the others will take: give --kv-memory or "
             "--num-blocks with --allow-gpu-sharing"
         )
+    others = comm.world.instances - 1 if config.policy.lending else 0
+    if config.host_blocks:
+        others += 1  # The host's processor attends for this rank, as a creditor does.
     step = LargestStep(
         tokens=config.max_num_batched_tokens,
         rows=config.max_num_seqs,
         block_size=config.block_size,
-        others=comm.world.instances - 1 if config.policy.lending else 0,
+        others=others,
         shares=config.prefix_caching,
         recorded=config.cuda_graphs and model.unconditional,
     )

@@ -24,16 +24,18 @@ class Kind(IntEnum):
     """Without work: waiting for the answer of a control round; of a follower, for its leader."""
     LEAD = 7
     """Rank 0: the gManager's part of a round, with reading rows and writing answers."""
+    HOST = 8
+    """MicroAttention of own queries over rBlocks in the host's memory."""
 
-    LAYER = 8
+    LAYER = 9
     """One layer of a step, from its attention to that of the next."""
-    EXCHANGE = 9
+    EXCHANGE = 10
     """Queries and partial results under way."""
-    TRANSFER = 10
+    TRANSFER = 11
     """rBlocks under way."""
-    VISIT = 11
+    VISIT = 12
     """A debtor's step, from its header until it is committed."""
-    ROUND = 12
+    ROUND = 13
     """A control round, from the report to its answer."""
 
 

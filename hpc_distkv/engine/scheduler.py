@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Mapping
+from collections.abc import Sequence as Rows
 from itertools import islice
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from hpc_distkv.engine.foresight import Foresight
 from hpc_distkv.engine.migration import Migrations
 from hpc_distkv.engine.moves import Moves
 from hpc_distkv.engine.sequence import Sequence
+from hpc_distkv.engine.swap import GROWTH_TOKENS, Swaps
 from hpc_distkv.memory.loan import Move
 from hpc_distkv.memory.rmanager import RManager
 
@@ -57,6 +59,15 @@ class Plan(NamedTuple):
     """rBlocks that come home."""
     leaving: list[Sequence]
     """Sequences that are handed over after this step."""
+    to_host: Rows[Move] = ()
+    """rBlocks that go to the host's memory."""
+    from_host: Rows[Move] = ()
+    """rBlocks that come home from there."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is computed, nor copied within the rank."""
+        return not (self.rows or self.to_host or self.from_host)
 
 
 class Scheduler:
@@ -97,6 +108,7 @@ class Scheduler:
         self._growth = MOST_GROWTH // 4
         """Tokens that a row is foreseen to grow by."""
         self._moves = Moves(rmanager, config)
+        self.swaps = Swaps(rmanager, config, self.foresight)
         self._denied = not config.policy.sharing
 
     # -- between steps --------------------------------------------------------------------------
@@ -125,7 +137,8 @@ class Scheduler:
 
     def give_back(self, rows: int) -> list[Sequence]:
         """The youngest waiting sequences, up to `rows`, that were not begun: they go elsewhere."""
-        fresh = [s for s in self.waiting if s.fresh and not self._admission.large(s)]
+        aside, large = self._rm.host_space.aside, self._admission.large
+        fresh = [s for s in self.waiting if s.fresh and s.id not in aside and not large(s)]
         given = fresh[max(0, len(fresh) - rows) :]
         for sequence in given:
             self.waiting.remove(sequence)
@@ -151,6 +164,8 @@ class Scheduler:
         """The run is over: what runs is freed, and keeps its tokens."""
         for sequence in reversed(self.running):
             self._set_back(sequence)
+        for sequence in self.waiting:
+            self.swaps.discard(sequence)
         self.waiting = sorted((*self.running, *self.waiting), key=lambda s: s.id)
         self.running = []
 
@@ -205,7 +220,9 @@ class Scheduler:
     @property
     def fresh(self) -> int:
         """Waiting sequences that were not begun and could begin here."""
-        return sum(s.fresh and not self._admission.large(s) for s in self.waiting)
+        aside = self._rm.host_space.aside
+        waiting = [s for s in self.waiting if s.fresh and s.id not in aside]
+        return sum(not self._admission.large(s) for s in waiting)
 
     @property
     def large(self) -> list[Large]:
@@ -264,9 +281,16 @@ class Scheduler:
         copies, leaving = self._plan_migrations()
         for sequence in leaving:
             rows.pop(sequence.id, None)
-        moves, recalls = self._plan_moves() if self._rm.debts and not ahead else ([], [])
+        moves, recalls = ([], []) if ahead else self._plan_moves()
         self._idle = not rows
-        return Plan([rows[request] for request in sorted(rows)], copies + moves, recalls, leaving)
+        planned = [rows[request] for request in sorted(rows)]
+        return Plan(planned, copies + moves, recalls, leaving, *self.swaps.take_plan())
+
+    def commit(self) -> None:
+        """The step's moves have arrived."""
+        for sequence in self.swaps.commit():
+            sequence.computed = 0
+            self.add(sequence)
 
     def _plan_migrations(self) -> tuple[list[Move], list[Sequence]]:
         if not self._migrations:
@@ -282,7 +306,7 @@ class Scheduler:
             if sequence.computed >= sequence.final_len:  # Its last token is on its way.
                 continue
             table = tables.get(sequence.id)
-            if table is None:  # An older one has made it give way meanwhile.
+            if table is None or self.swaps.leaves(sequence):  # An older one made it give way.
                 continue
             if sequence.computed < table.blocks * size or self._make_room(sequence, 1, rows):
                 rows[sequence.id] = Row(sequence, 1)
@@ -293,7 +317,7 @@ class Scheduler:
             sequence = prefills.pop(0) if prefills else self._admit()
             if sequence is None:
                 return
-            if sequence.id not in self._rm.tables:
+            if not self._runs(sequence):
                 continue
             tokens = min(sequence.remaining, budget, self._fit(sequence))
             if tokens and self._make_room(sequence, tokens, rows):
@@ -302,6 +326,10 @@ class Scheduler:
             elif not prefills:
                 return
 
+    def _runs(self, sequence: Sequence) -> bool:
+        """Whether a sequence that ran when the step began has not given way since."""
+        return sequence.id in self._rm.tables and not self.swaps.leaves(sequence)
+
     def _admit(self) -> Sequence | None:
         sequence = self._admission.next(self.waiting, self.running)
         if sequence is not None:
@@ -309,10 +337,22 @@ class Scheduler:
             self.waiting.remove(sequence)
             self._admission.begin.discard(sequence.id)
             bisect.insort(self.running, sequence, key=lambda s: s.id)
-            table = self._rm.open(sequence.id, sequence.keys)
-            sequence.computed = table.start * self._config.block_size
-            self.cached_tokens += sequence.computed
+            if self._begin(sequence):
+                return self._admit()
         return sequence
+
+    def _begin(self, sequence: Sequence) -> bool:
+        """Give the sequence its block table. Returns whether it waits for what it has in the host's
+        memory until the next step."""
+        sits_out = False
+        if sequence.id in self._rm.host_space.aside:
+            sits_out = self.swaps.resume(sequence)
+        else:
+            self._rm.open(sequence.id, sequence.keys)
+        size, prefix = self._config.block_size, self._rm.prefixes.last(sequence.id)
+        sequence.computed = self._rm.tables[sequence.id].blocks * size
+        self.cached_tokens += prefix.blocks * size if prefix else 0
+        return sits_out
 
     def _foreseen(self, sequence: Sequence) -> int:
         """Tokens for which memory is asked for now."""
@@ -361,19 +401,29 @@ class Scheduler:
             if self._hopes(sequence) or self._waits_for_ends(youngest):
                 self.stalls += 1
                 return False
+            if needed <= self.swaps.freeing or self.swaps.returns(youngest):
+                self.stalls += 1
+                return False
             if youngest is sequence:
                 self.stalls += 1
-                self._starved |= sequence is self.running[0] and self._config.policy.lending
+                self._starved |= self._starves(sequence)
                 return False
             self._preempt(youngest)
             rows.pop(youngest.id, None)
         self._rm.grow(sequence.id, needed)
         return True
 
+    def _starves(self, sequence: Sequence) -> bool:
+        """Whether a sequence that lacks memory needs rows elsewhere to give way: none can here."""
+        oldest = sequence is self.running[0]
+        return oldest and self._config.policy.lending and not self.swaps.helps(sequence)
+
     def _waits_for_ends(self, youngest: Sequence) -> bool:
         """Whether to let others end rather than `youngest` give way: for as long as it would take
-        to compute its tokens again, if anything goes on meanwhile."""
-        return not self._idle and (self._short_steps + 1) * self.step_tokens <= youngest.length
+        to compute its tokens again, or to copy them away and back, if anything goes on
+        meanwhile."""
+        waited = (self._short_steps + 1) * self.step_tokens
+        return not self._idle and waited <= self.swaps.cost(youngest)
 
     def _hopes(self, sequence: Sequence) -> bool:
         """Whether rBlocks will come without anybody giving way."""
@@ -396,13 +446,15 @@ class Scheduler:
         youngest = self.running[-1]
         if sequence.id not in self._rm.tables or sequence is youngest:
             return False
-        return youngest.length > self.exchange_tokens * (sequence.final_len - sequence.length)
+        left = sequence.final_len - sequence.length
+        return self.swaps.cost(youngest) > self.exchange_tokens * left
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self._set_back(sequence)
-        self.add(sequence)
         self.preemptions += 1
+        if not self.swaps.put_aside(sequence):
+            self._set_back(sequence)
+            self.add(sequence)
 
     def _set_back(self, sequence: Sequence) -> None:
         self._rm.close(sequence.id)
@@ -450,17 +502,27 @@ class Scheduler:
             surplus -= blocks
 
     def _plan_moves(self) -> tuple[list[Move], list[Move]]:
-        """Moves out, at least those that free what the next two steps need, and moves home."""
-        if not self._config.policy.lending:
+        """Moves out, at least those that free what the next two steps need, and moves home; what
+        creditors do not take of that goes to the host's memory."""
+        lending = self._config.policy.lending and self._rm.debts
+        if not lending and not self._config.host_blocks:
             return [], []
         ahead = 2 * self._config.max_num_batched_tokens
-        short = self._admission.reserve - max(0, self._rm.usable)
-        for sequence in (*self.running, *self._next_to_begin()):
-            target = min(sequence.length + 8, sequence.computed + ahead)
-            short += self.foresight.missing(sequence, target)
-        return self._moves.plan(
-            self.running, min(short, 2 * self._config.blocks(ahead)), self._home_growth
-        )
+
+        def growth(sequence: Sequence) -> int:
+            target = min(sequence.length + GROWTH_TOKENS, sequence.computed + ahead)
+            return self.foresight.missing(sequence, target)
+
+        short = self._admission.reserve - max(0, self._rm.usable) + sum(map(growth, self.running))
+        most = 2 * self._config.blocks(ahead)
+        moves: tuple[list[Move], list[Move]] = [], []
+        if lending:
+            beginning = sum(map(growth, self._next_to_begin()))
+            waited = min(short + beginning, most)
+            moves = self._moves.plan(self.running, waited, self._home_growth)
+        if self._config.host_blocks:
+            self.swaps.plan(self.running, min(short, most) - len(moves[0]))
+        return moves
 
     def _home_growth(self) -> int:
         """rBlocks that what runs comes to take here beyond those it has."""

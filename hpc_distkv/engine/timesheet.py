@@ -16,6 +16,7 @@ FIELDS = {
     Kind.QUERIES: "query_wait",
     Kind.CONTROL: "control_wait",
     Kind.LEAD: "lead_time",
+    Kind.HOST: "host_time",
 }
 """Kinds that exclude each other → the field of `Counters` that has their seconds. Together they are
 all the time since the start."""

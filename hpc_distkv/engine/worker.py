@@ -241,7 +241,7 @@ class Worker:
         if before is None:
             self._since = self._clock()
         plan, now = self._instance.plan(ahead=before is not None), time.monotonic()
-        self._idle = not plan.rows and before is None
+        self._idle = plan.idle and before is None
         self._time.enter(Kind.OTHER if self._idle else Kind.STEP)
         if self._log.followed:
             self._log.record(StepBegun(now, fingerprint(plan)))
@@ -270,6 +270,7 @@ class Worker:
         * with other lanes, which learn tokens from the log, step by step
         * with debts: rBlocks move that were written, and headers and queries go out in order
         * with guests: their queries come in behind all that the device was asked for before
+        * with rBlocks in the host's memory, of rows that run: they come and go between steps
         * with migration: a sequence is handed over with all its tokens
         * with windows in all layers: what falls behind them is freed between steps
         * where memory was short: somebody may have to give way, whose rBlocks are in use
@@ -280,7 +281,8 @@ class Worker:
             self._comm.device.deferred
             and bool(plan.rows)
             and not self._log.followed
-            and not (instance.rm.debts or instance.rm.loans)
+            and not (instance.rm.debts or instance.rm.loans or instance.rm.host_space.serves)
+            and not (plan.to_host or plan.from_host)
             and not instance.config.policy.migrate
             and not instance.config.window
             and not instance.scheduler.short
@@ -320,7 +322,8 @@ class Worker:
     def _clock(self) -> tuple[float, float, float]:
         """Seconds so far: all, those waiting for partial results, and those beside steps."""
         spent = self._time.spent
-        return time.perf_counter(), spent(Kind.PARTIALS), spent(Kind.MOVES, Kind.SERVE)
+        beside = spent(Kind.MOVES, Kind.SERVE, Kind.HOST)
+        return time.perf_counter(), spent(Kind.PARTIALS), beside
 
     @property
     def speed(self) -> Speed:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hpc_distkv.memory.loan import Kind
+from hpc_distkv.memory.loan import HOST, Kind
 
 if TYPE_CHECKING:
     from hpc_distkv.memory.prefix import Prefix
@@ -75,6 +75,27 @@ def check_loans(rm: RManager) -> None:
         hosted = sum(len(g.slots) for (d, _), g in rm.guests.items() if d == debtor)
         arriving = sum(move.peer == debtor and move.kind is not Kind.RECALL for move in rm.incoming)
         assert loan.used == hosted + arriving, "a loan's count differs from its guests"
+
+
+def check_host(rm: RManager) -> None:
+    """Assert that every slot in the host's memory has one owner: nobody, a block table that names
+    it, a request that is put aside, or a move there."""
+    host = rm.host_space
+    owned = [slot for blocks in host.slots.values() for slot in blocks.values()]
+    assert len(set(owned)) == len(owned) == host.used, "a slot of the host is lost or owned twice"
+    arriving = {(m.request, m.block) for m in rm.outgoing if m.peer == HOST}
+    for key, blocks in host.slots.items():
+        table = rm.tables.get(key)
+        served = set(table.remote.get(HOST, ())) if table else set()
+        coming = {index for request, index in arriving if request == key}
+        assert not served & coming, "an rBlock goes where it is"
+        if key in host.aside:
+            assert served | coming <= blocks.keys(), "what is put aside is not there"
+            assert table or not coming, "what is put aside still moves"
+        else:
+            assert blocks.keys() == served | coming, "a slot of the host is nobody's"
+    named = {key for key, table in rm.tables.items() if HOST in table.remote}
+    assert named | host.aside.keys() <= host.slots.keys(), "an rBlock in the host is lost"
 
 
 def _keys_before(prefix: Prefix) -> list[bytes]:

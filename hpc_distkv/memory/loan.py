@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
+HOST = -1
+"""Where a creditor's number stands: the host's memory, which is like a creditor inside the rank."""
+
 
 class ProtocolError(RuntimeError):
     """A partner did what it may not do; continuing would corrupt somebody's KV cache."""
@@ -119,12 +122,13 @@ class Kind(Enum):
     RECALL = "recall"
     """The rBlock is at home again, the creditor's slot is free."""
     COPY = "copy"
-    """The creditor has it too, to own it when the request is handed over."""
+    """The creditor has it too, to own it when the request is handed over; or the host's memory, for
+    a request that gives way."""
 
 
 class Move(NamedTuple):
-    """An rBlock on its way between a debtor and a creditor. Until `commit` it is served from where
-    it was."""
+    """An rBlock on its way between a debtor and a creditor, or the host's memory. Until `commit` it
+    is served from where it was."""
 
     request: int
     """Or the prefix."""

@@ -22,10 +22,16 @@ class BlockPool:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        memory: torch.Tensor | None = None,
     ) -> None:
+        """`memory`: as many bytes as the rBlocks take, to be used for them; None: a new tensor on
+        `device`."""
         self.block_size = block_size
         shape = (num_blocks, layers, 2, kv_heads, block_size, head_dim)
-        self._kv = torch.empty(shape, dtype=dtype, device=device)
+        if memory is None:
+            self._kv = torch.empty(shape, dtype=dtype, device=device)
+        else:
+            self._kv = memory.view(dtype).view(shape)
         self._layers = [(self._kv[:, layer, 0], self._kv[:, layer, 1]) for layer in range(layers)]
 
     @property

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from hpc_distkv.memory.integrity import check_loans, check_prefixes, check_slots
+from hpc_distkv.memory.host import HostSpace
+from hpc_distkv.memory.integrity import check_host, check_loans, check_prefixes, check_slots
 from hpc_distkv.memory.lender import Lender
 from hpc_distkv.memory.loan import (
+    HOST,
     Copies,
     Debt,
     Dropped,
@@ -32,6 +34,9 @@ class RManager(Lender):
         or close [debtor] → released, evict [header to creditor]
     A migration is a loan of copies (`copy_out`) that ends with hand_over [debtor] / adopt
     [creditor, from the header].
+    The host's memory (`HostSpace`) is like a creditor inside the rank, without credit or messages:
+        spill → bytes travel → commit → served there → bring_home → bytes travel → commit
+        put_aside → bytes travel → commit, leave → resume → bring_home …
     Every slot is free, in one block table, in one guest, or receiving; `check` proves it. Requests
     share sealed rBlocks through the tables of prefixes (`PrefixTree`); those that nobody uses are
     given up when their slots are wanted, so they count as free.
@@ -40,9 +45,15 @@ class RManager(Lender):
     """
 
     def __init__(
-        self, instance: int, num_blocks: int, lend_cap: int | None = None, bounce: int = 0
+        self,
+        instance: int,
+        num_blocks: int,
+        lend_cap: int | None = None,
+        bounce: int = 0,
+        host_blocks: int = 0,
     ) -> None:
         super().__init__(instance, num_blocks, lend_cap, bounce)
+        self.host_space = HostSpace(host_blocks)
         self.debts: dict[int, Debt] = {}
         self.copies: dict[int, Copies] = {}
         """Migrating request → what its next home has of it."""
@@ -115,6 +126,8 @@ class RManager(Lender):
         assert not self._moves(request)
         part = self.tables[request].cut(first)
         self._free.extend(part.slots)
+        if in_host := part.remote.pop(HOST, None):
+            self.host_space.give_up(request, in_host)
         for creditor, hosted in part.remote.items():
             dropped = self.debts[creditor].dropped
             before = dropped[request].blocks if request in dropped else 0
@@ -152,8 +165,8 @@ class RManager(Lender):
         return self._send(Move(request, index, table.slots[table.place(index)], creditor))
 
     def bring_home(self, request: int, index: int, creditor: int) -> Move:
-        """Begin to bring an rBlock back from its creditor; there must be a free slot, if need be a
-        bounce slot."""
+        """Begin to bring an rBlock back from its creditor or the host's memory; there must be a
+        free slot, if need be a bounce slot."""
         assert self.usable + self.bounce > 0
         move = Move(request, index, self._take(), creditor, Kind.RECALL)
         self.incoming.append(move)
@@ -185,6 +198,70 @@ class RManager(Lender):
         self._forget_debt(creditor)
         return news
 
+    # -- the host's memory ----------------------------------------------------------------------
+
+    def spill(self, request: int, index: int) -> Move:
+        """Begin to move a sealed rBlock to the host's memory, which has a free slot."""
+        table = self.tables[request]
+        self.host_space.take(request, index)
+        move = Move(request, index, table.slots[table.place(index)], HOST)
+        self.outgoing.append(move)
+        return move
+
+    def can_put_aside(self, request: int, sealed: int) -> bool:
+        """Whether the host's memory has room for the first `sealed` rBlocks of a request, those
+        that others use too left out. None of the rest may be at a creditor: the queries that go on
+        need all."""
+        table, alone = self.tables[request], self.prefixes.used_alone(request)
+        if table.remote.keys() - {HOST} or any(prefix.remote for prefix in alone):
+            return False
+        blocks = sum(len(prefix.slots) for prefix in alone) + table.place(sealed)
+        return request not in self.copies and 0 < blocks <= self.host_space.free
+
+    def put_aside(self, request: int, sealed: int) -> list[Move]:
+        """Begin to copy these rBlocks to the host's memory. When they have arrived, `leave`."""
+        alone = self.prefixes.used_alone(request)[::-1]
+        first = alone[0].start if alone else self.tables[request].start
+        self.host_space.aside[request] = first if self.prefixes.last(request) else 0
+        moves = [
+            Move(request, index, slot, HOST, Kind.COPY)
+            for part in (*alone, self.tables[request])
+            for index, slot in zip(part.indices, part.slots, strict=True)
+            if index < sealed
+        ]
+        for move in moves:
+            self.host_space.take(request, move.block)
+        self.outgoing += moves
+        return moves
+
+    def leave(self, request: int) -> None:
+        """Close a request, but keep what it has put aside."""
+        table = self.tables[request]
+        table.remote.pop(HOST, None)
+        self.close(request)
+
+    def resume(self, request: int, keys: Sequence[bytes] = ()) -> BlockTable:
+        """Open the block table of a request again: what it has put aside is in the host's memory,
+        but for what is here of its prompt (`keys` as of `open`). If what it shared is not here any
+        more it begins anew."""
+        found = self.prefixes.find(keys, max(0, self.usable)) if keys else None
+        length = found[1] if found else 0
+        if length < self.host_space.aside[request]:
+            self.host_space.discard(request)
+            return self.open(request, keys)
+        del self.host_space.aside[request]
+        prefix = self._end_at(*found) if found else None
+        self.prefixes.join(request, prefix, ())
+        blocks = sorted(self.host_space.slots[request])
+        needless = [index for index in blocks if index < length]
+        if needless:
+            self.host_space.give_up(request, needless)
+        kept = blocks[len(needless) :]
+        table = self.tables[request] = BlockTable(start=kept[0] if kept else length)
+        if kept:
+            table.remote, table.remote_blocks = {HOST: kept}, len(kept)
+        return table
+
     # -- both -----------------------------------------------------------------------------------
 
     def commit(self, outgoing: Iterable[Move], incoming: Iterable[Move]) -> None:
@@ -199,6 +276,9 @@ class RManager(Lender):
             self.incoming.remove(move)
             if move.kind is Kind.RECALL:
                 self.tables[move.request].to_home(move.block, move.peer, move.slot)
+                if move.peer == HOST:
+                    self.host_space.give_up(move.request, [move.block])
+                    continue
                 self.debts[move.peer].used -= 1
                 self._forget_debt(move.peer)
             else:
@@ -211,6 +291,7 @@ class RManager(Lender):
         check_slots(self, self._free)
         check_prefixes(self)
         check_loans(self)
+        check_host(self)
 
     def _end_at(self, prefix: Prefix, length: int) -> Prefix:
         """The prefix that ends with rBlock `length` of the prompt: `prefix`, or a part of it."""
@@ -218,7 +299,10 @@ class RManager(Lender):
             return prefix
         new = self.prefixes.split(prefix, length)
         for creditor in new.remote:
-            self.debts[creditor].splits.append(Split(prefix.id, length, new.id))
+            if creditor == HOST:
+                self.host_space.split(prefix.id, length, new.id)
+            else:
+                self.debts[creditor].splits.append(Split(prefix.id, length, new.id))
         return new
 
     def _moves(self, request: int) -> bool:
@@ -230,6 +314,8 @@ class RManager(Lender):
     def _release(self, request: int, table: BlockTable) -> None:
         assert not self._moves(request)
         self._free.extend(table.slots)
+        if HOST in table.remote:
+            self.host_space.give_up(request, table.remote[HOST])
         for creditor, debt in self.debts.items():
             left = debt.dropped.pop(request, Dropped(0, 0)).blocks
             if blocks := left + len(table.remote.get(creditor, ())):

@@ -32,6 +32,7 @@ MOST_ROWS = 64
 TIMES = {
     "compute_time": ("compute", "own"),
     "serve_time": ("serving debtors", "serve"),
+    "host_time": ("attention in the host's memory", "host"),
     "partial_wait": ("waiting for partial results", "partials"),
     "move_wait": ("waiting for rBlocks", "moves"),
     "query_wait": ("waiting for queries", "queries"),

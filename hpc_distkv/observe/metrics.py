@@ -27,12 +27,13 @@ class RankFigures(msgspec.Struct, array_like=True):
 
 
 def total(counters: Sequence[Counters]) -> dict[str, Any]:
-    """The counters of all instances added up; `peak_borrowed` is the largest of any, and
+    """The counters of all instances added up; peaks are the largest of any, and
     `prediction_error` the mean of those that have one."""
     rows = [msgspec.structs.asdict(each) for each in counters]
     numbers = [name for name in Counters.__struct_fields__ if name != "gaps"]
     summed: dict[str, Any] = {name: sum(row[name] for row in rows) for name in numbers}
-    summed["peak_borrowed"] = max((row["peak_borrowed"] for row in rows), default=0)
+    for peak in ("peak_borrowed", "peak_host"):
+        summed[peak] = max((row[peak] for row in rows), default=0)
     errors = [row["prediction_error"] for row in rows if row["prediction_error"]]
     summed["prediction_error"] = sum(errors) / len(errors) if errors else 0.0
     gaps: Counter[int] = Counter()

@@ -21,9 +21,10 @@ Samples = Mapping[tuple[str, ...], float]
 """Values of further labels → value."""
 COUNTED = {
     "cached_tokens": "Tokens that rows took from rBlocks of others and did not compute again.",
-    "preemptions": "Rows that gave way to older ones and were computed again.",
+    "preemptions": "Rows that gave way to older ones, to be computed again or to go on later.",
     "blocks_lent": "rBlocks received from debtors.",
     "blocks_returned": "rBlocks recalled from creditors.",
+    "blocks_to_host": "rBlocks moved or copied to the host's memory.",
     "refused_grants": "Grants beyond what a rank had promised.",
     "bytes_moved": "Bytes of rBlocks sent and received.",
     "bytes_queried": "Bytes of queries sent and partial results returned.",

@@ -19,7 +19,7 @@ MOST_SPANS = 500_000
 MOST_OF_RANK, LEAST_OF_RANK = 65_536, 4_096
 WINDOWS = 8
 """Windows per second: spans are kept or left out by the window in which they begin."""
-FINE = frozenset({Kind.PARTIALS, Kind.SERVE, Kind.LAYER, Kind.EXCHANGE})
+FINE = frozenset({Kind.PARTIALS, Kind.SERVE, Kind.HOST, Kind.LAYER, Kind.EXCHANGE})
 """One or more in every layer: kept in one of FINE_EVERY windows only."""
 FINE_EVERY = 8
 

@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from hpc_distkv.cli.validate import command
+from hpc_distkv.model.config import ModelConfig
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -93,6 +94,15 @@ def test_where_rows_fit(model: Path) -> None:
     assert found["fit one rank"] == "2 (16 tokens)"
     assert found["need several"] == "2"
     assert found["fit nowhere"].startswith("2 (")
+
+
+def test_the_hosts_memory_of_one_rank_counts(model: Path) -> None:
+    token = ModelConfig.from_dir(model).kv_bytes_per_token()
+    rows = [row("a", 30, max_tokens=35), row("b", 100, max_tokens=1)]
+    sizes = ("--num-blocks", "4", "--block-size", "4", "--ranks", "4")
+    result = validate(model, rows, *sizes, "--host-kv-memory", str(11 * token))
+    assert values(result)["fit nowhere"].startswith("1 (")
+    assert "holds 72" in result.output
 
 
 def test_a_table_of_rows(model: Path) -> None:

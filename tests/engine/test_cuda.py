@@ -145,6 +145,31 @@ def test_steps_wait_for_the_gpu_by_nothing_but_polls(tmp_path: Path) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_rblocks_in_the_hosts_memory_change_no_token(tmp_path: Path) -> None:
+    """Rows give way, and one is larger than the pool; torch raises where its own calls would block
+    the host."""
+    save("llama-llama3", tmp_path)
+    model, rng = loaded(tmp_path, "cuda"), random.Random(5)
+    lengths = [rng.randint(1, 100) for _ in range(20)] + [900]
+    rows = [
+        Request(n, pack_tokens(prompt(length, n)), Sampling(rng.randint(20, 90), 0.8, seed=n))
+        for n, length in enumerate(lengths)
+    ]
+    large = on_gpu(model, rows, options(400))
+
+    def strict(comms) -> None:
+        bind(comms[0], "cuda")
+        torch.cuda.set_sync_debug_mode("error")
+
+    try:
+        settings = options(40, host_kv_memory=1 << 24)
+        outcome = run_cluster(model, rows, 1, settings, prepare=strict)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert outcome.tokens == large.tokens
+    assert outcome.counters[0].blocks_to_host > 0
+
+
 def test_a_rank_sends_to_itself_by_nccl() -> None:
     pytest.importorskip("cupy")
     (comm,) = open_local(1)

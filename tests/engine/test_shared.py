@@ -115,7 +115,7 @@ def test_rows_get_the_attention_that_they_would_get_alone(spec):
     for slot in range(100):
         pool.rblock(slot).normal_()
     model = OneLayer(spec, sum(row.tokens for row in rows))
-    Forward(model, pool, rm, Device(), lambda: None, lambda: None, Recorder()).run(rows, None)
+    Forward(model, pool, rm, Device(), lambda: None, lambda: None, Recorder()).run(rows)
     first = 0
     for row in rows:
         part = slice(first, first := first + row.tokens)

@@ -1,0 +1,257 @@
+"""rBlocks in the host's memory, against a model that knows nothing but what was written where."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from hpc_distkv.memory.loan import HOST, Move
+from hpc_distkv.memory.mapped import mapped_memory
+from hpc_distkv.memory.rmanager import RManager
+
+PROMPTS = ["", "aaa", "aab", "abb"]
+"""A letter stands for the tokens of an rBlock."""
+Content = tuple[str, int]
+
+
+def keys_of(prompt: str) -> list[bytes]:
+    return [prompt[: end + 1].encode() for end in range(len(prompt))]
+
+
+class HostTier(RuleBasedStateMachine):
+    """An instance whose requests come, grow, spill, give way, go on and end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rm = RManager(0, 8, host_blocks=7)
+        self.home: dict[int, Content] = {}
+        """Slot → what was written there last: a beginning, or a request and a place."""
+        self.host: dict[int, Content] = {}
+        self.prompts: dict[int, str] = {}
+        self.aside: dict[int, int] = {}
+        """Request that gave way → rBlocks it had computed."""
+        self.out: list[Move] = []
+        self.back: list[Move] = []
+        self.going: dict[int, int] = {}
+        self.newest = 0
+
+    @property
+    def running(self) -> list[int]:
+        return [r for r in self.prompts if r in self.rm.tables and r not in self.going]
+
+    @property
+    def beginnings_move(self) -> bool:
+        """Requests begin before the moves of a step are chosen, not while they are under way."""
+        return any(move.request < 0 for move in (*self.out, *self.back))
+
+    def content(self, request: int, index: int) -> Content:
+        prompt = self.prompts[request]
+        return (prompt[: index + 1] if index < len(prompt) else str(request)), index
+
+    # -- what happens -----------------------------------------------------------------------------
+
+    @precondition(lambda self: not self.beginnings_move and len(self.prompts) < 4)
+    @rule(prompt=st.sampled_from(PROMPTS))
+    def begin(self, prompt: str) -> None:
+        if not self.rm.prefixes.awaited(keys_of(prompt)):
+            self.newest += 1
+            self.prompts[self.newest] = prompt
+            self.rm.open(self.newest, keys_of(prompt))
+
+    @precondition(lambda self: self.running and not self.out and not self.back)
+    @rule(data=st.data(), blocks=st.integers(1, 3))
+    def compute(self, data: st.DataObject, blocks: int) -> None:
+        request = data.draw(st.sampled_from(self.running))
+        blocks = min(blocks, max(0, self.rm.usable))
+        self.rm.grow(request, blocks)
+        table = self.rm.tables[request]
+        for index in range(table.blocks - blocks, table.blocks):
+            self.home[table.slots[table.place(index)]] = self.content(request, index)
+        self.rm.seal(request, table.blocks)
+
+    @precondition(lambda self: self.running and self.rm.host_space.free)
+    @rule(data=st.data(), at_once=st.booleans())
+    def spill(self, data: st.DataObject, at_once: bool) -> None:
+        """One rBlock of a request, or of what it shares."""
+        moving = {(move.request, move.block) for move in self.out}
+        blocks = [
+            (key, index)
+            for request in self.running
+            for key, table in self.rm.parts(request).items()
+            for index in table.indices
+            if (key, index) not in moving
+        ]
+        if blocks:
+            self.out.append(self.rm.spill(*data.draw(st.sampled_from(blocks))))
+            if at_once:
+                self.arrive()
+
+    @precondition(lambda self: self.running and self.rm.usable > 0)
+    @rule(data=st.data())
+    def bring_home(self, data: st.DataObject) -> None:
+        moving = {(move.request, move.block) for move in self.back}
+        blocks = [
+            (key, index)
+            for request in self.running
+            for key, table in self.rm.parts(request).items()
+            for index in table.remote.get(HOST, ())
+            if (key, index) not in moving
+        ]
+        if blocks:
+            self.back.append(self.rm.bring_home(*data.draw(st.sampled_from(blocks)), HOST))
+
+    @precondition(lambda self: self.running and not self.out and not self.back)
+    @rule(data=st.data(), unsealed=st.integers(0, 1), at_once=st.booleans())
+    def give_way(self, data: st.DataObject, unsealed: int, at_once: bool) -> None:
+        request = data.draw(st.sampled_from(self.running))
+        table = self.rm.tables[request]
+        sealed = max(table.start, table.blocks - unsealed)
+        if self.rm.can_put_aside(request, sealed):
+            self.out += self.rm.put_aside(request, sealed)
+            self.going[request] = sealed
+            if at_once:
+                self.arrive()
+
+    @rule()
+    def arrive(self) -> None:
+        """The bytes of all moves under way, and then their owners change."""
+        slots = self.rm.host_space.slots
+        for move in self.out:
+            self.host[slots[move.request][move.block]] = self.home[move.slot]
+        for move in self.back:
+            self.home[move.slot] = self.host[slots[move.request][move.block]]
+        self.rm.commit(self.out, self.back)
+        for request in self.going:
+            self.rm.leave(request)
+        self.aside.update(self.going)
+        self.out, self.back, self.going = [], [], {}
+
+    @precondition(lambda self: self.aside and not self.beginnings_move)
+    @rule(data=st.data())
+    def go_on(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(sorted(self.aside)))
+        blocks, keys = self.aside.pop(request), keys_of(self.prompts[request])
+        lost = self.rm.prefixes.match(keys) < self.rm.host_space.aside[request]
+        if lost and self.rm.prefixes.awaited(keys):
+            self.aside[request] = blocks
+            return
+        table = self.rm.resume(request, keys)
+        assert request not in self.rm.host_space.aside
+        if table.blocks < blocks:  # it had shared what is gone, or there was no room to use it
+            assert HOST not in table.remote
+
+    @precondition(lambda self: self.aside)
+    @rule(data=st.data())
+    def forget(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(sorted(self.aside)))
+        self.rm.host_space.discard(request)
+        del self.aside[request], self.prompts[request]
+
+    @precondition(lambda self: self.running and not self.out and not self.back)
+    @rule(data=st.data())
+    def end(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(self.running))
+        self.rm.close(request)
+        del self.prompts[request]
+
+    @precondition(lambda self: self.running and not self.out and not self.back)
+    @rule(data=st.data())
+    def drop(self, data: st.DataObject) -> None:
+        """Where there are windows nothing is shared."""
+        requests = [r for r in self.running if not self.prompts[r]]
+        if requests:
+            request = data.draw(st.sampled_from(requests))
+            table = self.rm.tables[request]
+            first = data.draw(st.integers(table.start, table.blocks))
+            if first > table.start:
+                self.rm.drop(request, first)
+
+    # -- what always holds ------------------------------------------------------------------------
+
+    @invariant()
+    def every_slot_has_one_owner(self) -> None:
+        self.rm.check()
+
+    @invariant()
+    def every_rblock_is_where_its_owner_says(self) -> None:
+        slots = self.rm.host_space.slots
+        for request in self.running:
+            for key, table in self.rm.parts(request).items():
+                for index, slot in zip(table.indices, table.slots, strict=True):
+                    assert self.home[slot] == self.content(request, index)
+                for index in table.remote.get(HOST, ()):
+                    assert self.host[slots[key][index]] == self.content(request, index)
+        for request in self.aside:
+            for index, slot in slots[request].items():
+                assert self.host[slot] == self.content(request, index)
+
+    def teardown(self) -> None:
+        if self.out or self.back:
+            self.arrive()
+        for request in self.running:
+            self.rm.close(request)
+        for request in self.aside:
+            self.rm.host_space.discard(request)
+        self.rm.check()
+        assert (self.rm.usable, self.rm.host_space.free) == (8, 7)
+
+
+TestHostTier = HostTier.TestCase
+TestHostTier.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+
+
+def test_a_request_begins_anew_when_what_it_shared_is_gone():
+    rm, keys = RManager(0, 4, host_blocks=4), keys_of("aa")
+    for request in (1, 2):
+        rm.open(request, keys)
+        rm.grow(request, 2 if request == 1 else 1)
+        rm.seal(request, 2)
+    assert rm.tables[2].start == 2
+    moves = rm.put_aside(2, 3)
+    assert [move.block for move in moves] == [2], "what 1 needs too is not copied"
+    rm.commit(moves, [])
+    rm.leave(2)
+    rm.close(1)
+    rm.open(3)
+    rm.grow(3, 4)
+    rm.close(3)
+    assert rm.prefixes.match(keys) == 0
+    table = rm.resume(2, keys)
+    assert (table.blocks, rm.host_space.free) == (0, 4)
+    rm.check()
+
+
+def test_what_is_still_at_home_is_not_read_from_the_host():
+    rm, keys = RManager(0, 6, host_blocks=4), keys_of("aaa")
+    rm.open(1, keys)
+    rm.grow(1, 4)
+    rm.seal(1, 4)
+    moves = rm.put_aside(1, 4)
+    assert [move.block for move in moves] == [0, 1, 2, 3]
+    rm.commit(moves, [])
+    rm.leave(1)
+    rm.open(2)
+    rm.grow(2, 4)
+    table = rm.resume(1, keys)
+    assert (table.start, table.remote) == (2, {HOST: [2, 3]})
+    assert rm.host_space.free == 2
+    rm.check()
+
+
+# -- a file in place of memory --------------------------------------------------------------------
+
+
+def test_the_file_has_no_name_and_its_memory_can_be_used(tmp_path):
+    memory = mapped_memory(1 << 20, tmp_path)
+    memory.fill_(7)
+    assert memory.shape == (1 << 20,)
+    assert int(memory.sum()) == 7 << 20
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_does_not_fit_on_the_disk_is_refused_at_once(tmp_path):
+    with pytest.raises(OSError, match=r"No space left|too large"):
+        mapped_memory(1 << 60, tmp_path)
+    assert list(tmp_path.iterdir()) == []
