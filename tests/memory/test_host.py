@@ -199,7 +199,7 @@ class HostTier(RuleBasedStateMachine):
 
 
 TestHostTier = HostTier.TestCase
-TestHostTier.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+TestHostTier.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
 
 
 def test_a_request_begins_anew_when_what_it_shared_is_gone():
