@@ -1,8 +1,8 @@
 """FlashInfer's kernels behind `micro_attention`, where they are installed and asked for.
 
-One wrapper serves all calls: paged prefill, whose kernels take rows of one query as well. It cuts
-rows along their keys only in its "fa2" form, so batches with decodes get that, and prompts alone
-whatever FlashInfer finds best for the device.
+One wrapper serves all calls: paged prefill, whose kernels take rows of one query as well. Always in
+its "fa2" form: that alone cuts rows along their keys, and a form that is first met in a step would
+be compiled in it.
 
 What differs from our own kernels, and where it is made up for: log-sum-exps have base 2 (changed
 here), outputs have the dtype of queries (so partial results are rounded once more), masks count
@@ -36,8 +36,10 @@ log = logging.getLogger(__name__)
 
 BACKEND = "flashinfer"
 INSTALL = "pip install flashinfer-python"
-WORKSPACE_BYTES = 128 << 20
-"""For the partial results of cut rows, of each stream: what its documentation recommends."""
+WORKSPACE_BYTES = 64 << 20
+"""Of each stream, beside what the partial results of cut rows take."""
+BLOCKS_PER_SM, TILE = 2, 128
+"""Rows are cut into at most so many parts for each multiprocessor, of at most so many queries."""
 HEAD_DIMS = (64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16)
 LN_2 = math.log(2.0)
@@ -69,8 +71,6 @@ class Layout(NamedTuple):
     kv_indptr: Tensor
     kv_indices: Tensor
     last_page_len: Tensor
-    decodes: bool
-    """Whether a row has one query."""
 
     @classmethod
     def of(cls, batch: PagedBatch, block_size: int, causal: bool, window: int) -> Layout | None:
@@ -110,7 +110,7 @@ class Layout(NamedTuple):
             torch.from_numpy(numbers.astype(np.int32))
             for numbers in (starts, indptr, batch.blocks.numpy()[listed], last_page_len)
         )
-        return cls(query_start, page_start, listed_pages, last, bool((counts == 1).any()))
+        return cls(query_start, page_start, listed_pages, last)
 
     def pinned(self) -> Layout:
         """Where it is copied from without waiting."""
@@ -119,8 +119,14 @@ class Layout(NamedTuple):
             self.kv_indptr.pin_memory(),
             self.kv_indices.pin_memory(),
             self.last_page_len.pin_memory(),
-            self.decodes,
         )
+
+
+def workspace_bytes(multiprocessors: int, group: int, dim: int) -> int:
+    """What a wrapper may need for query groups of `group` heads: float32 partial results of all
+    parts that rows are cut into, `dim` numbers and a log-sum-exp for each query head of a tile."""
+    parts = BLOCKS_PER_SM * multiprocessors * TILE * group
+    return WORKSPACE_BYTES + 4 * parts * (dim + 1)
 
 
 class FlashInfer:
@@ -131,7 +137,11 @@ class FlashInfer:
         self._wrapper: Any = module.BatchPrefillWithPagedKVCacheWrapper
         self._device = device
         self._workspaces: dict[Hashable, Tensor] = {}
-        """By stream."""
+        """By stream, and the elements that a query group has."""
+        on_gpu = device.type == "cuda"
+        self._multiprocessors = (
+            torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
+        )
         self._idle: defaultdict[Hashable, list[tuple[Any, Event | None]]] = defaultdict(list)
 
     def layout(
@@ -194,11 +204,10 @@ class FlashInfer:
         """A wrapper that has planned this batch, on the current stream, and serves it alone."""
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         _, kv_heads, block_size, dim = k_cache.shape
-        # A wrapper keeps what it has found best for its first plan.
-        kind = stream, "fa2" if layout.decodes else "auto", q.dtype, dim
-        idle = self._idle[kind]
+        group = q.shape[1] // kv_heads
+        idle = self._idle[stream, q.dtype, group, dim]
         at = next((at for at, (_, over) in enumerate(idle) if over is None or over.query()), None)
-        wrapper = self._new(stream, kind[1]) if at is None else idle.pop(at)[0]
+        wrapper = self._new(stream, group, dim) if at is None else idle.pop(at)[0]
         wrapper.plan(
             layout.qo_indptr,
             layout.kv_indptr,
@@ -222,9 +231,9 @@ class FlashInfer:
         weakref.finalize(batch, give_back).atexit = False
         return wrapper
 
-    def _new(self, stream: torch.cuda.Stream | None, backend: str) -> Any:
-        if stream not in self._workspaces:
-            self._workspaces[stream] = torch.empty(
-                WORKSPACE_BYTES, dtype=torch.uint8, device=self._device
-            )
-        return self._wrapper(self._workspaces[stream], "HND", backend=backend)
+    def _new(self, stream: torch.cuda.Stream | None, group: int, dim: int) -> Any:
+        key = stream, group * dim
+        if key not in self._workspaces:
+            size = workspace_bytes(self._multiprocessors, group, dim)
+            self._workspaces[key] = torch.empty(size, dtype=torch.uint8, device=self._device)
+        return self._wrapper(self._workspaces[key], "HND", backend="fa2")

@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from hpc_distkv.control.messages import Request
 from hpc_distkv.control.policy import POLICIES, Policy
 
-BOUNCE_BLOCKS = 4
-"""rBlocks beyond the pool through which circles of debts are cancelled."""
-
 
 class OptionError(ValueError):
     """Options that cannot work, or not together."""
@@ -51,11 +48,6 @@ class EngineConfig:
                 raise OptionError(f"{name} must be at least 1, not {getattr(self, name)}")
 
     @property
-    def bounce(self) -> int:
-        """rBlocks beyond the pool."""
-        return BOUNCE_BLOCKS if self.policy.dgfm else 0
-
-    @property
     def prefix_caching(self) -> bool:
         """Whether rows share rBlocks. They do not where a row alone decides on what becomes of
         them: where they are freed behind a window, or copied with a request that migrates."""
@@ -72,7 +64,7 @@ class EngineConfig:
 
     @property
     def spare(self) -> int:
-        """rBlocks beyond pool and bounce, that rows of recorded steps write to which are none."""
+        """rBlocks beyond the pool, that rows of recorded steps write to which are none."""
         return int(self.cuda_graphs)
 
     @property

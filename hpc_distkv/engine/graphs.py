@@ -19,6 +19,7 @@ from hpc_distkv.attention import (
     PagedBatch,
     PagedRow,
     Rotation,
+    launch,
     micro_attention,
     rotate_and_write,
 )
@@ -38,6 +39,15 @@ the next one to be recorded. That it may be running still cannot be: as many oth
 since."""
 RECORDED_AFTER = 2
 """Steps of a form that run as they are: to record one takes longer than several steps."""
+
+
+def recordable(model: Model, q: torch.Tensor, k_cache: torch.Tensor) -> bool:
+    """Whether decode steps of a model can be recorded; `q` and `k_cache`: like its own."""
+    kernels = launch.kernels(k_cache.device) if k_cache.is_cuda else None
+    return kernels is not None and all(
+        model.unconditional and spec.backend == "auto" and kernels.serves(q, k_cache, spec)
+        for spec in model.attention
+    )
 
 
 class DecodeGraphs:

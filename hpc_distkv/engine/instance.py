@@ -58,9 +58,7 @@ class Instance:
     ) -> None:
         self.config = config
         self.counters = Counters()
-        self.rm = RManager(
-            number, config.num_blocks, config.lend_cap, config.bounce, config.host_blocks
-        )
+        self.rm = RManager(number, config.num_blocks, config.lend_cap, config.host_blocks)
         self.scheduler = Scheduler(self.rm, config)
         self.pace = Pace()
         self.round = 0

@@ -59,16 +59,10 @@ class Parts(NamedTuple):
 
 def decode_graphs(parts: Parts) -> DecodeGraphs | None:
     """What records decode steps, where that can be done."""
-    model, pool = parts.model, parts.pool
-    own_kernels = all(spec.backend == "auto" for spec in model.attention)
-    if not (parts.config.cuda_graphs and model.unconditional and own_kernels):
+    kernels = launch.kernels(parts.pool.device)
+    if not parts.config.cuda_graphs or kernels is None:
         return None
-    kernels = launch.kernels(pool.device)
-    q = torch.empty((1, *parts.shape), dtype=pool.dtype, device=pool.device)
-    k_cache, _ = pool.layer(0)
-    if kernels is None or not all(kernels.serves(q, k_cache, spec) for spec in model.attention):
-        return None
-    return DecodeGraphs(model, pool, kernels, parts.shape)
+    return DecodeGraphs(parts.model, parts.pool, kernels, parts.shape)
 
 
 class Lane:
@@ -103,6 +97,7 @@ class Lane:
             decode_graphs(parts),
         )
         self._lanes = parts.model.lanes
+        self.unconditional = parts.model.unconditional
         self._block_size = pool.block_size
         self._attention_tokens = config.attention_tokens
         self._exchanging = False

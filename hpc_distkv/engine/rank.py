@@ -24,6 +24,7 @@ from hpc_distkv.engine.activations import LargestStep, activation_peak, free_mem
 from hpc_distkv.engine.capacity import device_blocks, host_blocks, tier_blocks
 from hpc_distkv.engine.config import EngineConfig, OptionError
 from hpc_distkv.engine.follower import Follower
+from hpc_distkv.engine.graphs import recordable
 from hpc_distkv.engine.host import copy_seconds
 from hpc_distkv.engine.interrupt import Interrupt
 from hpc_distkv.engine.lane import Parts
@@ -121,7 +122,7 @@ class RankEngine:
             enable_prefix_caching=options.enable_prefix_caching,
             keys_by_length=model.needs_lengths,
             attention_tokens=config.attention_tokens,
-            cuda_graphs=comm.device.place.type == "cuda" and not options.enforce_eager,
+            cuda_graphs=not options.enforce_eager and _recordable(model, options.block_size),
             host_blocks=tier_blocks(
                 comm, options.host_kv_memory, options.host_kv_path, block_bytes
             ),
@@ -132,7 +133,7 @@ class RankEngine:
         """rBlocks that one request may use at most."""
         self._model = model
         self._links: LinkCosts | None = None
-        blocks = self.config.num_blocks + self.config.bounce + self.config.spare
+        blocks = self.config.num_blocks + self.config.spare
         try:
             self._pool = self._lay_out(blocks, comm.device.place)
         except RuntimeError as error:  # how torch says that memory is short
@@ -365,14 +366,22 @@ def _blocks_that_fit(
         block_size=config.block_size,
         others=others,
         shares=config.prefix_caching,
-        recorded=config.cuda_graphs and model.unconditional,
+        recorded=config.cuda_graphs,
     )
     peak = activation_peak(model, comm.device, step)
-    peak += (config.bounce + config.spare) * block_bytes  # beyond the pool
+    peak += config.spare * block_bytes  # beyond the pool
     free = free_memory(comm.device)
     return device_blocks(
         free, peak, options.gpu_memory_utilization, wanted, block_bytes, step.tokens
     )
+
+
+def _recordable(model: Decoder, block_size: int) -> bool:
+    config = model.config
+    heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+    q = torch.empty((1, heads, dim), dtype=model.dtype, device=model.device)
+    k_cache = torch.empty((1, kv_heads, block_size, dim), dtype=model.dtype, device=model.device)
+    return recordable(model, q, k_cache)
 
 
 def _name(dtype: torch.dtype) -> str:

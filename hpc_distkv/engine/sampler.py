@@ -26,11 +26,14 @@ Sampled = tuple[list[int], dict[int, bytes]]
 those that ask for it."""
 
 
+NOBODY_DRAWN = torch.empty(0, dtype=torch.int64)
+
+
 class Draw(NamedTuple):
     """The next tokens of some sequences, on their way."""
 
     tokens: torch.Tensor
-    """int64 `[sequences]`, on the device."""
+    """int64 `[sequences]`, on a device that works by itself."""
     ready: Callable[[], Sampled | None]
     """Gives them once all that the device was asked for until the draw is done, and None until
     then. Never blocks."""
@@ -46,13 +49,11 @@ def begin_sampling(
     tokens that the step before draws, if the host does not know them."""
     if not sequences:
         over = device.fetch([])
-        return Draw(
-            torch.empty(0, dtype=torch.int64), lambda: None if over.ready() is None else ([], {})
-        )
+        return Draw(NOBODY_DRAWN, lambda: None if over.ready() is None else ([], {}))
     if not device.deferred:
         tokens = sample(logits, sequences)
         sampled = tokens, sample_logprobs(logits, sequences, tokens)
-        return Draw(torch.tensor(tokens), lambda: sampled)
+        return Draw(NOBODY_DRAWN, lambda: sampled)  # the host has what it drew
     drawn = sample_together(device, logits, sequences, before)
     groups = _asking(sequences)
     uploaded = device.upload([torch.tensor(rows) for rows in groups.values()]) if groups else []

@@ -98,9 +98,8 @@ class Scheduler:
         self.short = False
         """Whether memory was short in the last step that was planned."""
         self._ahead = False
-        self._short_answers = 0
-        self._short_steps = 0
-        """Steps and answers since there was enough memory."""
+        self._short_answers = self._short_steps = 0
+        """Answers and steps since there was enough memory."""
         self._idle = True
         """Whether nothing ran in the last step."""
         self._migrations = Migrations(rmanager, config) if config.policy.migrate else None
@@ -191,7 +190,7 @@ class Scheduler:
         if self._config.policy.lending and credit < self._rm.credit:
             self._moves.forget_plans()
             self._return_credit(self._rm.credit - credit)
-        held = max(0, self._rm.usable) + (credit if self._config.policy.lending else 0)
+        held = self._rm.usable + (credit if self._config.policy.lending else 0)
         if self._starved and self.running:
             oldest = self.running[0]
             growth = max(self._growth, oldest.length // STARVED_GROWTH)
@@ -268,8 +267,7 @@ class Scheduler:
         """The next step: decodes first, then prefill chunks up to the token budget. `ahead`: while
         another one is computed, so nothing moves, and nobody gives way."""
         self._ahead = ahead
-        if not ahead:
-            self._short_steps = self._short_steps + 1 if self.short else 0
+        self._short_steps = self._short_steps + 1 if self.short else 0
         self._starved = self.short = False
         self._steps += 1
         rows: dict[int, Row] = {}
@@ -282,7 +280,7 @@ class Scheduler:
         for sequence in leaving:
             rows.pop(sequence.id, None)
         moves, recalls = ([], []) if ahead else self._plan_moves()
-        self._idle = not rows
+        self._idle = not rows and not ahead
         planned = [rows[request] for request in sorted(rows)]
         return Plan(planned, copies + moves, recalls, leaving, *self.swaps.take_plan())
 
@@ -332,6 +330,8 @@ class Scheduler:
 
     def _admit(self) -> Sequence | None:
         sequence = self._admission.next(self.waiting, self.running)
+        if sequence is not None and self._ahead and sequence.id in self._rm.host_space.aside:
+            return None  # what it has put aside would move
         if sequence is not None:
             # A victim of another's starved row may be older than what runs here by now.
             self.waiting.remove(sequence)
@@ -393,7 +393,7 @@ class Scheduler:
         needed = self.foresight.missing(sequence, sequence.computed + count)
         if not needed:
             return True
-        while needed > max(0, self._rm.usable):  # below 0 while bounce slots are in use
+        while needed > self._rm.usable:
             self.short = True
             if self._ahead:
                 return False
@@ -513,7 +513,7 @@ class Scheduler:
             target = min(sequence.length + GROWTH_TOKENS, sequence.computed + ahead)
             return self.foresight.missing(sequence, target)
 
-        short = self._admission.reserve - max(0, self._rm.usable) + sum(map(growth, self.running))
+        short = self._admission.reserve - self._rm.usable + sum(map(growth, self.running))
         most = 2 * self._config.blocks(ahead)
         moves: tuple[list[Move], list[Move]] = [], []
         if lending:

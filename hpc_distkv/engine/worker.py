@@ -275,6 +275,7 @@ class Worker:
         * with windows in all layers: what falls behind them is freed between steps
         * where memory was short: somebody may have to give way, whose rBlocks are in use
         * with penalties that count all earlier tokens
+        * of models that are not `unconditional`: for the choice of experts the host waits
         """
         instance = self._instance
         return (
@@ -286,6 +287,7 @@ class Worker:
             and not instance.config.policy.migrate
             and not instance.config.window
             and not instance.scheduler.short
+            and self._lane.unconditional
             and all(sequence.foreseeable for sequence, _ in plan.rows)
         )
 

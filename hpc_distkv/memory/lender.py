@@ -13,11 +13,10 @@ class Lender:
     """Owner of an instance's slots, loans and guests: the part of its RManager that faces its
     debtors."""
 
-    def __init__(self, instance: int, num_blocks: int, lend_cap: int | None, bounce: int) -> None:
+    def __init__(self, instance: int, num_blocks: int, lend_cap: int | None) -> None:
         self.instance = instance
         self.num_blocks = num_blocks
         self.lend_cap = num_blocks if lend_cap is None else lend_cap
-        self.bounce = bounce
         self.promised = 0
         self.tables: dict[int, BlockTable] = {}
         """By request, and by prefix."""
@@ -28,29 +27,24 @@ class Lender:
         self.outgoing: list[Move] = []
         """Under way, like `incoming`."""
         self.incoming: list[Move] = []
-        self._free = list(range(num_blocks + bounce - 1, -1, -1))
+        self._free = list(range(num_blocks - 1, -1, -1))
 
     # -- capacity -------------------------------------------------------------------------------
 
     @property
     def free(self) -> int:
         """Slots that hold nothing in use, whatever they are set aside for."""
-        return max(0, self._vacant - self.bounce)
+        return len(self._free) + self.prefixes.idle
 
     @property
     def usable(self) -> int:
-        """Slots this instance may fill itself: free, not promised, not set aside for a debtor.
-        Negative while the bounce slots are in use."""
-        return self._vacant - self.bounce - self.promised - self._set_aside
+        """Slots this instance may fill itself: free, not promised, not set aside for a debtor."""
+        return self.free - self.promised - self._set_aside
 
     @property
     def lent(self) -> int:
         """rBlocks lent or set aside for debtors."""
         return sum(loan.total for loan in self.loans.values())
-
-    @property
-    def _vacant(self) -> int:
-        return len(self._free) + self.prefixes.idle
 
     @property
     def _set_aside(self) -> int:

@@ -40,8 +40,6 @@ class RManager(Lender):
     Every slot is free, in one block table, in one guest, or receiving; `check` proves it. Requests
     share sealed rBlocks through the tables of prefixes (`PrefixTree`); those that nobody uses are
     given up when their slots are wanted, so they count as free.
-    `bounce` slots beyond the pool take in what comes home while all else is taken: so the
-    instances of a circle of debts can all bring rBlocks home at once.
     """
 
     def __init__(
@@ -49,10 +47,9 @@ class RManager(Lender):
         instance: int,
         num_blocks: int,
         lend_cap: int | None = None,
-        bounce: int = 0,
         host_blocks: int = 0,
     ) -> None:
-        super().__init__(instance, num_blocks, lend_cap, bounce)
+        super().__init__(instance, num_blocks, lend_cap)
         self.host_space = HostSpace(host_blocks)
         self.debts: dict[int, Debt] = {}
         self.copies: dict[int, Copies] = {}
@@ -74,7 +71,7 @@ class RManager(Lender):
     def held(self) -> int:
         """rBlocks of this instance's requests, wherever they are."""
         hosted = sum(loan.used for loan in self.loans.values())
-        return self.num_blocks + self.bounce - self._vacant - hosted + self.borrowed
+        return self.num_blocks - self.free - hosted + self.borrowed
 
     # -- own requests ---------------------------------------------------------------------------
 
@@ -82,7 +79,7 @@ class RManager(Lender):
         """Begin the block table of a request, empty, that continues what is here of its prompt.
         `keys`: of the rBlocks of the prompt that may be shared."""
         assert request not in self.tables
-        found = self.prefixes.find(keys, max(0, self.usable)) if keys else None
+        found = self.prefixes.find(keys, self.usable) if keys else None
         prefix = self._end_at(*found) if found else None
         self.prefixes.join(request, prefix, keys)
         table = self.tables[request] = BlockTable(start=prefix.blocks if prefix else 0)
@@ -94,7 +91,7 @@ class RManager(Lender):
 
     def grow(self, request: int, blocks: int) -> None:
         """Append `blocks` home rBlocks to a table. The caller has looked at `usable`."""
-        assert 0 <= blocks <= max(0, self.usable)
+        assert 0 <= blocks <= self.usable
         table = self.tables[request]
         for _ in range(blocks):
             table.add(self._take())
@@ -166,8 +163,8 @@ class RManager(Lender):
 
     def bring_home(self, request: int, index: int, creditor: int) -> Move:
         """Begin to bring an rBlock back from its creditor or the host's memory; there must be a
-        free slot, if need be a bounce slot."""
-        assert self.usable + self.bounce > 0
+        free slot."""
+        assert self.usable > 0
         move = Move(request, index, self._take(), creditor, Kind.RECALL)
         self.incoming.append(move)
         return move
@@ -244,7 +241,7 @@ class RManager(Lender):
         """Open the block table of a request again: what it has put aside is in the host's memory,
         but for what is here of its prompt (`keys` as of `open`). If what it shared is not here any
         more it begins anew."""
-        found = self.prefixes.find(keys, max(0, self.usable)) if keys else None
+        found = self.prefixes.find(keys, self.usable) if keys else None
         length = found[1] if found else 0
         if length < self.host_space.aside[request]:
             self.host_space.discard(request)

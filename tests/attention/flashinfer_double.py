@@ -18,7 +18,7 @@ class BatchPrefillWithPagedKVCacheWrapper:
     def __init__(self, float_workspace_buffer: Tensor, kv_layout: str = "NHD", backend="auto"):
         assert float_workspace_buffer.dtype == torch.uint8
         assert kv_layout == "HND"
-        assert backend in ("auto", "fa2")
+        assert backend == "fa2"
         self.backend, self.runs = backend, 0
         self.made.append(self)
 

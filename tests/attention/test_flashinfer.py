@@ -77,7 +77,7 @@ def test_own_rows_with_and_without_gaps_are_served(wrappers, shapes, gap):
     check(own(random_case(1, shapes=shapes, dim=64, group=4, dtype=torch.float16), gap))
     (wrapper,) = wrappers
     assert wrapper.runs == 1
-    assert wrapper.backend == ("auto" if shapes == [(20, 150)] else "fa2")
+    assert wrapper.backend == "fa2"
 
 
 def test_guests_are_served_wherever_they_come_from(wrappers):

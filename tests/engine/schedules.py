@@ -12,10 +12,10 @@ from hpc_distkv.memory.rmanager import RManager
 BLOCK = 4
 
 
-def make(num_blocks: int = 100, policy: str = "queue", bounce: int = 0, **limits: int) -> Scheduler:
+def make(num_blocks: int = 100, policy: str = "queue", **limits: int) -> Scheduler:
     sizes = {"block_size": BLOCK, "max_num_seqs": 8, "max_num_batched_tokens": 16} | limits
     config = EngineConfig(num_blocks, policy=POLICIES[policy], **sizes)
-    scheduler = Scheduler(RManager(0, num_blocks, bounce=bounce), config)
+    scheduler = Scheduler(RManager(0, num_blocks), config)
     scheduler.rm = scheduler._rm
     return scheduler
 

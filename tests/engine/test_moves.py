@@ -19,11 +19,9 @@ FAST = 100 * BLOCK
 class Rig:
     """One instance with rows whose KV is all at home, and credit elsewhere."""
 
-    def __init__(
-        self, tokens: dict[int, int], num_blocks: int = 50, bounce: int = 0, budget: int = FAST
-    ) -> None:
+    def __init__(self, tokens: dict[int, int], num_blocks: int = 50, budget: int = FAST) -> None:
         """`tokens`: request → tokens with KV."""
-        self.rm = RManager(0, num_blocks, bounce=bounce)
+        self.rm = RManager(0, num_blocks)
         self.moves = Moves(self.rm, EngineConfig(num_blocks, BLOCK, move_budget=budget))
         self.running = [self._sequence(number, n) for number, n in tokens.items()]
 

@@ -67,22 +67,6 @@ def test_more_steps_in_a_round_mean_more_growth_to_ask_for():
     assert wanted(1) < wanted(20) < wanted(60)
 
 
-def test_rows_that_need_nothing_go_on_while_bounce_slots_are_in_use():
-    scheduler = make(num_blocks=5, policy="lend", bounce=2)
-    add(scheduler, 0, prompt=5)
-    step(scheduler)
-    step(scheduler)
-    rm = scheduler.rm
-    rm.credit_opened(3, 1)
-    rm.commit([rm.move_out(0, 0, 3)], [])
-    rm.open(9)
-    rm.grow(9, rm.usable)
-    rm.bring_home(0, 0, 3)
-    assert rm.usable == -1
-    assert step(scheduler) == {0: 1}
-    assert scheduler.preemptions == scheduler.stalls == 0
-
-
 # -- with a planner, loans must pay -------------------------------------------------------------
 
 
@@ -176,14 +160,14 @@ def large_and_small() -> Scheduler:
 
 def test_a_row_too_large_waits_for_the_gmanager_and_others_pass_it():
     scheduler = large_and_small()
-    assert scheduler.large == [Large(0, False, 0, 16, 59.0, 2.0)]
+    assert scheduler.large == [Large(0, False, 0, 15, 59.0, 2.0)]
     assert step(scheduler) == {1: 7}
     assert scheduler.demand().wanted == 0
     assert scheduler.fresh == 0
     answer(scheduler, begin=[0])
     assert scheduler.large[0].begun
     assert step(scheduler) == {0: 15, 1: 1}
-    assert scheduler.large == [Large(0, True, 4, 16, 44.0, 2.0)]
+    assert scheduler.large == [Large(0, True, 4, 15, 44.0, 2.0)]
 
 
 def test_a_row_too_large_asks_for_all_its_prompt_as_soon_as_it_runs():

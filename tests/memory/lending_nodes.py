@@ -40,8 +40,7 @@ class Node:
         self.number, self.nodes = comm.world.rank, nodes
         self.instance = Instance(self.number, config)
         self.rm = self.instance.rm
-        blocks = config.num_blocks + config.bounce
-        self.pool = BlockPool(blocks, LAYERS, 1, BLOCK, HEAD_DIM, torch.float32)
+        self.pool = BlockPool(config.num_blocks, LAYERS, 1, BLOCK, HEAD_DIM, torch.float32)
         time = TimeSheet(Recorder())
         self.debtor = Debtor(comm, self.pool, self.instance, (1, HEAD_DIM), time)
         specs = [AttentionSpec(1.0)] * LAYERS
@@ -192,7 +191,7 @@ class Node:
             ]
             planned = self.recall.pop(creditor, 0)
             for _ in range(min(rng.choice((planned, planned, 1, len(hosted))), len(hosted))):
-                if self.rm.usable + self.rm.bounce > 0:
+                if self.rm.usable > 0:
                     hosted.remove(chosen := rng.choice(hosted))
                     yield self.rm.bring_home(*chosen, creditor)
 

@@ -26,7 +26,7 @@ class Sharing(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.rm, self.other = RManager(HOME, 9, bounce=2), RManager(CREDITOR, 6)
+        self.rm, self.other = RManager(HOME, 9), RManager(CREDITOR, 6)
         self.bytes: dict[tuple[int, int], tuple[str, int]] = {}
         """(instance, slot) → what was written there last: a beginning, or a request and a place."""
         self.prompts: dict[int, str] = {}
@@ -98,7 +98,7 @@ class Sharing(RuleBasedStateMachine):
     @rule(data=st.data())
     def recall(self, data: st.DataObject) -> None:
         lent = [(k, i) for k, t in self.rm.tables.items() for i in t.remote.get(CREDITOR, ())]
-        if not lent or self.rm.usable + self.rm.bounce <= 0:
+        if not lent or self.rm.usable <= 0:
             return
         self.tell()
         move = self.rm.bring_home(*data.draw(st.sampled_from(lent)), CREDITOR)

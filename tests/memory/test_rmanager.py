@@ -70,12 +70,6 @@ def test_the_lend_cap_bounds_promises():
     assert rm.promise(8) == 1
 
 
-def test_bounce_slots_are_neither_free_nor_promised():
-    rm = RManager(0, 4, bounce=3)
-    assert rm.free == rm.usable == 4
-    assert rm.promise(10) == 4
-
-
 # -- moves --------------------------------------------------------------------------------------
 
 
@@ -131,38 +125,12 @@ def test_what_comes_home_is_in_its_place_again():
     assert other.free == 4
 
 
-def test_two_full_instances_bring_their_rblocks_home_at_once_through_bounce_slots():
-    one, other = pair(4, bounce=2)
-    sides = ((one, other), (other, one))
-    for here, there in sides:
-        with_credit(2, here, there)
-    for here, there in sides:
-        request_of(here, here.instance, 2)
-        lend(here, there, here.instance, 0)
-        here.grow(here.instance, 1)
-        lend(here, there, here.instance, 1)
-        here.grow(here.instance, 1)
-        assert here.usable == 0
-    home = [[h.bring_home(h.instance, i, t.instance) for i in (0, 1)] for h, t in sides]
-    back = [h.give_back(t.instance, [(t.instance, 0), (t.instance, 1)]) for h, t in sides]
-    check(one, other)
-    assert one.usable == other.usable == -2
-    assert one.free == other.free == 0
-    for rm in (one, other):
-        rm.commit(back[rm.instance], home[rm.instance])
-    check(one, other)
-    assert one.usable == other.usable == 0
-    assert [*one.tables[0].indices] == [*other.tables[1].indices] == [0, 1, 2, 3]
-    assert not one.debts
-    assert not one.loans
-
-
-def test_more_than_the_bounce_slots_does_not_come_home_into_a_full_pool():
-    one, other = pair(3, bounce=1)
+def test_nothing_comes_home_into_a_full_pool():
+    one, other = pair(3)
     with_credit(2, one, other)
     request_of(one, 7, 3)
     lend(one, other, 7, 0, 1)
-    one.grow(7, 2)
+    one.grow(7, 1)
     one.bring_home(7, 0, 1)
     with pytest.raises(AssertionError):
         one.bring_home(7, 1, 1)
