@@ -11,8 +11,8 @@ from hpc_distkv.attention import merge_rows
 from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR, Comm, Pending
 from hpc_distkv.engine.guests import remote_queries
 from hpc_distkv.engine.instance import Instance
+from hpc_distkv.engine.plan import Plan
 from hpc_distkv.engine.recorder import Kind
-from hpc_distkv.engine.scheduler import Plan
 from hpc_distkv.engine.timesheet import TimeSheet
 from hpc_distkv.memory.pool import BlockPool
 

@@ -9,7 +9,7 @@ import msgspec
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages import Header
 from hpc_distkv.engine.pace import StepSeconds
-from hpc_distkv.engine.scheduler import Plan
+from hpc_distkv.engine.plan import Plan
 
 
 class Boundary(msgspec.Struct, frozen=True, array_like=True, tag="boundary"):

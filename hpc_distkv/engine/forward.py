@@ -12,8 +12,8 @@ from hpc_distkv.comm.device import Device
 from hpc_distkv.engine.graphs import DecodeGraphs
 from hpc_distkv.engine.inputs import read
 from hpc_distkv.engine.model import Model
+from hpc_distkv.engine.plan import Row
 from hpc_distkv.engine.recorder import Recorder
-from hpc_distkv.engine.scheduler import Row
 from hpc_distkv.engine.shared import SharedAttention, groups_of
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.memory.rmanager import RManager

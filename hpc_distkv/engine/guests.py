@@ -8,7 +8,7 @@ from operator import itemgetter
 from typing import NamedTuple
 
 from hpc_distkv.attention import PagedRow
-from hpc_distkv.engine.scheduler import Row
+from hpc_distkv.engine.plan import Row
 from hpc_distkv.memory.loan import HOST
 from hpc_distkv.memory.rmanager import RManager
 

@@ -11,8 +11,8 @@ from hpc_distkv.attention import AttentionSpec, PagedBatch, merge_rows, micro_at
 from hpc_distkv.comm.device import Event
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.engine.guests import guest_rows, host_queries
+from hpc_distkv.engine.plan import Plan
 from hpc_distkv.engine.recorder import Kind
-from hpc_distkv.engine.scheduler import Plan
 from hpc_distkv.engine.timesheet import TimeSheet
 from hpc_distkv.memory.loan import HOST
 from hpc_distkv.memory.pool import BlockPool

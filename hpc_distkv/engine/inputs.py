@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import pad
 
 from hpc_distkv.attention import PagedBatch
-from hpc_distkv.engine.scheduler import Row
+from hpc_distkv.engine.plan import Row
 from hpc_distkv.memory.rmanager import RManager
 from hpc_distkv.memory.table import BlockTable, Slots
 

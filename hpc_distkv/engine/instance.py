@@ -24,7 +24,8 @@ from hpc_distkv.control.work import work
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.guests import remote_queries
 from hpc_distkv.engine.pace import Pace, StepSeconds, StepWork
-from hpc_distkv.engine.scheduler import Plan, Row, Scheduler
+from hpc_distkv.engine.plan import Plan, Row
+from hpc_distkv.engine.scheduler import Scheduler
 from hpc_distkv.engine.sequence import Sequence
 from hpc_distkv.memory.loan import Kind, Move, ProtocolError
 from hpc_distkv.memory.rmanager import RManager
@@ -123,8 +124,8 @@ class Instance:
             seats=max(0, self.config.max_num_seqs - len(running)),
             youngest=youngest.id if youngest else -1,
             youngest_blocks=self.rm.held_alone(youngest.id) if youngest else 0,
-            longest=self.scheduler.longest if sharing else 0,
-            lacking=self.scheduler.lacking if self.config.policy.planner else 0,
+            longest=self.scheduler.demands.longest if sharing else 0,
+            lacking=self.scheduler.demands.lacking if self.config.policy.planner else 0,
             prompt_tokens=self.counters.prompt_tokens,
             generated_tokens=self.counters.generated_tokens,
             kv_tokens=self._kv_tokens(),
@@ -161,7 +162,7 @@ class Instance:
             results=self._results,
             adopted=self._adopted,
             returned=[sequence.request for sequence in self._returned],
-            large=self.scheduler.large,
+            large=self.scheduler.demands.large,
             counters=self._count() if idle or self.round % COUNTED_ROUNDS == 0 else None,
         )
         self._lent, self._results, self._adopted, self._returned = lent, [], [], []
@@ -353,7 +354,7 @@ class Instance:
         self.pace.note(work, seconds)
         if prompt := self.pace.prompt:
             if exchange := self.pace.exchange:
-                self.scheduler.exchange_tokens = exchange / prompt
+                self.scheduler.demands.exchange_tokens = exchange / prompt
             if fixed := self.pace.steps.fixed:
                 self.scheduler.step_tokens = fixed / prompt
             if copying := self.config.host_copy_seconds:

@@ -21,7 +21,7 @@ from hpc_distkv.engine.host import HostTier
 from hpc_distkv.engine.instance import Instance
 from hpc_distkv.engine.model import Model
 from hpc_distkv.engine.pace import StepWork
-from hpc_distkv.engine.scheduler import Plan, Row
+from hpc_distkv.engine.plan import Plan, Row
 from hpc_distkv.engine.sequence import Sequence
 from hpc_distkv.engine.stop import TextDecoder
 from hpc_distkv.engine.timesheet import TimeSheet

@@ -9,7 +9,7 @@ import torch
 
 from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow, merge_rows, micro_attention
 from hpc_distkv.comm.device import Device
-from hpc_distkv.engine.scheduler import Row
+from hpc_distkv.engine.plan import Row
 from hpc_distkv.memory.prefix import Prefix
 from hpc_distkv.memory.rmanager import RManager
 

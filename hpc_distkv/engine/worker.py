@@ -26,9 +26,9 @@ from hpc_distkv.engine.interrupt import HALT, Interrupt
 from hpc_distkv.engine.lane import Advance, Lane, Parts
 from hpc_distkv.engine.letters import Letters
 from hpc_distkv.engine.pace import Speed, StepSeconds
+from hpc_distkv.engine.plan import Plan
 from hpc_distkv.engine.recorder import Kind
 from hpc_distkv.engine.sampler import Draw, begin_sampling
-from hpc_distkv.engine.scheduler import Plan
 from hpc_distkv.memory.loan import ProtocolError
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from hpc_distkv.engine.instance import Instance
-from hpc_distkv.engine.scheduler import Plan
+from hpc_distkv.engine.plan import Plan
 from hpc_distkv.memory.loan import Move
 
 MOST_SERVING = 0.9

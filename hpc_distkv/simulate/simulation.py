@@ -14,7 +14,7 @@ from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.messages import Answer
 from hpc_distkv.control.wire import encode_report
 from hpc_distkv.engine.instance import Instance
-from hpc_distkv.engine.scheduler import Plan
+from hpc_distkv.engine.plan import Plan
 from hpc_distkv.simulate.deployment import Deployment
 from hpc_distkv.simulate.member import Member
 from hpc_distkv.simulate.report import Record

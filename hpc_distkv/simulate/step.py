@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from hpc_distkv.control.messages import Header
 from hpc_distkv.engine.instance import Instance
 from hpc_distkv.engine.pace import StepSeconds, StepWork
-from hpc_distkv.engine.scheduler import Plan
+from hpc_distkv.engine.plan import Plan
 from hpc_distkv.memory.loan import Move
 from hpc_distkv.simulate.deployment import Deployment
 from hpc_distkv.simulate.member import Load, Member, Visit

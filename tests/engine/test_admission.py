@@ -110,7 +110,7 @@ def test_what_is_promised_delays_no_row_that_waits(first, blocked):
     claims = [foresight.claim(other) for other in scheduler.running]
     place = foresight.start(claims, foresight.claim(row), 40 - 1) if claims else 0
     lendable = scheduler.demand().lendable
-    event(f"fragment: {bool(lendable and claims and scheduler.lacking)}")
+    event(f"fragment: {bool(lendable and claims and scheduler.demands.lacking)}")
     scheduler.rm.settle({3: scheduler.rm.promise(lendable)})
     steps = 0
     while row in scheduler.waiting:

@@ -19,7 +19,7 @@ from hpc_distkv.control.messages import (
 from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.instance import Instance
-from hpc_distkv.engine.scheduler import Plan
+from hpc_distkv.engine.plan import Plan
 from hpc_distkv.memory.loan import Move, ProtocolError
 
 BLOCK = 4

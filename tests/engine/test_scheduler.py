@@ -167,7 +167,7 @@ def test_every_row_that_fits_alone_is_finished_and_the_oldest_never_goes_back(
         if not scheduler.running and not scheduler.waiting:
             break
         if round_number % 3 == 0:
-            begin = [row.request for row in scheduler.large]
+            begin = [row.request for row in scheduler.demands.large]
             answer(scheduler, asked=scheduler.demand().wanted, begin=begin)
         oldest = min(s.id for s in (*scheduler.running, *scheduler.waiting))
         step(scheduler)

@@ -13,8 +13,8 @@ from hpc_distkv.comm.device import Device
 from hpc_distkv.control.messages import Request, Sampling, pack_tokens
 from hpc_distkv.engine import shared
 from hpc_distkv.engine.forward import Forward
+from hpc_distkv.engine.plan import Row
 from hpc_distkv.engine.recorder import Recorder
-from hpc_distkv.engine.scheduler import Row
 from hpc_distkv.engine.sequence import Sequence
 from hpc_distkv.engine.shared import groups_of
 from hpc_distkv.memory.pool import BlockPool

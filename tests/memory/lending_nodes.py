@@ -18,8 +18,8 @@ from hpc_distkv.engine.debtor import Debtor
 from hpc_distkv.engine.events import Log
 from hpc_distkv.engine.instance import Instance
 from hpc_distkv.engine.letters import Letters
+from hpc_distkv.engine.plan import Plan, Row
 from hpc_distkv.engine.recorder import Recorder
-from hpc_distkv.engine.scheduler import Plan, Row
 from hpc_distkv.engine.sequence import Sequence
 from hpc_distkv.engine.timesheet import TimeSheet
 from hpc_distkv.memory.loan import Move

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.instance import Instance
-from hpc_distkv.engine.scheduler import Plan
+from hpc_distkv.engine.plan import Plan
 from hpc_distkv.simulate.cluster import Cluster, Device, Measured
 from hpc_distkv.simulate.deployment import Deployment
 from hpc_distkv.simulate.member import Member, Visit
