@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,10 @@ class Assignment:
         """Rows that were read and wait for an instance."""
         self.large_from = NOT_LARGE
         """Tokens from which on rows are too large for any one pool: they wait apart."""
-        self._large = deque[Request]()
+        self._large: list[Request] = []
+        """Oldest first."""
+        self._beginnings: dict[int, tuple[list[int], int]] = {}
+        """One of them → what `Affinity.find` says, until one is given."""
         self._most_ahead = min(instances * LOOK_AHEAD, MOST_AHEAD)
         self._step_tokens = 1.0
         """Prompt tokens in the time of a decode step, as told last."""
@@ -124,12 +128,6 @@ class Assignment:
         instance: rows and prompt tokens there is room for, work it has already. `step_tokens`:
         prompt tokens that could be computed in the time of a decode step."""
         self._step_tokens = step_tokens
-        if self._affinity:
-            # What is large goes on with what is somewhere by now, like any other row.
-            for row in [*islice(self._large, LOOK_AHEAD)]:
-                if not self._is_large(row):
-                    self._large.remove(row)
-                    self._returned.append(row)
         given: dict[int, list[Request]] = {}
         if not self.waiting:
             return given
@@ -140,16 +138,38 @@ class Assignment:
         columns = (work_left, room_rows, room_tokens)
         loads, rows, tokens = (column[ready].tolist() for column in columns)
         places = Places(map(Place, loads, ready.tolist(), rows, tokens))
+        if self._affinity:
+            self._go_on(self._affinity, places, given)
         while places and (request := self._pull()) is not None:
             place, known = self._choose(request, places)
             self._give(request, place.instance, given)
             places.take(place, self._work(request, known), request.length - known)
         return given
 
-    def large_rows(self, count: int, block_size: int) -> list[Large]:
-        """The oldest `count` of the rows too large for any one pool that have no instance."""
+    def _go_on(self, affinity: Affinity, places: Places, given: dict[int, list[Request]]) -> None:
+        """Rows too large for any pool, but for a beginning that is likely to be somewhere, go where
+        that is."""
+        for request in self._large[:LOOK_AHEAD]:
+            if request.id not in self._beginnings:
+                self._beginnings[request.id] = affinity.find(request)
+            holders, known = self._beginnings[request.id]
+            if request.length - known >= self.large_from or request.id in self._levelled:
+                continue
+            if place := places.least(holders):
+                self._large.remove(request)
+                self._give(request, place.instance, given)
+                places.take(place, self._work(request, known), request.length - known)
+
+    def large_rows(self, count: int, block_size: int, work_left: Numbers) -> list[Large]:
+        """Out of the oldest `count` rows too large for any one pool that have no instance, those
+        that need not wait for one with a beginning of theirs: what it saves is less than the work
+        it has beyond others. `work_left` as of `assign`."""
         rows = []
-        for request in islice(self._large, count):
+        for request in self._large[:count]:
+            holders, known = self._beginnings.get(request.id, ((), 0))
+            load = min((float(work_left[holder]) for holder in holders), default=math.inf)
+            if load - work(0, known, self._attention_tokens) <= work_left.min():
+                continue
             output = self._outputs.expected(request.sampling.max_tokens)
             output = max(1.0, output - (request.length - request.prompt_len))
             blocks = math.ceil((request.length + output) / block_size)
@@ -207,22 +227,12 @@ class Assignment:
 
     def _pull(self) -> Request | None:
         """The next row that may be assigned."""
-        while len(self._large) < self._most_ahead:
-            request = self._next_row()
-            if request is None or not self._is_large(request):
-                return request
-            self._large.append(request)
-        return None
-
-    def _is_large(self, request: Request) -> bool:
-        """Whether it is, but for a beginning that is likely to be somewhere."""
-        if request.length < self.large_from:
-            return False
-        known = self._affinity.find(request)[1] if self._affinity else 0
-        return request.length - known >= self.large_from
+        while (request := self._next_row()) is not None and request.length >= self.large_from:
+            bisect.insort(self._large, request, key=attrgetter("id"))
+        return request
 
     def _next_row(self) -> Request | None:
-        if not self.exhausted:
+        if not self.exhausted and len(self._large) < self._most_ahead:
             self._read_ahead()
         if self._returned:
             return self._returned.popleft()
@@ -258,6 +268,8 @@ class Assignment:
         given.setdefault(instance, []).append(request)
         if self._affinity:
             self._affinity.give(request, instance)
+            if request.length >= self.large_from:
+                self._beginnings.clear()
 
     def _work(self, request: Request, known: int) -> float:
         output = self._outputs.expected(request.sampling.max_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Container, Iterator, Sequence
 from functools import partial
 
@@ -188,6 +189,11 @@ class GManager:
     def _check_rows(self, reports: Reports) -> None:
         gone: set[int] = set()
         for instance, changes in reports.changes.items():
+            for row in changes.large:
+                if self.assignment.home.get(row.request) != instance:
+                    raise ReportError(
+                        f"instance {instance} reports request {row.request}, which is not there"
+                    )
             rows = [result.id for result in changes.results]
             rows += [request.id for request in changes.returned]
             for request in (*changes.adopted, *rows):
@@ -267,16 +273,21 @@ class GManager:
             for instance, changes in reports.changes.items()
             if any(row.begun for row in changes.large)
         }
+        keep = np.zeros(len(reports))
         for need in needs:
             missing = need.blocks - answers[need.debtor].granted
             if missing <= 0 or need.debtor not in going_on:
                 continue
             near = self._links.classes(need.debtor) <= need.reach
             near[need.debtor] = False
-            creditors = np.flatnonzero(near).tolist()
-            for creditor in creditors:
-                answers[creditor].keep += missing // len(creditors) + 1
-            answers[need.debtor].keep += int(reports["free"][need.debtor])
+            creditors = np.flatnonzero(near)
+            if len(creditors) > missing:
+                free = reports["free"][creditors]
+                creditors = creditors[np.argpartition(-free, missing - 1)[:missing]]
+            keep[creditors] += missing / max(1, len(creditors))
+            keep[need.debtor] += reports["free"][need.debtor]
+        for instance in np.flatnonzero(keep).tolist():
+            answers[instance].keep += math.ceil(keep[instance])
 
     def _own_reach(self, reports: Reports, debtor: int) -> int:
         return self._reach(reports, debtor, int(reports["largest"][debtor]))

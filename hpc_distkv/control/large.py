@@ -16,8 +16,8 @@ from hpc_distkv.control.wire import Reports
 SHARE = 0.85
 """Part of the pools within reach that such rows may come to fill together: the others need room
 too, and what is expected of outputs is not exact."""
-CONSIDERED = 16
-"""Of them, how many are looked at in a round."""
+CONSIDERED, MOST_CONSIDERED = 16, 256
+"""How many rows that have no home, and how many in all, are looked at in a round."""
 
 
 class Placed(NamedTuple):
@@ -52,21 +52,26 @@ class LargeRows:
         begun = [placed for placed in at_home if placed.row.begun]
         waiting = [placed for placed in at_home if not placed.row.begun]
         waiting += self._not_assigned(reports, {placed.home for placed in at_home})
+        waiting.sort(key=lambda placed: placed.row.request)
         blocked = np.zeros(len(reports), dtype=bool)
+        capacity = reports["capacity"]
         begin = []
-        for placed in sorted(waiting, key=lambda placed: placed.row.request):
+        for placed in waiting[:MOST_CONSIDERED]:
             home, row = placed
-            near = self._links.classes(home) <= reach(home, row.blocks)
+            classes = self._links.classes(home)
+            near = classes <= reach(home, row.blocks)
             # One that goes on with what others share may need little: it passes.
-            large = row.blocks > reports["capacity"][home]
+            large = row.blocks > capacity[home]
             if large and (blocked & near).any():
                 continue  # an older one waits for the same room
-            beside = [other.row for other in begun if near[other.home]]
-            room = SHARE * reports["capacity"][near].sum()
-            # Prompts at one home are computed one after the other.
-            prompt = any(other.home == home and other.row.prompt for other in begun)
-            if beside and (prompt or peak([*beside, row], step_tokens) > room):
-                blocked |= near & large
+            pools = int(capacity[near].sum())
+            # Rows too large for the pools around their homes take part everywhere.
+            beside = [other for other in begun if near[other.home] or other.row.blocks > pools]
+            # Long prompts at one home are computed one after the other.
+            busy = large and any(other.home == home and other.row.prompt for other in beside)
+            rows = [row, *(other.row for other in beside)]
+            if beside and (busy or peak(rows, step_tokens) > SHARE * pools):
+                blocked |= near
             else:
                 begun.append(placed)
                 begin.append(placed)
@@ -74,10 +79,10 @@ class LargeRows:
 
     def _not_assigned(self, reports: Reports, taken: set[int]) -> Iterator[Placed]:
         """The oldest rows that have no home, each with one that it might get."""
-        able = np.flatnonzero(reports["seats"] > 0)
-        order = np.lexsort((reports["work_left"][able], -reports["free"][able]))
+        work_left, able = reports["work_left"], np.flatnonzero(reports["seats"] > 0)
+        order = np.lexsort((work_left[able], -reports["free"][able]))
         homes = (home for home in able[order].tolist() if home not in taken)
-        rows = self._assignment.large_rows(CONSIDERED, self._block_size)
+        rows = self._assignment.large_rows(CONSIDERED, self._block_size, work_left)
         return (Placed(home, row) for row, home in zip(rows, homes, strict=False))
 
 
@@ -88,7 +93,25 @@ def peak(rows: Sequence[Large], step_tokens: float) -> float:
     numbers = np.array([(r.held, r.blocks, r.prompt, r.output) for r in rows], dtype=np.float64)
     held, blocks, prompt, output = numbers.T
     ends = prompt + output * step_tokens
+    growth = np.maximum(0, blocks - held)
     # Nothing shrinks before it ends, so the most is there just before one of them ends.
-    grown: NDArray[np.float64] = np.minimum(1, ends[:, None] / np.maximum(prompt, 1e-9))
-    taken = held + np.maximum(0, blocks - held) * grown
-    return float(np.where(ends[None, :] >= ends[:, None], taken, 0).sum(axis=1).max())
+    moments = np.sort(ends)
+    gone = _before(moments, ends, held + growth)
+    grown = _before(moments, prompt, growth, inclusive=True)
+    rate = np.divide(growth, prompt, out=np.zeros_like(growth), where=prompt > 0)
+    growing = moments * (rate.sum() - _before(moments, prompt, rate, inclusive=True))
+    return float((held.sum() - gone + grown + growing).max())
+
+
+def _before(
+    moments: NDArray[np.float64],
+    times: NDArray[np.float64],
+    values: NDArray[np.float64],
+    inclusive: bool = False,
+) -> NDArray[np.float64]:
+    """For each of `moments` the sum of `values` whose times come before it, or with it too."""
+    order = np.argsort(times)
+    sums = np.concatenate(([0.0], np.cumsum(values[order])))
+    places = np.searchsorted(times[order], moments, side="right" if inclusive else "left")
+    before: NDArray[np.float64] = sums[places]
+    return before

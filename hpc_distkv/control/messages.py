@@ -290,7 +290,7 @@ class Changes(msgspec.Struct, frozen=True, array_like=True):
     returned: list[Request] = []
     """Rows that were not begun and go to another instance."""
     large: list[Large] = []
-    """Rows too large for this instance: all that run, and the oldest that waits."""
+    """Rows too large for this instance: all that run, and the oldest that wait."""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):

@@ -161,7 +161,8 @@ class Admission:
 
     def _may_begin(self, sequence: Sequence, room: Room) -> bool:
         if self.large(sequence):
-            fits = self.first_chunk <= room.for_large or not room.claims
+            missing = self._foresight.missing(sequence, sequence.length + 1)
+            fits = min(missing, self.first_chunk) <= room.for_large or not room.claims
             return sequence.id in self.begin and fits
         return self._fits(sequence, room)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from hpc_distkv.control.messages import NOBODY, Large
 from hpc_distkv.control.work import work
-from hpc_distkv.engine.admission import NOTHING_WAITS, Admission
+from hpc_distkv.engine.admission import CANDIDATES, NOTHING_WAITS, Admission
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.foresight import Foresight
 from hpc_distkv.engine.moves import Moves
@@ -105,13 +105,13 @@ class Demands:
 
     @property
     def large(self) -> list[Large]:
-        """Sequences too large for this instance: all that run, and the oldest that waits."""
+        """Sequences too large for this instance: all that run, and the oldest that wait."""
         if not self._config.policy.planner:
             return []
         large, awaited = self._admission.large, self._rm.prefixes.awaited
         waiting = (s for s in self._waiting if large(s) and not awaited(s.keys))
         counted: set[int] = set()
-        rows = (*filter(large, self._running), *islice(waiting, 1))
+        rows = (*filter(large, self._running), *islice(waiting, CANDIDATES))
         return [self._large(sequence, counted) for sequence in rows]
 
     @property

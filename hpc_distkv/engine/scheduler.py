@@ -31,10 +31,11 @@ class Scheduler:
     sequences; every rBlock it hands out it takes from its RManager. Pure.
 
     Both lists ascend by age. When a sequence lacks an rBlock it first waits for credit it may hope
-    for, then lets the youngest running sequence give way (to be recomputed), and if it is itself
-    the youngest it stalls. The oldest one stalled at home without hope is reported as starved; the
-    gManager then makes room elsewhere. Hope is bounded: it ends with a denial, or when a shortage
-    has outlasted `PATIENCE` answers.
+    for, then for others to end, then lets the youngest running sequence give way, and if it is
+    itself the youngest it stalls. The oldest one stalled at home without hope is reported as
+    starved; the gManager then makes room elsewhere. Hope is bounded: it ends with a denial, or when
+    a shortage has outlasted `PATIENCE` answers; so is the wait for others, by what it costs to let
+    the youngest give way.
     """
 
     def __init__(self, rmanager: RManager, config: EngineConfig) -> None:
@@ -52,7 +53,7 @@ class Scheduler:
         """Whether memory was short in the last step that was planned."""
         self._ahead = False
         self._short_answers = self._short_steps = 0
-        """Answers and steps since there was enough memory."""
+        """Answers and steps for which memory has been short."""
         self._idle = True
         """Whether nothing ran in the last step."""
         self._migrations = Migrations(rmanager, config) if config.policy.migrate else None
@@ -97,8 +98,7 @@ class Scheduler:
 
     def give_back(self, rows: int) -> list[Sequence]:
         """The youngest waiting sequences, up to `rows`, that were not begun: they go elsewhere."""
-        aside, large = self._rm.host_space.aside, self._admission.large
-        fresh = [s for s in self.waiting if s.fresh and s.id not in aside and not large(s)]
+        fresh = self._fresh()
         given = fresh[max(0, len(fresh) - rows) :]
         for sequence in given:
             self.waiting.remove(sequence)
@@ -114,7 +114,7 @@ class Scheduler:
         self.demands.grown(self._steps)
         self._steps = 0
         self._admission.keep = answer.keep
-        self._admission.begin.update(answer.begin)
+        self._admission.begin.update({s.id for s in self.waiting}.intersection(answer.begin))
         self._moves.apply(answer)
         if answer.give_way:
             self._give_way(answer.give_way, answer.give_way_at)
@@ -150,10 +150,12 @@ class Scheduler:
 
     @property
     def fresh(self) -> int:
-        """Waiting sequences that were not begun and could begin here."""
-        aside = self._rm.host_space.aside
-        waiting = [s for s in self.waiting if s.fresh and s.id not in aside]
-        return sum(not self._admission.large(s) for s in waiting)
+        """Waiting sequences that were not begun, and may go elsewhere."""
+        return len(self._fresh())
+
+    def _fresh(self) -> list[Sequence]:
+        aside, begin = self._rm.host_space.aside, self._admission.begin
+        return [s for s in self.waiting if s.fresh and s.id not in aside and s.id not in begin]
 
     def room(self) -> tuple[int, int]:
         """Rows and prompt tokens that may be assigned: enough to keep the batch full until the
@@ -164,11 +166,7 @@ class Scheduler:
         ):
             return 0, 0
         most = self._config.max_num_batched_tokens
-        queued = sum(
-            min(self.foresight.uncomputed(s), most)
-            for s in self.waiting
-            if not self._admission.large(s)
-        )
+        queued = sum(min(self.foresight.uncomputed(s), most) for s in self.waiting)
         rows = self._config.max_num_seqs - len(self.running) - len(self.waiting)
         return max(0, rows), max(0, 2 * most - queued)
 
@@ -267,14 +265,16 @@ class Scheduler:
 
     def _fit(self, sequence: Sequence) -> int:
         """Tokens the sequence can compute with what is free now. One too large for this instance
-        leaves others what they grow by, as long as these go on: when they lack it, it is usually
-        the youngest, and would be computed again. Any other can compute one at least."""
+        leaves those that decode, or are older, what they grow by, as long as these go on: when
+        they lack it, it is usually the youngest, and would be computed again. Any other can compute
+        one at least."""
         held = self._rm.tables[sequence.id].blocks
         others = [s for s in self.running if s is not sequence]
+        first = [s for s in others if s.remaining == 1 or s.id < sequence.id]
         left = self._admission.reserve if others else 0
         yields = not self._idle and self._admission.large(sequence)
         if yields:
-            left += sum(self.foresight.missing(s, self.demands.foreseen(s)) for s in others)
+            left += sum(self.foresight.missing(s, self.demands.foreseen(s)) for s in first)
         spare = max(0, self._rm.usable - left)
         return max(0 if yields else 1, (held + spare) * self._config.block_size - sequence.computed)
 

@@ -13,6 +13,7 @@ from hpc_distkv.control.assign import Assignment
 from hpc_distkv.control.large import SHARE, peak
 from hpc_distkv.control.messages import Changes, Large, Report, Request, Sampling, pack_tokens
 from hpc_distkv.control.policy import POLICIES
+from hpc_distkv.control.wire import ReportError
 
 BLOCK = 32
 STEP = 10.0
@@ -140,7 +141,7 @@ def test_rows_too_large_that_wait_are_not_read_without_end():
     assignment.large_from = 40
     room = np.array([1000, 1000])
     assert assignment.assign(room, room, np.zeros(2)) == {}
-    assert len(assignment.large_rows(1000, BLOCK)) < 100
+    assert len(assignment.large_rows(1000, BLOCK, np.zeros(2))) < 100
     assert assignment.waiting
     assert assignment.unfinished < 200
 
@@ -152,7 +153,7 @@ def test_what_is_expected_of_a_row_that_goes_on():
     assignment.large_from = 100
     room = np.array([1000])
     assignment.assign(room, room, np.zeros(1))
-    assert assignment.large_rows(5, BLOCK) == [Large(0, False, 0, 12, 320.0, 44.0)]
+    assert assignment.large_rows(5, BLOCK, np.zeros(1)) == [Large(0, False, 0, 12, 320.0, 44.0)]
 
 
 def test_a_row_too_large_whose_beginning_is_somewhere_is_like_any_other():
@@ -169,15 +170,73 @@ def test_a_row_too_large_whose_beginning_is_somewhere_is_like_any_other():
     assert [[r.id for r in answer.assign] for answer in job.round(*reports)] == [[], [1, 2], []]
 
 
+def test_a_row_waits_for_its_beginning_unless_others_have_much_less_to_do():
+    document = pack_tokens(range(150 * BLOCK))
+    rows = [Request(n, document + pack_tokens([n] * 9), Sampling(max_tokens=8)) for n in range(3)]
+
+    def homes(work_left: float) -> list[list[int]]:
+        job = Job(3, rows, POLICIES["lend"], block_size=BLOCK, prefix_caching=True)
+        assert [len(answer.assign) for answer in job.round(*[with_large()] * 3)] == [1, 0, 0]
+        ending = Large(0, True, 152, 152, 0.0, 0.1)
+        full = with_large(ending, work_left=work_left, room_rows=0)
+        return [[r.id for r in answer.assign] for answer in job.round(full, *[with_large()] * 2)]
+
+    assert homes(140.0 * BLOCK) == [[], [], []]
+    assert homes(200.0 * BLOCK) == [[], [1], []]
+
+
+def test_rows_that_wait_do_not_hold_up_small_ones():
+    rows = [prompt(n, 50) for n in range(40)] + [prompt(40, 10)]
+    assignment = Assignment(iter(rows), 1)
+    assignment.large_from = 40
+    room = np.array([1000])
+    given = [assignment.assign(room, room, np.zeros(1)) for _ in range(10)]
+    assert [r.id for some in given for r in some.get(0, [])] == []
+    for row in assignment.large_rows(30, BLOCK, np.zeros(1)):
+        assignment.give_large(row.request, 0)
+    given = [assignment.assign(room, room, np.zeros(1)) for _ in range(10)]
+    assert [r.id for some in given for r in some.get(0, [])] == [40]
+
+
+def test_a_row_too_large_is_reported_by_its_home_alone():
+    job = Job(2)
+    with pytest.raises(ReportError, match="instance 0 reports request 7"):
+        job.round(with_large(large(7, 150)), with_large())
+    job.manager.assignment.home[7] = 1
+    with pytest.raises(ReportError, match="instance 0 reports request 7"):
+        job.round(with_large(large(7, 150)), with_large())
+
+
+def test_rows_that_reach_beyond_their_node_count_everywhere():
+    everywhere = large(0, 390, begun=True, held=390, prompt=0)
+    reports = with_large(everywhere), with_large(), with_large(large(1, 150)), with_large()
+    assert begun(Job(4, nodes=[0, 0, 1, 1]), *reports) == [[], [], [], []]
+
+
 # -- room for them ------------------------------------------------------------------------------
 
 
 def test_what_becomes_free_is_left_to_those_that_have_begun():
     row = large(0, 200, begun=True, held=10)
     short = with_large(row, wanted=9, wanted_for=0, largest=200, free=4)
-    answers = Job(3).round(short, report(promised=2), report(promised=3))
+    job = Job(3)
+    job.manager.assignment.home[0] = 0
+    answers = job.round(short, report(promised=2), report(promised=3))
     assert answers[0].granted == 5
     assert answers[0].keep == 4, "it has that already"
-    assert answers[1].keep + answers[2].keep >= 4
+    assert [answer.keep for answer in answers[1:]] == [2, 2]
     other = report(wanted=9, wanted_for=0, largest=20, free=4)
     assert [a.keep for a in Job(3).round(other, report(promised=2), report(promised=3))] == [0] * 3
+
+
+def test_no_more_is_kept_free_than_is_missing_but_for_rounding():
+    """50 rows lack 5 rBlocks each, and 150 instances have room."""
+    debtors = [
+        with_large(large(n, 150, begun=True, held=100), wanted=5, wanted_for=n, free=0)
+        for n in range(50)
+    ]
+    job = Job(200)
+    job.manager.assignment.home |= {n: n for n in range(50)}
+    answers = job.round(*debtors, *[report(capacity=300, free=60 + n) for n in range(150)])
+    kept = [answer.keep for answer in answers]
+    assert 250 <= sum(kept) <= 250 + 200

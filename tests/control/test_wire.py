@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_reports import read, report
 
-from hpc_distkv.control.messages import NOBODY, Changes, Counters, Report, Result
+from hpc_distkv.control.messages import NOBODY, Changes, Counters, Large, Report, Result
 from hpc_distkv.control.wire import COLUMNS, SIGNED, ReportError, Reports, encode_report
 
 counts = st.integers(0, 2**31 - 1)
@@ -109,6 +109,14 @@ def test_more_free_than_there_is_and_more_promised_than_free_are_refused():
 def test_a_loan_that_cannot_be_is_refused(debtor, blocks):
     bad = report(changes=Changes(lent={debtor: blocks}))
     refuse(bad, f"a loan of {blocks} rBlocks to {debtor}")
+
+
+@pytest.mark.parametrize("field", ["held", "blocks", "prompt", "output"])
+@pytest.mark.parametrize("value", [-1, math.inf, math.nan])
+def test_a_large_row_that_cannot_be_is_refused(field, value):
+    row = msgspec.structs.replace(Large(7, True, 1, 2, 3.0, 4.0), **{field: value})
+    with pytest.raises(ReportError, match="instance 1 "):
+        read(report(), report(changes=Changes(large=[row])), report()).check(0)
 
 
 def test_the_first_bad_instance_is_named():

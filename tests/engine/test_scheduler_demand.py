@@ -163,8 +163,9 @@ def test_a_row_too_large_waits_for_the_gmanager_and_others_pass_it():
     assert scheduler.demands.large == [Large(0, False, 0, 15, 59.0, 2.0)]
     assert step(scheduler) == {1: 7}
     assert scheduler.demand().wanted == 0
-    assert scheduler.fresh == 0
+    assert scheduler.fresh == 1, "it may go elsewhere"
     answer(scheduler, begin=[0])
+    assert scheduler.fresh == 0
     assert scheduler.demands.large[0].begun
     assert step(scheduler) == {0: 15, 1: 1}
     assert scheduler.demands.large == [Large(0, True, 4, 15, 44.0, 2.0)]
@@ -190,9 +191,30 @@ def test_a_row_too_large_that_gave_way_waits_for_the_gmanager_again():
     assert not scheduler.demands.large[0].begun
 
 
-def test_a_row_too_large_is_not_given_back_to_go_elsewhere():
+@pytest.mark.parametrize(("begin", "given"), [([], [0, 1]), ([0], [1])])
+def test_a_row_too_large_goes_elsewhere_only_as_long_as_it_may_not_begin(begin, given):
     scheduler = large_and_small()
-    assert [sequence.id for sequence in scheduler.give_back(5)] == [1]
+    answer(scheduler, begin=begin)
+    assert [sequence.id for sequence in scheduler.give_back(5)] == given
+
+
+def test_word_of_a_row_that_does_not_wait_any_more_is_forgotten():
+    scheduler = large_and_small()
+    step(scheduler)
+    answer(scheduler, begin=[1, 7])
+    scheduler.running[0].computed = 0
+    add(scheduler, 7, prompt=59)
+    assert not any(row.begun for row in scheduler.demands.large)
+
+
+def test_a_step_ahead_that_has_memory_ends_a_shortage():
+    scheduler = make(num_blocks=12, policy="lend")
+    add(scheduler, 0, prompt=3)
+    scheduler.short = True
+    scheduler.plan()
+    assert scheduler._short_steps == 1
+    scheduler.plan(ahead=True)
+    assert scheduler._short_steps == 0
 
 
 def test_a_row_too_large_leaves_others_what_they_grow_by_while_they_go_on():
