@@ -122,7 +122,8 @@ class RankEngine:
             enable_prefix_caching=options.enable_prefix_caching,
             keys_by_length=model.needs_lengths,
             attention_tokens=config.attention_tokens,
-            cuda_graphs=not options.enforce_eager and _recordable(model, options.block_size),
+            cuda_graphs=not options.enforce_eager
+            and _recordable(model, comm.device.place, options.block_size),
             host_blocks=tier_blocks(
                 comm, options.host_kv_memory, options.host_kv_path, block_bytes
             ),
@@ -376,11 +377,11 @@ def _blocks_that_fit(
     )
 
 
-def _recordable(model: Decoder, block_size: int) -> bool:
+def _recordable(model: Decoder, place: torch.device, block_size: int) -> bool:
     config = model.config
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-    q = torch.empty((1, heads, dim), dtype=model.dtype, device=model.device)
-    k_cache = torch.empty((1, kv_heads, block_size, dim), dtype=model.dtype, device=model.device)
+    q = torch.empty((1, heads, dim), dtype=model.dtype, device=place)
+    k_cache = torch.empty((1, kv_heads, block_size, dim), dtype=model.dtype, device=place)
     return recordable(model, q, k_cache)
 
 
