@@ -139,26 +139,32 @@ class Assignment:
         loads, rows, tokens = (column[ready].tolist() for column in columns)
         places = Places(map(Place, loads, ready.tolist(), rows, tokens))
         if self._affinity:
-            self._go_on(self._affinity, places, given)
+            self._go_on(places, given)
         while places and (request := self._pull()) is not None:
             place, known = self._choose(request, places)
             self._give(request, place.instance, given)
             places.take(place, self._work(request, known), request.length - known)
         return given
 
-    def _go_on(self, affinity: Affinity, places: Places, given: dict[int, list[Request]]) -> None:
+    def _go_on(self, places: Places, given: dict[int, list[Request]]) -> None:
         """Rows too large for any pool, but for a beginning that is likely to be somewhere, go where
         that is."""
         for request in self._large[:LOOK_AHEAD]:
-            if request.id not in self._beginnings:
-                self._beginnings[request.id] = affinity.find(request)
-            holders, known = self._beginnings[request.id]
-            if request.length - known >= self.large_from or request.id in self._levelled:
-                continue
+            holders, known = self._beginning(request)
             if place := places.least(holders):
                 self._large.remove(request)
                 self._give(request, place.instance, given)
                 places.take(place, self._work(request, known), request.length - known)
+
+    def _beginning(self, request: Request) -> tuple[list[int], int]:
+        """The instances that are likely to have so much of a row too large for any pool that the
+        rest is not, and the tokens of that."""
+        if not self._affinity or request.id in self._levelled:
+            return [], 0
+        if request.id not in self._beginnings:
+            self._beginnings[request.id] = self._affinity.find(request)
+        holders, known = self._beginnings[request.id]
+        return (holders, known) if request.length - known < self.large_from else ([], 0)
 
     def large_rows(self, count: int, block_size: int, work_left: Numbers) -> list[Large]:
         """Out of the oldest `count` rows too large for any one pool that have no instance, those
@@ -166,7 +172,7 @@ class Assignment:
         it has beyond others. `work_left` as of `assign`."""
         rows = []
         for request in self._large[:count]:
-            holders, known = self._beginnings.get(request.id, ((), 0))
+            holders, known = self._beginning(request)
             load = min((float(work_left[holder]) for holder in holders), default=math.inf)
             if load - work(0, known, self._attention_tokens) <= work_left.min():
                 continue

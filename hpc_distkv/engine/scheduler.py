@@ -154,8 +154,15 @@ class Scheduler:
         return len(self._fresh())
 
     def _fresh(self) -> list[Sequence]:
-        aside, begin = self._rm.host_space.aside, self._admission.begin
-        return [s for s in self.waiting if s.fresh and s.id not in aside and s.id not in begin]
+        return [s for s in self.waiting if s.fresh and not self._stays(s)]
+
+    def _stays(self, sequence: Sequence) -> bool:
+        """Whether a waiting sequence has something here: what it has put aside, word that it may
+        begin, or, of one too large for an instance, a beginning."""
+        number, prefixes = sequence.id, self._rm.prefixes
+        if number in self._rm.host_space.aside or number in self._admission.begin:
+            return True
+        return self._admission.large(sequence) and prefixes.coming(sequence.keys) > 0
 
     def room(self) -> tuple[int, int]:
         """Rows and prompt tokens that may be assigned: enough to keep the batch full until the
