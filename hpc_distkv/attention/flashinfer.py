@@ -97,6 +97,8 @@ class Layout(NamedTuple):
             last = first[indptr[1:] - 1] + last_page_len - 1
             if np.any(last != batch.query_position.numpy()[rows] + counts - 1):
                 return None
+            if np.any(tokens < counts):  # a query would see nothing
+                return None
             row = np.repeat(np.arange(len(rows)), pages)[1:]
             inside = np.diff(np.repeat(np.arange(len(rows)), pages)) == 0
             steps = np.diff(first)
