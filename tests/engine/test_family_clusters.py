@@ -57,7 +57,8 @@ def test_greedy_tokens_equal_those_of_transformers(name: str, tmp_path: Path) ->
         outcome = run_cluster(model, requests, ranks, options)
         assert outcome.tokens == want
         borrowed = sum(counters.blocks_borrowed for counters in outcome.counters)
-        assert borrowed > 0 if ranks > 1 else borrowed == 0
+        # What falls behind the windows of all layers is freed: that may be enough.
+        assert (borrowed > 0 or model.config.widest_window > 0) if ranks > 1 else borrowed == 0
 
 
 @pytest.mark.parametrize("name", ["gemma2", "bloom", "mistral-window"])

@@ -98,13 +98,13 @@ def test_any_batch_any_ranks_and_preemption(model):
     assert matches > 4
 
 
-def test_rows_that_are_handed_over(model):
+def test_rows_that_are_handed_over(model, steady_pace):
     migrations = 0
     for seed in range(6):
         requests = rows(30, 60, random.Random(seed))
         expected = run_cluster(model, requests, 1, options(4000), decoder=Letters())
-        small = options(20, policy="migrate")
-        outcome = run_cluster(model, requests, 3, small, decoder=Letters())
+        small, schedule = options(20, policy="migrate"), SeededSchedule(seed)
+        outcome = run_cluster(model, requests, 3, small, schedule, decoder=Letters())
         check_same(outcome, expected, requests)
         migrations += sum(counters.migrations for counters in outcome.counters)
     assert migrations > 0
