@@ -58,8 +58,7 @@ class LargeRows:
         begin = []
         for placed in waiting[:MOST_CONSIDERED]:
             home, row = placed
-            classes = self._links.classes(home)
-            near = classes <= reach(home, row.blocks)
+            near = self._links.classes(home) <= reach(home, row.blocks)
             # One that goes on with what others share may need little: it passes.
             large = row.blocks > capacity[home]
             if large and (blocked & near).any():
@@ -79,11 +78,15 @@ class LargeRows:
 
     def _not_assigned(self, reports: Reports, taken: set[int]) -> Iterator[Placed]:
         """The oldest rows that have no home, each with one that it might get."""
-        work_left, able = reports["work_left"], np.flatnonzero(reports["seats"] > 0)
+        work_left = reports["work_left"]
+        rows = self._assignment.large_rows(CONSIDERED, self._block_size, work_left)
+        if not rows:
+            return
+        able = np.flatnonzero(reports["seats"] > 0)
         order = np.lexsort((work_left[able], -reports["free"][able]))
         homes = (home for home in able[order].tolist() if home not in taken)
-        rows = self._assignment.large_rows(CONSIDERED, self._block_size, work_left)
-        return (Placed(home, row) for row, home in zip(rows, homes, strict=False))
+        for row, home in zip(rows, homes, strict=False):
+            yield Placed(home, row)
 
 
 def peak(rows: Sequence[Large], step_tokens: float) -> float:

@@ -246,16 +246,15 @@ class Scheduler:
 
     def _admit(self) -> Sequence | None:
         sequence = self._admission.next(self.waiting, self.running)
-        if sequence is not None and self._ahead and sequence.id in self._rm.host_space.aside:
+        if sequence is None:
+            return None
+        if self._ahead and sequence.id in self._rm.host_space.aside:
             return None  # what it has put aside would move
-        if sequence is not None:
-            # A victim of another's starved row may be older than what runs here by now.
-            self.waiting.remove(sequence)
-            self._admission.begin.discard(sequence.id)
-            bisect.insort(self.running, sequence, key=lambda s: s.id)
-            if self._begin(sequence):
-                return self._admit()
-        return sequence
+        # A victim of another's starved row may be older than what runs here by now.
+        self.waiting.remove(sequence)
+        self._admission.begin.discard(sequence.id)
+        bisect.insort(self.running, sequence, key=lambda s: s.id)
+        return self._admit() if self._begin(sequence) else sequence
 
     def _begin(self, sequence: Sequence) -> bool:
         """Give the sequence its block table. Returns whether it waits for what it has in the host's
@@ -276,12 +275,14 @@ class Scheduler:
         they lack it, it is usually the youngest, and would be computed again. Any other can compute
         one at least."""
         held = self._rm.tables[sequence.id].blocks
-        others = [s for s in self.running if s is not sequence]
-        first = [s for s in others if s.remaining == 1 or s.id < sequence.id]
-        left = self._admission.reserve if others else 0
+        left = self._admission.reserve if len(self.running) > 1 else 0
         yields = not self._idle and self._admission.large(sequence)
         if yields:
-            left += sum(self.foresight.missing(s, self.demands.foreseen(s)) for s in first)
+            left += sum(
+                self.foresight.missing(s, self.demands.foreseen(s))
+                for s in self.running
+                if s is not sequence and (s.remaining == 1 or s.id < sequence.id)
+            )
         spare = max(0, self._rm.usable - left)
         return max(0 if yields else 1, (held + spare) * self._config.block_size - sequence.computed)
 
@@ -295,10 +296,12 @@ class Scheduler:
             if self._ahead:
                 return False
             youngest = self.running[-1]
-            if self._hopes(sequence) or self._waits_for_ends(youngest):
-                self.stalls += 1
-                return False
-            if needed <= self.swaps.freeing or self.swaps.returns(youngest):
+            if (
+                self._hopes(sequence)
+                or self._waits_for_ends(youngest)
+                or needed <= self.swaps.freeing
+                or self.swaps.returns(youngest)
+            ):
                 self.stalls += 1
                 return False
             if youngest is sequence:

@@ -53,8 +53,8 @@ def test_rotation_and_cache_write(dtype, heads):
 
 def test_merges():
     sizes = {"HEADS": 32, "DIM": 128, "WIDTH": 128}
-    compiled("merge_rows", "fp32", sizes | {"TILE": 8})
-    compiled("combine", "fp32", sizes | {"PARTS": 32})
+    for name, size in (("merge_rows", {"TILE": 8}), ("combine", {"PARTS": 32})):
+        assert ".target sm_90" in compiled(name, "fp32", sizes | size).asm["ptx"]
 
 
 @pytest.mark.parametrize(
