@@ -24,7 +24,7 @@ class Group:
 
     Hops go one of two ways, and all lanes choose the same. In steps that wait for other instances
     (those with loans) they go as all other tensors do, on a channel of their own, and the host
-    waits. In other steps only the first one does: then every lane has begun the step, and comes to
+    waits. In other steps only the first sum does: then every lane has begun the step, and comes to
     its end whatever happens elsewhere. So from there on hops are ordered with what is computed
     (`Transport.hop`), where the transport has a way for that, and no host waits.
 
@@ -54,6 +54,15 @@ class Group:
     def begin(self, apart: bool) -> None:
         """A step begins; `apart`: all lanes come to its end whatever becomes of other instances."""
         self._apart, self._begun = apart, False
+
+    def spread(self, x: torch.Tensor) -> torch.Tensor:
+        """Lane 0's `x` (contiguous, of one shape and dtype) on all lanes, in place. The host waits:
+        it comes first in a step, and shows no lane that all others have begun it."""
+        if self._lane:
+            self._wait([], [(self._ranks[0], x)])
+        else:
+            self._wait([(rank, x) for rank in self._others], [])
+        return x
 
     def total(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of all lanes' `x` (contiguous, of one shape and dtype), in place."""
@@ -109,12 +118,15 @@ class Group:
         return self._room[:needed].view(like.dtype).view(count, len(like))
 
     def _exchange(self, sends: Pairs, recvs: Pairs) -> None:
-        self._calls += 1
         if self._apart and self._begun and self._transport.hop(sends, recvs):
             return
+        self._wait(sends, recvs)
+        self._begun = True
+
+    def _wait(self, sends: Pairs, recvs: Pairs) -> None:
+        self._calls += 1
         pending = self._transport.exchange(sends, recvs, WITHIN, WITHIN)
         pending.wait(f"hop {self._calls} between the ranks of an instance")
-        self._begun = True
 
 
 class Rehearsal(Group):

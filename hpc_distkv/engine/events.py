@@ -26,8 +26,13 @@ class StepBegun(msgspec.Struct, frozen=True, array_like=True, tag="begun"):
     """`fingerprint` of the plan."""
 
 
+class Advanced(msgspec.Struct, frozen=True, array_like=True, tag="advanced"):
+    """The step counts as computed: the next one is planned before it ends."""
+
+
 class StepEnded(msgspec.Struct, frozen=True, array_like=True, tag="ended"):
-    """The step's moves are committed and its tokens appended."""
+    """The oldest step under way is over: it counts as computed, if it did not, and these are its
+    tokens."""
 
     tokens: list[int]
     now: float
@@ -70,7 +75,18 @@ class Left(msgspec.Struct, frozen=True, array_like=True, tag="left"):
     """All loans are settled everywhere: nothing follows."""
 
 
-Event = Boundary | StepBegun | StepEnded | StepTimed | Arrived | Served | Opened | Returned | Left
+Event = (
+    Boundary
+    | StepBegun
+    | Advanced
+    | StepEnded
+    | StepTimed
+    | Arrived
+    | Served
+    | Opened
+    | Returned
+    | Left
+)
 
 
 def fingerprint(plan: Plan) -> int:

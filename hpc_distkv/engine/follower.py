@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Container
 from typing import TypeVar
 
 import msgspec
@@ -10,6 +11,7 @@ import torch
 
 from hpc_distkv.control.messages import Answer
 from hpc_distkv.engine.events import (
+    Advanced,
     Arrived,
     Boundary,
     Event,
@@ -23,7 +25,7 @@ from hpc_distkv.engine.events import (
     fingerprint,
 )
 from hpc_distkv.engine.interrupt import Interrupt
-from hpc_distkv.engine.lane import Lane, Parts
+from hpc_distkv.engine.lane import Advance, Lane, Parts
 from hpc_distkv.engine.pace import Speed
 from hpc_distkv.engine.recorder import Kind
 from hpc_distkv.engine.worker import decode_answer
@@ -49,15 +51,16 @@ class Follower:
     Why no wait lasts for ever. Order all events of all logs by the time at which their leaders
     recorded them, and let X, of instance I, be the first that some rank r of a lane L never
     applies. All earlier ones are applied everywhere. If X is a boundary, r waits for the answer,
-    hence for reports that follow earlier boundaries. `Arrived`, `Opened`, `Returned`, `StepTimed`
-    and `StepBegun` need nothing but the events before them. If X is `StepEnded`, the leader has
-    been through the step: its creditors' leaders had recorded `Arrived` for it, so the ranks of
-    lane L there serve it, which waits for nothing; its sums need the other lanes, which have begun
-    the step for the same reason; and moves travel by themselves. If X is `Served`, the debtor's
-    leader has posted the queries of the last layer, hence summed up all layers before with the
-    debtor's rank of lane L, which so has their partial results, and posts its own queries of the
-    last layer without waiting for anything. So X is applied after all. And a leader waits for a
-    follower only in sums, for the same event, and in rounds, for the last boundary.
+    hence for reports that follow earlier boundaries. `Arrived`, `Opened`, `Returned`, `StepTimed`,
+    `StepBegun` and `Advanced` need nothing but the events before them. If X is `StepEnded`, the
+    leader has been through all steps that were begun: its creditors' leaders had recorded `Arrived`
+    for them, so the ranks of lane L there serve them, which waits for nothing; their sums need the
+    other lanes, which have begun them for the same reason; and moves travel by themselves. If X is
+    `Served`, the debtor's leader has posted the queries of the last layer, hence summed up all
+    layers before with the debtor's rank of lane L, which so has their partial results, and posts
+    its own queries of the last layer without waiting for anything. So X is applied after all. And a
+    leader waits for a follower only in sums, for the same event, and in rounds, for the last
+    boundary.
     """
 
     def __init__(self, parts: Parts, interrupt: Interrupt) -> None:
@@ -71,6 +74,8 @@ class Follower:
         self._log: deque[Event] = deque()
         """What the leader has recorded and this rank has not applied."""
         self._answer: Answer | None = None
+        self._under_way: Advance | None = None
+        """The step that ends after the next one has begun."""
         self._leaving = False
 
     @torch.inference_mode()
@@ -101,6 +106,8 @@ class Follower:
                     self._step(begun)
                 case Boundary(now):
                     answer = self._take_answer()
+                    if answer.stop or answer.give_way:
+                        self._end_under_way()
                     if answer.stop:
                         self._instance.put_aside()
                         return
@@ -109,7 +116,8 @@ class Follower:
                     self._report()
 
     def _step(self, begun: StepBegun) -> None:
-        plan = self._instance.plan()
+        before, self._under_way = self._under_way, None
+        plan = self._instance.plan(ahead=before is not None)
         if fingerprint(plan) != begun.plan:
             world = self._comm.world
             raise ProtocolError(
@@ -117,14 +125,36 @@ class Follower:
                 f"instance {world.instance}: do all ranks run the same version of this program?"
             )
         self._time.enter(Kind.STEP if plan.rows else Kind.OTHER)
-        self._lane.compute(plan, begun.now)
-        ended = self._next(StepEnded)
-        advance = self._lane.advance(plan)
-        self._instance.learn(advance.rows, advance.ends, ended.tokens, ended.now)
-        tokens_computed = sum(count for _, count in plan.rows)
-        self._time.leave(len(plan.rows), tokens_computed, record=bool(plan.rows))
-        if plan.rows:
-            self._instance.note_step(advance.work, self._next(StepTimed).seconds)
+        self._lane.compute(plan, begun.now, self._room_for_tokens(before))
+        if before:
+            self._end(before, self._next(StepEnded), {sequence.id for sequence, _ in plan.rows})
+            self._time.enter(Kind.STEP)
+        match self._next(Advanced, StepEnded):
+            case Advanced():
+                self._under_way = self._lane.advance(plan)
+                self._time.leave(record=False)
+            case StepEnded() as ended:
+                self._end(self._lane.advance(plan), ended)
+
+    def _end(self, step: Advance, ended: StepEnded, following: Container[int] = ()) -> None:
+        rows, ends, work = step
+        self._instance.learn(rows, ends, ended.tokens, ended.now, following=following)
+        self._time.leave(len(rows), sum(count for _, count in rows), record=bool(rows))
+        if rows:
+            self._instance.note_step(work, self._next(StepTimed).seconds)
+
+    def _end_under_way(self) -> None:
+        if self._under_way:
+            self._time.enter(Kind.STEP)
+            step, self._under_way = self._under_way, None
+            self._end(step, self._next(StepEnded))
+
+    def _room_for_tokens(self, before: Advance | None) -> torch.Tensor | None:
+        """For what the leader's device has drawn in the step before, if the host does not know
+        it."""
+        if before is None:
+            return None
+        return torch.empty(len(before.ends), dtype=torch.int64, device=self._comm.device.place)
 
     # -- control --------------------------------------------------------------------------------
 

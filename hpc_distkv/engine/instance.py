@@ -45,7 +45,7 @@ class Instance:
         boundary:  apply(answer) → credits() to debtors → report()
         step:      plan() → headers(plan) to creditors → compute → commit(plan) → append(tokens)
                    append(tokens) is advance() and learn(tokens). Between the two, steps without
-                   loans may be planned and computed ahead: advance() → plan(ahead) → compute →
+                   moves may be planned and computed ahead: advance() → plan(ahead) → compute →
                    learn(tokens of the first) → advance() → …
         any time:  accept(header of a debtor) → serve its queries, move → commit_served
                    open_credit(from a creditor)

@@ -97,19 +97,21 @@ class Lane:
             decode_graphs(parts),
         )
         self._lanes = parts.model.lanes
-        self.unconditional = parts.model.unconditional
         self._block_size = pool.block_size
         self._attention_tokens = config.attention_tokens
         self._exchanging = False
 
     def compute(self, plan: Plan, now: float, drawn: torch.Tensor | None = None) -> torch.Tensor:
         """The plan's headers, moves and layers. Returns the logits of the rows that end, on the
-        leader. `now`: the leader's clock; `drawn`: as of `Forward.run`."""
+        leader. `now`: the leader's clock; `drawn`: as of `Forward.run`, on other lanes room for
+        it."""
         self._exchanging = self.sharing and self.debtor.begin(plan, now)
         elsewhere: list[Elsewhere] = [self.debtor] if self._exchanging else []
         if self._host and self._host.begin(plan):
             elsewhere.append(self._host)
         self._lanes.begin(apart=not self._exchanging)
+        if plan.rows and drawn is not None and len(drawn):
+            drawn = self._lanes.spread(drawn)
         logits = self._forward.run(plan.rows, elsewhere, drawn)
         if self._host:
             self._host.finish()

@@ -34,6 +34,11 @@ class Moves:
         for creditor, blocks in answer.shed.items():
             self._shed[creditor] = self._shed.get(creditor, 0) + blocks
 
+    @property
+    def coming(self) -> bool:
+        """Whether a step may have moves."""
+        return bool(self._rm.credit or any(self._recall.values()))
+
     def forget_plans(self) -> None:
         """Credit goes back to its creditors: nothing is planned with it any more."""
         self._shed.clear()

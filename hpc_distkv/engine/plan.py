@@ -36,3 +36,8 @@ class Plan(NamedTuple):
     def idle(self) -> bool:
         """Whether nothing is computed, nor copied within the rank."""
         return not (self.rows or self.to_host or self.from_host)
+
+    @property
+    def moving(self) -> bool:
+        """Whether rBlocks travel."""
+        return bool(self.moves or self.recalls or self.to_host or self.from_host)

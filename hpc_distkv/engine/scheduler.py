@@ -119,6 +119,11 @@ class Scheduler:
         if answer.give_way:
             self._give_way(answer.give_way, answer.give_way_at)
 
+    @property
+    def moving(self) -> bool:
+        """Whether the next step may have moves between instances."""
+        return self._moves.coming
+
     def put_aside(self) -> None:
         """The run is over: what runs is freed, and keeps its tokens."""
         for sequence in reversed(self.running):

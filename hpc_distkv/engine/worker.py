@@ -13,6 +13,7 @@ from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.messages import Answer, Remains, Result, Unfinished
 from hpc_distkv.control.wire import encode_report
 from hpc_distkv.engine.events import (
+    Advanced,
     Boundary,
     Left,
     Log,
@@ -250,6 +251,7 @@ class Worker:
             self._end(before, {sequence.id for sequence, _ in plan.rows})
             self._time.enter(Kind.STEP)
         if self._may_go_on(plan):
+            self._log.record(Advanced())
             self._under_way = step._replace(advance=self._lane.advance(plan))
             self._time.leave(record=False)
         else:
@@ -264,30 +266,25 @@ class Worker:
 
     def _may_go_on(self, plan: Plan) -> bool:
         """Whether the step after this one may be planned, and asked of the device, before this one
-        is over. Rows that get a token go on with it, though the host does not know it: all but
+        is over. Rows that get a token go on with it, though the host does not know it. Not so
 
         * on a device that is done already
-        * with other lanes, which learn tokens from the log, step by step
-        * with debts: rBlocks move that were written, and headers and queries go out in order
-        * with guests: their queries come in behind all that the device was asked for before
+        * where rBlocks move, or may have to in the next step: what moves has to be written, and
+          to belong to rows that go on
         * with rBlocks in the host's memory, of rows that run: they come and go between steps
         * with migration: a sequence is handed over with all its tokens
         * with windows in all layers: what falls behind them is freed between steps
         * where memory was short: somebody may have to give way, whose rBlocks are in use
         * with penalties that count all earlier tokens
-        * of models that are not `unconditional`: for the choice of experts the host waits
         """
         instance = self._instance
         return (
             self._comm.device.deferred
             and bool(plan.rows)
-            and not self._log.followed
-            and not (instance.rm.debts or instance.rm.loans or instance.rm.host_space.serves)
-            and not (plan.to_host or plan.from_host)
+            and not (plan.moving or instance.scheduler.moving or instance.rm.host_space.serves)
             and not instance.config.policy.migrate
             and not instance.config.window
             and not instance.scheduler.short
-            and self._lane.unconditional
             and all(sequence.foreseeable for sequence, _ in plan.rows)
         )
 

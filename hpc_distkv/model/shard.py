@@ -30,6 +30,9 @@ class Lanes(Protocol):
     def begin(self, apart: bool) -> None:
         """A step begins; `apart`: none of its waits is for anybody but these."""
 
+    def spread(self, x: Tensor) -> Tensor:
+        """Lane 0's `x` on all of them, in place."""
+
     def total(self, x: Tensor) -> Tensor:
         """The sum of all lanes' `x`, in place; the same bits everywhere."""
 
@@ -46,6 +49,10 @@ class Alone:
 
     def begin(self, apart: bool) -> None:
         """Nothing."""
+
+    def spread(self, x: Tensor) -> Tensor:
+        """`x` as it is."""
+        return x
 
     def total(self, x: Tensor) -> Tensor:
         """`x` as it is."""

@@ -9,14 +9,17 @@ import msgspec
 import pytest
 from clusters import Outcome, run_cluster
 from late_device import be_late
+from recorded_fabric import connect
 from test_cluster import BLOCK, VOCABULARY, demand_of, options, request, tiny_decoder, unconstrained
 from test_prefix_sharing import rows_of as rows_with_a_document
 from test_sampling_anywhere import Letters, check_same
 from test_sampling_anywhere import rows as sampling_rows
+from test_tensor_parallel import shards, whole  # noqa: F401
 from test_window_clusters import crowd
 from test_window_clusters import model as windowed  # noqa: F401
 
 from hpc_distkv.comm.schedule import SeededSchedule
+from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages import Request, Sampling, pack_tokens
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.instance import Instance
@@ -33,11 +36,17 @@ def model() -> Decoder:
 UNCOUNTED = {"frequency_penalty": 0.0, "presence_penalty": 0.0}
 
 
+def late_and_connected(comms: list[Comm]) -> None:
+    """Devices that are late over a fabric that needs both sides at once."""
+    connect(comms)
+    be_late(comms)
+
+
 class Watch:
     """Sees how steps overlap, and what they use until the device is done with them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.steps = self.ahead = self.vain = 0
+        self.steps = self.ahead = self.vain = self.exchanging = self.serving = 0
         self._slots: dict[int, set[int]] = {}
         begin, end, plan = Worker._begin, Worker._end, Instance.plan
 
@@ -49,7 +58,8 @@ class Watch:
 
         def watched_begin(worker: Worker, plan, now, drawn):
             step = begin(worker, plan, now, drawn)
-            assert drawn is None or not worker._lane._exchanging
+            self.exchanging += drawn is not None and worker._lane._exchanging
+            self.serving += drawn is not None and bool(worker._instance.rm.guests)
             self._slots[id(step.draw)] = held(worker._instance, step)
             return step
 
@@ -136,7 +146,7 @@ def test_where_memory_is_short_rows_give_way_between_steps(model, watch, seed):
 
 @pytest.mark.parametrize("policy", ["lend", "lend-greedy", "migrate", "queue"])
 @pytest.mark.parametrize("seed", range(2))
-def test_ranks_that_lend_go_step_by_step(model, watch, policy, seed):
+def test_ranks_that_lend(model, watch, policy, seed):
     rng = random.Random(seed)
     rows = demand_of(3, 24 * BLOCK, rng)
     if policy.startswith("lend"):
@@ -145,7 +155,48 @@ def test_ranks_that_lend_go_step_by_step(model, watch, policy, seed):
     assert outcome.tokens == unconstrained(model, rows)
     assert (watch.ahead == 0) == (policy == "migrate")
     borrowed = sum(counters.blocks_borrowed for counters in outcome.counters)
-    assert (borrowed > 0) == policy.startswith("lend")
+    lending = policy.startswith("lend")
+    assert (borrowed > 0) == (watch.exchanging > 0) == (watch.serving > 0) == lending
+
+
+@pytest.mark.parametrize("prepare", [be_late, late_and_connected])
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("tp", [2, 4])
+def test_lanes_go_ahead_alike(tiny_model, watch, tp, seed, prepare):
+    """What rank 0 draws is on all ranks before the host knows it."""
+    rows = stopping(24, random.Random(seed))
+    models = shards(tiny_model, tp, tp)
+    outcome = run_cluster(
+        models, rows, tp, options(200), SeededSchedule(seed), tp=tp, prepare=prepare
+    )
+    assert watch.ahead > watch.steps / 2
+    assert watch.vain > 5
+    check_same(outcome, run_cluster(models, rows, tp, options(4000), tp=tp), rows)
+
+
+@pytest.mark.parametrize("prepare", [be_late, late_and_connected])
+@pytest.mark.parametrize("seed", range(3))
+def test_instances_of_several_ranks_that_lend(
+    tiny_model,
+    whole,  # noqa: F811
+    watch,
+    seed,
+    prepare,
+):
+    rng = random.Random(seed)
+    rows = [*demand_of(3, 24 * BLOCK, rng)]
+    rows.append(request(len(rows), 30 * BLOCK, 20, rng))
+    outcome = run_cluster(
+        shards(tiny_model, 4, 2),
+        rows,
+        4,
+        options(24),
+        SeededSchedule(seed),
+        tp=2,
+        prepare=prepare,
+    )
+    assert outcome.tokens == unconstrained(whole, rows)
+    assert watch.exchanging > 0
 
 
 @pytest.mark.parametrize("seed", range(3))
