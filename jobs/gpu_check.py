@@ -3,8 +3,9 @@ Ends with status 1 if a part fails.
 
 In this order: the attention kernels against float64, torch's attention, FlashInfer's where it is
 installed, and the speed of a copy; a batch end to end against transformers; what steps wait for;
-two ranks that share the GPU, one of which lends to the other. End-to-end figures are of random
-weights in the shape of Llama-3.2-1B.
+two ranks that share the GPU, one of which lends to the other: how much of their exchanges is
+hidden, and whether tokens are those of one rank. End-to-end figures are of random weights in the
+shape of Llama-3.2-1B.
 """
 
 from __future__ import annotations
@@ -83,6 +84,10 @@ def main() -> None:
                 "throughput", *model, *batch, "--output-len", "128", "--against-transformers"
             ),
             "steps": bench("gpu", *model, *batch, "--output-len", "32"),
+            "overlap": bench(
+                *("overlap", *model, "--allow-gpu-sharing", "--max-num-batched-tokens", "2048"),
+                ranks=2,
+            ),
             "two_ranks_share": bench(
                 *("remote", *model, "--allow-gpu-sharing", "--dtype", "float32"),
                 *("--context", "4000", "--repeats", "1", "--max-num-batched-tokens", "2048"),

@@ -144,6 +144,30 @@ def gpu(**options: Any) -> None:
     _measured(options, measure)
 
 
+@command.command()
+@click.option("--model", required=True, help="Model directory.")
+@click.option("--context", type=POSITIVE, default=4000, show_default=True, help="Prompt tokens.")
+@click.option("--output-len", type=POSITIVE, default=64, show_default=True)
+@engine_options
+def overlap(**options: Any) -> None:
+    """Two ranks: how much of an exchange is hidden behind what its debtor computes."""
+
+    def measure(comm: Comm, model: Decoder, settings: EngineOptions) -> dict[str, Any]:
+        from hpc_distkv.api import SetupError
+        from hpc_distkv.observe.overlap import exchange_overlap
+
+        if comm.world.instances != 2:
+            raise SetupError(
+                "this benchmark needs two instances: mpirun -n 2 hpc-distkv bench overlap …"
+            )
+        figures = exchange_overlap(comm, model, settings, options["context"], options["output_len"])
+        if not figures["exchanges"]:
+            raise SetupError("nothing was lent: give --policy lend and no --lend-cap")
+        return figures
+
+    _measured(options, measure)
+
+
 @command.command("unused-lending")
 @click.option("--model", required=True, help="Model directory.")
 @click.option("--input-len", type=POSITIVE, default=128, show_default=True)
