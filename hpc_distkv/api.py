@@ -26,7 +26,7 @@ from hpc_distkv.batch.job import Job, job_fingerprint
 from hpc_distkv.batch.journal import Journal, check_place
 from hpc_distkv.batch.service import Limits, SamplingDefaults, Service, model_names
 from hpc_distkv.batch.shard import Shard
-from hpc_distkv.comm.abort import aborting
+from hpc_distkv.comm.abort import aborting, failing
 from hpc_distkv.comm.mpi import open_mpi
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.comm.world import World
@@ -134,7 +134,7 @@ class Engine:
             rows = engine.generate([{"custom_id": "1", "method": "POST", "url": "/v1/completions",
                                      "body": {"prompt": "Once upon a time", "max_tokens": 16}}])
 
-    As a context manager it ends the job on all ranks when one of them raises.
+    It ends the job on all ranks when one of them raises: as a context manager, and while it loads.
     """
 
     def __init__(
@@ -152,9 +152,15 @@ class Engine:
         Raises SetupError on all ranks if one cannot."""
         self.model = Path(model)
         self.comm = comm or open_mpi(stall_timeout)
-        settings = options or EngineOptions()
+        with failing(self.comm, USER_ERRORS, agreed=(SetupError,)):
+            self._load(options or EngineOptions(), sampling or {}, max_model_len)
+
+    def _load(
+        self, settings: EngineOptions, sampling: Mapping[str, Any], max_model_len: int | None
+    ) -> None:
+        model = self.model
         self.config = self._together(lambda: ModelConfig.from_dir(model, settings.dummy))
-        self.defaults = SamplingDefaults(**(asdict(self.config.generation) | dict(sampling or {})))
+        self.defaults = SamplingDefaults(**(asdict(self.config.generation) | dict(sampling)))
         self.max_model_len = max_model_len or self.config.max_position
         self._together(lambda: bind(self.comm, settings))
         # Stop strings are looked for where a row runs, so every rank has the tokenizer.

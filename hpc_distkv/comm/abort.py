@@ -40,19 +40,30 @@ def aborting(comm: Comm, expected: Expected = ()) -> Iterator[Comm]:
     previous_hook = threading.excepthook
     threading.excepthook = lambda args: end_job(comm, args.exc_value or args.exc_type(), expected)
     try:
-        try:
-            yield comm
-        except SystemExit as leaving:
-            if comm.closed or exit_status(leaving) == 0:
-                comm.close()
-            raise
-        comm.close()
-    except BaseException as error:
-        if not comm.closed:
-            end_job(comm, error, expected)
-        raise
+        with failing(comm, expected):
+            try:
+                yield comm
+            except SystemExit as leaving:
+                if comm.closed or exit_status(leaving) == 0:
+                    comm.close()
+                raise
+            comm.close()
     finally:
         threading.excepthook = previous_hook
+
+
+@contextmanager
+def failing(comm: Comm, expected: Expected = (), agreed: Expected = ()) -> Iterator[None]:
+    """Any exception in this block ends all ranks, but for `agreed` ones, which all of them raise,
+    and unless they have closed together. In a world of one, exceptions simply pass through."""
+    try:
+        yield
+    except agreed:
+        raise
+    except BaseException as error:
+        if comm.world.size > 1 and not comm.closed:
+            end_job(comm, error, expected)
+        raise
 
 
 @contextmanager

@@ -1,20 +1,27 @@
-"""`hpc-distkv` whose model fails on rank 1 alone: `failing_model.py ARGUMENTS`."""
+"""`hpc-distkv` whose model fails on rank 1 alone: `failing_model.py ARGUMENTS`; of one argument, a
+program that cannot even load it there: `failing_model.py MODEL`."""
 
 from __future__ import annotations
 
 import os
+import sys
 
+from hpc_distkv import Engine
 from hpc_distkv.cli.main import main
 from hpc_distkv.model.decoder import Decoder
 
 RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
 
 
-def out_of_memory(*args: object) -> None:
+def out_of_memory(*args: object, **named: object) -> None:
     raise RuntimeError("the accelerator of this rank is out of memory")
 
 
 if __name__ == "__main__":
+    loads = len(sys.argv) == 2
     if any(os.environ.get(name) == "1" for name in RANK_VARIABLES):
-        Decoder.hidden = out_of_memory
-    main()
+        setattr(Decoder, "__init__" if loads else "hidden", out_of_memory)
+    if loads:
+        Engine(sys.argv[1])
+    else:
+        main()

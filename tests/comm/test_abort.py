@@ -7,7 +7,7 @@ import pytest
 from letters import take
 from mpirun import mpirun, run_mpi
 
-from hpc_distkv.comm.abort import aborting, guarded
+from hpc_distkv.comm.abort import aborting, failing, guarded
 from hpc_distkv.comm.local import open_local, run_local
 from hpc_distkv.comm.schedule import PeerFailedError
 from hpc_distkv.comm.waiter import StallError
@@ -90,6 +90,19 @@ def test_last_words_and_status(error, status, said, capsys):
         raise error
     assert ended == [status]
     assert capsys.readouterr().err == said
+
+
+def test_what_all_ranks_raise_ends_no_job(capsys):
+    comm = open_local(2)[1]
+    ended = []
+    comm.abort = ended.append
+    with pytest.raises(UsageError), failing(comm, agreed=(UsageError,)):
+        raise UsageError("no such file")
+    assert ended == []
+    with pytest.raises(ValueError, match="mine"), failing(comm, agreed=(UsageError,)):
+        raise ValueError("mine")
+    assert ended == [70]
+    assert "[rank 1] mine" in capsys.readouterr().err
 
 
 def test_in_a_world_of_one_exceptions_pass_through():
