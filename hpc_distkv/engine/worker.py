@@ -275,7 +275,7 @@ class Worker:
         * with windows in all layers: what falls behind them is freed between steps
         * where memory was short: somebody may have to give way, whose rBlocks are in use
         * with penalties that count all earlier tokens
-        * of models that are not `unconditional`: for the choice of experts the host waits
+        * of models that are not `unconditional`: the host may have to wait within the step
         """
         instance = self._instance
         return (
