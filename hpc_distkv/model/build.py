@@ -7,8 +7,9 @@ from torch import Tensor
 
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder, Layer
+from hpc_distkv.model.experts import Experts, grouped
 from hpc_distkv.model.linear import Linear
-from hpc_distkv.model.mlp import Experts, Mlp
+from hpc_distkv.model.mlp import Mlp
 from hpc_distkv.model.norm import Norm
 from hpc_distkv.model.shard import Shard
 
@@ -63,18 +64,27 @@ class _Builder:
 
     def _experts(self) -> Experts:
         config = self._config
-        return Experts(
-            self._linear(config.num_experts, config.hidden_size, bias=False),
-            [self._mlp() for _ in range(config.num_experts)],
-            config.experts_per_token,
-            config.normalise_experts,
-        )
+        count, hidden, size = config.num_experts, config.hidden_size, config.intermediate_size
+        if grouped(config, self._dtype, self._device):
+            ups, downs = self._empty(count, self._wide, hidden), self._empty(count, hidden, size)
+            stacks = ups, downs
+            linears = [(Linear(up), Linear(down)) for up, down in zip(ups, downs, strict=True)]
+            experts = [Mlp(*pair, config.activation, self._family.gated) for pair in linears]
+        else:
+            stacks, experts = None, [self._mlp() for _ in range(count)]
+        router = self._linear(count, hidden, bias=False)
+        return Experts(router, experts, config.experts_per_token, config.normalise_experts, stacks)
 
     def _mlp(self) -> Mlp:
-        config, gated = self._config, self._family.gated
-        hidden, size = config.hidden_size, config.intermediate_size
-        up = self._linear((2 if gated else 1) * size, hidden, config.mlp_bias)
-        return Mlp(up, self._linear(hidden, size, config.mlp_bias), config.activation, gated)
+        config = self._config
+        up = self._linear(self._wide, config.hidden_size, config.mlp_bias)
+        down = self._linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        return Mlp(up, down, config.activation, self._family.gated)
+
+    @property
+    def _wide(self) -> int:
+        """Outputs of the first linear layer of an MLP."""
+        return (2 if self._family.gated else 1) * self._config.intermediate_size
 
     def _linear(self, rows: int, columns: int, bias: bool) -> Linear:
         return Linear(self._empty(rows, columns), self._empty(rows) if bias else None)

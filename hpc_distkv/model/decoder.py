@@ -12,8 +12,9 @@ from torch.nn import functional
 
 from hpc_distkv.attention import Rotation
 from hpc_distkv.model.config import ModelConfig
+from hpc_distkv.model.experts import Experts
 from hpc_distkv.model.linear import Linear
-from hpc_distkv.model.mlp import Experts, Mlp, Pause
+from hpc_distkv.model.mlp import Mlp, Pause
 from hpc_distkv.model.norm import Norm
 from hpc_distkv.model.rotary import Rotary
 from hpc_distkv.model.scoring import attention_specs
@@ -101,8 +102,15 @@ class Decoder:
     @property
     def unconditional(self) -> bool:
         """Whether `hidden` asks the same of a device whatever the numbers are, and waits for
-        nothing: no experts to choose, no other lanes to sum up with, no lengths."""
-        return not (self.config.num_experts or self.needs_lengths or self.shard != WHOLE)
+        nothing: no other lanes to sum up with, no lengths, no experts that are computed one by one,
+        as they are where `grouped` finds no kernel for all of them: not with an old torch alone,
+        but in other dtypes than bfloat16, and on GPUs that are neither Hopper nor Blackwell of data
+        centres."""
+        return not (
+            self.needs_lengths
+            or self.shard != WHOLE
+            or any(isinstance(layer.mlp, Experts) and layer.mlp.waits for layer in self.layers)
+        )
 
     @property
     def needs_lengths(self) -> bool:

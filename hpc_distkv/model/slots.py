@@ -15,8 +15,9 @@ from torch import Tensor
 
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder, Layer
+from hpc_distkv.model.experts import Experts
 from hpc_distkv.model.linear import Linear
-from hpc_distkv.model.mlp import Experts, Mlp
+from hpc_distkv.model.mlp import Mlp
 from hpc_distkv.model.norm import Norm
 from hpc_distkv.model.shard import Cut
 

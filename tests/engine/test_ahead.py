@@ -8,6 +8,8 @@ import random
 import msgspec
 import pytest
 from clusters import Outcome, run_cluster
+from families import continuation, save
+from families import prompt as tokens_of
 from late_device import be_late
 from recorded_fabric import connect
 from test_cluster import BLOCK, VOCABULARY, demand_of, options, request, tiny_decoder, unconstrained
@@ -25,7 +27,10 @@ from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.instance import Instance
 from hpc_distkv.engine.rank import EngineOptions
 from hpc_distkv.engine.worker import Step, Worker
+from hpc_distkv.model import build
+from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
+from hpc_distkv.model.weights import load_decoder
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +121,21 @@ def stopping(count: int, rng: random.Random) -> list[Request]:
         )
         rows.append(Request(number, prompt, sampling))
     return rows
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_models_with_experts_go_ahead(at_once, watch, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "grouped", lambda *_: at_once)
+    transformer = save("qwen3-moe", tmp_path)
+    model = load_decoder(tmp_path, ModelConfig.from_dir(tmp_path), "float32")
+    prompts = [tokens_of(length, seed) for seed, length in enumerate([60, 9, 31])]
+    rows = [
+        Request(number, pack_tokens(ids), Sampling(12, 0.0)) for number, ids in enumerate(prompts)
+    ]
+    outcome = late(model, rows, 1, options(200), 0)
+    want = {number: continuation(transformer, ids, 12) for number, ids in enumerate(prompts)}
+    assert outcome.tokens == want
+    assert watch.ahead > watch.steps / 2
 
 
 @pytest.mark.parametrize("seed", range(4))

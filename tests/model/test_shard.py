@@ -17,7 +17,7 @@ from hpc_distkv.comm.broadcast import LaneBroadcast
 from hpc_distkv.comm.group import Group
 from hpc_distkv.comm.local import leftovers, open_local, run_local
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.model import weights
+from hpc_distkv.model import build, weights
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.model.errors import ModelError
@@ -263,3 +263,18 @@ def test_shards_of_every_family_are_the_whole_model(name, lanes, tmp_path):
     expected = logits_of(load_decoder(tmp_path, whole, "float32"), tokens)
     found = sharded_logits(tmp_path, whole, tokens, lanes)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("lanes", [2, 4])
+def test_shards_of_experts_that_are_computed_at_once_are_the_whole_model(
+    lanes, tmp_path, monkeypatch
+):
+    save("qwen3-moe", tmp_path)
+    whole = ModelConfig.from_dir(tmp_path)
+    tokens = torch.tensor(prompt(40, 1))
+    expected = logits_of(load_decoder(tmp_path, whole, "float32"), tokens)
+    asked = []
+    monkeypatch.setattr(build, "grouped", lambda config, *_: asked.append(config) or True)
+    found = sharded_logits(tmp_path, whole, tokens, lanes)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert {config.intermediate_size for config in asked} == {whole.intermediate_size // lanes}
