@@ -33,7 +33,7 @@ from hpc_distkv.engine.config import OptionError
 from hpc_distkv.engine.sampler import begin_sampling
 from hpc_distkv.engine.sequence import Sequence
 from hpc_distkv.engine.shared import MOST_SHARED
-from hpc_distkv.engine.staging import PIECE_BLOCKS, lay_out, on_device
+from hpc_distkv.engine.staging import lay_out, on_device
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.model.decoder import Decoder
 
@@ -155,10 +155,11 @@ def stage(model: Decoder, step: LargestStep) -> None:
     buffers = lay_out(*sizes, model.dtype, model.device)
     shape = (step.tokens, config.num_heads, config.head_dim)
     q = torch.empty(shape, dtype=model.dtype, device=model.device)
-    kv_len = PIECE_BLOCKS * size
+    blocks = range(len(buffers[0].rblocks))
+    kv_len = len(blocks) * size
     count = step.tokens
     while count:
-        row = PagedRow(count, 0, range(PIECE_BLOCKS), range(0, kv_len, size), kv_len)
+        row = PagedRow(count, 0, blocks, range(0, kv_len, size), kv_len)
         batch = PagedBatch.build([row])
         for spec in map(on_device, model.attention):
             micro_attention(q[:count], *buffers[0].cache, batch, spec, causal=False)

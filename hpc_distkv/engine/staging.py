@@ -114,20 +114,22 @@ class Staging:
     def merge(self, layer: int, out: torch.Tensor, lse: torch.Tensor) -> None:
         """Attend to the layer's pieces, and merge the results into the rank's own, in place. Layers
         come in order."""
-        spec = self._specs[layer]
         for piece in self._pieces(layer):
             copied, buffer = self._under_way.popleft()
             self._comm.device.wait_event(copied)
-            batch, queries = piece.batch, piece.queries
-            if spec.positional:
-                batch = replace(batch)  # what kernels keep of it is on the device, piece for piece
-            parts = micro_attention(
-                self._queries[queries], *buffer.cache, batch, spec, causal=False
-            )
-            merge_rows(out, lse, self._tokens[queries], *parts)
+            merge_rows(out, lse, self._tokens[piece.queries], *self._attend(layer, piece, buffer))
             self._free.append(buffer)
             wait_for(self._comm, [copied])
             self._ask()
+        del self._queries
+
+    def _attend(
+        self, layer: int, piece: Piece, buffer: Buffer
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        q, batch, spec = self._queries[piece.queries], piece.batch, self._specs[layer]
+        if spec.positional:
+            batch = replace(batch)  # what kernels keep of it is on the device, for each piece
+        return micro_attention(q, *buffer.cache, batch, spec, causal=False)
 
     def _ask(self) -> None:
         """For the copy of the next piece, if there is one, behind what reads its buffer."""
