@@ -121,7 +121,6 @@ class Staging:
             self._free.append(buffer)
             wait_for(self._comm, [copied])
             self._ask()
-        del self._queries
 
     def _attend(
         self, layer: int, piece: Piece, buffer: Buffer

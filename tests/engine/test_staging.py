@@ -280,6 +280,22 @@ def test_what_staging_takes_of_the_device_is_counted(whole):  # noqa: F811
     assert 0 < taken.peak <= account.peak + 4 * tokens
 
 
+@pytest.mark.parametrize(("name", "kept"), [("plain", True), ("softcap", True), ("alibi", False)])
+def test_what_kernels_keep_of_pieces_does_not_grow_with_the_rows(monkeypatch, name, kept):
+    """They keep it of a batch; where positions tell pieces apart, none is used again."""
+    used: list[PagedBatch] = []
+
+    def attended(q, k, v, batch, spec, **others):
+        used.append(batch)
+        return micro_attention(q, k, v, batch, spec, **others)
+
+    monkeypatch.setattr(staging, "micro_attention", attended)
+    world = World(5, specs_of(name))
+    world.merged(Device())
+    distinct = len({id(batch) for batch in used})
+    assert distinct <= 2 * len(world.legs) if kept else distinct == len(used)
+
+
 # -- the choice -----------------------------------------------------------------------------------
 
 
