@@ -22,9 +22,6 @@ from hpc_distkv.memory.loan import HOST
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.memory.rmanager import RManager
 
-Leg = list[Query]
-"""Queries of a step to the same rBlocks."""
-
 
 class InPlace:
     """rBlocks that the host's processor attends to where they are."""
@@ -59,11 +56,11 @@ class HostTier:
                     processor attends to those in its memory → merged
                     or: copies of the layer's rBlocks → the device attends to these too → merged
 
-    Which of the two is decided for each leg. Few queries take as long as their rBlocks take to be
-    read, which is soonest done where these are. The more there are, as of a prompt, the more there
-    is to compute, at which the host's processor is many times slower than the device, while one
-    copy serves them all: so legs of `staged_from` query rows and more are copied (`Staging`;
-    `host_costs` measures the number).
+    Which of the two is decided for each leg, the queries of a step to the same rBlocks. A few take
+    as long as the rBlocks take to be read, which is soonest done where these are. The more there
+    are, as of a prompt, the more there is to compute, at which the host's processor is many times
+    slower than the device, while one copy serves them all: so legs of `staged_from` query rows and
+    more are copied (`Staging`; `host_costs` measures the number).
 
     What is copied is not written to before it has arrived: sealed rBlocks never are, and a slot
     changes its owner at the end of the step. So moves need no order but that.
@@ -96,8 +93,8 @@ class HostTier:
             self._time.enter(Kind.MOVES)
             self._copy(plan)
             self._time.leave(self._copying)
-        in_place: list[Leg] = []
-        staged: list[Leg] = []
+        in_place: list[list[Query]] = []
+        staged: list[list[Query]] = []
         for _, queries in groupby(host_queries(self._rm, plan.rows), key=attrgetter("guests")):
             leg = list(queries)
             copied = sum(query.rows for query in leg) >= self._staged_from
@@ -141,7 +138,7 @@ class HostTier:
                 pair = (here, there) if leaving else (there, here)
                 self._copies.append(self._comm.device.copy_beside(*pair))
 
-    def _paged(self, leg: Leg) -> list[PagedRow]:
+    def _paged(self, leg: list[Query]) -> list[PagedRow]:
         asked = [query.asked for query in leg]
         return guest_rows(asked, self._hosted, self._host_pool.block_size, self._together)
 
@@ -153,6 +150,6 @@ class HostTier:
         return [space.slots[key][index] for key, index in pairs], [index for _, index in pairs]
 
 
-def _tokens(legs: Iterable[Leg]) -> list[int]:
+def _tokens(legs: Iterable[list[Query]]) -> list[int]:
     """Which of the step's tokens their queries are of."""
     return [query.first + row for leg in legs for query in leg for row in range(query.rows)]

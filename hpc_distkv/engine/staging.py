@@ -16,8 +16,8 @@ from hpc_distkv.comm.transport import Comm
 from hpc_distkv.memory.pool import BlockPool
 
 PIECE_BLOCKS = 64
-"""rBlocks of one layer that are copied, and attended to, at once: with the heads of Llama 3 8B and
-rBlocks of 32 tokens 8 MiB, which takes longer to copy than to launch."""
+"""rBlocks of one layer that are copied, each by a call of its own, and attended to at once: with the
+heads of Llama 3 8B and rBlocks of 32 tokens 8 MiB. An estimate: not measured."""
 BUFFERS = 2
 
 Leg = list[PagedRow]
@@ -96,8 +96,8 @@ class Staging:
         self._under_way: deque[tuple[Event, Buffer]] = deque()
 
     def begin(self, legs: Sequence[Leg], tokens: Sequence[int]) -> None:
-        """A step in which these legs are staged: at least one. `tokens`: the step's tokens whose
-        queries they are, in order."""
+        """A step in which these legs are staged. `tokens`: the step's tokens whose queries they
+        are, in order."""
         assert not self._under_way
         self._legs = legs
         (self._tokens,) = self._comm.device.upload([torch.tensor(tokens, dtype=torch.int32)])
