@@ -16,8 +16,8 @@ from hpc_distkv.comm.transport import Comm
 from hpc_distkv.memory.pool import BlockPool
 
 PIECE_BLOCKS = 64
-"""rBlocks of one layer that are copied, each by a call of its own, and attended to at once: with the
-heads of Llama 3 8B and rBlocks of 32 tokens 8 MiB. An estimate: not measured."""
+"""rBlocks of one layer that are copied, each by a call of its own, and attended to at once: 8 MiB
+with the heads of Llama 3 8B and rBlocks of 32 tokens. An estimate: not measured."""
 BUFFERS = 2
 
 Leg = list[PagedRow]
