@@ -21,10 +21,12 @@ MEASUREMENTS = 3
 QUERY_ROWS = 16
 """That the host's processor is measured with: about as many as where copies begin to pay, by
 arithmetic. One alone costs more, for it is bound by memory, and is seldom worth a copy anyway."""
-SHORTEST_CONTEXT, LONGER = 256, 4
+SHORTEST_CONTEXT, LONGER = 64, 4
 """Tokens that they attend to at first, and the factor by which these grow ..."""
-LONG_ENOUGH = 0.01
-"""... until it takes so many seconds: by then all threads have work."""
+LONG_ENOUGH = 0.1
+"""... until so many seconds are spent: half a second at most, unless the first takes longer. The
+context with the least for a token counts: in short ones not all threads have work, and to wake them
+may take longer than what they do."""
 
 
 def copy_seconds(comm: Comm, pool: BlockPool, host_pool: BlockPool) -> float:
@@ -83,9 +85,12 @@ def attend_seconds(host_pool: BlockPool, heads: int, spec: AttentionSpec) -> flo
 
     tokens = -(-SHORTEST_CONTEXT // size) * size
     attention(tokens)()  # what is compiled at the first call is not in it
-    while _seconds(attention(tokens)) < LONG_ENOUGH:
+    spent, least = 0.0, math.inf
+    while spent < LONG_ENOUGH:
+        seconds = _seconds(attention(tokens))
+        spent, least = spent + seconds, min(least, seconds / tokens)
         tokens *= LONGER
-    return _median_seconds(attention(tokens)) / (QUERY_ROWS * tokens)
+    return least / QUERY_ROWS
 
 
 def _rblocks(pool: BlockPool, count: int) -> list[torch.Tensor]:
