@@ -16,8 +16,8 @@ from hpc_distkv.comm.transport import Comm
 
 class LateDevice(Device):
     """What it is asked to fetch is garbage until the schedule lets it arrive, in order. Copies
-    beside what it computes read when they arrive, in any order; where they go is garbage until
-    then."""
+    beside what it computes read when they arrive, in any order, or when what it computes waits for
+    them; where they go is garbage until then."""
 
     deferred = True
 
@@ -44,6 +44,10 @@ class LateDevice(Device):
         event = DeferredEvent(lambda: [to.copy_(source) for to, source in pairs])
         self.beside.append(event)
         return event
+
+    def wait_event(self, event: DeferredEvent) -> None:
+        if event in self.beside:
+            self._happen(event, self.beside)
 
     @property
     def events(self) -> list[Callable[[], None]]:

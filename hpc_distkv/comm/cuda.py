@@ -8,8 +8,10 @@ Streams of a rank, and what orders them (events alone; the host waits for none o
     out       copies to the host: each waits for what the stream that asked for it had been given
     into      copies from the host: likewise, for the memory they overwrite may be in use; then
               compute and serving wait for them
-    beside    rBlocks to and from the host's memory: likewise, but nothing waits for them; what uses
-              them is asked for when the host has seen their end
+    beside    rBlocks to and from the host's memory: likewise, but nothing waits for them unless it
+              is told to: what uses rBlocks that moved is asked for when the host has seen their
+              end, while compute waits for each piece of staged ones (`engine/staging.py`), whose
+              buffer is overwritten after what compute was given before
 
 Copies out and copies in never wait for each other, nor for those beside. An own step ends when the
 host has seen its last event on compute, and what it used is freed then: so that is not in use any
@@ -89,6 +91,11 @@ class Cuda(Device):
         """On a stream of its own."""
         self._beside.wait_event(self.mark())
         return self._copy(self._beside, sources, targets)
+
+    def wait_event(self, event: Event) -> None:
+        """On the current stream."""
+        assert isinstance(event, torch.cuda.Event)
+        torch.cuda.current_stream().wait_event(event)
 
     # -- copies beside what is computed (see `staged.Copies`) -------------------------------------
 

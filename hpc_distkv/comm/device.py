@@ -77,11 +77,16 @@ class Device:
         self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]
     ) -> Event:
         """Copy from the device to pinned memory of the host or back, beside what is computed and
-        after all that was asked so far. Nothing that is asked for later waits for it: neither side
-        may be written to, nor `targets` be read, before the event has passed."""
+        after all that was asked so far. Nothing that is asked for later waits for it, unless
+        `wait_event` says so: else neither side may be written to, nor `targets` be read, before the
+        event has passed."""
         for source, target in zip(sources, targets, strict=True):
             target.copy_(source)
         return Passed()
+
+    def wait_event(self, event: Event) -> None:
+        """What is computed from now on comes after `event`, of `copy_beside`. The host does not
+        wait."""
 
 
 class Sight(NamedTuple):

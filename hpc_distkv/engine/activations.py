@@ -5,6 +5,7 @@ be run beforehand, counted where it takes other ranks.
               of its instance, what rows share attended to apart, logits, all that sampling knows
     measured  beside it, on a stream of its own: attention to guests
     measured  beside both: a decode step that is recorded, in memory of its own
+    measured  likewise: buffers for rBlocks of the host's memory, and attention to these
     counted   queries and partial results under way: to and from creditors, from and to debtors
     counted   lists of rBlocks beyond the rehearsed context
 
@@ -32,6 +33,7 @@ from hpc_distkv.engine.config import OptionError
 from hpc_distkv.engine.sampler import begin_sampling
 from hpc_distkv.engine.sequence import Sequence
 from hpc_distkv.engine.shared import MOST_SHARED
+from hpc_distkv.engine.staging import lay_out, on_device
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.model.decoder import Decoder
 
@@ -59,6 +61,8 @@ class LargestStep:
     """Whether rows may share rBlocks."""
     recorded: bool = False
     """Whether decode steps are recorded."""
+    stages: bool = False
+    """Whether rBlocks of the host's memory may be attended to here."""
 
     @property
     def decodes(self) -> LargestStep:
@@ -95,6 +99,8 @@ def activation_peak(model: Decoder, device: Device, step: LargestStep) -> int:
         parts.append(lambda: serve(model, device, step))
     if step.recorded:
         parts.append(lambda: rehearse(model, device, step.decodes))
+    if step.stages:
+        parts.append(lambda: stage(model, step))
     try:
         return peak + sum(_measured(device, part) for part in parts)
     except torch.cuda.OutOfMemoryError as error:
@@ -138,6 +144,26 @@ def serve(model: Decoder, device: Device, step: LargestStep) -> None:
         batch = PagedBatch.build([*_decodes(model, pool, step), _prompt(pool, step)])
         for spec in model.attention:
             micro_attention(q, *pool.layer(0), batch, spec, causal=False)
+
+
+@torch.inference_mode()
+def stage(model: Decoder, step: LargestStep) -> None:
+    """Attention to staged rBlocks: by all queries of a step at once, and by fewer, whose keys are
+    split more."""
+    config, size = model.config, step.block_size
+    sizes = (config.num_kv_heads, size, config.head_dim)
+    buffers = lay_out(*sizes, model.dtype, model.device)
+    shape = (step.tokens, config.num_heads, config.head_dim)
+    q = torch.empty(shape, dtype=model.dtype, device=model.device)
+    blocks = range(len(buffers[0].rblocks))
+    kv_len = len(blocks) * size
+    count = step.tokens
+    while count:
+        row = PagedRow(count, 0, blocks, range(0, kv_len, size), kv_len)
+        batch = PagedBatch.build([row])
+        for spec in map(on_device, model.attention):
+            micro_attention(q[:count], *buffers[0].cache, batch, spec, causal=False)
+        count //= 2
 
 
 def _step(model: Decoder, device: Device, step: LargestStep) -> None:

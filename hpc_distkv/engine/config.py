@@ -41,6 +41,9 @@ class EngineConfig:
     """rBlocks in the host's memory; 0: it is not used."""
     host_copy_seconds: float = 0.0
     """Measured time in which an rBlock goes there and comes back."""
+    host_staged_from: float = float("inf")
+    """Query rows from which, by measured times, the device attends to copies of rBlocks there, and
+    not the host's processor in place."""
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens"):

@@ -84,7 +84,13 @@ class Lane:
         self._host: HostTier | None = None
         if parts.host_pool:
             self._host = HostTier(
-                comm, pool, parts.host_pool, self.instance.rm, parts.model.attention, parts.time
+                comm,
+                pool,
+                parts.host_pool,
+                self.instance.rm,
+                parts.model.attention,
+                parts.time,
+                config.host_staged_from,
             )
         self._forward = Forward(
             parts.model,

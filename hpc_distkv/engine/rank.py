@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from hpc_distkv.engine.capacity import device_blocks, host_blocks, tier_blocks
 from hpc_distkv.engine.config import EngineConfig, OptionError
 from hpc_distkv.engine.follower import Follower
 from hpc_distkv.engine.graphs import recordable
-from hpc_distkv.engine.host import copy_seconds
+from hpc_distkv.engine.host_costs import copy_seconds, staged_from
 from hpc_distkv.engine.interrupt import Interrupt
 from hpc_distkv.engine.lane import Parts
 from hpc_distkv.engine.recorder import Recorder
@@ -158,21 +159,22 @@ class RankEngine:
         if config.policy.lending:
             cap = config.num_blocks if config.lend_cap is None else config.lend_cap
             lendable = min(config.num_blocks, cap)
-        copying = copy_seconds(self.comm, self._pool, self._host_pool) if self._host_pool else 0.0
-        ranks = self.comm.share((config.num_blocks, lendable, config.host_blocks, -copying))
+        costs = self._host_costs()
+        ranks = self.comm.share((config.num_blocks, lendable, config.host_blocks, *costs))
         pools = [
             tuple(map(min, zip(*ranks[first : first + world.tp], strict=True)))
             for first in range(0, world.size, world.tp)
         ]
-        total = sum(lends for _, lends, _, _ in pools)
-        own, _, host, copying = pools[world.instance]
+        total = sum(lends for _, lends, *_ in pools)
+        own, _, host, copying, rows = pools[world.instance]
         self.config = replace(
             config,
             num_blocks=own,
             host_blocks=host,
             host_copy_seconds=-copying,
+            host_staged_from=-rows,
         )
-        self.capacity_blocks = min(own + total - lends + host for own, lends, host, _ in pools)
+        self.capacity_blocks = min(own + total - lends + host for own, lends, host, *_ in pools)
 
     @property
     def capacity_tokens(self) -> int:
@@ -285,6 +287,16 @@ class RankEngine:
             ) from error
         return self._lay_out(self.config.host_blocks, torch.device("cpu"), memory)
 
+    def _host_costs(self) -> tuple[float, float]:
+        """Less than nothing, for the dearest of an instance counts: seconds to copy an rBlock to
+        the host's memory and back, and query rows from which it is copied to be attended to."""
+        if self._host_pool is None:
+            return 0.0, -math.inf
+        pools = self.comm, self._pool, self._host_pool
+        spec = self._model.attention[0]
+        rows = staged_from(*pools, self._model.config.num_heads, spec)
+        return -copy_seconds(*pools), -rows
+
     def _query_bytes(self) -> int:
         """One query row of one layer."""
         config = self._model.config
@@ -368,6 +380,7 @@ def _blocks_that_fit(
         others=others,
         shares=config.prefix_caching,
         recorded=config.cuda_graphs,
+        stages=bool(config.host_blocks),
     )
     peak = activation_peak(model, comm.device, step)
     peak += config.spare * block_bytes  # beyond the pool

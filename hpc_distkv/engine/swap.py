@@ -34,7 +34,8 @@ class Swaps:
        and back takes less time than to compute it again, by measured times of both; it comes home
        when the row goes on, in the step before its next one. Only a row that cannot be in the pool
        even if it were alone has its oldest rBlocks there while it runs: they are attended to by the
-       host's processor in every step, which costs more than to move once what could be at home;
+       host's processor, or copied, in every step (`HostTier`), which costs more than to move once
+       what could be at home;
     4. a row gives way and is computed again.
 
     What is put aside makes room when a row that runs needs it to go on.

@@ -165,11 +165,19 @@ def test_attention_to_guests_and_decodes_alone_can_be_rehearsed(whole):  # noqa:
 
 
 @pytest.mark.parametrize(
-    ("others", "recorded", "parts"), [(0, False, 1), (2, False, 2), (2, True, 3)]
+    ("others", "recorded", "stages", "parts"),
+    [(0, False, False, 1), (2, False, False, 2), (2, True, False, 3), (1, True, True, 4)],
 )
-def test_what_runs_beside_a_step_is_added_to_it(whole, monkeypatch, others, recorded, parts):  # noqa: F811
+def test_what_runs_beside_a_step_is_added_to_it(
+    whole,  # noqa: F811
+    monkeypatch,
+    others,
+    recorded,
+    stages,
+    parts,
+):
     monkeypatch.setattr(activations, "_measured", lambda device, part: part() or 1000)
-    step = replace(STEP, others=others, recorded=recorded)
+    step = replace(STEP, others=others, recorded=recorded, stages=stages)
     counted = step.exchanged(whole) + step.tables(whole)
     assert activations.activation_peak(whole, Elsewhere(), step) == counted + parts * 1000
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from pathlib import Path
@@ -16,7 +17,7 @@ from hpc_distkv.comm.binding import bind
 from hpc_distkv.comm.local import leftovers, open_local
 from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR
 from hpc_distkv.control.messages import LogitRules, Request, Sampling, pack_tokens
-from hpc_distkv.engine.rank import EngineOptions
+from hpc_distkv.engine.rank import EngineOptions, RankEngine
 from hpc_distkv.engine.worker import Worker
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
@@ -150,10 +151,16 @@ def test_steps_wait_for_the_gpu_by_nothing_but_polls(name: str, dtype: str, tmp_
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_rblocks_in_the_hosts_memory_change_no_token(tmp_path: Path) -> None:
-    """Rows give way, and one is larger than the pool; torch raises where its own calls would block
-    the host."""
-    save("llama-llama3", tmp_path)
+@pytest.mark.parametrize("name", ["llama-llama3", "gemma3", "bloom"])
+@pytest.mark.parametrize("least", [1.0, 5.0, math.inf])
+def test_rblocks_in_the_hosts_memory_change_no_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, least: float
+) -> None:
+    """Rows give way, and one is larger than the pool; queries of so many rows and more are attended
+    to on the GPU; torch raises where its own calls would block the host."""
+    monkeypatch.setattr("hpc_distkv.engine.rank.staged_from", lambda *_: least)
+    monkeypatch.setattr("hpc_distkv.engine.staging.PIECE_BLOCKS", 3)
+    save(name, tmp_path)
     model, rng = loaded(tmp_path, "cuda"), random.Random(5)
     lengths = [rng.randint(1, 100) for _ in range(20)] + [420]
     rows = [
@@ -167,12 +174,21 @@ def test_rblocks_in_the_hosts_memory_change_no_token(tmp_path: Path) -> None:
         torch.cuda.set_sync_debug_mode("error")
 
     try:
-        settings = options(40, host_kv_memory=1 << 24)
+        settings = options(20, host_kv_memory=1 << 24)
         outcome = run_cluster(model, rows, 1, settings, prepare=strict)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert outcome.tokens == large.tokens
     assert outcome.counters[0].blocks_to_host > 0
+
+
+def test_what_the_hosts_memory_costs_is_measured(tmp_path: Path) -> None:
+    save("llama-llama3", tmp_path)
+    (comm,) = open_local(1)
+    bind(comm, "cuda")
+    engine = RankEngine(comm, loaded(tmp_path, "cuda"), options(40, host_kv_memory=1 << 24))
+    engine.join()
+    assert 0 < engine.config.host_staged_from < math.inf
 
 
 def test_a_rank_sends_to_itself_by_nccl() -> None:
