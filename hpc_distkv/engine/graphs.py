@@ -9,8 +9,10 @@ once.
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -149,7 +151,7 @@ class DecodeGraph:
         """Record `compute` without computing; `memory`: a handle of graph memory. Nothing waits for
         the device."""
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), _uncollected():
             self._graph.capture_begin(pool=memory, capture_error_mode="thread_local")
             try:
                 self._hidden = self.compute()
@@ -160,6 +162,19 @@ class DecodeGraph:
         """The hidden states of the numbers it was filled with, until the next step is replayed."""
         self._graph.replay()
         return self._hidden
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without garbage collection. It may find the graphs of a run before, and to destroy one while
+    another is recorded is an error of CUDA's."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _rounded(rows: int) -> int:

@@ -369,7 +369,10 @@ def _blocks_that_fit(
         shares=config.prefix_caching,
         recorded=config.cuda_graphs,
     )
-    peak = activation_peak(model, comm.device, step)
+    try:
+        peak = activation_peak(model, comm.device, step)
+    except flashinfer.FlashInferError as error:
+        raise OptionError(f"--attention-backend flashinfer cannot be: {error}") from error
     peak += config.spare * block_bytes  # beyond the pool
     free = free_memory(comm.device)
     return device_blocks(

@@ -150,7 +150,7 @@ def test_rblocks_in_the_hosts_memory_change_no_token(tmp_path: Path) -> None:
     the host."""
     save("llama-llama3", tmp_path)
     model, rng = loaded(tmp_path, "cuda"), random.Random(5)
-    lengths = [rng.randint(1, 100) for _ in range(20)] + [420]
+    lengths = [rng.randint(1, 100) for _ in range(20)] + [640]
     rows = [
         Request(n, pack_tokens(prompt(length, n)), Sampling(rng.randint(20, 90), 0.8, seed=n))
         for n, length in enumerate(lengths)
