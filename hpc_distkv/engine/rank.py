@@ -318,6 +318,14 @@ def bind(comm: Comm, options: EngineOptions) -> None:
             raise OptionError(f"--attention-backend flashinfer cannot be: {why_not}")
 
 
+def unite(comm: Comm) -> None:
+    """Connect the ranks of this one's instance with each other. Collective: when all have loaded
+    their shards, for a rank that cannot would keep the others waiting; and before pools take the
+    memory that is left. Raises NcclError."""
+    if comm.world.tp > 1:
+        comm.transport.unite(comm)
+
+
 def load_model(comm: Comm, path: str | Path, options: EngineOptions) -> Decoder:
     """Cut the ranks into instances, and load this rank's shard of the decoder in model directory
     `path`. All ranks call it. Raises OptionError and ModelError."""

@@ -13,6 +13,7 @@ from test_cluster import BLOCK, demand_of, options, unconstrained
 from test_migration import migrations, rows_of
 from test_sampling_anywhere import Letters, check_same, rows
 
+from hpc_distkv.api import SetupError, together
 from hpc_distkv.comm.local import open_local, run_local
 from hpc_distkv.comm.schedule import SeededSchedule
 from hpc_distkv.comm.transport import Comm
@@ -104,6 +105,23 @@ def test_ranks_that_do_not_divide_into_instances_are_an_error(tiny_model):
     settings = replace(options(num_blocks=8), tensor_parallel_size=2)
     with pytest.raises(OptionError, match="3 ranks cannot be cut into instances of 2"):
         load_model(open_local(3)[0], tiny_model, settings)
+
+
+def test_a_shard_that_cannot_be_loaded_keeps_nobody_waiting(tiny_model, tmp_path, monkeypatch):
+    """To connect the ranks of an instance takes a round of all ranks, as NCCL's start does."""
+    settings = replace(options(num_blocks=8), tensor_parallel_size=2)
+    comms = open_local(2, stall_timeout=5.0)
+    for comm in comms:
+        monkeypatch.setattr(comm.transport, "unite", lambda comm: comm.share("an id"))
+
+    def work(comm: Comm) -> str:
+        path = tmp_path if comm.world.rank else tiny_model
+        with pytest.raises(SetupError) as said:
+            together(comm, lambda: load_model(comm, path, settings))
+        return str(said.value)
+
+    for said in run_local(comms, work):
+        assert str(tmp_path) in said
 
 
 def test_the_smallest_pool_of_an_instance_counts(tiny_model):
