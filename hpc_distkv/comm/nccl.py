@@ -74,8 +74,7 @@ class Nccl:
                 self._communicator = nccl.NcclCommunicator(len(ranks), identity, ranks.index(me))
             except self._errors as error:
                 raise NcclError(
-                    f"NCCL cannot connect the ranks: {error}; NCCL_DEBUG=WARN makes it say why, "
-                    "and --transport mpi does without it"
+                    f"NCCL cannot connect the ranks: {error}; --transport mpi does without it"
                 ) from error
             self._connect(comm.device.place)
 

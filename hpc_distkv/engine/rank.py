@@ -337,11 +337,17 @@ def load_model(comm: Comm, path: str | Path, options: EngineOptions) -> Decoder:
     world = comm.world
     config, shard = ModelConfig.from_dir(path, options.dummy), Shard(world.lane, world.tp)
     dtype = None if options.dtype == "auto" else options.dtype
-    if options.dummy:
-        decoder = random_decoder(config, dtype, world.lane, comm.device.place, shard)
-    else:
-        relay = LaneBroadcast(comm) if options.load_format == "broadcast" else None
-        decoder = load_decoder(path, config, dtype, comm.device.place, shard, relay)
+    try:
+        if options.dummy:
+            decoder = random_decoder(config, dtype, world.lane, comm.device.place, shard)
+        else:
+            relay = LaneBroadcast(comm) if options.load_format == "broadcast" else None
+            decoder = load_decoder(path, config, dtype, comm.device.place, shard, relay)
+    except torch.OutOfMemoryError as error:
+        raise OptionError(
+            "the GPU has no room for the weights: give more ranks to a replica "
+            f"(--tensor-parallel-size, now {world.tp})"
+        ) from error
     if world.tp > 1:
         decoder.lanes = Group(comm)
     if options.attention_backend != "auto":

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from clusters import Outcome, run_cluster
 from test_cluster import BLOCK, demand_of, options, unconstrained
 from test_migration import migrations, rows_of
@@ -18,6 +19,7 @@ from hpc_distkv.comm.local import open_local, run_local
 from hpc_distkv.comm.schedule import SeededSchedule
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages import Counters, Request, Sampling
+from hpc_distkv.engine import rank
 from hpc_distkv.engine.config import OptionError
 from hpc_distkv.engine.rank import RankEngine, load_model
 from hpc_distkv.model.config import ModelConfig
@@ -105,6 +107,15 @@ def test_ranks_that_do_not_divide_into_instances_are_an_error(tiny_model):
     settings = replace(options(num_blocks=8), tensor_parallel_size=2)
     with pytest.raises(OptionError, match="3 ranks cannot be cut into instances of 2"):
         load_model(open_local(3)[0], tiny_model, settings)
+
+
+def test_weights_that_a_gpu_has_no_room_for_are_said_with_what_to_do(tiny_model, monkeypatch):
+    def no_room(*_: object) -> Decoder:
+        raise torch.OutOfMemoryError("2 GiB")
+
+    monkeypatch.setattr(rank, "load_decoder", no_room)
+    with pytest.raises(OptionError, match="no room for the weights.*--tensor-parallel-size, now 1"):
+        load_model(open_local(1)[0], tiny_model, options(num_blocks=8))
 
 
 def test_a_shard_that_cannot_be_loaded_keeps_nobody_waiting(tiny_model, tmp_path, monkeypatch):
