@@ -19,7 +19,6 @@ from hpc_distkv.comm.local import open_local, run_local
 from hpc_distkv.comm.schedule import SeededSchedule
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages import Counters, Request, Sampling
-from hpc_distkv.engine import rank
 from hpc_distkv.engine.config import OptionError
 from hpc_distkv.engine.rank import RankEngine, load_model
 from hpc_distkv.model.config import ModelConfig
@@ -113,8 +112,8 @@ def test_weights_that_a_gpu_has_no_room_for_are_said_with_what_to_do(tiny_model,
     def no_room(*_: object) -> Decoder:
         raise torch.OutOfMemoryError("2 GiB")
 
-    monkeypatch.setattr(rank, "load_decoder", no_room)
-    with pytest.raises(OptionError, match="no room for the weights.*--tensor-parallel-size, now 1"):
+    monkeypatch.setattr("hpc_distkv.engine.rank.load_decoder", no_room)
+    with pytest.raises(OptionError, match=r"no room for the weights: .*-size, now 1"):
         load_model(open_local(1)[0], tiny_model, options(num_blocks=8))
 
 
