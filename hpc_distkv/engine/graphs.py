@@ -52,6 +52,14 @@ def recordable(model: Model, q: torch.Tensor, k_cache: torch.Tensor) -> bool:
     )
 
 
+def decode_graphs(
+    model: Model, pool: BlockPool, shape: tuple[int, int], wanted: bool
+) -> DecodeGraphs | None:
+    """What records decode steps, where they are `recordable` and that is `wanted`."""
+    kernels = launch.kernels(pool.device) if wanted else None
+    return DecodeGraphs(model, pool, kernels, shape) if kernels else None
+
+
 class DecodeGraphs:
     """The recorded steps of one rank. Owner of the tensors they read and write."""
 

@@ -24,7 +24,7 @@ from hpc_distkv.engine.activations import LargestStep, activation_peak, free_mem
 from hpc_distkv.engine.capacity import device_blocks, host_blocks, tier_blocks
 from hpc_distkv.engine.config import EngineConfig, OptionError
 from hpc_distkv.engine.follower import Follower
-from hpc_distkv.engine.graphs import recordable
+from hpc_distkv.engine.graphs import decode_graphs, recordable
 from hpc_distkv.engine.host import copy_seconds
 from hpc_distkv.engine.interrupt import Interrupt
 from hpc_distkv.engine.lane import Parts
@@ -142,6 +142,8 @@ class RankEngine:
                 f"there is no memory for {self.config.num_blocks} rBlocks of {block_bytes} bytes: "
                 "give less --num-blocks or --kv-memory"
             ) from error
+        self._graphs = decode_graphs(model, self._pool, self._heads, self.config.cuda_graphs)
+        """Of all runs."""
         self._host_pool: BlockPool | None = None
         if self.config.host_blocks:
             self._host_pool = self._host_tier(self.config.host_blocks * block_bytes, options)
@@ -204,17 +206,17 @@ class RankEngine:
         """Work until all requests of rank 0's leader are answered, or `interrupt` of any rank ends
         the run. Collective; `leader` is given on rank 0 alone; `recorder`: is told when what
         happens here. Raises StallError, ProtocolError, and what the leader raises."""
-        heads = (self._model.config.num_heads, self._model.config.head_dim)
         time = TimeSheet(recorder or Recorder())
         parts = Parts(
             self.comm,
             self._model,
             self._pool,
             self.config,
-            heads,
+            self._heads,
             self._decoder,
             time,
             self._host_pool,
+            self._graphs,
         )
         interrupt = interrupt or Interrupt()
         follows = self.comm.world.lane > 0
@@ -284,6 +286,11 @@ class RankEngine:
                 f"the host has no memory for --host-kv-memory ({error}): give less"
             ) from error
         return self._lay_out(self.config.host_blocks, torch.device("cpu"), memory)
+
+    @property
+    def _heads(self) -> tuple[int, int]:
+        """Query heads and head dimension of the shard."""
+        return self._model.config.num_heads, self._model.config.head_dim
 
     def _query_bytes(self) -> int:
         """One query row of one layer."""
