@@ -34,7 +34,7 @@ from hpc_distkv.control.messages import Result, Unfinished
 from hpc_distkv.engine.config import OptionError
 from hpc_distkv.engine.follower import Follower
 from hpc_distkv.engine.interrupt import Interrupt
-from hpc_distkv.engine.rank import EngineOptions, RankEngine, bind, load_model
+from hpc_distkv.engine.rank import EngineOptions, RankEngine, bind, load_model, unite
 from hpc_distkv.engine.worker import Worker
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.errors import ModelError
@@ -166,6 +166,7 @@ class Engine:
         # Stop strings are looked for where a row runs, so every rank has the tokenizer.
         self._tokenizer = self._together(lambda: Tokenizer(model))
         decoder = self._together(lambda: load_model(self.comm, model, settings))
+        unite(self.comm)
         # All ranks of a node have loaded their weights when the first one looks what is left.
         self.rank = self._together(
             lambda: RankEngine(self.comm, decoder, settings, self._tokenizer)

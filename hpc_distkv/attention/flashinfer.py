@@ -43,6 +43,12 @@ BLOCKS_PER_SM, TILE = 2, 128
 HEAD_DIMS = (64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16)
 LN_2 = math.log(2.0)
+MOST_SAID = 1000
+"""Characters of what a compiler says: the last ones."""
+
+
+class FlashInferError(RuntimeError):
+    """Its kernels cannot be compiled here."""
 
 
 def missing() -> str | None:
@@ -203,29 +209,38 @@ class FlashInfer:
         spec: AttentionSpec,
         causal: bool,
     ) -> Any:
-        """A wrapper that has planned this batch, on the current stream, and serves it alone."""
+        """A wrapper that has planned this batch, on the current stream, and serves it alone. Raises
+        FlashInferError."""
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         _, kv_heads, block_size, dim = k_cache.shape
         group = q.shape[1] // kv_heads
         idle = self._idle[stream, q.dtype, group, dim]
         at = next((at for at, (_, over) in enumerate(idle) if over is None or over.query()), None)
         wrapper = self._new(stream, group, dim) if at is None else idle.pop(at)[0]
-        wrapper.plan(
-            layout.qo_indptr,
-            layout.kv_indptr,
-            layout.kv_indices,
-            layout.last_page_len,
-            q.shape[1],
-            kv_heads,
-            dim,
-            block_size,
-            causal=causal,
-            sm_scale=spec.scale,
-            window_left=spec.window - 1,
-            logits_soft_cap=spec.softcap,
-            q_data_type=q.dtype,
-            kv_data_type=q.dtype,
-        )
+        try:
+            wrapper.plan(
+                layout.qo_indptr,
+                layout.kv_indptr,
+                layout.kv_indices,
+                layout.last_page_len,
+                q.shape[1],
+                kv_heads,
+                dim,
+                block_size,
+                causal=causal,
+                sm_scale=spec.scale,
+                window_left=spec.window - 1,
+                logits_soft_cap=spec.softcap,
+                q_data_type=q.dtype,
+                kv_data_type=q.dtype,
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, RuntimeError) as error:  # The first plan of a form compiles its kernels.
+            raise FlashInferError(
+                f"FlashInfer cannot compile its kernels ({str(error)[-MOST_SAID:]}): it needs nvcc "
+                "and ninja on PATH, or what 'flashinfer install-jit-cache-wheel' installs"
+            ) from error
 
         def give_back() -> None:
             idle.append((wrapper, None if stream is None else stream.record_event()))

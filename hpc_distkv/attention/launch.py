@@ -40,7 +40,7 @@ def interpreted() -> bool:
 
 def kernels(device: torch.device) -> Kernels | None:
     """The kernels for tensors on `device`; None for the CPU, unless Triton is interpreted, and
-    where there is no Triton (one warning says so)."""
+    where there is no Triton that can compile (one warning says so)."""
     if device.type == "cuda" or (device.type == "cpu" and interpreted()):
         return _kernels(device)
     return None
@@ -50,15 +50,25 @@ def kernels(device: torch.device) -> Kernels | None:
 def _kernels(device: torch.device) -> Kernels | None:
     try:
         from hpc_distkv.attention import triton_kernels
-    except ImportError as error:
+
+        if device.type == "cuda":
+            _reach_gpu()
+    except Exception as error:  # of many kinds, where it finds no compiler, headers or libcuda
         log.warning(
             "no Triton kernels, attention on the GPU falls back to torch and is many times slower; "
-            "install the triton that belongs to torch %s (%s)",
+            "install the triton that belongs to torch %s, a C compiler and Python's headers (%s)",
             torch.__version__,
             error,
         )
         return None
     return Kernels(triton_kernels, _processors(device))
+
+
+def _reach_gpu() -> None:
+    """Have Triton build what it launches by: with the machine's C compiler, once."""
+    from triton.runtime import driver
+
+    driver.active.get_current_target()
 
 
 def _processors(device: torch.device) -> Processors:

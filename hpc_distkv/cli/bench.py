@@ -32,13 +32,14 @@ def _measured(options: dict[str, Any], measure: Measure) -> None:
 
     def work(comm: Comm) -> int:
         from hpc_distkv.api import together
-        from hpc_distkv.engine.rank import bind, load_model
+        from hpc_distkv.engine.rank import bind, load_model, unite
         from hpc_distkv.model.config import ModelConfig
 
         engine_settings = set_options(options)
         together(comm, lambda: ModelConfig.from_dir(options["model"], engine_settings.dummy))
         together(comm, lambda: bind(comm, engine_settings))
         model = together(comm, lambda: load_model(comm, options["model"], engine_settings))
+        unite(comm)
         figures = measure(comm, model, engine_settings)
         if comm.world.rank == 0:
             click.echo(json.dumps({"ranks": comm.world.size, **figures}, indent=2))
@@ -272,7 +273,7 @@ def policies(**options: Any) -> None:
 
     def measure(comm: Comm, model: Decoder, settings: EngineOptions) -> dict[str, Any]:
         from hpc_distkv.api import SetupError, together
-        from hpc_distkv.engine.rank import RankEngine
+        from hpc_distkv.engine.rank import RankEngine, unite
         from hpc_distkv.observe.policies import check_fit, compare, draw, engine_of, way
         from hpc_distkv.simulate.trace import Trace
 
@@ -298,6 +299,7 @@ def policies(**options: Any) -> None:
 
         requests, engines = together(comm, traces), together(comm, engines_of_ways)
         for engine in engines.values():
+            unite(engine.comm)
             engine.join()
         for rows in requests.values():
             together(comm, partial(check_fit, engines, rows))

@@ -36,10 +36,9 @@ class Group:
     """
 
     def __init__(self, comm: Comm) -> None:
-        """Collective over all ranks, once instances are formed and tensors have their way."""
+        """Once instances are formed and tensors have their way (`Transport.unite`)."""
         world = comm.world
         self._transport = comm.transport
-        self._transport.unite(comm)
         self._lane, self._ranks = world.lane, world.lanes
         self._others = [rank for rank in self._ranks if rank != world.rank]
         self._calls = 0

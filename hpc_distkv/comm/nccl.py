@@ -73,7 +73,9 @@ class Nccl:
             try:
                 self._communicator = nccl.NcclCommunicator(len(ranks), identity, ranks.index(me))
             except self._errors as error:
-                raise NcclError(f"NCCL cannot connect the ranks: {error}") from error
+                raise NcclError(
+                    f"NCCL cannot connect the ranks: {error}; --transport mpi does without it"
+                ) from error
             self._connect(comm.device.place)
 
     def within(self, comm: Comm) -> Nccl:
@@ -105,11 +107,13 @@ class Nccl:
         return passed(stream)
 
     def check(self) -> None:
-        """Raise NcclError if a peer is gone, and let go of what waits for it."""
+        """Raise NcclError if a peer is gone, and let go of what waits for it. That may hang itself:
+        then the job ends after the stall timeout."""
         try:
             self._communicator.check_async_error()
         except self._errors as error:
-            self._communicator.abort()
+            with self._guarded(f"NCCL to give up after {error}"):
+                self._communicator.abort()
             raise NcclError(f"a GPU of another rank does not answer any more: {error}") from error
 
     def close(self) -> None:

@@ -9,8 +9,10 @@ once.
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,6 +50,14 @@ def recordable(model: Model, q: torch.Tensor, k_cache: torch.Tensor) -> bool:
         model.unconditional and spec.backend == "auto" and kernels.serves(q, k_cache, spec)
         for spec in model.attention
     )
+
+
+def decode_graphs(
+    model: Model, pool: BlockPool, shape: tuple[int, int], wanted: bool
+) -> DecodeGraphs | None:
+    """What records decode steps, where they are `recordable` and that is `wanted`."""
+    kernels = launch.kernels(pool.device) if wanted else None
+    return DecodeGraphs(model, pool, kernels, shape) if kernels else None
 
 
 class DecodeGraphs:
@@ -149,7 +159,7 @@ class DecodeGraph:
         """Record `compute` without computing; `memory`: a handle of graph memory. Nothing waits for
         the device."""
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), _uncollected():
             self._graph.capture_begin(pool=memory, capture_error_mode="thread_local")
             try:
                 self._hidden = self.compute()
@@ -160,6 +170,19 @@ class DecodeGraph:
         """The hidden states of the numbers it was filled with, until the next step is replayed."""
         self._graph.replay()
         return self._hidden
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without garbage collection. It may find the graphs of a run before, and to destroy one while
+    another is recorded is an error of CUDA's."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _rounded(rows: int) -> int:

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 
-from hpc_distkv.attention import launch
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.work import work
 from hpc_distkv.engine.config import EngineConfig
@@ -55,14 +54,8 @@ class Parts(NamedTuple):
     time: TimeSheet
     host_pool: BlockPool | None = None
     """rBlocks in the host's memory."""
-
-
-def decode_graphs(parts: Parts) -> DecodeGraphs | None:
-    """What records decode steps, where that can be done."""
-    kernels = launch.kernels(parts.pool.device)
-    if not parts.config.cuda_graphs or kernels is None:
-        return None
-    return DecodeGraphs(parts.model, parts.pool, kernels, parts.shape)
+    graphs: DecodeGraphs | None = None
+    """Recorded decode steps, where steps can be recorded."""
 
 
 class Lane:
@@ -100,7 +93,7 @@ class Lane:
             between_layers,
             pause,
             parts.time.recorder,
-            decode_graphs(parts),
+            parts.graphs,
         )
         self._lanes = parts.model.lanes
         self._block_size = pool.block_size

@@ -25,7 +25,7 @@ from hpc_distkv.engine.activations import LargestStep, activation_peak, free_mem
 from hpc_distkv.engine.capacity import device_blocks, host_blocks, tier_blocks
 from hpc_distkv.engine.config import EngineConfig, OptionError
 from hpc_distkv.engine.follower import Follower
-from hpc_distkv.engine.graphs import recordable
+from hpc_distkv.engine.graphs import decode_graphs, recordable
 from hpc_distkv.engine.host_costs import copy_seconds, staged_from
 from hpc_distkv.engine.interrupt import Interrupt
 from hpc_distkv.engine.lane import Parts
@@ -143,6 +143,8 @@ class RankEngine:
                 f"there is no memory for {self.config.num_blocks} rBlocks of {block_bytes} bytes: "
                 "give less --num-blocks or --kv-memory"
             ) from error
+        self._graphs = decode_graphs(model, self._pool, self._heads, self.config.cuda_graphs)
+        """Of all runs."""
         self._host_pool: BlockPool | None = None
         if self.config.host_blocks:
             self._host_pool = self._host_tier(self.config.host_blocks * block_bytes, options)
@@ -206,17 +208,17 @@ class RankEngine:
         """Work until all requests of rank 0's leader are answered, or `interrupt` of any rank ends
         the run. Collective; `leader` is given on rank 0 alone; `recorder`: is told when what
         happens here. Raises StallError, ProtocolError, and what the leader raises."""
-        heads = (self._model.config.num_heads, self._model.config.head_dim)
         time = TimeSheet(recorder or Recorder())
         parts = Parts(
             self.comm,
             self._model,
             self._pool,
             self.config,
-            heads,
+            self._heads,
             self._decoder,
             time,
             self._host_pool,
+            self._graphs,
         )
         interrupt = interrupt or Interrupt()
         follows = self.comm.world.lane > 0
@@ -294,8 +296,13 @@ class RankEngine:
             return 0.0, -math.inf
         pools = self.comm, self._pool, self._host_pool
         spec = self._model.attention[0]
-        rows = staged_from(*pools, self._model.config.num_heads, spec)
+        rows = staged_from(*pools, self._heads[0], spec)
         return -copy_seconds(*pools), -rows
+
+    @property
+    def _heads(self) -> tuple[int, int]:
+        """Query heads and head dimension of the shard."""
+        return self._model.config.num_heads, self._model.config.head_dim
 
     def _query_bytes(self) -> int:
         """One query row of one layer."""
@@ -330,6 +337,14 @@ def bind(comm: Comm, options: EngineOptions) -> None:
             raise OptionError(f"--attention-backend flashinfer cannot be: {why_not}")
 
 
+def unite(comm: Comm) -> None:
+    """Connect the ranks of this one's instance with each other. Collective: when all have loaded
+    their shards, for a rank that cannot would keep the others waiting; and before pools take the
+    memory that is left. Raises NcclError."""
+    if comm.world.tp > 1:
+        comm.transport.unite(comm)
+
+
 def load_model(comm: Comm, path: str | Path, options: EngineOptions) -> Decoder:
     """Cut the ranks into instances, and load this rank's shard of the decoder in model directory
     `path`. All ranks call it. Raises OptionError and ModelError."""
@@ -341,11 +356,17 @@ def load_model(comm: Comm, path: str | Path, options: EngineOptions) -> Decoder:
     world = comm.world
     config, shard = ModelConfig.from_dir(path, options.dummy), Shard(world.lane, world.tp)
     dtype = None if options.dtype == "auto" else options.dtype
-    if options.dummy:
-        decoder = random_decoder(config, dtype, world.lane, comm.device.place, shard)
-    else:
-        relay = LaneBroadcast(comm) if options.load_format == "broadcast" else None
-        decoder = load_decoder(path, config, dtype, comm.device.place, shard, relay)
+    try:
+        if options.dummy:
+            decoder = random_decoder(config, dtype, world.lane, comm.device.place, shard)
+        else:
+            relay = LaneBroadcast(comm) if options.load_format == "broadcast" else None
+            decoder = load_decoder(path, config, dtype, comm.device.place, shard, relay)
+    except torch.OutOfMemoryError as error:
+        raise OptionError(
+            "the GPU has no room for the weights: give more ranks to a replica "
+            f"(--tensor-parallel-size, now {world.tp})"
+        ) from error
     if world.tp > 1:
         decoder.lanes = Group(comm)
     if options.attention_backend != "auto":
@@ -382,7 +403,10 @@ def _blocks_that_fit(
         recorded=config.cuda_graphs,
         stages=bool(config.host_blocks),
     )
-    peak = activation_peak(model, comm.device, step)
+    try:
+        peak = activation_peak(model, comm.device, step)
+    except flashinfer.FlashInferError as error:
+        raise OptionError(f"--attention-backend flashinfer cannot be: {error}") from error
     peak += config.spare * block_bytes  # beyond the pool
     free = free_memory(comm.device)
     return device_blocks(

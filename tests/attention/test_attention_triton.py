@@ -41,3 +41,21 @@ def test_without_triton_a_gpu_falls_back_to_torch_with_a_warning(monkeypatch, ca
     launch._kernels.cache_clear()
     (record,) = caplog.records
     assert "install the triton that belongs to torch" in record.getMessage()
+
+
+def test_without_a_compiler_a_gpu_falls_back_to_torch_with_a_warning(monkeypatch, caplog):
+    """Triton looks for one when it is first used."""
+    runtime = pytest.importorskip("triton.runtime")
+
+    class Driver:
+        @property
+        def active(self) -> None:
+            raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(runtime, "driver", Driver())
+    launch._kernels.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert launch.kernels(torch.device("cuda", 0)) is None
+    launch._kernels.cache_clear()
+    (record,) = caplog.records
+    assert "a C compiler and Python's headers (Failed to find C" in record.getMessage()

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from hpc_distkv.attention import PagedRow, flashinfer, micro_attention
 from hpc_distkv.comm.local import open_local
+from hpc_distkv.engine import rank
 from hpc_distkv.engine.config import OptionError
 from hpc_distkv.engine.rank import EngineOptions, bind
 
@@ -160,6 +161,32 @@ def test_without_gpus_it_is_refused_at_start():
     (comm,) = open_local(1)
     with pytest.raises(OptionError, match="--attention-backend flashinfer cannot be: it needs GPU"):
         bind(comm, EngineOptions(device="cpu", attention_backend="flashinfer"))
+
+
+@pytest.mark.parametrize(
+    ("trouble", "said"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "ninja"), "directory: 'ninja'"),
+        (RuntimeError("Ninja build failed" + 5000 * "." + "error: sm_999"), r"\.{900}.*sm_999"),
+    ],
+    ids=["no ninja", "no compiler"],
+)
+def test_kernels_that_cannot_be_compiled_are_an_option_that_cannot_be(
+    wrappers, monkeypatch, trouble, said
+):
+    def plan(*_: object, **__: object) -> None:
+        raise trouble
+
+    monkeypatch.setattr(double.BatchPrefillWithPagedKVCacheWrapper, "plan", plan)
+    case = own(random_case(8, shapes=[(1, 40)], dim=64, dtype=torch.float16), 0)
+    monkeypatch.setattr(rank, "activation_peak", lambda *_: run(case))
+    comm = SimpleNamespace(
+        device=SimpleNamespace(place=SimpleNamespace(type="cuda")), world=open_local(1)[0].world
+    )
+    config = rank.EngineConfig(num_blocks=1, block_size=16)
+    pattern = rf"(?s)^--attention-backend flashinfer cannot be: FlashInfer.{{0,1000}}{said}.*nvcc"
+    with pytest.raises(OptionError, match=pattern):
+        rank._blocks_that_fit(comm, None, EngineOptions(), config, 1)
 
 
 @pytest.mark.skipif(

@@ -64,6 +64,8 @@ def test_merges():
         (tuning.decode_kernel, 128, 90),
         (tuning.prefill_kernel, 128, 90),
         (tuning.decode_kernel, 64, 80),
+        (tuning.decode_kernel, 64, 100),
+        (tuning.prefill_kernel, 128, 100),
     ],
 )
 def test_attention_takes_no_more_shared_memory_than_it_is_chosen_by(choose, dim, arch):

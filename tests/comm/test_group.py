@@ -37,6 +37,7 @@ def in_steps(promise):
 
     class Steps(Group):
         def __init__(self, comm: Comm) -> None:
+            comm.transport.unite(comm)
             super().__init__(comm)
             self.begin(apart=True)
 

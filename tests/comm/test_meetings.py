@@ -128,6 +128,7 @@ def test_a_circle_of_debts_is_served():
 def step_of_instance(comm: Comm, graph: dict[int, dict[int, int]], apart: set[int]) -> None:
     """One step of a rank in an instance of two, with a sum in every layer; those of the instances
     `apart` wait for no other."""
+    comm.transport.unite(comm)
     group, world = Group(comm), comm.world
     group.begin(world.instance in apart)
 

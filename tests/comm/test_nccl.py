@@ -188,3 +188,19 @@ def test_what_nccl_refuses_is_said(library):
     fabric._communicator.send = refuse
     with pytest.raises(NcclError, match="refuses messages with rank 0: unhandled system error"):
         fabric.meet([Message(0, True, torch.zeros(1))])
+
+
+def test_a_peer_that_is_gone_ends_the_job_even_if_giving_up_hangs(library, capsys):
+    (comm,) = open_local(1, stall_timeout=0.3)
+    fabric, ended = Nccl(comm, range(1)), threading.Event()
+    comm.abort = lambda status: ended.set()
+
+    def gone() -> None:
+        raise KeyError(6)  # what CuPy makes of codes that it has no name for
+
+    fabric._communicator.check_async_error = gone
+    fabric._communicator.abort = lambda: ended.wait(LONG)
+    with pytest.raises(NcclError, match="a GPU of another rank does not answer any more: 6"):
+        fabric.check()
+    assert ended.is_set()
+    assert "NCCL to give up after 6: nothing moved for 0.3 s" in capsys.readouterr().err

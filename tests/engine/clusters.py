@@ -10,7 +10,7 @@ from hpc_distkv.comm.schedule import SeededSchedule
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages import Counters, Request, Result, Unfinished, unpack_tokens
 from hpc_distkv.engine.interrupt import Interrupt
-from hpc_distkv.engine.rank import EngineOptions, RankEngine
+from hpc_distkv.engine.rank import EngineOptions, RankEngine, unite
 from hpc_distkv.engine.stop import TextDecoder
 from hpc_distkv.model.decoder import Decoder
 
@@ -76,6 +76,7 @@ def run_cluster(
         own = model[comm.world.rank] if isinstance(model, Mapping) else model
         if tp > 1:
             own.lanes = Group(comm)
+        unite(comm)
         engine = RankEngine(comm, own, options, decoder)
         engine.join()
         leader = Collect(engine, requests) if comm.world.rank == 0 else None

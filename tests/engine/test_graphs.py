@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 
 from hpc_distkv.attention import PagedBatch, PagedRow
 from hpc_distkv.engine import graphs
-from hpc_distkv.engine.graphs import RECORDED_AFTER, DecodeGraphs
+from hpc_distkv.engine.graphs import RECORDED_AFTER, DecodeGraph, DecodeGraphs
 from hpc_distkv.engine.inputs import Inputs
 
 DONE: list[str] = []
@@ -94,3 +96,27 @@ def test_the_least_recently_used_form_makes_place(table):
 def test_steps_of_as_many_rows_up_to_rounding_share_a_form(table):
     assert [step(table, rows) for rows in (3, 4, 3)] == FIRST
     assert step(table, 4) == "replay"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_is_collected_while_a_step_is_recorded(monkeypatch, fails):
+    """Else graphs of an earlier run may be destroyed then, which CUDA forbids."""
+    collecting = []
+
+    def compute() -> torch.Tensor:
+        collecting.append(gc.isenabled())
+        if fails:
+            raise RuntimeError("out of memory")
+        return torch.zeros(1)
+
+    graph = SimpleNamespace(
+        capture_begin=lambda **_: collecting.append(gc.isenabled()),
+        capture_end=lambda: collecting.append(gc.isenabled()),
+    )
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", object)
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    with pytest.raises(RuntimeError) if fails else nullcontext():
+        DecodeGraph.record(SimpleNamespace(compute=compute, _graph=graph), stream, (0, 1))
+    assert collecting == [False] * 3
+    assert gc.isenabled()

@@ -13,8 +13,10 @@ from test_cluster import options, tiny_decoder
 from test_shared import BLOCK, DIM, HEADS, KV_HEADS, rows_of
 
 from hpc_distkv.attention import AttentionSpec, micro_attention, rotate_and_write
+from hpc_distkv.comm.local import open_local
 from hpc_distkv.comm.schedule import SeededSchedule
-from hpc_distkv.engine import lane
+from hpc_distkv.control.messages import Counters
+from hpc_distkv.engine import rank
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.inputs import read
 from hpc_distkv.memory.pool import BlockPool
@@ -72,7 +74,28 @@ def test_steps_that_are_rounded_up_change_no_token(monkeypatch, seed):
     model, rows = tiny_decoder(), stopping(30, random.Random(seed))
     want = run_cluster(model, rows, 1, options(4000)).tokens
     monkeypatch.setattr(EngineConfig, "spare", 1)
-    monkeypatch.setattr(lane, "decode_graphs", lambda parts: Replayed(parts.model, parts.pool))
+    monkeypatch.setattr(rank, "decode_graphs", lambda model, pool, *_: Replayed(model, pool))
     schedule = SeededSchedule(seed)
     assert run_cluster(model, rows, 1, options(200), schedule, prepare=be_late).tokens == want
     assert Replayed.steps > 10
+
+
+def test_recorded_steps_serve_all_runs_of_an_engine(monkeypatch):
+    """Else those of a run before keep their memory for as long as anybody has its worker."""
+    made, used = [], []
+    (comm,) = open_local(1)
+    monkeypatch.setattr(rank, "decode_graphs", lambda *_: made.append(object()) or made[-1])
+    monkeypatch.setattr(rank, "Worker", lambda parts, *_: used.append(parts) or Ended())
+    engine = rank.RankEngine(comm, tiny_decoder(), options(10))
+    for _ in range(2):
+        engine.run()
+    assert [parts.graphs for parts in used] == made * 2
+
+
+class Ended:
+    """The worker of a run without rows."""
+
+    counters = Counters()
+
+    def run(self) -> None:
+        pass

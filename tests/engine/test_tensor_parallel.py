@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from clusters import Outcome, run_cluster
 from test_cluster import BLOCK, demand_of, options, unconstrained
 from test_migration import migrations, rows_of
 from test_sampling_anywhere import Letters, check_same, rows
 
+from hpc_distkv.api import SetupError, together
 from hpc_distkv.comm.local import open_local, run_local
 from hpc_distkv.comm.schedule import SeededSchedule
 from hpc_distkv.comm.transport import Comm
@@ -104,6 +106,32 @@ def test_ranks_that_do_not_divide_into_instances_are_an_error(tiny_model):
     settings = replace(options(num_blocks=8), tensor_parallel_size=2)
     with pytest.raises(OptionError, match="3 ranks cannot be cut into instances of 2"):
         load_model(open_local(3)[0], tiny_model, settings)
+
+
+def test_weights_that_a_gpu_has_no_room_for_are_said_with_what_to_do(tiny_model, monkeypatch):
+    def no_room(*_: object) -> Decoder:
+        raise torch.OutOfMemoryError("2 GiB")
+
+    monkeypatch.setattr("hpc_distkv.engine.rank.load_decoder", no_room)
+    with pytest.raises(OptionError, match=r"no room for the weights: .*-size, now 1"):
+        load_model(open_local(1)[0], tiny_model, options(num_blocks=8))
+
+
+def test_a_shard_that_cannot_be_loaded_keeps_nobody_waiting(tiny_model, tmp_path, monkeypatch):
+    """To connect the ranks of an instance takes a round of all ranks, as NCCL's start does."""
+    settings = replace(options(num_blocks=8), tensor_parallel_size=2)
+    comms = open_local(2, stall_timeout=5.0)
+    for comm in comms:
+        monkeypatch.setattr(comm.transport, "unite", lambda comm: comm.share("an id"))
+
+    def work(comm: Comm) -> str:
+        path = tmp_path if comm.world.rank else tiny_model
+        with pytest.raises(SetupError) as said:
+            together(comm, lambda: load_model(comm, path, settings))
+        return str(said.value)
+
+    for said in run_local(comms, work):
+        assert str(tmp_path) in said
 
 
 def test_the_smallest_pool_of_an_instance_counts(tiny_model):
