@@ -69,7 +69,7 @@ class RecordedFabric:
     def pass_mark(self, marks: list[Late]) -> None:
         marks.pop(0).past = True
 
-    def hop(self, comm: Comm, messages: Sequence[Message]) -> Late:
+    def hop(self, comm: Comm, messages: Sequence[Message]) -> None:
         """The host stands still until all ranks of the instance have asked for the hop, as it may
         in any call that waits for the GPU; it serves nobody meanwhile."""
         rank, ranks = comm.world.rank, comm.world.lanes
@@ -81,9 +81,7 @@ class RecordedFabric:
         if own:  # the first that sees all of them
             self.move({other: self.asked[other].pop() for other in ranks})
             self.hops.append(tuple(ranks))
-        event = Late()
-        self.tails[rank].append(event)
-        return event
+            self.marks[rank].append(Late())  # an event, so that those that stand still look again
 
     def move(self, hop: dict[int, Sequence[Message]]) -> None:
         """Every send of a hop meets its receive."""
@@ -153,7 +151,16 @@ class Inside(End):
         self.comm = comm
 
     def meet(self, messages: Sequence[Message]) -> Late:
-        return self.fabric.hop(self.comm, messages)
+        self.ask(messages)
+        return self.mark()
+
+    def ask(self, messages: Sequence[Message]) -> None:
+        self.fabric.hop(self.comm, messages)
+
+    def mark(self) -> Late:
+        event = Late()
+        self.fabric.tails[self.rank].append(event)
+        return event
 
 
 def connect(comms: Sequence[Comm]) -> RecordedFabric:

@@ -24,6 +24,16 @@ class Event(Protocol):
         """Whether it has passed. Never blocks."""
 
 
+class Recorded(Protocol):
+    """What a device was asked for, to be asked for again: a CUDA graph."""
+
+    def replay(self) -> None:
+        """Ask for all of it, on the current stream."""
+
+    def reset(self) -> None:
+        """Forget it."""
+
+
 class Passed:
     """A moment that has passed."""
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from itertools import pairwise
 
 import torch
 
+from hpc_distkv.comm.device import Recorded
 from hpc_distkv.comm.transport import WITHIN, Comm, Pairs
 
 DIRECT_BYTES = 32 << 10
@@ -24,9 +26,10 @@ class Group:
 
     Hops go one of two ways, and all lanes choose the same. In steps that wait for other instances
     (those with loans) they go as all other tensors do, on a channel of their own, and the host
-    waits. In other steps only the first sum does: then every lane has begun the step, and comes to
-    its end whatever happens elsewhere. So from there on hops are ordered with what is computed
-    (`Transport.hop`), where the transport has a way for that, and no host waits.
+    waits. In other steps the hosts tell each other that they begin: then every lane comes to the
+    end of the step whatever happens elsewhere. So hops are ordered with what is computed
+    (`Transport.hop`), where the transport has a way for that, and no host waits; they may be part
+    of what is recorded and replayed.
 
     Why no wait lasts for ever: the lanes of an instance take the same steps in the same order
     (`engine.follower`), so the n-th call of each is the same collective; all its sends and receives
@@ -42,9 +45,8 @@ class Group:
         self._lane, self._ranks = world.lane, world.lanes
         self._others = [rank for rank in self._ranks if rank != world.rank]
         self._calls = 0
-        self._apart = self._begun = False
-        self._room = torch.empty(0, dtype=torch.uint8)
-        """For what is received; it grows to the largest tensor and stays."""
+        self._apart = False
+        """Whether no host waits in this step."""
 
     def rehearsal(self) -> Group:
         """One that takes the same memory, and exchanges nothing with anybody."""
@@ -52,15 +54,37 @@ class Group:
 
     def begin(self, apart: bool) -> None:
         """A step begins; `apart`: all lanes come to its end whatever becomes of other instances."""
-        self._apart, self._begun = apart, False
+        self._apart = apart and self._transport.hops
+        if self._apart:
+            here, *there = torch.zeros((len(self._ranks), 1), dtype=torch.int64)  # on the host
+            begun = list(zip(self._others, there, strict=True))
+            self._wait([(rank, here) for rank in self._others], begun)
+
+    @property
+    def alone(self) -> bool:
+        """Never."""
+        return False
+
+    @property
+    def recordable(self) -> bool:
+        """Whether no host waits in steps apart."""
+        return self._transport.hops
+
+    def recording(self, recorded: Recorded) -> AbstractContextManager[object]:
+        """As `Transport.recording`."""
+        return self._transport.recording(recorded)
+
+    def replay(self, recorded: Recorded) -> None:
+        """As `Transport.replay`, in a step apart."""
+        assert self._apart
+        self._transport.replay(recorded)
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
-        """Lane 0's `x` (contiguous, of one shape and dtype) on all lanes, in place. The host waits:
-        it comes first in a step, and shows no lane that all others have begun it."""
+        """Lane 0's `x` (contiguous, of one shape and dtype) on all lanes, in place."""
         if self._lane:
-            self._wait([], [(self._ranks[0], x)])
+            self._exchange([], [(self._ranks[0], x)])
         else:
-            self._wait([(rank, x) for rank in self._others], [])
+            self._exchange([(rank, x) for rank in self._others], [])
         return x
 
     def total(self, x: torch.Tensor) -> torch.Tensor:
@@ -84,7 +108,7 @@ class Group:
 
     def _sum_direct(self, x: torch.Tensor) -> None:
         """Everybody gets everything and sums by itself."""
-        others = self._rows(x, len(self._others))
+        others = x.new_empty((len(self._others), len(x)))
         self._exchange(
             [(rank, x) for rank in self._others], list(zip(self._others, others, strict=True))
         )
@@ -96,7 +120,7 @@ class Group:
         edges = [len(x) * lane // lanes for lane in range(lanes + 1)]
         shares = {rank: x[a:b] for rank, (a, b) in zip(self._ranks, pairwise(edges), strict=True)}
         mine = shares.pop(self._ranks[self._lane])
-        others = self._rows(mine, lanes - 1)
+        others = mine.new_empty((lanes - 1, len(mine)))
         self._exchange(list(shares.items()), list(zip(self._others, others, strict=True)))
         self._sum(mine, others, mine)
         self._exchange([(rank, mine) for rank in self._others], list(shares.items()))
@@ -109,18 +133,9 @@ class Group:
             total += part
         out.copy_(total)
 
-    def _rows(self, like: torch.Tensor, count: int) -> torch.Tensor:
-        """Room for `count` tensors like a flat one."""
-        needed = count * like.nbytes
-        if self._room.nbytes < needed:
-            self._room = torch.empty(needed, dtype=torch.uint8, device=like.device)
-        return self._room[:needed].view(like.dtype).view(count, len(like))
-
     def _exchange(self, sends: Pairs, recvs: Pairs) -> None:
-        if self._apart and self._begun and self._transport.hop(sends, recvs):
-            return
-        self._wait(sends, recvs)
-        self._begun = True
+        if not (self._apart and self._transport.hop(sends, recvs)):
+            self._wait(sends, recvs)
 
     def _wait(self, sends: Pairs, recvs: Pairs) -> None:
         self._calls += 1
@@ -133,7 +148,6 @@ class Rehearsal(Group):
 
     def __init__(self, group: Group) -> None:
         self.__dict__ |= group.__dict__
-        self._room = torch.empty(0, dtype=torch.uint8)
 
     def _exchange(self, sends: Pairs, recvs: Pairs) -> None:
         """Nothing."""

@@ -30,10 +30,11 @@ NVIDIA says that operations of one must be over before the other's begin, in the
 ranks: what waits on a GPU for another rank holds processors and may hold up whole streams and calls
 of the host. So a rank is in a meeting or in hops, never in both: it begins a meeting when its hops
 have passed, and asks for a hop when it is in no meeting, and when none is left that it could begin.
+A recorded step is replayed as if its hops were asked for one after another.
 
 Why that never lasts for ever either. A hop that all ranks of the instance have asked for is over by
-itself, as meetings are. All of them begin a step together and come to each of its hops unless they
-are stuck (`group`). Suppose ranks are stuck: in a meeting as the lower side, or in hops that not
+itself, as meetings are. All of them know that all have begun the step, and come to each of its hops
+unless they are stuck (`group`). Suppose ranks are stuck: in a meeting as the lower side, or in hops that not
 all have asked for, or before one of these. Take the highest instance I that has such ranks, and of
 these one that has asked for the fewest hops and posted the fewest messages within I: r. All its
 hops are asked for by everybody in I, so they pass. If r is in a meeting as the lower side, with a
@@ -47,14 +48,23 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
+from weakref import WeakSet
 
 import msgspec
 import torch
 
-from hpc_distkv.comm.device import Event
-from hpc_distkv.comm.transport import TO_CREDITOR, Comm, Mail, Pairs, Pending, Transport
+from hpc_distkv.comm.device import Event, Recorded
+from hpc_distkv.comm.transport import (
+    TO_CREDITOR,
+    Comm,
+    Mail,
+    Pairs,
+    Pending,
+    Transport,
+)
 from hpc_distkv.comm.waiter import Waiter
 
 CHECK_SECONDS = 0.1
@@ -90,6 +100,9 @@ class Fabric(Protocol):
     def meet(self, messages: Sequence[Message]) -> Event:
         """Ask for messages, all at once; the event passes when they have. The peers (of a meeting
         one) ask for the same ones in the same order."""
+
+    def ask(self, messages: Sequence[Message]) -> None:
+        """The same, without an event: of a stream that is recorded."""
 
     def within(self, comm: Comm) -> Fabric:
         """Another one, for hops between the ranks of this rank's instance, on the current stream.
@@ -149,6 +162,10 @@ class MeetingTransport(Transport):
         self._meeting: tuple[Event, list[Post]] | None = None
         self._within: Fabric | None = None
         """For hops."""
+        self._recording = False
+        """Whether hops are recorded, and not carried out."""
+        self._recorded: WeakSet[Recorded] = WeakSet()
+        """What has hops in it."""
         self._hop: Event | None = None
         """The last one, until it has passed."""
         self._lanes: list[int] = []
@@ -186,19 +203,51 @@ class MeetingTransport(Transport):
         self._within = self._fabric.within(comm)
         self._lanes = [rank for rank in comm.world.lanes if rank != self._me]
 
+    @property
+    def hops(self) -> bool:
+        """Whether this rank's instance has a fabric."""
+        return self._within is not None
+
     def hop(self, sends: Pairs, recvs: Pairs) -> bool:
         """Ask for a hop within the instance."""
         tensors = [tensor for _, tensor in (*sends, *recvs)]
         if self._within is None or not all(map(self._fabric.holds, tensors)):
             return False
-        self._waiter.until(lambda: self._free or None, "messages to pass", self._held_by)
         messages = [Message(peer, True, tensor) for peer, tensor in sends]
         messages += [Message(peer, False, tensor) for peer, tensor in recvs]
-        self._hop = self._within.meet(messages)
+        if self._recording:
+            self._within.ask(messages)
+        else:
+            self._await_meetings()
+            self._hop = self._within.meet(messages)
         return True
 
+    @contextmanager
+    def recording(self, recorded: Recorded) -> Iterator[None]:
+        """Nothing is polled in this block: events are not to be looked at meanwhile."""
+        self._recording = True
+        self._recorded.add(recorded)
+        try:
+            yield
+        finally:
+            self._recording = False
+
+    def replay(self, recorded: Recorded) -> None:
+        """As if its hops were asked for one after another."""
+        if self._within is None:
+            recorded.replay()
+            return
+        self._await_meetings()
+        recorded.replay()
+        self._hop = self._within.mark()
+
+    def _await_meetings(self) -> None:
+        self._waiter.until(lambda: self._free or None, "messages to pass", self._held_by)
+
     def close(self) -> None:
-        """Close the fabrics."""
+        """Close the fabrics, which waits for what was recorded of them to be forgotten."""
+        for recorded in self._recorded:
+            recorded.reset()
         for fabric in (self._within, self._fabric):
             if fabric is not None:
                 fabric.close()

@@ -92,6 +92,11 @@ class Nccl:
 
     def meet(self, messages: Sequence[Message]) -> torch.cuda.Event:
         """All in one group."""
+        self.ask(messages)
+        return passed(self._stream)
+
+    def ask(self, messages: Sequence[Message]) -> None:
+        """All in one group."""
         stream = self._stream or torch.cuda.current_stream()
         try:
             self._nccl.groupStart()
@@ -104,7 +109,6 @@ class Nccl:
             raise NcclError(
                 f"NCCL refuses messages with rank {messages[0].peer}: {error}"
             ) from None
-        return passed(stream)
 
     def check(self) -> None:
         """Raise NcclError if a peer is gone, and let go of what waits for it. That may hang itself:

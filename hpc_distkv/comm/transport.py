@@ -17,12 +17,13 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
 
-from hpc_distkv.comm.device import Device
+from hpc_distkv.comm.device import Device, Recorded
 from hpc_distkv.comm.waiter import Waiter
 from hpc_distkv.comm.world import World
 
@@ -66,15 +67,29 @@ class Transport(ABC):
         """Instances have been formed: connect the ranks of this one with each other by `hop`'s way.
         Collective over all ranks."""
 
+    @property
+    def hops(self) -> bool:
+        """Whether `unite` has found a way for `hop`."""
+        return False
+
     def hop(self, sends: Pairs, recvs: Pairs) -> bool:
         """A hop within this rank's instance, of which all its ranks ask for the same ones in the
         same order: for what is computed from now on it is done, and no host waits for it. Sends may
-        be overwritten likewise. Whether there is such a way; if not, nothing happens.
+        be overwritten likewise. Whether there is a way for these tensors; if not, nothing happens.
 
         All ranks of the instance must be sure to come to every hop that one has asked for, whatever
         becomes of other instances: what is computed stands still until they have.
         """
         return False
+
+    def recording(self, recorded: Recorded) -> AbstractContextManager[object]:
+        """In this block the current stream is recorded, and so are hops; `replay` asks for them, as
+        often as it is called."""
+        return nullcontext()
+
+    def replay(self, recorded: Recorded) -> None:
+        """Ask for all that was recorded, hops included."""
+        recorded.replay()
 
     def close(self) -> None:  # noqa: B027 (most have nothing to close)
         """All ranks are done, and nothing is under way. Collective."""

@@ -67,7 +67,9 @@ class Forward:
             return torch.empty((0, 0))
         size = self._pool.block_size
         decodes = all(count == 1 for _, count in rows)
-        graphs = self._graphs if decodes and not elsewhere else None
+        # Guests would wait for all of a recorded step's hops (`comm.meetings`).
+        free = self._model.lanes.alone or not self._rm.guests
+        graphs = self._graphs if decodes and free and not elsewhere else None
         replayable = graphs is not None
         groups = {} if self._positional else groups_of(self._rm, rows, size, replayable)
         shared = SharedAttention(groups, rows, size, self._device) if groups else None

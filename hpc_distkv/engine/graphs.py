@@ -4,7 +4,8 @@ A decode step of a small model takes the host, which launches hundreds of kernel
 as long as the GPU. Its launches depend on little: on the number of rows, and on how attention is
 cut. So steps in which every row decodes with all its rBlocks at home are recorded by that form,
 with rows and cuts rounded up, and replayed: the host fills in tokens, slots and cuts, and launches
-once.
+once. Sums over the lanes of an instance are part of it, where no host waits for them; it does not
+matter whether other lanes replay the step too.
 """
 
 from __future__ import annotations
@@ -162,13 +163,14 @@ class DecodeGraph:
         with torch.cuda.stream(stream), _uncollected():
             self._graph.capture_begin(pool=memory, capture_error_mode="thread_local")
             try:
-                self._hidden = self.compute()
+                with self._model.lanes.recording(self._graph):
+                    self._hidden = self.compute()
             finally:
                 self._graph.capture_end()
 
     def replay(self) -> torch.Tensor:
         """The hidden states of the numbers it was filled with, until the next step is replayed."""
-        self._graph.replay()
+        self._model.lanes.replay(self._graph)
         return self._hidden
 
 

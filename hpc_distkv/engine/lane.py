@@ -108,9 +108,10 @@ class Lane:
         elsewhere: list[Elsewhere] = [self.debtor] if self._exchanging else []
         if self._host and self._host.begin(plan):
             elsewhere.append(self._host)
-        self._lanes.begin(apart=not self._exchanging)
-        if plan.rows and drawn is not None and len(drawn):
-            drawn = self._lanes.spread(drawn)
+        if plan.rows:
+            self._lanes.begin(apart=not self._exchanging)
+            if drawn is not None and len(drawn):
+                drawn = self._lanes.spread(drawn)
         logits = self._forward.run(plan.rows, elsewhere, drawn)
         if self._host:
             self._host.finish()

@@ -271,6 +271,8 @@ class Worker:
         * on a device that is done already
         * where rBlocks move, or may have to in the next step: what moves has to be written, and
           to belong to rows that go on
+        * with other lanes, for guests: their queries come in behind all hops that were asked for
+          (`comm.meetings`)
         * with rBlocks in the host's memory, of rows that run: they come and go between steps
         * with migration: a sequence is handed over with all its tokens
         * with windows in all layers: what falls behind them is freed between steps
@@ -281,6 +283,7 @@ class Worker:
         return (
             self._comm.device.deferred
             and bool(plan.rows)
+            and not (self._log.followed and instance.rm.guests)
             and not (plan.moving or instance.scheduler.moving or instance.rm.host_space.serves)
             and not instance.config.policy.migrate
             and not instance.config.window

@@ -102,13 +102,13 @@ class Decoder:
     @property
     def unconditional(self) -> bool:
         """Whether `hidden` asks the same of a device whatever the numbers are, and waits for
-        nothing: no other lanes to sum up with, no lengths, no experts that are computed one by one,
-        as they are where `grouped` finds no kernel for all of them: not with an old torch alone,
-        but in other dtypes than bfloat16, and on GPUs that are neither Hopper nor Blackwell of data
-        centres."""
+        nothing: no other lanes whose sums need the host, no lengths, no experts that are computed
+        one by one, as they are where `grouped` finds no kernel for all of them: not with an old
+        torch alone, but in other dtypes than bfloat16, and on GPUs that are neither Hopper nor
+        Blackwell of data centres."""
         return not (
             self.needs_lengths
-            or self.shard != WHOLE
+            or not self.lanes.recordable
             or any(isinstance(layer.mlp, Experts) and layer.mlp.waits for layer in self.layers)
         )
 

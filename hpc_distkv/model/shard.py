@@ -8,6 +8,7 @@ both takes one sum over the lanes; embedding and head are cut by rows of the voc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hpc_distkv.comm.device import Recorded
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.errors import ModelError
 
@@ -26,6 +28,20 @@ class Lanes(Protocol):
 
     def rehearsal(self) -> Lanes:
         """What takes the same memory, and waits for nobody."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is but one."""
+
+    @property
+    def recordable(self) -> bool:
+        """Whether steps apart, with all that is asked of these, can be recorded and replayed."""
+
+    def recording(self, recorded: Recorded) -> AbstractContextManager[object]:
+        """In this block a step is recorded."""
+
+    def replay(self, recorded: Recorded) -> None:
+        """Ask for what was recorded."""
 
     def begin(self, apart: bool) -> None:
         """A step begins; `apart`: none of its waits is for anybody but these."""
@@ -43,9 +59,19 @@ class Lanes(Protocol):
 class Alone:
     """There is nobody else."""
 
+    alone = recordable = True
+
     def rehearsal(self) -> Alone:
         """The same."""
         return self
+
+    def recording(self, recorded: Recorded) -> AbstractContextManager[object]:
+        """Nothing to be seen to."""
+        return nullcontext()
+
+    def replay(self, recorded: Recorded) -> None:
+        """As it is."""
+        recorded.replay()
 
     def begin(self, apart: bool) -> None:
         """Nothing."""
