@@ -34,14 +34,15 @@ A recorded step is replayed as if its hops were asked for one after another.
 
 Why that never lasts for ever either. A hop that all ranks of the instance have asked for is over by
 itself, as meetings are. All of them know that all have begun the step, and come to each of its hops
-unless they are stuck (`group`). Suppose ranks are stuck: in a meeting as the lower side, or in hops that not
-all have asked for, or before one of these. Take the highest instance I that has such ranks, and of
-these one that has asked for the fewest hops and posted the fewest messages within I: r. All its
-hops are asked for by everybody in I, so they pass. If r is in a meeting as the lower side, with a
-rank of a higher instance, that one is not stuck, hence free at some time, and joins before it does
-anything else; with a rank of I, that one has no hops left but such that r has asked for too, and
-joins. Before r can ask for its next hop there are no more than a few meetings to begin: debtors
-that wait for answers of all of I's ranks ask for no further layer meanwhile. So r gets on.
+unless they are stuck (`group`). Suppose ranks are stuck: in a meeting as the lower side, or in hops
+that not all have asked for, or before one of these. Take the highest instance I that has such
+ranks, and of these one that has asked for the fewest hops and posted the fewest messages within I:
+r. All its hops are asked for by everybody in I, so they pass. If r is in a meeting as the lower
+side, with a rank of a higher instance, that one is not stuck, hence free at some time, and joins
+before it does anything else; with a rank of I, that one has no hops left but such that r has asked
+for too, and joins. Before r can ask for its next hop there are no more than a few meetings to
+begin: debtors that wait for answers of all of I's ranks ask for no further layer meanwhile. So r
+gets on.
 """
 
 from __future__ import annotations

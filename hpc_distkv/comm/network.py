@@ -56,6 +56,9 @@ class BytesChannel(Channel):
         return len(self.sent) + len(self.arrived)
 
 
+NOTHING = torch.empty(0, dtype=torch.uint8)
+
+
 class Half:
     """One send or one receive of an exchange: `data` is the caller's own memory until `done`."""
 
@@ -97,6 +100,7 @@ class TensorChannel(Channel):
             f"where {len(recv.data)} were expected"
         )
         recv.data.copy_(send.data)
+        recv.data = send.data = NOTHING
         send.done = recv.done = True
 
     def undelivered(self) -> int:

@@ -110,14 +110,16 @@ def test_sums_and_logits_of_an_instance_are_in_it(tiny_model, peaks, monkeypatch
     # A thread that receives would count copies that the network makes of what is sent.
     monkeypatch.setattr(network, "Half", lambda peer, tensor, eager: Half(peer, tensor))
     models = shards(tiny_model, 2, 2)
-    rows = demand(random.Random(1), 2 * ROWS)
-    settings = options(600, max_num_batched_tokens=TOKENS, max_num_seqs=ROWS)
+    few = 3  # so that layers take more than logits
+    rows = demand(random.Random(1), 6 * few)
+    settings = options(600, max_num_batched_tokens=TOKENS, max_num_seqs=few)
     run_cluster(models, rows, 2, settings, tp=2)
+    step = replace(STEP, rows=few)
     models[0].lanes = Alone()
-    alone = needed(models[0], STEP)
+    alone = needed(models[0], step)
     comms = open_local(2, tp=2)
     models[0].lanes = group = Group(comms[0])
-    limit = needed(models[0], STEP)
+    limit = needed(models[0], step)
     assert models[0].lanes is group
     assert alone < max(peaks) <= limit
 

@@ -15,6 +15,7 @@ from hpc_distkv.attention import PagedBatch, PagedRow
 from hpc_distkv.engine import graphs
 from hpc_distkv.engine.graphs import RECORDED_AFTER, DecodeGraph, DecodeGraphs
 from hpc_distkv.engine.inputs import Inputs
+from hpc_distkv.model.shard import Alone
 
 DONE: list[str] = []
 
@@ -116,7 +117,9 @@ def test_nothing_is_collected_while_a_step_is_recorded(monkeypatch, fails):
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     monkeypatch.setattr(torch.cuda, "current_stream", object)
     stream = SimpleNamespace(wait_stream=lambda other: None)
+    model = SimpleNamespace(lanes=Alone())
+    step = SimpleNamespace(compute=compute, _graph=graph, _model=model)
     with pytest.raises(RuntimeError) if fails else nullcontext():
-        DecodeGraph.record(SimpleNamespace(compute=compute, _graph=graph), stream, (0, 1))
+        DecodeGraph.record(step, stream, (0, 1))
     assert collecting == [False] * 3
     assert gc.isenabled()

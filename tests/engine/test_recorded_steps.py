@@ -26,8 +26,8 @@ from hpc_distkv.engine.forward import Forward
 from hpc_distkv.engine.graphs import DecodeGraph
 from hpc_distkv.model.decoder import Decoder
 
-REPLAYED: list[int] = []
-"""Rows of each step that was replayed."""
+REPLAYED: list[tuple[int, Decoder]] = []
+"""Each step that was replayed: its rows, and the rank's model."""
 
 
 class Plan:
@@ -92,7 +92,7 @@ class Again:
     step: DecodeGraph | None = None
 
     def replay(self) -> None:
-        REPLAYED.append(len(self.step._hidden))
+        REPLAYED.append((len(self.step._hidden), self.step._model))
         with self.step._model.lanes.recording(self):
             self.step._hidden.copy_(self.step.compute())
 
@@ -152,7 +152,7 @@ def test_recorded_steps_change_no_token(tiny_model, whole, tp, seed):  # noqa: F
     rows = rows_of(16, random.Random(seed))
     found = answers(shards(tiny_model, tp, tp), rows, tp, tp, 300, seed)
     assert len(REPLAYED) > 10 * tp
-    assert len(set(REPLAYED)) > 1
+    assert len({rows for rows, _ in REPLAYED}) > 1
     assert found.tokens == as_they_are(whole, rows)
 
 
@@ -170,9 +170,10 @@ def test_steps_of_creditors_of_several_ranks_are_not_replayed(
     run = Forward.run
 
     def watched(forward: Forward, *arguments: object) -> torch.Tensor:
-        before = len(REPLAYED)
+        guests, before = bool(forward._rm.guests), len(REPLAYED)
         result = run(forward, *arguments)
-        steps.append((bool(forward._rm.guests), len(REPLAYED) > before))
+        models = [model for _, model in REPLAYED[before:]]
+        steps.append((guests, forward._model in models))
         return result
 
     monkeypatch.setattr(Forward, "run", watched)
