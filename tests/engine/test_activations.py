@@ -17,7 +17,7 @@ from test_tensor_parallel import shards, whole  # noqa: F401
 
 from hpc_distkv.comm import network
 from hpc_distkv.comm.device import Device
-from hpc_distkv.comm.group import Group
+from hpc_distkv.comm.group import Group, Rehearsal
 from hpc_distkv.comm.local import open_local
 from hpc_distkv.comm.network import Half
 from hpc_distkv.comm.schedule import SeededSchedule
@@ -27,7 +27,6 @@ from hpc_distkv.engine.activations import PROMPTS, LargestStep, rehearse, serve
 from hpc_distkv.engine.config import OptionError
 from hpc_distkv.engine.forward import Forward
 from hpc_distkv.model.decoder import Decoder
-from hpc_distkv.model.shard import Alone
 
 TOKENS, ROWS = 96, 12
 STEP = LargestStep(TOKENS, ROWS, BLOCK, shares=True)
@@ -115,13 +114,13 @@ def test_sums_and_logits_of_an_instance_are_in_it(tiny_model, peaks, monkeypatch
     settings = options(600, max_num_batched_tokens=TOKENS, max_num_seqs=few)
     run_cluster(models, rows, 2, settings, tp=2)
     step = replace(STEP, rows=few)
-    models[0].lanes = Alone()
-    alone = needed(models[0], step)
-    comms = open_local(2, tp=2)
+    comms, hops = open_local(2, tp=2), []
+    monkeypatch.setattr(Rehearsal, "_exchange", lambda *tensors: hops.append(tensors))
     models[0].lanes = group = Group(comms[0])
     limit = needed(models[0], step)
     assert models[0].lanes is group
-    assert alone < max(peaks) <= limit
+    assert len(hops) > 2 * models[0].config.num_layers
+    assert 0.5 * limit < max(peaks) <= limit
 
 
 def test_what_is_exchanged_in_a_layer_is_counted(whole, monkeypatch):  # noqa: F811
