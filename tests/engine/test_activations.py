@@ -115,7 +115,7 @@ def test_sums_and_logits_of_an_instance_are_in_it(tiny_model, peaks, monkeypatch
     run_cluster(models, rows, 2, settings, tp=2)
     step = replace(STEP, rows=few)
     comms, hops = open_local(2, tp=2), []
-    monkeypatch.setattr(Rehearsal, "_exchange", lambda *tensors: hops.append(tensors))
+    monkeypatch.setattr(Rehearsal, "_exchange", lambda *_: hops.append(1))
     models[0].lanes = group = Group(comms[0])
     limit = needed(models[0], step)
     assert models[0].lanes is group
