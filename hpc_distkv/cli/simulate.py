@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hpc_distkv.cli.options import POSITIVE
+from hpc_distkv.cli.options import POSITIVE, Size
 
 if TYPE_CHECKING:
     from hpc_distkv.control.policy import Policy
@@ -83,6 +83,12 @@ TENSOR_PARALLEL = "tensor-parallel"
     type=click.IntRange(min=0),
     help="Most rBlocks an instance lends to others. [default: all]",
 )
+@click.option(
+    "--host-kv-memory",
+    type=Size(),
+    help="Memory of the host that one GPU may use for rBlocks its KV cache has no room for, as in "
+    "generate. [default: none]",
+)
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write all figures (JSON).")
 def command(**options: Any) -> None:
     """Answer the rows of a trace on CLUSTER, the description of a cluster (TOML), in virtual time.
@@ -130,7 +136,7 @@ def _deployment(options: dict[str, Any]) -> Deployment:
     tp = options["tp"]
     if tp is None and options["policy"] == TENSOR_PARALLEL:
         tp = usable_tp(cluster, model, config.block_size)[-1]
-    return Deployment.fit(cluster, model, config, tp)
+    return Deployment.fit(cluster, model, config, tp, options["host_kv_memory"])
 
 
 def _policy(options: dict[str, Any]) -> Policy:
@@ -169,11 +175,24 @@ def _summary(figures: dict[str, Any], deployment: Deployment) -> str:
         f"memory     {figures['remote_share']:.1%} of rBlocks were remote; "
         f"{counters['blocks_borrowed']} lent, {counters['blocks_returned']} brought home, "
         f"{counters['migrations']} rows migrated, {counters['preemptions']} preemptions",
+        *_host(figures),
         f"gManager   {rounds['count']} rounds: {wall['mean'] * 1e3:.2f} ms in the mean, "
         f"p99 {wall['p99'] * 1e3:.2f} ms; {rounds['bytes']['mean'] / 1e3:.1f} kB",
         f"simulated  in {cost['wall_s']:.1f} s, {cost['peak_memory_bytes'] / 1e6:.0f} MB",
     ]
     return "\n".join(lines)
+
+
+def _host(figures: dict[str, Any]) -> list[str]:
+    if not figures["host_blocks"]:
+        return []
+    counters = figures["counters"]
+    return [
+        f"host       {counters['blocks_to_host']} rBlocks to its memory and "
+        f"{counters['blocks_from_host']} back, at most {counters['peak_host']} of "
+        f"{figures['host_blocks']} there at once by one instance; "
+        f"{counters['host_time']:.2f} s longer for attention to them"
+    ]
 
 
 def _times(name: str, seconds: dict[str, float]) -> str:

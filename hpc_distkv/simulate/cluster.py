@@ -80,6 +80,23 @@ class Links(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return (self.node, self.switch, self.elsewhere)[level]
 
 
+class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A node's memory, its processors, and the way from there to a device."""
+
+    memory: Positive
+    """Bytes of a node that its ranks may have."""
+    bandwidth: Positive
+    """Bytes/s of that memory: the part of one device."""
+    flops: Positive
+    """FLOP/s of the processors in float32: the part of one device."""
+    read_efficiency: Share
+    """Of `bandwidth`, reading KV in attention."""
+    compute_efficiency: Share
+    """Of `flops`, in attention."""
+    bus: Link
+    """Between that memory and a device; one direction at a time counts."""
+
+
 class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Seconds measured with one model on instances of one rank."""
 
@@ -113,6 +130,9 @@ class Cluster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Share of a device's memory for weights, activations and KV."""
     roofline: Roofline | None = None
     links: Links | None = None
+    host: Host | None = None
+    """Of devices that a roofline describes; None: ranks cannot use the memory of their hosts. With
+    measured speeds ranks compute on the host itself, and that says all."""
     measured: Measured | None = None
 
     def __post_init__(self) -> None:
@@ -120,6 +140,8 @@ class Cluster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("the tables `roofline` and `links` belong together: give both")
         if (self.roofline is None) == (self.measured is None):
             raise ValueError("give either `measured`, or `roofline` and `links`")
+        if self.host is not None and self.measured is not None:
+            raise ValueError("the table `host` goes with `roofline`, not with `measured`")
 
     @classmethod
     def load(cls, path: str | Path) -> Cluster:
@@ -168,7 +190,7 @@ class Cluster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """rBlocks of `block_size` tokens that an instance has room for: on each of its ranks lies
         the share of its heads. OptionError, with the arithmetic, if there is room for none."""
         self.instances(tp)
-        block = model.kv_bytes_per_token * model.kv_share(tp) * block_size
+        block = model.block_bytes(tp, block_size)
         weights = model.weight_bytes / tp
         usable = self.device.memory * self.gpu_memory_utilization
         free = usable - weights - self.device.activation_reserve
@@ -180,6 +202,26 @@ class Cluster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 f"{_gb(free)}, and one rBlock takes {_gb(block)}; raise the tensor parallel size"
             )
         return int(free // block)
+
+    def host_blocks(self, model: ModelShape, tp: int, block_size: int, memory: int) -> int:
+        """rBlocks of an instance for which each of its ranks has `memory` bytes of its host.
+        OptionError, with the reason, if that cannot be."""
+        if self.host is None and self.measured is None:
+            raise OptionError(
+                "--host-kv-memory: the description of the cluster says nothing of its hosts: add "
+                "the table `host`"
+            )
+        block = int(model.block_bytes(tp, block_size))
+        if memory < block:
+            raise OptionError(
+                f"one rBlock takes {block} bytes, but --host-kv-memory gives {memory}: give more"
+            )
+        if self.host is not None and memory * self.gpus_per_node > self.host.memory:
+            raise OptionError(
+                f"--host-kv-memory gives {_gb(memory)} to each of {self.gpus_per_node} ranks of a "
+                f"node, which has {_gb(self.host.memory)}: give less"
+            )
+        return memory // block
 
 
 def _gb(count: float) -> str:

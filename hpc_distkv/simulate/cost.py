@@ -20,6 +20,22 @@ class Line(NamedTuple):
     each: float = 0.0
 
 
+class HostRates(NamedTuple):
+    """The coefficients of the host's memory, in seconds."""
+
+    move: Line
+    """One way of rBlocks between device and host's memory."""
+    kv_token: float
+    """To read one KV token in place, all layers."""
+    pair: float
+    """To attend with one query row to one KV token in place, all layers."""
+    exchange: Line
+    """Round trip of query rows to the host's processor, all layers."""
+    beside: bool
+    """Whether a device computes what is at home beside it: else the processor that attends, and
+    copies, is the rank's own."""
+
+
 class Rates(NamedTuple):
     """The coefficients of one model on one kind of instance, in seconds."""
 
@@ -42,6 +58,8 @@ class Rates(NamedTuple):
     """By level: round trip of query rows, all layers."""
     move: tuple[Line, ...]
     """By level: one way of rBlocks."""
+    host: HostRates | None
+    """None: the cluster says nothing of its hosts."""
 
 
 class CostModel:
@@ -58,7 +76,7 @@ class CostModel:
     def __init__(self, cluster: Cluster, model: ModelShape, tp: int, block_size: int) -> None:
         """Raises OptionError if `model` or `cluster` cannot be cut into instances of `tp`."""
         cluster.instances(tp)
-        self.block_bytes = model.kv_bytes_per_token * model.kv_share(tp) * block_size
+        self.block_bytes = model.block_bytes(tp, block_size)
         """Of one rBlock on each rank."""
         way = measured_rates if cluster.measured is not None else roofline_rates
         self.rates = way(cluster, model, tp, self.block_bytes)
@@ -145,6 +163,7 @@ def measured_rates(cluster: Cluster, model: ModelShape, tp: int, block_bytes: fl
             f"tensor parallel size {tp}: the cluster's speed was measured on instances of one rank"
         )
     exchange = Line(model.layers * measured.exchange, model.wire_bytes / measured.bytes_per_second)
+    move = Line(0.0, block_bytes / measured.bytes_per_second)
     return Rates(
         step=measured.fixed,
         weights=0.0,
@@ -155,7 +174,8 @@ def measured_rates(cluster: Cluster, model: ModelShape, tp: int, block_bytes: fl
         ring=Line(),
         tree=Line(),
         exchange=(exchange,) * len(LEVELS),
-        move=(Line(0.0, block_bytes / measured.bytes_per_second),) * len(LEVELS),
+        move=(move,) * len(LEVELS),
+        host=HostRates(move, measured.per_kv_token, measured.per_pair, Line(), beside=False),
     )
 
 
@@ -171,6 +191,23 @@ def roofline_rates(cluster: Cluster, model: ModelShape, tp: int, block_bytes: fl
     ring, tree = _all_reduces(cluster, links, model, tp)
     lanes = min(tp, cluster.gpus_per_node)
     ways = [(links.at(level), _bytes_per_second(links.at(level), lanes)) for level in LEVELS]
+
+    def exchange(link: Link, rate: float) -> Line:
+        return Line(2 * model.layers * link.latency, model.wire_bytes / tp / rate)
+
+    def move(link: Link, rate: float) -> Line:
+        return Line(link.latency, block_bytes / rate)
+
+    host = None
+    if there := cluster.host:
+        bus = there.bus, _bytes_per_second(there.bus, lanes)
+        host = HostRates(
+            move=move(*bus),
+            kv_token=kv_bytes / (there.bandwidth * there.read_efficiency),
+            pair=model.pair_flops / (tp * there.flops * there.compute_efficiency),
+            exchange=exchange(*bus),
+            beside=True,
+        )
     return Rates(
         step=overhead,
         weights=model.parameters * model.bytes_per_value / read,
@@ -180,11 +217,9 @@ def roofline_rates(cluster: Cluster, model: ModelShape, tp: int, block_bytes: fl
         pair=model.pair_flops / (tp * roofline.flops * roofline.prefill_efficiency),
         ring=ring,
         tree=tree,
-        exchange=tuple(
-            Line(2 * model.layers * link.latency, model.wire_bytes / tp / rate)
-            for link, rate in ways
-        ),
-        move=tuple(Line(link.latency, block_bytes / rate) for link, rate in ways),
+        exchange=tuple(exchange(*way) for way in ways),
+        move=tuple(move(*way) for way in ways),
+        host=host,
     )
 
 

@@ -9,6 +9,7 @@ from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.engine.config import EngineConfig, OptionError
 from hpc_distkv.simulate.cluster import Cluster
 from hpc_distkv.simulate.cost import CostModel
+from hpc_distkv.simulate.host import staged_from
 from hpc_distkv.simulate.models import ModelShape
 from hpc_distkv.simulate.trace import Row
 
@@ -25,13 +26,29 @@ class Deployment:
 
     @classmethod
     def fit(
-        cls, cluster: Cluster, model: ModelShape, config: EngineConfig, tp: int | None = None
+        cls,
+        cluster: Cluster,
+        model: ModelShape,
+        config: EngineConfig,
+        tp: int | None = None,
+        host_memory: int | None = None,
     ) -> Deployment:
         """Instances of `tp` ranks (None: as few as the model fits on) whose pools take all the
-        memory there is. Of `config` all but `num_blocks` counts. Raises OptionError."""
+        memory there is, and `host_memory` bytes of the host beside that, per rank. Of `config` all
+        counts but `num_blocks` and what it says of the host's memory. Raises OptionError."""
         if tp is None:
             tp = usable_tp(cluster, model, config.block_size)[0]
         blocks = cluster.kv_blocks(model, tp, config.block_size)
+        if host_memory is not None:
+            host = cluster.host_blocks(model, tp, config.block_size, host_memory)
+            rates = CostModel(cluster, model, tp, config.block_size).rates.host
+            assert rates is not None
+            config = replace(
+                config,
+                host_blocks=host,
+                host_copy_seconds=2 * rates.move.each,
+                host_staged_from=staged_from(rates, config.block_size),
+            )
         alone = cluster.instances(tp) == 1
         return cls(
             cluster,
@@ -58,17 +75,17 @@ class Deployment:
 
     @property
     def capacity_tokens(self) -> int:
-        """Tokens whose KV one row may come to need: its home's pool and all that others lend."""
+        """Tokens whose KV one row may come to need: its home's pool, all that others lend, and the
+        memory of its host."""
         blocks = self.config.num_blocks
         cap = blocks if self.config.lend_cap is None else min(blocks, self.config.lend_cap)
         lent = cap * (self.instances - 1) if self.config.policy.lending else 0
-        return (blocks + lent) * self.config.block_size
+        return (blocks + lent + self.config.host_blocks) * self.config.block_size
 
     @property
     def block_bytes(self) -> int:
         """Of one rBlock on all ranks of an instance."""
-        share = self.model.kv_share(self.tp) * self.tp
-        return int(self.model.kv_bytes_per_token * share * self.config.block_size)
+        return int(self.model.block_bytes(self.tp, self.config.block_size) * self.tp)
 
     def cost(self) -> CostModel:
         """Seconds of what an instance does. Raises OptionError if the cluster does not say."""

@@ -52,11 +52,12 @@ class Member:
     load: Load = NO_LOAD
     began: float = 0.0
     computing: float = 0.0
-    """Seconds of the step's own work."""
+    """Seconds of the step's own work at home."""
     partial_wait: float = 0.0
     """Seconds of the step that it waits for its creditors' partial results."""
     lasting: float = 0.0
-    """Seconds of the step without guests: computing, and waiting for creditors and moves."""
+    """Seconds of the step without guests: computing, attending in the host's memory, and waiting
+    for creditors and moves."""
     exchanging: bool = False
     """Whether rows of the step have rBlocks elsewhere."""
     gaps: float = 0.0

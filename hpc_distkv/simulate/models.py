@@ -98,6 +98,11 @@ class ModelShape:
         """Bytes of K and V of one token in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * self.bytes_per_value
 
+    def block_bytes(self, tp: int, block_size: int) -> float:
+        """Bytes of an rBlock of `block_size` tokens on each of `tp` ranks. Raises OptionError if
+        the heads do not divide among the ranks."""
+        return self.kv_bytes_per_token * self.kv_share(tp) * block_size
+
     @property
     def pair_flops(self) -> int:
         """FLOPs of one query token with one KV token in all layers: 2 for Q·K, 2 for P·V."""

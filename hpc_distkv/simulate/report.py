@@ -68,6 +68,7 @@ class Record:
             "tensor_parallel_size": deployment.tp,
             "instances": deployment.instances,
             "pool_blocks": deployment.config.num_blocks,
+            "host_blocks": deployment.config.host_blocks,
             "block_size": deployment.config.block_size,
             "row_capacity_tokens": deployment.capacity_tokens,
             "rows": {"answered": self.answered, "refused": self.refused},

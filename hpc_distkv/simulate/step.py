@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import groupby
+from operator import attrgetter
 
 from hpc_distkv.control.messages import Header
+from hpc_distkv.engine.guests import host_queries
 from hpc_distkv.engine.instance import Instance
 from hpc_distkv.engine.pace import StepSeconds, StepWork
 from hpc_distkv.engine.plan import Plan
-from hpc_distkv.memory.loan import Move
+from hpc_distkv.memory.loan import HOST, Move
 from hpc_distkv.simulate.deployment import Deployment
+from hpc_distkv.simulate.host import HostCost, HostTime, Leg
 from hpc_distkv.simulate.member import Load, Member, Visit
 from hpc_distkv.simulate.models import ModelShape
 
@@ -33,6 +37,9 @@ class Steps:
         self._members = members
         self._level = deployment.level
         self._block_size = deployment.config.block_size
+        self._host: HostCost | None = None
+        if deployment.config.host_blocks:
+            self._host = HostCost(self.cost.rates, deployment.config)
         self._block_bytes = deployment.block_bytes
         self._wire_bytes = deployment.model.wire_bytes
         self._unevenness = _unevenness(deployment.model)
@@ -49,13 +56,18 @@ class Steps:
             member.computing = max(LEAST_SECONDS, self.cost.step_time(*load[:4]))
             attention = self.cost.attention_time(load.decode_kv, load.prefill_pairs)
             member.gaps = self._gaps(attention, member.computing - attention)
-        member.lasting = member.computing
+        host = self._host_time(member, attention)
+        member.lasting = host.before + member.computing + host.attending
+        instance.counters.move_wait += host.before
+        instance.counters.host_time += host.attending
         if instance.rm.debts:
-            self._visit_creditors(member, attention, now)
+            self._visit_creditors(member, attention + host.attending, host.beside, now)
+        else:
+            self._await_moves(member, host.beside)
         return member.lasting
 
     def end(self, member: Member, now: float) -> bool:
-        """The step is over, here and at its creditors. Returns whether it had rows."""
+        """The step is over, here and at its creditors. Returns whether it was not idle."""
         instance, plan, load = member.instance, member.plan, member.load
         assert plan is not None
         for creditor in member.creditors:
@@ -63,12 +75,11 @@ class Steps:
             visit = creditor.visits.pop(member.number)
             creditor.instance.counters.serve_time += visit.seconds
             creditor.instance.commit_served(member.number, visit.outgoing, visit.incoming)
-        if member.creditors:
-            member.creditors = []
-            instance.commit(plan)
+        member.creditors = []
+        instance.commit(plan)
         member.plan, member.gaps = None, 0.0
         if not plan.rows:
-            return False
+            return not plan.idle
         instance.append(plan.rows, [0] * load.new_tokens, now)
         took, waited = now - member.began, member.partial_wait
         prompts = load.prefill_tokens + load.prefill_pairs / instance.config.attention_tokens
@@ -104,10 +115,27 @@ class Steps:
         both = attention + linear
         return (attention**2 + self._unevenness * linear**2) / (2 * both) if both else 0.0
 
+    # -- the host's memory ----------------------------------------------------------------------
+
+    def _host_time(self, member: Member, attention: float) -> HostTime:
+        plan, rm = member.plan, member.instance.rm
+        assert plan is not None
+        if self._host is None:
+            return HostTime()
+        legs = []
+        for keys, asked in groupby(host_queries(rm, plan.rows), key=attrgetter("guests")):
+            blocks = sum(len(rm.tables[key].remote[HOST]) for key in keys)
+            legs.append(Leg(sum(query.rows for query in asked), blocks * self._block_size))
+        moves = len(plan.to_host) + len(plan.from_host)
+        return self._host.time(moves, legs, attention, member.computing)
+
     # -- creditors ------------------------------------------------------------------------------
 
-    def _visit_creditors(self, member: Member, attention: float, now: float) -> None:
-        """Send the headers, and see what the step takes with all that its creditors do."""
+    def _visit_creditors(
+        self, member: Member, attention: float, copying: float, now: float
+    ) -> None:
+        """Send the headers, and see what the step takes with all that its creditors do. `copying`:
+        seconds of copies to and from the host's memory, beside its layers."""
         plan, counters = member.plan, member.instance.counters
         assert plan is not None
         headers = member.instance.headers(plan, now)
@@ -126,10 +154,10 @@ class Steps:
         exchange = self.cost.exchanges_time(legs) + remote
         member.exchanging = any(rows for rows, _ in legs)
         member.partial_wait = exposed = self.cost.overlap(attention, exchange)
-        moves = max(self._moving(member.number, m) for m in (plan.moves, plan.recalls))
-        member.lasting = max(member.computing + exposed, moves)
+        member.lasting += exposed
         counters.partial_wait += exposed
-        counters.move_wait += max(0.0, moves - member.computing - exposed)
+        moves = (self._moving(member.number, m) for m in (plan.moves, plan.recalls))
+        self._await_moves(member, max(copying, *moves))
         counters.bytes_queried += sum(rows for rows, _ in legs) * self._wire_bytes
         counters.bytes_moved += (len(plan.moves) + len(plan.recalls)) * self._block_bytes
         for number, seconds in served.items():
@@ -150,6 +178,13 @@ class Steps:
             else:
                 pairs += times * rows * tokens
         return self.cost.attention_time(kv, pairs)
+
+    @staticmethod
+    def _await_moves(member: Member, seconds: float) -> None:
+        """The step ends no sooner than what moves beside it."""
+        wait = max(0.0, seconds - member.lasting)
+        member.instance.counters.move_wait += wait
+        member.lasting += wait
 
     def _moving(self, number: int, moves: Iterable[Move]) -> float:
         """Seconds of moves in one direction, one behind the other."""

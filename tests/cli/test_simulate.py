@@ -34,6 +34,15 @@ node = { latency = 1e-6, bandwidth = 100e9, efficiency = 0.8 }
 switch = { latency = 1e-5, bandwidth = 10e9, efficiency = 0.8 }
 elsewhere = { latency = 1e-5, bandwidth = 10e9, efficiency = 0.8 }
 """
+HOST = """
+[host]
+memory = 64e9
+bandwidth = 50e9
+flops = 1e12
+read_efficiency = 0.8
+compute_efficiency = 0.5
+bus = { latency = 1e-5, bandwidth = 32e9, efficiency = 0.8 }
+"""
 TRACE = """
 description = "A few rows"
 seed = 1
@@ -57,7 +66,7 @@ both = { short = 75, long = 25 }
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A cluster on which llama2-7b leaves room for 1,767 tokens a GPU."""
-    (tmp_path / "cluster.toml").write_text(CLUSTER)
+    (tmp_path / "cluster.toml").write_text(CLUSTER + HOST)
     (tmp_path / "trace.toml").write_text(TRACE)
     return tmp_path
 
@@ -124,6 +133,9 @@ def test_lending_can_be_told_not_to_bring_anything_home(folder):
         (["--scale", "0"], "cannot be divided by 0"),
         (["--trace", "missing.toml#a"], "missing.toml"),
         (["--policy", "share"], "--policy"),
+        (["--host-kv-memory", "much"], "'much' is no size: write for example 4GiB"),
+        (["--host-kv-memory", "1MiB"], "one rBlock takes 8388608 bytes"),
+        (["--host-kv-memory", "40GB"], "40 GB to each of 2 ranks of a node, which has 64 GB"),
         (["-o", "no/such/folder/out.json"], "no/such/folder"),
     ],
 )
@@ -133,12 +145,34 @@ def test_wrong_options_are_a_sentence_and_status_2(folder, options, said):
     assert said in done.output
 
 
+def test_a_cluster_without_hosts_is_told_what_is_missing(folder):
+    (folder / "cluster.toml").write_text(CLUSTER)
+    done = simulate(folder, "--host-kv-memory", "1GiB")
+    assert done.exit_code == 2
+    assert "add the table `host`" in done.output.replace("\n", " ")
+
+
 def test_a_wrong_cluster_file_is_named(folder):
     (folder / "cluster.toml").write_text(CLUSTER.replace("nodes = 2", "nodes = 0", 1))
     done = simulate(folder)
     assert done.exit_code == 2
     assert "cluster.toml" in done.output
     assert "nodes" in done.output
+
+
+def test_the_hosts_memory_takes_rows_that_no_pool_can(folder):
+    """1 GiB are 128 rBlocks beside the 110 of a pool."""
+    told = figures(folder, "--policy", "queue", "--host-kv-memory", "1GiB")
+    assert told["rows"] == {"answered": 12, "refused": 0}
+    assert told["host_blocks"] == 128
+    counters = told["counters"]
+    assert 0 < counters["peak_host"] <= 128
+    assert counters["blocks_to_host"] >= counters["peak_host"]
+    assert counters["host_time"] > 0
+    done = simulate(folder, "--policy", "queue", "--host-kv-memory", "1GiB")
+    assert f"host       {counters['blocks_to_host']} rBlocks to its memory" in done.output
+    assert "of 128 there at once by one instance" in done.output
+    assert "\nhost " not in simulate(folder).output
 
 
 def test_help_is_there_without_torch():

@@ -41,9 +41,22 @@ rows_of_any_length = st.lists(row, min_size=1, max_size=30)
 
 
 @settings(max_examples=40, deadline=None)
-@given(rows_of_any_length, st.integers(1, 4), st.sampled_from(sorted(POLICIES)))
-def test_no_simulated_run_exceeds_what_is_called_the_most(rows, ranks, policy):
-    config = replace(CONFIG, policy=POLICIES[policy])
+@given(
+    rows_of_any_length,
+    st.integers(1, 4),
+    st.sampled_from(sorted(POLICIES)),
+    st.sampled_from([(40, 0), (25, 40)]),
+)
+def test_no_simulated_run_exceeds_what_is_called_the_most(rows, ranks, policy, memory):
+    """With the host's memory also of rows longer than a pool."""
+    blocks, host = memory
+    config = replace(
+        CONFIG,
+        policy=POLICIES[policy],
+        num_blocks=blocks,
+        host_blocks=host,
+        host_copy_seconds=1e-4,
+    )
     most = most_rate(MODEL, config, ranks, [SPEED], rows)
     assert predicted_rate(MODEL, config, policy, ranks, [SPEED], rows) <= most * 1.001
 

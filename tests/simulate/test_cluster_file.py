@@ -31,6 +31,17 @@ exchange = 50e-6
 bytes_per_second = 2e9
 """
 
+HOST = """
+[host]
+memory = 1e12
+bandwidth = 50e9
+flops = 1e12
+read_efficiency = 0.8
+compute_efficiency = 0.5
+bus = { latency = 1e-5, bandwidth = 32e9, efficiency = 0.8 }
+
+"""
+
 
 def load(path: Path, text: str) -> Cluster:
     (path / "cluster.toml").write_text(text)
@@ -43,6 +54,7 @@ def load(path: Path, text: str) -> Cluster:
 def test_every_model_has_room_on_the_shipped_clusters(name: str, gpus: int) -> None:
     cluster = Cluster.load(SHIPPED / f"{name}.toml")
     assert cluster.instances(1) == gpus
+    assert cluster.host is not None
     for model, tp in (
         ("llama2-7b", 1),
         ("llama2-13b", 2),
@@ -139,6 +151,9 @@ def test_a_measured_cluster_needs_no_roofline(tmp_path: Path) -> None:
             "[links]\nnode = { latency = 1, bandwidth = 1, efficiency = 2 }\n[measured]",
             r"\$\.links\.node\.efficiency",
         ),
+        ("[measured]", "[host]\nmemory = 1e12\n[measured]", r"\$\.host"),
+        ("[measured]", HOST + "[measured]", "`host` goes with `roofline`, not with `measured`"),
+        ("[measured]", HOST.replace("bus", "link") + "[measured]", "link"),
         ("nodes = 2", "nodes = ", "cluster.toml"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,40 @@ def test_distances_and_link_classes_agree():
         nodes=2, gpus_per_node=1, device=A100.device, roofline=A100.roofline, links=A100.links
     )
     assert Deployment.fit(far, LLAMA, config()).links().between(0, 1) == ELSEWHERE
+
+
+# -- the host's memory --------------------------------------------------------------------------
+
+
+def test_the_hosts_memory_counts_by_rank_and_for_one_row():
+    """On 8 ranks an rBlock of 256 tokens takes 256 · 40,960 bytes on each: 10 GB hold 953; at
+    25.2 GB/s it is there and back in 0.83 ms. 16 rows compute 16 · 2,621,440 / 8 FLOPs a token at
+    0.69 TFLOP/s, so one takes 0.475 us, and a copy 1.625 us."""
+    where = Deployment.fit(A100, BIG, config(), 8, 10 * 10**9)
+    without = Deployment.fit(A100, BIG, config(), 8)
+    assert where.config.host_blocks == 953
+    assert where.config.host_copy_seconds == pytest.approx(2 * 256 * 40_960 / 25.2e9)
+    assert where.config.host_staged_from == pytest.approx(1.6254 / 0.4749, rel=1e-3)
+    assert where.capacity_tokens == without.capacity_tokens + 953 * 256
+    assert where.config.num_blocks == without.config.num_blocks
+    assert (without.config.host_blocks, without.config.host_staged_from) == (0, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("memory", "said"),
+    [
+        (100, "one rBlock takes 134217728 bytes, but --host-kv-memory gives 100: give more"),
+        (10**12, "gives 1000 GB to each of 8 ranks of a node, which has 2000 GB: give less"),
+    ],
+)
+def test_a_size_that_cannot_be_is_refused_with_the_reason(memory, said):
+    with pytest.raises(OptionError, match=said):
+        Deployment.fit(A100, LLAMA, config(), host_memory=memory)
+
+
+def test_a_cluster_that_says_nothing_of_its_hosts_has_none():
+    silent = Cluster(
+        nodes=4, gpus_per_node=8, device=A100.device, roofline=A100.roofline, links=A100.links
+    )
+    with pytest.raises(OptionError, match="says nothing of its hosts: add the table `host`"):
+        Deployment.fit(silent, LLAMA, config(), host_memory=10**10)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from hpc_distkv.engine.plan import Plan
 from hpc_distkv.simulate.cluster import Cluster, Device, Measured
 from hpc_distkv.simulate.deployment import Deployment
 from hpc_distkv.simulate.member import Member, Visit
-from hpc_distkv.simulate.models import ModelShape
+from hpc_distkv.simulate.models import MODELS, ModelShape
 from hpc_distkv.simulate.simulation import Rounds, Simulation
 from hpc_distkv.simulate.step import Steps
 from hpc_distkv.simulate.trace import Row
@@ -34,10 +35,17 @@ SPEED = Measured(
 )
 MODEL = ModelShape("tiny", 2, 64, 128, 4, 2, 16, 100)
 BLOCK = 4
+COPY = BLOCK * MODEL.kv_bytes_per_token / 1e9
+"""Seconds in which an rBlock goes to the host's memory, or comes back."""
 
 
 def deployment(
-    instances: int = 3, blocks: int = 12, policy: str = "lend", batched: int = 16, seqs: int = 4
+    instances: int = 3,
+    blocks: int = 12,
+    policy: str = "lend",
+    batched: int = 16,
+    seqs: int = 4,
+    host: int = 0,
 ) -> Deployment:
     """Instances of one rank on two nodes, with pools of a few rBlocks."""
     cluster = Cluster(
@@ -51,6 +59,8 @@ def deployment(
         POLICIES[policy],
         move_budget=BLOCK,
         enable_prefix_caching=True,
+        host_blocks=host,
+        host_copy_seconds=2 * COPY,
     )
     return Deployment(cluster, MODEL, 1, config)
 
@@ -98,11 +108,19 @@ rows = st.lists(row, min_size=1, max_size=14)
 
 
 @settings(max_examples=60, deadline=None, phases=QUICK)
-@given(rows, st.sampled_from(sorted(POLICIES)), st.integers(1, 4), st.integers(3, 12))
-def test_every_row_that_fits_is_answered_once_and_the_books_agree(rows, policy, instances, blocks):
-    where = deployment(instances, blocks, policy)
+@given(
+    rows,
+    st.sampled_from(sorted(POLICIES)),
+    st.integers(1, 4),
+    st.integers(3, 12),
+    st.sampled_from([0, 0, 1, 5, 20]),
+)
+def test_every_row_that_fits_is_answered_once_and_the_books_agree(
+    rows, policy, instances, blocks, host
+):
+    where = deployment(instances, blocks, policy, host=host)
     answered, simulation = run(where, rows)
-    room = BLOCK * blocks * (instances if policy.startswith("lend") else 1)
+    room = BLOCK * (blocks * (instances if policy.startswith("lend") else 1) + host)
     fitting = [n for n, row in enumerate(rows) if row.prompt + row.max_tokens - 1 <= room]
     assert sorted(answered) == fitting
     figures = simulation.record.figures(where)
@@ -111,20 +129,21 @@ def test_every_row_that_fits_is_answered_once_and_the_books_agree(rows, policy, 
 
 
 @settings(max_examples=20, deadline=None, phases=QUICK)
-@given(rows, st.sampled_from(["lend", "lend-greedy", "migrate"]))
-def test_nobody_owes_anything_at_the_end(rows, policy):
-    ended = run(deployment(policy=policy), rows)[1]
+@given(rows, st.sampled_from(["lend", "lend-greedy", "migrate"]), st.sampled_from([0, 20]))
+def test_nobody_owes_anything_at_the_end(rows, policy, host):
+    ended = run(deployment(policy=policy, host=host), rows)[1]
     for member in ended.members:
         rm = member.instance.rm
         assert not rm.loans
         assert not rm.debts
         assert rm.free == rm.num_blocks
+        assert rm.host_space.used == 0
 
 
 @settings(max_examples=10, deadline=None, phases=QUICK)
-@given(rows, st.sampled_from(["lend", "migrate"]))
-def test_the_same_rows_give_the_same_figures(rows, policy):
-    where = deployment(policy=policy)
+@given(rows, st.sampled_from(["lend", "migrate"]), st.sampled_from([0, 20]))
+def test_the_same_rows_give_the_same_figures(rows, policy, host):
+    where = deployment(policy=policy, host=host)
     first, second = (run(where, rows)[1].record.figures(where) for _ in range(2))
     assert virtual(first) == virtual(second)
 
@@ -246,3 +265,101 @@ def test_planner_and_dgfm_can_be_left_out():
         where = deployment()
         where = replace(where, config=replace(where.config, policy=policy))
         assert len(run(where, [Row(60, 8)] * 6)[0]) == 6
+
+
+# -- the host's memory --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("instances", [1, 2])
+def test_one_row_may_fill_all_pools_and_the_hosts_memory(policy, instances):
+    pools = 12 * instances if policy.startswith("lend") else 12
+    where = deployment(instances, policy=policy, host=20)
+    row = Row(BLOCK * (pools + 20) - 9, 10)
+    answered, simulation = run(where, [row, row._replace(prompt=row.prompt + 1)])
+    assert answered == [0]
+    counters = simulation.record.figures(where)["counters"]
+    assert counters["peak_host"] == 20
+    assert counters["host_time"] > 0
+    assert (counters["peak_borrowed"] > 0) == (pools > 12)
+
+
+def test_rows_that_give_way_are_not_computed_again():
+    """Rows that end early let more of the others begin than there is room for."""
+    rows = [Row(10, 4 if number < 8 else 22, limit=22) for number in range(16)]
+    without, with_host = (
+        run(where, rows)[1].record.figures(where)["counters"]
+        for where in (deployment(1, seqs=8, host=host) for host in (0, 40))
+    )
+    distinct = sum(row.prompt for row in rows)
+    tails = BLOCK * with_host["preemptions"]
+    assert tails > 0
+    assert without["prompt_tokens"] > distinct + tails
+    assert distinct <= with_host["prompt_tokens"] <= distinct + tails
+    assert with_host["blocks_to_host"] >= with_host["blocks_from_host"] > 0 == without["peak_host"]
+
+
+def test_copies_that_cost_more_than_to_compute_again_are_not_made():
+    rows = [Row(10, 4 if number < 8 else 22, limit=22) for number in range(16)]
+    where = deployment(1, seqs=8, host=40)
+    where = replace(where, config=replace(where.config, host_copy_seconds=1e3))
+    counters = run(where, rows)[1].record.figures(where)["counters"]
+    assert counters["preemptions"] > 0 == counters["blocks_to_host"]
+
+
+def test_a_step_of_a_cpu_copies_and_attends_to_what_is_in_its_hosts_memory_too(monkeypatch):
+    """A row twice as long as the pool, alone: 1e-5 s for a KV token of a decode and 2e-6 s for a
+    pair of a prompt, wherever it is, and 1e-9 s for a byte that is copied."""
+    seen = []
+    begin = Steps.begin
+
+    def watch(steps: Steps, member: Member, now: float) -> float:
+        seconds = begin(steps, member, now)
+        ((sequence, count),) = member.plan.rows or [(None, 0)]
+        if count:
+            moved = len(member.plan.to_host) + len(member.plan.from_host)
+            away = member.instance.rm.host_space.used - len(member.plan.to_host)
+            seen.append((seconds, count, sequence.computed, moved, away))
+        return seconds
+
+    monkeypatch.setattr(Steps, "begin", watch)
+    run(deployment(1, host=20), [Row(90, 12)])
+    for seconds, count, computed, moved, _ in seen:
+        own = 0.011 + (computed + 1) * 1e-5
+        if count > 1:
+            pairs = count * computed + count * (count + 1) / 2
+            own = 0.010 + count * 0.0005 + pairs * 2e-6
+        assert seconds == pytest.approx(own + moved * COPY, abs=1e-12)
+    for prompt in (True, False):
+        assert any(away for _, count, _, _, away in seen if (count > 1) == prompt)
+    assert any(moved for *_, moved, _ in seen)
+
+
+def test_a_step_of_a_gpu_waits_for_the_hosts_attention_where_its_own_is_shorter(monkeypatch):
+    """A row of 20 to 30 rBlocks of llama2-7b on one A100 with a pool of 12: decodes attend to the
+    rest in place, at 40.96 GB/s and with 10 us for each way of queries and results."""
+    seen = []
+    begin = Steps.begin
+
+    def watch(steps: Steps, member: Member, now: float) -> float:
+        seconds = begin(steps, member, now)
+        if [row.tokens for row in member.plan.rows] == [1] and not member.plan.moving:
+            own = member.plan.rows[0].sequence.length
+            seen.append((seconds, own, member.instance.rm.host_space.used))
+        return seconds
+
+    monkeypatch.setattr(Steps, "begin", watch)
+    a100 = Cluster.load(Path(__file__).parents[2] / "jobs" / "clusters" / "a100-4x8.toml")
+    one = Cluster(1, 1, a100.device, roofline=a100.roofline, links=a100.links, host=a100.host)
+    llama = MODELS["llama2-7b"]
+    policy = POLICIES["queue"]
+    where = Deployment.fit(one, llama, EngineConfig(1, 32, policy=policy), 1, 10**9)
+    where = replace(where, config=replace(where.config, num_blocks=12))
+    assert len(run(where, [Row(20 * 32, 10 * 32)])[0]) == 1
+    cost = where.cost()
+    for seconds, length, blocks in seen:
+        home, away = length - 32 * blocks, 32 * blocks
+        there = 64 * 10e-6 + llama.wire_bytes / 25.2e9 + away * 524_288 / 40.96e9
+        longer = max(0.0, there - cost.attention_time(home, 0)) if blocks else 0.0
+        assert seconds == pytest.approx(cost.step_time(1, home, 0, 0) + longer, abs=1e-12)
+    assert sum(blocks > 0 for *_, blocks in seen) > 100
