@@ -56,7 +56,7 @@ class Group:
         """A step begins; `apart`: all lanes come to its end whatever becomes of other instances."""
         self._apart = apart and self._transport.hops
         if self._apart:
-            here, *there = torch.zeros((len(self._ranks), 1), dtype=torch.int64)  # on the host
+            here, *there = torch.zeros((len(self._ranks), 1), dtype=torch.int16)  # on the host
             begun = list(zip(self._others, there, strict=True))
             self._wait([(rank, here) for rank in self._others], begun)
 

@@ -243,7 +243,7 @@ class MeetingTransport(Transport):
         self._hop = self._within.mark()
 
     def _await_meetings(self) -> None:
-        self._waiter.until(lambda: self._free or None, "messages to pass", self._held_by)
+        self._waiter.until(lambda: self._may_hop or None, "messages to pass", self._held_by)
 
     def close(self) -> None:
         """Close the fabrics, which waits for what was recorded of them to be forgotten."""
@@ -385,10 +385,16 @@ class MeetingTransport(Transport):
         return [post.lane.peer for post in self._meeting[1]] if self._meeting else self._lanes
 
     @property
-    def _free(self) -> bool:
-        """Whether this rank is in no meeting, and could begin none if its hops had passed."""
+    def _may_hop(self) -> bool:
+        """Whether this rank is in no meeting, and could begin none if its hops had passed. While
+        others wait for what it has posted it asks for one hop at a time, and for none before they
+        can have what it has for them: so they wait for a hop, and not for a step."""
         self.push()
-        return self._meeting is None and not self._called and not self._could_open
+        if self._meeting is not None or self._called or self._could_open:
+            return False
+        posted = [post for posts in self._posted.values() for post in posts]
+        owed = any(post.send for post in posted)
+        return not owed and (self._hop is None or not (posted or self._ready))
 
     @property
     def _could_open(self) -> bool:

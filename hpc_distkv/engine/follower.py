@@ -105,7 +105,8 @@ class Follower:
                 case StepBegun() as begun:
                     self._step(begun)
                 case Boundary(now):
-                    answer = self._take_answer()
+                    answer, self._answer = self._answer, None
+                    assert answer is not None  # see `_next`
                     if answer.stop or answer.give_way:
                         self._end_under_way()
                     if answer.stop:
@@ -124,7 +125,7 @@ class Follower:
                 f"{world.name(world.rank)} and {world.name(self._leader)} plan different steps of "
                 f"instance {world.instance}: do all ranks run the same version of this program?"
             )
-        self._time.enter(Kind.STEP if plan.rows else Kind.OTHER)
+        self._time.enter(Kind.OTHER if plan.idle and before is None else Kind.STEP)
         self._lane.compute(plan, begun.now, self._room_for_tokens(before))
         if before:
             self._end(before, self._next(StepEnded), {sequence.id for sequence, _ in plan.rows})
@@ -162,16 +163,6 @@ class Follower:
         """Take part in a round: what this rank wants of the run; the leader says all else."""
         self._instance.report()
         self._comm.rounds.report(self._interrupt.wish)
-
-    def _take_answer(self) -> Answer:
-        what = f"the answer of round {self._instance.round}"
-        answer = self._comm.idle(self._poll_answer, what)
-        self._answer = None
-        return answer
-
-    def _poll_answer(self) -> Answer | None:
-        self._attend()
-        return self._answer
 
     def _attend(self) -> None:
         """What goes on beside a rank's own step: the log is followed as far as it can be, debtors
@@ -217,20 +208,27 @@ class Follower:
         return True
 
     def _next(self, *kinds: type[E]) -> E:
-        """Wait for the next event of the loop, which is one of `kinds`."""
+        """Wait for the next event of the loop, which is one of `kinds`. A boundary stays in the log
+        until the answer is there, so that nothing that follows is applied before it."""
 
         def ready() -> E | None:
             self._attend()
             head = self._log[0] if self._log else None
+            if isinstance(head, Boundary) and self._answer is None:
+                return None
             if isinstance(head, kinds):
                 return head
             if head is not None and not isinstance(head, Served):
                 raise ProtocolError(f"the log of rank {self._leader} has {head} before its turn")
             return None
 
+        def awaited() -> list[int]:
+            answered = not self._log or not isinstance(self._log[0], Boundary)
+            return [self._leader] if answered else self._comm.rounds.awaited()
+
         names = " or ".join(kind.__name__ for kind in kinds)
         self._time.enter(Kind.CONTROL)
-        event = self._comm.waiter.until(ready, f"its log ({names})", lambda: [self._leader])
+        event = self._comm.waiter.until(ready, f"its log ({names})", awaited)
         self._time.leave(self._instance.round)
         self._log.popleft()
         return event

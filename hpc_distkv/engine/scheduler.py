@@ -51,7 +51,8 @@ class Scheduler:
         self._starved = False
         self.short = False
         """Whether memory was short in the last step that was planned."""
-        self._ahead = False
+        self._ahead = self._held_back = False
+        """Whether another step is computed meanwhile; whether for that somebody did not go on."""
         self._short_answers = self._short_steps = 0
         """Answers and steps for which memory has been short."""
         self._idle = True
@@ -121,8 +122,8 @@ class Scheduler:
 
     @property
     def moving(self) -> bool:
-        """Whether the next step may have moves between instances."""
-        return self._moves.coming
+        """Whether the next step may have moves."""
+        return self._moves.coming or self._held_back
 
     def put_aside(self) -> None:
         """The run is over: what runs is freed, and keeps its tokens."""
@@ -187,7 +188,7 @@ class Scheduler:
     def plan(self, ahead: bool = False) -> Plan:
         """The next step: decodes first, then prefill chunks up to the token budget. `ahead`: while
         another one is computed, so nothing moves, and nobody gives way."""
-        self._ahead = ahead
+        self._ahead, self._held_back = ahead, False
         self._short_steps = self._short_steps + 1 if self.short else 0
         self._starved = self.short = False
         self._steps += 1
@@ -254,7 +255,8 @@ class Scheduler:
         if sequence is None:
             return None
         if self._ahead and sequence.id in self._rm.host_space.aside:
-            return None  # what it has put aside would move
+            self._held_back = True  # what it has put aside would move
+            return None
         # A victim of another's starved row may be older than what runs here by now.
         self.waiting.remove(sequence)
         self._admission.begin.discard(sequence.id)

@@ -6,6 +6,7 @@ import random
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -169,32 +170,41 @@ def test_no_meeting_begins_before_hops_have_passed_and_no_hop_before_meetings():
     comms = open_local(4, tp=2)
     fabric = connect(comms)
     run_local(comms, lambda comm: comm.transport.unite(comm))
-    lanes = [
-        threading.Thread(
-            target=comm.transport.hop, args=([(1 - comm.world.rank, x)], [(1 - comm.world.rank, y)])
-        )
-        for comm, x, y in zip(comms[:2], torch.ones(2, 3), torch.zeros(2, 3), strict=True)
-    ]
-    for lane in lanes:
-        lane.start()
-    for lane in lanes:
-        lane.join()
-    arriving = comms[2].transport.exchange([], [(0, torch.zeros(3))])
+
+    def hop_of_both() -> None:
+        lanes = []
+        for comm, x, y in zip(comms[:2], torch.ones(2, 3), torch.zeros(2, 3), strict=True):
+            peer = 1 - comm.world.rank
+            hop = partial(comm.transport.hop, [(peer, x)], [(peer, y)])
+            lanes.append(threading.Thread(target=hop))
+            lanes[-1].start()
+        for lane in lanes:
+            lane.join()
+
+    hop_of_both()
+    assert comms[0].transport._may_hop, "nobody waits for anything"
+    asking = comms[0].transport.exchange([], [(2, torch.zeros(3))])
+    assert not comms[0].transport._may_hop, "if that is met soon, it waits for one hop at most"
+    fabric.pass_mark(fabric.tails[0])
+    assert comms[0].transport._may_hop
+    hop_of_both()
+    arriving = comms[2].transport.exchange([(0, torch.ones(3))], [(0, torch.zeros(3))])
     leaving = comms[0].transport.exchange([(2, torch.ones(3))], [])
+    assert not comms[0].transport._may_hop, "what it has for others is not ready yet"
     for marks in fabric.marks:
-        if marks:
+        while marks:
             fabric.pass_mark(marks)
-    for pending in (arriving, leaving, arriving):
+    for pending in (arriving, leaving, asking, arriving):
         assert not pending.done()
     assert fabric.meetings == []
-    assert not comms[0].transport._free, "it would hop on and on, and the meeting would wait"
+    assert not comms[0].transport._may_hop, "it would hop on and on, and the meeting would wait"
     fabric.pass_mark(fabric.tails[0])
     for pending in (leaving, arriving):
         assert not pending.done()
-    assert fabric.meetings == [(0, 2, 1), (2, 0, 1)]
-    assert not comms[0].transport._free
+    assert fabric.meetings == [(0, 2, 2), (2, 0, 2)]
+    assert not comms[0].transport._may_hop
     fabric.meet(0, 2)
-    assert comms[0].transport._free
+    assert comms[0].transport._may_hop
 
 
 class Step:
