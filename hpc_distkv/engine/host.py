@@ -87,12 +87,6 @@ class HostTier:
 
     def begin(self, plan: Plan) -> bool:
         """Ask for the plan's copies. Returns whether its layers have anything to attend to here."""
-        self._copies = []
-        self._copying = len(plan.to_host) + len(plan.from_host)
-        if self._copying:
-            self._time.enter(Kind.MOVES)
-            self._copy(plan)
-            self._time.leave(self._copying)
         in_place: list[list[Query]] = []
         staged: list[list[Query]] = []
         for _, queries in groupby(host_queries(self._rm, plan.rows), key=attrgetter("guests")):
@@ -107,6 +101,12 @@ class HostTier:
         if staged and self._staging:
             self._staging.begin([self._paged(leg) for leg in staged], _tokens(staged))
             self._ways.append(self._staging)
+        self._copies = []
+        self._copying = len(plan.to_host) + len(plan.from_host)
+        if self._copying:  # behind what layer 0 waits for
+            self._time.enter(Kind.MOVES)
+            self._copy(plan)
+            self._time.leave(self._copying)
         return bool(self._ways)
 
     def post_queries(self, q: torch.Tensor) -> None:

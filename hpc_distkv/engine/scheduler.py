@@ -338,6 +338,10 @@ class Scheduler:
             return True
         if self._config.policy.lending and self._rm.credit and self.demands.movable():
             return True
+        return self._may_borrow(sequence)
+
+    def _may_borrow(self, sequence: Sequence) -> bool:
+        """Whether credit may yet come for a sequence that lacks memory."""
         hope = not self._denied and self._short_answers < PATIENCE
         return hope and self.demands.worth_borrowing(sequence)
 
@@ -372,7 +376,7 @@ class Scheduler:
             waited = min(short + beginning, most)
             moves = self._moves.plan(self.running, waited, self._home_growth)
         if self._config.host_blocks:
-            self.swaps.plan(self.running, min(short, most) - len(moves[0]))
+            self.swaps.plan(self.running, min(short, most) - len(moves[0]), self._may_borrow)
         return moves
 
     def _home_growth(self) -> int:

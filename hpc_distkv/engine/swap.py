@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
 from itertools import islice
 
@@ -109,13 +109,15 @@ class Swaps:
         room = self._outgrows(sequence) and self._room() > 0
         return room and next(self._movable(sequence), None) is not None
 
-    def plan(self, running: Rows[Sequence], short: int) -> None:
-        """Let go what rows that outgrow the pool lack, `short` rBlocks in all; or bring home what
-        has room until all rows end."""
+    def plan(
+        self, running: Rows[Sequence], short: int, may_borrow: Callable[[Sequence], bool]
+    ) -> None:
+        """Let go what rows that outgrow the pool, and may not get credit, lack: `short` rBlocks in
+        all; or bring home what has room until all rows end."""
         short -= self.freeing
         if short > 0:
             for sequence in sorted(running, key=lambda s: s.length, reverse=True):
-                if short > 0 and self._outgrows(sequence):
+                if short > 0 and self._outgrows(sequence) and not may_borrow(sequence):
                     short -= self._spill(sequence, short)
         elif not self._out and self._space.used:
             self._bring_home(running)

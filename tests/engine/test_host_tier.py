@@ -16,6 +16,7 @@ from hpc_distkv.comm.schedule import SeededSchedule
 from hpc_distkv.control.messages import Request, Sampling, pack_tokens
 from hpc_distkv.engine.config import EngineConfig, OptionError
 from hpc_distkv.engine.foresight import Foresight
+from hpc_distkv.engine.instance import Instance
 from hpc_distkv.engine.rank import EngineOptions, RankEngine
 from hpc_distkv.engine.sequence import Sequence
 from hpc_distkv.engine.swap import Swaps
@@ -147,7 +148,7 @@ def test_what_is_put_aside_makes_room_for_a_row_that_cannot_go_on():
     assert (moves(), swaps.commit(), rm.host_space.free) == ([0, 1, 2, 3], [young], 0)
     long = running(3, 12 * BLOCK, 8)
     assert swaps.helps(long)
-    swaps.plan([long], 3)
+    swaps.plan([long], 3, lambda sequence: False)
     assert moves() == [0, 1, 2]
     assert (rm.host_space.aside, rm.host_space.used, rm.usable) == ({}, 3, 3)
     rm.check()
@@ -160,6 +161,39 @@ def test_copies_that_end_late_change_no_token(model, seed):  # noqa: F811
     outcome = run_cluster(model, rows, ranks, tier(16, 24), schedule, prepare=be_late)
     assert outcome.tokens == unconstrained(model, rows)
     assert total(outcome, "blocks_to_host") > 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_peers_are_asked_for_memory_before_the_host(model, seed):  # noqa: F811
+    rng = random.Random(seed)
+    tokens = [rng.randrange(VOCABULARY) for _ in range(36 * BLOCK)]
+    rows = [Request(0, pack_tokens(tokens), Sampling(30))]
+    outcome = run_cluster(model, rows, 2, tier(24, 40), SeededSchedule(seed))
+    assert outcome.tokens == unconstrained(model, rows)
+    assert total(outcome, "blocks_borrowed") > 0
+    assert total(outcome, "blocks_to_host") == 0
+
+
+def test_a_row_that_was_put_aside_goes_on_though_steps_are_planned_ahead():
+    instance = Instance(0, EngineConfig(num_blocks=20, block_size=4, host_blocks=20))
+    scheduler, swaps = instance.scheduler, instance.scheduler.swaps
+    swaps.block_tokens = 0.1
+    for number in range(2):
+        request = Request(number, pack_tokens(range(12)), Sampling(max_tokens=20))
+        scheduler.add(instance._sequence(request, 0.0))
+    step = instance.plan()
+    ends = instance.advance(step.rows)
+    instance.learn(step.rows, ends, [5, 6], 1.0)
+    scheduler._preempt(scheduler.running[1])
+    instance.commit(instance.plan())
+    assert list(instance.rm.host_space.aside) == [1]
+    assert [(s.id, count) for s, count in instance.plan(ahead=True).rows] == [(0, 1)]
+    assert scheduler.moving, "the next step is not planned ahead"
+    step = instance.plan()
+    assert len(step.from_host) == 3
+    assert not scheduler.moving
+    instance.commit(step)
+    assert [s.id for s, _ in instance.plan(ahead=True).rows] == [0, 1]
 
 
 def test_all_ranks_of_an_instance_put_the_same_aside(tiny_model: Path, whole):  # noqa: F811

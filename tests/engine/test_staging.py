@@ -387,14 +387,12 @@ def force(monkeypatch, least: float) -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_staged_rblocks_change_no_token(model, monkeypatch, legs, seed):  # noqa: F811
     """Copies end when the schedule says."""
-    rng = random.Random(seed)
-    rows = crowd(rng, 8, 40 * BLOCK)
+    ranks = 1 + seed // 3
+    rows = crowd(random.Random(seed), 8, (16 * ranks + 24) * BLOCK)
     least = (1.0, 2.0, 5.0)[seed % 3]
     force(monkeypatch, least)
     settings = tier(16, 24, enable_prefix_caching=seed % 2 == 0)
-    outcome = run_cluster(
-        model, rows, 1 + seed // 3, settings, SeededSchedule(seed), prepare=be_late
-    )
+    outcome = run_cluster(model, rows, ranks, settings, SeededSchedule(seed), prepare=be_late)
     assert outcome.tokens == unconstrained(model, rows)
     assert min(legs["staged"]) >= least
     assert max(legs["in place"], default=0) < least
