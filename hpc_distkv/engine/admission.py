@@ -174,7 +174,7 @@ class Admission:
             return False
         claim = self._foresight.claim(sequence)
         first = [room.blocked] if room.blocked else []
-        over = self._foresight.peak([*room.claims, *first, claim]) - room.in_time
+        over = self._foresight.peak([*room.claims, *first, claim], claim.end) - room.in_time
         if lacking <= 0 and over <= 0:
             return True
         if not room.blocked:

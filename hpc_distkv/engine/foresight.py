@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Rows
 from operator import attrgetter
 from typing import NamedTuple, TypeVar
@@ -89,8 +90,8 @@ class Foresight:
         tokens = sequence.length - away * self._config.block_size
         return Claim(0, self.expected_end(sequence) - sequence.length, tokens)
 
-    def peak(self, claims: Rows[Claim]) -> float:
-        """Most rBlocks that the claims take at once."""
+    def peak(self, claims: Rows[Claim], until: float = math.inf) -> float:
+        """Most rBlocks that the claims take at once before `until`, where one of them ends."""
         # Claims grow until they end, so the most is taken just before one of them ends.
         later = [claim for claim in claims if claim.start]
         most = tokens = 0.0
@@ -102,7 +103,8 @@ class Foresight:
             for other in later:
                 if other.start < claim.end <= other.end:
                     taken += self._blocks(other.tokens + claim.end - other.start)
-            most = max(most, taken)
+            if claim.end <= until:
+                most = max(most, taken)
         return most
 
     def start(self, running: Rows[Claim], row: Claim, room: float) -> float:

@@ -57,6 +57,17 @@ def test_a_row_waits_if_it_has_room_now_but_not_when_those_that_run_have_grown()
     assert running(scheduler) == [0]
 
 
+def test_a_row_that_may_come_to_fill_the_pool_keeps_no_short_one_waiting():
+    """In 76 steps row 0 has all there is, the reserve included; the others are done in 3."""
+    scheduler = make(num_blocks=20, max_num_batched_tokens=ANY)
+    add(scheduler, 0, prompt=4, max_tokens=77)
+    for number in range(1, 6):
+        add(scheduler, number, prompt=4, max_tokens=3)
+    add(scheduler, 6, prompt=4, max_tokens=70)
+    step(scheduler)
+    assert running(scheduler) == [0, 1, 2, 3, 4, 5]
+
+
 def test_a_row_passes_no_other_that_could_begin():
     scheduler = make(num_blocks=20, max_num_seqs=2)
     for number in range(3):

@@ -34,8 +34,8 @@ def blocks_at(step_number: int, claims: list[Claim]) -> float:
     )
 
 
-def most(claims: list[Claim]) -> float:
-    return max((blocks_at(number, claims) for number in range(1, 100)), default=0.0)
+def most(claims: list[Claim], until: int = 100) -> float:
+    return max((blocks_at(number, claims) for number in range(1, until + 1)), default=0.0)
 
 
 def fits_beside(running: list[Claim], row: Claim, room: float) -> bool:
@@ -50,6 +50,8 @@ def fits_beside(running: list[Claim], row: Claim, room: float) -> bool:
 @given(st.lists(later, max_size=8))
 def test_the_peak_is_the_most_that_is_taken_in_any_step(claims):
     assert foresight().peak(claims) == most(claims)
+    for claim in claims:
+        assert foresight().peak(claims, claim.end) == most(claims, int(claim.end))
 
 
 def test_nobody_takes_nothing():
