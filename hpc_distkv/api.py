@@ -115,11 +115,13 @@ def together(comm: Comm, prepare: Callable[[], T]) -> T:
     """The result of `prepare`, which is not collective, unless a rank has a user error: then all
     ranks raise SetupError. Collective."""
     result, error = None, None
-    try:
-        result = prepare()
-    except USER_ERRORS as problem:
-        error = str(problem)
-    for rank, said in enumerate(comm.agree(error)):
+    with comm.waiter.patient():
+        try:
+            result = prepare()
+        except USER_ERRORS as problem:
+            error = str(problem)
+        answers = comm.agree(error)
+    for rank, said in enumerate(answers):
         if said is not None:
             where = f" ({comm.world.name(rank)})" if rank else ""
             raise SetupError(said + where)

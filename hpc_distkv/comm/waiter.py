@@ -20,6 +20,8 @@ decode step, since to wake from a sleep costs about as much as a whole exchange.
 SHORTEST_SLEEP, LONGEST_SLEEP = 50e-6, 1e-3
 SLEEP_SHARE = 1 / 20
 """A sleep lasts this share of the wait so far, so sleeping never delays a wait by much more."""
+PATIENCE = 12
+"""How many times the stall timeout others may take to get ready (`Waiter.patient`)."""
 LONGEST_GAP = 1.0
 """Seconds that one gap between two polls may add to the stall clock: a job that Slurm or a
 debugger suspended for an hour has not stalled for an hour."""
@@ -86,6 +88,16 @@ class Waiter:
             yield
         finally:
             self.background.remove(push)
+
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """Waits in this block are for ranks that do what may take some of them much longer than
+        others, as to read weights: they give up later."""
+        hurried, self.stall_timeout = self.stall_timeout, PATIENCE * self.stall_timeout
+        try:
+            yield
+        finally:
+            self.stall_timeout = hurried
 
     def moved(self) -> None:
         """Something of this rank completed: the stall clock starts anew."""

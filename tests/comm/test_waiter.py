@@ -22,6 +22,14 @@ def test_a_stall_names_who_waits_for_whom():
     )
 
 
+def test_ranks_that_get_ready_may_take_longer():
+    hurried, began = waiter(0.05), time.monotonic()
+    with hurried.patient():
+        assert hurried.until(lambda: time.monotonic() - began > 0.2 or None, "weights")
+    with pytest.raises(StallError, match=r"nothing moved for 0\.05 s"):
+        hurried.until(lambda: None, "a step")
+
+
 def test_progress_restarts_the_clock():
     patient = waiter(0.1)
     began = time.monotonic()

@@ -1,0 +1,39 @@
+"""What all ranks do before a run."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from hpc_distkv.api import SetupError, together
+from hpc_distkv.comm.local import open_local, run_local
+from hpc_distkv.comm.transport import Comm
+from hpc_distkv.model.errors import ModelError
+
+
+def test_a_rank_that_takes_longer_than_others_is_waited_for():
+    def load(comm: Comm) -> int:
+        def prepare() -> int:
+            time.sleep(0.8 * comm.world.rank)
+            return comm.world.rank
+
+        return together(comm, prepare)
+
+    assert run_local(open_local(3, stall_timeout=0.2), load) == [0, 1, 2]
+
+
+def test_all_ranks_hear_of_a_rank_that_cannot():
+    said = []
+
+    def load(comm: Comm) -> None:
+        def prepare() -> None:
+            if comm.world.rank == 1:
+                raise ModelError("a tensor is missing")
+
+        with pytest.raises(SetupError) as error:
+            together(comm, prepare)
+        said.append(str(error.value))
+
+    run_local(open_local(3), load)
+    assert said == ["a tensor is missing (rank 1)"] * 3
