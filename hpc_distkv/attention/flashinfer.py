@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hpc_distkv.attention.call import Call
 from hpc_distkv.attention.paged import PagedBatch
 from hpc_distkv.attention.spec import AttentionSpec
 from hpc_distkv.comm.device import Event
@@ -164,20 +165,9 @@ class FlashInfer:
             lambda: self._layout(batch, len(q), num_blocks, block_size, causal, spec.window),
         )
 
-    def micro_attention(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        batch: PagedBatch,
-        layout: Layout,
-        spec: AttentionSpec,
-        *,
-        causal: bool,
-        out: Tensor,
-        lse: Tensor,
-    ) -> None:
-        """Fill out and lse; `layout`: as `self.layout` gave it for this call."""
+    def micro_attention(self, call: Call, layout: Layout) -> None:
+        """`layout`: as `self.layout` gave it for this call."""
+        q, k_cache, v_cache, batch, spec, causal, out, lse = call
         options = (q.dtype, q.shape[1:], k_cache.shape, causal)
         wrapper = batch.derived(
             (BACKEND, *options, spec.scale, spec.window, spec.softcap),

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hpc_distkv.attention import tuning
+from hpc_distkv.attention.call import Call
 from hpc_distkv.attention.paged import PagedBatch
 from hpc_distkv.attention.rotation import Rotation
 from hpc_distkv.attention.spec import AttentionSpec
@@ -220,19 +221,9 @@ class Kernels:
             lambda: given or self._plan(batch, shape, causal, spec.window, q, k_cache),
         )
 
-    def micro_attention(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        batch: PagedBatch,
-        spec: AttentionSpec,
-        *,
-        causal: bool,
-        out: Tensor,
-        lse: Tensor,
-    ) -> None:
-        """Fill out and lse. Raises ValueError where the batch's numbers do not fit the tensors."""
+    def micro_attention(self, call: Call) -> None:
+        """Raises ValueError where the batch's numbers do not fit the tensors."""
+        q, k_cache, v_cache, batch, spec, causal, out, lse = call
         shape = _shape(q, k_cache)
         plan = self.plan(q, k_cache, batch, spec, causal=causal)
         part_out, part_lse = out, lse

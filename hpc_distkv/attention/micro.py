@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hpc_distkv.attention import flashinfer, launch, native, reference
+from hpc_distkv.attention.call import Call
 from hpc_distkv.attention.layout import inner_contiguous
 from hpc_distkv.attention.paged import PagedBatch
 from hpc_distkv.attention.spec import AttentionSpec
@@ -55,26 +56,15 @@ def micro_attention(
     flash = flashinfer.kernels(q.device) if spec.backend == flashinfer.BACKEND else None
     layout = flash.layout(q, k_cache, batch, spec, causal=causal) if flash else None
     triton = launch.kernels(q.device)
+    call = Call(q, k_cache, v_cache, batch, spec, causal, out, lse)
     if flash and layout:
-        flash.micro_attention(
-            q, k_cache, v_cache, batch, layout, spec, causal=causal, out=out, lse=lse
-        )
+        flash.micro_attention(call, layout)
     elif triton and triton.serves(q, k_cache, spec):
-        triton.micro_attention(q, k_cache, v_cache, batch, spec, causal=causal, out=out, lse=lse)
+        triton.micro_attention(call)
     elif _native_shape(q) and (kernels := native.kernels()):
-        kernels.micro_attention(
-            q,
-            k_cache,
-            v_cache,
-            batch,
-            spec,
-            causal=causal,
-            out=out,
-            lse=lse,
-            stream_lines=STREAM_LINES[q.dtype],
-        )
+        kernels.micro_attention(call, STREAM_LINES[q.dtype])
     else:
-        reference.micro_attention(q, k_cache, v_cache, batch, spec, causal=causal, out=out, lse=lse)
+        reference.micro_attention(call)
     return out, lse
 
 

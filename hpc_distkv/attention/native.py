@@ -24,8 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hpc_distkv.attention.paged import PagedBatch
-from hpc_distkv.attention.spec import AttentionSpec
+from hpc_distkv.attention.call import Call
 
 log = logging.getLogger(__name__)
 
@@ -55,24 +54,14 @@ class Kernels:
         self._write = library.hpc_distkv_write_kv
         self._write.argtypes = [pointer] * 6 + [integer] * 10
 
-    def micro_attention(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        batch: PagedBatch,
-        spec: AttentionSpec,
-        *,
-        causal: bool,
-        out: Tensor,
-        lse: Tensor,
-        stream_lines: int,
-    ) -> None:
-        """Fill out and lse. Raises ValueError where the batch's numbers do not fit the tensors."""
+    def micro_attention(self, call: Call, stream_lines: int) -> None:
+        """Rows of up to `stream_lines` lines are streamed. Raises ValueError where the batch does not
+        fit the tensors."""
+        q, k_cache, v_cache, batch, spec, causal, out, lse = call
         queries, heads, dim = q.shape
         num_blocks, kv_heads, block_size, _ = k_cache.shape
         size = q.element_size()
-        call = _CALL.pack(
+        packed = _CALL.pack(
             q.data_ptr(),
             k_cache.data_ptr(),
             v_cache.data_ptr(),
@@ -104,7 +93,7 @@ class Kernels:
             spec.scale,
             spec.softcap,
         )
-        status = self._attention(call)
+        status = self._attention(packed)
         if status == _NO_MEMORY:
             raise MemoryError("no memory for the scratch of micro_attention")
         if status != _OK:

@@ -5,28 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hpc_distkv.attention.paged import PagedBatch
+from hpc_distkv.attention.call import Call
 from hpc_distkv.attention.spec import AttentionSpec
 
 QUERY_CHUNK = 256
 """Queries of a row that are scored at once: bounds the score matrix."""
 
 
-def micro_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    batch: PagedBatch,
-    spec: AttentionSpec,
-    *,
-    causal: bool,
-    out: Tensor,
-    lse: Tensor,
-) -> None:
-    """Fill out [T, H, D] and lse [T, H]; arguments as in `micro.micro_attention`.
-
-    Raises ValueError where the batch's numbers do not fit the tensors.
-    """
+def micro_attention(call: Call) -> None:
+    """Raises ValueError where the batch's numbers do not fit the tensors."""
+    q, k_cache, v_cache, batch, spec, causal, out, lse = call
     block_size = k_cache.shape[2]
     batch.check(q.shape[0], k_cache.shape[0], block_size)
     starts, block_starts = batch.query_start.tolist(), batch.block_start.tolist()

@@ -17,6 +17,7 @@ from test_tensor_parallel import shards, whole  # noqa: F401
 from torch.nn.functional import pad
 
 from hpc_distkv.attention import PagedBatch, launch, reference
+from hpc_distkv.attention.call import Call
 from hpc_distkv.attention.rotation import rotate
 from hpc_distkv.comm.schedule import SeededSchedule
 from hpc_distkv.comm.transport import Comm
@@ -74,11 +75,9 @@ class Kernels:
     def plan(self, q, k_cache, batch, spec, *, causal, given=None) -> Plan:
         return batch.derived((len(q), causal, spec.window), lambda: given or Plan(batch))
 
-    def micro_attention(self, q, k_cache, v_cache, batch, spec, *, causal, out, lse) -> None:
-        numbers = self.plan(q, k_cache, batch, spec, causal=causal).batch()
-        reference.micro_attention(
-            q, k_cache, v_cache, numbers, spec, causal=causal, out=out, lse=lse
-        )
+    def micro_attention(self, call: Call) -> None:
+        plan = self.plan(call.q, call.k_cache, call.batch, call.spec, causal=call.causal)
+        reference.micro_attention(call._replace(batch=plan.batch()))
 
     def rotate_and_write(self, qk, v, rotation, k_cache, v_cache, blocks, offsets) -> torch.Tensor:
         qk, heads = rotate(qk, rotation), qk.shape[1] - v.shape[1]

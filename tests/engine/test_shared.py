@@ -19,6 +19,7 @@ from hpc_distkv.engine.sequence import Sequence
 from hpc_distkv.engine.shared import groups_of
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.memory.rmanager import RManager
+from hpc_distkv.model.shard import Alone
 
 BLOCK, HEADS, KV_HEADS, DIM = 8, 4, 2, 16
 LONG = 6
@@ -61,6 +62,7 @@ class OneLayer:
     """A model whose only layer is attention to random queries, keys and values."""
 
     needs_lengths = False
+    lanes = Alone()
 
     def __init__(self, spec: AttentionSpec, tokens: int) -> None:
         self.attention = [spec]
