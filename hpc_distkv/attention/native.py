@@ -55,8 +55,8 @@ class Kernels:
         self._write.argtypes = [pointer] * 6 + [integer] * 10
 
     def micro_attention(self, call: Call, stream_lines: int) -> None:
-        """Rows of up to `stream_lines` lines are streamed. Raises ValueError where the batch does not
-        fit the tensors."""
+        """Rows of up to `stream_lines` lines are streamed. Raises ValueError where the batch does
+        not fit the tensors."""
         q, k_cache, v_cache, batch, spec, causal, out, lse = call
         queries, heads, dim = q.shape
         num_blocks, kv_heads, block_size, _ = k_cache.shape

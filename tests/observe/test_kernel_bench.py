@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hpc_distkv.attention import flashinfer, micro_attention
+from hpc_distkv.attention.call import Call
 from hpc_distkv.observe.kernels import Heads, KernelBench, kernel_figures
 
 SMALL = Heads(query=4, kv=2, dim=32, dtype=torch.float32)
@@ -60,13 +61,15 @@ class Double:
     def layout(self, *args, **options) -> Double:
         return self
 
-    def micro_attention(self, q, k_cache, v_cache, batch, layout, spec, *, causal, out, lse):
+    def micro_attention(self, call: Call, layout: object) -> None:
         if self.broken:
             raise RuntimeError("there is no nvcc")
         self.calls += 1
-        spec = replace(spec, backend="auto")
+        call = call._replace(spec=replace(call.spec, backend="auto"))
+        named = call._asdict()
+        given = [named.pop(name) for name in ("q", "k_cache", "v_cache", "batch", "spec")]
         for _ in range(2):
-            micro_attention(q, k_cache, v_cache, batch, spec, causal=causal, out=out, lse=lse)
+            micro_attention(*given, **named)
 
 
 @pytest.mark.parametrize("broken", [False, True])
