@@ -12,7 +12,6 @@ from hpc_distkv.control.messages import (
     Answer,
     Changes,
     Counters,
-    Handover,
     Header,
     Remains,
     Report,
@@ -23,6 +22,7 @@ from hpc_distkv.control.messages import (
 from hpc_distkv.control.work import work
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.guests import remote_queries
+from hpc_distkv.engine.handover import Handovers, handover
 from hpc_distkv.engine.pace import Pace, StepSeconds, StepWork
 from hpc_distkv.engine.plan import Plan, Row
 from hpc_distkv.engine.scheduler import Scheduler
@@ -66,14 +66,10 @@ class Instance:
         self._sequence = sequence
         self._asked = 0
         self._results: list[Result] = []
-        self._adopted: list[int] = []
+        self._handovers = Handovers(self.rm, self.scheduler, sequence)
         self._returned: list[Sequence] = []
         self._lent: dict[int, int] = {}
         """As reported last."""
-        self._arriving: dict[int, list[Sequence]] = {}
-        """Debtor → what the header that is being served hands over."""
-        self._back: list[tuple[int, Sequence]] = []
-        """What came back while the step that handed it over was not over here."""
         self._over: set[int] = set()
         """Finished requests that are in a step which is being computed: it uses their rBlocks."""
 
@@ -160,12 +156,12 @@ class Instance:
         changes = Changes(
             lent=lent if lent != self._lent else None,
             results=self._results,
-            adopted=self._adopted,
+            adopted=self._handovers.adopted,
             returned=[sequence.request for sequence in self._returned],
             large=self.scheduler.demands.large,
             counters=self._count() if idle or self.round % COUNTED_ROUNDS == 0 else None,
         )
-        self._lent, self._results, self._adopted, self._returned = lent, [], [], []
+        self._lent, self._results, self._handovers.adopted, self._returned = lent, [], [], []
         return changes
 
     def _count(self) -> Counters:
@@ -225,9 +221,7 @@ class Instance:
                 returned=news.returned,
                 moves=[(m.request, m.block) for m in plan.moves if m.peer == creditor],
                 recalls=[(m.request, m.block) for m in plan.recalls if m.peer == creditor],
-                handovers=[
-                    self._handover(s, now) for s in plan.leaving if leaving[s.id] == creditor
-                ],
+                handovers=[handover(s, now) for s in plan.leaving if leaving[s.id] == creditor],
                 queries=[query.asked for query in queries.get(creditor, [])],
                 dropped=list(news.dropped),
                 splits=list(news.splits),
@@ -245,14 +239,7 @@ class Instance:
         self.counters.peak_host = max(self.counters.peak_host, self.rm.host_space.used)
         self.rm.commit((*plan.moves, *plan.to_host), (*plan.recalls, *plan.from_host))
         self.scheduler.commit()
-        for sequence in plan.leaving:
-            self.scheduler.hand_over(sequence)
-            if sequence.id in self._adopted:  # its next home says where it is
-                self._adopted.remove(sequence.id)
-            self.counters.migrations += 1
-        for debtor, sequence in self._back:
-            self._adopt(debtor, sequence)
-        self._back.clear()
+        self.counters.migrations += self._handovers.leave(plan.leaving)
         self.counters.peak_borrowed = max(self.counters.peak_borrowed, self.rm.borrowed)
 
     def append(
@@ -371,7 +358,7 @@ class Instance:
         self.rm.take_back(debtor, header.returned)
         incoming = self.rm.host(debtor, header.moves)
         outgoing = self.rm.give_back(debtor, header.recalls)
-        self._arriving[debtor] = [self._arrival(handover, now) for handover in header.handovers]
+        self._handovers.arrive(debtor, header.handovers, now)
         return outgoing, incoming
 
     def open_credit(self, creditor: int, blocks: int) -> None:
@@ -382,43 +369,8 @@ class Instance:
         """The moves of a header have arrived, and its queries have been served."""
         self.counters.blocks_lent += len(incoming)
         self.rm.commit(outgoing, incoming)
-        for sequence in self._arriving.pop(debtor):
-            if sequence.id in self.rm.tables:
-                self._back.append((debtor, sequence))
-            else:
-                self._adopt(debtor, sequence)
+        self._handovers.settle(debtor)
 
     def check(self) -> None:
         """Assert the bookkeeping invariants."""
         self.rm.check()
-
-    def _adopt(self, debtor: int, sequence: Sequence) -> None:
-        self.rm.adopt(debtor, sequence.id)
-        self.scheduler.adopt(sequence)
-        self._adopted.append(sequence.id)
-
-    # -- handing over ---------------------------------------------------------------------------
-
-    def _handover(self, sequence: Sequence, now: float) -> Handover:
-        def age(moment: float | None) -> float | None:
-            return None if moment is None else now - moment
-
-        return Handover(
-            request=sequence.request,
-            tokens=sequence.packed,
-            computed=sequence.computed,
-            assigned_age=now - sequence.assigned_at,
-            first_token_age=age(sequence.first_token_at),
-            last_token_age=age(sequence.last_token_at),
-            logprobs=bytes(sequence.logprobs or b""),
-        )
-
-    def _arrival(self, handover: Handover, now: float) -> Sequence:
-        def moment(age: float | None) -> float | None:
-            return None if age is None else now - age
-
-        sequence = self._sequence(handover.request, now - handover.assigned_age)
-        sequence.restore(handover.tokens, handover.computed, handover.logprobs)
-        sequence.first_token_at = moment(handover.first_token_age)
-        sequence.last_token_at = moment(handover.last_token_age)
-        return sequence
