@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from hpc_distkv.comm import cuda, nccl
 from hpc_distkv.comm.device import DeviceError, Sight, fault, own_index
@@ -22,8 +23,8 @@ def bind(comm: Comm, wanted: str = "auto", sharing: bool = False, transport: str
     exchanged; a second call changes nothing.
 
     `wanted` is one of `device.CHOICES`, `sharing` lets ranks share a GPU. `transport` is "nccl",
-    "mpi" (by way of the host), or "auto": NCCL if there are several ranks, none shares its GPU, and
-    all have it. Raises DeviceError, on all ranks, and NcclError.
+    "mpi" (by way of the host), or "auto": NCCL if there are several ranks, all have it, and each
+    has a whole GPU to itself. Raises DeviceError, on all ranks, and NcclError.
     """
     world = comm.world
     sight = cuda.look(wanted, world.local_rank)
@@ -32,8 +33,7 @@ def bind(comm: Comm, wanted: str = "auto", sharing: bool = False, transport: str
         raise DeviceError(problem)
     if not sight.uuid or comm.device.place.type == "cuda":
         return
-    shared = len({seen.uuid for seen in sights}) < world.size
-    by_nccl = _by_nccl(comm, transport, shared)
+    by_nccl = _by_nccl(comm, transport, sights)
     comm.device = device = _open(comm, own_index(sight.devices, world.local_rank))
     way: MeetingTransport | StagedTransport
     if by_nccl:
@@ -61,14 +61,16 @@ def _open(comm: Comm, index: int) -> cuda.Cuda:
     return device
 
 
-def _by_nccl(comm: Comm, transport: str, shared: bool) -> bool:
+def _by_nccl(comm: Comm, transport: str, sights: Sequence[Sight]) -> bool:
     """Whether tensors travel by NCCL: the same on all ranks. Collective."""
     if transport == "mpi" or (transport == "auto" and comm.world.size == 1):
         return False
     found = comm.share(nccl.usable())
     why_not = nccl.refusal([(version, why) for version, why in found])
-    if shared:
+    if len({seen.uuid for seen in sights}) < comm.world.size:
         why_not = "NCCL takes no two ranks on one GPU"
+    elif transport == "auto" and any(seen.part for seen in sights):
+        why_not = "NCCL is not sure to serve parts of GPUs (MIG); --transport nccl tries"
     if why_not and transport == "nccl":
         raise DeviceError(f"--transport nccl cannot be: {why_not}")
     if why_not and comm.world.rank == 0:

@@ -145,4 +145,4 @@ def look(wanted: str, local_rank: int) -> Sight:
         return Sight(0)
     devices = torch.cuda.device_count()
     properties = torch.cuda.get_device_properties(own_index(devices, local_rank))
-    return Sight(devices, str(properties.uuid))
+    return Sight(devices, str(properties.uuid), "MIG" in properties.name)

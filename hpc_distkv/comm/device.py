@@ -106,6 +106,8 @@ class Sight(NamedTuple):
     """CUDA devices that are visible to it."""
     uuid: str = ""
     """Of the one it would take; empty: the host's processor."""
+    part: bool = False
+    """Whether that is a part of a GPU (MIG)."""
 
 
 def own_index(devices: int, local_rank: int) -> int:

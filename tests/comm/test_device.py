@@ -79,9 +79,9 @@ def test_some_rank_without_nccl_sends_all_by_way_of_the_host_or_is_named(monkeyp
     found = [(22809, ""), (0, "CuPy is missing")]
     monkeypatch.setattr("hpc_distkv.comm.nccl.usable", lambda: found[chosen.pop()])
 
-    def way(comm, transport):
+    def way(comm, transport, sights=ALL_SEE[:2]):
         try:
-            return _by_nccl(comm, transport, shared=False)
+            return _by_nccl(comm, transport, sights)
         except DeviceError as error:
             return str(error)
 
@@ -96,3 +96,11 @@ def test_some_rank_without_nccl_sends_all_by_way_of_the_host_or_is_named(monkeyp
     assert run_local(open_local(2), lambda comm: way(comm, "auto")) == [True, True]
     chosen = []
     assert run_local(open_local(2), lambda comm: way(comm, "mpi")) == [False, False]
+    parts = Sight(1, "u0", True), Sight(1, "u1", True)
+    chosen = [0, 0]
+    assert run_local(open_local(2), lambda comm: way(comm, "auto", parts)) == [False, False]
+    chosen = [0, 0]
+    assert run_local(open_local(2), lambda comm: way(comm, "nccl", parts)) == [True, True]
+    chosen = [0, 0]
+    same = Sight(1, "u0"), Sight(1, "u0")
+    assert run_local(open_local(2), lambda comm: way(comm, "auto", same)) == [False, False]
