@@ -11,6 +11,7 @@ matter whether other lanes replay the step too.
 from __future__ import annotations
 
 import gc
+import logging
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ from hpc_distkv.comm.cuda import new_stream
 from hpc_distkv.engine.inputs import Inputs
 from hpc_distkv.engine.model import Model
 from hpc_distkv.memory.pool import BlockPool
+
+log = logging.getLogger(__name__)
 
 NO_ROW = PagedRow(1, 0, [], [], 0)
 ROW_STEP = 16
@@ -76,6 +79,8 @@ class DecodeGraphs:
         self._memory = torch.cuda.graph_pool_handle()
         """Shared by all: what one leaves is read before the next is replayed."""
         self._stream = new_stream()
+        self._closed = False
+        """Whether no further form is recorded."""
 
     def padded(self, inputs: Inputs) -> Inputs:
         """Inputs of rows that decode, rounded up to a form. What rows beyond the last write must
@@ -99,7 +104,7 @@ class DecodeGraphs:
         graph = recorded = self._graphs.pop(form, None)
         if graph is None:
             self._seen[form] += 1
-            if self._seen[form] <= RECORDED_AFTER:
+            if self._closed or self._seen[form] <= RECORDED_AFTER:
                 return None
             graph = DecodeGraph(self._model, self._pool, rows, plans)
             for window, spec in self._specs.items():
@@ -112,7 +117,14 @@ class DecodeGraphs:
         if recorded:
             return graph.replay()
         hidden = graph.compute()
-        graph.record(self._stream, self._memory)
+        try:
+            graph.record(self._stream, self._memory)
+        except RuntimeError as error:  # how torch says that memory is short, among other things
+            log.warning(
+                "further forms of decode steps are not recorded, so they take longer: %s", error
+            )
+            self._closed = True
+            self._drop(form)
         return hidden
 
     def _drop(self, form: Hashable) -> None:

@@ -94,6 +94,23 @@ def test_the_least_recently_used_form_makes_place(table):
     assert step(table, 1) == "as it is"
 
 
+def test_where_a_form_cannot_be_recorded_others_go_on_and_no_new_ones_are(
+    table, monkeypatch, caplog
+):
+    assert [step(table, 1) for _ in range(3)] == FIRST
+
+    def out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorded, "record", out_of_memory)
+        assert [step(table, 2) for _ in range(3)] == [*["as it is"] * RECORDED_AFTER, "compute"]
+    assert [step(table, 2) for _ in range(4)] == ["as it is"] * 4
+    assert step(table, 1) == "replay"
+    (said,) = caplog.messages
+    assert "no room" in said
+
+
 def test_steps_of_as_many_rows_up_to_rounding_share_a_form(table):
     assert [step(table, rows) for rows in (3, 4, 3)] == FIRST
     assert step(table, 4) == "replay"
