@@ -1,14 +1,15 @@
-"""`hpc-distkv` on a disk that is full after `MOST` bytes of a file: `full_disk.py ARGUMENTS`. The
-limit comes when MPI has its files."""
+"""`hpc-distkv` on a disk that is full after `MOST` bytes of a file, and is written to after
+every round: `full_disk.py ARGUMENTS`. The limit comes when MPI has its files."""
 
 from __future__ import annotations
 
 import resource
 
 from hpc_distkv.api import Claims, Files
+from hpc_distkv.batch import job
 from hpc_distkv.cli.main import main
 
-MOST = 500_000
+MOST = 20_000
 
 
 def claim(files: Files, claims: object = Files.claim) -> Claims:
@@ -18,4 +19,5 @@ def claim(files: Files, claims: object = Files.claim) -> Claims:
 
 if __name__ == "__main__":
     Files.claim = claim
+    job.COMMIT_INTERVAL = 0.0
     main()
