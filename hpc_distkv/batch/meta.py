@@ -52,8 +52,7 @@ def write_meta(path: Path, meta: Mapping[str, Any]) -> None:
 
 
 def check_meta(path: Path, wanted: Mapping[str, Any]) -> None:
-    """Refuse the results of another job, with JournalError; note what may change. Raises
-    OSError."""
+    """Refuse the results of another job, with JournalError. Raises OSError."""
     meta = _meta_path(path)
     if not meta.exists():
         raise JournalError(
@@ -62,6 +61,10 @@ def check_meta(path: Path, wanted: Mapping[str, Any]) -> None:
         )
     if found := differences(path, wanted):
         raise JournalError(f"{path} holds results of another job: {'; '.join(found)}. {_RESTART}")
+
+
+def note_meta(path: Path, wanted: Mapping[str, Any]) -> None:
+    """Note what may change of a job that is resumed. Raises OSError."""
     before = read_meta(path)
     if any(before.get(name) != wanted.get(name) for name in (INPUT, ERRORS)):
         write_meta(path, wanted)

@@ -125,6 +125,18 @@ def test_errors_apart_results_in_order_and_errors_again(tmp_path, tiny_model):
     assert (tmp_path / "errors.jsonl").read_text() == ""
 
 
+def test_an_error_file_that_is_refused_leaves_all_files_as_they_are(tmp_path, tiny_model):
+    job = BatchJob(tmp_path, tiny_model, [completion("bad", "once", 5000)])
+    assert job.run(0, "--error-file", tmp_path / "errors.jsonl").returncode == 1
+    other = BatchJob(tmp_path / "other", tiny_model, [completion("bad", "once", 5000)])
+    assert other.run(0).returncode == 1
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.json*")}
+    refused = job.run(0, "--error-file", other.output, "--retry-errors")
+    assert refused.returncode == 2, refused.stderr
+    assert f"give --error-file {tmp_path / 'errors.jsonl'}" in refused.stderr
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.json*")} == before
+
+
 def test_an_error_file_that_is_the_results_file_is_refused(job):
     ran = job.run(0, "--error-file", job.output)
     assert ran.returncode == 2, ran.stderr
