@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 import time
@@ -56,6 +57,8 @@ def group() -> None:
 def main() -> None:
     """Run a command. What a user gets wrong is said once, by the first rank; a fault leaves with
     its own status, since 1 means rows that are errors."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does
     try:
         group.main(standalone_mode=False)
     except click.ClickException as error:

@@ -137,4 +137,5 @@ class PrometheusFile(Collector):
 def run_labels(output: Path) -> dict[str, str]:
     """What tells this run from others on the same node: its results file, and Slurm's job."""
     job = os.environ.get("SLURM_JOB_ID", "")
-    return {"output": str(output.resolve()), "slurm_job_id": job}
+    name = str(output.resolve()).encode(errors="backslashreplace").decode()
+    return {"output": name, "slurm_job_id": job}

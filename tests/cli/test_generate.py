@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 
 import pytest
-from batch_job import BatchJob, answer, chat, completion, random_ids, run_script
+from batch_job import BatchJob, answer, chat, completion, random_ids, run_command, run_script
 from mpirun import mpirun
 
 from hpc_distkv.batch.claim import Claim
@@ -141,6 +141,21 @@ def test_an_error_file_that_is_the_results_file_is_refused(job):
     ran = job.run(0, "--error-file", job.output)
     assert ran.returncode == 2, ran.stderr
     assert "both the results and the error file" in ran.stderr
+
+
+def test_names_that_are_not_utf8_are_names(tmp_path, tiny_model):
+    job = BatchJob(Path(os.fsdecode(bytes(tmp_path) + b"/\xff")), tiny_model, [])
+    job.input.write_text(json.dumps(completion("a", "once", 4)) + "\n")
+    job.output, job.metrics = (job.input.with_name(os.fsdecode(b"\xfe" + n)) for n in (b"o", b"m"))
+    seeing = [f"--{name}={job.output}.{name[:4]}" for name in ("prometheus", "trace")]
+    for said in ("1 answered, 0 errors", "0 answered, 0 errors, 1 were there before"):
+        ran = job.run(0, "--error-file", f"{job.output}.errors", *seeing)
+        assert ran.returncode == 0, ran.stderr
+        assert said in ran.stdout
+    status = run_command(0, "status", job.output)
+    assert (status.returncode, "left    0" in status.stdout) == (0, True), status.stderr
+    page = run_command(0, "report", job.metrics, "-o", f"{job.output}.html")
+    assert page.returncode == 0, page.stderr
 
 
 def test_an_empty_file_is_a_finished_job(tmp_path, tiny_model):
