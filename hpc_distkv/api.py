@@ -88,10 +88,10 @@ class Files:
         Raises InputError and JournalError."""
         Intake(self.input).close()
         outputs = [self.output] if self.errors is None else [self.output, self.errors]
-        if len({path.resolve() for path in outputs}) < len(outputs):
-            raise JournalError(f"{self.errors} is both the results and the error file.")
         for path in outputs:
             check_place(path, self.input)
+        if len({path.resolve() for path in outputs}) < len(outputs):
+            raise JournalError(f"{self.errors} is both the results and the error file.")
         claims = Claims()
         try:
             for path in outputs:
@@ -296,8 +296,8 @@ class Engine:
         )
         claims = claims or files.claim()
 
-        def journal(path: Path) -> Journal:
-            return Journal.open(
+        def prepare(path: Path) -> Callable[[], Journal]:
+            return Journal.prepare(
                 path,
                 fingerprint,
                 overwrite=files.overwrite,
@@ -311,8 +311,9 @@ class Engine:
 
         try:
             intake = Intake(files.input, files.shard)
-            errors = journal(files.errors) if files.errors else None
-            return Job(intake, journal(files.output), service, errors)
+            results = prepare(files.output)
+            errors = prepare(files.errors) if files.errors else None
+            return Job(intake, results(), service, errors() if errors else None)
         except USER_ERRORS:
             claims.release()
             raise

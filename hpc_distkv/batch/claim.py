@@ -16,6 +16,7 @@ from types import TracebackType
 import msgspec
 
 from hpc_distkv.batch.errors import JournalError
+from hpc_distkv.batch.replace import real_path
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +76,10 @@ class Claim:
     Whoever was suspended for so long and lost it finds out before its next write (`check`).
     """
 
-    def __init__(self, path: Path, owner: Owner, fd: int) -> None:
-        self.path = path
+    def __init__(self, output: Path, owner: Owner, fd: int) -> None:
+        self.output = output
+        """The results file itself, not a link to it."""
+        self._path = claim_path(output)
         self._owner, self._fd = owner, fd
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
@@ -86,6 +89,7 @@ class Claim:
     def take(cls, output: Path, sleep: Callable[[float], None] = time.sleep) -> Claim:
         """Claim `output`. Waits for `STALE` seconds at most, until it is known whether another
         claim is void. Raises JournalError if it is not, or if nothing can be written there."""
+        output = real_path(output)
         path = claim_path(output)
         try:
             owner = Owner.here()
@@ -99,14 +103,14 @@ class Claim:
             ) from error
         if fd is None:
             raise _taken(output, read_claim(output))
-        return cls(path, owner, fd)
+        return cls(output, owner, fd)
 
     def check(self) -> None:
         """Raise JournalError if another run has taken over."""
-        if _read(self.path) != self._owner:
+        if _read(self._path) != self._owner:
             raise JournalError(
-                f"another run has taken over {self.path.with_suffix('')}: this one gave no sign of "
-                f"life for {STALE:g} s. What it has written is safe."
+                f"another run has taken over {self.output}: this one gave no sign of life for "
+                f"{STALE:g} s. What it has written is safe."
             )
 
     def release(self) -> None:
@@ -116,9 +120,9 @@ class Claim:
         self._over.set()
         self._thread.join()
         os.close(self._fd)
-        if _read(self.path) == self._owner:
+        if _read(self._path) == self._owner:
             with contextlib.suppress(OSError):  # then it is void as soon as this process is gone
-                self.path.unlink(missing_ok=True)
+                self._path.unlink(missing_ok=True)
 
     def __enter__(self) -> Claim:
         return self

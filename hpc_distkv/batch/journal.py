@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,10 +18,11 @@ from hpc_distkv.batch.meta import (
     describe,
     differences,
     has_meta,
+    note_meta,
     read_meta,
     write_meta,
 )
-from hpc_distkv.batch.replace import remove_file
+from hpc_distkv.batch.replace import check_replaceable, real_path, remove_file
 from hpc_distkv.batch.rewrite import drop_errors, order_lines
 from hpc_distkv.batch.unfinished import Answer, Begun, read_unfinished, write_unfinished
 
@@ -40,11 +40,18 @@ class Journal:
     `<output>.claim`, during a run: see `Claim`.
     """
 
-    def __init__(self, path: Path, claim: Claim, fd: int, size: int, answered: Answered) -> None:
-        self.path = path
+    def __init__(
+        self,
+        claim: Claim,
+        fd: int,
+        size: int,
+        answered: Answered,
+        unfinished: dict[Answer, Begun],
+    ) -> None:
+        self.path = claim.output
         self.answered = answered
         """What was in the file when it was opened."""
-        self.unfinished: dict[Answer, Begun] = read_unfinished(unfinished_path(path))
+        self.unfinished = unfinished
         """What an earlier run has begun."""
         self._claim = claim
         self._fd: int | None = fd
@@ -54,6 +61,13 @@ class Journal:
 
     @classmethod
     def open(
+        cls, path: str | os.PathLike[str], fingerprint: Mapping[str, Any], **options: Any
+    ) -> Journal:
+        """Start or resume the results file at `path`: see `prepare`."""
+        return cls.prepare(path, fingerprint, **options)()
+
+    @classmethod
+    def prepare(
         cls,
         path: str | os.PathLike[str],
         fingerprint: Mapping[str, Any],
@@ -65,10 +79,12 @@ class Journal:
         job: str | None = None,
         restarted: bool = False,
         claim: Claim | None = None,
-    ) -> Journal:
-        """Start or resume the results file at `path`; `overwrite` drops what it holds, and
-        `retry_errors` its error rows. `claim` is of this path and taken if it is not given; the
-        journal releases it.
+    ) -> Callable[[], Journal]:
+        """Look whether the results file at `path` can be started or resumed, and change nothing
+        but the claim; what is returned does it. So one file that is refused spoils no other.
+
+        `overwrite` drops what the file holds, and `retry_errors` its error rows. `claim` is of this
+        path and taken if it is not given; the journal releases it.
 
         `fingerprint` is everything that must be the same for old and new rows to belong
         together, as JSON values. `source`, the input, is protected from being overwritten;
@@ -76,30 +92,43 @@ class Journal:
         one: when it is `restarted`, it does not drop once more what it has made since it dropped
         what was there. Raises JournalError with what to do about it.
         """
-        path = Path(path)
+        check_place(Path(path), source)
         wanted = describe(fingerprint, source, errors, job)
-        check_place(path, source)
-        claim = claim or Claim.take(path)
-        try:
-            with _reported(f"cannot use {path} for the results"):
-                if restarted and has_meta(path):
-                    overwrite &= read_meta(path).get(DROPPED) != job
-                if not overwrite:
-                    check_errors(path, wanted)
-                if overwrite or not path.exists() or path.stat().st_size == 0:
-                    _begin(path, wanted, overwrite)
+        claim = claim or Claim.take(Path(path))
+        path = claim.output
+        with _used(path, claim):
+            if restarted and has_meta(path):
+                overwrite &= read_meta(path).get(DROPPED) != job
+            if not overwrite:
+                check_errors(path, wanted)
+            empty = overwrite or not path.exists() or path.stat().st_size == 0
+            if not empty:
+                check_meta(path, wanted)
+            answered, sound = (Answered(), 0) if empty else read_answered(path)
+            same = not overwrite and has_meta(path) and not differences(path, wanted)
+            unfinished = read_unfinished(unfinished_path(path)) if same else {}
+
+        def begin() -> Journal:
+            nonlocal answered, sound
+            with _used(path, claim):
+                # What is left of old rows goes before the new fingerprint comes: at no instant are
+                # they together.
+                if not same:
+                    remove_file(unfinished_path(path))
+                if empty:
+                    _empty(path)
+                    write_meta(path, wanted)
                 else:
-                    check_meta(path, wanted)
-                if retry_errors:
-                    drop_errors(path)
-                answered, sound = read_answered(path)
+                    note_meta(path, wanted)
+                if retry_errors and answered.failed:
+                    drop_errors(path, sound)
+                    answered, sound = read_answered(path)
                 fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
                 os.ftruncate(fd, sound)
                 os.fsync(fd)
-                return cls(path, claim, fd, sound, answered)
-        except BaseException:
-            claim.release()
-            raise
+                return cls(claim, fd, sound, answered, unfinished)
+
+        return begin
 
     def append(self, line: bytes) -> None:
         """Add one line, given without its newline. Raises JournalError when the disk refuses."""
@@ -207,6 +236,17 @@ class Journal:
 
 
 @contextlib.contextmanager
+def _used(path: Path, claim: Claim) -> Iterator[None]:
+    """The claim is released if the file cannot be used."""
+    try:
+        with _reported(f"cannot use {path} for the results"):
+            yield
+    except BaseException:
+        claim.release()
+        raise
+
+
+@contextlib.contextmanager
 def _reported(what: str) -> Iterator[None]:
     try:
         yield
@@ -226,25 +266,12 @@ def check_place(path: Path, source: str | os.PathLike[str] | None) -> None:
 
 
 def _look_at(path: Path, source: str | os.PathLike[str] | None) -> None:
-    if not path.parent.is_dir():
-        raise JournalError(
-            f"cannot use {path} for the results: there is no directory {path.parent}."
-        )
-    if not path.exists():
-        return
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise JournalError(f"cannot use {path} for the results: it is not a regular file.")
-    if source is not None and Path(source).exists() and path.samefile(source):
+    folder = real_path(path).parent
+    if not folder.is_dir():
+        raise JournalError(f"cannot use {path} for the results: there is no directory {folder}.")
+    check_replaceable(path)
+    if source is not None and path.exists() and Path(source).exists() and path.samefile(source):
         raise JournalError(f"{path} is both the input and the output; give another output.")
-
-
-def _begin(path: Path, wanted: Mapping[str, Any], overwrite: bool) -> None:
-    """An empty results file. What is left of old rows goes before the new fingerprint comes: at no
-    instant are they together."""
-    if overwrite or not has_meta(path) or differences(path, wanted):
-        remove_file(unfinished_path(path))
-    _empty(path)
-    write_meta(path, wanted)
 
 
 def _empty(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,9 +35,7 @@ def describe(
     job: str | None,
 ) -> dict[str, Any]:
     """What there is to know of a job: see `Journal.open`."""
-    meta: dict[str, Any] = msgspec.json.decode(
-        msgspec.json.encode({"format": FORMAT, **fingerprint})
-    )
+    meta: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **fingerprint}))
     if source is not None:
         meta[INPUT] = str(Path(source).resolve())
     if errors is not None:
@@ -48,12 +47,12 @@ def describe(
 
 def write_meta(path: Path, meta: Mapping[str, Any]) -> None:
     """Replace what is known of the job of the results file at `path`. Raises OSError."""
-    replace_file(_meta_path(path), [msgspec.json.format(msgspec.json.encode(meta)), b"\n"])
+    # Not by msgspec, which takes no path that is not UTF-8.
+    replace_file(_meta_path(path), [json.dumps(meta, indent=2).encode(), b"\n"])
 
 
 def check_meta(path: Path, wanted: Mapping[str, Any]) -> None:
-    """Refuse the results of another job, with JournalError; note what may change. Raises
-    OSError."""
+    """Refuse the results of another job, with JournalError. Raises OSError."""
     meta = _meta_path(path)
     if not meta.exists():
         raise JournalError(
@@ -62,6 +61,10 @@ def check_meta(path: Path, wanted: Mapping[str, Any]) -> None:
         )
     if found := differences(path, wanted):
         raise JournalError(f"{path} holds results of another job: {'; '.join(found)}. {_RESTART}")
+
+
+def note_meta(path: Path, wanted: Mapping[str, Any]) -> None:
+    """Note what may change of a job that is resumed. Raises OSError."""
     before = read_meta(path)
     if any(before.get(name) != wanted.get(name) for name in (INPUT, ERRORS)):
         write_meta(path, wanted)
@@ -88,7 +91,7 @@ def read_meta(path: Path) -> dict[str, Any]:
     OSError if there is nothing."""
     meta = _meta_path(path)
     try:
-        found: dict[str, Any] = msgspec.json.decode(meta.read_bytes(), type=dict[str, Any])
+        found: dict[str, Any] = msgspec.convert(json.loads(meta.read_bytes()), dict[str, Any])
     except (ValueError, RecursionError):
         raise JournalError(
             f"{meta} is not readable as the fingerprint of a job. {_RESTART}"
@@ -117,5 +120,5 @@ def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = msgspec.json.encode(value).decode()
+            flat[prefix + name] = json.dumps(value, ensure_ascii=False)
     return flat

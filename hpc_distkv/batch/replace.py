@@ -3,9 +3,35 @@ new one and nothing else."""
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
+
+
+def real_path(path: Path) -> Path:
+    """The file that `path` stands for, if it is a symbolic link: what is replaced is the file, and
+    what belongs to it lies beside it, whatever it is called by."""
+    return Path(os.path.realpath(path)) if os.path.islink(path) else path
+
+
+def check_replaceable(path: Path) -> None:
+    """Whether a file may take the place of what is at `path`, if anything is: not that of a device,
+    nor of what this process's own words go to. Raises OSError."""
+    try:
+        state = path.stat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(state.st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    for stream in (1, 2):
+        try:
+            taken = os.path.samestat(state, os.fstat(stream))
+        except OSError:  # it is closed
+            continue
+        if taken:
+            raise OSError(errno.EINVAL, "this program's own messages go there")
 
 
 def replace_file(path: Path, pieces: Iterable[bytes]) -> None:

@@ -55,15 +55,18 @@ def _choice(index: int, choice: Choice, chat: bool) -> dict[str, Any]:
 
 def error_line(number: int, custom_id: str | None, error: RowError) -> bytes:
     """The line of a row that cannot be answered, without newline."""
+    message = error.message
+    if custom_id is None:
+        message = f"Line {number + 1} of the input: {message}"
     body = {
         "error": {
-            "message": error.message,
+            "message": message,
             "type": error.type,
             "param": error.param,
             "code": error.code,
         }
     }
-    summary = {"code": error.code, "message": error.message}
+    summary = {"code": error.code, "message": message}
     return _line(number, custom_id, error.status, body, summary)
 
 

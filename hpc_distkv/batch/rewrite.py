@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hpc_distkv.batch.answered import read_answered, read_line
+from hpc_distkv.batch.answered import read_line
 from hpc_distkv.batch.replace import replace_file
 
 
@@ -28,12 +28,10 @@ def order_lines(path: Path) -> None:
         replace_file(path, (whole[starts[row] : starts[row + 1]] for row in order))
 
 
-def drop_errors(path: Path) -> None:
-    """Remove the error rows of a results file, and a torn line at its end. Raises JournalError and
+def drop_errors(path: Path, sound: int) -> None:
+    """Remove the error rows of a results file, and what comes after its `sound` bytes. Raises
     OSError."""
-    answered, sound = read_answered(path)
-    if answered.failed:
-        replace_file(path, _answers(path, sound))
+    replace_file(path, _answers(path, sound))
 
 
 def _answers(path: Path, sound: int) -> Iterator[bytes]:

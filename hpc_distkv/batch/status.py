@@ -12,6 +12,7 @@ from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.job import SHARD
 from hpc_distkv.batch.journal import unfinished_path
 from hpc_distkv.batch.meta import ERRORS, INPUT, read_meta
+from hpc_distkv.batch.replace import real_path
 from hpc_distkv.batch.shard import Shard
 from hpc_distkv.batch.unfinished import read_unfinished
 
@@ -36,6 +37,7 @@ class Status:
 def read_status(output: Path, source: Path | None = None, errors: Path | None = None) -> Status:
     """Read a job's files, and change nothing; a run may be writing to them. `source`: the input, if
     it is not where it was; `errors`: the file of error rows, likewise. Raises JournalError."""
+    output = real_path(output)
     try:
         meta = read_meta(output)
         answered, _ = read_answered(output)

@@ -102,7 +102,7 @@ def _generate(comm: Comm, options: dict[str, Any], interrupt: Interrupt) -> int:
     paths = {n: Path(options[n]) if options[n] else None for n in SEEING}
     files = _files(options, paths)
     first = comm.world.rank == 0
-    claims = together(comm, lambda: _claim(files, paths) if first else None)
+    claims = together(comm, lambda: _claim(files, paths, options["model"]) if first else None)
     try:
         return _run(comm, files, options, interrupt, claims)
     finally:
@@ -164,21 +164,28 @@ def _files(options: dict[str, Any], paths: dict[str, Path | None]) -> Files:
     )
 
 
-def _claim(files: Files, seeing: dict[str, Path | None]) -> Claims:
+def _claim(files: Files, seeing: dict[str, Path | None], model: str) -> Claims:
     """Look at the files before the model is loaded, and claim those to be written. Raises
     InputError, JournalError and OptionError."""
+    from hpc_distkv.batch.replace import check_replaceable, real_path
     from hpc_distkv.engine.config import OptionError
 
-    taken = {path.resolve() for path in (files.input, files.output, files.errors) if path}
+    taken = {os.path.realpath(path) for path in (files.input, files.output, files.errors) if path}
     for name, path in seeing.items():
         if path is None:
             continue
-        folder = path.absolute().parent
+        folder = real_path(path).absolute().parent
         if not os.access(folder, os.W_OK):
             raise OptionError(f"cannot write --{name} {path}: {folder} is no directory to write in")
-        if path.resolve() in taken:
+        try:
+            check_replaceable(path)
+        except OSError as error:
+            raise OptionError(f"cannot write --{name} {path}: {error.strerror}") from error
+        if os.path.realpath(path) in taken:
             raise OptionError(f"--{name} {path} is a file of this job: give another file")
-        taken.add(path.resolve())
+        if os.path.realpath(model) in map(os.path.realpath, (path.parent, folder)):
+            raise OptionError(f"--{name} {path} is in the model's directory: give another place")
+        taken.add(os.path.realpath(path))
     if seeing["prometheus"] and seeing["prometheus"].suffix != ".prom":
         raise OptionError(
             f"--prometheus {seeing['prometheus']}: the node exporter reads *.prom files only"

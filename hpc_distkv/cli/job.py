@@ -36,7 +36,7 @@ def in_world(stall_timeout: float, work: Callable[[Comm], int]) -> NoReturn:
     try:
         comm = open_mpi(stall_timeout)
     except LaunchError as error:
-        raise click.ClickException(str(error)) from error
+        raise click.UsageError(str(error)) from error
     with aborting(comm, EXPECTED):
         try:
             status = work(comm)
@@ -47,7 +47,7 @@ def in_world(stall_timeout: float, work: Callable[[Comm], int]) -> NoReturn:
             if comm.world.size > 1:
                 raise
             say(comm, f"Error: {error}")
-            status = BUG_STATUS
+            sys.exit(BUG_STATUS)  # a round may be open, and there is nobody to close it with
         comm.close()
         if comm.world.size > 1:
             leave_in_turn(comm.world.rank, status)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 import time
+import traceback
 
 import click
 
@@ -53,7 +55,10 @@ def group() -> None:
 
 
 def main() -> None:
-    """Run a command. What a user gets wrong is said once, by the first rank."""
+    """Run a command. What a user gets wrong is said once, by the first rank; a fault leaves with
+    its own status, since 1 means rows that are errors."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does
     try:
         group.main(standalone_mode=False)
     except click.ClickException as error:
@@ -64,6 +69,9 @@ def main() -> None:
         sys.exit(error.exit_code)
     except click.Abort:
         sys.exit(130)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(os.EX_SOFTWARE)
 
 
 def first_rank() -> bool:

@@ -27,12 +27,14 @@ def command(run: tuple[Path, ...], output: Path) -> None:
     """
     from hpc_distkv.observe.metrics import replacing
     from hpc_distkv.observe.report import page
-    from hpc_distkv.observe.run_files import RunFileError, read_run
+    from hpc_distkv.observe.run_files import RunFileError, files_of, read_run
 
     try:
         html = page(read_run(run))
+        if output.resolve() in map(Path.resolve, files_of(run)):
+            raise RunFileError(f"{output} is a file of the run: give another one with -o")
         with replacing(output) as temporary:
-            temporary.write_text(html)
+            temporary.write_text(html, encoding="utf-8", errors="backslashreplace")
     except RunFileError as error:
         raise click.UsageError(str(error)) from error
     except OSError as error:

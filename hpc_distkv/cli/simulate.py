@@ -113,7 +113,10 @@ def command(**options: Any) -> None:
     figures = simulation.run().figures(deployment)
     click.echo(_summary(figures, deployment))
     if output:
-        write_json(Path(output), {"options": options, "trace": trace.summary(), **figures})
+        try:
+            write_json(Path(output), {"options": options, "trace": trace.summary(), **figures})
+        except OSError as error:
+            raise click.UsageError(f"cannot write {output}: {error.strerror}") from error
 
 
 def _deployment(options: dict[str, Any]) -> Deployment:

@@ -24,13 +24,16 @@ def command(results: Path, source: Path | None, error_file: Path | None) -> None
     """Count the rows of a results file and what is left, without MPI or the model. A run may be
     writing to it meanwhile.
 
-    Exit status: 0 all rows answered, 1 some rows are errors, 2 usage, 75 rows are left.
+    Exit status: 0 all rows answered, 1 some rows are errors, 2 usage, also if the input cannot be
+    read, 75 rows are left.
     """  # fmt: skip
     try:
         status = read_status(results, source, error_file)
     except (JournalError, InputError) as error:
         raise click.UsageError(str(error)) from error
     click.echo("\n".join(_lines(status)))
+    if status.left is None:
+        raise SystemExit(2)
     failed = 1 if status.answered.failed else 0
     raise SystemExit(75 if status.left else failed)
 

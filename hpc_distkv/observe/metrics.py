@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from hpc_distkv.batch.replace import check_replaceable, real_path
 from hpc_distkv.control.messages import Counters
 
 
@@ -49,7 +50,10 @@ def peak_memory() -> int:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`, which takes its place if nothing goes wrong."""
+    """A file to write beside `path`, which takes its place if nothing goes wrong. Raises OSError,
+    also if there is something that is no file."""
+    check_replaceable(path)
+    path = real_path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary

@@ -7,12 +7,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, write_to_textfile
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from hpc_distkv.control.messages import Counters
-from hpc_distkv.observe.metrics import total
+from hpc_distkv.observe.metrics import replacing, total
 from hpc_distkv.observe.snapshot import Snapshot
 
 INTERVAL = 10.0
@@ -59,7 +59,8 @@ class PrometheusFile(Collector):
         summed = total(counters)
         for name, meaning in COUNTED.items():
             self._families.append(self._counter(name, meaning, {(): summed[name]}))
-        write_to_textfile(str(self._path), self._registry)
+        with replacing(self._path) as temporary:
+            temporary.write_bytes(generate_latest(self._registry))
 
     def collect(self) -> Iterator[Metric]:
         """What `write` was told."""
@@ -136,4 +137,5 @@ class PrometheusFile(Collector):
 def run_labels(output: Path) -> dict[str, str]:
     """What tells this run from others on the same node: its results file, and Slurm's job."""
     job = os.environ.get("SLURM_JOB_ID", "")
-    return {"output": str(output.resolve()), "slurm_job_id": job}
+    name = str(output.resolve()).encode(errors="backslashreplace").decode()
+    return {"output": name, "slurm_job_id": job}

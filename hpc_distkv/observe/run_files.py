@@ -70,7 +70,7 @@ def read_run(paths: Sequence[Path]) -> RunFiles:
     """Read the metrics and the trace file of a run, told apart by what they hold; a folder stands
     for all such files in it. Raises RunFileError."""
     run = RunFiles()
-    for path in _files(paths):
+    for path in files_of(paths):
         content = _read(path)
         if "traceEvents" in content and "format" in content.get("otherData", {}):
             if run.history:
@@ -96,7 +96,8 @@ def read_run(paths: Sequence[Path]) -> RunFiles:
     return run
 
 
-def _files(paths: Iterable[Path]) -> Iterable[Path]:
+def files_of(paths: Iterable[Path]) -> Iterable[Path]:
+    """What `read_run` looks at."""
     for path in paths:
         if path.is_dir():
             yield from sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES))

@@ -42,6 +42,12 @@ def test_a_claim_is_there_until_it_is_released(tmp_path: Path) -> None:
     claim.release()
 
 
+def test_a_claim_is_of_the_file_whatever_it_is_called_by(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("out")
+    with Claim.take(tmp_path / "out"), pytest.raises(JournalError, match="another run writes to"):
+        Claim.take(tmp_path / "link", nap)
+
+
 def test_a_killed_run_on_this_machine_is_void_at_once(tmp_path: Path) -> None:
     script = (
         "import os, sys; from pathlib import Path; from hpc_distkv.batch.claim import Claim;"

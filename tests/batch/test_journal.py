@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import resource
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -158,6 +160,18 @@ def test_places_that_cannot_hold_results(tmp_path: Path) -> None:
         Journal.open("/dev/null", JOB, overwrite=True)
     with pytest.raises(JournalError, match="cannot use"):
         Journal.open("/proc/out", JOB)
+
+
+def test_results_are_not_mixed_with_what_the_program_says(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from hpc_distkv.batch.journal import check_place;"
+        "check_place(Path('/dev/stdout'), None)"
+    )
+    with (tmp_path / "words").open("wb") as words:
+        ran = subprocess.run(
+            [sys.executable, "-c", script], stdout=words, stderr=subprocess.PIPE, check=False
+        )
+    assert b"this program's own messages go there" in ran.stderr
 
 
 def test_the_input_is_never_overwritten(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from batch_fakes import MIXED, MIXED_ROWS, answer, completion, make_service, read_lines, write_lines
 from click.testing import CliRunner
 
+from hpc_distkv.batch.errors import JournalError
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.job import Job, job_fingerprint
 from hpc_distkv.batch.journal import Journal
@@ -86,6 +87,47 @@ def test_retried_rows_are_answered_once_when_the_input_is_mended(
     assert not errors or (tmp_path / errors).read_bytes() == b""
 
 
+def test_links_stay_and_what_belongs_to_a_file_lies_beside_the_file(tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    for name in ("out", "errors"):
+        (tmp_path / name).symlink_to(scratch / name)
+    rows = [completion(str(i), "hello", temperature=9 if i % 3 == 0 else 0) for i in range(9)]
+    write_lines(tmp_path / "in", rows)
+    assert run(tmp_path, errors="errors", shuffle=1, ordered=True).failed == 3
+    write_lines(tmp_path / "in", [completion(str(i), "hello", temperature=0) for i in range(9)])
+    assert run(tmp_path, errors="errors", retry=True, ordered=True).answered == 3
+    assert {path.name for path in tmp_path.iterdir() if path.is_symlink()} == {"out", "errors"}
+    assert numbers(scratch / "out") == list(range(9))
+    assert (scratch / "errors").read_bytes() == b""
+    metas = {"out.meta.json", "errors.meta.json"}
+    assert {path.name for path in scratch.iterdir()} == {"out", "errors"} | metas
+    assert read_status(tmp_path / "out").left == read_status(scratch / "out").left == 0
+    (scratch / "in").symlink_to(tmp_path / "in")
+    assert run(scratch, errors="errors", retry=True).answered == 0
+
+
+@pytest.mark.parametrize("wrong", ["a foreign line", "unfinished rows", "another error file"])
+def test_to_look_whether_a_file_can_be_used_changes_nothing(wrong: str, tmp_path: Path) -> None:
+    write_lines(tmp_path / "in", [completion("a"), completion("b", temperature=9)])
+    run(tmp_path, errors="errors")
+    errors: Path | None = tmp_path / "errors"
+    if wrong == "a foreign line":
+        (tmp_path / "out").write_bytes(b"not ours\n" + (tmp_path / "out").read_bytes())
+    elif wrong == "unfinished rows":
+        (tmp_path / "out.unfinished.jsonl").write_text("not ours")
+    else:
+        errors = None
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    fingerprint = job_fingerprint("f00d", "tiny", make_service().defaults)
+    retried = Journal.prepare(tmp_path / "errors", fingerprint, retry_errors=True)
+    with pytest.raises(JournalError):
+        Journal.prepare(tmp_path / "out", fingerprint, errors=errors)
+    (tmp_path / "errors.claim").unlink()
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert callable(retried)
+
+
 def test_at_the_end_results_are_put_into_the_order_of_the_input(tmp_path: Path) -> None:
     write_lines(tmp_path / "in", [completion(str(i), "x" * (i % 7)) for i in range(50)])
     run(tmp_path, ordered=True, shuffle=1, most=30)
@@ -149,7 +191,8 @@ def test_status_counts_what_the_files_say(tmp_path: Path) -> None:
     code, said = show(tmp_path / "out")
     assert (code, said["done"], said["left"]) == (1, "9", "0")
     (tmp_path / "in").rename(tmp_path / "moved")
-    assert "unknown" in show(tmp_path / "out")[1]["left"]
+    code, said = show(tmp_path / "out")
+    assert (code, said["left"].partition(":")[0]) == (2, "unknown")
     assert show(tmp_path / "out", "-i", tmp_path / "moved")[1]["left"] == "0"
 
 

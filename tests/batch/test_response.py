@@ -82,15 +82,20 @@ def test_error_row() -> None:
             "request_id": "req_2",
             "body": {
                 "error": {
-                    "message": "no",
+                    "message": "Line 3 of the input: no",
                     "type": "invalid_request_error",
                     "param": "model",
                     "code": "model_not_found",
                 }
             },
         },
-        "error": {"code": "model_not_found", "message": "no"},
+        "error": {"code": "model_not_found", "message": "Line 3 of the input: no"},
     }
+
+
+def test_an_error_row_with_a_custom_id_says_no_line() -> None:
+    line = json.loads(error_line(2, "a", RowError("no")))
+    assert line["error"]["message"] == line["response"]["body"]["error"]["message"] == "no"
 
 
 def test_several_choices_and_their_tokens() -> None:

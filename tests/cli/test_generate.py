@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 
 import pytest
-from batch_job import BatchJob, answer, chat, completion, random_ids, run_script
+from batch_job import BatchJob, answer, chat, completion, random_ids, run_command, run_script
 from mpirun import mpirun
 
 from hpc_distkv.batch.claim import Claim
@@ -79,6 +79,18 @@ def test_bad_rows_become_error_rows_and_status_1_also_in_a_rerun(ranks, tmp_path
     assert lines[2]["error"]["code"] == "duplicate_custom_id"
 
 
+@pytest.mark.parametrize("ranks", LAUNCHED)
+def test_a_full_disk_ends_the_job_with_a_message_and_status_70(ranks, tmp_path, tiny_model):
+    job = BatchJob(tmp_path, tiny_model, [completion(f"row {n}", [5], 9) for n in range(300)])
+    ran = run_script(ranks, FOLDER / "full_disk.py", *job.arguments())
+    assert ran.returncode == 70, ran.stderr
+    assert "cannot write results to" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    again = job.run(ranks)
+    assert again.returncode == 0, again.stderr
+    assert len(job.answers()) == 300
+
+
 def test_what_cannot_be_written_is_said_before_the_model_is_looked_for(job):
     job.model, job.output = Path("/no/such/model"), Path("/proc/results.jsonl")
     ran = job.run(0)
@@ -113,10 +125,37 @@ def test_errors_apart_results_in_order_and_errors_again(tmp_path, tiny_model):
     assert (tmp_path / "errors.jsonl").read_text() == ""
 
 
+def test_an_error_file_that_is_refused_leaves_all_files_as_they_are(tmp_path, tiny_model):
+    job = BatchJob(tmp_path, tiny_model, [completion("bad", "once", 5000)])
+    assert job.run(0, "--error-file", tmp_path / "errors.jsonl").returncode == 1
+    other = BatchJob(tmp_path / "other", tiny_model, [completion("bad", "once", 5000)])
+    assert other.run(0).returncode == 1
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.json*")}
+    refused = job.run(0, "--error-file", other.output, "--retry-errors")
+    assert refused.returncode == 2, refused.stderr
+    assert f"give --error-file {tmp_path / 'errors.jsonl'}" in refused.stderr
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.json*")} == before
+
+
 def test_an_error_file_that_is_the_results_file_is_refused(job):
     ran = job.run(0, "--error-file", job.output)
     assert ran.returncode == 2, ran.stderr
     assert "both the results and the error file" in ran.stderr
+
+
+def test_names_that_are_not_utf8_are_names(tmp_path, tiny_model):
+    job = BatchJob(Path(os.fsdecode(bytes(tmp_path) + b"/\xff")), tiny_model, [])
+    job.input.write_text(json.dumps(completion("a", "once", 4)) + "\n")
+    job.output, job.metrics = (job.input.with_name(os.fsdecode(b"\xfe" + n)) for n in (b"o", b"m"))
+    seeing = [f"--{name}={job.output}.{name[:4]}" for name in ("prometheus", "trace")]
+    for said in ("1 answered, 0 errors", "0 answered, 0 errors, 1 were there before"):
+        ran = job.run(0, "--error-file", f"{job.output}.errors", *seeing)
+        assert ran.returncode == 0, ran.stderr
+        assert said in ran.stdout
+    status = run_command(0, "status", job.output)
+    assert (status.returncode, "left    0" in status.stdout) == (0, True), status.stderr
+    page = run_command(0, "report", job.metrics, "-o", f"{job.output}.html")
+    assert page.returncode == 0, page.stderr
 
 
 def test_an_empty_file_is_a_finished_job(tmp_path, tiny_model):

@@ -139,5 +139,28 @@ def test_wrong_files_are_said_once_with_status_2(ranks, wrong, job):
     assert before == (job.output.read_bytes() if job.output.exists() else None)
 
 
+def test_a_launcher_that_mpi_does_not_understand_is_no_row_that_failed(job, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    done = job.run(0)
+    assert done.returncode == 2, done.stderr
+    assert "launcher and library do not understand each other" in done.stderr
+
+
+def test_a_fault_leaves_with_status_70_and_a_traceback(tmp_path):
+    script = (
+        "import sys\n"
+        "from hpc_distkv.cli import main, status\n"
+        "status.read_status = lambda *files: 1 // 0\n"
+        "sys.argv = ['hpc-distkv', 'status', 'results.jsonl']\n"
+        "main.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 70, done.stderr
+    assert "ZeroDivisionError" in done.stderr
+
+
 def test_the_script_is_installed():
     assert Path(COMMAND).exists()

@@ -165,15 +165,33 @@ def test_the_report_of_a_job_is_drawn_from_its_folder(job, tmp_path):
     [
         (["--prometheus", "run.txt"], "*.prom"),
         (["--trace", "OUTPUT"], "give another file"),
+        (["--metrics", "MODEL"], "in the model's directory"),
+        (["--metrics", "/dev/null"], "not a regular file"),
+        (["--trace", "/dev/stdout"], "not a regular file"),
     ],
 )
 def test_files_that_cannot_be_are_refused_before_the_model_is_loaded(
     tmp_path, tiny_model, options, said
 ):
     job = BatchJob(tmp_path, tiny_model, [])
-    names = {"OUTPUT": job.output}
+    kept = tmp_path / "model" / "config.json"
+    kept.parent.mkdir()
+    kept.write_text("{}")
+    job.model = kept.parent
+    names = {"OUTPUT": job.output, "MODEL": kept}
     given = [str(names.get(o, tmp_path / o)) if n else o for n, o in enumerate(options)]
     done = job.run(0, *given)
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+    assert kept.read_text() == "{}"
+    assert not Path("/dev/null").is_file()
+
+
+def test_a_report_does_not_take_the_place_of_what_it_is_drawn_from(job):
+    before = job.metrics.read_bytes()
+    for run in (job.metrics, job.metrics.parent):
+        done = run_command(0, "report", run, "-o", job.metrics)
+        assert done.returncode == 2
+        assert "is a file of the run" in done.stderr
+    assert job.metrics.read_bytes() == before

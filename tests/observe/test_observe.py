@@ -67,9 +67,11 @@ def test_the_summary_counts_output_tokens():
 def test_figures_are_replaced_as_a_whole(tmp_path):
     path = tmp_path / "metrics.json"
     write_json(path, {"a": 1})
-    write_json(path, {"b": 2})
+    (tmp_path / "link").symlink_to(path)
+    write_json(tmp_path / "link", {"b": 2})
+    assert (tmp_path / "link").is_symlink()
     assert json.loads(path.read_text()) == {"b": 2}
-    assert list(tmp_path.iterdir()) == [path]
+    assert {*tmp_path.iterdir()} == {path, tmp_path / "link"}
 
 
 def test_a_log_gets_one_plain_line_per_interval(monkeypatch):
