@@ -164,7 +164,7 @@ class Engine:
         self.max_model_len = max_model_len or self.config.max_position
         self._together(lambda: bind(self.comm, settings))
         # Stop strings are looked for where a row runs, so every rank has the tokenizer.
-        self._tokenizer = self._together(lambda: Tokenizer(model))
+        self._tokenizer = self._together(lambda: Tokenizer(model, self.config.vocab_size))
         decoder = self._together(lambda: load_model(self.comm, model, settings))
         unite(self.comm)
         # All ranks of a node have loaded their weights when the first one looks what is left.

@@ -93,7 +93,7 @@ class Service:
     ) -> Service:
         """Tokenizer, read unless it is given, and chat template of a model directory. Raises
         ModelError."""
-        tokenizer = tokenizer or Tokenizer(path)
+        tokenizer = tokenizer or Tokenizer(path, config.vocab_size)
         eos = config.eos_token_ids
         if not eos and tokenizer.eos_token_id is not None:
             eos = (tokenizer.eos_token_id,)

@@ -56,6 +56,13 @@ def validate(model: Path, rows: list[Any], *options: str) -> Result:
     return CliRunner().invoke(command, ["--model", str(model), "-i", str(source), *options])
 
 
+def test_a_tokenizer_of_another_model_is_one_error_at_the_start(model: Path) -> None:
+    (model / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": 2}))
+    result = validate(model, [row("a", 1)])
+    assert result.exit_code == 2
+    assert "tokenizer.json is of another model" in result.output
+
+
 def values(result: Result) -> dict[str, str]:
     """First words of the report's lines → the rest."""
     pairs = (line.split("  ", 1) for line in map(str.strip, result.output.splitlines()))
