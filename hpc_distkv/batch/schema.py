@@ -31,7 +31,10 @@ MOST_LOGPROBS = 20
 MOST_REPETITION = 1000.0
 """Penalties beyond this forbid a token as well, and would overflow in the end."""
 
-_SEED_RANGE = Meta(ge=-(2**63), le=2**63 - 1)
+SEEDS = (-(2**63), 2**63 - 1)
+"""The least and the largest, of rows and of jobs."""
+
+_SEED_RANGE = Meta(ge=SEEDS[0], le=SEEDS[1])
 _LINE_FIELDS = ("custom_id", "method", "url", "body")
 
 

@@ -59,6 +59,15 @@ class Rope:
     partial: float = 1.0
     """Part of each head that turns, its first dimensions."""
 
+    def reach(self, max_position: int) -> int:
+        """Tokens for which a model is made whose config.json says `max_position`. Where positions
+        are stretched that may be the length before or behind the stretch: the larger one counts."""
+        if self.type in ("linear", "dynamic"):
+            return int(max_position * self.factor)
+        if self.type == "yarn":
+            return max(max_position, int(self.original_max_position * self.factor))
+        return max_position
+
     @classmethod
     def of_layers(
         cls, read: Settings, local: bool = False, partial: bool = False

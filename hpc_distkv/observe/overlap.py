@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.engine.rank import EngineOptions, RankEngine
+from hpc_distkv.engine.options import EngineOptions
+from hpc_distkv.engine.rank import RankEngine
 from hpc_distkv.engine.recorder import Kind, Recorder
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.observe.bench import run_once, synthetic

@@ -121,6 +121,32 @@ def test_of_two_rope_sections_the_one_counts_that_transformers_takes(tmp_path: P
         ModelConfig.from_dir(directory(tmp_path, rope_scaling={"rope_type": "foo"}, **both))
 
 
+@pytest.mark.parametrize(
+    ("changes", "reach"),
+    [
+        ({}, 4096),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, 8192),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, 8192),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 4096,
+                }
+            },
+            16384,
+        ),
+    ],
+)
+def test_a_request_is_as_long_as_positions_reach(changes: dict, reach: int, tmp_path: Path) -> None:
+    config = ModelConfig.from_dir(directory(tmp_path, **changes))
+    assert config.longest() == 4096
+    assert config.longest(reach) == reach
+    with pytest.raises(ModelError, match=f"is made for {reach} tokens"):
+        config.longest(reach + 1)
+
+
 def test_generation_config_adds_stop_tokens_and_sampling(tmp_path: Path) -> None:
     generation = {"eos_token_id": [7, 1], "do_sample": True, "temperature": 0.6, "top_p": 0.9}
     config = ModelConfig.from_dir(directory(tmp_path, generation))
