@@ -166,9 +166,12 @@ def test_all_sampling_settings_are_read(tmp_path: Path) -> None:
     ("key", "value"),
     [("temperature", "hot"), ("top_p", 0), ("min_p", True), ("repetition_penalty", -1)],
 )
-def test_sampling_settings_that_make_no_sense(tmp_path: Path, key: str, value: object) -> None:
+@pytest.mark.parametrize("sampled", [True, False])
+def test_sampling_settings_that_make_no_sense(
+    tmp_path: Path, key: str, value: object, sampled: bool
+) -> None:
     with pytest.raises(ModelError, match=f"generation_config.json: {key} must be a number"):
-        ModelConfig.from_dir(directory(tmp_path, {"do_sample": True, key: value}))
+        ModelConfig.from_dir(directory(tmp_path, {"do_sample": sampled, key: value}))
 
 
 def test_sampling_settings_without_do_sample_stay_greedy(tmp_path: Path) -> None:
