@@ -110,8 +110,10 @@ def remote_against_local(
     the same tokens."""
     threads = options.threads or 1
     blocks = -(-(context + steps) // options.block_size)
-    local = replace(options, num_blocks=blocks + 2, policy="queue", threads=2 * threads)
-    remote = replace(options, num_blocks=blocks // 2 + 2, threads=threads)
+    local = replace(
+        options, num_blocks=blocks + 2, kv_memory=None, policy="queue", threads=2 * threads
+    )
+    remote = replace(options, num_blocks=blocks // 2 + 2, kv_memory=None, threads=threads)
     answers: set[bytes] = set()
     ways = {
         "local": lambda: decode_rate(comm, model, local, context, steps, answers),

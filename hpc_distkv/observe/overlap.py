@@ -66,7 +66,7 @@ def exchange_overlap(
     rank: how long exchanges take, how long the debtor's host waits for them, and, on a GPU, for how
     much of that time its GPU computes. `exchanges` 0: nothing was lent. Collective."""
     blocks = -(-(context + steps) // options.block_size)
-    engine = RankEngine(comm, model, replace(options, num_blocks=blocks // 2 + 2))
+    engine = RankEngine(comm, model, replace(options, num_blocks=blocks // 2 + 2, kv_memory=None))
     engine.join()
     requests = synthetic(1, context, steps, model.config.vocab_size)
     run_once(engine, requests)  # Kernels are built, and ranks connected.

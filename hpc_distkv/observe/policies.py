@@ -57,7 +57,7 @@ def engine_of(
     own = copy(comm)
     shard = load_model(own, path, options)
     blocks = block_memory * model.config.num_kv_heads // shard.config.num_kv_heads
-    return RankEngine(own, shard, replace(options, num_blocks=blocks))
+    return RankEngine(own, shard, replace(options, num_blocks=blocks, kv_memory=None))
 
 
 def check_fit(engines: Mapping[str, RankEngine], requests: Sequence[Request]) -> None:

@@ -86,9 +86,9 @@ def test_bad_rows_are_counted_by_code_and_shown(model: Path) -> None:
     assert result.exit_code == 1
     found = values(result)
     assert (found["rows"], found["good"], found["bad"]) == ("8", "1", "7")
-    assert found["unknown_parameter"] == "5"
+    assert found["unsupported_parameter"] == "5"
     assert found["duplicate_custom_id"] == "1"
-    assert "line 4: Unknown field 'tools'" in result.output
+    assert "line 4: 'tools' is not supported here, other than [] or null." in result.output
     assert "… and 2 more" in result.output
 
 
