@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hpc_distkv.api import Engine, Files
-    from hpc_distkv.engine.rank import EngineOptions
+    from hpc_distkv.engine.options import EngineOptions
 
 __all__ = ["Engine", "EngineOptions", "Files"]
 
@@ -18,3 +18,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -34,7 +34,8 @@ from hpc_distkv.control.messages import Result, Unfinished
 from hpc_distkv.engine.config import OptionError
 from hpc_distkv.engine.follower import Follower
 from hpc_distkv.engine.interrupt import Interrupt
-from hpc_distkv.engine.rank import EngineOptions, RankEngine, bind, load_model, unite
+from hpc_distkv.engine.options import EngineOptions
+from hpc_distkv.engine.rank import RankEngine, bind, load_model, unite
 from hpc_distkv.engine.worker import Worker
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.errors import ModelError
@@ -162,11 +163,11 @@ class Engine:
     ) -> None:
         model = self.model
         self.config = self._together(lambda: ModelConfig.from_dir(model, settings.dummy))
-        self.defaults = SamplingDefaults(**(asdict(self.config.generation) | dict(sampling)))
-        self.max_model_len = max_model_len or self.config.max_position
+        self.defaults = self._together(lambda: self._sampling(sampling))
+        self.max_model_len = self._together(lambda: self.config.longest(max_model_len))
         self._together(lambda: bind(self.comm, settings))
         # Stop strings are looked for where a row runs, so every rank has the tokenizer.
-        self._tokenizer = self._together(lambda: Tokenizer(model))
+        self._tokenizer = self._together(lambda: Tokenizer(model, self.config.vocab_size))
         decoder = self._together(lambda: load_model(self.comm, model, settings))
         unite(self.comm)
         # All ranks of a node have loaded their weights when the first one looks what is left.
@@ -174,6 +175,12 @@ class Engine:
             lambda: RankEngine(self.comm, decoder, settings, self._tokenizer)
         )
         self.rank.join()
+
+    def _sampling(self, given: Mapping[str, Any]) -> SamplingDefaults:
+        try:
+            return msgspec.convert(asdict(self.config.generation) | dict(given), SamplingDefaults)
+        except msgspec.ValidationError as error:
+            raise OptionError(f"sampling: {error}") from None
 
     def __enter__(self) -> Engine:
         self._guard = aborting(self.comm, USER_ERRORS)
@@ -236,12 +243,11 @@ class Engine:
 
     def generate(self, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         """Answer OpenAI batch rows; returns OpenAI batch response rows in the order of `rows` on
-        rank 0, [] elsewhere, where `rows` is not looked at. Raises SetupError on all ranks."""
+        rank 0, [] elsewhere, where `rows` is not looked at. Raises SetupError on all ranks, also
+        for a row that JSON cannot hold."""
         with tempfile.TemporaryDirectory(prefix="hpc-distkv-") as folder:
             files = Files(Path(folder) / "rows.jsonl", Path(folder) / "results.jsonl")
-            if self._first:
-                lines = (json.dumps(row) for row in rows)
-                files.input.write_text("".join(f"{line}\n" for line in lines))
+            self._together(lambda: _write_rows(rows, files.input) if self._first else None)
             self.run(files)
             if not self._first:
                 return []
@@ -320,6 +326,21 @@ class Engine:
 
     def _together(self, prepare: Callable[[], T]) -> T:
         return together(self.comm, prepare)
+
+
+def _write_rows(rows: Iterable[dict[str, Any]], path: Path) -> None:
+    """As a batch file. Raises InputError."""
+    if isinstance(rows, str | bytes | Mapping):
+        raise InputError(f"rows must be a list of batch rows, each a dict, not one {type(rows)}.")
+    with path.open("w") as file:
+        for number, row in enumerate(rows):
+            try:
+                file.write(f"{json.dumps(row)}\n")
+            except (TypeError, ValueError, RecursionError) as error:
+                raise InputError(
+                    f"rows[{number}] cannot be written as JSON ({error}): give plain int, float, "
+                    "str, list and dict, for example array.tolist()."
+                ) from None
 
 
 class JobLeader:

@@ -19,11 +19,15 @@ from hpc_distkv.batch.rows import Row, parse_row, which_choice
 from hpc_distkv.batch.service import SamplingDefaults, Service
 from hpc_distkv.batch.shard import Shard
 from hpc_distkv.batch.unfinished import Answer, Begun, digest
-from hpc_distkv.control.messages import Request, Result, Unfinished
+from hpc_distkv.control.messages import NOT_FINITE, Request, Result, Unfinished
 from hpc_distkv.model.detokenizer import CONTEXT
 
 SHARD = "shard"
 """Where the fingerprint says which part of the input the results answer."""
+_NOT_FINITE = (
+    "The model's logits are not finite: its weights have NaN or infinite numbers, or what is "
+    "computed from them overflows in this --dtype: float16 has less room than bfloat16 or float32."
+)
 COMMIT_INTERVAL = 1.0
 """Seconds between two fsyncs of the results."""
 
@@ -130,6 +134,10 @@ class Job:
         pending = self._pending.get(number)
         if pending is None:
             return  # Another request of the row was refused, and the row with it.
+        if result.finish_reason == NOT_FINITE:
+            error = RowError(_NOT_FINITE, code=NOT_FINITE, status=500, type="server_error")
+            self.refuse(result.id, error)
+            return
         pending.results[choice] = result
         row = pending.row
         if len(pending.results) < row.choices:

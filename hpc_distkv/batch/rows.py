@@ -25,7 +25,7 @@ from hpc_distkv.batch.schema import (
 )
 from hpc_distkv.batch.service import Limits, Service
 from hpc_distkv.control.messages import Request, Sampling, pack_tokens
-from hpc_distkv.model.errors import TooLongError
+from hpc_distkv.model.errors import ModelError, TooLongError
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +154,9 @@ def _tokens(field: str, encode: Any, given: Any, limits: Limits) -> list[int]:
             code="context_length_exceeded",
         ) from error
     except Exception as error:  # templates come with the model and may raise anything
+        kind = "" if isinstance(error, ModelError) else f"{type(error).__name__}: "
         raise RowError(
-            f"'{field}' could not be turned into tokens: {type(error).__name__}: {error}",
+            f"'{field}' could not be turned into tokens: {kind}{error}",
             param=field,
             code="tokenization_failed",
         ) from error

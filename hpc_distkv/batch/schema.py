@@ -31,7 +31,10 @@ MOST_LOGPROBS = 20
 MOST_REPETITION = 1000.0
 """Penalties beyond this forbid a token as well, and would overflow in the end."""
 
-_SEED_RANGE = Meta(ge=-(2**63), le=2**63 - 1)
+SEEDS = (-(2**63), 2**63 - 1)
+"""The least and the largest, of rows and of jobs."""
+
+_SEED_RANGE = Meta(ge=SEEDS[0], le=SEEDS[1])
 _LINE_FIELDS = ("custom_id", "method", "url", "body")
 
 
@@ -74,6 +77,7 @@ class Message(msgspec.Struct, forbid_unknown_fields=True):
     refusal: None = None
     audio: None = None
     tool_calls: None = None
+    tool_call_id: None = None
     function_call: None = None
     reasoning_content: None = None
 
@@ -205,13 +209,15 @@ def _decode_body(
             raise RowError(f"Unknown field '{name}'.", code="unknown_parameter", param=name)
         value = _decode(raw, Any, f"'{name}'", name)
         if not unsupported.is_neutral(known, name, value):
-            raise RowError(
-                f"'{name}' is not supported here, other than at its neutral value.",
-                code="unsupported_parameter",
-                param=name,
-            )
+            values = _neutral(known[name])
+            raise _unsupported(f"'{name}' is not supported here, other than {values}.", name)
     decoded: T = _decode(body, kind, "the body")
     return decoded
+
+
+def _neutral(values: tuple[Any, ...]) -> str:
+    """The values that ask for nothing, as JSON."""
+    return " or ".join(msgspec.json.encode(value).decode() for value in (*values, None))
 
 
 def _decode(raw: bytes | memoryview, kind: Any, what: str, param: str | None = None) -> Any:
@@ -235,7 +241,17 @@ def _wrong_type(message: str, what: str, param: str | None) -> RowError:
     if missing := re.fullmatch(r"Object missing required field `(\w+)`", reason):
         param = f"{path}.{missing[1]}" if path else missing[1]
         return RowError(f"'{param}' is required.", code="missing_required_parameter", param=param)
+    if reason.startswith("Expected `null`"):
+        return _unsupported(f"'{path}' is not supported here, other than null.", path)
+    if part := re.fullmatch(r"Invalid enum value '(.*)'", reason, re.DOTALL):
+        return _unsupported(f"In '{path}': '{part[1]}' is not supported, only 'text' is.", path)
     if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", reason, re.DOTALL):
         param = f"{path}.{unknown[1]}" if path else unknown[1]
+        if ".content[" in path and unknown[1] in unsupported.PARTS:
+            return _unsupported(f"'{param}' is not supported: only text is.", param)
         return RowError(f"Unknown field '{param}'.", code="unknown_parameter", param=param)
     return RowError(f"In {what}: {reason}.", param=param)
+
+
+def _unsupported(message: str, param: str) -> RowError:
+    return RowError(message, code="unsupported_parameter", param=param)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import msgspec
+from msgspec import Meta
 
+from hpc_distkv.batch.schema import SEEDS
 from hpc_distkv.model.chat import ChatTemplate
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.tokenizer import Tokenizer
@@ -51,18 +53,18 @@ class Limits:
         return text
 
 
-class SamplingDefaults(msgspec.Struct, frozen=True):
+class SamplingDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a row gets for the fields that it leaves out."""
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Meta(ge=-1)] = 0
     """0: no limit."""
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    max_tokens: int | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0, le=1e6)] = 1.0
+    max_tokens: Annotated[int, Meta(ge=1)] | None = None
     """None: whatever the limits leave."""
-    seed: int = 0
+    seed: Annotated[int, Meta(ge=SEEDS[0], le=SEEDS[1])] = 0
     """The job's seed; a row without one gets its own from this and its custom_id."""
 
 
@@ -93,7 +95,7 @@ class Service:
     ) -> Service:
         """Tokenizer, read unless it is given, and chat template of a model directory. Raises
         ModelError."""
-        tokenizer = tokenizer or Tokenizer(path)
+        tokenizer = tokenizer or Tokenizer(path, config.vocab_size)
         eos = config.eos_token_ids
         if not eos and tokenizer.eos_token_id is not None:
             eos = (tokenizer.eos_token_id,)

@@ -12,6 +12,11 @@ from typing import Any
 IGNORED = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
 """Fields that are labels only: they never change an answer."""
 
+PARTS = frozenset(
+    {"image_url", "image", "input_audio", "audio_url", "video_url", "file", "refusal"}
+)
+"""Kinds of pieces of a message other than text, and the fields that hold them."""
+
 _COMMON: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": (),
     "bad_words": ([],),
@@ -31,9 +36,12 @@ _COMMON: dict[str, tuple[Any, ...]] = {
     "return_tokens_as_token_ids": (False,),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
+    "parallel_tool_calls": (True, False),
     "stream": (False,),
     "stream_options": (),
     "structured_outputs": (),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
@@ -51,12 +59,9 @@ CHAT: dict[str, tuple[Any, ...]] = _COMMON | {
     "functions": ([],),
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
     "reasoning_effort": (),
     "store": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": (),
     "web_search_options": (),
 }

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hpc_distkv.cli.bench_simulated import host, paper, rounds, scale
-from hpc_distkv.cli.options import POSITIVE, engine_options
+from hpc_distkv.cli.options import POSITIVE, Number, engine_options
 
 if TYPE_CHECKING:
     from hpc_distkv.comm.transport import Comm
     from hpc_distkv.control.messages import Request
-    from hpc_distkv.engine.rank import EngineOptions
+    from hpc_distkv.engine.options import EngineOptions
     from hpc_distkv.model.decoder import Decoder
 
 Measure = Callable[["Comm", "Decoder", "EngineOptions"], dict[str, Any]]
@@ -35,7 +35,7 @@ def _measured(options: dict[str, Any], measure: Measure) -> None:
         from hpc_distkv.engine.rank import bind, load_model, unite
         from hpc_distkv.model.config import ModelConfig
 
-        engine_settings = set_options(options)
+        engine_settings = set_options(comm, options)
         together(comm, lambda: ModelConfig.from_dir(options["model"], engine_settings.dummy))
         together(comm, lambda: bind(comm, engine_settings))
         model = together(comm, lambda: load_model(comm, options["model"], engine_settings))
@@ -250,7 +250,11 @@ def prefix(**options: Any) -> None:
 @click.option("--trace", "traces", required=True, multiple=True, help="Trace: FILE.toml#NAME.")
 @click.option("--rows", type=POSITIVE, help="Rows of each trace. [default: the trace's]")
 @click.option("--scale", default=1.0, show_default=True, help="Divide all prompts by this.")
-@click.option("--scale-output", type=float, help="Divide all outputs by this. [default: --scale]")
+@click.option(
+    "--scale-output",
+    type=Number(min=0, min_open=True),
+    help="Divide all outputs by this. [default: --scale]",
+)
 @click.option(
     "--limits",
     default=1.0,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from hpc_distkv.cli.options import Number
 from hpc_distkv.comm.launch import LaunchError, ranks_asked_for
 from hpc_distkv.observe.environment import (
     Facts,
@@ -38,7 +39,7 @@ MOST_LISTED = 64
 @click.command("env")
 @click.option(
     "--stall-timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     default=60.0,
     show_default=True,
     help="Seconds after which a link that does not answer is named.",

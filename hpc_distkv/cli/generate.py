@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hpc_distkv.cli.options import POSITIVE, engine_options, read_shard
+from hpc_distkv.batch.schema import SEEDS
+from hpc_distkv.cli.options import POSITIVE, Number, engine_options, read_shard
 from hpc_distkv.engine.interrupt import GRACE, TERM_GRACE, Interrupt
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ SEEING = ("metrics", "prometheus", "trace")
 )
 @click.option(
     "--grace",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     default=GRACE,
     show_default=True,
     help="Seconds after SIGUSR2 in which rows that run may finish; then they are put aside for the "
@@ -57,16 +58,20 @@ SEEING = ("metrics", "prometheus", "trace")
 @click.option("--max-tokens", type=POSITIVE, help="Output tokens of rows that give no number.")
 @click.option(
     "--temperature",
-    type=click.FloatRange(0, 2),
+    type=Number(0, 2),
     help="For rows that give none; 0 is greedy. [default: the model's]",
 )
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Likewise.")
+@click.option("--top-p", type=Number(0, 1, min_open=True), help="Likewise.")
 @click.option("--top-k", type=click.IntRange(min=0), help="Likewise; 0: no limit.")
-@click.option("--min-p", type=click.FloatRange(0, 1), help="Likewise.")
+@click.option("--min-p", type=Number(0, 1), help="Likewise.")
+@click.option("--repetition-penalty", type=Number(0, 1000, min_open=True), help="Likewise.")
 @click.option(
-    "--repetition-penalty", type=click.FloatRange(0, 1000, min_open=True), help="Likewise."
+    "--seed",
+    type=click.IntRange(*SEEDS),
+    default=0,
+    show_default=True,
+    help="For rows that give none.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="For rows that give none.")
 @click.option(
     "--metrics", type=click.Path(dir_okay=False), help="Write the run's figures at the end (JSON)."
 )
@@ -124,7 +129,7 @@ def _run(
 
     engine = Engine(
         options["model"],
-        set_options(options),
+        set_options(comm, options),
         sampling={n: options[n] for n in SAMPLING if options[n] is not None},
         max_model_len=options["max_model_len"],
         comm=comm,
@@ -186,6 +191,9 @@ def _claim(files: Files, seeing: dict[str, Path | None], model: str) -> Claims:
         if os.path.realpath(model) in map(os.path.realpath, (path.parent, folder)):
             raise OptionError(f"--{name} {path} is in the model's directory: give another place")
         taken.add(os.path.realpath(path))
+    trace = seeing["trace"]
+    if trace and not trace.name.endswith((".json", ".json.gz")):
+        raise OptionError(f"--trace {trace}: it is written as .json or .json.gz")
     if seeing["prometheus"] and seeing["prometheus"].suffix != ".prom":
         raise OptionError(
             f"--prometheus {seeing['prometheus']}: the node exporter reads *.prom files only"

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import click
 
-from hpc_distkv.api import SetupError
+from hpc_distkv.api import SetupError, together
 from hpc_distkv.batch.errors import InputError, JournalError
 from hpc_distkv.comm.abort import BUG_STATUS, aborting
 from hpc_distkv.comm.launch import LaunchError
@@ -20,7 +20,7 @@ from hpc_distkv.comm.nccl import NcclError
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.comm.waiter import StallError
 from hpc_distkv.control.wire import ReportError
-from hpc_distkv.engine.rank import EngineOptions
+from hpc_distkv.engine.options import EngineOptions
 from hpc_distkv.memory.loan import ProtocolError
 
 USAGE_STATUS = 2
@@ -72,8 +72,7 @@ def say(comm: Comm, text: str) -> None:
         click.echo(text, err=True)
 
 
-def set_options(options: dict[str, Any]) -> EngineOptions:
-    """The engine options among a command's options."""
-    return EngineOptions(
-        **{name: options[name] for name in EngineOptions.__dataclass_fields__ if name in options},
-    )
+def set_options(comm: Comm, options: dict[str, Any]) -> EngineOptions:
+    """The engine options among a command's options. Collective. Raises SetupError."""
+    names = EngineOptions.__dataclass_fields__.keys() & options
+    return together(comm, lambda: EngineOptions(**{name: options[name] for name in names}))

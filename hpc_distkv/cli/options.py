@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -9,12 +10,26 @@ from typing import Any, TypeVar
 import click
 
 from hpc_distkv.batch.shard import Shard
+from hpc_distkv.engine.options import MOST_THREADS
 from hpc_distkv.model.config import DTYPE_BYTES
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 POSITIVE = click.IntRange(min=1)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+class Number(click.FloatRange):
+    """A finite number within a range."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Text → number."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
 
 
 class Size(click.ParamType[int]):
@@ -77,7 +92,7 @@ ENGINE_OPTIONS = (
     ),
     click.option(
         "--gpu-memory-utilization",
-        type=click.FloatRange(0, 1, min_open=True),
+        type=Number(0, 1, min_open=True),
         default=0.9,
         show_default=True,
         help="Part of the memory that a GPU has free beside the weights, for steps and KV cache.",
@@ -171,12 +186,12 @@ ENGINE_OPTIONS = (
     ),
     click.option(
         "--threads",
-        type=POSITIVE,
+        type=click.IntRange(1, MOST_THREADS),
         help="Compute threads of one rank. [default: its share of the cores]",
     ),
     click.option(
         "--stall-timeout",
-        type=click.FloatRange(min=0, min_open=True),
+        type=Number(min=0, min_open=True),
         default=300.0,
         show_default=True,
         help="Seconds without any progress after which a wait gives up.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from click.core import ParameterSource
 
 from hpc_distkv.cli.generate import command as generate
 from hpc_distkv.cli.options import POSITIVE
-from hpc_distkv.slurm.script import KINDS, JobScript
+from hpc_distkv.slurm.script import KINDS, MARGIN, JobScript
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gpu": {},
@@ -30,6 +31,41 @@ FILES = ("model", "source", "output")
 """Options of `generate` that the script has as variables."""
 SIDE_FILES = ("--error-file", "--metrics", "--trace", "--prometheus")
 """What each job of an array would write anew."""
+
+
+_TIME = re.compile(
+    r"(?:(?P<days>\d+)-(?P<h>\d+)(?::(?P<m>\d+)(?::(?P<s>\d+))?)?"
+    r"|(?:(?P<hours>\d+):)?(?P<minutes>\d+):(?P<seconds>\d+)|(?P<only>\d+)|(?i:unlimited|infinite))"
+)
+"""Time limits of sbatch: minutes, [hours:]minutes:seconds, days-hours[:minutes[:seconds]]."""
+_WORD = re.compile(r"[\w.,:@%+=-]+")
+
+
+def _word(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """A name that stands in a script without quotes."""
+    if value is not None and not _WORD.fullmatch(value):
+        raise click.BadParameter(f"{value!r} is not one word of letters and digits.", ctx, param)
+    return value
+
+
+def _limit(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """A time limit."""
+    if value is not None and seconds(value) is None:
+        raise click.BadParameter(f"{value!r} is no time: write for example 12:00:00.", ctx, param)
+    return value
+
+
+def seconds(limit: str) -> int | None:
+    """Of a time limit of sbatch, 0 for none; None: it is no time."""
+    if not (match := _TIME.fullmatch(limit)):
+        return None
+    part = {name: int(text or 0) for name, text in match.groupdict().items()}
+    hours = 24 * part["days"] + part["h"] + part["hours"]
+    return (
+        3600 * hours
+        + 60 * (part["m"] + part["minutes"] + part["only"])
+        + (part["s"] + part["seconds"])
+    )
 
 
 def generate_options(words: Sequence[str]) -> dict[str, Any]:
@@ -81,11 +117,11 @@ def generate_options(words: Sequence[str]) -> dict[str, Any]:
 )
 @click.option("--cpus-per-task", type=POSITIVE, help="Cores of a rank.  [default: 8; cpu: 16]")
 @click.option("--shards", type=POSITIVE, help="Jobs of an array.  [default: 8]")
-@click.option("--time", help="Time limit as of sbatch.  [default: 12:00:00]")
-@click.option("--partition", help="As of sbatch.")
-@click.option("--account", help="As of sbatch.")
-@click.option("--job-name", help="As of sbatch.  [default: hpc-distkv]")
-@click.option("--mpi", help="As of srun.  [default: pmix]")
+@click.option("--time", callback=_limit, help="Time limit as of sbatch.  [default: 12:00:00]")
+@click.option("--partition", callback=_word, help="As of sbatch.")
+@click.option("--account", callback=_word, help="As of sbatch.")
+@click.option("--job-name", callback=_word, help="As of sbatch.  [default: hpc-distkv]")
+@click.option("--mpi", callback=_word, help="As of srun.  [default: pmix]")
 @click.option("--container", help="Apptainer image that has hpc-distkv.")
 @click.option(
     "--line",
@@ -120,6 +156,13 @@ def command(ctx: click.Context, /, submit: bool, **options: Any) -> None:
         if given.get("tasks_per_node", script.gpus_per_node) != script.gpus_per_node:
             raise click.UsageError("there is one rank per GPU: give --gpus-per-node alone.")
         script = replace(script, tasks_per_node=script.gpus_per_node)
+    ahead = script.grace + MARGIN
+    if options["kind"] != "mpirun" and 0 < (seconds(script.time) or 0) <= ahead:
+        click.echo(
+            f"Warning: --time {script.time} is not longer than the {ahead} s before its end at "
+            "which the job is told to stop: it would stop as it begins.",
+            err=True,
+        )
     text = script.render()
     if not submit:
         click.echo(text, nl=False)

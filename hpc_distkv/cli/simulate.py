@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hpc_distkv.cli.options import POSITIVE, Size
+from hpc_distkv.cli.options import POSITIVE, Number, Size
 
 if TYPE_CHECKING:
     from hpc_distkv.control.policy import Policy
@@ -34,7 +34,11 @@ TENSOR_PARALLEL = "tensor-parallel"
 @click.option("--no-dgfm", is_flag=True, help="Bring nothing home before its row ends.")
 @click.option("--rows", type=POSITIVE, help="Rows of the trace. [default: the trace's]")
 @click.option("--scale", default=1.0, show_default=True, help="Divide all prompts by this.")
-@click.option("--scale-output", type=float, help="Divide all outputs by this. [default: --scale]")
+@click.option(
+    "--scale-output",
+    type=Number(min=0, min_open=True),
+    help="Divide all outputs by this. [default: --scale]",
+)
 @click.option(
     "--limits",
     default=1.0,

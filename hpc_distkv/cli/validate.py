@@ -193,7 +193,7 @@ def command(
         host_blocks = (host_kv_memory or 0) // (block_size * config.kv_bytes_per_token())
         beside = host_blocks * block_size
         limits = Limits(
-            max_model_len=max_model_len or config.max_position,
+            max_model_len=config.longest(max_model_len),
             capacity_tokens=None if pool.tokens is None else pool.tokens * ranks + beside,
         )
         defaults = SamplingDefaults(max_tokens=max_tokens)

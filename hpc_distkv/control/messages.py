@@ -14,6 +14,8 @@ from collections.abc import Iterable
 import msgspec
 import numpy as np
 
+NOT_FINITE = "not_finite"
+"""The `finish_reason` of a request for which the model computed logits that are no numbers."""
 NOBODY = 2**62
 """Younger than any request."""
 
@@ -118,7 +120,7 @@ class Result(msgspec.Struct, frozen=True, array_like=True):
     tokens: bytes
     """`pack_tokens` of the output, without the stop token unless the request includes it."""
     finish_reason: str
-    """"stop" or "length"."""
+    """"stop", "length" or NOT_FINITE."""
     first_token_time: float
     """Seconds from assignment to the first token."""
     total_time: float

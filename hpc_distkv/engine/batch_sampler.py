@@ -17,6 +17,8 @@ from hpc_distkv.comm.device import Device
 from hpc_distkv.engine.penalties import TokenCounts
 from hpc_distkv.engine.sequence import Sequence
 
+NO_TOKEN = -1
+"""Drawn from logits that are not finite: NaN, an infinite one, or none that is not -inf."""
 DRAWN_TOGETHER = 32
 """Rows that are drawn at once: bounds the memory of sorted weights."""
 
@@ -24,16 +26,18 @@ DRAWN_TOGETHER = 32
 def sample_together(
     device: Device, logits: Tensor, sequences: Rows[Sequence], before: Tensor | None = None
 ) -> Tensor:
-    """int64 `[sequences]` on the device; `logits`: float32 `[sequences, vocab]`, left as it is;
-    `before`, on the device: tokens that the host does not know yet (see `Sequence.expect`), of
-    sequences that are `foreseeable`."""
+    """int64 `[sequences]` on the device, NO_TOKEN included; `logits`: float32 `[sequences, vocab]`,
+    left as it is; `before`, on the device: tokens that the host does not know yet (see
+    `Sequence.expect`), of sequences that are `foreseeable`."""
     samplings = [sequence.request.sampling for sequence in sequences]
+    largest, tokens = logits.max(dim=-1)
     if any(sampling.rules for sampling in samplings):
         logits = _adjusted(device, logits, sequences, before)
-    tokens = logits.argmax(dim=-1)
+        tokens = logits.argmax(dim=-1)
     drawing = [row for row, s in enumerate(samplings) if s.temperature > 0]
+    finite = largest.isfinite()
     if not drawing:
-        return tokens
+        return tokens.where(finite, NO_TOKEN)
     plain = [row for row in drawing if samplings[row].top_k == 0 and samplings[row].top_p >= 1]
     rest = sorted({*drawing}.difference(plain))
     settings = device.upload(_settings([*plain, *rest], sequences, logits.shape[1]))
@@ -49,7 +53,7 @@ def sample_together(
             # Without one finite logit there is nothing to draw from.
             some = scores.amax(dim=-1).isfinite()
             tokens[rows] = torch.where(some, drawn, tokens[rows])
-    return tokens
+    return tokens.where(finite, NO_TOKEN)
 
 
 def _settings(rows: list[int], sequences: Rows[Sequence], vocab: int) -> list[Tensor]:

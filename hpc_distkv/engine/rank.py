@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ from hpc_distkv.engine.graphs import decode_graphs, recordable
 from hpc_distkv.engine.host_costs import copy_seconds, staged_from
 from hpc_distkv.engine.interrupt import Interrupt
 from hpc_distkv.engine.lane import Parts
+from hpc_distkv.engine.options import EngineOptions
 from hpc_distkv.engine.recorder import Recorder
 from hpc_distkv.engine.stop import TextDecoder
 from hpc_distkv.engine.timesheet import TimeSheet
@@ -39,58 +40,6 @@ from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.model.shard import Shard
 from hpc_distkv.model.weights import load_decoder, random_decoder
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """What a user may choose about an engine. Sizes are per rank."""
-
-    device: str = "auto"
-    """What ranks compute on: "cuda", "cpu", or "auto", a GPU where there is one."""
-    allow_gpu_sharing: bool = False
-    """Whether ranks may share a GPU."""
-    transport: str = "auto"
-    """Between GPUs: "nccl", "mpi" (by way of the host), or "auto", NCCL where it can be."""
-    gpu_memory_utilization: float = 0.9
-    """Part of the GPU's memory that is free beside the weights which steps and pool may take."""
-    attention_backend: str = "auto"
-    """Attention kernels on GPUs: "flashinfer", where they serve, or "auto", our own."""
-    enforce_eager: bool = False
-    """Never record decode steps as CUDA graphs."""
-    dtype: str = "auto"
-    """Of weights, activations and KV: "auto" is the checkpoint's."""
-    num_blocks: int | None = None
-    """rBlocks in the pool; None: as many as `kv_memory` holds."""
-    kv_memory: int | None = None
-    """Bytes for the pool; None: a share of the memory that is available."""
-    host_kv_memory: int | None = None
-    """Bytes of the host's memory for rBlocks that the pool has no room for; None: none."""
-    host_kv_path: str | None = None
-    """Directory on a disk of the node for a file that takes the place of that memory."""
-    block_size: int = 32
-    max_num_seqs: int = 128
-    max_num_batched_tokens: int = 512
-    policy: str | Policy = "lend"
-    """How ranks share memory: one of `control.policy.POLICIES`."""
-    enable_prefix_caching: bool = True
-    """Rows with equal beginnings compute these once on each instance, and share their rBlocks."""
-    move_budget: int = 16
-    """KV tokens that may move in a step though no row waits for them."""
-    lend_cap: int | None = None
-    """Most rBlocks that a rank lends to others; None: all of its pool."""
-    threads: int | None = None
-    """Compute threads; None: this rank's share of the cores it may run on."""
-    tensor_parallel_size: int = 1
-    """Consecutive ranks that hold one replica of the model together."""
-    load_format: str = "auto"
-    """How weights get to the ranks: "auto": every rank reads its own shard; "broadcast": the first
-    instance reads, and hands each shard on to the ranks that hold the same one; "dummy": they are
-    random, and only the model's configuration is read."""
-
-    @property
-    def dummy(self) -> bool:
-        """Whether weights are random."""
-        return self.load_format == "dummy"
 
 
 class RankEngine:
@@ -329,12 +278,17 @@ def bind(comm: Comm, options: EngineOptions) -> None:
         binding.bind(comm, options.device, options.allow_gpu_sharing, options.transport)
     except DeviceError as error:
         raise OptionError(str(error)) from None
-    if options.attention_backend == flashinfer.BACKEND:
-        why_not = flashinfer.missing()
-        if comm.device.place.type != "cuda":
-            why_not = "it needs GPUs"
-        if why_not:
-            raise OptionError(f"--attention-backend flashinfer cannot be: {why_not}")
+    by_flashinfer = options.attention_backend == flashinfer.BACKEND
+    if comm.device.place.type != "cuda":
+        for option, given in {
+            "--attention-backend flashinfer": by_flashinfer,
+            "--transport nccl": options.transport == "nccl",
+            "--allow-gpu-sharing": options.allow_gpu_sharing,
+        }.items():
+            if given:
+                raise OptionError(f"{option} cannot be: it needs GPUs")
+    elif by_flashinfer and (why_not := flashinfer.missing()):
+        raise OptionError(f"--attention-backend flashinfer cannot be: {why_not}")
 
 
 def unite(comm: Comm) -> None:
@@ -427,9 +381,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _policy(policy: str | Policy, instances: int) -> Policy:
-    """The policy by name; a lone instance has nobody to share with. Raises OptionError."""
-    if isinstance(policy, str):
-        if policy not in POLICIES:
-            raise OptionError(f"there is no policy {policy!r}; there are {', '.join(POLICIES)}")
-        policy = POLICIES[policy]
-    return policy if instances > 1 else POLICIES["queue"]
+    """The policy by name; a lone instance has nobody to share with."""
+    if instances == 1:
+        return POLICIES["queue"]
+    return POLICIES[policy] if isinstance(policy, str) else policy

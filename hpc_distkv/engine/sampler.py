@@ -13,7 +13,7 @@ import torch
 from hpc_distkv.comm.device import Device
 from hpc_distkv.control.logprobs import pack_logprobs
 from hpc_distkv.control.messages import Sampling
-from hpc_distkv.engine.batch_sampler import sample_together
+from hpc_distkv.engine.batch_sampler import NO_TOKEN, sample_together
 from hpc_distkv.engine.penalties import adjusted
 from hpc_distkv.engine.sequence import Sequence
 
@@ -22,8 +22,8 @@ HEAD = 1024
 
 
 Sampled = tuple[list[int], dict[int, bytes]]
-"""The next token of each sequence; request → the record (`control.logprobs`) of its new token, for
-those that ask for it."""
+"""The next token of each sequence, or NO_TOKEN; request → the record (`control.logprobs`) of its
+new token, for those that ask for it."""
 
 
 NOBODY_DRAWN = torch.empty(0, dtype=torch.int64)
@@ -33,7 +33,7 @@ class Draw(NamedTuple):
     """The next tokens of some sequences, on their way."""
 
     tokens: torch.Tensor
-    """int64 `[sequences]`, on a device that works by itself."""
+    """int64 `[sequences]`, on a device that works by itself; any token in place of NO_TOKEN."""
     ready: Callable[[], Sampled | None]
     """Gives them once all that the device was asked for until the draw is done, and None until
     then. Never blocks."""
@@ -54,7 +54,8 @@ def begin_sampling(
         tokens = sample(logits, sequences)
         sampled = tokens, sample_logprobs(logits, sequences, tokens)
         return Draw(NOBODY_DRAWN, lambda: sampled)  # the host has what it drew
-    drawn = sample_together(device, logits, sequences, before)
+    sampled_there = sample_together(device, logits, sequences, before)
+    drawn = sampled_there.clamp(min=0)
     groups = _asking(sequences)
     uploaded = device.upload([torch.tensor(rows) for rows in groups.values()]) if groups else []
     scores = [
@@ -62,7 +63,7 @@ def begin_sampling(
         for top, rows in zip(groups, uploaded, strict=True)
         for part in _scores(logits[rows], drawn[rows], top)
     ]
-    fetch = device.fetch([drawn, *scores])
+    fetch = device.fetch([sampled_there, *scores])
 
     def ready() -> Sampled | None:
         if (fetched := fetch.ready()) is None:
@@ -78,15 +79,17 @@ def begin_sampling(
 
 
 def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
-    """The next token of each sequence; `logits` is float32 `[sequences, vocab]`, left as it is.
+    """The next token of each sequence, or NO_TOKEN; `logits` is float32 `[sequences, vocab]`, left
+    as it is.
 
     Randomness comes from `Draws`, so a token depends on the row, its seed and its position alone:
     not on batch, rank, preemption or restart.
     """
-    tokens: list[int] = logits.argmax(dim=-1).tolist()
+    largest, best = logits.max(dim=-1)
+    tokens: list[int] = best.where(largest.isfinite(), NO_TOKEN).tolist()
     for row, sequence in enumerate(sequences):
         sampling = sequence.request.sampling
-        if sampling.temperature > 0 or sampling.rules:
+        if tokens[row] != NO_TOKEN and (sampling.temperature > 0 or sampling.rules):
             tokens[row] = _choose(logits[row], sequence)
     return tokens
 
@@ -98,7 +101,7 @@ def sample_logprobs(
     the logits as the model made them, before any rule or temperature."""
     found: dict[int, bytes] = {}
     for top, rows in _asking(sequences).items():
-        drawn = torch.tensor([tokens[row] for row in rows])
+        drawn = torch.tensor([tokens[row] for row in rows]).clamp(min=0)
         records = _pack(*_scores(logits[rows], drawn, top))
         found.update(zip((sequences[row].id for row in rows), records, strict=True))
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hpc_distkv.control.logprobs import record_dtype
-from hpc_distkv.control.messages import Request, pack_tokens, unpack_tokens
+from hpc_distkv.control.messages import NOT_FINITE, Request, pack_tokens, unpack_tokens
 from hpc_distkv.engine.draws import Draws
 from hpc_distkv.engine.penalties import TokenCounts
 from hpc_distkv.engine.stop import StopMatcher, TextDecoder
@@ -110,6 +110,8 @@ class Sequence:
     @property
     def finish_reason(self) -> str | None:
         """Why the request ends with its last token; None: it goes on."""
+        if self._failed:
+            return NOT_FINITE
         if self._stop_token or (self.stop and self.stop.found(self.tokens)):
             return "stop"
         return "length" if self.output_len >= self.request.sampling.max_tokens else None
@@ -118,6 +120,11 @@ class Sequence:
     def text_end(self) -> int | None:
         """Characters of the output's text that belong to the answer, if a stop string ended it."""
         return self.stop.text_end if self.stop else None
+
+    @property
+    def _failed(self) -> bool:
+        """Whether there was no token to draw; of a last token that is known."""
+        return self.tokens[-1] < 0
 
     @property
     def _stop_token(self) -> bool:
@@ -147,7 +154,7 @@ class Sequence:
     @property
     def _answer_end(self) -> int:
         drop = self._stop_token and not self.request.sampling.include_stop
-        return self.length - drop
+        return self.length - (drop or self._failed)
 
     def restore(self, packed: bytes, computed: int, logprobs: bytes = b"") -> None:
         """Go on where another instance left off."""

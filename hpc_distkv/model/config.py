@@ -103,6 +103,16 @@ class ModelConfig:
             * dtype_bytes(dtype or self.dtype)
         )
 
+    def longest(self, asked: int | None = None) -> int:
+        """Tokens that a request may have at most: those `asked` for, or as many as the model is
+        made for. Raises ModelError for more than its positions reach."""
+        reach = self.rope.reach(self.max_position)
+        if asked is not None and asked > reach:
+            raise ModelError(
+                f"--max-model-len {asked}: by its config.json the model is made for {reach} tokens"
+            )
+        return asked or self.max_position
+
     @property
     def widest_window(self) -> int:
         """Tokens that a query sees in the layers that see most; 0: all."""

@@ -36,13 +36,13 @@ class GenerationDefaults:
                 )
             return float(value)
 
-        repetition_penalty = setting("repetition_penalty", 1.0, 1e-6, 1e6)
-        if not generation.get("do_sample"):
-            return cls(repetition_penalty=repetition_penalty)
-        return cls(
+        sampled = cls(
             temperature=setting("temperature", 1.0, 0, 100),
             top_p=setting("top_p", 1.0, 1e-6, 1),
             top_k=max(0, int(setting("top_k", 50, -1, 1e9))),
             min_p=setting("min_p", 0.0, 0, 1),
-            repetition_penalty=repetition_penalty,
+            repetition_penalty=setting("repetition_penalty", 1.0, 1e-6, 1e6),
         )
+        if generation.get("do_sample"):
+            return sampled
+        return cls(repetition_penalty=sampled.repetition_penalty)

@@ -59,6 +59,15 @@ class Rope:
     partial: float = 1.0
     """Part of each head that turns, its first dimensions."""
 
+    def reach(self, max_position: int) -> int:
+        """Tokens for which a model is made whose config.json says `max_position`. Where positions
+        are stretched that may be the length before or behind the stretch: the larger one counts."""
+        if self.type in ("linear", "dynamic"):
+            return int(max_position * self.factor)
+        if self.type == "yarn":
+            return max(max_position, int(self.original_max_position * self.factor))
+        return max_position
+
     @classmethod
     def of_layers(
         cls, read: Settings, local: bool = False, partial: bool = False
@@ -67,9 +76,15 @@ class Rope:
         window (Gemma 3). `partial`: whether a part of each head may stay as it is.
 
         Reads `rope_parameters` (transformers 5), or `rope_theta`, `rope_local_base_freq` and
-        `rope_scaling` (earlier). Raises ModelError for a type or key that is not supported.
+        `rope_scaling` (earlier); of both, as transformers does, the latter. Raises ModelError for a
+        type or key that is not supported.
         """
-        key = "rope_parameters" if read.get("rope_parameters") else "rope_scaling"
+        both = read.get("rope_scaling") and read.get("rope_parameters")
+        if both and local:  # Transformers would mix them.
+            raise read.error(
+                "rope_scaling", "and rope_parameters exclude each other: leave one out"
+            )
+        key = "rope_scaling" if read.get("rope_scaling") else "rope_parameters"
         section = read.section(key)
         if not local:
             return cls._parse(read, section, key, read.positive("rope_theta", 1e4), partial), None
@@ -117,7 +132,9 @@ class Rope:
         original = int(number("original_max_position_embeddings", most))
         # What transformers does: this type goes by the length that config.json names first.
         original = most if kind == "dynamic" else original
-        factor = number("factor", most / original if kind == "yarn" else None)
+        # Only null means the ratio: without the key transformers refuses the section.
+        implied = most / original if kind == "yarn" and "factor" in raw else None
+        factor = number("factor", implied)
         rope = {"theta": theta, "type": kind, "factor": factor, "partial": part}
         if kind == "linear":
             return cls(**rope)

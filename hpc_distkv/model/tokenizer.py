@@ -38,8 +38,9 @@ _BYTES = _byte_letters()
 class Tokenizer:
     """The tokenizer of a model directory: tokenizer.json and tokenizer_config.json."""
 
-    def __init__(self, path: str | Path) -> None:
-        """Read the tokenizer of directory `path`. Raises ModelError if there is no usable one."""
+    def __init__(self, path: str | Path, model_vocab: int | None = None) -> None:
+        """Read the tokenizer of directory `path`, for a model of `model_vocab` tokens. Raises
+        ModelError if there is no usable one."""
         file = Path(path) / "tokenizer.json"
         if not file.is_file():
             raise ModelError(
@@ -57,10 +58,24 @@ class Tokenizer:
         self.special_tokens = _special_tokens(self.settings)
         """Named special tokens, such as {"bos_token": "<s>"}."""
         self._added = frozenset(self._fast.get_added_tokens_decoder())
+        if model_vocab is not None:
+            self._check_vocabulary(file, model_vocab)
         self._byte_level = b'"ByteLevel"' in _state(self._fast.decoder)
         self.vocab_size: int = self._fast.get_vocab_size(with_added_tokens=True)
         self.bos_token_id = self._id_of("bos_token")
         self.eos_token_id = self._id_of("eos_token")
+
+    def _check_vocabulary(self, file: Path, size: int) -> None:
+        """Refuse another model's tokenizer. A smaller vocabulary is that of a model whose own is
+        padded, and tokens that were added to it may lie beyond and are never used."""
+        if self._fast.get_vocab_size(with_added_tokens=False) <= size:
+            return
+        ids = self._fast.get_vocab(with_added_tokens=False).values()
+        if beyond := [id for id in ids if id >= size and id not in self._added]:
+            raise ModelError(
+                f"{file} is of another model: it has ids up to {max(beyond)}, but vocab_size in "
+                f"config.json is {size}"
+            )
 
     def encode(
         self, text: str, add_special_tokens: bool = True, most: int | None = None

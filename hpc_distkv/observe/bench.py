@@ -12,8 +12,9 @@ from typing import Any
 from hpc_distkv.comm.local import open_local
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages import Request, Result, Sampling, Unfinished, pack_tokens
+from hpc_distkv.engine.options import EngineOptions
 from hpc_distkv.engine.pace import Speed
-from hpc_distkv.engine.rank import EngineOptions, RankEngine
+from hpc_distkv.engine.rank import RankEngine
 from hpc_distkv.engine.recorder import Recorder
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.observe.metrics import peak_memory
@@ -109,8 +110,10 @@ def remote_against_local(
     the same tokens."""
     threads = options.threads or 1
     blocks = -(-(context + steps) // options.block_size)
-    local = replace(options, num_blocks=blocks + 2, policy="queue", threads=2 * threads)
-    remote = replace(options, num_blocks=blocks // 2 + 2, threads=threads)
+    local = replace(
+        options, num_blocks=blocks + 2, kv_memory=None, policy="queue", threads=2 * threads
+    )
+    remote = replace(options, num_blocks=blocks // 2 + 2, kv_memory=None, threads=threads)
     answers: set[bytes] = set()
     ways = {
         "local": lambda: decode_rate(comm, model, local, context, steps, answers),

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.engine.rank import EngineOptions, RankEngine
+from hpc_distkv.engine.options import EngineOptions
+from hpc_distkv.engine.rank import RankEngine
 from hpc_distkv.engine.recorder import Kind, Recorder
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.observe.bench import run_once, synthetic
@@ -65,7 +66,7 @@ def exchange_overlap(
     rank: how long exchanges take, how long the debtor's host waits for them, and, on a GPU, for how
     much of that time its GPU computes. `exchanges` 0: nothing was lent. Collective."""
     blocks = -(-(context + steps) // options.block_size)
-    engine = RankEngine(comm, model, replace(options, num_blocks=blocks // 2 + 2))
+    engine = RankEngine(comm, model, replace(options, num_blocks=blocks // 2 + 2, kv_memory=None))
     engine.join()
     requests = synthetic(1, context, steps, model.config.vocab_size)
     run_once(engine, requests)  # Kernels are built, and ranks connected.

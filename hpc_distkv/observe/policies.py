@@ -13,7 +13,8 @@ from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages import Request
 from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.engine.config import OptionError
-from hpc_distkv.engine.rank import EngineOptions, RankEngine, load_model
+from hpc_distkv.engine.options import EngineOptions
+from hpc_distkv.engine.rank import RankEngine, load_model
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.observe.bench import BenchLeader, lead, ratios, run_led, warm_up
@@ -56,7 +57,7 @@ def engine_of(
     own = copy(comm)
     shard = load_model(own, path, options)
     blocks = block_memory * model.config.num_kv_heads // shard.config.num_kv_heads
-    return RankEngine(own, shard, replace(options, num_blocks=blocks))
+    return RankEngine(own, shard, replace(options, num_blocks=blocks, kv_memory=None))
 
 
 def check_fit(engines: Mapping[str, RankEngine], requests: Sequence[Request]) -> None:

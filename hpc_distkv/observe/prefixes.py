@@ -10,7 +10,8 @@ from typing import Any
 
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages import Request
-from hpc_distkv.engine.rank import EngineOptions, RankEngine
+from hpc_distkv.engine.options import EngineOptions
+from hpc_distkv.engine.rank import RankEngine
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.observe.bench import alternate, ratios, run_once, synthetic, warm_up
 

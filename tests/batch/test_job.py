@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import time
@@ -89,6 +90,19 @@ def test_reading_is_lazy(tmp_path: Path) -> None:
     assert job.in_flight == 1
     assert job.bytes_read < 1000
     assert job.total_rows is None
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (gzip.compress(b"{}\n"), "is compressed: unpack it"),
+        ("{}\n".encode("utf-16"), "is not in UTF-8: convert it"),
+    ],
+)
+def test_files_of_another_kind_are_refused_whole(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "in").write_bytes(content)
+    with pytest.raises(InputError, match=said):
+        Intake(tmp_path / "in")
 
 
 def test_bom_crlf_and_a_missing_last_newline(tmp_path: Path) -> None:

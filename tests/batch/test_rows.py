@@ -13,6 +13,7 @@ from hpc_distkv.batch.rows import Row, derive_seed, parse_row, which_choice
 from hpc_distkv.batch.schema import read_envelope
 from hpc_distkv.batch.service import Service
 from hpc_distkv.control.messages import unpack_tokens
+from hpc_distkv.model.errors import ModelError
 
 
 def parse(row: Any, service: Service | None = None, number: int = 0) -> Row:
@@ -91,6 +92,41 @@ def test_template_that_refuses_becomes_a_row_error() -> None:
     error = refused(row)
     assert error.code == "tokenization_failed"
     assert "no such role" in error.message
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (chat("a", [{"type": "image_url", "image_url": {}}]), "'image_url' is not supported, only"),
+        (chat("a", [{"image_url": {}, "type": "image_url"}]), "only text is"),
+        (completion("a", tools=[{}]), "'tools' is not supported here, other than [] or null."),
+        (completion("a", best_of=2), "'best_of' is not supported here, other than 1 or null."),
+        (completion("a", suffix="x"), 'other than "" or null.'),
+    ],
+)
+def test_what_is_not_supported_is_said_with_what_is(row: dict[str, Any], said: str) -> None:
+    error = refused(row)
+    assert error.code == "unsupported_parameter"
+    assert said in error.message
+
+
+def test_answers_of_tools_are_not_supported() -> None:
+    row = chat("a")
+    row["body"]["messages"][0]["tool_call_id"] = "call 1"
+    assert refused(row).message == (
+        "'messages[0].tool_call_id' is not supported here, other than null."
+    )
+
+
+def test_what_the_model_says_of_a_prompt_is_said_without_our_names() -> None:
+    service = make_service()
+
+    def refuse(*_: Any, **__: Any) -> list[int]:
+        raise ModelError("no such role")
+
+    object.__setattr__(service, "chat", refuse)
+    message = refused(chat("a"), service).message
+    assert message == "'messages' could not be turned into tokens: no such role"
 
 
 @pytest.mark.parametrize(
@@ -220,10 +256,11 @@ def test_unsupported_fields_pass_at_neutral_values_only(
         assert "not supported" in error.message
 
 
-def test_tools_are_unsupported_in_chats_and_unknown_in_completions() -> None:
+def test_tools_are_unsupported() -> None:
     assert parse(chat("a", tools=[], tool_choice="none"))
     assert refused(chat("a", tools=[{}])).code == "unsupported_parameter"
-    assert refused(completion("a", tools=[])).code == "unknown_parameter"
+    assert parse(completion("a", tools=[]))
+    assert refused(completion("a", tools=[{}])).code == "unsupported_parameter"
     assert refused(chat("a", lora_request={"lora_name": "x"})).param == "lora_request"
 
 

@@ -5,11 +5,23 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
-from batch_job import BatchJob, answer, chat, completion, random_ids, run_command, run_script
+import torch
+from batch_job import (
+    BatchJob,
+    Oracle,
+    answer,
+    chat,
+    completion,
+    random_ids,
+    run_command,
+    run_script,
+)
 from mpirun import mpirun
+from safetensors.torch import load_file, save_file
 
 from hpc_distkv.batch.claim import Claim
 
@@ -91,6 +103,33 @@ def test_a_full_disk_ends_the_job_with_a_message_and_status_70(ranks, tmp_path, 
     assert len(job.answers()) == 300
 
 
+@pytest.mark.parametrize("ranks", LAUNCHED)
+def test_a_row_for_which_the_model_computes_nan_is_an_error_row_and_spoils_no_other(
+    ranks, tmp_path, tiny_model
+):
+    """Also not by what it leaves in the rBlocks that others get after it."""
+    good = ("whole", "chat")
+    rows = [completion("whole", [8, 9, 10], 5), chat("chat", "Hello.", 9)]
+    for number in range(6):
+        rows.insert(number, completion(f"bad {number}", [9, 10 + number, 7] * 9, 5, logprobs=1))
+    rows.append(completion("choices", [9, 7], 5, n=2))
+    spoiled = shutil.copytree(tiny_model, tmp_path / "spoiled")
+    weights = load_file(spoiled / "model.safetensors")
+    weights["model.embed_tokens.weight"][7] = torch.nan
+    save_file(weights, spoiled / "model.safetensors", {"format": "pt"})
+    job = BatchJob(tmp_path, spoiled, rows)
+    ran = job.run(ranks, "--temperature", 0, "--num-blocks", 4, "--max-num-seqs", 1)
+    assert ran.returncode == 1, ran.stderr
+    assert "2 answered, 7 errors" in ran.stdout
+    lines = {line["custom_id"]: line for line in job.lines()}
+    for name, line in lines.items():
+        if name not in good:
+            assert line["response"]["status_code"] == 500
+            assert "logits are not finite" in line["error"]["message"]
+    expected = Oracle(tiny_model).answers(row for row in rows if row["custom_id"] in good)
+    assert {name: answer(lines[name]) for name in good} == expected
+
+
 def test_what_cannot_be_written_is_said_before_the_model_is_looked_for(job):
     job.model, job.output = Path("/no/such/model"), Path("/proc/results.jsonl")
     ran = job.run(0)
@@ -147,7 +186,7 @@ def test_names_that_are_not_utf8_are_names(tmp_path, tiny_model):
     job = BatchJob(Path(os.fsdecode(bytes(tmp_path) + b"/\xff")), tiny_model, [])
     job.input.write_text(json.dumps(completion("a", "once", 4)) + "\n")
     job.output, job.metrics = (job.input.with_name(os.fsdecode(b"\xfe" + n)) for n in (b"o", b"m"))
-    seeing = [f"--{name}={job.output}.{name[:4]}" for name in ("prometheus", "trace")]
+    seeing = [f"--prometheus={job.output}.prom", f"--trace={job.output}.json"]
     for said in ("1 answered, 0 errors", "0 answered, 0 errors, 1 were there before"):
         ran = job.run(0, "--error-file", f"{job.output}.errors", *seeing)
         assert ran.returncode == 0, ran.stderr

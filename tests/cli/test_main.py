@@ -13,6 +13,7 @@ from batch_job import COMMAND, BatchJob, completion, run_command
 from mpirun import mpirun
 
 HEAVY = {"torch", "transformers", "mpi4py", "mpi4py.MPI", "cupy", "scipy"}
+FILES = ["generate", "--model", "m", "-i", "in", "-o", "out"]
 LAUNCHED = [0, pytest.param(2, marks=pytest.mark.skipif(mpirun() is None, reason="needs mpirun"))]
 
 
@@ -58,8 +59,16 @@ def test_help_names_all_commands():
     [
         (["generate", "--no-such-option"], "No such option"),
         (["generate", "-i", "in", "-o", "out"], "Missing option '--model'"),
-        (["generate", "--model", "m", "-i", "in", "-o", "out", "--top-p", "0"], "--top-p"),
-        (["generate", "--model", "m", "-i", "in", "-o", "out", "--kv-memory", "much"], "4GiB"),
+        ([*FILES, "--top-p", "0"], "--top-p"),
+        ([*FILES, "--kv-memory", "much"], "4GiB"),
+        ([*FILES, "--repetition-penalty", "nan"], "--repetition-penalty"),
+        ([*FILES, "--top-p", "nan"], "nan is not a finite number"),
+        ([*FILES, "--temperature", "nan"], "--temperature"),
+        ([*FILES, "--stall-timeout", "nan"], "--stall-timeout"),
+        ([*FILES, "--grace", "inf"], "--grace"),
+        ([*FILES, "--gpu-memory-utilization", "nan"], "--gpu-memory-utilization"),
+        ([*FILES, "--threads", "3000000000"], "--threads"),
+        ([*FILES, "--seed", str(2**63)], "--seed"),
         (["no-such-command"], "No such command"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -112,6 +121,18 @@ WRONG_JOBS = {
     "results of another job": (results_of_another_job, "--overwrite"),
     "no room for a block": (lambda job: ["--kv-memory", 4], "--kv-memory"),
     "no room for the pool": (lambda job: ["--num-blocks", 10**12], "--num-blocks"),
+    "two sizes of the pool": (
+        lambda job: ["--kv-memory", "1GiB", "--num-blocks", 8],
+        "num_blocks and kv_memory say the same",
+    ),
+    "longer than the model was trained for": (
+        lambda job: ["--max-model-len", 10**6],
+        "--max-model-len 1000000",
+    ),
+    "a trace of another kind": (
+        lambda job: ["--trace", job.input.parent / "trace.txt"],
+        "it is written as .json or .json.gz",
+    ),
     "torn weights": (broken_weights, "model.safetensors"),
     "no metrics directory": (
         lambda job: ["--metrics", job.input.parent / "missing" / "metrics.json"],

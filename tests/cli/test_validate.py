@@ -56,6 +56,13 @@ def validate(model: Path, rows: list[Any], *options: str) -> Result:
     return CliRunner().invoke(command, ["--model", str(model), "-i", str(source), *options])
 
 
+def test_a_tokenizer_of_another_model_is_one_error_at_the_start(model: Path) -> None:
+    (model / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": 2}))
+    result = validate(model, [row("a", 1)])
+    assert result.exit_code == 2
+    assert "tokenizer.json is of another model" in result.output
+
+
 def values(result: Result) -> dict[str, str]:
     """First words of the report's lines → the rest."""
     pairs = (line.split("  ", 1) for line in map(str.strip, result.output.splitlines()))
@@ -79,9 +86,9 @@ def test_bad_rows_are_counted_by_code_and_shown(model: Path) -> None:
     assert result.exit_code == 1
     found = values(result)
     assert (found["rows"], found["good"], found["bad"]) == ("8", "1", "7")
-    assert found["unknown_parameter"] == "5"
+    assert found["unsupported_parameter"] == "5"
     assert found["duplicate_custom_id"] == "1"
-    assert "line 4: Unknown field 'tools'" in result.output
+    assert "line 4: 'tools' is not supported here, other than [] or null." in result.output
     assert "… and 2 more" in result.output
 
 

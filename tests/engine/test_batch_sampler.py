@@ -10,7 +10,7 @@ from test_sampler import sequence
 
 from hpc_distkv.comm.device import Device, Fetch
 from hpc_distkv.control.messages import LogitRules, Sampling
-from hpc_distkv.engine.batch_sampler import sample_together
+from hpc_distkv.engine.batch_sampler import NO_TOKEN, sample_together
 from hpc_distkv.engine.sampler import begin_sampling, sample, sample_logprobs
 
 VOCABULARY = 500
@@ -100,7 +100,27 @@ def test_a_row_without_a_finite_logit_is_drawn_as_alone():
     rows = [sequence(hot, number=0), sequence(hot, number=1)]
     logits = torch.randn(2, VOCABULARY)
     logits[0] = -torch.inf
-    assert sample_together(Device(), logits, rows).tolist() == sample(logits, rows)
+    tokens = sample(logits, rows)
+    assert tokens[0] == NO_TOKEN != tokens[1]
+    assert sample_together(Device(), logits, rows).tolist() == tokens
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("rules", [None, LogitRules(logit_bias=((3, 2.0),))])
+def test_rows_of_logits_that_are_not_finite_get_no_token_and_others_do(bad, rules):
+    rows = [
+        sequence(Sampling(1, heat, logprobs=2, rules=rules), number=number)
+        for number, heat in enumerate([0.0, 0.0, 1.0, 1.0])
+    ]
+    logits = torch.randn(4, VOCABULARY)
+    logits[::2, 123] = bad
+    tokens = sample(logits, rows)
+    assert [token == NO_TOKEN for token in tokens] == [True, False, True, False]
+    device = Elsewhere()
+    draw = begin_sampling(device, logits, rows)
+    device.over = True
+    assert draw.ready()[0] == tokens
+    assert draw.tokens.min() >= 0, "the next step may have begun with them"
 
 
 def test_what_is_drawn_is_there_once_the_device_has_come_to_it():

@@ -79,6 +79,22 @@ def test_tokenizer_knows_its_sizes_and_ends(tiny_model: Path) -> None:
     assert tokenizer.decode([0, *tokenizer.encode("Hello"), 1]) == "Hello"
 
 
+def test_the_tokenizer_of_another_model_is_refused_and_a_padded_vocabulary_is_not(
+    writable: Path,
+) -> None:
+    for size in (300, 320):
+        Tokenizer(writable, size)
+    with pytest.raises(ModelError, match="of another model: it has ids up to 299, but vocab_size"):
+        Tokenizer(writable, 299)
+    file = writable / "tokenizer.json"
+    raw = json.loads(file.read_text())
+    words = raw["model"]["vocab"]
+    last = next(word for word, id in words.items() if id == 299)
+    raw["added_tokens"].append({**raw["added_tokens"][0], "id": 299, "content": last})
+    file.write_text(json.dumps(raw))
+    Tokenizer(writable, 299)  # a token that was added, and that the model never gets
+
+
 def test_half_a_surrogate_pair_is_refused(tiny_model: Path) -> None:
     with pytest.raises(ModelError, match="Unicode"):
         Tokenizer(tiny_model).encode("a\ud83d")

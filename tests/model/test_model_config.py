@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig
 
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.errors import ModelError
 from hpc_distkv.model.generation import GenerationDefaults
+from hpc_distkv.model.rope import ROPE_TYPES
 
 GOOD: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -76,6 +78,75 @@ def test_refuses_what_it_would_compute_wrongly(tmp_path: Path, changes: dict, na
         ModelConfig.from_dir(directory(tmp_path, **changes))
 
 
+@pytest.mark.parametrize("kind", ROPE_TYPES)
+def test_a_rope_section_without_what_its_type_needs_is_refused_where_transformers_does(
+    kind: str, tmp_path: Path
+) -> None:
+    whole = {
+        "factor": 2.0,
+        "original_max_position_embeddings": 512,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    }
+    if kind != "llama3":
+        del whole["low_freq_factor"], whole["high_freq_factor"]
+    if kind in ("default", "linear"):
+        del whole["original_max_position_embeddings"]
+    if kind == "default":
+        del whole["factor"]
+    refused = set()
+    for left_out in (None, *whole):
+        section = {"rope_type": kind} | {n: v for n, v in whole.items() if n != left_out}
+        path = directory(tmp_path, rope_parameters=section)
+        try:
+            LlamaConfig.from_pretrained(path)
+        except KeyError:
+            refused.add(left_out)
+            with pytest.raises(ModelError, match=f"rope_parameters.{left_out}"):
+                ModelConfig.from_dir(path)
+        else:
+            ModelConfig.from_dir(path)
+    needed = {"factor": kind != "default", "low_freq_factor": kind == "llama3"}
+    assert {name for name, needs in needed.items() if needs} <= refused
+
+
+def test_of_two_rope_sections_the_one_counts_that_transformers_takes(tmp_path: Path) -> None:
+    both = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    linear = {"rope_type": "linear", "factor": 2.0}
+    path = directory(tmp_path, rope_scaling=linear, **both)
+    theirs = LlamaConfig.from_pretrained(path).rope_parameters
+    ours = ModelConfig.from_dir(path).rope
+    assert (ours.type, ours.factor, ours.theta) == ("linear", 2.0, theirs["rope_theta"])
+    with pytest.raises(ModelError, match=r"rope_scaling\.rope_type 'foo' is not supported"):
+        ModelConfig.from_dir(directory(tmp_path, rope_scaling={"rope_type": "foo"}, **both))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reach"),
+    [
+        ({}, 4096),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, 8192),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, 8192),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 4096,
+                }
+            },
+            16384,
+        ),
+    ],
+)
+def test_a_request_is_as_long_as_positions_reach(changes: dict, reach: int, tmp_path: Path) -> None:
+    config = ModelConfig.from_dir(directory(tmp_path, **changes))
+    assert config.longest() == 4096
+    assert config.longest(reach) == reach
+    with pytest.raises(ModelError, match=f"is made for {reach} tokens"):
+        config.longest(reach + 1)
+
+
 def test_generation_config_adds_stop_tokens_and_sampling(tmp_path: Path) -> None:
     generation = {"eos_token_id": [7, 1], "do_sample": True, "temperature": 0.6, "top_p": 0.9}
     config = ModelConfig.from_dir(directory(tmp_path, generation))
@@ -95,9 +166,12 @@ def test_all_sampling_settings_are_read(tmp_path: Path) -> None:
     ("key", "value"),
     [("temperature", "hot"), ("top_p", 0), ("min_p", True), ("repetition_penalty", -1)],
 )
-def test_sampling_settings_that_make_no_sense(tmp_path: Path, key: str, value: object) -> None:
+@pytest.mark.parametrize("sampled", [True, False])
+def test_sampling_settings_that_make_no_sense(
+    tmp_path: Path, key: str, value: object, sampled: bool
+) -> None:
     with pytest.raises(ModelError, match=f"generation_config.json: {key} must be a number"):
-        ModelConfig.from_dir(directory(tmp_path, {"do_sample": True, key: value}))
+        ModelConfig.from_dir(directory(tmp_path, {"do_sample": sampled, key: value}))
 
 
 def test_sampling_settings_without_do_sample_stay_greedy(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from hpc_distkv.cli.sbatch import command
+from hpc_distkv.cli.sbatch import command, seconds
 
 JOBS = Path(__file__).parents[2] / "jobs"
 SCRIPTS = {
@@ -94,6 +94,31 @@ def test_a_job_that_does_not_get_on_is_not_requeued_for_ever(
     assert "scontrol" not in calls
 
 
+@pytest.mark.parametrize(
+    ("time", "length"),
+    [
+        ("5", 300),
+        ("1:30", 90),
+        ("2:00:00", 7200),
+        ("1-2", 93600),
+        ("UNLIMITED", 0),
+        ("1-2:3:4", 93784),
+    ],
+)
+def test_time_limits_are_read_as_slurm_reads_them(time: str, length: int) -> None:
+    assert seconds(time) == length
+
+
+def test_a_time_limit_that_is_over_with_the_warning_before_it_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert (
+        "Warning: --time 1 is not longer than the 120 s"
+        in sbatch(monkeypatch, "--time", "1").output
+    )
+    assert "Warning" not in sbatch(monkeypatch, "--time", "3").output
+
+
 def test_a_task_of_an_array_answers_its_shard_and_requeues_itself_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,6 +140,11 @@ def test_a_task_of_an_array_answers_its_shard_and_requeues_itself_alone(
         ("--kind mpirun --submit", "needs Slurm"),
         ("--gpus-per-node 8 --tasks-per-node 2", "one rank per GPU"),
         ("--kind nothing", "is not one of"),
+        ("--time abc", "'abc' is no time: write for example 12:00:00"),
+        ("--time 1-", "'1-' is no time"),
+        ("--partition a;b", "'a;b' is not one word"),
+        ("--job-name a$b", "'a$b' is not one word"),
+        ("--account a/b", "'a/b' is not one word"),
     ],
 )
 def test_what_a_job_would_not_take_is_refused_before_it_is_submitted(

@@ -1,0 +1,71 @@
+"""What a program that uses the library is told about its arguments, on all ranks alike."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from batch_job import completion
+
+from hpc_distkv import Engine, EngineOptions
+from hpc_distkv.api import SetupError
+from hpc_distkv.comm.local import open_local, run_local
+from hpc_distkv.comm.transport import Comm
+
+RANKS = 2
+OPTIONS = EngineOptions(dtype="float32", num_blocks=16, block_size=16, threads=1)
+
+
+def bytes_in(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {"body": b"bytes"}
+
+
+def numbers_of_numpy(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {"body": {"prompt": list(np.arange(5, 9)), "max_tokens": 2}}
+
+
+@pytest.mark.parametrize("spoil", [bytes_in, numbers_of_numpy])
+def test_a_row_that_json_cannot_hold_is_named_and_the_engine_goes_on(spoil, tiny_model: Path):
+    good = completion("good", [5, 6], 2)
+
+    def work(comm: Comm) -> list[dict[str, Any]]:
+        engine = Engine(tiny_model, OPTIONS, comm=comm)
+        with pytest.raises(SetupError, match=r"rows\[1\] cannot be written as JSON"):
+            engine.generate([good, spoil(good)])
+        return engine.generate([good])
+
+    [[answer], nothing] = run_local(open_local(RANKS), work)
+    assert answer["error"] is None
+    assert nothing == []
+
+
+@pytest.mark.parametrize("rows", ["Hello", completion("a", "Hello", 2)])
+def test_what_is_no_list_of_rows_is_refused(rows, tiny_model: Path):
+    def work(comm: Comm) -> None:
+        with pytest.raises(SetupError, match="rows must be a list of batch rows"):
+            Engine(tiny_model, OPTIONS, comm=comm).generate(rows)
+
+    run_local(open_local(RANKS), work)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"sampling": {"temperature": math.nan}}, r"sampling: Expected `float` .* `\$.temp"),
+        ({"sampling": {"top_p": "high"}}, r"sampling: Expected `float`, got `str` .* `\$.top_p"),
+        ({"sampling": {"seed": 2**64}}, r"sampling: Expected `int` .* `\$.seed"),
+        ({"sampling": {"temprature": 1}}, "sampling: .* unknown field `temprature`"),
+        ({"max_model_len": 4097}, "max-model-len 4097: .* is made for 4096 tokens"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_weights_are_read(
+    arguments, said, tiny_model: Path
+):
+    def work(comm: Comm) -> None:
+        with pytest.raises(SetupError, match=said):
+            Engine(tiny_model, OPTIONS, comm=comm, **arguments)
+
+    run_local(open_local(RANKS), work)
