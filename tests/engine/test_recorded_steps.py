@@ -145,7 +145,7 @@ def as_they_are(model: Decoder, rows: list[Request]) -> dict[int, list[int]]:
     return run_cluster(model, rows, 1, options(4000, enforce_eager=True)).tokens
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_recorded_steps_change_no_token(tiny_model, whole, tp, seed):  # noqa: F811
     rows = rows_of(16, random.Random(seed))
