@@ -239,17 +239,17 @@ class Launched:
 
     def wait_for_answers(self) -> None:
         """Until this run has written some, or has ended."""
-        assert wait_for(lambda: self._run.done() or self._size() > self._before, 60)
+        assert wait_for(lambda: self._run.done() or self._size() > self._before, 180)
 
     def wait_for_a_step(self) -> None:
         """Until all ranks have most likely begun to compute."""
-        assert wait_for(lambda: self._run.done() or self._job.output.exists(), 60)
+        assert wait_for(lambda: self._run.done() or self._job.output.exists(), 180)
         time.sleep(0.7)
 
     def ranks(self) -> dict[int, psutil.Process]:
         return ranks_of(self.mark)
 
-    def end(self, seconds: float = 60) -> subprocess.CompletedProcess[str]:
+    def end(self, seconds: float = 180) -> subprocess.CompletedProcess[str]:
         """How it ended; nothing of it is left."""
         assert wait_for(self._run.done, seconds), "the job goes on"
         assert wait_for(lambda: not processes(self.mark), 20), "a process outlived its job"
