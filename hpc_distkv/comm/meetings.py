@@ -235,9 +235,7 @@ class MeetingTransport(Transport):
 
     def replay(self, recorded: Recorded) -> None:
         """As if its hops were asked for one after another."""
-        if self._within is None:
-            recorded.replay()
-            return
+        assert self._within is not None
         self._await_meetings()
         recorded.replay()
         self._hop = self._within.mark()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
+from hpc_distkv.comm.device import CHOICES as DEVICES
 from hpc_distkv.control.policy import POLICIES, Policy
 from hpc_distkv.engine.config import OptionError
 from hpc_distkv.model.config import DTYPE_BYTES
@@ -12,7 +13,7 @@ from hpc_distkv.model.config import DTYPE_BYTES
 MOST_THREADS = 1024
 """Compute threads of a rank: no node has more cores for it."""
 _CHOICES = {
-    "device": ("auto", "cuda", "cpu"),
+    "device": DEVICES,
     "transport": ("auto", "nccl", "mpi"),
     "attention_backend": ("auto", "flashinfer"),
     "dtype": ("auto", *DTYPE_BYTES),

@@ -37,10 +37,11 @@ class HostCost:
 
     On a rank with a device rBlocks move beside what that computes, and the host's processor
     attends to legs of few query rows beside the device's own attention: only what takes longer
-    shows. Legs of many rows are staged, through the same queue as moves and behind them: pieces for
-    both buffers arrive while the layers compute the rest, the others one behind the other while the
-    device attends to them. On a rank that computes on the host itself nothing is staged, and
-    everything comes one after another.
+    shows. Legs of many rows are staged, through the same queue as moves: pieces for both buffers
+    arrive while the layers compute the rest, the others one behind the other while the device
+    attends to them. All count as if they came behind the moves, though the first two come before.
+    On a rank that computes on the host itself nothing is staged, and everything comes one after
+    another.
 
     Not modelled: what all devices of a node together take from each other of its memory.
     """
