@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(mpirun() is None, reason="needs mpirun")
 BLOCK = 16
 STALL = 5
 ROWS = int(os.environ.get("HPC_DISTKV_ROWS", "40"))
-INTERRUPTIONS = int(os.environ.get("HPC_DISTKV_INTERRUPTIONS", "2"))
+INTERRUPTIONS = int(os.environ.get("HPC_DISTKV_INTERRUPTIONS", "3"))
 MARK = "HPC_DISTKV_TEST_MARK"
 """Environment variable that tells the processes of one job from all others."""
 RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
