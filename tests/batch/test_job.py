@@ -98,6 +98,7 @@ def test_reading_is_lazy(tmp_path: Path) -> None:
         (gzip.compress(b"{}\n"), "is compressed: unpack it"),
         ("{}\n".encode("utf-16"), "is not in UTF-8: convert it"),
     ],
+    ids=["gzip", "utf-16"],
 )
 def test_files_of_another_kind_are_refused_whole(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "in").write_bytes(content)
