@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from hpc_distkv.batch.shard import Shard
-from hpc_distkv.engine.options import MOST_THREADS
-from hpc_distkv.model.config import DTYPE_BYTES
+from hpc_distkv.engine.options import CHOICES, MOST_THREADS, EngineOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -59,135 +58,92 @@ def read_shard(ctx: click.Context, param: click.Parameter, value: str | None) ->
         raise click.BadParameter(str(error), ctx, param) from None
 
 
+def _engine(name: str, help: str, kind: Any = None, *spellings: str) -> Callable[[F], F]:
+    """The option of a field of EngineOptions, with its default and its choices."""
+    default = getattr(EngineOptions, name)
+    return click.option(
+        *(spellings or [f"--{name.replace('_', '-')}"]),
+        type=click.Choice(CHOICES[name]) if name in CHOICES else kind,
+        is_flag=isinstance(default, bool),
+        default=default,
+        show_default=default is not None and default is not False,
+        help=help,
+    )
+
+
 ENGINE_OPTIONS = (
-    click.option(
-        "--device",
-        type=click.Choice(["auto", "cpu", "cuda"]),
-        default="auto",
-        show_default=True,
-        help="What ranks compute on; auto: a GPU where there is one.",
-    ),
-    click.option(
-        "--allow-gpu-sharing",
-        is_flag=True,
-        help="Let ranks share a GPU, for trials: give --kv-memory too.",
-    ),
-    click.option(
-        "--enforce-eager", is_flag=True, help="Never replay decode steps of a GPU as CUDA graphs."
-    ),
-    click.option(
-        "--attention-backend",
-        type=click.Choice(["auto", "flashinfer"]),
-        default="auto",
-        show_default=True,
-        help="Attention kernels on GPUs; flashinfer: its kernels where they serve, which must be "
+    _engine("device", "What ranks compute on; auto: a GPU where there is one."),
+    _engine("allow_gpu_sharing", "Let ranks share a GPU, for trials: give --kv-memory too."),
+    _engine("enforce_eager", "Never replay decode steps of a GPU as CUDA graphs."),
+    _engine(
+        "attention_backend",
+        "Attention kernels on GPUs; flashinfer: its kernels where they serve, which must be "
         "installed, and no CUDA graphs; auto: this program's own.",
     ),
-    click.option(
-        "--transport",
-        type=click.Choice(["auto", "nccl", "mpi"]),
-        default="auto",
-        show_default=True,
-        help="How tensors go from GPU to GPU; mpi: by way of the host; auto: NCCL where it can be.",
+    _engine(
+        "transport",
+        "How tensors go from GPU to GPU; mpi: by way of the host; auto: NCCL where it can be.",
     ),
-    click.option(
-        "--gpu-memory-utilization",
-        type=Number(0, 1, min_open=True),
-        default=0.9,
-        show_default=True,
-        help="Part of the memory that a GPU has free beside the weights, for steps and KV cache.",
+    _engine(
+        "gpu_memory_utilization",
+        "Part of the memory that a GPU has free beside the weights, for steps and KV cache.",
+        Number(0, 1, min_open=True),
     ),
-    click.option(
-        "--dtype",
-        type=click.Choice(["auto", *DTYPE_BYTES]),
-        default="auto",
-        show_default=True,
-        help="Of weights and KV cache; auto is the checkpoint's.",
-    ),
-    click.option("--num-blocks", type=POSITIVE, help="rBlocks in the pool of one rank."),
-    click.option(
-        "--kv-memory",
-        type=Size(),
-        help="KV cache of one rank, e.g. 4GiB, if --num-blocks is not given. "
+    _engine("dtype", "Of weights and KV cache; auto is the checkpoint's."),
+    _engine("num_blocks", "rBlocks in the pool of one rank.", POSITIVE),
+    _engine(
+        "kv_memory",
+        "KV cache of one rank, e.g. 4GiB, if --num-blocks is not given. "
         "[default: 40 % of the node's available memory over its ranks; on a GPU, what is left]",
+        Size(),
     ),
-    click.option(
-        "--host-kv-memory",
-        type=Size(),
-        help="Memory of the host that one rank may use for rBlocks its KV cache has no room for: "
+    _engine(
+        "host_kv_memory",
+        "Memory of the host that one rank may use for rBlocks its KV cache has no room for: "
         "of rows that give way, and of rows larger than all KV caches. [default: none]",
+        Size(),
     ),
     click.option(
         "--host-kv-path",
         metavar="DIR",
         help="Directory on a disk of the node: --host-kv-memory is a file there. CPUs only.",
     ),
-    click.option(
-        "--block-size",
-        type=POSITIVE,
-        default=32,
-        show_default=True,
-        help="Tokens per rBlock.",
-    ),
-    click.option(
-        "--max-num-seqs",
-        type=POSITIVE,
-        default=128,
-        show_default=True,
-        help="Rows that run at once on one rank.",
-    ),
-    click.option(
-        "--max-num-batched-tokens",
-        type=POSITIVE,
-        default=512,
-        show_default=True,
-        help="Tokens in one step of one rank.",
-    ),
-    click.option(
-        "--policy",
-        type=click.Choice(["lend", "lend-greedy", "migrate", "queue", "isolated"]),
-        default="lend",
-        show_default=True,
-        help="How ranks share memory: lend rBlocks where it pays; only where they are short; "
+    _engine("block_size", "Tokens per rBlock.", POSITIVE),
+    _engine("max_num_seqs", "Rows that run at once on one rank.", POSITIVE),
+    _engine("max_num_batched_tokens", "Tokens in one step of one rank.", POSITIVE),
+    _engine(
+        "policy",
+        "How ranks share memory: lend rBlocks where it pays; only where they are short; "
         "migrate whole requests; share nothing but the queue of rows; or not even that.",
     ),
-    click.option(
+    _engine(
+        "enable_prefix_caching",
+        "Compute equal beginnings of rows once on each rank, and share their rBlocks.",
+        None,
         "--enable-prefix-caching/--no-enable-prefix-caching",
-        default=True,
-        show_default=True,
-        help="Compute equal beginnings of rows once on each rank, and share their rBlocks.",
     ),
-    click.option(
-        "--move-budget",
-        type=click.IntRange(min=0),
-        default=16,
-        show_default=True,
-        help="KV tokens a rank may move per step though no row waits for them.",
+    _engine(
+        "move_budget",
+        "KV tokens a rank may move per step though no row waits for them.",
+        click.IntRange(min=0),
     ),
-    click.option(
-        "--lend-cap",
-        type=click.IntRange(min=0),
-        help="Most rBlocks a rank lends to others. [default: all]",
+    _engine(
+        "lend_cap", "Most rBlocks a rank lends to others. [default: all]", click.IntRange(min=0)
     ),
-    click.option(
-        "--tensor-parallel-size",
-        type=POSITIVE,
-        default=1,
-        show_default=True,
-        help="Ranks, one after another, that hold one replica of the model together.",
+    _engine(
+        "tensor_parallel_size",
+        "Ranks, one after another, that hold one replica of the model together.",
+        POSITIVE,
     ),
-    click.option(
-        "--load-format",
-        type=click.Choice(["auto", "broadcast", "dummy"]),
-        default="auto",
-        show_default=True,
-        help="auto: every rank reads its weights; broadcast: only the ranks of the first replica "
+    _engine(
+        "load_format",
+        "auto: every rank reads its weights; broadcast: only the ranks of the first replica "
         "do, and hand them on; dummy: random weights, for benchmarks.",
     ),
-    click.option(
-        "--threads",
-        type=click.IntRange(1, MOST_THREADS),
-        help="Compute threads of one rank. [default: its share of the cores]",
+    _engine(
+        "threads",
+        "Compute threads of one rank. [default: its share of the cores]",
+        click.IntRange(1, MOST_THREADS),
     ),
     click.option(
         "--stall-timeout",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hpc_distkv.cli.options import POSITIVE, Number, Size
+from hpc_distkv.engine.options import CHOICES
 
 if TYPE_CHECKING:
     from hpc_distkv.control.policy import Policy
@@ -25,7 +26,7 @@ TENSOR_PARALLEL = "tensor-parallel"
 @click.option("--trace", required=True, help="Rows: FILE.toml#NAME.")
 @click.option(
     "--policy",
-    type=click.Choice(["lend", "lend-greedy", "migrate", "queue", "isolated", TENSOR_PARALLEL]),
+    type=click.Choice([*CHOICES["policy"], TENSOR_PARALLEL]),
     default="lend",
     show_default=True,
     help="As in generate; tensor-parallel: as few and as large instances as the model allows.",

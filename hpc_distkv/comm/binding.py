@@ -22,7 +22,7 @@ def bind(comm: Comm, wanted: str = "auto", sharing: bool = False, transport: str
     """Choose this rank's device and how its tensors travel. Collective, before tensors are
     exchanged; a second call changes nothing.
 
-    `wanted` is one of `device.CHOICES`, `sharing` lets ranks share a GPU. `transport` is "nccl",
+    `wanted` is "auto", "cpu" or "cuda", `sharing` lets ranks share a GPU. `transport` is "nccl",
     "mpi" (by way of the host), or "auto": NCCL if there are several ranks, all have it, and each
     has a whole GPU to itself. Raises DeviceError, on all ranks, and NcclError.
     """

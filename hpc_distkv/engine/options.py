@@ -5,21 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
-from hpc_distkv.comm.device import CHOICES as DEVICES
 from hpc_distkv.control.policy import POLICIES, Policy
 from hpc_distkv.engine.config import OptionError
 from hpc_distkv.model.config import DTYPE_BYTES
 
 MOST_THREADS = 1024
 """Compute threads of a rank: no node has more cores for it."""
-_CHOICES = {
-    "device": DEVICES,
+CHOICES = {
+    "device": ("auto", "cpu", "cuda"),
     "transport": ("auto", "nccl", "mpi"),
     "attention_backend": ("auto", "flashinfer"),
     "dtype": ("auto", *DTYPE_BYTES),
     "policy": tuple(POLICIES),
     "load_format": ("auto", "broadcast", "dummy"),
 }
+"""What options may be that are one of a few words."""
 _FROM_ZERO = ("move_budget", "lend_cap")
 
 
@@ -95,6 +95,6 @@ def _check(name: str, value: Any, kind: Any) -> None:
     least = 0 if name in _FROM_ZERO else 1
     if kind in (int, int | None) and value is not None and value < least:
         raise OptionError(f"{name} must be at least {least}, not {value}")
-    choices = _CHOICES.get(name)
+    choices = CHOICES.get(name)
     if choices and isinstance(value, str) and value not in choices:
         raise OptionError(f"{name} must be one of {', '.join(choices)}, not {value!r}")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -173,16 +171,3 @@ def test_the_hosts_memory_takes_rows_that_no_pool_can(folder):
     assert f"host       {counters['blocks_to_host']} rBlocks to its memory" in done.output
     assert "of 128 there at once by one instance" in done.output
     assert "\nhost " not in simulate(folder).output
-
-
-def test_help_is_there_without_torch():
-    script = (
-        "import sys\n"
-        "from hpc_distkv.cli.main import group\n"
-        "group.main(['simulate', '--help'], standalone_mode=False)\n"
-        "print(*({'torch', 'mpi4py', 'transformers'} & set(sys.modules)))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "CLUSTER" in done.stdout
-    assert done.stdout.splitlines()[-1] == ""
