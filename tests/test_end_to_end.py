@@ -280,8 +280,9 @@ def interrupt(job: BatchJob, options: list, ranks: int, way: int, rng: random.Ra
             victims[rank].send_signal(way)
     ran = run.end()
     if way != signal.SIGKILL:
-        # Before the command listens, a signal ends the process.
-        assert ran.returncode in (0, 75, 128 + way, -way) or "signal" in ran.stderr, ran.stderr
+        # Before the command listens, a signal ends the process, as the launcher says.
+        said = ran.stdout + ran.stderr
+        assert ran.returncode in (0, 75, 128 + way, -way) or f"signal {way:d}" in said, said
         print(f"{signal.Signals(way).name}: status {ran.returncode}", file=sys.stderr)
     return ran.returncode != 0
 
