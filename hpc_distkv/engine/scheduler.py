@@ -225,10 +225,10 @@ class Scheduler:
         for sequence in [s for s in self.running if s.remaining == 1]:
             if sequence.computed >= sequence.final_len:  # Its last token is on its way.
                 continue
-            table = tables.get(sequence.id)
-            if table is None or self.swaps.leaves(sequence):  # An older one made it give way.
-                continue
-            if sequence.computed < table.blocks * size or self._make_room(sequence, 1, rows):
+            if self._runs(sequence) and (
+                sequence.computed < tables[sequence.id].blocks * size
+                or self._make_room(sequence, 1, rows)
+            ):
                 rows[sequence.id] = Row(sequence, 1)
 
     def _plan_prefills(self, rows: dict[int, Row], budget: int) -> None:
@@ -251,17 +251,18 @@ class Scheduler:
         return sequence.id in self._rm.tables and not self.swaps.leaves(sequence)
 
     def _admit(self) -> Sequence | None:
-        sequence = self._admission.next(self.waiting, self.running)
-        if sequence is None:
-            return None
-        if self._ahead and sequence.id in self._rm.host_space.aside:
-            self._held_back = True  # what it has put aside would move
-            return None
-        # A victim of another's starved row may be older than what runs here by now.
-        self.waiting.remove(sequence)
-        self._admission.begin.discard(sequence.id)
-        bisect.insort(self.running, sequence, key=lambda s: s.id)
-        return self._admit() if self._begin(sequence) else sequence
+        """The next waiting sequence that begins, or goes on, in this step."""
+        while sequence := self._admission.next(self.waiting, self.running):
+            if self._ahead and sequence.id in self._rm.host_space.aside:
+                self._held_back = True  # what it has put aside would move
+                return None
+            # A victim of another's starved row may be older than what runs here by now.
+            self.waiting.remove(sequence)
+            self._admission.begin.discard(sequence.id)
+            self.adopt(sequence)
+            if not self._begin(sequence):
+                return sequence
+        return None
 
     def _begin(self, sequence: Sequence) -> bool:
         """Give the sequence its block table. Returns whether it waits for what it has in the host's

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -194,6 +196,36 @@ def test_a_row_that_was_put_aside_goes_on_though_steps_are_planned_ahead():
     assert not scheduler.moving
     instance.commit(step)
     assert [s.id for s, _ in instance.plan(ahead=True).rows] == [0, 1]
+
+
+def test_any_number_of_rows_comes_back_from_the_host_in_one_step():
+    count, deepest = 200, sys.getrecursionlimit()
+    config = EngineConfig(
+        num_blocks=3 * count,
+        block_size=4,
+        max_num_seqs=count,
+        max_num_batched_tokens=8 * count,
+        host_blocks=count,
+    )
+    instance = Instance(0, config)
+    scheduler, rm = instance.scheduler, instance.rm
+    scheduler.swaps.block_tokens = 0.1
+    for number in range(count):
+        request = Request(number, pack_tokens([1] * 5), Sampling(max_tokens=2))
+        scheduler.add(instance._sequence(request, 0.0))
+    step = instance.plan()
+    instance.learn(step.rows, instance.advance(step.rows), [5] * count, 1.0)
+    for sequence in reversed(scheduler.running[:]):
+        scheduler._preempt(sequence)
+    instance.commit(instance.plan())
+    assert len(rm.host_space.aside) == count
+    sys.setrecursionlimit(len(inspect.stack()) + 100)
+    try:
+        step = instance.plan()
+    finally:
+        sys.setrecursionlimit(deepest)
+    assert (len(step.from_host), step.rows) == (count, [])
+    assert len(scheduler.running) == count
 
 
 def test_all_ranks_of_an_instance_put_the_same_aside(tiny_model: Path, whole):  # noqa: F811
