@@ -42,10 +42,12 @@ class Leader(Protocol):
         """A request has its result."""
 
     def put_aside(self, unfinished: Unfinished) -> None:
-        """The run has ended before a request did."""
+        """The run has ended before a request did. Unless told otherwise, its tokens are lost."""
+        return
 
     def tick(self) -> None:
-        """Called after every control round."""
+        """Called after every control round. Unless told otherwise, there is nothing to do."""
+        return
 
 
 def decode_answer(message: bytes) -> Answer:

@@ -11,18 +11,19 @@ from typing import Any
 
 from hpc_distkv.comm.local import open_local
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.control.messages import Request, Result, Sampling, Unfinished, pack_tokens
+from hpc_distkv.control.messages import Request, Result, Sampling, pack_tokens
 from hpc_distkv.engine.options import EngineOptions
 from hpc_distkv.engine.pace import Speed
 from hpc_distkv.engine.rank import RankEngine
 from hpc_distkv.engine.recorder import Recorder
+from hpc_distkv.engine.worker import Leader
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.observe.metrics import peak_memory
 from hpc_distkv.observe.run import RunRecord
 from hpc_distkv.observe.trace import begin_trace
 
 
-class BenchLeader:
+class BenchLeader(Leader):
     """Feeds synthetic requests and times them."""
 
     def __init__(self, engine: RankEngine, requests: Iterator[Request]) -> None:
@@ -35,12 +36,6 @@ class BenchLeader:
         """Note the result's latencies and tokens."""
         self.record.add(result)
         self.tokens[result.id] = result.tokens
-
-    def put_aside(self, unfinished: Unfinished) -> None:
-        """A benchmark is not stopped early."""
-
-    def tick(self) -> None:
-        """Nothing to do between rounds."""
 
 
 def synthetic(

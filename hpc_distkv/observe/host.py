@@ -13,7 +13,7 @@ from hpc_distkv.comm.device import Device, Fetch
 from hpc_distkv.comm.local import open_local
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.links import Links
-from hpc_distkv.control.messages import Request, Result, Unfinished
+from hpc_distkv.control.messages import Request, Result
 from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.interrupt import Interrupt
@@ -21,7 +21,7 @@ from hpc_distkv.engine.lane import Parts
 from hpc_distkv.engine.model import Attend
 from hpc_distkv.engine.recorder import Recorder
 from hpc_distkv.engine.timesheet import TimeSheet
-from hpc_distkv.engine.worker import Worker
+from hpc_distkv.engine.worker import Leader, Worker
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.model.shard import Alone, Lanes
 
@@ -82,7 +82,7 @@ class NoLayers:
         return torch.zeros(len(hidden), VOCABULARY)
 
 
-class Rounds:
+class Rounds(Leader):
     """A leader that notes when a control round has ended: here there is one in every step."""
 
     def __init__(self, requests: Sequence[Request], clock: Callable[[], float]) -> None:
@@ -93,9 +93,6 @@ class Rounds:
 
     def finish(self, result: Result) -> None:
         """Results do not matter."""
-
-    def put_aside(self, unfinished: Unfinished) -> None:
-        """A benchmark is not stopped early."""
 
     def tick(self) -> None:
         """A round has ended."""
