@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-from hpc_distkv.attention import AttentionSpec, PagedBatch, micro_attention
-from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR, Comm, Pending
+from hpc_distkv.attention import PagedBatch, micro_attention
+from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR, Pending
 from hpc_distkv.control.messages import Header
 from hpc_distkv.engine.guests import guest_rows
 from hpc_distkv.engine.instance import Instance
+from hpc_distkv.engine.parts import Parts
 from hpc_distkv.engine.recorder import Kind
-from hpc_distkv.engine.timesheet import TimeSheet
 from hpc_distkv.memory.loan import ProtocolError
-from hpc_distkv.memory.pool import BlockPool
 
 
 class Creditor:
@@ -24,18 +21,9 @@ class Creditor:
     ever: whoever waits serves.
     """
 
-    def __init__(
-        self,
-        comm: Comm,
-        pool: BlockPool,
-        instance: Instance,
-        shape: tuple[int, int],
-        specs: Sequence[AttentionSpec],
-        time: TimeSheet,
-    ) -> None:
-        """`shape`: query heads and head dimension of the shard; `specs`: one for each layer."""
-        self._comm, self._pool, self._instance = comm, pool, instance
-        self._shape, self._specs, self._time = shape, specs, time
+    def __init__(self, parts: Parts, instance: Instance) -> None:
+        self._parts, self._instance = parts, instance
+        self._device, self._time = parts.comm.device, parts.time
         self._visits: dict[int, Visit] = {}
         """Debtor → the step of it that is being served."""
 
@@ -51,18 +39,8 @@ class Creditor:
     def begin(self, debtor: int, header: Header, now: float) -> None:
         """Apply a header and serve its step from now on; the debtor's last one was committed.
         Raises ProtocolError."""
-        with self._comm.device.serving():
-            self._visits[debtor] = Visit(
-                debtor,
-                header,
-                now,
-                self._comm,
-                self._pool,
-                self._instance,
-                self._shape,
-                self._specs,
-                self._time,
-            )
+        with self._device.serving():
+            self._visits[debtor] = Visit(self._parts, self._instance, debtor, header, now)
         self._time.recorder.open(Kind.VISIT, debtor)
 
     def push(self) -> list[int]:
@@ -70,12 +48,12 @@ class Creditor:
         costs next to nothing if there is none."""
         if not self._visits:
             return []
-        with self._comm.device.serving():
+        with self._device.serving():
             return [debtor for debtor, visit in self._visits.items() if visit.advance()]
 
     def served(self, debtor: int) -> bool:
         """Whether nothing is left of the step of `debtor` but to commit. Never blocks."""
-        with self._comm.device.serving():
+        with self._device.serving():
             return self._visits[debtor].advance()
 
     def commit(self, debtor: int) -> None:
@@ -94,38 +72,29 @@ class Visit:
     """
 
     def __init__(
-        self,
-        debtor: int,
-        header: Header,
-        now: float,
-        comm: Comm,
-        pool: BlockPool,
-        instance: Instance,
-        shape: tuple[int, int],
-        specs: Sequence[AttentionSpec],
-        time: TimeSheet,
+        self, parts: Parts, instance: Instance, debtor: int, header: Header, now: float
     ) -> None:
-        self._rank, self._debtor = comm.world.rank_of(debtor), debtor
-        self._comm, self._pool, self._instance, self._specs = comm, pool, instance, specs
-        self._time = time
+        self._rank, self._debtor = parts.comm.world.rank_of(debtor), debtor
+        self._comm, self._pool, self._instance = parts.comm, parts.pool, instance
+        self._specs, self._time = parts.model.attention, parts.time
         self._moved = instance.accept(debtor, header, now)
         self._pending: list[Pending] = []
         """Moves under way."""
         self._sending: Pending | None = None
         """The partial results of the last layer that was served."""
         self._post_moves()
-        self._layer = 0 if header.queries else pool.layers
+        self._layer = 0 if header.queries else self._pool.layers
         self.rows = rows = sum(count for _, count, _ in header.queries)
         """Query rows of a layer."""
         if header.queries:
-            heads, head_dim = shape
-            together = not any(spec.positional for spec in specs)
-            guests = guest_rows(header.queries, self._hosted, pool.block_size, together)
-            self._guests = PagedBatch.build(guests)
-            place = pool.device
-            self._queries = torch.empty((rows, heads, head_dim), dtype=pool.dtype, device=place)
-            self._out = torch.empty((rows, heads, head_dim), device=place)
-            self._lse = torch.empty((rows, heads), device=place)
+            size, together = self._pool.block_size, not parts.positional
+            self._guests = PagedBatch.build(
+                guest_rows(header.queries, self._hosted, size, together)
+            )
+            shape, place = (rows, *parts.shape), self._pool.device
+            self._queries = torch.empty(shape, dtype=self._pool.dtype, device=place)
+            self._out = torch.empty(shape, device=place)
+            self._lse = torch.empty(shape[:2], device=place)
             self._await_queries()
 
     def advance(self) -> bool:

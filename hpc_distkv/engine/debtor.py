@@ -8,13 +8,12 @@ import msgspec
 import torch
 
 from hpc_distkv.attention import merge_rows
-from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR, Comm, Pending
+from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR, Pending
 from hpc_distkv.engine.guests import remote_queries
 from hpc_distkv.engine.instance import Instance
+from hpc_distkv.engine.parts import Parts
 from hpc_distkv.engine.plan import Plan
 from hpc_distkv.engine.recorder import Kind
-from hpc_distkv.engine.timesheet import TimeSheet
-from hpc_distkv.memory.pool import BlockPool
 
 
 @dataclass(frozen=True)
@@ -43,17 +42,9 @@ class Debtor:
     message. A debtor waits for its creditors and for nobody else; a creditor waits for nobody.
     """
 
-    def __init__(
-        self,
-        comm: Comm,
-        pool: BlockPool,
-        instance: Instance,
-        shape: tuple[int, int],
-        time: TimeSheet,
-    ) -> None:
-        """`shape`: query heads and head dimension of the shard."""
-        self._comm, self._pool, self._instance, self._shape = comm, pool, instance, shape
-        self._time = time
+    def __init__(self, parts: Parts, instance: Instance) -> None:
+        self._comm, self._pool, self._shape = parts.comm, parts.pool, parts.shape
+        self._time, self._instance = parts.time, instance
         self._counters = instance.counters
         self._legs: list[Leg] = []
         self._moves: Pending | None = None

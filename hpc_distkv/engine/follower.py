@@ -25,9 +25,10 @@ from hpc_distkv.engine.events import (
     fingerprint,
 )
 from hpc_distkv.engine.interrupt import Interrupt
-from hpc_distkv.engine.lane import Advance, Lane, Parts
 from hpc_distkv.engine.pace import Speed
+from hpc_distkv.engine.parts import Parts
 from hpc_distkv.engine.recorder import Kind
+from hpc_distkv.engine.replica import Advance, Replica
 from hpc_distkv.engine.worker import decode_answer
 from hpc_distkv.memory.loan import ProtocolError
 
@@ -67,8 +68,8 @@ class Follower:
         self._interrupt = interrupt
         self._comm = comm = parts.comm
         self._time = parts.time
-        self._lane = Lane(parts, self._attend, self._serve)
-        self._instance, self._creditor = self._lane.instance, self._lane.creditor
+        self._replica = Replica(parts, self._attend, self._serve)
+        self._instance, self._creditor = self._replica.instance, self._replica.creditor
         self.counters = self._instance.counters
         self._leader = comm.world.rank - comm.world.lane
         self._log: deque[Event] = deque()
@@ -84,7 +85,7 @@ class Follower:
         with self._comm.waiter.meanwhile(self._attend):
             self._loop()
             self._leaving = True
-            if self._lane.sharing:
+            if self._replica.sharing:
                 self._comm.share(None)
                 self._next(Left)
             self._comm.gather(b"")
@@ -126,16 +127,16 @@ class Follower:
                 f"instance {world.instance}: do all ranks run the same version of this program?"
             )
         self._time.enter(Kind.OTHER if plan.idle and before is None else Kind.STEP)
-        self._lane.compute(plan, begun.now, self._room_for_tokens(before))
+        self._replica.compute(plan, begun.now, self._room_for_tokens(before))
         if before:
             self._end(before, self._next(StepEnded), {sequence.id for sequence, _ in plan.rows})
             self._time.enter(Kind.STEP)
         match self._next(Advanced, StepEnded):
             case Advanced():
-                self._under_way = self._lane.advance(plan)
+                self._under_way = self._replica.advance(plan)
                 self._time.leave(record=False)
             case StepEnded() as ended:
-                self._end(self._lane.advance(plan), ended)
+                self._end(self._replica.advance(plan), ended)
 
     def _end(self, step: Advance, ended: StepEnded, following: Container[int] = ()) -> None:
         rows, ends, work = step
@@ -202,7 +203,7 @@ class Follower:
             case Opened(creditor, blocks):
                 self._instance.open_credit(creditor, blocks)
             case Returned(now):
-                self._lane.return_all(now)
+                self._replica.return_all(now)
             case _:
                 return False
         return True

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 
-from hpc_distkv.attention import Rotation, micro_attention, rotate_and_write
-from hpc_distkv.comm.device import Device
+from hpc_distkv.attention import PagedBatch, Rotation, micro_attention, rotate_and_write
 from hpc_distkv.engine.graphs import DecodeGraphs
 from hpc_distkv.engine.inputs import read
-from hpc_distkv.engine.model import Model
+from hpc_distkv.engine.parts import Parts
 from hpc_distkv.engine.plan import Row
-from hpc_distkv.engine.recorder import Recorder
 from hpc_distkv.engine.shared import SharedAttention, groups_of
-from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.memory.rmanager import RManager
 
 
@@ -29,28 +27,41 @@ class Elsewhere(Protocol):
         """Merge the partial results into the rank's own, in place."""
 
 
+class Step(NamedTuple):
+    """What the layers of a step read."""
+
+    tokens: torch.Tensor
+    """As of `Inputs`, but on the device; so the next four."""
+    positions: torch.Tensor
+    ends: torch.Tensor
+    blocks: torch.Tensor
+    offsets: torch.Tensor
+    batch: PagedBatch
+    """What the rows attend to at home, but for what is `shared`."""
+    lengths: torch.Tensor | None
+    """As of `Model.hidden`."""
+    shared: SharedAttention | None
+    elsewhere: Sequence[Elsewhere]
+    graphs: DecodeGraphs | None
+    """What may replay the step."""
+
+
 class Forward:
     """Runs plans through the model. Owns nothing but the tensors of the step at hand."""
 
     def __init__(
         self,
-        model: Model,
-        pool: BlockPool,
+        parts: Parts,
         rmanager: RManager,
-        device: Device,
         between_layers: Callable[[], None],
         pause: Callable[[], None],
-        recorder: Recorder,
-        graphs: DecodeGraphs | None = None,
     ) -> None:
         """`between_layers` is called once a layer, so that control rounds go on during a step,
-        `pause` more often, so that debtors are served; `graphs`: for steps that can be replayed, on
-        a device that can."""
-        self._model, self._pool, self._rm, self._specs = model, pool, rmanager, model.attention
-        self._device, self._graphs = device, graphs
+        `pause` more often, so that debtors are served."""
+        self._model, self._pool, self._rm = parts.model, parts.pool, rmanager
+        self._device, self._graphs = parts.comm.device, parts.graphs
+        self._recorder, self._positional = parts.time.recorder, parts.positional
         self._between_layers, self._pause = between_layers, pause
-        self._positional = any(spec.positional for spec in model.attention)
-        self._recorder = recorder
 
     def run(
         self,
@@ -65,6 +76,17 @@ class Forward:
         those that the step before has drawn: see `Sequence.expect`."""
         if not rows:
             return torch.empty((0, 0))
+        step = self._prepare(rows, elsewhere)
+        if drawn is not None and len(drawn):
+            step = step._replace(tokens=_known(step.tokens, drawn))
+        if (replayed := self._replay(step)) is not None:
+            return self._model.logits(replayed[: len(rows)])
+        attend = partial(self._attend, step)
+        hidden = self._model.hidden(step.tokens, step.positions, attend, self._pause, step.lengths)
+        self._recorder.layer(-1)
+        return self._model.logits(hidden[step.ends]) if len(step.ends) else torch.empty((0, 0))
+
+    def _prepare(self, rows: Sequence[Row], elsewhere: Sequence[Elsewhere]) -> Step:
         size = self._pool.block_size
         decodes = all(count == 1 for _, count in rows)
         # Guests would wait for all of a recorded step's hops (`comm.meetings`).
@@ -79,39 +101,45 @@ class Forward:
             graphs = None
         if graphs:
             inputs = graphs.padded(inputs)
-        numbers = [*inputs[:-1]]
+        *numbers, batch = inputs
         if self._model.needs_lengths:
             numbers.append(inputs.lengths(rows))
         tokens, positions, ends, blocks, offsets, *lengths = self._device.upload(numbers)
-        if drawn is not None and len(drawn):
-            tokens = torch.where(tokens < 0, drawn[(-1 - tokens).clamp_(min=0)], tokens)
-        batch = inputs.batch
-        if graphs:
-            replayed = graphs.hidden(batch, (tokens, positions, blocks, offsets))
-            if replayed is not None:
-                return self._model.logits(replayed[: len(rows)])
-
-        def attend(
-            layer: int, qk: torch.Tensor, v: torch.Tensor, rotation: Rotation | None
-        ) -> torch.Tensor:
-            self._recorder.layer(layer)
-            self._between_layers()
-            k_cache, v_cache = self._pool.layer(layer)
-            q = rotate_and_write(qk, v, rotation, k_cache, v_cache, blocks, offsets)
-            for place in elsewhere:
-                place.post_queries(q)
-            out, lse = micro_attention(q, k_cache, v_cache, batch, self._specs[layer], causal=True)
-            self._pause()
-            if shared:
-                shared.merge(q, (k_cache, v_cache), self._specs[layer], out, lse)
-                self._pause()
-            for place in reversed(elsewhere):
-                place.merge(layer, out, lse)
-                self._pause()
-            return out
-
-        hidden = self._model.hidden(
-            tokens, positions, attend, self._pause, lengths[0] if lengths else None
+        there = lengths[0] if lengths else None
+        return Step(
+            tokens, positions, ends, blocks, offsets, batch, there, shared, elsewhere, graphs
         )
-        self._recorder.layer(-1)
-        return self._model.logits(hidden[ends]) if len(ends) else torch.empty((0, 0))
+
+    def _replay(self, step: Step) -> torch.Tensor | None:
+        """The hidden states of a step that can be replayed."""
+        inputs = step.tokens, step.positions, step.blocks, step.offsets
+        return step.graphs.hidden(step.batch, inputs) if step.graphs else None
+
+    def _attend(
+        self,
+        step: Step,
+        layer: int,
+        qk: torch.Tensor,
+        v: torch.Tensor,
+        rotation: Rotation | None,
+    ) -> torch.Tensor:
+        self._recorder.layer(layer)
+        self._between_layers()
+        cache, spec = self._pool.layer(layer), self._model.attention[layer]
+        q = rotate_and_write(qk, v, rotation, *cache, step.blocks, step.offsets)
+        for place in step.elsewhere:
+            place.post_queries(q)
+        out, lse = micro_attention(q, *cache, step.batch, spec, causal=True)
+        self._pause()
+        if step.shared:
+            step.shared.merge(q, cache, spec, out, lse)
+            self._pause()
+        for place in reversed(step.elsewhere):
+            place.merge(layer, out, lse)
+            self._pause()
+        return out
+
+
+def _known(tokens: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """The tokens, where some are among those that were `drawn`: see `Sequence.expect`."""
+    return torch.where(tokens < 0, drawn[(-1 - tokens).clamp_(min=0)], tokens)

@@ -14,10 +14,10 @@ from hpc_distkv.comm.device import Event
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.engine.forward import Elsewhere
 from hpc_distkv.engine.guests import Query, guest_rows, host_queries
+from hpc_distkv.engine.parts import Parts
 from hpc_distkv.engine.plan import Plan
 from hpc_distkv.engine.recorder import Kind
 from hpc_distkv.engine.staging import Staging, wait_for
-from hpc_distkv.engine.timesheet import TimeSheet
 from hpc_distkv.memory.loan import HOST
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.memory.rmanager import RManager
@@ -66,24 +66,15 @@ class HostTier:
     changes its owner at the end of the step. So moves need no order but that.
     """
 
-    def __init__(
-        self,
-        comm: Comm,
-        pool: BlockPool,
-        host_pool: BlockPool,
-        rmanager: RManager,
-        specs: Sequence[AttentionSpec],
-        time: TimeSheet,
-        staged_from: float = math.inf,
-    ) -> None:
-        """`specs`: one for each layer."""
-        self._comm, self._pool, self._host_pool, self._rm = comm, pool, host_pool, rmanager
-        self._time = time
-        self._together = not any(spec.positional for spec in specs)
+    def __init__(self, parts: Parts, host_pool: BlockPool, rmanager: RManager) -> None:
+        self._comm, self._pool, self._time = parts.comm, parts.pool, parts.time
+        self._host_pool, self._rm = host_pool, rmanager
+        self._together = not parts.positional
         self._copies: list[Event] = []
-        self._in_place = InPlace(comm, host_pool, specs)
-        self._staging = Staging(comm, host_pool, specs) if staged_from < math.inf else None
-        self._staged_from = staged_from
+        self._staged_from = parts.config.host_staged_from
+        ours = parts.comm, host_pool, parts.model.attention
+        self._in_place = InPlace(*ours)
+        self._staging = Staging(*ours) if self._staged_from < math.inf else None
 
     def begin(self, plan: Plan) -> bool:
         """Ask for the plan's copies. Returns whether its layers have anything to attend to here."""

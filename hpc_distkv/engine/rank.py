@@ -28,8 +28,8 @@ from hpc_distkv.engine.follower import Follower
 from hpc_distkv.engine.graphs import decode_graphs, recordable
 from hpc_distkv.engine.host_costs import copy_seconds, staged_from
 from hpc_distkv.engine.interrupt import Interrupt
-from hpc_distkv.engine.lane import Parts
 from hpc_distkv.engine.options import EngineOptions
+from hpc_distkv.engine.parts import Parts
 from hpc_distkv.engine.recorder import Recorder
 from hpc_distkv.engine.stop import TextDecoder
 from hpc_distkv.engine.timesheet import TimeSheet

@@ -24,11 +24,12 @@ from hpc_distkv.engine.events import (
     fingerprint,
 )
 from hpc_distkv.engine.interrupt import HALT, Interrupt
-from hpc_distkv.engine.lane import Advance, Lane, Parts
 from hpc_distkv.engine.letters import Letters
 from hpc_distkv.engine.pace import Speed, StepSeconds
+from hpc_distkv.engine.parts import Parts
 from hpc_distkv.engine.plan import Plan
 from hpc_distkv.engine.recorder import Kind
+from hpc_distkv.engine.replica import Advance, Replica
 from hpc_distkv.engine.sampler import Draw, begin_sampling
 from hpc_distkv.memory.loan import ProtocolError
 
@@ -97,11 +98,11 @@ class Worker:
         self._comm = comm = parts.comm
         self._leader, self._interrupt = leader, interrupt
         self._time = parts.time
-        self._lane = Lane(parts, self._attend, self._serve)
-        self._instance = self._lane.instance
+        self._replica = Replica(parts, self._attend, self._serve)
+        self._instance = self._replica.instance
         self.counters = self._instance.counters
         self._log = Log(comm)
-        self._letters = Letters(comm, self._instance, self._lane.creditor, self._log)
+        self._letters = Letters(comm, self._instance, self._replica.creditor, self._log)
         self._answer: Answer | None = None
         if leader:
             comm.heard = lambda rank: leader.gmanager.last_report(rank // comm.world.tp)
@@ -118,7 +119,7 @@ class Worker:
         with self._comm.waiter.meanwhile(self._attend):
             self._loop()
             self._leaving = True
-            if self._lane.sharing:
+            if self._replica.sharing:
                 self._leave()
             self._hand_in()
 
@@ -150,7 +151,7 @@ class Worker:
     def _leave(self) -> None:
         """Return what was borrowed, and serve until nobody has anything of this rank's. Credit may
         still come until everybody is here: it goes back at once."""
-        rm, creditor = self._instance.rm, self._lane.creditor
+        rm, creditor = self._instance.rm, self._replica.creditor
         self._comm.idle(
             lambda: (not rm.loans and creditor.idle) or None, "debtors to return their loans"
         )
@@ -175,7 +176,7 @@ class Worker:
         if any(debt.credit or debt.news for debt in debts):
             now = time.monotonic()
             self._log.record(Returned(now))
-            self._lane.return_all(now)
+            self._replica.return_all(now)
 
     def _take_answer(self) -> Answer:
         answer = self._answer
@@ -189,14 +190,14 @@ class Worker:
 
     def _poll_idle(self) -> Answer | None:
         answer = self._poll_answer()
-        self._time.turn(Kind.CONTROL if self._lane.creditor.idle else Kind.QUERIES)
+        self._time.turn(Kind.CONTROL if self._replica.creditor.idle else Kind.QUERIES)
         return answer
 
     def _attend(self) -> None:
         """What goes on beside a rank's own step: debtors are served, and control rounds progress,
         on rank 0 the gManager's part, everywhere one's own."""
         self._comm.transport.push()
-        if self._lane.sharing:
+        if self._replica.sharing:
             self._letters.attend()
         if self._leaving:
             self._return_all()
@@ -254,7 +255,7 @@ class Worker:
             self._time.enter(Kind.STEP)
         if self._may_go_on(plan):
             self._log.record(Advanced())
-            self._under_way = step._replace(advance=self._lane.advance(plan))
+            self._under_way = step._replace(advance=self._replica.advance(plan))
             self._time.leave(record=False)
         else:
             self._end(step)
@@ -262,7 +263,7 @@ class Worker:
     def _begin(self, plan: Plan, now: float, drawn: torch.Tensor | None) -> Step:
         """Ask the device for the layers, and for the new tokens of the rows that have all others
         computed."""
-        logits = self._lane.compute(plan, now, drawn)
+        logits = self._replica.compute(plan, now, drawn)
         ends = [row.sequence for row in plan.rows if row.sequence.remaining == row.tokens]
         return Step(plan, begin_sampling(self._comm.device, logits, ends, drawn))
 
@@ -300,7 +301,7 @@ class Worker:
         tokens, logprobs = self._comm.waiter.until(ready, STEP_END, self._other_lanes)
         now = time.monotonic()
         self._log.record(StepEnded(tokens, now))
-        rows, ends, work = step.advance or self._lane.advance(step.plan)
+        rows, ends, work = step.advance or self._replica.advance(step.plan)
         self._instance.learn(rows, ends, tokens, now, logprobs, following)
         self._time.leave(len(rows), sum(count for _, count in rows), record=bool(rows))
         since, self._since = self._since, self._clock()

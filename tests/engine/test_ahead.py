@@ -63,7 +63,7 @@ class Watch:
 
         def watched_begin(worker: Worker, plan, now, drawn):
             step = begin(worker, plan, now, drawn)
-            self.exchanging += drawn is not None and worker._lane._exchanging
+            self.exchanging += drawn is not None and worker._replica._exchanging
             self.serving += drawn is not None and bool(worker._instance.rm.guests)
             self._slots[id(step.draw)] = held(worker._instance, step)
             return step

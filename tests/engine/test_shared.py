@@ -9,14 +9,17 @@ import pytest
 import torch
 
 from hpc_distkv.attention import AttentionSpec
-from hpc_distkv.comm.device import Device
+from hpc_distkv.comm.local import open_local
 from hpc_distkv.control.messages import Request, Sampling, pack_tokens
 from hpc_distkv.engine import shared
+from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.forward import Forward
+from hpc_distkv.engine.parts import Parts
 from hpc_distkv.engine.plan import Row
 from hpc_distkv.engine.recorder import Recorder
 from hpc_distkv.engine.sequence import Sequence
 from hpc_distkv.engine.shared import groups_of
+from hpc_distkv.engine.timesheet import TimeSheet
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.memory.rmanager import RManager
 from hpc_distkv.model.shard import Alone
@@ -117,7 +120,10 @@ def test_rows_get_the_attention_that_they_would_get_alone(spec):
     for slot in range(100):
         pool.rblock(slot).normal_()
     model = OneLayer(spec, sum(row.tokens for row in rows))
-    Forward(model, pool, rm, Device(), lambda: None, lambda: None, Recorder()).run(rows)
+    (comm,) = open_local(1)
+    config, time = EngineConfig(num_blocks=100, block_size=BLOCK), TimeSheet(Recorder())
+    parts = Parts(comm, model, pool, config, (HEADS, DIM), None, time)
+    Forward(parts, rm, lambda: None, lambda: None).run(rows)
     first = 0
     for row in rows:
         part = slice(first, first := first + row.tokens)

@@ -6,6 +6,7 @@ import math
 import random
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import torch
 
@@ -18,6 +19,7 @@ from hpc_distkv.engine.debtor import Debtor
 from hpc_distkv.engine.events import Log
 from hpc_distkv.engine.instance import Instance
 from hpc_distkv.engine.letters import Letters
+from hpc_distkv.engine.parts import Parts
 from hpc_distkv.engine.plan import Plan, Row
 from hpc_distkv.engine.recorder import Recorder
 from hpc_distkv.engine.sequence import Sequence
@@ -41,10 +43,10 @@ class Node:
         self.instance = Instance(self.number, config)
         self.rm = self.instance.rm
         self.pool = BlockPool(config.num_blocks, LAYERS, 1, BLOCK, HEAD_DIM, torch.float32)
+        model = SimpleNamespace(attention=[AttentionSpec(1.0)] * LAYERS)
         time = TimeSheet(Recorder())
-        self.debtor = Debtor(comm, self.pool, self.instance, (1, HEAD_DIM), time)
-        specs = [AttentionSpec(1.0)] * LAYERS
-        self.creditor = Creditor(comm, self.pool, self.instance, (1, HEAD_DIM), specs, time)
+        parts = Parts(comm, model, self.pool, config, (1, HEAD_DIM), None, time)
+        self.debtor, self.creditor = Debtor(parts, self.instance), Creditor(parts, self.instance)
         self.letters = Letters(comm, self.instance, self.creditor, Log(comm))
         self.marks = marks
         self.answer: Answer | None = Answer(round=0)

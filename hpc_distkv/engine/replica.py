@@ -9,22 +9,16 @@ from typing import NamedTuple
 
 import torch
 
-from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.work import work
-from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.creditor import Creditor
 from hpc_distkv.engine.debtor import Debtor
 from hpc_distkv.engine.forward import Elsewhere, Forward
-from hpc_distkv.engine.graphs import DecodeGraphs
 from hpc_distkv.engine.host import HostTier
 from hpc_distkv.engine.instance import Instance
-from hpc_distkv.engine.model import Model
 from hpc_distkv.engine.pace import StepWork
+from hpc_distkv.engine.parts import Parts
 from hpc_distkv.engine.plan import Plan, Row
 from hpc_distkv.engine.sequence import Sequence
-from hpc_distkv.engine.stop import TextDecoder
-from hpc_distkv.engine.timesheet import TimeSheet
-from hpc_distkv.memory.pool import BlockPool
 
 NOTHING = Plan([], [], [], [])
 
@@ -39,26 +33,7 @@ class Advance(NamedTuple):
     """What the step has to compute."""
 
 
-class Parts(NamedTuple):
-    """What a rank is made of."""
-
-    comm: Comm
-    model: Model
-    """Its shard."""
-    pool: BlockPool
-    config: EngineConfig
-    shape: tuple[int, int]
-    """Query heads and head dimension of the shard."""
-    decoder: TextDecoder | None
-    """For requests with stop strings."""
-    time: TimeSheet
-    host_pool: BlockPool | None = None
-    """rBlocks in the host's memory."""
-    graphs: DecodeGraphs | None = None
-    """Recorded decode steps, where steps can be recorded."""
-
-
-class Lane:
+class Replica:
     """One rank's replica of its instance, and the tensors that belong to it. Whoever drives it
     says when what happens: the instance's leader (`Worker`) or its log (`Follower`)."""
 
@@ -66,38 +41,16 @@ class Lane:
         self, parts: Parts, between_layers: Callable[[], None], pause: Callable[[], None]
     ) -> None:
         """The two callables as of `Forward`."""
-        comm, pool, config, shape = parts.comm, parts.pool, parts.config, parts.shape
-        self.sharing = config.policy.sharing
+        self.sharing = parts.config.policy.sharing
         sequence = partial(Sequence, decoder=parts.decoder)
-        self.instance = Instance(comm.world.instance, config, sequence)
-        self.debtor = Debtor(comm, pool, self.instance, shape, parts.time)
-        self.creditor = Creditor(
-            comm, pool, self.instance, shape, parts.model.attention, parts.time
-        )
-        self._host: HostTier | None = None
-        if parts.host_pool:
-            self._host = HostTier(
-                comm,
-                pool,
-                parts.host_pool,
-                self.instance.rm,
-                parts.model.attention,
-                parts.time,
-                config.host_staged_from,
-            )
-        self._forward = Forward(
-            parts.model,
-            pool,
-            self.instance.rm,
-            comm.device,
-            between_layers,
-            pause,
-            parts.time.recorder,
-            parts.graphs,
-        )
+        self.instance = Instance(parts.comm.world.instance, parts.config, sequence)
+        self.debtor = Debtor(parts, self.instance)
+        self.creditor = Creditor(parts, self.instance)
+        self._host = HostTier(parts, parts.host_pool, self.instance.rm) if parts.host_pool else None
+        self._forward = Forward(parts, self.instance.rm, between_layers, pause)
         self._lanes = parts.model.lanes
-        self._block_size = pool.block_size
-        self._attention_tokens = config.attention_tokens
+        self._block_size = parts.pool.block_size
+        self._attention_tokens = parts.config.attention_tokens
         self._exchanging = False
 
     def compute(self, plan: Plan, now: float, drawn: torch.Tensor | None = None) -> torch.Tensor:
