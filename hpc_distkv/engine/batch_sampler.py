@@ -125,70 +125,76 @@ def _adjusted(
     device: Device, logits: Tensor, sequences: Rows[Sequence], before: Tensor | None
 ) -> Tensor:
     """As `penalties.adjusted`, for all rows."""
-    vocab = logits.shape[1]
-    unknown: list[tuple[int, int, float]] = []
-    """Row, the place of its last token in `before`, and its penalty for repetition."""
-    bias, withheld, repeated, output = _Edits(vocab), _Edits(vocab), _Edits(vocab), _Edits(vocab)
-    for row, sequence in enumerate(sequences):
-        rules = sequence.request.sampling.rules
-        if rules is None:
-            continue
-        for token, added in rules.logit_bias:
-            bias.add(row, np.array([token]), added)
-        if sequence.output_len < sequence.request.sampling.min_tokens:
-            withheld.add(row, np.array(rules.withheld, np.int64))
-        if isinstance(sequence.counts, TokenCounts):
-            sequence.counts.read(sequence.tokens)
-            if rules.repetition_penalty != 1.0:
-                repeated.add(row, sequence.counts.seen.numpy(), rules.repetition_penalty)
-                if sequence.tokens[-1] < 0:
-                    unknown.append((row, -1 - sequence.tokens[-1], rules.repetition_penalty))
-            if rules.frequency_penalty or rules.presence_penalty:
-                ids, times = sequence.counts.output
-                frequencies = np.float32(rules.frequency_penalty) * times.numpy()
-                output.add(row, ids.numpy(), frequencies, rules.presence_penalty)
-    edits = (bias, withheld, repeated, output)
-    rows, places, penalties = zip(*unknown, strict=True) if unknown else ((), (), ())
-    numbers = torch.tensor([rows, places], dtype=torch.int64), torch.tensor(penalties)
-    parts = iter(device.upload([*numbers, *(part for edit in edits for part in edit.tensors())]))
-    (rows_there, places_there), penalties_there = next(parts), next(parts)
+    edits = _edits(sequences, logits.shape[1])
+    numbers = iter(device.upload([tensor for kind in edits for tensor in kind.tensors()]))
+    biased, withheld, repeated, unknown, counted = (
+        [next(numbers) for _ in range(kind.columns)] for kind in edits
+    )
     logits = logits.clone()
     flat = logits.view(-1)
-    at, value, _ = next(parts), next(parts), next(parts)
-    flat[at] += value
-    at, value, _ = next(parts), next(parts), next(parts)
+    at, bias = biased
+    flat[at] += bias
+    (at,) = withheld
     flat.index_fill_(0, at, -torch.inf)
-    at, penalty, _ = next(parts), next(parts), next(parts)
-    if before is not None and unknown:  # A token that was seen before as well is set twice.
-        at = torch.cat((at, rows_there * vocab + before[places_there]))
-        penalty = torch.cat((penalty, penalties_there))
+    at, penalty = repeated
+    first, penalties, places = unknown
+    if before is not None and len(first):  # A token that was seen before as well is set twice.
+        at = torch.cat((at, first + before[places]))
+        penalty = torch.cat((penalty, penalties))
     seen = flat[at]
     flat[at] = torch.where(seen > 0, seen / penalty, seen * penalty)
-    at, frequency, presence = next(parts), next(parts), next(parts)
+    at, frequency, presence = counted
     flat[at] = flat[at] - frequency - presence
     return logits
 
 
+def _edits(sequences: Rows[Sequence], vocab: int) -> list[_Edits]:
+    """In the order in which rules apply: biases; tokens that are withheld; those that are there,
+    with the penalty for repetition; likewise the first places of rows whose last token is not known
+    yet, with its place among the tokens before; and those in outputs, with what frequency and
+    presence take off."""
+    biased, withheld, repeated = _Edits(np.float32), _Edits(), _Edits(np.float32)
+    unknown, counted = _Edits(np.float32, np.int64), _Edits(np.float32, np.float32)
+    for row, sequence in enumerate(sequences):
+        rules, first = sequence.request.sampling.rules, row * vocab
+        if rules is None:
+            continue
+        for token, bias in rules.logit_bias:
+            biased.add(first, [token], bias)
+        if sequence.output_len < sequence.request.sampling.min_tokens:
+            withheld.add(first, rules.withheld)
+        if isinstance(sequence.counts, TokenCounts):
+            sequence.counts.read(sequence.tokens)
+            if rules.repetition_penalty != 1.0:
+                repeated.add(first, sequence.counts.seen.numpy(), rules.repetition_penalty)
+                if (last := sequence.tokens[-1]) < 0:
+                    unknown.add(first, [0], rules.repetition_penalty, -1 - last)
+            if rules.frequency_penalty or rules.presence_penalty:
+                ids, times = sequence.counts.output
+                frequency = np.float32(rules.frequency_penalty) * times.numpy()
+                counted.add(first, ids.numpy(), frequency, rules.presence_penalty)
+    return [biased, withheld, repeated, unknown, counted]
+
+
 class _Edits:
-    """Changes of one kind: places in the flat logits, and up to two float32 numbers for each."""
+    """Changes of one kind: places in the flat logits, and numbers for each."""
 
-    def __init__(self, vocab: int) -> None:
-        self._vocab = vocab
-        self._parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    def __init__(self, *kinds: type[np.generic]) -> None:
+        """`kinds` of the numbers."""
+        self._kinds: tuple[type[np.generic], ...] = (np.int64, *kinds)
+        self._parts = [[np.empty(0, kind) for kind in self._kinds]]
 
-    def add(
-        self,
-        row: int,
-        tokens: np.ndarray,
-        value: np.ndarray | float = 0.0,
-        other: np.ndarray | float = 0.0,
-    ) -> None:
-        """Of `tokens` of one row."""
-        values = [np.broadcast_to(np.asarray(v, np.float32), tokens.shape) for v in (value, other)]
-        self._parts.append((row * self._vocab + tokens, values[0], values[1]))
+    @property
+    def columns(self) -> int:
+        """Tensors that they make."""
+        return len(self._kinds)
+
+    def add(self, first: int, tokens: np.ndarray | Rows[int], *numbers: np.ndarray | float) -> None:
+        """Of `tokens` of the row whose logits begin at `first`."""
+        at = first + np.asarray(tokens, np.int64)
+        columns = (np.asarray(n, k) for n, k in zip(numbers, self._kinds[1:], strict=True))
+        self._parts.append([at, *(np.broadcast_to(column, at.shape) for column in columns)])
 
     def tensors(self) -> list[Tensor]:
-        """int64, float32 and float32, of one length."""
-        if not self._parts:
-            return [torch.empty(0, dtype=torch.int64), torch.empty(0), torch.empty(0)]
+        """The places, int64, and the numbers: all of one length."""
         return [torch.from_numpy(np.concatenate(part)) for part in zip(*self._parts, strict=True)]
