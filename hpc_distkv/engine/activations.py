@@ -1,5 +1,5 @@
-"""What a step takes of a GPU's memory beside weights and pool: rehearsed and measured where it can
-be run beforehand, counted where it takes other ranks.
+"""GPU memory that a step needs besides weights and pool: rehearsed and measured where it can be run
+beforehand, counted where it takes other ranks.
 
     measured  the largest step of a rank's own rows: tables and tokens, layers, sums over the lanes
               of its instance, what rows share attended to apart, logits, all that sampling knows

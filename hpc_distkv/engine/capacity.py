@@ -13,7 +13,7 @@ KV_SHARE = 0.4
 """Part of a node's available memory that its ranks' pools take unless told otherwise."""
 
 
-def host_blocks(comm: Comm, kv_memory: int | None, block_bytes: int) -> int:
+def cpu_blocks(comm: Comm, kv_memory: int | None, block_bytes: int) -> int:
     """rBlocks of a pool in the host's memory: of `kv_memory` bytes, or by default. Raises
     OptionError if there is no room for one."""
     if kv_memory is None:

@@ -297,7 +297,7 @@ class Instance:
             if sequence.last_token_at is not None:
                 gaps[now - sequence.last_token_at] += 1
             sequence.learn(token, now, logprobs.get(sequence.id, b""))
-            if reason := sequence.finish_reason:
+            if reason := sequence.finish_reason():
                 self._finish(sequence, reason, now, sequence.id in following)
         for seconds, count in gaps.items():
             gap = gap_bin(seconds)

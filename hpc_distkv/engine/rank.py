@@ -22,7 +22,7 @@ from hpc_distkv.control.links import Links
 from hpc_distkv.control.messages import Request
 from hpc_distkv.control.policy import POLICIES, Policy
 from hpc_distkv.engine.activations import LargestStep, activation_peak, free_memory
-from hpc_distkv.engine.capacity import device_blocks, host_blocks, tier_blocks
+from hpc_distkv.engine.capacity import cpu_blocks, device_blocks, tier_blocks
 from hpc_distkv.engine.config import EngineConfig, OptionError
 from hpc_distkv.engine.follower import Follower
 from hpc_distkv.engine.graphs import decode_graphs, recordable
@@ -338,7 +338,7 @@ def _blocks_that_fit(
     comm: Comm, model: Decoder, options: EngineOptions, config: EngineConfig, block_bytes: int
 ) -> int:
     if comm.device.place.type == "cpu":
-        return options.num_blocks or host_blocks(comm, options.kv_memory, block_bytes)
+        return options.num_blocks or cpu_blocks(comm, options.kv_memory, block_bytes)
     wanted = options.num_blocks * block_bytes if options.num_blocks else options.kv_memory
     if options.allow_gpu_sharing and wanted is None:
         raise OptionError(

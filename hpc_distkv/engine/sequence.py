@@ -107,9 +107,9 @@ class Sequence:
         if self.first_token_at is None:
             self.first_token_at = now
 
-    @property
     def finish_reason(self) -> str | None:
-        """Why the request ends with its last token; None: it goes on."""
+        """Why the request ends with its last token; None: it goes on. Reads the text up to there,
+        if there are stop strings."""
         if self._failed:
             return NOT_FINITE
         if self._stop_token or (self.stop and self.stop.found(self.tokens)):

@@ -31,8 +31,8 @@ Groups = dict[tuple[int, ...], list[Prefix]]
 def groups_of(
     rm: RManager, rows: Sequence[Row], block_size: int, replayable: bool = False
 ) -> Groups:
-    """What is worth to be attended to by several rows at once; `replayable`: in a step that would
-    be replayed without."""
+    """Prefixes worth one shared attention call; `replayable`: in a step that would be replayed
+    without."""
     least = LEAST_SAVED_REPLAYED if replayable else LEAST_SAVED
     if not rm.prefixes.prefixes:
         return {}

@@ -112,8 +112,8 @@ class Swaps:
     def plan(
         self, running: Rows[Sequence], short: int, may_borrow: Callable[[Sequence], bool]
     ) -> None:
-        """Let go what rows that outgrow the pool, and may not get credit, lack: `short` rBlocks in
-        all; or bring home what has room until all rows end."""
+        """Send `short` rBlocks of rows larger than the pool to the host, if no credit can come; or
+        bring home what has room until all rows end."""
         short -= self.freeing
         if short > 0:
             for sequence in sorted(running, key=lambda s: s.length, reverse=True):

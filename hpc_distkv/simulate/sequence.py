@@ -102,7 +102,6 @@ class SizedSequence(Sequence):
         if self.first_token_at is None:
             self.first_token_at = now
 
-    @property
     def finish_reason(self) -> str | None:
         """It ends when it has its output."""
         if self.output_len < self._output:

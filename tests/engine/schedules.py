@@ -42,7 +42,7 @@ def step(scheduler: Scheduler) -> dict[int, int]:
         sequence.computed += tokens
         if not sequence.remaining:
             sequence.append(0, 0.0)
-            if sequence.finish_reason:
+            if sequence.finish_reason():
                 scheduler.finish(sequence)
     scheduler.rm.check()
     return {sequence.id: tokens for sequence, tokens in plan.rows}

@@ -146,7 +146,7 @@ def test_nobody_gives_way_if_all_outputs_are_as_long_as_expected(num_blocks, arr
             step(scheduler)
     for _ in range(40 * len(sequences)):
         step(scheduler)
-    assert all(sequence.finish_reason == "length" for sequence in sequences)
+    assert all(sequence.finish_reason() == "length" for sequence in sequences)
     assert scheduler.preemptions == scheduler.stalls == 0
 
 

@@ -173,5 +173,5 @@ def test_every_row_that_fits_alone_is_finished_and_the_oldest_never_goes_back(
         step(scheduler)
         assert sequences[oldest].computed >= progress.get(oldest, 0)
         progress[oldest] = sequences[oldest].computed
-    assert all(sequence.finish_reason == "length" for sequence in sequences)
+    assert all(sequence.finish_reason() == "length" for sequence in sequences)
     assert scheduler.rm.usable == num_blocks

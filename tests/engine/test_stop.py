@@ -48,7 +48,7 @@ def run(output: Ids[int], decoder=None, **sampling) -> Sequence:
     made = Sequence(Request(0, pack_tokens(prompt), settings), 0.0, decoder or Bytes())
     for token in output:
         made.append(token, 0.0)
-        if made.finish_reason:
+        if made.finish_reason():
             return made
     return made
 
@@ -56,7 +56,7 @@ def run(output: Ids[int], decoder=None, **sampling) -> Sequence:
 def ended(output: bytes | Ids[int], *stop: str, **sampling) -> tuple[str, int] | None:
     """(answer, output tokens) if a stop string ended the output."""
     made = run(list(output), Bytes(), stop=stop, **sampling)
-    if made.finish_reason != "stop":
+    if made.finish_reason() != "stop":
         assert made.text_end is None
         return None
     whole = Bytes().decode(made.tokens[len(PROMPT) :], made.request.sampling.skip_special_tokens)
@@ -118,9 +118,9 @@ def test_the_cut_depends_on_the_text_alone(text, stops, include, rng):
     decoder = Pieces(pieces)
     made = run(range(1, len(pieces)), decoder, stop=tuple(stops), include_stop=include)
     if answer is None:
-        assert made.finish_reason is None
+        assert made.finish_reason() is None
     else:
-        assert made.finish_reason == "stop"
+        assert made.finish_reason() == "stop"
         assert decoder.decode(made.tokens)[: made.text_end] == answer
         before = decoder.decode(made.tokens[:-1])
         assert not any(stop in before for stop in stops), "it ended with the first token it could"
@@ -128,15 +128,15 @@ def test_the_cut_depends_on_the_text_alone(text, stops, include, rng):
 
 def test_stop_tokens():
     made = run([5, 6, 7, 8], stop_token_ids=(7,))
-    assert (made.finish_reason, unpack_tokens(made.packed_output)) == ("stop", [5, 6])
+    assert (made.finish_reason(), unpack_tokens(made.packed_output)) == ("stop", [5, 6])
     made = run([5, 6, 7, 8], stop_token_ids=(7,), include_stop=True)
-    assert (made.finish_reason, unpack_tokens(made.packed_output)) == ("stop", [5, 6, 7])
+    assert (made.finish_reason(), unpack_tokens(made.packed_output)) == ("stop", [5, 6, 7])
     made = run([5, 7], stop_token_ids=(7,), max_tokens=2)
-    assert (made.finish_reason, unpack_tokens(made.packed_output)) == ("stop", [5])
+    assert (made.finish_reason(), unpack_tokens(made.packed_output)) == ("stop", [5])
     made = run([7, 7, 7], stop_token_ids=(7,), min_tokens=3)
-    assert (made.finish_reason, made.output_len) == ("stop", 3)
+    assert (made.finish_reason(), made.output_len) == ("stop", 3)
     made = run([5, 6], max_tokens=2)
-    assert (made.finish_reason, unpack_tokens(made.packed_output)) == ("length", [5, 6])
+    assert (made.finish_reason(), unpack_tokens(made.packed_output)) == ("length", [5, 6])
 
 
 def test_logprobs_go_with_the_tokens_of_the_output():
@@ -159,10 +159,10 @@ def test_a_sequence_that_moves_goes_on_as_if_it_had_stayed():
         moved.restore(stayed.packed, 3, bytes(stayed.logprobs or b""))
         for each in (stayed, moved):
             each.append(token, 0.0, bytes([place] * 4))
-        assert moved.finish_reason == stayed.finish_reason
+        assert moved.finish_reason() == stayed.finish_reason()
         assert moved.text_end == stayed.text_end
         assert moved.packed_logprobs == stayed.packed_logprobs
-        if stayed.finish_reason:
+        if stayed.finish_reason():
             break
     assert (stayed.text_end, stayed.output_len) == (3, 6)
 

@@ -22,7 +22,7 @@ def state(sequence: Sequence) -> dict[str, object]:
     shown = {name: getattr(sequence, name) for name in names}
     shown["output_bytes"] = len(sequence.packed_output)
     shown["times"] = (sequence.first_token_at, sequence.last_token_at)
-    shown["finish_reason"] = sequence.finish_reason
+    shown["finish_reason"] = sequence.finish_reason()
     shown["prompt"] = sequence.request.prompt_len
     return shown
 
@@ -37,7 +37,7 @@ def test_it_counts_what_a_real_one_counts(prompt, output, data):
             sequence.computed = computed
             sequence.append(token, token + 2.0)
         assert state(sized) == state(real)
-    assert sized.finish_reason == "length"
+    assert sized.finish_reason() == "length"
 
 
 @given(st.integers(1, 50), st.integers(2, 9), st.integers(0, 8))
@@ -67,6 +67,6 @@ def test_it_may_end_before_its_limit():
     sequence = SizedSequence(SizedRequest.of(1, Row(10, 2, limit=9)), 0.0)
     assert sequence.final_len == 10 + 9 - 1
     sequence.append(0, 1.0)
-    assert sequence.finish_reason is None
+    assert sequence.finish_reason() is None
     sequence.append(0, 2.0)
-    assert sequence.finish_reason == "stop"
+    assert sequence.finish_reason() == "stop"
