@@ -40,7 +40,7 @@ class Group:
 
     def __init__(self, comm: Comm) -> None:
         """Once instances are formed and tensors have their way (`Transport.unite`)."""
-        world = comm.world
+        self._comm, world = comm, comm.world
         self._transport = comm.transport
         self._lane, self._ranks = world.lane, world.lanes
         self._others = [rank for rank in self._ranks if rank != world.rank]
@@ -50,7 +50,7 @@ class Group:
 
     def rehearsal(self) -> Group:
         """One that takes the same memory, and exchanges nothing with anybody."""
-        return Rehearsal(self)
+        return Rehearsal(self._comm)
 
     def begin(self, apart: bool) -> None:
         """A step begins; `apart`: all lanes come to its end whatever becomes of other instances."""
@@ -145,9 +145,6 @@ class Group:
 
 class Rehearsal(Group):
     """See `Group.rehearsal`."""
-
-    def __init__(self, group: Group) -> None:
-        self.__dict__ |= group.__dict__
 
     def _wait(self, sends: Pairs, recvs: Pairs) -> None:
         """For nobody."""

@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.engine.config import OptionError
 
 KV_SHARE = 0.4
 """Part of a node's available memory that its ranks' pools take unless told otherwise."""
+
+
+class KvShare(NamedTuple):
+    """What one rank, or all ranks of an instance alike, have for KV."""
+
+    blocks: int
+    """rBlocks of the pool."""
+    lendable: int
+    """Most of them that others may borrow."""
+    host_blocks: int
+    """rBlocks in the host's memory."""
+    copy_seconds: float
+    """In which an rBlock goes there and comes back."""
+    staged_from: float
+    """Query rows from which rBlocks there are copied to be attended to."""
+
+
+def merged(ranks: Iterable[KvShare]) -> KvShare:
+    """Of the ranks of an instance, which hold the same rBlocks and do the same with them: the
+    smallest pools and the dearest copies."""
+    blocks, lendable, host_blocks, copy_seconds, staged_from = zip(*ranks, strict=True)
+    return KvShare(
+        min(blocks), min(lendable), min(host_blocks), max(copy_seconds), max(staged_from)
+    )
 
 
 def cpu_blocks(comm: Comm, kv_memory: int | None, block_bytes: int) -> int:

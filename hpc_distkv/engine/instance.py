@@ -60,7 +60,7 @@ class Instance:
         self.config = config
         self.counters = Counters()
         self.rm = RManager(number, config.num_blocks, config.lend_cap, config.host_blocks)
-        self.scheduler = Scheduler(self.rm, config)
+        self.scheduler = Scheduler(self.rm, config, self.counters)
         self.pace = Pace()
         self.round = 0
         self._sequence = sequence
@@ -68,8 +68,8 @@ class Instance:
         self._results: list[Result] = []
         self._handovers = Handovers(self.rm, self.scheduler, sequence)
         self._returned: list[Sequence] = []
-        self._lent: dict[int, int] = {}
-        """As reported last."""
+        self._lent: dict[int, int] | None = {}
+        """As reported last; None: to be reported again."""
         self._over: set[int] = set()
         """Finished requests that are in a step which is being computed: it uses their rBlocks."""
 
@@ -87,7 +87,7 @@ class Instance:
             self.counters.refused_grants += 1
             log.error("refused a grant to instance %d beyond the promise: %s", debtor, answer.lend)
         if answer.lend:
-            self._lent = {-1: 0}  # The ledger counts the grants by now: report what became of them.
+            self._lent = None  # The ledger counts the grants by now: report what became of them.
         for request in answer.assign:
             self.scheduler.add(self._sequence(request, now))
         self.scheduler.apply(answer, self._asked)
@@ -165,9 +165,6 @@ class Instance:
         return changes
 
     def _count(self) -> Counters:
-        self.counters.preemptions = self.scheduler.preemptions
-        self.counters.stalls = self.scheduler.stalls
-        self.counters.cached_tokens = self.scheduler.cached_tokens
         self.counters.prediction_error = self.pace.steps.error
         return self.counters
 

@@ -22,7 +22,7 @@ from hpc_distkv.control.links import Links
 from hpc_distkv.control.messages import Request
 from hpc_distkv.control.policy import POLICIES, Policy
 from hpc_distkv.engine.activations import LargestStep, activation_peak, free_memory
-from hpc_distkv.engine.capacity import cpu_blocks, device_blocks, tier_blocks
+from hpc_distkv.engine.capacity import KvShare, cpu_blocks, device_blocks, merged, tier_blocks
 from hpc_distkv.engine.config import EngineConfig, OptionError
 from hpc_distkv.engine.follower import Follower
 from hpc_distkv.engine.graphs import decode_graphs, recordable
@@ -110,22 +110,23 @@ class RankEngine:
         if config.policy.lending:
             cap = config.num_blocks if config.lend_cap is None else config.lend_cap
             lendable = min(config.num_blocks, cap)
-        costs = self._host_costs()
-        ranks = self.comm.share((config.num_blocks, lendable, config.host_blocks, *costs))
-        pools = [
-            tuple(map(min, zip(*ranks[first : first + world.tp], strict=True)))
-            for first in range(0, world.size, world.tp)
-        ]
-        total = sum(lends for _, lends, *_ in pools)
-        own, _, host, copying, rows = pools[world.instance]
+        ranks = self.comm.share(
+            (config.num_blocks, lendable, config.host_blocks, *self._host_costs())
+        )
+        shares = [KvShare(*rank) for rank in ranks]
+        instances = [merged(shares[i : i + world.tp]) for i in range(0, world.size, world.tp)]
+        total = sum(each.lendable for each in instances)
+        own = instances[world.instance]
         self.config = replace(
             config,
-            num_blocks=own,
-            host_blocks=host,
-            host_copy_seconds=-copying,
-            host_staged_from=-rows,
+            num_blocks=own.blocks,
+            host_blocks=own.host_blocks,
+            host_copy_seconds=own.copy_seconds,
+            host_staged_from=own.staged_from,
         )
-        self.capacity_blocks = min(own + total - lends + host for own, lends, host, *_ in pools)
+        self.capacity_blocks = min(
+            each.blocks + total - each.lendable + each.host_blocks for each in instances
+        )
 
     @property
     def capacity_tokens(self) -> int:
@@ -239,14 +240,13 @@ class RankEngine:
         return self._lay_out(self.config.host_blocks, torch.device("cpu"), memory)
 
     def _host_costs(self) -> tuple[float, float]:
-        """Less than nothing, for the dearest of an instance counts: seconds to copy an rBlock to
-        the host's memory and back, and query rows from which it is copied to be attended to."""
+        """Seconds to copy an rBlock to the host's memory and back, and query rows from which it is
+        copied to be attended to."""
         if self._host_pool is None:
-            return 0.0, -math.inf
+            return 0.0, math.inf
         pools = self.comm, self._pool, self._host_pool
-        spec = self._model.attention[0]
-        rows = staged_from(*pools, self._heads[0], spec)
-        return -copy_seconds(*pools), -rows
+        rows = staged_from(*pools, self._heads[0], self._model.attention[0])
+        return copy_seconds(*pools), rows
 
     @property
     def _heads(self) -> tuple[int, int]:

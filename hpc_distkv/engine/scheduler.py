@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 
-from hpc_distkv.control.messages import Answer
+from hpc_distkv.control.messages import Answer, Counters
 from hpc_distkv.control.work import STEP_TOKENS
 from hpc_distkv.engine.admission import Admission
 from hpc_distkv.engine.config import EngineConfig
@@ -38,10 +38,10 @@ class Scheduler:
     the youngest give way.
     """
 
-    def __init__(self, rmanager: RManager, config: EngineConfig) -> None:
+    def __init__(self, rmanager: RManager, config: EngineConfig, counters: Counters) -> None:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self.preemptions = self.stalls = self.cached_tokens = 0
+        self.counters = counters
         self.step_tokens = STEP_TOKENS
         """Prompt tokens computed in the fixed time of a step."""
         self._rm = rmanager
@@ -274,7 +274,7 @@ class Scheduler:
             self._rm.open(sequence.id, sequence.keys)
         size, prefix = self._config.block_size, self._rm.prefixes.last(sequence.id)
         sequence.computed = self._rm.tables[sequence.id].blocks * size
-        self.cached_tokens += prefix.blocks * size if prefix else 0
+        self.counters.cached_tokens += prefix.blocks * size if prefix else 0
         return sits_out
 
     def _fit(self, sequence: Sequence) -> int:
@@ -310,10 +310,10 @@ class Scheduler:
                 or needed <= self.swaps.freeing
                 or self.swaps.returns(youngest)
             ):
-                self.stalls += 1
+                self.counters.stalls += 1
                 return False
             if youngest is sequence:
-                self.stalls += 1
+                self.counters.stalls += 1
                 self._starved |= self._starves(sequence)
                 return False
             self._preempt(youngest)
@@ -348,7 +348,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self.preemptions += 1
+        self.counters.preemptions += 1
         if not self.swaps.put_aside(sequence):
             self._set_back(sequence)
             self.add(sequence)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hpc_distkv.control.messages import Answer, Request, Sampling, pack_tokens
+from hpc_distkv.control.messages import Answer, Counters, Request, Sampling, pack_tokens
 from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.scheduler import Scheduler
@@ -15,7 +15,7 @@ BLOCK = 4
 def make(num_blocks: int = 100, policy: str = "queue", **limits: int) -> Scheduler:
     sizes = {"block_size": BLOCK, "max_num_seqs": 8, "max_num_batched_tokens": 16} | limits
     config = EngineConfig(num_blocks, policy=POLICIES[policy], **sizes)
-    scheduler = Scheduler(RManager(0, num_blocks), config)
+    scheduler = Scheduler(RManager(0, num_blocks), config, Counters())
     scheduler.rm = scheduler._rm
     return scheduler
 

@@ -147,7 +147,7 @@ def test_nobody_gives_way_if_all_outputs_are_as_long_as_expected(num_blocks, arr
     for _ in range(40 * len(sequences)):
         step(scheduler)
     assert all(sequence.finish_reason() == "length" for sequence in sequences)
-    assert scheduler.preemptions == scheduler.stalls == 0
+    assert scheduler.counters.preemptions == scheduler.counters.stalls == 0
 
 
 # -- those that were refused are not looked at every time ------------------------------------------

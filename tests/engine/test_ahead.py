@@ -313,7 +313,7 @@ def test_nobody_gives_way_while_a_step_is_computed():
         instance.learn(step.rows, ends, [5, 6], 1.0, following={0, 1})
         step = following
     assert not step.rows
-    assert instance.scheduler.preemptions == 0
+    assert instance.counters.preemptions == 0
     assert [s.id for s, _ in instance.plan().rows] == [0]
-    assert instance.scheduler.preemptions == 1
+    assert instance.counters.preemptions == 1
     instance.check()

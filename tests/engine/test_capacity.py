@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from hpc_distkv.engine.capacity import device_blocks
+from hpc_distkv.engine.capacity import KvShare, device_blocks, merged
 from hpc_distkv.engine.config import OptionError
 
 
@@ -24,3 +26,8 @@ def test_a_pool_that_would_leave_no_room_for_steps_is_refused():
 def test_no_room_for_one_block_is_refused_with_the_sums():
     with pytest.raises(OptionError, match=r"takes 50 bytes, but of 0.5 of the 1000 .* 480 are"):
         device_blocks(1000, 480, 0.5, None, block_bytes=50, tokens=8)
+
+
+def test_ranks_of_an_instance_go_by_the_smallest_pool_and_the_dearest_copies():
+    ranks = [KvShare(9, 4, 7, 0.1, 3.0), KvShare(8, 5, 6, 0.2, math.inf)]
+    assert merged(ranks) == KvShare(8, 4, 6, 0.2, math.inf)

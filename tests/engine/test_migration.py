@@ -9,7 +9,7 @@ from clusters import Outcome, run_cluster
 from test_cluster import options, request, tiny_decoder, unconstrained
 
 from hpc_distkv.comm.schedule import SeededSchedule
-from hpc_distkv.control.messages import Answer, Request, Sampling, pack_tokens
+from hpc_distkv.control.messages import Answer, Counters, Request, Sampling, pack_tokens
 from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.migration import COPIED_BLOCKS, GROWTH_BLOCKS, Migrations
@@ -152,7 +152,7 @@ def test_a_row_that_ends_on_the_way_makes_room_for_another():
 def two_rows() -> Scheduler:
     """Row 0 fills its rBlocks and needs another one; row 1 has 10 and leaves. The pool is full."""
     config = EngineConfig(15, BLOCK, 8, 64, policy=POLICIES["migrate"])
-    scheduler = Scheduler(RManager(0, 15), config)
+    scheduler = Scheduler(RManager(0, 15), config, Counters())
     for number, prompt in ((0, 20), (1, 38)):
         request = Request(number, pack_tokens(range(prompt)), Sampling(max_tokens=20))
         sequence = Sequence(request, assigned_at=0.0)
@@ -196,7 +196,7 @@ def test_credit_too_small_for_any_row_is_no_reason_to_wait():
     for number in range(6):
         scheduler.apply(Answer(round=number), scheduler.demand().wanted)
         scheduler.plan()
-    assert scheduler.preemptions > 0 or scheduler._rm.debts[3].returned > 9
+    assert scheduler.counters.preemptions > 0 or scheduler._rm.debts[3].returned > 9
 
 
 # -- in a cluster -------------------------------------------------------------------------------

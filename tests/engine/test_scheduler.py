@@ -82,7 +82,7 @@ def test_the_youngest_gives_way_and_is_computed_again():
     for _ in range(60):
         for request, tokens in step(scheduler).items():
             computed[request] += tokens
-    assert scheduler.preemptions == 1
+    assert scheduler.counters.preemptions == 1
     assert not scheduler.running
     assert not scheduler.waiting
     assert computed[0] == 15

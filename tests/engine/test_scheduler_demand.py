@@ -100,7 +100,7 @@ def test_a_row_waits_for_no_loan_that_does_not_pay(policy):
     scheduler.demands.exchange_tokens = scheduler.step_tokens = 100.0
     goes_on = [0 in step(scheduler) for _ in range(8)]
     assert all(goes_on) == (policy == "lend")
-    assert (scheduler.preemptions == 1) == (policy == "lend")
+    assert (scheduler.counters.preemptions == 1) == (policy == "lend")
 
 
 def test_a_row_that_waits_and_fits_here_does_not_borrow_to_be_admitted():
@@ -228,7 +228,7 @@ def test_a_row_too_large_leaves_others_what_they_grow_by_while_they_go_on():
     while 1 in running(scheduler):
         assert step(scheduler).keys() == {1}
     assert step(scheduler)[2] > 0
-    assert scheduler.preemptions == 0
+    assert scheduler.counters.preemptions == 0
 
 
 @pytest.mark.parametrize(("step_tokens", "waited"), [(14.0, 2), (40.0, 0)])
@@ -240,7 +240,7 @@ def test_a_row_gives_way_only_after_the_time_that_it_would_take_again(step_token
         add(scheduler, number, prompt, max_tokens=40)
     scheduler.step_tokens, scheduler.demands.exchange_tokens = step_tokens, 100.0
     ran = []
-    while not scheduler.preemptions:
+    while not scheduler.counters.preemptions:
         ran.append(0 in step(scheduler))
     assert ran.count(False) == waited
     assert running(scheduler) == [0, 1]
