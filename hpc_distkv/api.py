@@ -34,8 +34,9 @@ from hpc_distkv.control.messages import Result, Unfinished
 from hpc_distkv.engine.config import OptionError
 from hpc_distkv.engine.follower import Follower
 from hpc_distkv.engine.interrupt import Interrupt
+from hpc_distkv.engine.loading import bind, load_model, unite
 from hpc_distkv.engine.options import EngineOptions
-from hpc_distkv.engine.rank import RankEngine, bind, load_model, unite
+from hpc_distkv.engine.rank import RankEngine
 from hpc_distkv.engine.worker import Worker
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.errors import ModelError

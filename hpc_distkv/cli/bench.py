@@ -32,7 +32,7 @@ def _measured(options: dict[str, Any], measure: Measure) -> None:
 
     def work(comm: Comm) -> int:
         from hpc_distkv.api import together
-        from hpc_distkv.engine.rank import bind, load_model, unite
+        from hpc_distkv.engine.loading import bind, load_model, unite
         from hpc_distkv.model.config import ModelConfig
 
         engine_settings = set_options(comm, options)
@@ -277,7 +277,8 @@ def policies(**options: Any) -> None:
 
     def measure(comm: Comm, model: Decoder, settings: EngineOptions) -> dict[str, Any]:
         from hpc_distkv.api import SetupError, together
-        from hpc_distkv.engine.rank import RankEngine, unite
+        from hpc_distkv.engine.loading import unite
+        from hpc_distkv.engine.rank import RankEngine
         from hpc_distkv.observe.policies import check_fit, compare, draw, engine_of, way
         from hpc_distkv.simulate.trace import Trace
 

@@ -1,4 +1,4 @@
-"""How much memory a rank's pool may take."""
+"""How much memory a rank's pools take."""
 
 from __future__ import annotations
 
@@ -7,8 +7,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
+from hpc_distkv.attention import flashinfer
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.engine.config import OptionError
+from hpc_distkv.engine.activations import LargestStep, activation_peak, free_memory
+from hpc_distkv.engine.config import EngineConfig, OptionError
+from hpc_distkv.engine.options import EngineOptions
+from hpc_distkv.memory.mapped import mapped_memory
+from hpc_distkv.model.decoder import Decoder
 
 KV_SHARE = 0.4
 """Part of a node's available memory that its ranks' pools take unless told otherwise."""
@@ -35,6 +42,42 @@ def merged(ranks: Iterable[KvShare]) -> KvShare:
     blocks, lendable, host_blocks, copy_seconds, staged_from = zip(*ranks, strict=True)
     return KvShare(
         min(blocks), min(lendable), min(host_blocks), max(copy_seconds), max(staged_from)
+    )
+
+
+def pool_blocks(
+    comm: Comm, model: Decoder, options: EngineOptions, config: EngineConfig, block_bytes: int
+) -> int:
+    """rBlocks of the rank's pool, as many as are wanted or as there is memory for. Raises
+    OptionError."""
+    if comm.device.place.type == "cpu":
+        return options.num_blocks or cpu_blocks(comm, options.kv_memory, block_bytes)
+    wanted = options.num_blocks * block_bytes if options.num_blocks else options.kv_memory
+    if options.allow_gpu_sharing and wanted is None:
+        raise OptionError(
+            "ranks that share a GPU cannot see what the others will take: give --kv-memory or "
+            "--num-blocks with --allow-gpu-sharing"
+        )
+    others = comm.world.instances - 1 if config.policy.lending else 0
+    if config.host_blocks:
+        others += 1  # The host's processor attends for this rank, as a creditor does.
+    step = LargestStep(
+        tokens=config.max_num_batched_tokens,
+        rows=config.max_num_seqs,
+        block_size=config.block_size,
+        others=others,
+        shares=config.prefix_caching,
+        recorded=config.cuda_graphs,
+        stages=bool(config.host_blocks),
+    )
+    try:
+        peak = activation_peak(model, comm.device, step)
+    except flashinfer.FlashInferError as error:
+        raise OptionError(f"--attention-backend flashinfer cannot be: {error}") from error
+    peak += config.spare * block_bytes  # beyond the pool
+    free = free_memory(comm.device)
+    return device_blocks(
+        free, peak, options.gpu_memory_utilization, wanted, block_bytes, step.tokens
     )
 
 
@@ -93,6 +136,27 @@ def tier_blocks(comm: Comm, memory: int | None, path: str | None, block_bytes: i
             f"has {there} bytes available: give less, or --host-kv-path on a disk of the node"
         )
     return memory // block_bytes
+
+
+def host_memory(comm: Comm, size: int, folder: str | None) -> torch.Tensor:
+    """uint8 `[size]` of the host's memory, in a file below `folder` if it is given. Raises
+    OptionError."""
+    try:
+        if folder is not None:
+            memory = mapped_memory(size, Path(folder))
+        else:
+            memory = torch.empty(size, dtype=torch.uint8)
+        comm.device.pin(memory)
+    except OSError as error:
+        raise OptionError(
+            f"--host-kv-path {folder}: no file of {size} bytes can be made there "
+            f"({error.strerror}): give another directory, or less --host-kv-memory"
+        ) from error
+    except RuntimeError as error:
+        raise OptionError(
+            f"the host has no memory for --host-kv-memory ({error}): give less"
+        ) from error
+    return memory
 
 
 def available_memory() -> int:

@@ -5,41 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from hpc_distkv.attention import flashinfer
-from hpc_distkv.comm import binding
-from hpc_distkv.comm.broadcast import LaneBroadcast
-from hpc_distkv.comm.device import DeviceError
-from hpc_distkv.comm.group import Group
 from hpc_distkv.comm.probe import LinkCosts, probe
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.links import Links
 from hpc_distkv.control.messages import Request
 from hpc_distkv.control.policy import POLICIES, Policy
-from hpc_distkv.engine.activations import LargestStep, activation_peak, free_memory
-from hpc_distkv.engine.capacity import KvShare, cpu_blocks, device_blocks, merged, tier_blocks
+from hpc_distkv.engine.capacity import KvShare, host_memory, merged, pool_blocks, tier_blocks
 from hpc_distkv.engine.config import EngineConfig, OptionError
 from hpc_distkv.engine.follower import Follower
 from hpc_distkv.engine.graphs import decode_graphs, recordable
 from hpc_distkv.engine.host_costs import copy_seconds, staged_from
 from hpc_distkv.engine.interrupt import Interrupt
+from hpc_distkv.engine.loading import set_threads
 from hpc_distkv.engine.options import EngineOptions
 from hpc_distkv.engine.parts import Parts
 from hpc_distkv.engine.recorder import Recorder
 from hpc_distkv.engine.stop import TextDecoder
 from hpc_distkv.engine.timesheet import TimeSheet
 from hpc_distkv.engine.worker import Leader, Worker
-from hpc_distkv.memory.mapped import mapped_memory
 from hpc_distkv.memory.pool import BlockPool
-from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
-from hpc_distkv.model.shard import Shard
-from hpc_distkv.model.weights import load_decoder, random_decoder
 
 
 class RankEngine:
@@ -78,7 +68,7 @@ class RankEngine:
                 comm, options.host_kv_memory, options.host_kv_path, block_bytes
             ),
         )
-        blocks = _blocks_that_fit(comm, model, options, wanted, block_bytes)
+        blocks = pool_blocks(comm, model, options, wanted, block_bytes)
         self.config = replace(wanted, num_blocks=blocks)
         self.capacity_blocks = self.config.num_blocks
         """rBlocks that one request may use at most."""
@@ -96,7 +86,8 @@ class RankEngine:
         """Of all runs."""
         self._host_pool: BlockPool | None = None
         if self.config.host_blocks:
-            self._host_pool = self._host_tier(self.config.host_blocks * block_bytes, options)
+            memory = host_memory(comm, self.config.host_blocks * block_bytes, options.host_kv_path)
+            self._host_pool = self._lay_out(self.config.host_blocks, torch.device("cpu"), memory)
 
     def join(self) -> None:
         """Learn what the pools of all ranks hold together, and what links between ranks cost.
@@ -202,12 +193,7 @@ class RankEngine:
             return lambda link_class, rows: 0.0
         config = self._model.config
         row_bytes = self._query_bytes() + 4 * config.num_heads * (config.head_dim + 1)
-        slowest: dict[int, tuple[float, float]] = {}
-        for a, times in enumerate(self._links.round_trip):
-            for b, seconds in enumerate(times[:a]):
-                per_row = row_bytes / self._links.bandwidth[a][b]
-                worst = slowest.get(links.between(a, b), (0.0, 0.0))
-                slowest[links.between(a, b)] = max(worst[0], seconds), max(worst[1], per_row)
+        slowest = self._links.slowest(links.between, row_bytes)
         return lambda link_class, rows: (
             config.num_layers * (slowest[link_class][0] + rows * slowest[link_class][1])
         )
@@ -218,26 +204,6 @@ class RankEngine:
         config, dtype = self._model.config, self._model.dtype
         sizes = (config.num_layers, config.num_kv_heads, self.config.block_size, config.head_dim)
         return BlockPool(blocks, *sizes, dtype, place, memory)
-
-    def _host_tier(self, size: int, options: EngineOptions) -> BlockPool:
-        """rBlocks in the host's memory. Raises OptionError."""
-        folder = options.host_kv_path
-        try:
-            if folder is not None:
-                memory = mapped_memory(size, Path(folder))
-            else:
-                memory = torch.empty(size, dtype=torch.uint8)
-            self.comm.device.pin(memory)
-        except OSError as error:
-            raise OptionError(
-                f"--host-kv-path {folder}: no file of {size} bytes can be made there "
-                f"({error.strerror}): give another directory, or less --host-kv-memory"
-            ) from error
-        except RuntimeError as error:
-            raise OptionError(
-                f"the host has no memory for --host-kv-memory ({error}): give less"
-            ) from error
-        return self._lay_out(self.config.host_blocks, torch.device("cpu"), memory)
 
     def _host_costs(self) -> tuple[float, float]:
         """Seconds to copy an rBlock to the host's memory and back, and query rows from which it is
@@ -270,102 +236,6 @@ class RankEngine:
                     "ranks"
                 )
             yield request
-
-
-def bind(comm: Comm, options: EngineOptions) -> None:
-    """Give every rank its device. Collective, before the model is loaded. Raises OptionError."""
-    try:
-        binding.bind(comm, options.device, options.allow_gpu_sharing, options.transport)
-    except DeviceError as error:
-        raise OptionError(str(error)) from None
-    by_flashinfer = options.attention_backend == flashinfer.BACKEND
-    if comm.device.place.type != "cuda":
-        for option, given in {
-            "--attention-backend flashinfer": by_flashinfer,
-            "--transport nccl": options.transport == "nccl",
-            "--allow-gpu-sharing": options.allow_gpu_sharing,
-        }.items():
-            if given:
-                raise OptionError(f"{option} cannot be: it needs GPUs")
-    elif by_flashinfer and (why_not := flashinfer.missing()):
-        raise OptionError(f"--attention-backend flashinfer cannot be: {why_not}")
-
-
-def unite(comm: Comm) -> None:
-    """Connect the ranks of this one's instance with each other. Collective: when all have loaded
-    their shards, for a rank that cannot would keep the others waiting; and before pools take the
-    memory that is left. Raises NcclError."""
-    if comm.world.tp > 1:
-        comm.transport.unite(comm)
-
-
-def load_model(comm: Comm, path: str | Path, options: EngineOptions) -> Decoder:
-    """Cut the ranks into instances, and load this rank's shard of the decoder in model directory
-    `path`. All ranks call it. Raises OptionError and ModelError."""
-    try:
-        comm.form_instances(options.tensor_parallel_size)
-    except ValueError as error:
-        raise OptionError(f"--tensor-parallel-size: {error}") from None
-    set_threads(comm, options.threads)
-    world = comm.world
-    config, shard = ModelConfig.from_dir(path, options.dummy), Shard(world.lane, world.tp)
-    dtype = None if options.dtype == "auto" else options.dtype
-    try:
-        if options.dummy:
-            decoder = random_decoder(config, dtype, world.lane, comm.device.place, shard)
-        else:
-            relay = LaneBroadcast(comm) if options.load_format == "broadcast" else None
-            decoder = load_decoder(path, config, dtype, comm.device.place, shard, relay)
-    except torch.OutOfMemoryError as error:
-        raise OptionError(
-            "the GPU has no room for the weights: give more ranks to a replica "
-            f"(--tensor-parallel-size, now {world.tp})"
-        ) from error
-    if world.tp > 1:
-        decoder.lanes = Group(comm)
-    if options.attention_backend != "auto":
-        backend = options.attention_backend
-        decoder.attention = [replace(spec, backend=backend) for spec in decoder.attention]
-    return decoder
-
-
-def set_threads(comm: Comm, threads: int | None) -> None:
-    """Give torch this rank's share of the cores; launchers often leave it one, or all."""
-    torch.set_num_threads(threads or max(1, int(comm.world.cores)))
-
-
-def _blocks_that_fit(
-    comm: Comm, model: Decoder, options: EngineOptions, config: EngineConfig, block_bytes: int
-) -> int:
-    if comm.device.place.type == "cpu":
-        return options.num_blocks or cpu_blocks(comm, options.kv_memory, block_bytes)
-    wanted = options.num_blocks * block_bytes if options.num_blocks else options.kv_memory
-    if options.allow_gpu_sharing and wanted is None:
-        raise OptionError(
-            "ranks that share a GPU cannot see what the others will take: give --kv-memory or "
-            "--num-blocks with --allow-gpu-sharing"
-        )
-    others = comm.world.instances - 1 if config.policy.lending else 0
-    if config.host_blocks:
-        others += 1  # The host's processor attends for this rank, as a creditor does.
-    step = LargestStep(
-        tokens=config.max_num_batched_tokens,
-        rows=config.max_num_seqs,
-        block_size=config.block_size,
-        others=others,
-        shares=config.prefix_caching,
-        recorded=config.cuda_graphs,
-        stages=bool(config.host_blocks),
-    )
-    try:
-        peak = activation_peak(model, comm.device, step)
-    except flashinfer.FlashInferError as error:
-        raise OptionError(f"--attention-backend flashinfer cannot be: {error}") from error
-    peak += config.spare * block_bytes  # beyond the pool
-    free = free_memory(comm.device)
-    return device_blocks(
-        free, peak, options.gpu_memory_utilization, wanted, block_bytes, step.tokens
-    )
 
 
 def _recordable(model: Decoder, place: torch.device, block_size: int) -> bool:

@@ -13,8 +13,9 @@ from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages import Request
 from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.engine.config import OptionError
+from hpc_distkv.engine.loading import load_model
 from hpc_distkv.engine.options import EngineOptions
-from hpc_distkv.engine.rank import RankEngine, load_model
+from hpc_distkv.engine.rank import RankEngine
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.observe.bench import BenchLeader, lead, ratios, run_led, warm_up

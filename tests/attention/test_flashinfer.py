@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from hpc_distkv.attention import PagedRow, flashinfer, micro_attention
 from hpc_distkv.comm.local import open_local
-from hpc_distkv.engine import rank
+from hpc_distkv.engine import capacity
 from hpc_distkv.engine.config import OptionError
-from hpc_distkv.engine.rank import EngineOptions, bind
+from hpc_distkv.engine.loading import bind
+from hpc_distkv.engine.options import EngineOptions
 
 CPU = torch.device("cpu")
 
@@ -179,14 +180,14 @@ def test_kernels_that_cannot_be_compiled_are_an_option_that_cannot_be(
 
     monkeypatch.setattr(double.BatchPrefillWithPagedKVCacheWrapper, "plan", plan)
     case = own(random_case(8, shapes=[(1, 40)], dim=64, dtype=torch.float16), 0)
-    monkeypatch.setattr(rank, "activation_peak", lambda *_: run(case))
+    monkeypatch.setattr(capacity, "activation_peak", lambda *_: run(case))
     comm = SimpleNamespace(
         device=SimpleNamespace(place=SimpleNamespace(type="cuda")), world=open_local(1)[0].world
     )
-    config = rank.EngineConfig(num_blocks=1, block_size=16)
+    config = capacity.EngineConfig(num_blocks=1, block_size=16)
     pattern = rf"(?s)^--attention-backend flashinfer cannot be: FlashInfer.{{0,1000}}{said}.*nvcc"
     with pytest.raises(OptionError, match=pattern):
-        rank._blocks_that_fit(comm, None, EngineOptions(), config, 1)
+        capacity.pool_blocks(comm, None, EngineOptions(), config, 1)
 
 
 @pytest.mark.skipif(

@@ -10,7 +10,8 @@ from hpc_distkv.comm.schedule import SeededSchedule
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages import Counters, Request, Result, Unfinished, unpack_tokens
 from hpc_distkv.engine.interrupt import Interrupt
-from hpc_distkv.engine.rank import EngineOptions, RankEngine, unite
+from hpc_distkv.engine.loading import unite
+from hpc_distkv.engine.rank import EngineOptions, RankEngine
 from hpc_distkv.engine.stop import TextDecoder
 from hpc_distkv.model.decoder import Decoder
 

@@ -14,7 +14,8 @@ from hpc_distkv.comm.mpi import open_mpi
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages import Request, Sampling, pack_tokens, unpack_tokens
 from hpc_distkv.engine.config import OptionError
-from hpc_distkv.engine.rank import EngineOptions, RankEngine, bind, load_model
+from hpc_distkv.engine.loading import bind, load_model
+from hpc_distkv.engine.rank import EngineOptions, RankEngine
 from hpc_distkv.model.decoder import Decoder
 
 ROWS = [(400, 40), (40, 60), (30, 60), (90, 60)]

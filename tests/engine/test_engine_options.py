@@ -11,7 +11,7 @@ from hpc_distkv import EngineOptions
 from hpc_distkv.comm.local import open_local, run_local
 from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.engine.config import OptionError
-from hpc_distkv.engine.rank import bind
+from hpc_distkv.engine.loading import bind
 
 WRONG = [
     ({"num_blocks": "64"}, r"num_blocks must be int \| None, not '64'"),

@@ -20,7 +20,8 @@ from hpc_distkv.comm.schedule import SeededSchedule
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages import Counters, Request, Sampling
 from hpc_distkv.engine.config import OptionError
-from hpc_distkv.engine.rank import RankEngine, load_model
+from hpc_distkv.engine.loading import load_model
+from hpc_distkv.engine.rank import RankEngine
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.model.shard import Shard
@@ -112,7 +113,7 @@ def test_weights_that_a_gpu_has_no_room_for_are_said_with_what_to_do(tiny_model,
     def no_room(*_: object) -> Decoder:
         raise torch.OutOfMemoryError("2 GiB")
 
-    monkeypatch.setattr("hpc_distkv.engine.rank.load_decoder", no_room)
+    monkeypatch.setattr("hpc_distkv.engine.loading.load_decoder", no_room)
     with pytest.raises(OptionError, match=r"no room for the weights: .*-size, now 1"):
         load_model(open_local(1)[0], tiny_model, options(num_blocks=8))
 
