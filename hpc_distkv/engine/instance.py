@@ -10,30 +10,25 @@ from collections.abc import Sequence as Rows
 from hpc_distkv.control.gaps import gap_bin
 from hpc_distkv.control.messages import (
     Answer,
-    Changes,
     Counters,
     Header,
     Remains,
     Report,
     Request,
     Result,
-    Unfinished,
 )
-from hpc_distkv.control.work import work
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.guests import remote_queries
 from hpc_distkv.engine.handover import Handovers, handover
 from hpc_distkv.engine.pace import Pace, StepSeconds, StepWork
 from hpc_distkv.engine.plan import Plan, Row
+from hpc_distkv.engine.reporting import Reporting
 from hpc_distkv.engine.scheduler import Scheduler
 from hpc_distkv.engine.sequence import Sequence
 from hpc_distkv.memory.loan import Kind, Move, ProtocolError
 from hpc_distkv.memory.rmanager import RManager
 
 log = logging.getLogger(__name__)
-
-COUNTED_ROUNDS = 25
-"""Reports between two that carry the counters while there is work."""
 
 NO_LOGPROBS: Mapping[int, bytes] = {}
 
@@ -64,12 +59,10 @@ class Instance:
         self.pace = Pace()
         self.round = 0
         self._sequence = sequence
-        self._asked = 0
-        self._results: list[Result] = []
         self._handovers = Handovers(self.rm, self.scheduler, sequence)
-        self._returned: list[Sequence] = []
-        self._lent: dict[int, int] | None = {}
-        """As reported last; None: to be reported again."""
+        self._reporting = Reporting(
+            config, self.rm, self.scheduler, self._handovers, self.pace, self.counters
+        )
         self._over: set[int] = set()
         """Finished requests that are in a step which is being computed: it uses their rBlocks."""
 
@@ -87,116 +80,33 @@ class Instance:
             self.counters.refused_grants += 1
             log.error("refused a grant to instance %d beyond the promise: %s", debtor, answer.lend)
         if answer.lend:
-            self._lent = None  # The ledger counts the grants by now: report what became of them.
+            self._reporting.lent = (
+                None  # The ledger counts the grants by now: report what became of them.
+            )
         for request in answer.assign:
             self.scheduler.add(self._sequence(request, now))
-        self.scheduler.apply(answer, self._asked)
-        self._returned = self.scheduler.give_back(answer.give_back)
+        self.scheduler.apply(answer, self._reporting.asked)
+        self._reporting.returned = self.scheduler.give_back(answer.give_back)
         self.round += 1
 
     def report(self, drain: bool = False, halt: bool = False) -> Report:
         """What the gManager has to know at this boundary; `drain` and `halt` are what this rank
         wants of the run."""
-        demand, room = self.scheduler.demand(), self.scheduler.room()
-        sharing = self.config.policy.sharing
-        self._asked = demand.wanted
-        running = self.scheduler.running
-        youngest = running[-1] if running else None
-        speed = self.pace.speed
-        return Report(
-            round=self.round,
-            capacity=self.rm.num_blocks,
-            free=self.rm.free,
-            promised=self.rm.promise(demand.lendable if sharing else 0),
-            hosted=sum(loan.used for loan in self.rm.loans.values()),
-            wanted=demand.wanted if sharing else 0,
-            wanted_for=demand.wanted_for,
-            largest=demand.largest,
-            starved=demand.starved,
-            room_rows=room[0],
-            room_tokens=room[1],
-            running=len(running),
-            waiting=self.scheduler.fresh,
-            seats=max(0, self.config.max_num_seqs - len(running)),
-            youngest=youngest.id if youngest else -1,
-            youngest_blocks=self.rm.held_alone(youngest.id) if youngest else 0,
-            longest=self.scheduler.demands.longest if sharing else 0,
-            lacking=self.scheduler.demands.lacking if self.config.policy.planner else 0,
-            prompt_tokens=self.counters.prompt_tokens,
-            generated_tokens=self.counters.generated_tokens,
-            kv_tokens=self._kv_tokens(),
-            work_left=self._work_left(),
-            row_blocks=self._row_blocks(),
-            fixed=speed.fixed,
-            per_token=speed.per_token,
-            per_kv=speed.per_kv,
-            prompt_time=speed.prompt,
-            exchange=speed.exchange,
-            drain=drain,
-            halt=halt,
-            changes=self._changes(),
-        )
+        return self._reporting.report(self.round, drain, halt)
+
+    def remains(self) -> Remains:
+        """What is left to be told once nothing moves any more: also results that were not reported,
+        and rows with tokens that were not finished."""
+        return self._reporting.remains()
 
     def put_aside(self) -> None:
         """The run is over: free what still runs."""
         self.scheduler.put_aside()
 
-    def remains(self) -> Remains:
-        """What is left to be told once nothing moves any more: also results that were not reported,
-        and rows with tokens that were not finished."""
-        rows = (*self.scheduler.running, *self.scheduler.waiting)
-        unfinished = [
-            Unfinished(s.id, s.packed_output, s.packed_logprobs) for s in rows if s.output_len
-        ]
-        return Remains(self._count(), self._results, unfinished)
-
-    def _changes(self) -> Changes:
-        lent = {debtor: loan.total for debtor, loan in self.rm.loans.items()}
-        idle = not self.scheduler.running and not self.scheduler.waiting
-        changes = Changes(
-            lent=lent if lent != self._lent else None,
-            results=self._results,
-            adopted=self._handovers.adopted,
-            returned=[sequence.request for sequence in self._returned],
-            large=self.scheduler.demands.large,
-            counters=self._count() if idle or self.round % COUNTED_ROUNDS == 0 else None,
-        )
-        self._lent, self._results, self._handovers.adopted, self._returned = lent, [], [], []
-        return changes
-
-    def _count(self) -> Counters:
-        self.counters.prediction_error = self.pace.steps.error
-        return self.counters
-
     def credits(self) -> dict[int, int]:
         """Debtor → rBlocks that it has to be told of: they are set aside for it."""
         granted = [debtor for debtor, loan in self.rm.loans.items() if loan.unopened]
         return {debtor: self.rm.open_credit(debtor) for debtor in granted}
-
-    def _kv_tokens(self) -> int:
-        running, size = self.scheduler.running, self.config.block_size
-        own = sum(s.computed - size * self.rm.tables[s.id].absent for s in running)
-        shared = self.rm.prefixes.at_home(s.id for s in running)
-        return own + size * (shared + sum(loan.used for loan in self.rm.loans.values()))
-
-    def _work_left(self) -> float:
-        rows = (*self.scheduler.running, *self.scheduler.waiting)
-        foresight, per_row = self.scheduler.foresight, self.config.attention_tokens
-        return sum(
-            work(s.length - foresight.uncomputed(s), foresight.expected_end(s), per_row)
-            for s in rows
-        )
-
-    def _row_blocks(self) -> float:
-        """The rows that wait say best what rows to come will need."""
-        rows = self.scheduler.waiting or self.scheduler.running
-        if not rows:
-            return 0.0
-        return (
-            sum(self.scheduler.foresight.expected_end(s) for s in rows)
-            / len(rows)
-            / self.config.block_size
-        )
 
     # -- steps ----------------------------------------------------------------------------------
 
@@ -317,7 +227,7 @@ class Instance:
         if in_use:
             self._over.add(sequence.id)
         assert sequence.first_token_at is not None
-        self._results.append(
+        self._reporting.results.append(
             Result(
                 id=sequence.id,
                 tokens=sequence.packed_output,
