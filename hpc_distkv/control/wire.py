@@ -12,36 +12,9 @@ import numpy as np
 from hpc_distkv.control.messages import Changes, Report
 
 COLUMNS = {
-    "round": "q",
-    "capacity": "i",
-    "free": "i",
-    "promised": "i",
-    "hosted": "i",
-    "wanted": "i",
-    "wanted_for": "q",
-    "largest": "i",
-    "starved": "?",
-    "room_rows": "i",
-    "room_tokens": "i",
-    "running": "i",
-    "waiting": "i",
-    "seats": "i",
-    "youngest": "q",
-    "youngest_blocks": "i",
-    "longest": "i",
-    "lacking": "i",
-    "prompt_tokens": "q",
-    "generated_tokens": "q",
-    "kv_tokens": "q",
-    "work_left": "f",
-    "row_blocks": "f",
-    "fixed": "f",
-    "per_token": "f",
-    "per_kv": "f",
-    "prompt_time": "f",
-    "exchange": "f",
-    "drain": "?",
-    "halt": "?",
+    field.name: {int: "q", float: "f", bool: "?"}[field.type]
+    for field in msgspec.structs.fields(Report)
+    if field.name != "changes"
 }
 """Field of `Report` → its format, as of `struct` and of a numpy dtype; little-endian."""
 SIGNED = frozenset({"youngest"})
