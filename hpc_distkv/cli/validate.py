@@ -15,12 +15,12 @@ from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.rows import Row, parse_row
 from hpc_distkv.batch.service import Limits, SamplingDefaults, Service
 from hpc_distkv.cli.options import Size
+from hpc_distkv.control.percentiles import percentiles
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.errors import ModelError
 
 EXAMPLES = 3
 """Bad rows shown for each error code."""
-PERCENTILES = (50, 90, 99)
 COLUMNS = ("line", "custom_id", "answers", "prompt", "output", "rBlocks", "ranks", "error")
 """Of the table of rows; tokens and rBlocks are those of each answer."""
 
@@ -89,9 +89,9 @@ class Report:
         if not self.good:
             return []
         ordered = sorted(self.prompt_tokens)
-        shown = [f"p{p} {_percentile(ordered, p)}" for p in PERCENTILES]
+        shown = ", ".join(f"{name} {tokens}" for name, tokens in percentiles(ordered).items())
         lines = [
-            f"prompt tokens {sum(ordered)} in all; {', '.join(shown)}, max {ordered[-1]}",
+            f"prompt tokens {sum(ordered)} in all; {shown}",
             f"output tokens {self.output_tokens} at most",
         ]
         if self.open_ended:
@@ -132,11 +132,6 @@ def check_rows(path: str | Path, service: Service, report: Report, table: bool =
                 click.echo("\t".join((str(envelope.number + 1), name, *cells)))
     finally:
         intake.close()
-
-
-def _percentile(ordered: list[int], percent: int) -> int:
-    """Nearest rank: the smallest value with at least `percent` % of all values at or below it."""
-    return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
 
 
 @click.command("validate")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping
+from itertools import accumulate
+
+from hpc_distkv.control.percentiles import ranks
 
 BINS_PER_OCTAVE = 16
 """Width of a bin: 4 %."""
-PERCENTILES = (50, 90, 99)
 
 
 def gap_bin(seconds: float) -> int:
@@ -16,16 +19,11 @@ def gap_bin(seconds: float) -> int:
 
 
 def gap_summary(gaps: Mapping[int, int]) -> dict[str, float]:
-    """Percentiles (nearest rank) in seconds of times counted by bin, to the middle of the bin;
-    empty without any."""
-    total = sum(gaps.values())
-    if not total:
+    """Percentiles in seconds of times counted by bin, to the middle of the bin; empty without
+    any."""
+    bins = sorted(gaps)
+    ends = list(accumulate(gaps[at] for at in bins))
+    if not ends:
         return {}
-    summary, seen = {}, 0
-    ranks = {f"p{p}": round((total - 1) * p / 100) for p in PERCENTILES} | {"max": total - 1}
-    for at, count in sorted(gaps.items()):
-        seen += count
-        for name, rank in ranks.items():
-            if rank < seen and name not in summary:
-                summary[name] = round(2 ** ((at + 0.5) / BINS_PER_OCTAVE), 5)
-    return summary
+    places = {name: bins[bisect_right(ends, rank)] for name, rank in ranks(ends[-1]).items()}
+    return {name: round(2 ** ((at + 0.5) / BINS_PER_OCTAVE), 5) for name, at in places.items()}

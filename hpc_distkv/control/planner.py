@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -31,8 +30,7 @@ class Transfer(NamedTuple):
     blocks: int
 
 
-@dataclass(frozen=True)
-class Load:
+class Load(NamedTuple):
     """One instance as the model sees it."""
 
     rows: float
@@ -150,10 +148,10 @@ class Planner:
         lent = {i: self._load(i) for i in (debtor, *loans)}
         exchange = max(self._exchange(debtor, creditor) for creditor in loans)
         home = {
-            i: replace(lent[i], kv_tokens=lent[i].kv_tokens - loans[i] * self._size) for i in loans
+            i: lent[i]._replace(kv_tokens=lent[i].kv_tokens - loans[i] * self._size) for i in loans
         }
         kv_tokens = lent[debtor].kv_tokens + sum(loans.values()) * self._size
-        home[debtor] = replace(lent[debtor], kv_tokens=kv_tokens)
+        home[debtor] = lent[debtor]._replace(kv_tokens=kv_tokens)
         now = lent.pop(debtor).rate(exchange) + sum(load.rate() for load in lent.values())
         return now > sum(load.rate() for load in home.values())
 
@@ -254,15 +252,14 @@ def _shift(one: Load, other: Load, blocks: int, size: int) -> tuple[Load, Load]:
     first = 1 if one.lacking and beyond >= 0 else 0
     more = min(one.seats, first + max(0, beyond) / one.row_blocks)
     return (
-        replace(
-            one,
+        one._replace(
             rows=one.rows + more,
             seats=one.seats - more,
             kv_tokens=one.kv_tokens + (more * one.row_blocks - blocks) * size,
             longest=one.longest - blocks,
             lacking=max(0, -beyond),
         ),
-        replace(other, kv_tokens=other.kv_tokens + blocks * size, spare=other.spare - blocks),
+        other._replace(kv_tokens=other.kv_tokens + blocks * size, spare=other.spare - blocks),
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -12,43 +14,19 @@ import numpy as np
 from hpc_distkv.control.messages import Changes, Report
 
 COLUMNS = {
-    "round": "q",
-    "capacity": "i",
-    "free": "i",
-    "promised": "i",
-    "hosted": "i",
-    "wanted": "i",
-    "wanted_for": "q",
-    "largest": "i",
-    "starved": "?",
-    "room_rows": "i",
-    "room_tokens": "i",
-    "running": "i",
-    "waiting": "i",
-    "seats": "i",
-    "youngest": "q",
-    "youngest_blocks": "i",
-    "longest": "i",
-    "lacking": "i",
-    "prompt_tokens": "q",
-    "generated_tokens": "q",
-    "kv_tokens": "q",
-    "work_left": "f",
-    "row_blocks": "f",
-    "fixed": "f",
-    "per_token": "f",
-    "per_kv": "f",
-    "prompt_time": "f",
-    "exchange": "f",
-    "drain": "?",
-    "halt": "?",
+    code: [field.name for field in msgspec.structs.fields(Report) if field.type is kind]
+    for kind, code in ((int, "q"), (float, "f"), (bool, "?"))
 }
-"""Field of `Report` → its format, as of `struct` and of a numpy dtype; little-endian."""
+"""Format, as of `struct` and of a numpy dtype, → the fields of `Report` that have it, in their order
+on the wire; little-endian."""
 SIGNED = frozenset({"youngest"})
-"""Columns that may be negative."""
+"""Columns that may be -1."""
 
-_ROW = struct.Struct("<" + "".join(COLUMNS.values()))
-_DTYPE = np.dtype([(name, "<" + code) for name, code in COLUMNS.items()])
+_ROW = struct.Struct("<" + "".join(len(names) * code for code, names in COLUMNS.items()))
+_DTYPE = np.dtype([(code, "<" + code, len(names)) for code, names in COLUMNS.items()])
+_LEAST = np.array([[-1 if name in SIGNED else 0] for name in COLUMNS["q"]])
+_numbers = attrgetter(*chain(*COLUMNS.values()))
+_changes = msgspec.msgpack.Decoder(Changes)
 _NOTHING = Changes()
 
 
@@ -58,7 +36,7 @@ class ReportError(RuntimeError):
 
 def encode_report(report: Report) -> bytes:
     """The report's row of numbers, and its changes if there are any."""
-    row = _ROW.pack(*(getattr(report, name) for name in COLUMNS))
+    row = _ROW.pack(*_numbers(report))
     return row if report.changes == _NOTHING else row + msgspec.msgpack.encode(report.changes)
 
 
@@ -67,15 +45,19 @@ class Reports:
 
     def __init__(self, messages: Sequence[bytes]) -> None:
         """Raises ReportError, naming the instance, for a message that is no report."""
-        self.size = sum(map(len, messages))
-        """Bytes of all messages."""
         for instance, message in enumerate(messages):
             if len(message) < _ROW.size:
                 raise ReportError(f"instance {instance} sent {len(message)} bytes, no report")
         rows = b"".join([message[: _ROW.size] for message in messages])
-        self._columns = np.frombuffer(rows, _DTYPE)
+        numbers = np.frombuffer(rows, _DTYPE)
+        self._blocks = {code: np.ascontiguousarray(numbers[code].T) for code in COLUMNS}
+        """Format → all its columns: [column, instance]."""
+        self._columns: dict[str, np.ndarray[Any, Any]] = {}
+        for code, block in self._blocks.items():
+            block.flags.writeable = False
+            self._columns |= zip(COLUMNS[code], block, strict=True)
         self.changes = {
-            instance: _changes(instance, message[_ROW.size :])
+            instance: _decoded(instance, message[_ROW.size :])
             for instance, message in enumerate(messages)
             if len(message) > _ROW.size
         }
@@ -83,20 +65,17 @@ class Reports:
 
     def __getitem__(self, column: str) -> np.ndarray[Any, Any]:
         """One value per instance, read-only."""
-        values: np.ndarray[Any, Any] = self._columns[column]
-        return values
+        return self._columns[column]
 
     def __len__(self) -> int:
-        return len(self._columns)
+        return len(self["round"])
 
     def check(self, round: int) -> None:
         """Refuse what cannot be. Raises ReportError."""
         self._refuse(self["round"] != round, f"not of round {round}: it is stale", "round")
-        for name, code in COLUMNS.items():
-            if code == "f":
-                self._refuse(~(self[name] >= 0) | ~np.isfinite(self[name]), "no time", name)
-            elif code != "?" and name not in SIGNED:
-                self._refuse(self[name] < 0, "negative", name)
+        counts, times = self._blocks["q"], self._blocks["f"]
+        self._refuse(counts < _LEAST, "negative", *COLUMNS["q"])
+        self._refuse(~((times >= 0) & (times < np.inf)), "no time", *COLUMNS["f"])
         self._refuse(self["free"] > self["capacity"], "more than its pool", "free")
         self._refuse(self["promised"] > self["free"], "more than is free", "promised")
         instances = len(self)
@@ -114,15 +93,16 @@ class Reports:
                         f"{numbers}"
                     )
 
-    def _refuse(self, bad: np.ndarray[Any, Any], why: str, column: str) -> None:
+    def _refuse(self, bad: np.ndarray[Any, Any], why: str, *columns: str) -> None:
+        """`bad`: [column, instance], or [instance] for one column."""
         if bad.any():
-            instance = int(bad.argmax())
-            value = self[column][instance]
-            raise ReportError(f"the report of instance {instance} says {column} {value}: {why}")
+            column, instance = divmod(int(bad.argmax()), len(self))
+            name, value = columns[column], self[columns[column]][instance]
+            raise ReportError(f"the report of instance {instance} says {name} {value}: {why}")
 
 
-def _changes(instance: int, message: bytes) -> Changes:
+def _decoded(instance: int, message: bytes) -> Changes:
     try:
-        return msgspec.msgpack.decode(message, type=Changes)
+        return _changes.decode(message)
     except msgspec.DecodeError as error:
         raise ReportError(f"the report of instance {instance} is malformed: {error}") from error

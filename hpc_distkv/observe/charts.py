@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from hpc_distkv.control.percentiles import PERCENTILES
 from hpc_distkv.observe.run_files import History, Series
 from hpc_distkv.observe.svg import (
     WIDTH,
@@ -24,7 +25,6 @@ from hpc_distkv.observe.units import seconds_text, short
 LEFT, RIGHT = 64, 24
 BINS = 80
 """Of a rate over time."""
-PERCENTILES = ("p50", "p90", "p99")
 SMALL_PANELS = 12
 """Instances up to which each has a panel; more are rows of one picture."""
 MOST_ROWS = 64
@@ -184,7 +184,7 @@ def latencies(metrics: Mapping[str, Any]) -> str:
         y = Axis(0, most, bottom, top + 14)
         total = sum(count for _, count in bins)
         parts.append(text(LEFT, top - 8, f"{names[name]} ({total:,})", "unit"))
-        marks = [f"{p} {seconds_text(metrics[name][p])}" for p in PERCENTILES]
+        marks = [f"p{p} {seconds_text(metrics[name][f'p{p}'])}" for p in PERCENTILES]
         parts.append(text(WIDTH - RIGHT, top - 8, " · ".join(marks), "label", "end"))
         for seconds, count in bins:
             left, right = x.at(seconds / 2 ** (1 / 32)), x.at(seconds * 2 ** (1 / 32))
@@ -194,7 +194,7 @@ def latencies(metrics: Mapping[str, Any]) -> str:
             )
         parts.append(line(LEFT, bottom, WIDTH - RIGHT, bottom, "base"))
         for percentile in PERCENTILES:
-            at = x.at(metrics[name][percentile])
+            at = x.at(metrics[name][f"p{percentile}"])
             parts.append(line(at, top + 4, at, bottom, "mark"))
         top = bottom + 50
     for power in range(low, max(high, low + 1) + 1):

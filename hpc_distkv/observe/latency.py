@@ -7,8 +7,7 @@ from array import array
 import numpy as np
 
 from hpc_distkv.control.gaps import BINS_PER_OCTAVE, gap_bin
-
-PERCENTILES = (50, 90, 99)
+from hpc_distkv.control.percentiles import ranks
 
 
 class Latencies:
@@ -22,13 +21,12 @@ class Latencies:
         self._seconds.append(seconds)
 
     def summary(self) -> dict[str, float]:
-        """Mean and percentiles (nearest rank) in seconds; empty without rows."""
+        """Mean, percentiles and maximum in seconds; empty without rows."""
         if not self._seconds:
             return {}
         ordered = np.sort(np.frombuffer(self._seconds, "f4"))
-        last = len(ordered) - 1
-        shown = {f"p{p}": ordered[round(last * p / 100)] for p in PERCENTILES}
-        summary = {"mean": ordered.mean(dtype="f8"), **shown, "max": ordered[-1]}
+        shown = {name: ordered[rank] for name, rank in ranks(len(ordered)).items()}
+        summary = {"mean": ordered.mean(dtype="f8"), **shown}
         return {name: round(float(seconds), 4) for name, seconds in summary.items()}
 
     def bins(self) -> dict[int, int]:

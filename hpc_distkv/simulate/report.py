@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from hpc_distkv.control.gaps import gap_summary
 from hpc_distkv.control.messages import Counters, Result
+from hpc_distkv.control.percentiles import percentiles
 from hpc_distkv.observe.latency import Latencies
 from hpc_distkv.observe.metrics import peak_memory, total
 from hpc_distkv.simulate.deployment import Deployment
@@ -97,13 +99,5 @@ class Record:
 
 
 def _summary(values: Sequence[float]) -> dict[str, float]:
-    """Mean, 99th percentile (nearest rank) and maximum."""
-    ordered = sorted(values)
-    if not ordered:
-        return {}
-    last = len(ordered) - 1
-    return {
-        "mean": sum(ordered) / len(ordered),
-        "p99": ordered[round(last * 0.99)],
-        "max": ordered[last],
-    }
+    """Mean, percentiles and maximum; empty without values."""
+    return {"mean": fmean(values), **percentiles(sorted(values))} if values else {}

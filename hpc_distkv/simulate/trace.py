@@ -40,13 +40,13 @@ import numpy as np
 from msgspec import Meta
 
 from hpc_distkv.control.messages import Request, Sampling, pack_tokens
+from hpc_distkv.control.percentiles import percentiles
 from hpc_distkv.engine.config import OptionError
 
 T = TypeVar("T")
 Count = Annotated[int, Meta(ge=1)]
 Mix = Annotated[dict[str, Count], Meta(min_length=1)]
 """Class → its share of the rows: whole numbers, percent for instance."""
-PERCENTILES = (50, 90, 99)
 
 
 class Row(NamedTuple):
@@ -265,16 +265,14 @@ class Trace:
         return row._replace(prompt=prefix + own, output=output, prefix_tokens=prefix, limit=limit)
 
     def summary(self) -> dict[str, float]:
-        """Rows, tokens, percentiles (nearest rank) of a row's prompt and output tokens together,
-        and the share of all tokens that is in rows of long classes."""
+        """Rows, tokens, percentiles of a row's prompt and output tokens together, and the share of
+        all tokens that is in rows of long classes."""
         lengths = sorted(row.prompt + row.output for row in self.rows)
-        last = len(lengths) - 1
         return {
             "rows": len(lengths),
             "prompt_tokens": sum(row.prompt for row in self.rows),
             "output_tokens": sum(row.output for row in self.rows),
-            **{f"p{p}": lengths[round(last * p / 100)] for p in PERCENTILES},
-            "max": lengths[-1],
+            **percentiles(lengths),
             "long_share": sum(r.prompt + r.output for r in self.rows if r.long) / sum(lengths),
         }
 
