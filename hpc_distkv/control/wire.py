@@ -17,8 +17,8 @@ COLUMNS = {
     code: [field.name for field in msgspec.structs.fields(Report) if field.type is kind]
     for kind, code in ((int, "q"), (float, "f"), (bool, "?"))
 }
-"""Format, as of `struct` and of a numpy dtype, → the fields of `Report` that have it, in their order
-on the wire; little-endian."""
+"""Format, as of `struct` and of a numpy dtype, → the fields of `Report` that have it: in the order
+of the wire, little-endian."""
 SIGNED = frozenset({"youngest"})
 """Columns that may be -1."""
 

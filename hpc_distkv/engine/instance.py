@@ -217,14 +217,14 @@ class Instance:
         for creditor in sorted({*queries, *creditors, *leaving.values()}):
             news = self.rm.settle_debt(creditor)
             headers[creditor] = Header(
+                splits=list(news.splits),
                 released=list(news.released),
+                dropped=list(news.dropped),
                 returned=news.returned,
                 moves=[(m.request, m.block) for m in plan.moves if m.peer == creditor],
                 recalls=[(m.request, m.block) for m in plan.recalls if m.peer == creditor],
                 handovers=[handover(s, now) for s in plan.leaving if leaving[s.id] == creditor],
                 queries=[query.asked for query in queries.get(creditor, [])],
-                dropped=list(news.dropped),
-                splits=list(news.splits),
             )
         return headers
 
