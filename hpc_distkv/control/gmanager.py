@@ -107,7 +107,7 @@ class GManager:
         self.counters = [Counters() for _ in range(instances)]
         self.reports: Reports | None = None
         """Of the last round."""
-        self.running = self.free = self.capacity = 0
+        self.running = 0
         self.round_number = 0
         self.draining = False
         """Whether the run ends before all rows are answered."""
@@ -120,7 +120,8 @@ class GManager:
         self._planned: dict[tuple[int, int], int] = {}
         """(debtor, creditor) → rBlocks of a transfer that are not granted yet."""
         self._block_size, self._move_budget = block_size, move_budget
-        self._patience = 0
+        self._next_call = 0
+        """The first round that may call for victims again."""
 
     def round(
         self, messages: Sequence[bytes], *, drain: bool = False, halt: bool = False
@@ -224,8 +225,6 @@ class GManager:
         for result in results:
             self.assignment.finish(result)
         self.running = int(reports["running"].sum())
-        self.free = int(reports["free"].sum())
-        self.capacity = int(reports["capacity"].sum())
         return results
 
     def _spread_tail(self, reports: Reports, given: Container[int], answers: Answers) -> None:
@@ -373,9 +372,9 @@ class GManager:
         """Let younger requests give way until the starved one has what it wants: first those that
         have rBlocks at its home, then the youngest."""
         missing = int(reports["wanted"][starved]) - answers[starved].granted
-        if missing <= 0 or self.round_number < self._patience:
+        if missing <= 0 or self.round_number < self._next_call:
             return
-        self._patience = self.round_number + PATIENCE
+        self._next_call = self.round_number + PATIENCE
         oldest, youngest = int(reports["wanted_for"][starved]), reports["youngest"]
         near = self._links.classes(starved) <= self._own_reach(reports, starved)
         order = [int(i) for i in np.argsort(-youngest) if youngest[i] > oldest]
