@@ -176,6 +176,11 @@ class Instance:
         granted = [debtor for debtor, loan in self.rm.loans.items() if loan.unopened]
         return {debtor: self.rm.open_credit(debtor) for debtor in granted}
 
+    def return_credit(self) -> None:
+        """Give all credit back: the next headers tell the creditors."""
+        for creditor, debt in self.rm.debts.items():
+            self.rm.return_credit(creditor, debt.credit)
+
     def _kv_tokens(self) -> int:
         running, size = self.scheduler.running, self.config.block_size
         own = sum(s.computed - size * self.rm.tables[s.id].absent for s in running)

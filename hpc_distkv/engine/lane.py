@@ -20,13 +20,11 @@ from hpc_distkv.engine.host import HostTier
 from hpc_distkv.engine.instance import Instance
 from hpc_distkv.engine.model import Model
 from hpc_distkv.engine.pace import StepWork
-from hpc_distkv.engine.plan import Plan, Row
+from hpc_distkv.engine.plan import NOTHING, Plan, Row
 from hpc_distkv.engine.sequence import Sequence
 from hpc_distkv.engine.stop import TextDecoder
 from hpc_distkv.engine.timesheet import TimeSheet
 from hpc_distkv.memory.pool import BlockPool
-
-NOTHING = Plan([], [], [], [])
 
 
 class Advance(NamedTuple):
@@ -128,9 +126,7 @@ class Lane:
 
     def return_all(self, now: float) -> None:
         """Give all credit back."""
-        rm = self.instance.rm
-        for creditor, debt in rm.debts.items():
-            rm.return_credit(creditor, debt.credit)
+        self.instance.return_credit()
         self.debtor.begin(NOTHING, now)
 
     def _work(self, rows: list[Row]) -> StepWork:

@@ -97,10 +97,6 @@ class Deployment:
         nodes = [self.cluster.node_of(number, self.tp) for number in numbers]
         return Links(nodes, [self.cluster.switch_of(number, self.tp) for number in numbers])
 
-    def level(self, a: int, b: int) -> int:
-        """How far two instances are apart."""
-        return self.cluster.level(a, b, self.tp)
-
     def fits(self, row: Row) -> bool:
         """Whether a row could ever end; others are refused before they start."""
         return row.prompt + row.max_tokens - 1 <= self.capacity_tokens

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import math
 import random
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -42,6 +41,7 @@ from msgspec import Meta
 from hpc_distkv.control.messages import Request, Sampling, pack_tokens
 from hpc_distkv.control.percentiles import percentiles
 from hpc_distkv.engine.config import OptionError
+from hpc_distkv.simulate.toml import read_toml
 
 T = TypeVar("T")
 Count = Annotated[int, Meta(ge=1)]
@@ -309,16 +309,7 @@ class Trace:
 
 
 def _read(path: str) -> TraceFile:
-    try:
-        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise OptionError(f"cannot read the trace file {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise OptionError(f"the trace file {path} is not TOML: {error}") from error
-    try:
-        return msgspec.convert(content, TraceFile)
-    except msgspec.ValidationError as error:
-        raise OptionError(f"trace file {path}: {_reason(content, error)}") from error
+    return read_toml(path, TraceFile, "trace file", _reason)
 
 
 def _reason(content: dict[str, Any], error: msgspec.ValidationError) -> str:

@@ -91,7 +91,7 @@ def test_circles_change_nobodys_occupancy(graph, budget):
 
 @given(graphs, spares, places, budgets, urgents)
 def test_repayment_brings_home_all_that_room_and_budgets_allow(graph, spare, nodes, budget, urgent):
-    n, debts = graph
+    _, debts = graph
     recalls = repay(graph, spare, Links(nodes), budget, urgent)
     came, went = home(recalls), back(recalls)
     assert all(came[debtor] <= spare.get(debtor, 0) for debtor in came)
@@ -103,7 +103,7 @@ def test_repayment_brings_home_all_that_room_and_budgets_allow(graph, spare, nod
 def test_a_loan_is_passed_over_only_if_those_before_it_left_nothing(
     graph, spare, nodes, budget, urgent
 ):
-    n, debts = graph
+    _, debts = graph
     recalls = repay(graph, spare, Links(nodes), budget, urgent)
 
     def pressing(pair: tuple[int, int]) -> tuple[bool, bool]:

@@ -76,14 +76,10 @@ def test_a_lone_instance_shares_nothing():
     assert where.config.policy == POLICIES["queue"]
 
 
-def test_distances_and_link_classes_agree():
+def test_link_classes_are_levels_of_distance():
     where = Deployment.fit(A100, LLAMA, config(), tp=4)
     links = where.links()
-    assert [where.level(0, other) for other in (1, 2, 7)] == [NODE, SWITCH, SWITCH]
-    for one in range(8):
-        assert [links.between(one, other) for other in range(8)] == [
-            where.level(one, other) for other in range(8)
-        ]
+    assert [links.between(0, other) for other in (1, 2, 7)] == [NODE, SWITCH, SWITCH]
     far = Cluster(
         nodes=2, gpus_per_node=1, device=A100.device, roofline=A100.roofline, links=A100.links
     )
