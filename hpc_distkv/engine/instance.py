@@ -27,7 +27,7 @@ from hpc_distkv.engine.pace import Pace, StepSeconds, StepWork
 from hpc_distkv.engine.plan import Plan, Row
 from hpc_distkv.engine.scheduler import Scheduler
 from hpc_distkv.engine.sequence import Sequence
-from hpc_distkv.memory.loan import Kind, Move, ProtocolError
+from hpc_distkv.memory.loan import MoveKind, Move, ProtocolError
 from hpc_distkv.memory.rmanager import RManager
 
 log = logging.getLogger(__name__)
@@ -236,8 +236,8 @@ class Instance:
     def commit(self, plan: Plan) -> None:
         """The moves of this instance's own step have arrived."""
         for move in plan.moves:
-            self.counters.blocks_borrowed += move.kind is Kind.LEND
-            self.counters.blocks_copied += move.kind is Kind.COPY
+            self.counters.blocks_borrowed += move.kind is MoveKind.LEND
+            self.counters.blocks_copied += move.kind is MoveKind.COPY
         self.counters.blocks_returned += len(plan.recalls)
         self.counters.blocks_to_host += len(plan.to_host)
         self.counters.blocks_from_host += len(plan.from_host)

@@ -15,7 +15,7 @@ from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.migration import COPIED_BLOCKS, GROWTH_BLOCKS, Migrations
 from hpc_distkv.engine.scheduler import Scheduler
 from hpc_distkv.engine.sequence import Sequence
-from hpc_distkv.memory.loan import Kind
+from hpc_distkv.memory.loan import MoveKind
 from hpc_distkv.memory.rmanager import RManager
 from hpc_distkv.model.decoder import Decoder
 
@@ -44,7 +44,7 @@ class Rig:
     def step(self, short: int = 1) -> tuple[list[tuple[int, int, int]], list[int]]:
         """(request, rBlock, creditor) of the copies of one step, and who leaves with it."""
         moves, leaving = self.migrations.plan(self.running, short)
-        assert all(move.kind is Kind.COPY for move in moves)
+        assert all(move.kind is MoveKind.COPY for move in moves)
         self.rm.commit(moves, [])
         for sequence in leaving:
             self.rm.hand_over(sequence.id)
