@@ -20,7 +20,7 @@ Amount = Annotated[float, msgspec.Meta(ge=0, le=1e30)]
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 
 
-class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What one rank computes on."""
 
     name: str
@@ -125,7 +125,7 @@ class Cluster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     nodes: Count
     gpus_per_node: Count
-    device: Device
+    device: DeviceSpec
     nodes_per_switch: Count = 1
     gpu_memory_utilization: Share = 0.9
     """Share of a device's memory for weights, activations and KV."""

@@ -9,7 +9,7 @@ import pytest
 
 from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.engine.config import EngineConfig, OptionError
-from hpc_distkv.simulate.cluster import ELSEWHERE, NODE, SWITCH, Cluster, Device, Measured
+from hpc_distkv.simulate.cluster import ELSEWHERE, NODE, SWITCH, Cluster, DeviceSpec, Measured
 from hpc_distkv.simulate.deployment import Deployment, usable_tp
 from hpc_distkv.simulate.models import MODELS
 from hpc_distkv.simulate.trace import Row
@@ -47,7 +47,7 @@ def test_usable_sizes_divide_heads_and_nodes():
 
 def test_a_model_that_fits_nowhere_is_refused_with_the_arithmetic():
     speed = Measured(1, 1, 1, 1, 1, 1, 1)
-    small = Cluster(nodes=1, gpus_per_node=2, device=Device("toy", 10e9, 0), measured=speed)
+    small = Cluster(nodes=1, gpus_per_node=2, device=DeviceSpec("toy", 10e9, 0), measured=speed)
     with pytest.raises(OptionError, match="does not fit on toy"):
         Deployment.fit(small, BIG, config())
 
