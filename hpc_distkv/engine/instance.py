@@ -27,7 +27,7 @@ from hpc_distkv.engine.pace import Pace, StepSeconds, StepWork
 from hpc_distkv.engine.plan import Plan, Row
 from hpc_distkv.engine.scheduler import Scheduler
 from hpc_distkv.engine.sequence import Sequence
-from hpc_distkv.memory.loan import MoveKind, Move, ProtocolError
+from hpc_distkv.memory.loan import Move, MoveKind, ProtocolError
 from hpc_distkv.memory.rmanager import RManager
 
 log = logging.getLogger(__name__)

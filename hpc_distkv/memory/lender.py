@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from hpc_distkv.memory.loan import Guest, MoveKind, Loan, Move, ProtocolError
+from hpc_distkv.memory.loan import Guest, Loan, Move, MoveKind, ProtocolError
 from hpc_distkv.memory.prefix import PrefixTree
 from hpc_distkv.memory.table import BlockTable
 

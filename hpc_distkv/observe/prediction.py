@@ -13,7 +13,7 @@ from hpc_distkv.simulate.cluster import Cluster, DeviceSpec, Measured
 from hpc_distkv.simulate.deployment import Deployment
 from hpc_distkv.simulate.models import ModelShape
 from hpc_distkv.simulate.simulation import Simulation
-from hpc_distkv.simulate.trace import Row
+from hpc_distkv.simulate.workload import Row
 
 BYTES_PER_SECOND = 2e9
 """Of rBlocks that move in host memory; assumed: they are a small part of any run."""

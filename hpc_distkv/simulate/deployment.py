@@ -11,7 +11,7 @@ from hpc_distkv.simulate.cluster import Cluster
 from hpc_distkv.simulate.cost import CostModel
 from hpc_distkv.simulate.host import staged_from
 from hpc_distkv.simulate.models import ModelShape
-from hpc_distkv.simulate.trace import Row
+from hpc_distkv.simulate.workload import Row
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from hpc_distkv.simulate.member import Member
 from hpc_distkv.simulate.report import Record
 from hpc_distkv.simulate.sequence import SizedRequest, SizedSequence
 from hpc_distkv.simulate.step import Steps
-from hpc_distkv.simulate.trace import Row
+from hpc_distkv.simulate.workload import Row
 
 QUIET_ROUNDS = 100
 """Rounds in which nothing is computed, after which the job counts as stuck."""

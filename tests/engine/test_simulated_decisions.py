@@ -19,7 +19,7 @@ from hpc_distkv.simulate.cluster import Cluster, DeviceSpec, Measured
 from hpc_distkv.simulate.deployment import Deployment
 from hpc_distkv.simulate.models import ModelShape
 from hpc_distkv.simulate.simulation import Rounds, Simulation
-from hpc_distkv.simulate.trace import Row
+from hpc_distkv.simulate.workload import Row
 
 AT_ONCE = Rounds(floor=0.0, answer=0.0, per_instance=0.0)
 SHAPE = ModelShape("tiny", 2, 64, 128, 4, 2, 16, 100)

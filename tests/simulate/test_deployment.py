@@ -12,7 +12,7 @@ from hpc_distkv.engine.config import EngineConfig, OptionError
 from hpc_distkv.simulate.cluster import ELSEWHERE, NODE, SWITCH, Cluster, DeviceSpec, Measured
 from hpc_distkv.simulate.deployment import Deployment, usable_tp
 from hpc_distkv.simulate.models import MODELS
-from hpc_distkv.simulate.trace import Row
+from hpc_distkv.simulate.workload import Row
 
 A100 = Cluster.load(Path(__file__).parents[2] / "jobs" / "clusters" / "a100-4x8.toml")
 LLAMA, BIG = MODELS["llama2-7b"], MODELS["llama2-70b"]

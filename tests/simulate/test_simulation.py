@@ -22,7 +22,7 @@ from hpc_distkv.simulate.member import Member, Visit
 from hpc_distkv.simulate.models import MODELS, ModelShape
 from hpc_distkv.simulate.simulation import Rounds, Simulation
 from hpc_distkv.simulate.step import Steps
-from hpc_distkv.simulate.trace import Row
+from hpc_distkv.simulate.workload import Row
 
 SPEED = Measured(
     fixed=0.010,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hpc_distkv.control.messages import Request, Sampling, pack_tokens, unpack_tokens
 from hpc_distkv.engine.sequence import Sequence
 from hpc_distkv.simulate.sequence import SizedRequest, SizedSequence
-from hpc_distkv.simulate.trace import Row
+from hpc_distkv.simulate.workload import Row
 
 
 def both(prompt: int, output: int) -> tuple[Sequence, SizedSequence]:
