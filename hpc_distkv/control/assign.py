@@ -14,6 +14,7 @@ import numpy as np
 from hpc_distkv.control.affinity import Affinity
 from hpc_distkv.control.messages import Large, Request, Result
 from hpc_distkv.control.places import Place, Places
+from hpc_distkv.control.wire import ReportError, Reports
 from hpc_distkv.control.work import MeanOutput, work
 
 DEALT_AHEAD = 10_000
@@ -102,6 +103,32 @@ class Assignment:
         """Rows that were read and have no result."""
         dealt = sum(map(len, self._dealt or ())) + len(self._large)
         return len(self.home) + len(self._ahead) + len(self._returned) + dealt
+
+    def check(self, reports: Reports, migrating: bool) -> None:
+        """Refuse news of rows that are not there. `migrating`: rows may change their homes. Raises
+        ReportError."""
+        gone: set[int] = set()
+        for instance, changes in reports.changes.items():
+            for row in changes.large:
+                if self.home.get(row.request) != instance:
+                    raise ReportError(
+                        f"instance {instance} reports request {row.request}, which is not there"
+                    )
+            rows = [result.id for result in changes.results]
+            rows += [request.id for request in changes.returned]
+            for request in (*changes.adopted, *rows):
+                home = self.home.get(request)
+                if home is None or request in gone:
+                    raise ReportError(
+                        f"instance {instance} reports request {request}, which nobody has to answer"
+                    )
+                if home != instance and not migrating:
+                    raise ReportError(
+                        f"instance {instance} reports request {request}, which is at {home}"
+                    )
+            gone.update(rows)
+            if len(set(rows)) < len(rows):
+                raise ReportError(f"instance {instance} reports a request twice")
 
     def take_back(self, request: Request) -> None:
         """An instance returns a row that it has not begun."""
