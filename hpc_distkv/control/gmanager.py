@@ -134,7 +134,7 @@ class GManager:
 
     def _assign(self, reports: Reports, reach: Reach, answers: Answers) -> None:
         if self._policy.planner:
-            self.assignment.large_from = self._block_size * int(reports["capacity"].max())
+            self.assignment.rows.large_from = self._block_size * int(reports["capacity"].max())
         step_tokens = reports.step_tokens()
         given = self.assignment.assign(
             reports["room_rows"],
