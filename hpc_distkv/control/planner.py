@@ -175,14 +175,14 @@ class Planner:
     def _load(self, instance: int) -> Load:
         """The instance with the rows that its spare room is about to take in."""
         assert self._reports is not None
-        row = {name: float(self._reports[name][instance]) for name in _READ}
+        row = {name: self._reports[name].item(instance) for name in _READ}
         model = {
             n: row[n] if row["fixed"] + row["per_token"] > 0 else mean
             for n, mean in self._means.items()
         }
         row_blocks = max(1.0, row["row_blocks"])
-        lacking = int(row["lacking"])
-        seats = row["seats"] if self._waiting else min(row["seats"], float(lacking > 0))
+        lacking = row["lacking"]
+        seats = row["seats"] if self._waiting else min(row["seats"], int(lacking > 0))
         # Where a row lacks room, what is promised is of no use to those that wait.
         new = 0.0 if lacking else min(seats, row["promised"] / row_blocks)
         return Load(
@@ -190,7 +190,7 @@ class Planner:
             seats=seats - new,
             kv_tokens=row["kv_tokens"] + new * row_blocks * self._size,
             spare=int(row["promised"] - new * row_blocks),
-            longest=int(row["longest"]),
+            longest=row["longest"],
             lacking=lacking,
             row_blocks=row_blocks,
             prompts=self._prompt_work * self._prompt_time,
