@@ -280,13 +280,13 @@ def policies(**options: Any) -> None:
         from hpc_distkv.engine.loading import unite
         from hpc_distkv.engine.rank import RankEngine
         from hpc_distkv.observe.policies import check_fit, compare, draw, engine_of, way
-        from hpc_distkv.simulate.trace import Trace
+        from hpc_distkv.simulate.workload import Workload
 
         if comm.world.tp > 1:
             raise SetupError("give tensor-parallel in --against: --tensor-parallel-size must be 1")
 
         def traces() -> dict[str, list[Request]]:
-            loaded = [Trace.load(name) for name in options["traces"]]
+            loaded = [Workload.load(name) for name in options["traces"]]
             loaded = [t.head(options["rows"]) if options["rows"] else t for t in loaded]
             scaled = [t.scaled(options["scale"], options["scale_output"]) for t in loaded]
             limited = [t.limited(options["limits"]) for t in scaled]

@@ -121,11 +121,11 @@ def scale(
     from hpc_distkv.simulate import paper as published
     from hpc_distkv.simulate.cluster import Cluster
     from hpc_distkv.simulate.models import ModelShape
-    from hpc_distkv.simulate.trace import Trace
+    from hpc_distkv.simulate.workload import Workload
 
     def measure() -> dict[str, Any]:
         points = published.scale(
-            Cluster.load(cluster), ModelShape.named(model), Trace.load(trace), gpus, rows_per_gpu
+            Cluster.load(cluster), ModelShape.named(model), Workload.load(trace), gpus, rows_per_gpu
         )
         return {"model": model, "trace": trace, "points": points}
 

@@ -15,7 +15,7 @@ from hpc_distkv.engine.options import CHOICES
 if TYPE_CHECKING:
     from hpc_distkv.control.policy import Policy
     from hpc_distkv.simulate.deployment import Deployment
-    from hpc_distkv.simulate.trace import Trace
+    from hpc_distkv.simulate.workload import Workload
 
 TENSOR_PARALLEL = "tensor-parallel"
 
@@ -159,10 +159,10 @@ def _policy(options: dict[str, Any]) -> Policy:
     )
 
 
-def _trace(options: dict[str, Any]) -> Trace:
-    from hpc_distkv.simulate.trace import Trace
+def _trace(options: dict[str, Any]) -> Workload:
+    from hpc_distkv.simulate.workload import Workload
 
-    trace = Trace.load(options["trace"])
+    trace = Workload.load(options["trace"])
     trace = trace.head(options["rows"]) if options["rows"] else trace
     return trace.scaled(options["scale"], options["scale_output"]).limited(options["limits"])
 

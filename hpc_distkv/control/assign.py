@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -14,21 +12,12 @@ import numpy as np
 from hpc_distkv.control.affinity import Affinity
 from hpc_distkv.control.messages import Large, Request, Result
 from hpc_distkv.control.places import Place, Places
+from hpc_distkv.control.row_queue import LOOK_AHEAD, RowQueue
+from hpc_distkv.control.wire import ReportError, Reports
 from hpc_distkv.control.work import MeanOutput, work
 
 DEALT_AHEAD = 10_000
 """Rows dealt to one instance ahead of its room at most; then the others wait for it."""
-
-LOOK_AHEAD = 16
-"""Rows per instance that are read before they can be assigned: when these are the last ones, the
-longest of them go first."""
-MOST_AHEAD = 16_384
-"""Rows that are read ahead at most, however many instances there are."""
-READ_AT_ONCE = 8
-"""Rows read for each that is assigned, until enough are ahead: so no round takes long."""
-
-NOT_LARGE = 1 << 62
-"""Tokens that no prompt has."""
 
 Numbers = np.ndarray[Any, Any]
 
@@ -48,29 +37,19 @@ class Assignment:
         """`queue`: a row goes to the instance with least predicted work; otherwise rows are dealt
         out in turn, as to replicas that each got their part of the input. `affinity`: if instances
         share the beginnings of rows."""
-        self.exhausted = False
+        self.rows = RowQueue(requests, instances, self._duration if queue else None)
         self.home: dict[int, int] = {}
         """Unfinished request → its home instance."""
         self._limits: dict[int, int] = {}
         """Unfinished request → output tokens that it may make."""
         self._given_work, self._given_limits = 0.0, 0
         """Of all rows given so far and not taken back: work of their prompts, and output limits."""
-        self._requests = requests
         self._attention_tokens = attention_tokens
         self._outputs = MeanOutput()
-        self._ahead = deque[Request]()
-        """Rows that were read and wait for an instance."""
-        self.large_from = NOT_LARGE
-        """Tokens from which on rows are too large for any one pool: they wait apart."""
-        self._large: list[Request] = []
-        """Oldest first."""
         self._beginnings: dict[int, tuple[list[int], int]] = {}
-        """One of them → what `Affinity.find` says, until one is given."""
-        self._most_ahead = min(instances * LOOK_AHEAD, MOST_AHEAD)
+        """One of the large rows → what `Affinity.find` says, until one is given."""
         self._step_tokens = 1.0
         """Prompt tokens in the time of a decode step, as told last."""
-        self._returned = deque[Request]()
-        """Rows that come before all others."""
         self._levelled: set[int] = set()
         """Rows that were given back once, wherever their beginnings are: to who has least to do."""
         self._dealt = None if queue else [deque[Request]() for _ in range(instances)]
@@ -91,24 +70,45 @@ class Assignment:
     @property
     def waiting(self) -> bool:
         """Whether there may be rows that no instance has yet."""
-        return (
-            not self.exhausted
-            or bool(self._returned or self._ahead or self._large)
-            or any(self._dealt or ())
-        )
+        return not self.rows.over or any(self._dealt or ())
 
     @property
     def unfinished(self) -> int:
         """Rows that were read and have no result."""
-        dealt = sum(map(len, self._dealt or ())) + len(self._large)
-        return len(self.home) + len(self._ahead) + len(self._returned) + dealt
+        return len(self.home) + len(self.rows) + sum(map(len, self._dealt or ()))
+
+    def check(self, reports: Reports, migrating: bool) -> None:
+        """Refuse news of rows that are not there. `migrating`: rows may change their homes. Raises
+        ReportError."""
+        gone: set[int] = set()
+        for instance, changes in reports.changes.items():
+            for row in changes.large:
+                if self.home.get(row.request) != instance:
+                    raise ReportError(
+                        f"instance {instance} reports request {row.request}, which is not there"
+                    )
+            rows = [result.id for result in changes.results]
+            rows += [request.id for request in changes.returned]
+            for request in (*changes.adopted, *rows):
+                home = self.home.get(request)
+                if home is None or request in gone:
+                    raise ReportError(
+                        f"instance {instance} reports request {request}, which nobody has to answer"
+                    )
+                if home != instance and not migrating:
+                    raise ReportError(
+                        f"instance {instance} reports request {request}, which is at {home}"
+                    )
+            gone.update(rows)
+            if len(set(rows)) < len(rows):
+                raise ReportError(f"instance {instance} reports a request twice")
 
     def take_back(self, request: Request) -> None:
         """An instance returns a row that it has not begun."""
         del self.home[request.id], self._limits[request.id]
         self._given_work -= self._prompt_work(request)
         self._given_limits -= request.sampling.max_tokens
-        self._returned.append(request)
+        self.rows.put_back(request)
         self._levelled.add(request.id)
 
     def finish(self, result: Result) -> None:
@@ -140,7 +140,7 @@ class Assignment:
         places = Places(map(Place, loads, ready.tolist(), rows, tokens))
         if self._affinity:
             self._go_on(places, given)
-        while places and (request := self._pull()) is not None:
+        while places and (request := self.rows.pull()) is not None:
             place, known = self._choose(request, places)
             self._give(request, place.instance, given)
             places.take(place, self._work(request, known), request.length - known)
@@ -149,10 +149,10 @@ class Assignment:
     def _go_on(self, places: Places, given: dict[int, list[Request]]) -> None:
         """Rows too large for any pool, but for a beginning that is likely to be somewhere, go where
         that is."""
-        for request in self._large[:LOOK_AHEAD]:
+        for request in self.rows.large[:LOOK_AHEAD]:
             holders, known = self._beginning(request)
             if place := places.least(holders):
-                self._large.remove(request)
+                self.rows.large.remove(request)
                 self._give(request, place.instance, given)
                 places.take(place, self._work(request, known), request.length - known)
 
@@ -164,14 +164,14 @@ class Assignment:
         if request.id not in self._beginnings:
             self._beginnings[request.id] = self._affinity.find(request)
         holders, known = self._beginnings[request.id]
-        return (holders, known) if request.length - known < self.large_from else ([], 0)
+        return (holders, known) if request.length - known < self.rows.large_from else ([], 0)
 
     def large_rows(self, count: int, block_size: int, work_left: Numbers) -> list[Large]:
         """Out of the oldest `count` rows too large for any one pool that have no instance, those
         that need not wait for one with a beginning of theirs: what it saves is less than the work
         it has beyond others. `work_left` as of `assign`."""
         rows = []
-        for request in self._large[:count]:
+        for request in self.rows.large[:count]:
             holders, known = self._beginning(request)
             load = min((float(work_left[holder]) for holder in holders), default=math.inf)
             if load - work(0, known, self._attention_tokens) <= work_left.min():
@@ -185,8 +185,8 @@ class Assignment:
 
     def give_large(self, number: int, instance: int) -> Request:
         """Request `number` out of `large_rows` goes to `instance`."""
-        request = next(request for request in self._large if request.id == number)
-        self._large.remove(request)
+        request = next(request for request in self.rows.large if request.id == number)
+        self.rows.large.remove(request)
         self._give(request, instance, {})
         return request
 
@@ -224,39 +224,12 @@ class Assignment:
         while not self._dealt[instance]:
             if len(self._dealt[self._next]) >= DEALT_AHEAD:
                 return False
-            request = self._pull()
+            request = self.rows.pull()
             if request is None:
                 return False
             self._dealt[self._next].append(request)
             self._next = (self._next + 1) % len(self._dealt)
         return True
-
-    def _pull(self) -> Request | None:
-        """The next row that may be assigned."""
-        while (request := self._next_row()) is not None and request.length >= self.large_from:
-            bisect.insort(self._large, request, key=attrgetter("id"))
-        return request
-
-    def _next_row(self) -> Request | None:
-        if not self.exhausted and len(self._large) < self._most_ahead:
-            self._read_ahead()
-        if self._returned:
-            return self._returned.popleft()
-        return self._ahead.popleft() if self._ahead else None
-
-    def _read_ahead(self) -> None:
-        """Read on. When the last rows are in sight, those come first that take longest: one that
-        began last would be waited for at the end."""
-        for _ in range(READ_AT_ONCE):
-            if len(self._ahead) >= self._most_ahead:
-                return
-            request = next(self._requests, None)
-            if request is None:
-                self.exhausted = True
-                if self._dealt is None:
-                    self._ahead = deque(sorted(self._ahead, key=self._duration, reverse=True))
-                return
-            self._ahead.append(request)
 
     def _duration(self, request: Request) -> float:
         """How long a row takes, in prompt tokens."""
@@ -274,7 +247,7 @@ class Assignment:
         given.setdefault(instance, []).append(request)
         if self._affinity:
             self._affinity.give(request, instance)
-            if request.length >= self.large_from:
+            if request.length >= self.rows.large_from:
                 self._beginnings.clear()
 
     def _work(self, request: Request, known: int) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_distkv.control.ledger import DebtLedger
-from hpc_distkv.control.links import Links
+from hpc_distkv.control.links import Classes, Links
 
 CANDIDATES = 3
 """Creditors one debtor may be sent to in one round (DistKV-LLM)."""
@@ -54,14 +54,16 @@ def greedy_borrow(
     for _, debtor, wanted, reach, creditors in sorted(needs):
         if left == 0:
             break
-        rank = _ranks(debtor, promised, ledger, links)
-        rank[links.classes(debtor) > reach] = _NEVER
-        for _ in range(creditors):
-            creditor = int(rank.argmin())
-            if wanted == 0 or rank[creditor] == _NEVER:
+        classes = links.classes(debtor)
+        able = np.flatnonzero((promised > 0) & (classes <= reach))
+        able = able[able != debtor]
+        ranks = _ranks(able, classes, promised, ledger.owing(debtor))
+        for _ in range(min(creditors, len(able))):
+            if wanted == 0:
                 break
+            best = ranks.argmin()
+            creditor, ranks[best] = int(able[best]), _TAKEN
             blocks = min(wanted, int(promised[creditor]))
-            rank[creditor] = _NEVER
             wanted -= blocks
             left -= blocks
             promised[creditor] -= blocks
@@ -73,15 +75,17 @@ def greedy_borrow(
 # A rank is one integer: circle, link class, rBlocks, from the highest bits to the lowest.
 _CLOSES_CIRCLE = 1 << 56
 _CLASS_BIT = 48
-_NEVER = np.iinfo(np.int64).max
+_TAKEN = np.iinfo(np.int64).max
 
 
 def _ranks(
-    debtor: int, promised: NDArray[np.int64], ledger: DebtLedger, links: Links
+    able: NDArray[np.int64], classes: Classes, promised: NDArray[np.int64], owing: set[int]
 ) -> NDArray[np.int64]:
-    """The order in which instances lend to `debtor`, lowest first: int64 [instances]."""
-    ranks = (links.classes(debtor).astype(np.int64) << _CLASS_BIT) - promised
-    ranks[list(ledger.owing(debtor))] += _CLOSES_CIRCLE
-    ranks[promised == 0] = _NEVER
-    ranks[debtor] = _NEVER
+    """The order in which the instances `able` lend, lowest first: int64 [able]. `owing`: those that
+    cannot without a circle."""
+    closes = np.zeros(len(promised), dtype=np.int64)
+    closes[list(owing)] = _CLOSES_CIRCLE
+    ranks: NDArray[np.int64] = (
+        closes[able] + (classes[able].astype(np.int64) << _CLASS_BIT) - promised[able]
+    )
     return ranks

@@ -26,50 +26,23 @@ def plan_recalls(
     budget: int,
     urgent: AbstractSet[int],
 ) -> list[Recall]:
-    """The recalls of one round: what `repay` plans, then what `cancel_circles` plans on the debts
-    and the budgets that remain. One recall per pair, most pressing first; `ledger` is only read.
+    """The recalls of one round: repayment, then the cancelling of circles on the debts and the
+    budgets that remain. One recall per pair, most pressing first; `ledger` is only read. Arguments
+    as of `RecallPlan`.
 
     Source: DGFM of DistKV-LLM, arXiv 2401.02669.
     """
-    plan = _Plan(ledger, budget)
+    plan = RecallPlan(ledger, budget)
     plan.repay(spare, links, urgent)
     plan.cancel_circles()
     return plan.recalls()
 
 
-def repay(
-    ledger: DebtLedger,
-    spare: Mapping[int, int],
-    links: Links,
-    budget: int,
-    urgent: AbstractSet[int],
-) -> list[Recall]:
-    """Bring home what debtors have room for: `spare`, debtor → free rBlocks of its own.
-
-    Loans of `urgent` creditors, those short of memory, come first, then loans over the slowest
-    links, then the smallest ones, so that pairs come apart. No instance brings home or gives back
-    more than `budget` rBlocks.
-    """
-    plan = _Plan(ledger, budget)
-    plan.repay(spare, links, urgent)
-    return plan.recalls()
-
-
-def cancel_circles(ledger: DebtLedger, budget: int) -> list[Recall]:
-    """Cancel circles of debts until none is left among the debts that budgets let move.
-
-    On a circle every instance brings home exactly as many rBlocks as it gives back, so nobody's
-    occupancy changes. No instance brings home or gives back more than `budget` rBlocks.
-    """
-    plan = _Plan(ledger, budget)
-    plan.cancel_circles()
-    return plan.recalls()
-
-
-class _Plan:
+class RecallPlan:
     """The recalls of one round so far, and what they leave of debts and budgets."""
 
     def __init__(self, ledger: DebtLedger, budget: int) -> None:
+        """No instance brings home or gives back more than `budget` rBlocks."""
         self._owed = {
             debtor: dict(creditors)
             for debtor in sorted(ledger.members())
@@ -85,7 +58,11 @@ class _Plan:
         return [Recall(*pair, blocks) for pair, blocks in self._recalled.items()]
 
     def repay(self, spare: Mapping[int, int], links: Links, urgent: AbstractSet[int]) -> None:
-        """See `repay`."""
+        """Bring home what debtors have room for: `spare`, debtor → free rBlocks of its own.
+
+        Loans of `urgent` creditors, those short of memory, come first, then loans over the slowest
+        links, then the smallest ones, so that pairs come apart.
+        """
         loans = [
             (creditor not in urgent, -links.between(debtor, creditor), blocks, debtor, creditor)
             for debtor, free in spare.items()
@@ -100,8 +77,13 @@ class _Plan:
                 self._recall(debtor, creditor, blocks)
 
     def cancel_circles(self) -> None:
-        """Depth-first search along debts that can move. It ends with an instance when all its
-        debts lead to ended ones, which are on no circle, now or later: debts only shrink."""
+        """Cancel circles of debts until none is left among the debts that budgets let move. On a
+        circle every instance brings home exactly as many rBlocks as it gives back, so nobody's
+        occupancy changes.
+
+        Depth-first search along debts that can move. It ends with an instance when all its debts
+        lead to ended ones, which are on no circle, now or later: debts only shrink.
+        """
         ended: set[int] = set()
         for start in self._owed:
             path: dict[int, None] = {}

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Container, Iterator, Sequence
-from functools import partial
+from collections.abc import Container, Iterator, Sequence
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from hpc_distkv.control.affinity import Affinity
+from hpc_distkv.control.answer import Answers
 from hpc_distkv.control.assign import Assignment
 from hpc_distkv.control.borrow import ANYWHERE, CANDIDATES, Grant, Need, greedy_borrow
 from hpc_distkv.control.dgfm import plan_recalls
@@ -21,49 +19,18 @@ from hpc_distkv.control.links import Links
 from hpc_distkv.control.messages import Answer, Counters, Request, Result
 from hpc_distkv.control.planner import Planner
 from hpc_distkv.control.policy import POLICIES, Policy
-from hpc_distkv.control.wire import ReportError, Reports
-from hpc_distkv.control.work import STEP_TOKENS
+from hpc_distkv.control.reach import ExchangeSeconds, Reach
+from hpc_distkv.control.victims import Victims
+from hpc_distkv.control.wire import Reports
 
-log = logging.getLogger(__name__)
-
-PATIENCE = 3
-"""Rounds between two calls for victims: the blocks of the last ones need that long to show."""
 PLAN_EVERY = 5
 """Rounds between two plans: what the last one moved has to show in the reports."""
-ROOMY = 1.1
-"""How much larger than a request the pools within its reach are together."""
 RECALL_STEPS = 16
 """Steps whose budget for moves one round's recalls may use."""
 
 SAID = ("running", "waiting")
 """What messages tell of an instance's last report."""
-PROMPT_ROWS = 1024
-"""Query rows for which links are compared with computing."""
-
 Blocks = NDArray[np.int64]
-ExchangeSeconds = Callable[[int, int], float]
-
-
-class Answers(dict[int, Answer]):
-    """The answers of a round by instance, those left out being like `plain`."""
-
-    def __init__(self, plain: Answer) -> None:
-        super().__init__()
-        self.plain = plain
-
-    def __missing__(self, instance: int) -> Answer:
-        answer = self[instance] = Answer(round=self.plain.round)
-        return answer
-
-    def encode(self, instances: int) -> list[bytes]:
-        """The messages to all instances."""
-        encoder = msgspec.msgpack.Encoder()
-        encoded = [encoder.encode(self.plain)] * instances
-        for instance, answer in self.items():
-            answer.admit_before = self.plain.admit_before
-            answer.drain, answer.stop = self.plain.drain, self.plain.stop
-            encoded[instance] = encoder.encode(answer)
-        return encoded
 
 
 class GManager:
@@ -107,7 +74,7 @@ class GManager:
         self.counters = [Counters() for _ in range(instances)]
         self.reports: Reports | None = None
         """Of the last round."""
-        self.running = self.free = self.capacity = 0
+        self.running = 0
         self.round_number = 0
         self.draining = False
         """Whether the run ends before all rows are answered."""
@@ -120,7 +87,7 @@ class GManager:
         self._planned: dict[tuple[int, int], int] = {}
         """(debtor, creditor) → rBlocks of a transfer that are not granted yet."""
         self._block_size, self._move_budget = block_size, move_budget
-        self._patience = 0
+        self._victims = Victims(self.ledger, links)
 
     def round(
         self, messages: Sequence[bytes], *, drain: bool = False, halt: bool = False
@@ -131,7 +98,7 @@ class GManager:
         sends."""
         reports = Reports(messages)
         reports.check(self.round_number)
-        self._check_rows(reports)
+        self.assignment.check(reports, self._policy.migrate)
         self.reports = reports
         results = self._observe(reports)
         self.draining |= drain or bool(reports["drain"].any())
@@ -142,14 +109,15 @@ class GManager:
             return answers.encode(len(reports)), results
         promised = reports["promised"].astype(np.int64)
         starved = self._starved(reports)
-        self._serve_needs(reports, starved, promised, answers)
+        reach = Reach(reports, self._links, self._exchange_seconds, self._policy.lending)
+        self._serve_needs(reports, starved, reach, promised, answers)
         if starved is not None:
             plain.admit_before = int(reports["wanted_for"][starved])
-            self._call_victims(reports, starved, answers)
+            self._victims.call(reports, starved, reach.wanted(starved), answers)
         elif self._planner:
-            self._transfer(reports, promised, answers)
+            self._transfer(reports, reach, promised, answers)
         if not self.draining:
-            self._assign(reports, answers)
+            self._assign(reports, reach, answers)
         if self._policy.dgfm and self.ledger.total:
             self._recall(reports, promised, answers)
         plain.stop = self.assignment.done
@@ -164,10 +132,10 @@ class GManager:
         rows = ", ".join(f"{numbers[name]} rows {name}" for name in SAID)
         return f"its last report was that of round {numbers['round']}, with {rows}"
 
-    def _assign(self, reports: Reports, answers: Answers) -> None:
+    def _assign(self, reports: Reports, reach: Reach, answers: Answers) -> None:
         if self._policy.planner:
-            self.assignment.large_from = self._block_size * int(reports["capacity"].max())
-        step_tokens = _step_tokens(reports)
+            self.assignment.rows.large_from = self._block_size * int(reports["capacity"].max())
+        step_tokens = reports.step_tokens()
         given = self.assignment.assign(
             reports["room_rows"],
             reports["room_tokens"],
@@ -176,39 +144,13 @@ class GManager:
         )
         for instance, rows in given.items():
             answers[instance].assign = rows
-        for home, row in self._large_rows.begin(
-            reports, partial(self._reach, reports), step_tokens
-        ):
+        for home, row in self._large_rows.begin(reports, reach.of, step_tokens):
             if row.request not in self.assignment.home:
                 request = self.assignment.give_large(row.request, home)
                 answers[home].assign = [*answers[home].assign, request]
             answers[home].begin = [*answers[home].begin, row.request]
         if self._policy.queue and not self.assignment.waiting:
             self._spread_tail(reports, given, answers)
-
-    def _check_rows(self, reports: Reports) -> None:
-        gone: set[int] = set()
-        for instance, changes in reports.changes.items():
-            for row in changes.large:
-                if self.assignment.home.get(row.request) != instance:
-                    raise ReportError(
-                        f"instance {instance} reports request {row.request}, which is not there"
-                    )
-            rows = [result.id for result in changes.results]
-            rows += [request.id for request in changes.returned]
-            for request in (*changes.adopted, *rows):
-                home = self.assignment.home.get(request)
-                if home is None or request in gone:
-                    raise ReportError(
-                        f"instance {instance} reports request {request}, which nobody has to answer"
-                    )
-                if home != instance and not self._policy.migrate:
-                    raise ReportError(
-                        f"instance {instance} reports request {request}, which is at {home}"
-                    )
-            gone.update(rows)
-            if len(set(rows)) < len(rows):
-                raise ReportError(f"instance {instance} reports a request twice")
 
     def _observe(self, reports: Reports) -> list[Result]:
         results: list[Result] = []
@@ -224,8 +166,6 @@ class GManager:
         for result in results:
             self.assignment.finish(result)
         self.running = int(reports["running"].sum())
-        self.free = int(reports["free"].sum())
-        self.capacity = int(reports["capacity"].sum())
         return results
 
     def _spread_tail(self, reports: Reports, given: Container[int], answers: Answers) -> None:
@@ -247,7 +187,12 @@ class GManager:
     # -- loans ----------------------------------------------------------------------------------
 
     def _serve_needs(
-        self, reports: Reports, starved: int | None, promised: Blocks, answers: Answers
+        self,
+        reports: Reports,
+        starved: int | None,
+        reach: Reach,
+        promised: Blocks,
+        answers: Answers,
     ) -> None:
         """Grants for those that are short, oldest request first."""
         needs = [
@@ -255,7 +200,7 @@ class GManager:
                 int(reports["wanted_for"][i]),
                 i,
                 self._need(reports, i),
-                ANYWHERE if i == starved else self._own_reach(reports, i),
+                ANYWHERE if i == starved else reach.wanted(i),
                 1 if self._policy.migrate else CANDIDATES,
             )
             for i in np.flatnonzero(reports["wanted"]).tolist()
@@ -289,26 +234,6 @@ class GManager:
         for instance in np.flatnonzero(keep).tolist():
             answers[instance].keep += math.ceil(keep[instance])
 
-    def _own_reach(self, reports: Reports, debtor: int) -> int:
-        return self._reach(reports, debtor, int(reports["largest"][debtor]))
-
-    def _reach(self, reports: Reports, debtor: int, largest: int) -> int:
-        """How far the debtor's rBlocks may go: over links on which the queries of a prompt take no
-        longer than computing it, if there is room enough for a request of `largest` rBlocks in all;
-        over any otherwise. A row had better wait for room nearby than have all its prompt's queries
-        cross a slow network."""
-        if not self._policy.lending:
-            return ANYWHERE
-        classes = self._links.classes(debtor)
-        others = np.flatnonzero(np.bincount(np.delete(classes, debtor))).tolist()
-        fast = others[:1]
-        if len(others) > 1 and (known := reports["prompt_time"] > 0).any():
-            limit = PROMPT_ROWS * float(reports["prompt_time"][known].mean())
-            fast += [c for c in others[1:] if self._exchange_seconds(c, PROMPT_ROWS) <= limit]
-        reach = max(fast, default=ANYWHERE)
-        room = int(reports["capacity"][classes <= reach].sum())
-        return reach if room > ROOMY * largest else ANYWHERE
-
     def _need(self, reports: Reports, instance: int) -> int:
         """A request that migrates needs room for all of itself."""
         wanted = int(reports["wanted"][instance])
@@ -319,7 +244,7 @@ class GManager:
         lend[grant.debtor] = lend.get(grant.debtor, 0) + grant.blocks
         answers[grant.debtor].granted += grant.blocks
 
-    def _transfer(self, reports: Reports, promised: Blocks, answers: Answers) -> None:
+    def _transfer(self, reports: Reports, reach: Reach, promised: Blocks, answers: Answers) -> None:
         """Go on with the transfers that pay: grant what their creditors have promised, and let
         them keep free what is missing."""
         assert self._planner
@@ -328,7 +253,7 @@ class GManager:
                 reports,
                 self.ledger,
                 self.assignment.waiting,
-                partial(self._own_reach, reports),
+                reach.wanted,
                 self.assignment.prompt_work,
             )
             self._planned = {(t.debtor, t.creditor): t.blocks for t in plan}
@@ -368,38 +293,3 @@ class GManager:
             return None
         starved = np.flatnonzero(reports["starved"]).tolist()
         return min(starved, key=lambda i: int(reports["wanted_for"][i]), default=None)
-
-    def _call_victims(self, reports: Reports, starved: int, answers: Answers) -> None:
-        """Let younger requests give way until the starved one has what it wants: first those that
-        have rBlocks at its home, then the youngest."""
-        missing = int(reports["wanted"][starved]) - answers[starved].granted
-        if missing <= 0 or self.round_number < self._patience:
-            return
-        self._patience = self.round_number + PATIENCE
-        oldest, youngest = int(reports["wanted_for"][starved]), reports["youngest"]
-        near = self._links.classes(starved) <= self._own_reach(reports, starved)
-        order = [int(i) for i in np.argsort(-youngest) if youngest[i] > oldest]
-        order.sort(key=lambda i: not (near[i] or any(near[c] for c in self.ledger.creditors_of(i))))
-        guests = self.ledger.debtors_of(starved)
-        for instance in [i for i in order if i in guests]:
-            blocks = min(missing, guests[instance])
-            if blocks > 0:
-                answers[instance].give_way, answers[instance].give_way_at = blocks, starved
-                missing -= blocks
-        for instance in [i for i in order if not answers[i].give_way]:
-            if missing <= 0:
-                break
-            answers[instance].give_way = min(missing, int(reports["youngest_blocks"][instance]))
-            missing -= answers[instance].give_way
-        log.debug("request %d is starved: others give way", oldest)
-
-
-def _step_tokens(reports: Reports) -> float:
-    """Prompt tokens that could be computed in the time of a decode step, in the mean over what
-    runs."""
-    known = (reports["prompt_time"] > 0) & (reports["running"] > 0) & (reports["fixed"] > 0)
-    if not known.any():
-        return STEP_TOKENS
-    steps = reports["fixed"] + reports["per_token"] * reports["running"]
-    steps = steps + reports["per_kv"] * reports["kv_tokens"]
-    return float(steps[known].mean() / reports["prompt_time"][known].mean())

@@ -96,9 +96,8 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
         return len(self.prompt) // 4
 
     def prefix_keys(self, ends: Iterable[int], salt: bytes = b"") -> list[bytes]:
-        """For each of `ends`, ascending: a key of the prompt's first so many tokens, which no other
-        tokens have, nor the same ones with another salt. Ends of which it is known that nobody
-        shares them may be left out, with all beyond."""
+        """For each of `ends`, ascending: a key of the first `end` tokens, unique to them and the
+        salt. Ends of which it is known that nobody shares them may be left out, with all beyond."""
         digest, begin = hashlib.blake2b(salt, digest_size=16), 0
         keys = []
         for end in ends:
@@ -206,7 +205,7 @@ class Counters(msgspec.Struct):
     prediction_error: float = 0.0
     """Mean error of predicted decode step times, relative to the measured ones."""
     gaps: dict[int, int] = {}
-    """Times between two tokens of a row: bin of `observe.latency` → count."""
+    """Times between two tokens of a row: bin of `control.gaps` → count."""
 
 
 class Remains(msgspec.Struct, frozen=True, array_like=True):
@@ -235,8 +234,13 @@ class Header(msgspec.Struct, frozen=True, array_like=True, tag="header"):
     """A debtor to a creditor before layer 0 of a step of the debtor, if there is anything to tell.
     Applied in this field order."""
 
+    splits: list[tuple[int, int, int]]
+    """(prefix, logical index, new prefix) of mine: the guest's rBlocks before that index are the
+    new prefix's."""
     released: list[int]
     """Requests and prefixes of mine that ended: free their guests."""
+    dropped: list[tuple[int, int]]
+    """(request, logical index) of mine that go on: free their guests' rBlocks before that index."""
     returned: int
     """Credit of mine that I give back."""
     moves: list[tuple[int, int]]
@@ -249,12 +253,6 @@ class Header(msgspec.Struct, frozen=True, array_like=True, tag="header"):
     queries: list[tuple[list[int], int, int]]
     """(request or prefixes, query rows, position of the first) of mine that attend to these guests
     with you, in order of the rows."""
-    dropped: list[tuple[int, int]] = []
-    """(request, logical index) of mine that go on: free their guests' rBlocks before that index.
-    Applied with `released`."""
-    splits: list[tuple[int, int, int]] = []
-    """(prefix, logical index, new prefix) of mine: the guest's rBlocks before that index are the
-    new prefix's. Applied first."""
 
 
 class Credit(msgspec.Struct, frozen=True, array_like=True, tag="credit"):

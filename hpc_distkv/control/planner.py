@@ -109,31 +109,21 @@ class Planner:
         able = reports["promised"] > 0
         debtors = _least(reports["running"], (reports["longest"] > 0) & known)
         state: dict[int, Load] = {}
-        transfers = []
-        lending: set[int] = set()
-        borrowing: set[int] = set()
+        transfers: list[Transfer] = []
         for debtor in debtors:
-            if debtor in lending:
+            if any(debtor == transfer.creditor for transfer in transfers):
                 continue
-            creditors = _least(use, able & (self._links.classes(debtor) <= reach(debtor)))
-            for instance in (debtor, *creditors):
+            near = _least(use, able & (self._links.classes(debtor) <= reach(debtor)))
+            for instance in (debtor, *near):
                 state.setdefault(instance, self._load(instance))
-            best = max(
-                (
-                    self._best(debtor, creditor, state, ledger)
-                    for creditor in creditors
-                    if creditor not in borrowing and self._may_lend(debtor, creditor, ledger)
-                ),
-                default=(0.0, Transfer(debtor, debtor, 0)),
-            )
-            if best[0] > LEAST_GAIN:
-                transfers.append(best[1])
-                self._recent[best[1][:2]] = self._plans
-                borrowing.add(debtor)
-                lending.add(best[1].creditor)
-                ends = (debtor, best[1].creditor)
-                moved = _shift(state[ends[0]], state[ends[1]], best[1].blocks, self._size)
-                state.update(zip(ends, moved, strict=True))
+            borrowing = {transfer.debtor for transfer in transfers}
+            creditors = [creditor for creditor in near if creditor not in borrowing]
+            if transfer := self._best_for(debtor, creditors, state, ledger):
+                transfers.append(transfer)
+                self._recent[debtor, transfer.creditor] = self._plans
+                state[debtor], state[transfer.creditor] = _shift(
+                    state[debtor], state[transfer.creditor], transfer.blocks, self._size
+                )
         return transfers
 
     def pays(self, debtor: int, ledger: DebtLedger, reports: Reports) -> bool:
@@ -185,14 +175,14 @@ class Planner:
     def _load(self, instance: int) -> Load:
         """The instance with the rows that its spare room is about to take in."""
         assert self._reports is not None
-        row = {name: float(self._reports[name][instance]) for name in _READ}
+        row = {name: self._reports[name].item(instance) for name in _READ}
         model = {
             n: row[n] if row["fixed"] + row["per_token"] > 0 else mean
             for n, mean in self._means.items()
         }
         row_blocks = max(1.0, row["row_blocks"])
-        lacking = int(row["lacking"])
-        seats = row["seats"] if self._waiting else min(row["seats"], float(lacking > 0))
+        lacking = row["lacking"]
+        seats = row["seats"] if self._waiting else min(row["seats"], int(lacking > 0))
         # Where a row lacks room, what is promised is of no use to those that wait.
         new = 0.0 if lacking else min(seats, row["promised"] / row_blocks)
         return Load(
@@ -200,12 +190,26 @@ class Planner:
             seats=seats - new,
             kv_tokens=row["kv_tokens"] + new * row_blocks * self._size,
             spare=int(row["promised"] - new * row_blocks),
-            longest=int(row["longest"]),
+            longest=row["longest"],
             lacking=lacking,
             row_blocks=row_blocks,
             prompts=self._prompt_work * self._prompt_time,
             **model,
         )
+
+    def _best_for(
+        self, debtor: int, creditors: list[int], state: dict[int, Load], ledger: DebtLedger
+    ) -> Transfer | None:
+        """The debtor's best transfer to one of `creditors`, if it pays."""
+        gain, transfer = max(
+            (
+                self._best(debtor, creditor, state, ledger)
+                for creditor in creditors
+                if self._may_lend(debtor, creditor, ledger)
+            ),
+            default=(0.0, None),
+        )
+        return transfer if gain > LEAST_GAIN else None
 
     def _best(
         self, debtor: int, creditor: int, state: dict[int, Load], ledger: DebtLedger

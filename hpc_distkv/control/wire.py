@@ -12,13 +12,14 @@ import msgspec
 import numpy as np
 
 from hpc_distkv.control.messages import Changes, Report
+from hpc_distkv.control.work import STEP_TOKENS
 
 COLUMNS = {
     code: [field.name for field in msgspec.structs.fields(Report) if field.type is kind]
     for kind, code in ((int, "q"), (float, "f"), (bool, "?"))
 }
-"""Format, as of `struct` and of a numpy dtype, → the fields of `Report` that have it, in their order
-on the wire; little-endian."""
+"""Format, as of `struct` and of a numpy dtype, → the fields of `Report` that have it: in the order
+of the wire, little-endian."""
 SIGNED = frozenset({"youngest"})
 """Columns that may be -1."""
 
@@ -92,6 +93,16 @@ class Reports:
                         f"instance {instance} reports of request {row.request} what cannot be: "
                         f"{numbers}"
                     )
+
+    def step_tokens(self) -> float:
+        """Prompt tokens that could be computed in the time of a decode step, in the mean over what
+        runs."""
+        known = (self["prompt_time"] > 0) & (self["running"] > 0) & (self["fixed"] > 0)
+        if not known.any():
+            return STEP_TOKENS
+        steps = self["fixed"] + self["per_token"] * self["running"]
+        steps = steps + self["per_kv"] * self["kv_tokens"]
+        return float(steps[known].mean() / self["prompt_time"][known].mean())
 
     def _refuse(self, bad: np.ndarray[Any, Any], why: str, *columns: str) -> None:
         """`bad`: [column, instance], or [instance] for one column."""

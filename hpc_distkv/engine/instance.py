@@ -25,7 +25,7 @@ from hpc_distkv.engine.plan import Plan, Row
 from hpc_distkv.engine.reporting import Reporting
 from hpc_distkv.engine.scheduler import Scheduler
 from hpc_distkv.engine.sequence import Sequence
-from hpc_distkv.memory.loan import Kind, Move, ProtocolError
+from hpc_distkv.memory.loan import Move, MoveKind, ProtocolError
 from hpc_distkv.memory.rmanager import RManager
 
 log = logging.getLogger(__name__)
@@ -108,6 +108,11 @@ class Instance:
         granted = [debtor for debtor, loan in self.rm.loans.items() if loan.unopened]
         return {debtor: self.rm.open_credit(debtor) for debtor in granted}
 
+    def return_credit(self) -> None:
+        """Give all credit back: the next headers tell the creditors."""
+        for creditor, debt in self.rm.debts.items():
+            self.rm.return_credit(creditor, debt.credit)
+
     # -- steps ----------------------------------------------------------------------------------
 
     def plan(self, ahead: bool = False) -> Plan:
@@ -124,22 +129,22 @@ class Instance:
         for creditor in sorted({*queries, *creditors, *leaving.values()}):
             news = self.rm.settle_debt(creditor)
             headers[creditor] = Header(
+                splits=list(news.splits),
                 released=list(news.released),
+                dropped=list(news.dropped),
                 returned=news.returned,
                 moves=[(m.request, m.block) for m in plan.moves if m.peer == creditor],
                 recalls=[(m.request, m.block) for m in plan.recalls if m.peer == creditor],
                 handovers=[handover(s, now) for s in plan.leaving if leaving[s.id] == creditor],
                 queries=[query.asked for query in queries.get(creditor, [])],
-                dropped=list(news.dropped),
-                splits=list(news.splits),
             )
         return headers
 
     def commit(self, plan: Plan) -> None:
         """The moves of this instance's own step have arrived."""
         for move in plan.moves:
-            self.counters.blocks_borrowed += move.kind is Kind.LEND
-            self.counters.blocks_copied += move.kind is Kind.COPY
+            self.counters.blocks_borrowed += move.kind is MoveKind.LEND
+            self.counters.blocks_copied += move.kind is MoveKind.COPY
         self.counters.blocks_returned += len(plan.recalls)
         self.counters.blocks_to_host += len(plan.to_host)
         self.counters.blocks_from_host += len(plan.from_host)

@@ -41,3 +41,6 @@ class Plan(NamedTuple):
     def moving(self) -> bool:
         """Whether rBlocks travel."""
         return bool(self.moves or self.recalls or self.to_host or self.from_host)
+
+
+NOTHING = Plan([], [], [], [])

@@ -17,10 +17,8 @@ from hpc_distkv.engine.host import HostTier
 from hpc_distkv.engine.instance import Instance
 from hpc_distkv.engine.pace import StepWork
 from hpc_distkv.engine.parts import Parts
-from hpc_distkv.engine.plan import Plan, Row
+from hpc_distkv.engine.plan import NOTHING, Plan, Row
 from hpc_distkv.engine.sequence import Sequence
-
-NOTHING = Plan([], [], [], [])
 
 
 class Advance(NamedTuple):
@@ -81,9 +79,7 @@ class Replica:
 
     def return_all(self, now: float) -> None:
         """Give all credit back."""
-        rm = self.instance.rm
-        for creditor, debt in rm.debts.items():
-            rm.return_credit(creditor, debt.credit)
+        self.instance.return_credit()
         self.debtor.begin(NOTHING, now)
 
     def _work(self, rows: list[Row]) -> StepWork:

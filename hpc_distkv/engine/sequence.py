@@ -93,11 +93,6 @@ class Sequence:
         `place`. Until it is known, a negative number stands for it: -1 - place."""
         self.tokens.append(-1 - place)
 
-    def append(self, token: int, now: float, logprobs: bytes = b"") -> None:
-        """One more output token, which is known."""
-        self.expect(0)
-        self.learn(token, now, logprobs)
-
     def learn(self, token: int, now: float, logprobs: bytes = b"") -> None:
         """The token that was expected, and its record if the request asks for logprobs."""
         self.tokens[-1] = token

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hpc_distkv.memory.loan import HOST, Kind
+from hpc_distkv.memory.loan import HOST, MoveKind
 
 if TYPE_CHECKING:
     from hpc_distkv.memory.prefix import Prefix
@@ -17,8 +17,8 @@ def check_slots(rm: RManager, free: Sequence[int]) -> None:
     """Assert that every slot and every logical rBlock has exactly one owner, and that no more is
     set aside than there is."""
     owned = [*free, *(move.slot for move in rm.incoming)]
-    moving = [(m.kind is Kind.RECALL, m.peer, m.request, m.block) for m in rm.outgoing]
-    moving += [(m.kind is not Kind.RECALL, m.peer, m.request, m.block) for m in rm.incoming]
+    moving = [(m.kind is MoveKind.RECALL, m.peer, m.request, m.block) for m in rm.outgoing]
+    moving += [(m.kind is not MoveKind.RECALL, m.peer, m.request, m.block) for m in rm.incoming]
     assert len(set(moving)) == len(moving), "an rBlock moves twice at once"
     for table in rm.tables.values():
         owned += table.slots
@@ -67,13 +67,15 @@ def check_loans(rm: RManager) -> None:
     """Assert that debts and loans are what tables and guests say."""
     for creditor, debt in rm.debts.items():
         used = sum(len(table.remote.get(creditor, ())) for table in rm.tables.values())
-        used += sum(m.peer == creditor and m.kind is Kind.LEND for m in rm.outgoing)
+        used += sum(m.peer == creditor and m.kind is MoveKind.LEND for m in rm.outgoing)
         used += sum(c.blocks for c in rm.copies.values() if c.creditor == creditor)
         used += sum(debt.released.values()) + sum(d.blocks for d in debt.dropped.values())
         assert debt.used == used, "a debt differs from its tables"
     for debtor, loan in rm.loans.items():
         hosted = sum(len(g.slots) for (d, _), g in rm.guests.items() if d == debtor)
-        arriving = sum(move.peer == debtor and move.kind is not Kind.RECALL for move in rm.incoming)
+        arriving = sum(
+            move.peer == debtor and move.kind is not MoveKind.RECALL for move in rm.incoming
+        )
         assert loan.used == hosted + arriving, "a loan's count differs from its guests"
 
 

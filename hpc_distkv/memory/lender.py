@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from hpc_distkv.memory.loan import Guest, Kind, Loan, Move, ProtocolError
+from hpc_distkv.memory.loan import Guest, Loan, Move, MoveKind, ProtocolError
 from hpc_distkv.memory.prefix import PrefixTree
 from hpc_distkv.memory.table import BlockTable
 
@@ -122,7 +122,7 @@ class Lender:
                     f"instance {self.instance} does not host"
                 )
             slot = guest.slots[guest.indices.index(index)]
-            accepted.append(Move(request, index, slot, debtor, Kind.RECALL))
+            accepted.append(Move(request, index, slot, debtor, MoveKind.RECALL))
         self.outgoing.extend(accepted)
         return accepted
 

@@ -114,7 +114,7 @@ class Guest:
         return Guest([slot for slot, _ in early], [index for _, index in early])
 
 
-class Kind(Enum):
+class MoveKind(Enum):
     """What a move does when it is committed."""
 
     LEND = "lend"
@@ -138,7 +138,7 @@ class Move(NamedTuple):
     """This instance's slot: the one it leaves on the sender's side, the receiving one on the
     other."""
     peer: int
-    kind: Kind = Kind.LEND
+    kind: MoveKind = MoveKind.LEND
 
 
 @dataclass

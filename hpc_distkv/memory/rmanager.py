@@ -13,8 +13,8 @@ from hpc_distkv.memory.loan import (
     Debt,
     Dropped,
     Guest,
-    Kind,
     Move,
+    MoveKind,
     News,
     ProtocolError,
     Split,
@@ -165,7 +165,7 @@ class RManager(Lender):
         """Begin to bring an rBlock back from its creditor or the host's memory; there must be a
         free slot."""
         assert self.usable > 0
-        move = Move(request, index, self._take(), creditor, Kind.RECALL)
+        move = Move(request, index, self._take(), creditor, MoveKind.RECALL)
         self.incoming.append(move)
         return move
 
@@ -175,7 +175,7 @@ class RManager(Lender):
         assert copies.creditor == creditor
         slot = self.tables[request].slots[copies.blocks]
         copies.blocks += 1
-        return self._send(Move(request, copies.blocks - 1, slot, creditor, Kind.COPY))
+        return self._send(Move(request, copies.blocks - 1, slot, creditor, MoveKind.COPY))
 
     def hand_over(self, request: int) -> None:
         """A request of which every rBlock was copied belongs to the creditor from now on."""
@@ -221,7 +221,7 @@ class RManager(Lender):
         first = alone[0].start if alone else self.tables[request].start
         self.host_space.aside[request] = first if self.prefixes.last(request) else 0
         moves = [
-            Move(request, index, slot, HOST, Kind.COPY)
+            Move(request, index, slot, HOST, MoveKind.COPY)
             for part in (*alone, self.tables[request])
             for index, slot in zip(part.indices, part.slots, strict=True)
             if index < sealed
@@ -265,13 +265,13 @@ class RManager(Lender):
         """These moves have arrived: from now on they are served where they went."""
         for move in outgoing:
             self.outgoing.remove(move)
-            if move.kind is Kind.LEND:
+            if move.kind is MoveKind.LEND:
                 self._free.append(self.tables[move.request].to_creditor(move.block, move.peer))
-            elif move.kind is Kind.RECALL:
+            elif move.kind is MoveKind.RECALL:
                 self._take_from_guest(move)
         for move in incoming:
             self.incoming.remove(move)
-            if move.kind is Kind.RECALL:
+            if move.kind is MoveKind.RECALL:
                 self.tables[move.request].to_home(move.block, move.peer, move.slot)
                 if move.peer == HOST:
                     self.host_space.give_up(move.request, [move.block])
@@ -305,8 +305,8 @@ class RManager(Lender):
     def _moves(self, request: int) -> bool:
         """Whether rBlocks of a request or prefix of this instance are on their way."""
         return any(
-            m.request == request and m.kind is not Kind.RECALL for m in self.outgoing
-        ) or any(m.request == request and m.kind is Kind.RECALL for m in self.incoming)
+            m.request == request and m.kind is not MoveKind.RECALL for m in self.outgoing
+        ) or any(m.request == request and m.kind is MoveKind.RECALL for m in self.incoming)
 
     def _release(self, request: int, table: BlockTable) -> None:
         assert not self._moves(request)

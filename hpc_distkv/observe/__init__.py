@@ -1,1 +1,1 @@
-"""Progress and metrics."""
+"""What is seen of runs: progress, metrics, traces, reports; and benchmarks."""

@@ -221,26 +221,10 @@ def where_time_goes(ranks: Sequence[Mapping[str, Any]]) -> str:
     top = 26.0 + 20 * rows
     x = Axis(0, max([*seconds, 1e-9]), LEFT, WIDTH - RIGHT)
     parts = [_legend(used)]
-    for number, (rank, whole) in enumerate(zip(shown, seconds, strict=True)):
-        y, at = top + number * (height + 4), 0.0
+    for number, rank in enumerate(shown):
+        y = top + number * (height + 4)
         parts.append(text(LEFT - 6, y + height / 2 + 4, f"rank {rank['rank']}", "tick", "end"))
-        for name, (words, style) in TIMES.items():
-            took = rank["counters"][name]
-            left, width = x.at(at), x.at(at + took) - x.at(at)
-            share = took / whole if whole else 0.0
-            hint = f"{words}: {seconds_text(took)}, {share:.1%}"
-            parts.append(rect(left, y, width, height, f"{style} fill", hint))
-            if width > 44 and height > 20:
-                parts.append(
-                    text(
-                        left + width / 2,
-                        y + height / 2 + 4,
-                        f"{share:.0%}",
-                        f"inside on-{style}",
-                        "middle",
-                    )
-                )
-            at += took
+        parts += _bar(rank["counters"], x, y, height)
     bottom = top + len(shown) * (height + 4)
     panel = Panel(x, Axis(0, 1, bottom, top))
     parts.append(panel.times())
@@ -251,6 +235,22 @@ def where_time_goes(ranks: Sequence[Mapping[str, Any]]) -> str:
         *parts,
         title="Where the time of every rank goes",
     )
+
+
+def _bar(counters: Mapping[str, float], x: Axis, y: float, height: float) -> list[str]:
+    """The seconds of one rank, in parts."""
+    parts, at, whole = [], 0.0, sum(counters[name] for name in TIMES)
+    for name, (words, style) in TIMES.items():
+        took = counters[name]
+        left, width = x.at(at), x.at(at + took) - x.at(at)
+        share = took / whole if whole else 0.0
+        hint = f"{words}: {seconds_text(took)}, {share:.1%}"
+        parts.append(rect(left, y, width, height, f"{style} fill", hint))
+        if width > 44 and height > 20:
+            middle, label = left + width / 2, f"{share:.0%}"
+            parts.append(text(middle, y + height / 2 + 4, label, f"inside on-{style}", "middle"))
+        at += took
+    return parts
 
 
 def _legend(entries: Sequence[tuple[str, str]]) -> str:

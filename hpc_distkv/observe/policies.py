@@ -21,7 +21,7 @@ from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.observe.bench import BenchLeader, lead, ratios, run_led, warm_up
 from hpc_distkv.observe.plots import bars
 from hpc_distkv.observe.prediction import most_rate, predicted_rate
-from hpc_distkv.simulate.trace import Row
+from hpc_distkv.simulate.workload import Row
 
 RATE = "output_tokens_per_second"
 LEND = POLICIES["lend"]

@@ -9,11 +9,11 @@ from statistics import mean
 from hpc_distkv.control.policy import POLICIES, Policy
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.model.config import ModelConfig
-from hpc_distkv.simulate.cluster import Cluster, Device, Measured
+from hpc_distkv.simulate.cluster import Cluster, DeviceSpec, Measured
 from hpc_distkv.simulate.deployment import Deployment
 from hpc_distkv.simulate.models import ModelShape
 from hpc_distkv.simulate.simulation import Simulation
-from hpc_distkv.simulate.trace import Row
+from hpc_distkv.simulate.workload import Row
 
 BYTES_PER_SECOND = 2e9
 """Of rBlocks that move in host memory; assumed: they are a small part of any run."""
@@ -31,7 +31,7 @@ def predicted_rate(
     node. `speeds`: what ranks measured (`engine.pace.Speed`); their means count."""
     policy = POLICIES[policy] if isinstance(policy, str) else policy
     deployment = Deployment(
-        Cluster(1, ranks, Device("rank", 1e12, 0.0), measured=_measured(model, speeds)),
+        Cluster(1, ranks, DeviceSpec("rank", 1e12, 0.0), measured=_measured(model, speeds)),
         ModelShape.of(model),
         1,
         replace(config, policy=policy if ranks > 1 else POLICIES["queue"]),

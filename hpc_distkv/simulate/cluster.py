@@ -9,9 +9,10 @@ import msgspec
 
 from hpc_distkv.engine.config import OptionError
 from hpc_distkv.simulate.models import ModelShape
+from hpc_distkv.simulate.toml import read_toml
 
 NODE, SWITCH, ELSEWHERE = 0, 1, 2
-"""Levels of distance between two instances: same node, same switch, farther."""
+"""Levels of distance, the classes of `control.links`: same node, same switch, farther."""
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Positive = Annotated[float, msgspec.Meta(gt=0, le=1e30)]
@@ -19,7 +20,7 @@ Amount = Annotated[float, msgspec.Meta(ge=0, le=1e30)]
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 
 
-class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What one rank computes on."""
 
     name: str
@@ -124,7 +125,7 @@ class Cluster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     nodes: Count
     gpus_per_node: Count
-    device: Device
+    device: DeviceSpec
     nodes_per_switch: Count = 1
     gpu_memory_utilization: Share = 0.9
     """Share of a device's memory for weights, activations and KV."""
@@ -146,12 +147,7 @@ class Cluster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @classmethod
     def load(cls, path: str | Path) -> Cluster:
         """Read a description. Raises OptionError that names the file and the key at fault."""
-        try:
-            return msgspec.toml.decode(Path(path).read_bytes(), type=cls)
-        except OSError as error:
-            raise OptionError(f"{path} cannot be read: {error.strerror}") from error
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise OptionError(f"{path} is no description of a cluster: {error}") from error
+        return read_toml(path, cls, "description of a cluster")
 
     def instances(self, tp: int) -> int:
         """Instances of `tp` ranks that fit. An instance lies within a node or fills whole nodes;
@@ -171,12 +167,6 @@ class Cluster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def switch_of(self, instance: int, tp: int) -> int:
         """Switch of an instance's first rank."""
         return self.node_of(instance, tp) // self.nodes_per_switch
-
-    def level(self, a: int, b: int, tp: int) -> int:
-        """How far two instances are apart, by their first ranks: NODE, SWITCH or ELSEWHERE."""
-        if self.node_of(a, tp) == self.node_of(b, tp):
-            return NODE
-        return SWITCH if self.switch_of(a, tp) == self.switch_of(b, tp) else ELSEWHERE
 
     def level_within(self, tp: int) -> int:
         """The farthest that two ranks of some instance are apart."""

@@ -11,7 +11,7 @@ from hpc_distkv.simulate.cluster import Cluster
 from hpc_distkv.simulate.cost import CostModel
 from hpc_distkv.simulate.host import staged_from
 from hpc_distkv.simulate.models import ModelShape
-from hpc_distkv.simulate.trace import Row
+from hpc_distkv.simulate.workload import Row
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,6 @@ class Deployment:
         numbers = range(self.instances)
         nodes = [self.cluster.node_of(number, self.tp) for number in numbers]
         return Links(nodes, [self.cluster.switch_of(number, self.tp) for number in numbers])
-
-    def level(self, a: int, b: int) -> int:
-        """How far two instances are apart."""
-        return self.cluster.level(a, b, self.tp)
 
     def fits(self, row: Row) -> bool:
         """Whether a row could ever end; others are refused before they start."""

@@ -13,7 +13,7 @@ from hpc_distkv.simulate.cluster import Cluster
 from hpc_distkv.simulate.deployment import Deployment, usable_tp
 from hpc_distkv.simulate.models import ModelShape
 from hpc_distkv.simulate.simulation import Simulation
-from hpc_distkv.simulate.trace import Trace
+from hpc_distkv.simulate.workload import Workload
 
 PUBLISHED = {
     "context_length": "2-19 × the state of the art, up to 1,900K tokens on 32 A100 (v1)",
@@ -42,7 +42,7 @@ CONFIG = EngineConfig(num_blocks=1, block_size=256, max_num_seqs=256, max_num_ba
 
 
 def simulate(
-    cluster: Cluster, model: ModelShape, trace: Trace, policy: str, tp: int | None = None
+    cluster: Cluster, model: ModelShape, trace: Workload, policy: str, tp: int | None = None
 ) -> dict[str, Any]:
     """The figures of one job. `tp` None: as few GPUs an instance as the model fits on."""
     config = replace(CONFIG, policy=POLICIES[policy])
@@ -67,14 +67,14 @@ def context_length(cluster: Cluster, model: ModelShape) -> dict[str, Any]:
     }
 
 
-def best(cluster: Cluster, model: ModelShape, trace: Trace, policy: str) -> dict[str, Any]:
+def best(cluster: Cluster, model: ModelShape, trace: Workload, policy: str) -> dict[str, Any]:
     """The figures at the size of instances within a node that answers most tokens per second, of
     those that refuse fewest rows."""
     runs = [simulate(cluster, model, trace, policy, tp) for tp in _within_node(cluster, model)]
     return min(runs, key=lambda figures: (figures["rows"]["refused"], -figures[RATE]))
 
 
-def mix(cluster: Cluster, model: ModelShape, trace: Trace) -> dict[str, Any]:
+def mix(cluster: Cluster, model: ModelShape, trace: Workload) -> dict[str, Any]:
     """Lend over isolated instances, both at their best size; and over those just large enough."""
     enough = _fitting_tp(cluster, model, trace)
     return _ratios(
@@ -86,7 +86,7 @@ def mix(cluster: Cluster, model: ModelShape, trace: Trace) -> dict[str, Any]:
     )
 
 
-def short(cluster: Cluster, model: ModelShape, trace: Trace) -> dict[str, Any]:
+def short(cluster: Cluster, model: ModelShape, trace: Workload) -> dict[str, Any]:
     """Lend over as many isolated instances, the smallest there are."""
     return _ratios(
         simulate(cluster, model, trace, "lend"),
@@ -94,7 +94,7 @@ def short(cluster: Cluster, model: ModelShape, trace: Trace) -> dict[str, Any]:
     )
 
 
-def long(cluster: Cluster, model: ModelShape, trace: Trace) -> dict[str, Any]:
+def long(cluster: Cluster, model: ModelShape, trace: Workload) -> dict[str, Any]:
     """Lend over one instance of all GPUs, and over one instance per node."""
     everything = usable_tp(cluster, model, CONFIG.block_size)[-1]
     node = _within_node(cluster, model)[-1]
@@ -112,8 +112,8 @@ def tables(
 ) -> dict[str, Any]:
     """All published tables by name; traces from `folder`, `rows` of each."""
 
-    def traces(file: str) -> list[Trace]:
-        loaded = Trace.load_all(Path(folder) / file)
+    def traces(file: str) -> list[Workload]:
+        loaded = Workload.load_all(Path(folder) / file)
         return [trace.head(rows) for trace in loaded] if rows else loaded
 
     return {
@@ -125,7 +125,7 @@ def tables(
 
 
 def scale(
-    cluster: Cluster, model: ModelShape, trace: Trace, gpus: Sequence[int], rows_per_gpu: int
+    cluster: Cluster, model: ModelShape, trace: Workload, gpus: Sequence[int], rows_per_gpu: int
 ) -> list[dict[str, Any]]:
     """Throughput per GPU and time of a gManager round on parts of a cluster; as many rows per GPU
     on each."""
@@ -164,7 +164,7 @@ def _within_node(cluster: Cluster, model: ModelShape) -> list[int]:
     return [tp for tp in sizes if tp <= cluster.gpus_per_node] or sizes[:1]
 
 
-def _fitting_tp(cluster: Cluster, model: ModelShape, trace: Trace) -> int:
+def _fitting_tp(cluster: Cluster, model: ModelShape, trace: Workload) -> int:
     longest = max(row.prompt + row.output for row in trace.rows)
     sizes = usable_tp(cluster, model, CONFIG.block_size)
     blocks = {tp: cluster.kv_blocks(model, tp, CONFIG.block_size) for tp in sizes}

@@ -14,7 +14,7 @@ from hpc_distkv.control.percentiles import percentiles
 from hpc_distkv.observe.latency import Latencies
 from hpc_distkv.observe.metrics import peak_memory, total
 from hpc_distkv.simulate.deployment import Deployment
-from hpc_distkv.simulate.trace import Row
+from hpc_distkv.simulate.workload import Row
 
 
 class Record:

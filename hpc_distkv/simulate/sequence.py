@@ -8,7 +8,7 @@ from itertools import takewhile
 
 from hpc_distkv.control.messages import Request, Sampling
 from hpc_distkv.engine.sequence import Sequence
-from hpc_distkv.simulate.trace import Row
+from hpc_distkv.simulate.workload import Row
 
 _PROMPT = struct.Struct("<IIiI")
 """Tokens of prompt and output, the prefix of the prompt, and the tokens of that one."""

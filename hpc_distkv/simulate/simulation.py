@@ -14,17 +14,16 @@ from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.messages import Answer
 from hpc_distkv.control.wire import encode_report
 from hpc_distkv.engine.instance import Instance
-from hpc_distkv.engine.plan import Plan
+from hpc_distkv.engine.plan import NOTHING
 from hpc_distkv.simulate.deployment import Deployment
 from hpc_distkv.simulate.member import Member
 from hpc_distkv.simulate.report import Record
 from hpc_distkv.simulate.sequence import SizedRequest, SizedSequence
 from hpc_distkv.simulate.step import Steps
-from hpc_distkv.simulate.trace import Row
+from hpc_distkv.simulate.workload import Row
 
 QUIET_ROUNDS = 100
 """Rounds in which nothing is computed, after which the job counts as stuck."""
-NOTHING = Plan([], [], [], [])
 
 
 class StuckError(RuntimeError):
@@ -208,9 +207,7 @@ class Simulation:
         for member in self.members:
             self._open_credits(member)
         for member in self.members:
-            rm = member.instance.rm
-            for creditor, debt in rm.debts.items():
-                rm.return_credit(creditor, debt.credit)
+            member.instance.return_credit()
             for creditor, header in member.instance.headers(NOTHING, self.now).items():
                 lender = self.members[creditor].instance
                 lender.commit_served(member.number, *lender.accept(member.number, header, self.now))

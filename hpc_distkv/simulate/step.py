@@ -35,7 +35,7 @@ class Steps:
         """Raises OptionError for a cluster that does not say how fast it is."""
         self.cost = deployment.cost()
         self._members = members
-        self._level = deployment.level
+        self._level = deployment.links().between
         self._block_size = deployment.config.block_size
         self._host: HostCost | None = None
         if deployment.config.host_blocks:

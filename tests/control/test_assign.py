@@ -10,9 +10,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hpc_distkv.control import assign
-from hpc_distkv.control.assign import LOOK_AHEAD, READ_AT_ONCE, Assignment
+from hpc_distkv.control import assign, row_queue
+from hpc_distkv.control.assign import Assignment
 from hpc_distkv.control.messages import Request, Result, Sampling, pack_tokens
+from hpc_distkv.control.row_queue import LOOK_AHEAD, READ_AT_ONCE
 
 PLENTY = 10**6
 INSTANCES = 4
@@ -96,7 +97,7 @@ def test_no_row_is_lost_or_given_twice_or_beyond_the_room(lengths, rounds, queue
             seats, tokens, _ = room[instance]
             assert 0 < len(numbers) <= seats
             assert sum(lengths[n][0] for n in numbers[:-1]) < tokens
-            assert numbers == sorted(numbers) or (queue and assignment.exhausted)
+            assert numbers == sorted(numbers) or (queue and assignment.rows.exhausted)
             assert not home.keys() & set(numbers)
             home |= dict.fromkeys(numbers, instance)
         assert assignment.home == {n: i for n, i in home.items() if i >= 0}
@@ -122,7 +123,7 @@ def test_rows_are_given_only_while_there_is_room():
     assignment = Assignment(iter(rows([(10, 1)] * 100)), 2)
     assert give(assignment, [(3, 1000, 0.0), (0, 1000, 0.0)]) == {0: [0, 1, 2]}
     assert give(assignment, [(0, 0, 0.0), (50, 25, 0.0)]) == {1: [3, 4, 5]}
-    assert not assignment.exhausted
+    assert not assignment.rows.exhausted
 
 
 @given(st.lists(rooms, max_size=12), st.booleans(), st.sampled_from((3, PLENTY)))
@@ -137,7 +138,7 @@ def test_rows_are_read_ahead_only_so_far_and_by_and_by(rounds, queue, most):
             yield rows([(1, 1)])[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assign, "MOST_AHEAD", most)
+        patch.setattr(row_queue, "MOST_AHEAD", most)
         assignment = Assignment(source(), INSTANCES, queue)
     taken = 0
     for room in rounds:
@@ -175,10 +176,10 @@ def test_the_longest_row_is_the_one_that_takes_most_time():
     """A step takes as long as 10 tokens of prompt, and outputs come to half of their limits."""
     lengths = [(90, 20), (1, 30), (150, 1), (1, 20)]
     assignment = Assignment(iter(rows([(999, 2), *lengths])), 1)
-    assignment._most_ahead = 1
+    assignment.rows._most_ahead = 1
     assert give(assignment, [(1, 999, 0.0)]) == {0: [0]}
     finish(assignment, 0, tokens=1)
-    assignment._most_ahead = PLENTY
+    assignment.rows._most_ahead = PLENTY
     assert give(assignment, [(9, 999, 0.0)], step_tokens=10.0) == {0: [1, 3, 2, 4]}
 
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_reports import report
 
-from hpc_distkv.control.gmanager import PATIENCE
 from hpc_distkv.control.messages import NOBODY, Changes, Report
 from hpc_distkv.control.policy import POLICIES, Policy
+from hpc_distkv.control.victims import PATIENCE
 
 # -- loans --------------------------------------------------------------------------------------
 

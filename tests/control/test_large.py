@@ -138,7 +138,7 @@ def test_a_row_too_large_gets_its_home_when_it_begins():
 
 def test_rows_too_large_that_wait_are_not_read_without_end():
     assignment = Assignment(iter([prompt(n, 50) for n in range(1000)]), 2)
-    assignment.large_from = 40
+    assignment.rows.large_from = 40
     room = np.array([1000, 1000])
     assert assignment.assign(room, room, np.zeros(2)) == {}
     assert len(assignment.large_rows(1000, BLOCK, np.zeros(2))) < 100
@@ -150,7 +150,7 @@ def test_what_is_expected_of_a_row_that_goes_on():
     """20 tokens of an earlier run, out of at most 64."""
     request = Request(0, pack_tokens([0] * 300), Sampling(max_tokens=64), pack_tokens([0] * 20))
     assignment = Assignment(iter([request]), 1)
-    assignment.large_from = 100
+    assignment.rows.large_from = 100
     room = np.array([1000])
     assignment.assign(room, room, np.zeros(1))
     assert assignment.large_rows(5, BLOCK, np.zeros(1)) == [Large(0, False, 0, 12, 320.0, 44.0)]
@@ -188,7 +188,7 @@ def test_a_row_waits_for_its_beginning_unless_others_have_much_less_to_do():
 def test_rows_that_wait_do_not_hold_up_small_ones():
     rows = [prompt(n, 50) for n in range(40)] + [prompt(40, 10)]
     assignment = Assignment(iter(rows), 1)
-    assignment.large_from = 40
+    assignment.rows.large_from = 40
     room = np.array([1000])
     given = [assignment.assign(room, room, np.zeros(1)) for _ in range(10)]
     assert [r.id for some in given for r in some.get(0, [])] == []

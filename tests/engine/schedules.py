@@ -41,7 +41,8 @@ def step(scheduler: Scheduler) -> dict[int, int]:
     for sequence, tokens in plan.rows:
         sequence.computed += tokens
         if not sequence.remaining:
-            sequence.append(0, 0.0)
+            sequence.expect(0)
+            sequence.learn(0, 0.0)
             if sequence.finish_reason():
                 scheduler.finish(sequence)
     scheduler.rm.check()

@@ -106,9 +106,9 @@ def test_loans_are_reported_when_they_change():
     assert boundary(instance).changes.lent is None
     assert instance.credits() == {1: 2}
     assert boundary(instance).changes.lent is None, "set aside is set aside"
-    serve(instance, 1, Header([], 1, [], [], [], []))
+    serve(instance, 1, Header([], [], [], 1, [], [], [], []))
     assert boundary(instance).changes.lent == {1: 1}
-    serve(instance, 1, Header([], 1, [], [], [], []))
+    serve(instance, 1, Header([], [], [], 1, [], [], [], []))
     assert boundary(instance).changes.lent == {}
 
 
@@ -118,7 +118,7 @@ def test_loans_are_reported_after_a_grant_though_they_are_as_before():
     boundary(instance, lend={1: 2})
     instance.credits()
     assert boundary(instance, lend={1: 1}).changes.lent == {1: 2}
-    serve(instance, 1, Header([], 1, [], [], [], []))
+    serve(instance, 1, Header([], [], [], 1, [], [], [], []))
     assert boundary(instance).changes.lent == {1: 2}
 
 
@@ -196,7 +196,7 @@ def test_only_creditors_with_news_get_a_header():
     assert one.headers(Plan([], [], [], []), 0.0) == {}
     one.rm.return_credit(2, 3)
     headers = one.headers(Plan([], [], [], []), 0.0)
-    assert headers == {2: Header([], 3, [], [], [], [])}
+    assert headers == {2: Header([], [], [], 3, [], [], [], [])}
 
 
 def test_rows_with_rblocks_elsewhere_send_their_queries_there():

@@ -15,7 +15,7 @@ from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.migration import COPIED_BLOCKS, GROWTH_BLOCKS, Migrations
 from hpc_distkv.engine.scheduler import Scheduler
 from hpc_distkv.engine.sequence import Sequence
-from hpc_distkv.memory.loan import Kind
+from hpc_distkv.memory.loan import MoveKind
 from hpc_distkv.memory.rmanager import RManager
 from hpc_distkv.model.decoder import Decoder
 
@@ -44,7 +44,7 @@ class Rig:
     def step(self, short: int = 1) -> tuple[list[tuple[int, int, int]], list[int]]:
         """(request, rBlock, creditor) of the copies of one step, and who leaves with it."""
         moves, leaving = self.migrations.plan(self.running, short)
-        assert all(move.kind is Kind.COPY for move in moves)
+        assert all(move.kind is MoveKind.COPY for move in moves)
         self.rm.commit(moves, [])
         for sequence in leaving:
             self.rm.hand_over(sequence.id)
@@ -118,7 +118,8 @@ def test_a_row_goes_on_growing_while_it_is_copied():
     rig.rm.credit_opened(3, 40)
     rig.step()
     for _ in range(BLOCK):
-        rig.running[0].append(0, 0.0)
+        rig.running[0].expect(0)
+        rig.running[0].learn(0, 0.0)
         rig.running[0].computed += 1
     rig.rm.grow(0, 1)
     copies, leaving = rig.step()
@@ -160,7 +161,8 @@ def two_rows() -> Scheduler:
         scheduler._rm.open(number)
         scheduler._rm.grow(number, config.blocks(prompt))
         sequence.computed = prompt
-        sequence.append(0, 0.0)
+        sequence.expect(0)
+        sequence.learn(0, 0.0)
     scheduler._rm.credit_opened(3, 10 + GROWTH_BLOCKS)
     return scheduler
 
@@ -173,7 +175,8 @@ def test_a_row_misses_only_the_step_that_hands_it_over():
     assert (row.sequence.id, leaving) == (1, [])
     scheduler._rm.commit(plan.moves, [])
     row.sequence.computed += 1
-    row.sequence.append(0, 0.0)
+    row.sequence.expect(0)
+    row.sequence.learn(0, 0.0)
     plan = scheduler.plan()
     assert plan.rows == []
     assert [sequence.id for sequence in plan.leaving] == [1]

@@ -8,7 +8,7 @@ from hpc_distkv.control.messages import Answer, Request, Sampling, pack_tokens
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.moves import Moves
 from hpc_distkv.engine.sequence import Sequence
-from hpc_distkv.memory.loan import Kind
+from hpc_distkv.memory.loan import MoveKind
 from hpc_distkv.memory.rmanager import RManager
 
 BLOCK = 4
@@ -44,8 +44,8 @@ class Rig:
         """(request, rBlock, creditor) of what leaves and of what comes home in one step."""
         out, home = self.moves.plan(self.running, short, lambda: growth)
         self.rm.check()
-        assert all(move.kind is Kind.LEND for move in out)
-        assert all(move.kind is Kind.RECALL for move in home)
+        assert all(move.kind is MoveKind.LEND for move in out)
+        assert all(move.kind is MoveKind.RECALL for move in home)
         self.rm.commit(out, home)
         self.rm.check()
         return (

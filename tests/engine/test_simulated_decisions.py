@@ -15,11 +15,11 @@ from hpc_distkv.control.messages import Request, Sampling, pack_tokens
 from hpc_distkv.engine.instance import Instance
 from hpc_distkv.engine.plan import Plan
 from hpc_distkv.engine.rank import EngineOptions
-from hpc_distkv.simulate.cluster import Cluster, Device, Measured
+from hpc_distkv.simulate.cluster import Cluster, DeviceSpec, Measured
 from hpc_distkv.simulate.deployment import Deployment
 from hpc_distkv.simulate.models import ModelShape
 from hpc_distkv.simulate.simulation import Rounds, Simulation
-from hpc_distkv.simulate.trace import Row
+from hpc_distkv.simulate.workload import Row
 
 AT_ONCE = Rounds(floor=0.0, answer=0.0, per_instance=0.0)
 SHAPE = ModelShape("tiny", 2, 64, 128, 4, 2, 16, 100)
@@ -82,7 +82,7 @@ def test_a_simulated_instance_plans_what_a_real_one_does(
         )
         for row in rows
     ]
-    cluster = Cluster(1, 1, Device("toy", 1e9, 0), measured=ANY)
+    cluster = Cluster(1, 1, DeviceSpec("toy", 1e9, 0), measured=ANY)
     simulation = Simulation(Deployment(cluster, SHAPE, 1, config), made, AT_ONCE)
     while simulation.advance():
         simulation.check()

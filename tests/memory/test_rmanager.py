@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hpc_distkv.memory.loan import Kind, ProtocolError
+from hpc_distkv.memory.loan import MoveKind, ProtocolError
 from hpc_distkv.memory.rmanager import RManager
 
 
@@ -217,7 +217,7 @@ def test_what_was_dropped_is_released_with_a_request_that_ends_before_its_credit
 
 def copy(one: RManager, other: RManager, request: int, count: int) -> None:
     moves = [one.copy_out(request, other.instance) for _ in range(count)]
-    assert {move.kind for move in moves} == {Kind.COPY}
+    assert {move.kind for move in moves} == {MoveKind.COPY}
     hosted = other.host(one.instance, [(move.request, move.block) for move in moves])
     one.commit(moves, [])
     other.commit([], hosted)

@@ -13,7 +13,7 @@ from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.family import FAMILIES
 from hpc_distkv.observe.prediction import most_rate, predicted_rate
-from hpc_distkv.simulate.trace import Row
+from hpc_distkv.simulate.workload import Row
 
 MODEL = ModelConfig(
     family=next(iter(FAMILIES.values())),

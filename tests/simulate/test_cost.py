@@ -14,7 +14,7 @@ from hpc_distkv.simulate.cluster import (
     NODE,
     SWITCH,
     Cluster,
-    Device,
+    DeviceSpec,
     Link,
     Links,
     Measured,
@@ -33,7 +33,7 @@ def a100(adapters: int = 8, overhead: float = 0.0) -> Cluster:
         nodes=2,
         gpus_per_node=8,
         nodes_per_switch=2,
-        device=Device("A100", 80e9, 0),
+        device=DeviceSpec("A100", 80e9, 0),
         roofline=Roofline(312e12, 2.039e12, overhead, overhead, 0.5, 0.8, 0.4, 0.7),
         links=Links(
             Link(2e-6, 300e9, 0.8),
@@ -188,7 +188,7 @@ def measured() -> CostModel:
     cluster = Cluster(
         nodes=1,
         gpus_per_node=2,
-        device=Device("CPU", 8e9, 0),
+        device=DeviceSpec("CPU", 8e9, 0),
         measured=Measured(20e-3, 1e-3, 0.5e-3, 2e-6, 1e-7, 50e-6, 2e9),
     )
     return CostModel(cluster, MODELS["smollm2-135m"], 1, 32)
@@ -214,7 +214,7 @@ def test_measured_speeds_are_those_of_one_rank() -> None:
     cluster = Cluster(
         nodes=1,
         gpus_per_node=3,
-        device=Device("CPU", 8e9, 0),
+        device=DeviceSpec("CPU", 8e9, 0),
         measured=Measured(0, 0, 0, 0, 0, 0, 1),
     )
     with pytest.raises(OptionError, match=r"size 3: .* measured on instances of one rank"):

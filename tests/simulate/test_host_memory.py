@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_distkv.engine.config import EngineConfig
-from hpc_distkv.simulate.cluster import Cluster, Device, Measured
+from hpc_distkv.simulate.cluster import Cluster, DeviceSpec, Measured
 from hpc_distkv.simulate.cost import CostModel, HostRates, Line
 from hpc_distkv.simulate.host import HostCost, HostTime, Leg, staged_from
 from hpc_distkv.simulate.models import MODELS
 
 A100 = Cluster.load(Path(__file__).parents[2] / "jobs" / "clusters" / "a100-4x8.toml")
 LLAMA, BIG = MODELS["llama2-7b"], MODELS["llama2-70b"]
-RANK = Cluster(1, 1, Device("CPU", 8e9, 0), measured=Measured(1, 1, 1, 2e-6, 1e-7, 1e-4, 2e9))
+RANK = Cluster(1, 1, DeviceSpec("CPU", 8e9, 0), measured=Measured(1, 1, 1, 2e-6, 1e-7, 1e-4, 2e9))
 CONFIG = EngineConfig(num_blocks=1, block_size=32)
 DEVICE = CostModel(A100, LLAMA, 1, 32).rates._replace(
     kv_token=1e-6,

@@ -16,13 +16,13 @@ from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.instance import Instance
 from hpc_distkv.engine.plan import Plan
-from hpc_distkv.simulate.cluster import Cluster, Device, Measured
+from hpc_distkv.simulate.cluster import Cluster, DeviceSpec, Measured
 from hpc_distkv.simulate.deployment import Deployment
 from hpc_distkv.simulate.member import Member, Visit
 from hpc_distkv.simulate.models import MODELS, ModelShape
 from hpc_distkv.simulate.simulation import Rounds, Simulation
 from hpc_distkv.simulate.step import Steps
-from hpc_distkv.simulate.trace import Row
+from hpc_distkv.simulate.workload import Row
 
 SPEED = Measured(
     fixed=0.010,
@@ -49,7 +49,7 @@ def deployment(
 ) -> Deployment:
     """Instances of one rank on two nodes, with pools of a few rBlocks."""
     cluster = Cluster(
-        nodes=instances, gpus_per_node=1, device=Device("toy", 1e9, 0), measured=SPEED
+        nodes=instances, gpus_per_node=1, device=DeviceSpec("toy", 1e9, 0), measured=SPEED
     )
     config = EngineConfig(
         blocks,

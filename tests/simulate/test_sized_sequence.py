@@ -9,12 +9,18 @@ from hypothesis import strategies as st
 from hpc_distkv.control.messages import Request, Sampling, pack_tokens, unpack_tokens
 from hpc_distkv.engine.sequence import Sequence
 from hpc_distkv.simulate.sequence import SizedRequest, SizedSequence
-from hpc_distkv.simulate.trace import Row
+from hpc_distkv.simulate.workload import Row
 
 
 def both(prompt: int, output: int) -> tuple[Sequence, SizedSequence]:
     real = Request(7, pack_tokens(range(prompt)), Sampling(max_tokens=output))
     return Sequence(real, 1.5), SizedSequence(SizedRequest.of(7, Row(prompt, output)), 1.5)
+
+
+def make(sequence: Sequence, token: int, now: float) -> None:
+    """One more output token."""
+    sequence.expect(0)
+    sequence.learn(token, now)
 
 
 def state(sequence: Sequence) -> dict[str, object]:
@@ -35,7 +41,7 @@ def test_it_counts_what_a_real_one_counts(prompt, output, data):
         computed = data.draw(st.integers(0, real.length))
         for sequence in (real, sized):
             sequence.computed = computed
-            sequence.append(token, token + 2.0)
+            make(sequence, token, token + 2.0)
         assert state(sized) == state(real)
     assert sized.finish_reason() == "length"
 
@@ -46,7 +52,7 @@ def test_it_goes_on_elsewhere_as_a_real_one_does(prompt, output, made):
     moved = []
     for sequence in pair:
         for token in range(min(made, output - 1)):
-            sequence.append(token, 2.0)
+            make(sequence, token, 2.0)
         other = type(sequence)(sequence.request, sequence.assigned_at)
         other.restore(sequence.packed, sequence.length - 1)
         other.first_token_at, other.last_token_at = 3.0, 4.0
@@ -66,7 +72,7 @@ def test_a_prompt_of_two_million_tokens_is_a_few_bytes_on_the_wire():
 def test_it_may_end_before_its_limit():
     sequence = SizedSequence(SizedRequest.of(1, Row(10, 2, limit=9)), 0.0)
     assert sequence.final_len == 10 + 9 - 1
-    sequence.append(0, 1.0)
+    make(sequence, 0, 1.0)
     assert sequence.finish_reason() is None
-    sequence.append(0, 2.0)
+    make(sequence, 0, 2.0)
     assert sequence.finish_reason() == "stop"

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import math
 import random
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -42,6 +41,7 @@ from msgspec import Meta
 from hpc_distkv.control.messages import Request, Sampling, pack_tokens
 from hpc_distkv.control.percentiles import percentiles
 from hpc_distkv.engine.config import OptionError
+from hpc_distkv.simulate.toml import read_toml
 
 T = TypeVar("T")
 Count = Annotated[int, Meta(ge=1)]
@@ -160,18 +160,18 @@ class TraceFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                     f" (there are {', '.join(self.classes)})"
                 )
 
-    def trace(self, name: str) -> Trace:
+    def trace(self, name: str) -> Workload:
         """The trace `name`."""
         mix = self.traces[name]
         shares = ", ".join(f"{share} {kind}" for kind, share in mix.items())
-        return Trace(
+        return Workload(
             name, f"{self.description} ({shares})", self.seed, self.rows, self.classes, mix
         )
 
 
 @dataclass(frozen=True)
-class Trace:
-    """Rows in order of arrival, always the same for the same fields."""
+class Workload:
+    """One of a file's traces: rows in order of arrival, always the same for the same fields."""
 
     name: str
     description: str
@@ -188,7 +188,7 @@ class Trace:
     """Every row allows for this many times its output."""
 
     @staticmethod
-    def load(path: str | Path) -> Trace:
+    def load(path: str | Path) -> Workload:
         """The trace FILE.toml, or FILE.toml#NAME where the file has several."""
         file, _, name = str(path).partition("#")
         content = _read(file)
@@ -201,18 +201,18 @@ class Trace:
         return content.trace(name)
 
     @staticmethod
-    def load_all(path: str | Path) -> list[Trace]:
+    def load_all(path: str | Path) -> list[Workload]:
         """All traces of a file, in its order."""
         content = _read(str(path))
         return [content.trace(name) for name in content.traces]
 
-    def head(self, rows: int) -> Trace:
+    def head(self, rows: int) -> Workload:
         """The same mix in `rows` rows, more or fewer."""
         if rows < 1:
             raise OptionError(f"a trace needs at least 1 row, not {rows}")
         return replace(self, count=rows)
 
-    def scaled(self, factor: float, output_factor: float | None = None) -> Trace:
+    def scaled(self, factor: float, output_factor: float | None = None) -> Workload:
         """The same rows with every length divided by `factor`, but at least 1 token; outputs by
         `output_factor` if it is given."""
         outputs = factor if output_factor is None else output_factor
@@ -228,7 +228,7 @@ class Trace:
             output_factor=self.output_factor * outputs,
         )
 
-    def limited(self, factor: float) -> Trace:
+    def limited(self, factor: float) -> Workload:
         """The same rows, but their outputs are not known beforehand: each allows for `factor` times
         as much as it makes."""
         if not 1 <= factor < math.inf:
@@ -309,16 +309,7 @@ class Trace:
 
 
 def _read(path: str) -> TraceFile:
-    try:
-        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise OptionError(f"cannot read the trace file {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise OptionError(f"the trace file {path} is not TOML: {error}") from error
-    try:
-        return msgspec.convert(content, TraceFile)
-    except msgspec.ValidationError as error:
-        raise OptionError(f"trace file {path}: {_reason(content, error)}") from error
+    return read_toml(path, TraceFile, "trace file", _reason)
 
 
 def _reason(content: dict[str, Any], error: msgspec.ValidationError) -> str:

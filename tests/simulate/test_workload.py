@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hpc_distkv.control.messages import unpack_tokens
 from hpc_distkv.engine.config import OptionError
-from hpc_distkv.simulate.trace import Row, Trace
+from hpc_distkv.simulate.workload import Row, Workload
 
 TRACES = Path(__file__).parents[2] / "jobs" / "traces"
 SPEC = """
@@ -65,7 +65,7 @@ def path(tmp_path_factory):
 
 
 def load(path, name, rows=1000):
-    return Trace.load(f"{path}#{name}").head(rows)
+    return Workload.load(f"{path}#{name}").head(rows)
 
 
 def test_each_class_has_its_exact_share(path):
@@ -184,7 +184,7 @@ def test_the_summary_adds_up(tmp_path):
         .split("[traces]")[0]
         + '[classes.one]\nprompt = 60\noutput = 40\n[traces]\n"x" = { one = 3, book = 1 }'
     )
-    summary = Trace.load(path).head(4).summary()
+    summary = Workload.load(path).head(4).summary()
     assert summary["rows"] == 4
     assert summary["prompt_tokens"] == 3 * 60 + 900
     assert summary["output_tokens"] == 3 * 40 + 100
@@ -251,17 +251,17 @@ def test_a_bad_file_is_refused_by_the_key(tmp_path, old, new, named):
     assert old in SPEC
     path.write_text(SPEC.replace(old, new))
     with pytest.raises(OptionError, match=rf"bad\.toml.*{named}"):
-        Trace.load(f"{path}#mixed")
+        Workload.load(f"{path}#mixed")
 
 
 def test_a_trace_is_named_where_a_file_has_several(path, tmp_path):
-    assert [t.name for t in Trace.load_all(path)] == ["chat", "books", "mixed", "thirds", "bots"]
+    assert [t.name for t in Workload.load_all(path)] == ["chat", "books", "mixed", "thirds", "bots"]
     with pytest.raises(OptionError, match=r"several traces.*#NAME.*chat, books"):
-        Trace.load(path)
+        Workload.load(path)
     with pytest.raises(OptionError, match=r"no trace nix.*chat, books"):
-        Trace.load(f"{path}#nix")
-    with pytest.raises(OptionError, match=r"cannot read .*absent\.toml: No such file"):
-        Trace.load(tmp_path / "absent.toml")
+        Workload.load(f"{path}#nix")
+    with pytest.raises(OptionError, match=r"absent\.toml cannot be read: No such file"):
+        Workload.load(tmp_path / "absent.toml")
 
 
 @pytest.mark.parametrize("factor", [0, -2, math.nan, math.inf])
@@ -281,13 +281,13 @@ def test_committed_files_say_that_they_are_synthetic(file):
         line for line in file.read_text().splitlines() if line.startswith("#")
     ).casefold()
     assert "synthetic" in comments
-    for trace in Trace.load_all(file):
+    for trace in Workload.load_all(file):
         assert len(trace.rows) == 1000
         assert all(row.prompt > row.prefix_tokens >= 0 < row.output for row in trace.rows)
 
 
 def test_the_short_traces_stay_below_60k_and_grow_longer():
-    short = [trace.summary() for trace in Trace.load_all(TRACES / "short.toml")]
+    short = [trace.summary() for trace in Workload.load_all(TRACES / "short.toml")]
     assert [50_000 < summary["max"] <= 60_000 for summary in short] == [True] * 3
     shares = [summary["long_share"] for summary in short]
     assert shares == sorted(set(shares))
@@ -295,13 +295,13 @@ def test_the_short_traces_stay_below_60k_and_grow_longer():
 
 @pytest.mark.parametrize("thousands", [200, 280, 480, 600, 1200, 2000])
 def test_the_long_traces_reach_their_maximum_and_never_pass_it(thousands):
-    longest = Trace.load(TRACES / f"long.toml#long-{thousands}k").summary()["max"]
+    longest = Workload.load(TRACES / f"long.toml#long-{thousands}k").summary()["max"]
     assert 0.95 * thousands * 1000 < longest <= thousands * 1000
 
 
 def test_the_mixes_are_a_grid_of_shares_and_lengths():
     grid = set()
-    for trace in Trace.load_all(TRACES / "mixes.toml"):
+    for trace in Workload.load_all(TRACES / "mixes.toml"):
         long = [row.prompt for row in trace.rows if row.long]
         grid.add((len(long) / 10, round(max(long), -4)))
         assert trace.name == f"share-{len(long) // 10:02}-long-{round(max(long), -4) // 1000}k"
@@ -309,18 +309,18 @@ def test_the_mixes_are_a_grid_of_shares_and_lengths():
 
 
 def test_the_uniform_trace_has_one_length():
-    assert set(Trace.load(TRACES / "uniform.toml").rows) == {Row(256, 128)}
+    assert set(Workload.load(TRACES / "uniform.toml").rows) == {Row(256, 128)}
 
 
 def test_most_rows_of_the_prefix_trace_share_their_prefix():
-    rows = Trace.load(TRACES / "prefix.toml").rows
+    rows = Workload.load(TRACES / "prefix.toml").rows
     uses = Counter(row.prefix for row in rows if row.prefix >= 0)
     assert sum(uses.values()) == 900
     assert min(uses.values()) > 1
 
 
 def test_rows_with_limits_above_their_outputs_end_at_a_random_token():
-    trace = Trace.load(TRACES / "uniform.toml").head(200)
+    trace = Workload.load(TRACES / "uniform.toml").head(200)
     assert trace.limited(1) is trace
     limited = trace.limited(2.5)
     assert {row.limit for row in limited.rows} == {320}
