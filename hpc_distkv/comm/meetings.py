@@ -65,6 +65,7 @@ from hpc_distkv.comm.transport import (
     Pairs,
     Pending,
     Transport,
+    UnderWay,
 )
 from hpc_distkv.comm.waiter import Waiter
 
@@ -173,7 +174,7 @@ class MeetingTransport(Transport):
         """The other ranks of the instance."""
         self._turns: deque[int] = deque()
         """Peers in the order in which meetings are begun with them."""
-        self._under_way: dict[MeetingPending, None] = {}
+        self.under_way = UnderWay(waiter)
         self._checked = 0.0
 
     def exchange(
@@ -194,10 +195,8 @@ class MeetingTransport(Transport):
             sends = [(peer, tensor) for peer, tensor in sends if not holds(tensor)]
             recvs = [(peer, tensor) for peer, tensor in recvs if not holds(tensor)]
             others = self._inner.exchange(sends, recvs, send_on, receive_on)
-        pending = MeetingPending(posts, others, self)
-        self._under_way[pending] = None
         self.push()
-        return pending
+        return MeetingPending(posts, others, self)
 
     def unite(self, comm: Comm) -> None:
         """Give the ranks of this one's instance a fabric of their own."""
@@ -267,18 +266,8 @@ class MeetingTransport(Transport):
     def drained(self) -> bool:
         """Whether all exchanges and hops have completed."""
         self.push()
-        for pending in list(self._under_way):
-            pending.done()
-        over = not self._under_way and self._hop is None
+        over = self.under_way.drained() and self._hop is None
         return over and self._mail.drained() and self._inner.drained()
-
-    def over(self, pending: MeetingPending) -> None:
-        """`pending` is done."""
-        self._under_way.pop(pending, None)
-
-    def wait(self, pending: MeetingPending, what: str) -> None:
-        """As `Pending.wait`."""
-        self._waiter.until(lambda: pending.done() or None, what, lambda: pending.peers)
 
     # -- appointments -----------------------------------------------------------------------------
 
@@ -410,24 +399,19 @@ class MeetingPending(Pending):
     def __init__(
         self, posts: list[Post], others: Pending | None, transport: MeetingTransport
     ) -> None:
+        """`others`: what the host's transport carries of it."""
+        super().__init__(transport.under_way)
         self._posts, self._others, self._transport = posts, others, transport
 
     @property
     def peers(self) -> list[int]:
         """Of what has not passed."""
-        return [post.lane.peer for post in self._posts if not post.done]
+        others = self._others.peers if self._others is not None else []
+        return [post.lane.peer for post in self._posts if not post.done] + others
 
-    def done(self) -> bool:
-        """Push on and tell whether all has completed."""
+    def _push(self) -> bool:
         self._transport.push()
         if self._others is not None and self._others.done():
             self._others = None
         self._posts = [post for post in self._posts if not post.done]
-        if self._posts or self._others is not None:
-            return False
-        self._transport.over(self)
-        return True
-
-    def wait(self, what: str) -> None:
-        """Return when all has completed."""
-        self._transport.wait(self, what)
+        return not self._posts and self._others is None

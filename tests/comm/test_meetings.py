@@ -311,6 +311,15 @@ def test_a_fabric_that_fails_while_a_rank_waits_is_no_silent_wait():
         arriving.wait("the send of a rank that is gone")
 
 
+def test_a_wait_for_a_tensor_of_the_host_names_who_owes_it():
+    comms = open_local(2, stall_timeout=0.1)
+    connect(comms)
+    arriving = comms[1].transport.exchange([], [(0, torch.zeros(3, dtype=torch.int16))])
+    with pytest.raises(StallError, match="rank 1 waits for rank 0: a step") as stalled:
+        arriving.wait("a step to begin")
+    assert stalled.value.awaited == (0,)
+
+
 def test_messages_of_different_sizes_are_refused():
     comms = open_local(2)
     fabric = connect(comms)
