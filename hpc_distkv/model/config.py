@@ -171,11 +171,6 @@ def _parse(
         if head_dim % 2:
             raise ModelError(f"{where}: head_dim must be even for rotary embedding, not {head_dim}")
         rope, local_rope = Rope.of_layers(read, family.local_rope, family.partial_rotary)
-    dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    if dtype not in DTYPE_BYTES:
-        raise ModelError(
-            f"{where}: dtype {dtype!r} is not supported; supported are {', '.join(DTYPE_BYTES)}"
-        )
     return ModelConfig(
         family=family,
         num_layers=layers,
@@ -187,7 +182,7 @@ def _parse(
         vocab_size=read.whole("vocab_size"),
         max_position=max_position,
         norm_eps=read.positive("norm_eps", 1e-6),
-        activation=_activation(read),
+        activation=ACTIVATIONS[read.choice("hidden_act", ACTIVATIONS, "silu")],
         rope=rope,
         local_rope=local_rope,
         windows=read_windows(read, family, layers, max_position),
@@ -202,7 +197,7 @@ def _parse(
         experts_per_token=_experts_per_token(read) if family.experts else 0,
         normalise_experts=read.flag("norm_topk_prob"),
         tie_embeddings=read.flag("tie_word_embeddings"),
-        dtype=dtype,
+        dtype=read.choice("dtype" if raw.get("dtype") else "torch_dtype", DTYPE_BYTES, "float32"),
         eos_token_ids=_token_ids("eos_token_id", where, generation, raw),
         bos_token_id=next(iter(_token_ids("bos_token_id", where, raw)), None),
         generation=GenerationDefaults.read(generation),
@@ -225,15 +220,6 @@ def _intermediate_size(read: Settings, family: Family, hidden: int) -> int:
     if family.experts:
         return read.whole("moe_intermediate_size")
     return read.whole("intermediate_size", None if family.gated else 4 * hidden)
-
-
-def _activation(read: Settings) -> str:
-    name = read.get("hidden_act", "silu")
-    if name not in ACTIVATIONS:
-        raise read.error(
-            "hidden_act", f"= {name!r} is not supported; supported are {', '.join(ACTIVATIONS)}"
-        )
-    return ACTIVATIONS[name]
 
 
 def _query_scalar(read: Settings) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from hpc_distkv.model.errors import ModelError
@@ -46,6 +46,14 @@ class Settings:
         if key in self._values and self._values[key] not in allowed:
             listed = ", ".join(map(repr, allowed))
             raise self.error(key, f"= {self._values[key]!r} is not supported; supported: {listed}")
+
+    def choice(self, key: str, among: Collection[str], default: str) -> str:
+        """One of `among`."""
+        value = self.get(key, default)
+        if not isinstance(value, str) or value not in among:
+            listed = ", ".join(among)
+            raise self.error(key, f"= {value!r} is not supported; supported are {listed}")
+        return value
 
     def whole(self, key: str, default: int | None = None, least: int = 1) -> int:
         """A whole number of at least `least`."""
