@@ -36,7 +36,7 @@ from hpc_distkv.engine.timesheet import TimeSheet
 from hpc_distkv.engine.worker import Leader, Worker
 from hpc_distkv.memory.mapped import mapped_memory
 from hpc_distkv.memory.pool import BlockPool
-from hpc_distkv.model.config import ModelConfig
+from hpc_distkv.model.config import ModelConfig, dtype_name
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.model.shard import Shard
 from hpc_distkv.model.weights import load_decoder, random_decoder
@@ -58,7 +58,7 @@ class RankEngine:
         self._decoder = decoder
         config = model.config
         set_threads(comm, options.threads)
-        block_bytes = options.block_size * config.kv_bytes_per_token(_name(model.dtype))
+        block_bytes = options.block_size * config.kv_bytes_per_token(dtype_name(model.dtype))
         policy = _policy(options.policy, comm.world.instances)
         wanted = EngineConfig(
             num_blocks=1,
@@ -146,7 +146,7 @@ class RankEngine:
     @property
     def dtype(self) -> str:
         """Of weights and KV."""
-        return _name(self._model.dtype)
+        return dtype_name(self._model.dtype)
 
     def run(
         self,
@@ -374,10 +374,6 @@ def _recordable(model: Decoder, place: torch.device, block_size: int) -> bool:
     q = torch.empty((1, heads, dim), dtype=model.dtype, device=place)
     k_cache = torch.empty((1, kv_heads, block_size, dim), dtype=model.dtype, device=place)
     return recordable(model, q, k_cache)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _policy(policy: str | Policy, instances: int) -> Policy:

@@ -67,7 +67,6 @@ class ModelConfig:
     dtype: str = "bfloat16"
     """The checkpoint's: "float32", "bfloat16" or "float16"."""
     eos_token_ids: tuple[int, ...] = ()
-    bos_token_id: int | None = None
     generation: GenerationDefaults = field(default_factory=GenerationDefaults)
     fingerprint: str = ""
     """Hash of config.json and of the names and sizes of the weight files."""
@@ -119,25 +118,25 @@ class ModelConfig:
         return max(self.windows) if self.windows and all(self.windows) else 0
 
     @property
-    def num_parameters(self) -> int:
-        """Number of weights, biases left out; a tied head counts once."""
-        return self._parameters(self.num_experts)
-
-    @property
     def attention_tokens(self) -> float:
         """Context length at which a token's attention costs as much as its linear layers."""
-        met = self._parameters(self.experts_per_token)
-        return met / (2 * self.num_layers * self.num_heads * self.head_dim)
+        return self._active_weights / (2 * self.num_layers * self.num_heads * self.head_dim)
 
-    def _parameters(self, experts: int) -> int:
-        """Number of weights if a layer has that many experts."""
+    @property
+    def _active_weights(self) -> int:
+        """Number of weights that a token meets, biases left out; a tied head counts once."""
         attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
         mlp = (3 if self.family.gated else 2) * self.hidden_size * self.intermediate_size
         if self.num_experts:
-            mlp = experts * mlp + self.num_experts * self.hidden_size
+            mlp = self.experts_per_token * mlp + self.num_experts * self.hidden_size
         layer = attention + mlp + 2 * self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
         return self.num_layers * layer + embeddings + self.hidden_size
+
+
+def dtype_name(dtype: object) -> str:
+    """ "float32" of that name or of torch's dtype."""
+    return str(dtype).removeprefix("torch.")
 
 
 def dtype_bytes(dtype: str) -> int:
@@ -198,8 +197,7 @@ def _parse(
         normalise_experts=read.flag("norm_topk_prob"),
         tie_embeddings=read.flag("tie_word_embeddings"),
         dtype=read.choice("dtype" if raw.get("dtype") else "torch_dtype", DTYPE_BYTES, "float32"),
-        eos_token_ids=_token_ids("eos_token_id", where, generation, raw),
-        bos_token_id=next(iter(_token_ids("bos_token_id", where, raw)), None),
+        eos_token_ids=_eos_token_ids(where, generation, raw),
         generation=GenerationDefaults.read(generation),
         fingerprint=fingerprint,
     )
@@ -235,15 +233,15 @@ def _experts_per_token(read: Settings) -> int:
     return chosen
 
 
-def _token_ids(key: str, where: str, *sources: Mapping[str, Any]) -> tuple[int, ...]:
-    """The token ids under `key` in all `sources`, each a number or a list, without repeats."""
+def _eos_token_ids(where: str, *sources: Mapping[str, Any]) -> tuple[int, ...]:
+    """Those of all `sources`, each a number or a list, without repeats."""
     ids: list[int] = []
     for source in sources:
-        value = source.get(key)
+        value = source.get("eos_token_id")
         for item in value if isinstance(value, list) else [value]:
             if item is None or item in ids:
                 continue
             if isinstance(item, bool) or not isinstance(item, int) or item < 0:
-                raise ModelError(f"{where}: {key} must be token ids, not {value!r}")
+                raise ModelError(f"{where}: eos_token_id must be token ids, not {value!r}")
             ids.append(item)
     return tuple(ids)
