@@ -9,6 +9,7 @@ from typing import Any
 
 from hpc_distkv.model.errors import ModelError
 from hpc_distkv.model.settings import Settings
+from hpc_distkv.model.windows import FULL, SLIDING
 
 _COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 _KEYS = {
@@ -32,7 +33,6 @@ _KEYS = {
 }
 """Types that are supported, and the keys each may have beside the common ones."""
 ROPE_TYPES = tuple(_KEYS)
-_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,12 @@ class Rope:
         if key == "rope_scaling":
             return cls._parse(read, section, key, theta, partial), cls(local_theta)
         for name in section:
-            if name not in (_FULL, _SLIDING) or not isinstance(section[name], Mapping):
-                raise read.error(f"{key}.{name}", f"must be one of {_FULL} and {_SLIDING}")
-        full, sliding = section.get(_FULL, {}), section.get(_SLIDING, {})
+            if name not in (FULL, SLIDING) or not isinstance(section[name], Mapping):
+                raise read.error(f"{key}.{name}", f"must be one of {FULL} and {SLIDING}")
+        full, sliding = section.get(FULL, {}), section.get(SLIDING, {})
         return (
-            cls._parse(read, full, f"{key}.{_FULL}", theta, partial),
-            cls._parse(read, sliding, f"{key}.{_SLIDING}", local_theta, partial),
+            cls._parse(read, full, f"{key}.{FULL}", theta, partial),
+            cls._parse(read, sliding, f"{key}.{SLIDING}", local_theta, partial),
         )
 
     @classmethod
