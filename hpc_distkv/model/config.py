@@ -157,19 +157,9 @@ def _parse(
     for key, allowed in {**COMMON_REQUIRED, **family.required}.items():
         read.require(key, allowed)
     layers, hidden = read.whole("num_hidden_layers"), read.whole("hidden_size")
-    heads = read.whole("num_attention_heads")
-    kv_heads = read.whole("num_key_value_heads", heads)
-    if heads % kv_heads:
-        raise ModelError(
-            f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
-        )
-    head_dim = read.whole("head_dim", None if hidden % heads else hidden // heads)
     max_position = read.whole("max_position_embeddings")
-    rope, local_rope = Rope(), None
-    if family.positions == "rope":
-        if head_dim % 2:
-            raise ModelError(f"{where}: head_dim must be even for rotary embedding, not {head_dim}")
-        rope, local_rope = Rope.of_layers(read, family.local_rope, family.partial_rotary)
+    heads, kv_heads, head_dim = _heads(read, hidden)
+    rope, local_rope = _ropes(read, family, head_dim)
     return ModelConfig(
         family=family,
         num_layers=layers,
@@ -212,6 +202,24 @@ def _family(raw: Mapping[str, Any], where: str) -> Family:
             f"{where}: architecture {name!r} is not supported; supported are {', '.join(FAMILIES)}"
         )
     return family
+
+
+def _heads(read: Settings, hidden: int) -> tuple[int, int, int]:
+    """Query heads, KV heads, and their dimension."""
+    heads = read.whole("num_attention_heads")
+    kv_heads = read.whole("num_key_value_heads", heads)
+    if heads % kv_heads:
+        few = read.name("num_key_value_heads")
+        raise read.error("num_attention_heads", f"{heads} is no multiple of {few} {kv_heads}")
+    return heads, kv_heads, read.whole("head_dim", None if hidden % heads else hidden // heads)
+
+
+def _ropes(read: Settings, family: Family, head_dim: int) -> tuple[Rope, Rope | None]:
+    if family.positions != "rope":
+        return Rope(), None
+    if head_dim % 2:
+        raise read.error("head_dim", f"must be even for rotary embedding, not {head_dim}")
+    return Rope.of_layers(read, family.local_rope, family.partial_rotary)
 
 
 def _intermediate_size(read: Settings, family: Family, hidden: int) -> int:

@@ -27,6 +27,9 @@ class Settings:
             if theirs in raw:
                 self._values[ours] = raw[theirs]
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
     def get(self, key: str, default: Any = None) -> Any:
         """The value as it is; `default` if it is missing or null."""
         value = self._values.get(key)
@@ -43,7 +46,7 @@ class Settings:
 
     def require(self, key: str, allowed: tuple[Any, ...]) -> None:
         """Raise unless the value is one of `allowed`, or missing."""
-        if key in self._values and self._values[key] not in allowed:
+        if key in self and self._values[key] not in allowed:
             listed = ", ".join(map(repr, allowed))
             raise self.error(key, f"= {self._values[key]!r} is not supported; supported: {listed}")
 
