@@ -1,4 +1,4 @@
-"""The three ways ranks talk, as interfaces: tensors, headers, control rounds.
+"""The three ways ranks talk, as interfaces: tensors, mail, control rounds.
 
 Each has an MPI implementation (`comm.mpi`) and one in a single process (`comm.local`). Tensors of
 GPUs travel over NCCL, by appointment (`comm.meetings`), or by way of the host (`comm.staged`).
@@ -142,7 +142,8 @@ class Transport(ABC):
 
 
 class Mail(ABC):
-    """Small messages of unknown length between loan partners: headers and credit."""
+    """Small messages of unknown length: headers and credit between loan partners, a leader's events
+    to its followers; by mail of their own, appointments (`meetings`) and complaints (`stall`)."""
 
     @abstractmethod
     def post(self, peer: int, message: bytes) -> None:
@@ -287,7 +288,7 @@ class Comm:
         if self.closed:
             return
         self.idle(lambda: self.transport.drained() or None, "the last tensors to be received")
-        self.idle(lambda: self.mail.drained() or None, "the last headers to be received")
+        self.idle(lambda: self.mail.drained() or None, "the last mail to be received")
         self.agree(None)
         self.idle(lambda: self.rounds.drained() or None, "the last answers to be received")
         self.transport.close()
