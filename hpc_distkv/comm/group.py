@@ -42,7 +42,7 @@ class Group:
         """Once instances are formed and tensors have their way (`Transport.unite`)."""
         world = comm.world
         self._transport = comm.transport
-        self._lane, self._ranks = world.lane, world.lanes
+        self._lane, self._ranks = world.lane, world.members
         self._others = [rank for rank in self._ranks if rank != world.rank]
         self._calls = 0
         self._apart = False

@@ -11,8 +11,8 @@ each other in a ring, each for a message that stands behind another. So they mee
     higher rank   Go is there and it is in no meeting: asks for the same messages, in the same order
     both          the fabric says that they have passed: the meeting is over
 
-Order: a meeting takes messages of a lane (peer, channel, direction) in the order of their posts, on
-both sides, and goes through the lanes in one order. Readiness of both is counted, never guessed.
+Order: a meeting takes messages of a flow (peer, channel, direction) in the order of their posts, on
+both sides, and goes through the flows in one order. Readiness of both is counted, never guessed.
 
 Why no meeting lasts for ever. A rank is in one meeting at a time, so what it asks for stands at the
 head of its stream, behind nothing. A meeting that both sides have asked for is over by itself.
@@ -73,7 +73,7 @@ CHECK_SECONDS = 0.1
 """Between two looks at whether the fabric has failed."""
 
 
-class Lane(NamedTuple):
+class Flow(NamedTuple):
     """Messages between this rank and a peer whose order counts."""
 
     peer: int
@@ -124,17 +124,17 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
 
 
 class Go(msgspec.Struct, frozen=True, array_like=True, tag="go"):
-    """The sender, the lower rank, has begun a meeting over so many messages of these lanes:
+    """The sender, the lower rank, has begun a meeting over so many messages of these flows:
     channel, upward, messages."""
 
-    lanes: list[tuple[int, bool, int]]
+    flows: list[tuple[int, bool, int]]
 
 
 class Post:
     """One half of a message of this rank. It holds its tensor until the message has passed."""
 
-    def __init__(self, lane: Lane, send: bool, tensor: torch.Tensor, unused: Event) -> None:
-        self.lane, self.send = lane, send
+    def __init__(self, flow: Flow, send: bool, tensor: torch.Tensor, unused: Event) -> None:
+        self.flow, self.send = flow, send
         self.tensor: torch.Tensor | None = tensor
         self.nbytes = tensor.nbytes
         self.unused = unused
@@ -153,11 +153,11 @@ class MeetingTransport(Transport):
         """`mail`: for this alone."""
         self._inner, self._fabric, self._mail, self._waiter = inner, fabric, mail, waiter
         self._me = waiter.world.rank
-        self._posted: defaultdict[Lane, deque[Post]] = defaultdict(deque)
+        self._posted: defaultdict[Flow, deque[Post]] = defaultdict(deque)
         """Not ready yet."""
-        self._ready: defaultdict[Lane, deque[Post]] = defaultdict(deque)
+        self._ready: defaultdict[Flow, deque[Post]] = defaultdict(deque)
         """In no meeting yet."""
-        self._theirs: defaultdict[Lane, deque[int]] = defaultdict(deque)
+        self._theirs: defaultdict[Flow, deque[int]] = defaultdict(deque)
         """Bytes of what higher ranks are ready for."""
         self._called: deque[tuple[int, Go]] = deque()
         """Meetings that lower ranks are in and wait for this one."""
@@ -170,7 +170,7 @@ class MeetingTransport(Transport):
         """What has hops in it."""
         self._hop: Event | None = None
         """The last one, until it has passed."""
-        self._lanes: list[int] = []
+        self._others: list[int] = []
         """The other ranks of the instance."""
         self._turns: deque[int] = deque()
         """Peers in the order in which meetings are begun with them."""
@@ -187,8 +187,8 @@ class MeetingTransport(Transport):
             for peer, tensor in pairs:
                 if holds(tensor):
                     upward = send if peer == self._me else send == (self._me < peer)
-                    post = Post(Lane(peer, channel, upward), send, tensor, unused)
-                    self._posted[post.lane].append(post)
+                    post = Post(Flow(peer, channel, upward), send, tensor, unused)
+                    self._posted[post.flow].append(post)
                     posts.append(post)
         others = None
         if len(posts) < len(sends) + len(recvs):
@@ -201,7 +201,7 @@ class MeetingTransport(Transport):
     def unite(self, comm: Comm) -> None:
         """Give the ranks of this one's instance a fabric of their own."""
         self._within = self._fabric.within(comm)
-        self._lanes = [rank for rank in comm.world.lanes if rank != self._me]
+        self._others = [rank for rank in comm.world.members if rank != self._me]
 
     @property
     def hops(self) -> bool:
@@ -274,16 +274,16 @@ class MeetingTransport(Transport):
     def _note_ready(self) -> None:
         """Tell lower ranks what this one has become ready for."""
         news: defaultdict[int, list[tuple[int, bool, int]]] = defaultdict(list)
-        for lane, posts in list(self._posted.items()):
+        for flow, posts in list(self._posted.items()):
             while posts and posts[0].unused.query():
                 post = posts.popleft()
-                self._ready[lane].append(post)
-                if lane.peer < self._me:
-                    news[lane.peer].append((lane.channel, lane.upward, post.nbytes))
-                elif lane.peer not in self._turns:
-                    self._turns.append(lane.peer)
+                self._ready[flow].append(post)
+                if flow.peer < self._me:
+                    news[flow.peer].append((flow.channel, flow.upward, post.nbytes))
+                elif flow.peer not in self._turns:
+                    self._turns.append(flow.peer)
             if not posts:
-                del self._posted[lane]
+                del self._posted[flow]
         for peer, ready in news.items():
             self._mail.post(peer, msgspec.msgpack.encode(Ready(ready)))
 
@@ -293,7 +293,7 @@ class MeetingTransport(Transport):
             self._called.append((peer, message))
             return
         for channel, upward, nbytes in message.posts:
-            self._theirs[Lane(peer, channel, upward)].append(nbytes)
+            self._theirs[Flow(peer, channel, upward)].append(nbytes)
 
     def _begin(self) -> None:
         """Join a meeting that waits for this rank, or open one with the next peer that is ready."""
@@ -303,20 +303,20 @@ class MeetingTransport(Transport):
         for _ in range(len(self._turns)):
             self._turns.rotate(-1)
             peer = self._turns[-1]
-            if lanes := self._matched(peer):
-                go = Go(lanes)
+            if flows := self._matched(peer):
+                go = Go(flows)
                 if peer != self._me:
                     self._mail.post(peer, msgspec.msgpack.encode(go))
                 self._meet(peer, go)
                 return
 
     def _matched(self, peer: int) -> list[tuple[int, bool, int]]:
-        """The messages that this rank and a higher `peer` are both ready for, by lane."""
-        lanes = []
-        for lane in sorted(lane for lane, posts in self._ready.items() if lane.peer == peer):
-            mine, theirs = self._ready[lane], self._theirs[lane]
+        """The messages that this rank and a higher `peer` are both ready for, by flow."""
+        flows = []
+        for flow in sorted(flow for flow, posts in self._ready.items() if flow.peer == peer):
+            mine, theirs = self._ready[flow], self._theirs[flow]
             if peer == self._me:
-                other = self._ready.get(lane._replace(upward=not lane.upward), ())
+                other = self._ready.get(flow._replace(upward=not flow.upward), ())
                 count = min(len(mine), len(other))
             else:
                 count = min(len(mine), len(theirs))
@@ -326,17 +326,17 @@ class MeetingTransport(Transport):
                         f"rank {peer} posted {nbytes} bytes where {post.nbytes} were expected"
                     )
             if count:
-                lanes.append((lane.channel, lane.upward, count))
-        return lanes
+                flows.append((flow.channel, flow.upward, count))
+        return flows
 
     def _meet(self, peer: int, go: Go) -> None:
         posts = []
-        for channel, upward, count in go.lanes:
-            lane = Lane(peer, channel, upward)
-            ready = self._ready[lane]
+        for channel, upward, count in go.flows:
+            flow = Flow(peer, channel, upward)
+            ready = self._ready[flow]
             posts += [ready.popleft() for _ in range(count)]
             if not ready:
-                del self._ready[lane]
+                del self._ready[flow]
         messages = [Message(peer, p.send, p.tensor) for p in posts if p.tensor is not None]
         self._meeting = self._fabric.meet(messages), posts
 
@@ -369,7 +369,7 @@ class MeetingTransport(Transport):
 
     def _held_by(self) -> list[int]:
         """Who keeps this rank's hops waiting."""
-        return [post.lane.peer for post in self._meeting[1]] if self._meeting else self._lanes
+        return [post.flow.peer for post in self._meeting[1]] if self._meeting else self._others
 
     @property
     def _may_hop(self) -> bool:
@@ -386,9 +386,9 @@ class MeetingTransport(Transport):
     @property
     def _could_open(self) -> bool:
         """Whether this rank and a higher one, or itself, are both ready for a message."""
-        for lane in self._ready:
-            back = lane._replace(upward=not lane.upward)
-            if self._theirs.get(lane) or (lane.peer == self._me and back in self._ready):
+        for flow in self._ready:
+            back = flow._replace(upward=not flow.upward)
+            if self._theirs.get(flow) or (flow.peer == self._me and back in self._ready):
                 return True
         return False
 
@@ -407,7 +407,7 @@ class MeetingPending(Pending):
     def peers(self) -> list[int]:
         """Of what has not passed."""
         others = self._others.peers if self._others is not None else []
-        return [post.lane.peer for post in self._posts if not post.done] + others
+        return [post.flow.peer for post in self._posts if not post.done] + others
 
     def _push(self) -> bool:
         self._transport.push()

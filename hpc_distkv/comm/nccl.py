@@ -80,7 +80,7 @@ class Nccl:
 
     def within(self, comm: Comm) -> Nccl:
         """A communicator over the ranks of this rank's instance."""
-        return Nccl(comm, comm.world.lanes)
+        return Nccl(comm, comm.world.members)
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether it is on a GPU."""

@@ -312,7 +312,7 @@ class Worker:
     def _other_lanes(self) -> list[int]:
         """Who may hold up what the device computes: in a hop it waits for all of them."""
         world = self._comm.world
-        return [rank for rank in world.lanes if rank != world.rank]
+        return [rank for rank in world.members if rank != world.rank]
 
     def _end_under_way(self) -> None:
         """Nothing is computed any more when this returns."""

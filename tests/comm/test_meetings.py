@@ -135,7 +135,7 @@ def step_of_instance(comm: Comm, graph: dict[int, dict[int, int]], apart: set[in
 
     def total() -> None:
         x = torch.full((5,), 1.0 + world.rank)
-        assert (group.total(x) == 3 + 2 * world.lanes[0]).all()
+        assert (group.total(x) == 3 + 2 * world.members[0]).all()
 
     answers(comm, graph, total)
 
