@@ -151,6 +151,12 @@ class Plan:
         )
 
 
+def plan_key(q: Tensor, k_cache: Tensor, spec: AttentionSpec, *, causal: bool) -> Hashable:
+    """What a batch keeps its plan for such a call under."""
+    shape = _shape(q, k_cache)
+    return q.device, shape, causal, spec.window, len(q), len(k_cache), k_cache.shape[2]
+
+
 class Launcher:
     """One Triton function. What Triton compiled for arguments of a kind is kept here and launched
     directly, which spares the host 4 µs of Triton's own look-up for a small kernel and 14 µs of 45
@@ -204,21 +210,13 @@ class Kernels:
         return spec.scale > 0 and tuning.fits(_shape(q, k_cache), self._processors)
 
     def plan(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        batch: PagedBatch,
-        spec: AttentionSpec,
-        *,
-        causal: bool,
-        given: Plan | None = None,
+        self, q: Tensor, k_cache: Tensor, batch: PagedBatch, spec: AttentionSpec, *, causal: bool
     ) -> Plan:
-        """What `micro_attention` launches for this batch, worked out at the first call: what is
-        `given` then, if anything is. Of `q` only the shape matters."""
-        shape = _shape(q, k_cache)
+        """What `micro_attention` launches for this batch, worked out at the first call, if the
+        batch does not know it by `plan_key`. Of `q` only the shape matters."""
         return batch.derived(
-            (q.device, shape, causal, spec.window, len(q), len(k_cache), k_cache.shape[2]),
-            lambda: given or self._plan(batch, shape, causal, spec.window, q, k_cache),
+            plan_key(q, k_cache, spec, causal=causal),
+            lambda: self._plan(batch, _shape(q, k_cache), causal, spec.window, q, k_cache),
         )
 
     def micro_attention(self, call: Call) -> None:

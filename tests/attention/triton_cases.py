@@ -281,7 +281,7 @@ def test_a_roomy_plan_serves_every_batch_of_its_form():
     plans = [kernels.plan(q, k_cache, batch, spec, causal=True) for batch in batches]
     assert plans[0].form == plans[1].form
     roomy, any_batch = plans[0].roomy(), decodes([0] * 4, 0)
-    kernels.plan(q, k_cache, any_batch, spec, causal=True, given=roomy)
+    any_batch.remember(launch.plan_key(q, k_cache, spec, causal=True), roomy)
     for batch, plan in [*zip(batches, plans, strict=True), (batches[0], plans[0])]:
         roomy.take(plan)
         out, lse = attention(q, k_cache, v_cache, any_batch, spec, causal=True)

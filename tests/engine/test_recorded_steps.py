@@ -72,8 +72,9 @@ class Kernels:
     def serves(self, *_: object) -> bool:
         return True
 
-    def plan(self, q, k_cache, batch, spec, *, causal, given=None) -> Plan:
-        return batch.derived((len(q), causal, spec.window), lambda: given or Plan(batch))
+    def plan(self, q, k_cache, batch, spec, *, causal) -> Plan:
+        key = launch.plan_key(q, k_cache, spec, causal=causal)
+        return batch.derived(key, lambda: Plan(batch))
 
     def micro_attention(self, call: Call) -> None:
         plan = self.plan(call.q, call.k_cache, call.batch, call.spec, causal=call.causal)
