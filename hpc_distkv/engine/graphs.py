@@ -27,7 +27,8 @@ from hpc_distkv.attention import (
     micro_attention,
     rotate_and_write,
 )
-from hpc_distkv.attention.launch import Kernels, Plan, plan_key
+from hpc_distkv.attention.launch import Kernels
+from hpc_distkv.attention.launch_plan import Plan, plan_key
 from hpc_distkv.comm.cuda import new_stream
 from hpc_distkv.engine.inputs import Inputs
 from hpc_distkv.engine.model import Model

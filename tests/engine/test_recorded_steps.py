@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 
 from hpc_distkv.attention import PagedBatch, launch, reference
 from hpc_distkv.attention.call import Call
+from hpc_distkv.attention.launch_plan import plan_key
 from hpc_distkv.attention.rotation import rotate
 from hpc_distkv.comm.schedule import SeededSchedule
 from hpc_distkv.comm.transport import Comm
@@ -73,7 +74,7 @@ class Kernels:
         return True
 
     def plan(self, q, k_cache, batch, spec, *, causal) -> Plan:
-        key = launch.plan_key(q, k_cache, spec, causal=causal)
+        key = plan_key(q, k_cache, spec, causal=causal)
         return batch.derived(key, lambda: Plan(batch))
 
     def micro_attention(self, call: Call) -> None:
