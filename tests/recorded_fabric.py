@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from hpc_distkv.comm.fabric import Message
 from hpc_distkv.comm.local import network_of
-from hpc_distkv.comm.meetings import MeetingTransport, Message
+from hpc_distkv.comm.meeting_transport import MeetingTransport
 from hpc_distkv.comm.transport import Comm
 
 
@@ -72,7 +73,7 @@ class RecordedFabric:
     def hop(self, comm: Comm, messages: Sequence[Message]) -> None:
         """The host stands still until all ranks of the instance have asked for the hop, as it may
         in any call that waits for the GPU; it serves nobody meanwhile."""
-        rank, ranks = comm.world.rank, comm.world.lanes
+        rank, ranks = comm.world.rank, comm.world.members
         assert self.heads[rank] is None, "two fabrics at once"
         own = self.asked[rank]
         own.append(messages)

@@ -1,7 +1,7 @@
 """MicroAttention: kernels, their choice, and the merge of partials."""
 
 from hpc_distkv.attention.cache import rotate_and_write
-from hpc_distkv.attention.merge import merge, merge_rows
+from hpc_distkv.attention.merge import merge_rows
 from hpc_distkv.attention.micro import micro_attention
 from hpc_distkv.attention.paged import PagedBatch, PagedRow
 from hpc_distkv.attention.rotation import Rotation
@@ -12,7 +12,6 @@ __all__ = [
     "PagedBatch",
     "PagedRow",
     "Rotation",
-    "merge",
     "merge_rows",
     "micro_attention",
     "rotate_and_write",

@@ -9,23 +9,19 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hpc_distkv.attention import tuning
 from hpc_distkv.attention.call import Call
+from hpc_distkv.attention.launch_plan import Plan, plan_key
+from hpc_distkv.attention.launcher import Launcher
 from hpc_distkv.attention.paged import PagedBatch
 from hpc_distkv.attention.rotation import Rotation
 from hpc_distkv.attention.spec import AttentionSpec
-from hpc_distkv.attention.tuning import Kernel, Processors, Shape
-from hpc_distkv.attention.worklist import ITEM_SIZE, MERGE_SIZE, Ints, KeyIndex
-from hpc_distkv.comm.upload import upload
+from hpc_distkv.attention.tuning import Processors, Shape
 
 log = logging.getLogger(__name__)
 
@@ -80,114 +76,6 @@ def _processors(device: torch.device) -> Processors:
     return Processors(found.multi_processor_count, shared)
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One launch of the attention kernel."""
-
-    kernel: Kernel
-    items: Tensor
-    programs: int
-    positions: bool
-    """Whether masks need the positions of keys."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The launches of a batch, with what they read on the device."""
-
-    launches: list[Launch]
-    blocks: Tensor
-    first_token: Tensor
-    merges: Tensor
-    split: int
-    """Queries whose keys were split."""
-    partials: int
-    most_parts: int
-
-    @property
-    def form(self) -> Hashable:
-        """What its launches depend on, numbers on the device aside: plans of one form can take each
-        other's numbers."""
-        launches = [(at.kernel, _room(_items(at)), at.positions) for at in self.launches]
-        sizes = len(self.blocks), self.split, self.partials, self.most_parts
-        return (*launches, *map(_room, sizes))
-
-    def roomy(self) -> Plan:
-        """A plan with room for the numbers of any plan of this form, to be launched whatever they
-        are: programs without an item do nothing, and merges may be made twice."""
-
-        def room(tensor: Tensor, rows: int, columns: int = 1) -> Tensor:
-            return tensor.new_zeros(_room(rows) * columns)
-
-        launches = [
-            replace(
-                at,
-                items=room(at.items, _items(at), ITEM_SIZE),
-                programs=at.programs // _items(at) * _room(_items(at)),
-            )
-            for at in self.launches
-        ]
-        return Plan(
-            launches,
-            room(self.blocks, len(self.blocks)),
-            room(self.first_token, len(self.first_token)),
-            room(self.merges, self.split, MERGE_SIZE),
-            _room(self.split),
-            _room(self.partials),
-            _room(self.most_parts),
-        )
-
-    def take(self, other: Plan) -> None:
-        """The numbers of a plan of the form that this one was made roomy from."""
-        pairs = [(self.blocks, other.blocks), (self.first_token, other.first_token)]
-        for mine, theirs in zip(self.launches, other.launches, strict=True):
-            mine.items.zero_()
-            pairs.append((mine.items, theirs.items))
-        if self.split:
-            self.merges.view(-1, MERGE_SIZE).copy_(other.merges[:MERGE_SIZE])
-            pairs.append((self.merges, other.merges))
-        torch._foreach_copy_(
-            [mine[: theirs.numel()] for mine, theirs in pairs], [theirs for _, theirs in pairs]
-        )
-
-
-class Launcher:
-    """One Triton function. What Triton compiled for arguments of a kind is kept here and launched
-    directly, which spares the host 4 µs of Triton's own look-up for a small kernel and 14 µs of 45
-    for `attend`."""
-
-    def __init__(self, function: Any) -> None:
-        self._function = function
-        self._compiled: dict[tuple[object, ...], Any] = {}
-
-    def __call__(
-        self,
-        grid: tuple[int, int, int],
-        arguments: Sequence[Tensor | int | float],
-        constants: Sequence[object],
-        warps: int = 4,
-        stages: int = 3,
-    ) -> None:
-        """Launch with the function's parameters in order, `constants` last."""
-        key = (warps, stages, *constants, *map(_kind, arguments))
-        compiled = self._compiled.get(key)
-        if compiled is not None:
-            compiled[grid](*arguments, *constants)
-            return
-        launched = self._function[grid](*arguments, *constants, num_warps=warps, num_stages=stages)
-        if launched is not None:  # it is compiled, not interpreted
-            self._compiled[key] = launched
-
-
-def _kind(argument: Tensor | int | float) -> object:
-    """All that Triton's code depends on: of numbers, whether they are 1, and multiples of 16."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, int):
-        return argument == 1, argument % 16 == 0, argument >> 31 == 0
-    return None
-
-
 class Kernels:
     """The kernels on one device. Callers have checked dtypes, shapes and strides."""
 
@@ -201,30 +89,22 @@ class Kernels:
     def serves(self, q: Tensor, k_cache: Tensor, spec: AttentionSpec) -> bool:
         """Whether `micro_attention` takes this call: head dimensions up to 256, up to 128 query
         heads per KV head, and scales above 0."""
-        return spec.scale > 0 and tuning.fits(_shape(q, k_cache), self._processors)
+        return spec.scale > 0 and tuning.fits(Shape.of(q, k_cache), self._processors)
 
     def plan(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        batch: PagedBatch,
-        spec: AttentionSpec,
-        *,
-        causal: bool,
-        given: Plan | None = None,
+        self, q: Tensor, k_cache: Tensor, batch: PagedBatch, spec: AttentionSpec, *, causal: bool
     ) -> Plan:
-        """What `micro_attention` launches for this batch, worked out at the first call: what is
-        `given` then, if anything is. Of `q` only the shape matters."""
-        shape = _shape(q, k_cache)
+        """What `micro_attention` launches for this batch, worked out at the first call, if the
+        batch does not know it by `plan_key`. Of `q` only the shape matters."""
         return batch.derived(
-            (q.device, shape, causal, spec.window, len(q), len(k_cache), k_cache.shape[2]),
-            lambda: given or self._plan(batch, shape, causal, spec.window, q, k_cache),
+            plan_key(q, k_cache, spec, causal=causal),
+            lambda: Plan.of(q, k_cache, batch, spec, self._processors, causal=causal),
         )
 
     def micro_attention(self, call: Call) -> None:
         """Raises ValueError where the batch's numbers do not fit the tensors."""
         q, k_cache, v_cache, batch, spec, causal, out, lse = call
-        shape = _shape(q, k_cache)
+        shape = Shape.of(q, k_cache)
         plan = self.plan(q, k_cache, batch, spec, causal=causal)
         part_out, part_lse = out, lse
         if plan.split:
@@ -305,63 +185,3 @@ class Kernels:
                 (heads, kv_heads, dim, width, rotary, k_cache.shape[2], tile),
             )
         return q
-
-    def _plan(
-        self,
-        batch: PagedBatch,
-        shape: Shape,
-        causal: bool,
-        window: int,
-        q: Tensor,
-        k_cache: Tensor,
-    ) -> Plan:
-        num_blocks, _, block_size, _ = k_cache.shape
-        batch.check(len(q), num_blocks, block_size)
-        index = KeyIndex(batch, block_size)
-        few = tuning.decode_kernel(shape, self._processors)
-        many = tuning.prefill_kernel(shape, self._processors)
-        is_few = index.counts * shape.group <= few.lines
-        partials, launches, merges = 0, [], [np.empty((0, 4), np.int64)]
-        for kernel, chosen in ((few, is_few), (many, ~is_few)):
-            rows = np.flatnonzero(chosen & (index.counts > 0))
-            if not rows.size:
-                continue
-            tiles = index.tiles(rows, kernel.lines // shape.group, causal=causal, window=window)
-            chunk = tuning.chunk(tiles.lengths, shape.kv_heads, kernel, self._processors)
-            items, merge, partials = tiles.cut(chunk, kernel.keys, partials)
-            launches.append((kernel, items, not tiles.exact))
-            merges.append(merge)
-        merge = np.concatenate(merges)
-        lists = [_flat(numbers) for numbers in (merge, *(items for _, items, _ in launches))]
-        blocks, first_token, on_device, *items_on_device = upload(
-            [batch.blocks, batch.first_token, *lists], q.device
-        )
-        return Plan(
-            [
-                Launch(kernel, there, len(items) * shape.kv_heads, positions)
-                for (kernel, items, positions), there in zip(launches, items_on_device, strict=True)
-            ],
-            blocks,
-            first_token,
-            on_device,
-            len(merge),
-            partials,
-            int(merge[:, 3].max(initial=1)),
-        )
-
-
-def _flat(numbers: Ints) -> Tensor:
-    return torch.from_numpy(numbers.astype(np.int32).reshape(-1))
-
-
-def _items(launch: Launch) -> int:
-    return launch.items.numel() // ITEM_SIZE
-
-
-def _room(size: int) -> int:
-    return tuning.power_of_two(size) if size else 0
-
-
-def _shape(q: Tensor, k_cache: Tensor) -> Shape:
-    _, kv_heads, _, dim = k_cache.shape
-    return Shape(q.shape[1] // kv_heads, kv_heads, dim, q.element_size())

@@ -82,6 +82,10 @@ class PagedBatch:
             self._derived[key] = make()
         return cast(T, self._derived[key])
 
+    def remember(self, key: Hashable, made: object) -> None:
+        """Have `derived` return this."""
+        self._derived[key] = made
+
     @cached_property
     def _derived(self) -> dict[Hashable, Any]:
         return {}

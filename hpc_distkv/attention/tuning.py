@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
+from torch import Tensor
 
 from hpc_distkv.attention.worklist import Ints, parts_of
 
@@ -45,6 +46,12 @@ class Shape:
     kv_heads: int
     dim: int
     itemsize: int
+
+    @classmethod
+    def of(cls, q: Tensor, k_cache: Tensor) -> Shape:
+        """That of `micro_attention` with these."""
+        _, kv_heads, _, dim = k_cache.shape
+        return cls(q.shape[1] // kv_heads, kv_heads, dim, q.element_size())
 
     @property
     def width(self) -> int:

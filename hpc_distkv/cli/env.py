@@ -115,7 +115,7 @@ def _report(
 
 
 def _way(comm: Comm) -> str:
-    from hpc_distkv.comm.meetings import MeetingTransport
+    from hpc_distkv.comm.meeting_transport import MeetingTransport
     from hpc_distkv.comm.staged import StagedTransport
 
     if isinstance(comm.transport, MeetingTransport):

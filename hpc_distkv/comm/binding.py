@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from hpc_distkv.comm import cuda, nccl
 from hpc_distkv.comm.device import DeviceError, Sight, fault, own_index
-from hpc_distkv.comm.meetings import MeetingTransport
+from hpc_distkv.comm.meeting_transport import MeetingTransport
 from hpc_distkv.comm.staged import StagedTransport
 from hpc_distkv.comm.transport import Comm
 

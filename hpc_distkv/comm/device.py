@@ -115,8 +115,8 @@ def own_index(devices: int, local_rank: int) -> int:
 
 
 def fault(sights: Sequence[Sight], world: World, wanted: str, sharing: bool) -> str | None:
-    """Why ranks that see this, by rank, cannot work as `wanted` ("auto", "cpu" or "cuda"); None if
-    they can. The same on all ranks."""
+    """Why ranks with these sights cannot use `wanted` ("auto", "cpu" or "cuda"); None if they can.
+    The same on all ranks."""
     blind = [rank for rank, sight in enumerate(sights) if not sight.uuid]
     if wanted == "cuda" and blind:
         return (

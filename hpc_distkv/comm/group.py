@@ -35,14 +35,14 @@ class Group:
     (`engine.follower`), so the n-th call of each is the same collective; all its sends and receives
     are posted before any is awaited; and whoever waits goes on serving its debtors, since it waits
     with the `Waiter`. So a lane waits only for lanes that are still on their way to the same call.
-    For hops whose host does not wait see `meetings`.
+    For hops whose host does not wait see `meeting_transport`.
     """
 
     def __init__(self, comm: Comm) -> None:
         """Once instances are formed and tensors have their way (`Transport.unite`)."""
         self._comm, world = comm, comm.world
         self._transport = comm.transport
-        self._lane, self._ranks = world.lane, world.lanes
+        self._lane, self._ranks = world.lane, world.members
         self._others = [rank for rank in self._ranks if rank != world.rank]
         self._calls = 0
         self._apart = False

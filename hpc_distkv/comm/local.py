@@ -1,4 +1,4 @@
-"""Ranks that are threads of one process: for tests and simulations.
+"""Ranks that are threads of one process: for tests, and for benches within one rank.
 
 Nothing here blocks except `wait`, `take` and `Comm.idle`, so one thread can also drive all ranks.
 """
@@ -12,7 +12,16 @@ from typing import TypeVar
 
 from hpc_distkv.comm.network import Half, Network
 from hpc_distkv.comm.schedule import PeerFailedError, SeededSchedule
-from hpc_distkv.comm.transport import TO_CREDITOR, Comm, Mail, Pairs, Pending, Rounds, Transport
+from hpc_distkv.comm.transport import (
+    TO_CREDITOR,
+    Comm,
+    Mail,
+    Pairs,
+    Pending,
+    Rounds,
+    Transport,
+    UnderWay,
+)
 from hpc_distkv.comm.waiter import Waiter
 from hpc_distkv.comm.world import World
 
@@ -123,9 +132,8 @@ class LocalTransport(Transport):
 
     def __init__(self, network: Network, waiter: LocalWaiter) -> None:
         self._network = network
-        self._waiter = waiter
         self._rank = waiter.world.rank
-        self._under_way: list[Half] = []
+        self._under_way = UnderWay(waiter)
 
     def exchange(
         self, sends: Pairs, recvs: Pairs, send_on: int = TO_CREDITOR, receive_on: int = TO_CREDITOR
@@ -135,37 +143,34 @@ class LocalTransport(Transport):
         post = partial(self._network.post_tensor, self._rank)
         halves = [post(*pair, receive_on, send=False) for pair in recvs]
         halves += [post(*pair, send_on, send=True) for pair in sends]
-        self._under_way = [half for half in self._under_way if not half.done] + halves
-        return LocalPending(self._network, self._waiter, halves)
+        return LocalPending(self._network, self._under_way, halves)
 
     def drained(self) -> bool:
         """Whether all exchanges have completed."""
-        self._network.switch(self._rank)
-        return all(half.done for half in self._under_way)
+        return self._under_way.drained()
 
 
 class LocalPending(Pending):
     """One hop under way."""
 
-    def __init__(self, network: Network, waiter: LocalWaiter, halves: list[Half]) -> None:
+    def __init__(self, network: Network, under_way: UnderWay, halves: list[Half]) -> None:
+        super().__init__(under_way)
         self._network = network
-        self._waiter = waiter
+        self._waiter = under_way.waiter
         self._left = halves
 
-    def done(self) -> bool:
-        """Whether all has completed."""
+    @property
+    def peers(self) -> list[int]:
+        """Of what has not completed."""
+        return [half.peer for half in self._left]
+
+    def _push(self) -> bool:
         self._network.switch(self._waiter.world.rank)
         left = [half for half in self._left if not half.done]
         if len(left) < len(self._left):
             self._waiter.moved()
         self._left = left
         return not left
-
-    def wait(self, what: str) -> None:
-        """Return when all has completed."""
-        self._waiter.until(
-            lambda: self.done() or None, what, lambda: [half.peer for half in self._left]
-        )
 
 
 class LocalMail(Mail):

@@ -1,4 +1,4 @@
-"""Headers over MPI. Importing this module starts MPI: only `open_mpi` does."""
+"""Mail over MPI. Importing this module starts MPI: only `open_mpi` does."""
 
 from __future__ import annotations
 

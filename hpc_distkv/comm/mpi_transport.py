@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from mpi4py import MPI
 
-from hpc_distkv.comm.transport import TO_CREDITOR, Pairs, Pending, Transport
+from hpc_distkv.comm.transport import TO_CREDITOR, Pairs, Pending, Transport, UnderWay
 from hpc_distkv.comm.waiter import Waiter
 
 
@@ -22,8 +22,7 @@ class MpiTransport(Transport):
 
     def __init__(self, comm: MPI.Comm, waiter: Waiter) -> None:
         self._comm = comm
-        self._waiter = waiter
-        self._under_way: dict[MpiPending, None] = {}
+        self._under_way = UnderWay(waiter)
 
     def exchange(
         self, sends: Pairs, recvs: Pairs, send_on: int = TO_CREDITOR, receive_on: int = TO_CREDITOR
@@ -31,15 +30,11 @@ class MpiTransport(Transport):
         """Post one hop. Receives come first, so that arriving bytes land in place."""
         requests = [self._comm.Irecv(octets(tensor), peer, receive_on) for peer, tensor in recvs]
         requests += [self._comm.Isend(octets(tensor), peer, send_on) for peer, tensor in sends]
-        pending = MpiPending(requests, sends, recvs, self._waiter, self._under_way)
-        self._under_way[pending] = None
-        return pending
+        return MpiPending(requests, sends, recvs, self._under_way)
 
     def drained(self) -> bool:
         """Whether all exchanges have completed."""
-        for pending in list(self._under_way):
-            pending.done()
-        return not self._under_way
+        return self._under_way.drained()
 
 
 class MpiPending(Pending):
@@ -50,18 +45,26 @@ class MpiPending(Pending):
         requests: list[MPI.Request],
         sends: Pairs,
         recvs: Pairs,
-        waiter: Waiter,
-        under_way: dict[MpiPending, None],
+        under_way: UnderWay,
     ) -> None:
+        super().__init__(under_way)
         self._requests = requests
         self._recvs = recvs
         self._sends = sends
-        self._waiter = waiter
-        self._under_way = under_way
+        self._waiter = under_way.waiter
         self._left = len(requests)
 
-    def done(self) -> bool:
-        """Push on and tell whether all has completed."""
+    @property
+    def peers(self) -> list[int]:
+        """Those that still owe a message or have not fetched one."""
+        pairs = [*self._recvs, *self._sends]
+        return [
+            peer
+            for (peer, _), request in zip(pairs, self._requests, strict=True)
+            if request != MPI.REQUEST_NULL
+        ]
+
+    def _push(self) -> bool:
         if self._left:
             statuses: list[MPI.Status] = []
             finished = MPI.Request.Testsome(self._requests, statuses)
@@ -69,22 +72,7 @@ class MpiPending(Pending):
                 self._check(finished, statuses)
                 self._left -= len(finished)
                 self._waiter.moved()
-        if not self._left:
-            self._under_way.pop(self, None)
         return not self._left
-
-    def wait(self, what: str) -> None:
-        """Return when all has completed."""
-        self._waiter.until(lambda: self.done() or None, what, self._awaited)
-
-    def _awaited(self) -> list[int]:
-        """The peers that still owe a message or have not fetched one."""
-        pairs = [*self._recvs, *self._sends]
-        return [
-            peer
-            for (peer, _), request in zip(pairs, self._requests, strict=True)
-            if request != MPI.REQUEST_NULL
-        ]
 
     def _check(self, finished: list[int], statuses: list[MPI.Status]) -> None:
         """A shorter message than its receive would leave stale bytes in the tensor."""

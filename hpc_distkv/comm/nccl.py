@@ -10,7 +10,7 @@ import torch
 
 from hpc_distkv.comm.abort import guarded
 from hpc_distkv.comm.cuda import passed
-from hpc_distkv.comm.meetings import Message
+from hpc_distkv.comm.fabric import Message
 from hpc_distkv.comm.transport import Comm
 
 OLDEST_CUPY = 14
@@ -47,7 +47,7 @@ def usable() -> tuple[int, str]:
 
 
 class Nccl:
-    """A fabric (`meetings.Fabric`): one communicator over some ranks.
+    """A fabric (`fabric.Fabric`): one communicator over some ranks.
 
     The one over all ranks has a stream for all that it does. No other stream waits for that one,
     and it waits for none: messages are asked for when the host has seen that kernels before them
@@ -80,7 +80,7 @@ class Nccl:
 
     def within(self, comm: Comm) -> Nccl:
         """A communicator over the ranks of this rank's instance."""
-        return Nccl(comm, comm.world.lanes)
+        return Nccl(comm, comm.world.members)
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether it is on a GPU."""

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from hpc_distkv.comm.device import Event
-from hpc_distkv.comm.transport import TO_CREDITOR, Pairs, Pending, Transport
+from hpc_distkv.comm.transport import TO_CREDITOR, Pairs, Pending, Transport, UnderWay
 from hpc_distkv.comm.waiter import Waiter
 
 
@@ -55,9 +55,9 @@ class StagedTransport(Transport):
     """
 
     def __init__(self, inner: Transport, copies: Copies, waiter: Waiter) -> None:
-        self._inner, self._copies, self._waiter = inner, copies, waiter
+        self._inner, self._copies = inner, copies
         self._unposted: deque[Departure] = deque()
-        self._under_way: dict[StagedPending, None] = {}
+        self.under_way = UnderWay(waiter)
 
     def exchange(
         self, sends: Pairs, recvs: Pairs, send_on: int = TO_CREDITOR, receive_on: int = TO_CREDITOR
@@ -67,10 +67,8 @@ class StagedTransport(Transport):
         departure = Departure(sends, send_on, self._copies) if sends else None
         if departure:
             self._unposted.append(departure)
-        pending = StagedPending(departure, arrival, self)
-        self._under_way[pending] = None
         self.push()
-        return pending
+        return StagedPending(departure, arrival, self)
 
     def push(self) -> None:
         """Post every send whose turn it is."""
@@ -79,17 +77,7 @@ class StagedTransport(Transport):
 
     def drained(self) -> bool:
         """Whether all exchanges have completed."""
-        for pending in list(self._under_way):
-            pending.done()
-        return not self._under_way and self._inner.drained()
-
-    def over(self, pending: StagedPending) -> None:
-        """`pending` is done."""
-        self._under_way.pop(pending, None)
-
-    def wait(self, pending: StagedPending, what: str) -> None:
-        """As `Pending.wait`."""
-        self._waiter.until(lambda: pending.done() or None, what, lambda: pending.peers)
+        return self.under_way.drained() and self._inner.drained()
 
 
 class Departure:
@@ -154,26 +142,19 @@ class StagedPending(Pending):
     def __init__(
         self, departure: Departure | None, arrival: Arrival | None, transport: StagedTransport
     ) -> None:
+        super().__init__(transport.under_way)
         self._departure, self._arrival, self._transport = departure, arrival, transport
 
     @property
     def peers(self) -> list[int]:
-        """Whom it waits for."""
+        """Of what has not completed."""
         halves = (self._departure, self._arrival)
-        return [peer for half in halves if half and not half.done() for peer in half.peers]
+        return [peer for half in halves if half for peer in half.peers]
 
-    def done(self) -> bool:
-        """Push on and tell whether all has completed."""
+    def _push(self) -> bool:
         self._transport.push()
         if self._arrival and self._arrival.done():
             self._arrival = None
         if self._departure and self._departure.done():
             self._departure = None
-        if self._arrival or self._departure:
-            return False
-        self._transport.over(self)
-        return True
-
-    def wait(self, what: str) -> None:
-        """Return when all has completed."""
-        self._transport.wait(self, what)
+        return not (self._arrival or self._departure)

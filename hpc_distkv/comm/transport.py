@@ -1,4 +1,4 @@
-"""The three ways ranks talk, as interfaces: tensors, headers, control rounds.
+"""The three ways ranks talk, as interfaces: tensors, mail, control rounds.
 
 Each has an MPI implementation (`comm.mpi`) and one in a single process (`comm.local`). Tensors of
 GPUs travel over NCCL, by appointment (`comm.meetings`), or by way of the host (`comm.staged`).
@@ -39,17 +39,56 @@ Pairs = Sequence[tuple[int, torch.Tensor]]
 class Pending(ABC):
     """An exchange that was posted and may still be on its way."""
 
-    @abstractmethod
+    def __init__(self, under_way: UnderWay) -> None:
+        self._under_way = under_way
+        under_way.add(self)
+
     def done(self) -> bool:
         """Push the exchange on and tell whether it has completed. Never blocks."""
+        if not self._push():
+            return False
+        self._under_way.over(self)
+        return True
 
-    @abstractmethod
     def wait(self, what: str) -> None:
         """Return when every send may be overwritten and every receive has arrived.
 
         `what` names the exchange for the stall message ("queries, layer 3, step 17").
         Raises StallError if nothing moved for the stall timeout.
         """
+        self._under_way.waiter.until(lambda: self.done() or None, what, lambda: self.peers)
+
+    @property
+    @abstractmethod
+    def peers(self) -> list[int]:
+        """The ranks that it still waits for, for the stall message."""
+
+    @abstractmethod
+    def _push(self) -> bool:
+        """Push on and tell whether all has completed."""
+
+
+class UnderWay:
+    """The exchanges of a transport that have not been seen to complete. It holds them, and so the
+    tensors that they hold, whether or not anybody else does."""
+
+    def __init__(self, waiter: Waiter) -> None:
+        self.waiter = waiter
+        self._pending: dict[Pending, None] = {}
+
+    def add(self, pending: Pending) -> None:
+        """An exchange was posted."""
+        self._pending[pending] = None
+
+    def over(self, pending: Pending) -> None:
+        """It has completed."""
+        self._pending.pop(pending, None)
+
+    def drained(self) -> bool:
+        """Push all on and tell whether they have completed. Never blocks."""
+        for pending in list(self._pending):
+            pending.done()
+        return not self._pending
 
 
 class Transport(ABC):
@@ -103,7 +142,8 @@ class Transport(ABC):
 
 
 class Mail(ABC):
-    """Small messages of unknown length between loan partners: headers and credit."""
+    """Small messages of unknown length: headers and credit between loan partners, a leader's events
+    to its followers; by mail of their own, appointments (`meetings`) and complaints (`stall`)."""
 
     @abstractmethod
     def post(self, peer: int, message: bytes) -> None:
@@ -248,7 +288,7 @@ class Comm:
         if self.closed:
             return
         self.idle(lambda: self.transport.drained() or None, "the last tensors to be received")
-        self.idle(lambda: self.mail.drained() or None, "the last headers to be received")
+        self.idle(lambda: self.mail.drained() or None, "the last mail to be received")
         self.agree(None)
         self.idle(lambda: self.rounds.drained() or None, "the last answers to be received")
         self.transport.close()

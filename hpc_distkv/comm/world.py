@@ -57,7 +57,7 @@ class World:
         return self.rank % self.tp
 
     @property
-    def lanes(self) -> range:
+    def members(self) -> range:
         """The ranks of this rank's instance, by lane."""
         return range(self.rank - self.lane, self.rank - self.lane + self.tp)
 

@@ -89,7 +89,7 @@ class Forward:
     def _prepare(self, rows: Sequence[Row], elsewhere: Sequence[Elsewhere]) -> Step:
         size = self._pool.block_size
         decodes = all(count == 1 for _, count in rows)
-        # Guests would wait for all of a recorded step's hops (`comm.meetings`).
+        # Guests would wait for all of a recorded step's hops (`comm.meeting_transport`).
         free = self._model.lanes.alone or not self._rm.guests
         graphs = self._graphs if decodes and free and not elsewhere else None
         replayable = graphs is not None

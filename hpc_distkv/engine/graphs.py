@@ -27,7 +27,8 @@ from hpc_distkv.attention import (
     micro_attention,
     rotate_and_write,
 )
-from hpc_distkv.attention.launch import Kernels, Plan
+from hpc_distkv.attention.launch import Kernels
+from hpc_distkv.attention.launch_plan import Plan, plan_key
 from hpc_distkv.comm.cuda import new_stream
 from hpc_distkv.engine.inputs import Inputs
 from hpc_distkv.engine.model import Model
@@ -108,8 +109,8 @@ class DecodeGraphs:
                 return None
             graph = DecodeGraph(self._model, self._pool, rows, plans)
             for window, spec in self._specs.items():
-                given = graph.plans[window]
-                self._kernels.plan(q, k_cache, graph.batch, spec, causal=True, given=given)
+                key = plan_key(q, k_cache, spec, causal=True)
+                graph.batch.remember(key, graph.plans[window])
             if len(self._graphs) == MOST_GRAPHS:
                 self._drop(next(iter(self._graphs)))
         self._graphs[form] = graph
@@ -140,7 +141,7 @@ class DecodeGraph:
         self.plans = {window: plan.roomy() for window, plan in plans.items()}
         """Window → what attention launches."""
         self.batch = PagedBatch.build([NO_ROW] * rows)
-        """What attention is called with: all that it says are the plans that it is given."""
+        """What attention is called with: all that it says are the plans that it remembers."""
         self._inputs: list[torch.Tensor] = []
         self._graph = torch.cuda.CUDAGraph()
         self._hidden = torch.empty(0)

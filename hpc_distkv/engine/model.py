@@ -7,10 +7,9 @@ from typing import Protocol
 
 import torch
 
-from hpc_distkv.attention import AttentionSpec, Rotation
+from hpc_distkv.attention import AttentionSpec
+from hpc_distkv.model.decoder import Attend
 from hpc_distkv.model.shard import Lanes
-
-Attend = Callable[[int, torch.Tensor, torch.Tensor, Rotation | None], torch.Tensor]
 
 
 class Model(Protocol):

@@ -29,6 +29,7 @@ from hpc_distkv.engine.stop import TextDecoder
 from hpc_distkv.engine.timesheet import TimeSheet
 from hpc_distkv.engine.worker import Leader, Worker
 from hpc_distkv.memory.pool import BlockPool
+from hpc_distkv.model.config import dtype_name
 from hpc_distkv.model.decoder import Decoder
 
 
@@ -48,7 +49,7 @@ class RankEngine:
         self._decoder = decoder
         config = model.config
         set_threads(comm, options.threads)
-        block_bytes = options.block_size * config.kv_bytes_per_token(_name(model.dtype))
+        block_bytes = options.block_size * config.kv_bytes_per_token(dtype_name(model.dtype))
         policy = _policy(options.policy, comm.world.instances)
         wanted = EngineConfig(
             num_blocks=1,
@@ -138,7 +139,7 @@ class RankEngine:
     @property
     def dtype(self) -> str:
         """Of weights and KV."""
-        return _name(self._model.dtype)
+        return dtype_name(self._model.dtype)
 
     def run(
         self,
@@ -244,10 +245,6 @@ def _recordable(model: Decoder, place: torch.device, block_size: int) -> bool:
     q = torch.empty((1, heads, dim), dtype=model.dtype, device=place)
     k_cache = torch.empty((1, kv_heads, block_size, dim), dtype=model.dtype, device=place)
     return recordable(model, q, k_cache)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _policy(policy: str | Policy, instances: int) -> Policy:

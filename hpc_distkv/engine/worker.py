@@ -275,7 +275,7 @@ class Worker:
         * where rBlocks move, or may have to in the next step: what moves has to be written, and
           to belong to rows that go on
         * with other lanes, for guests: their queries come in behind all hops that were asked for
-          (`comm.meetings`)
+          (`comm.meeting_transport`)
         * with rBlocks in the host's memory, of rows that run: they come and go between steps
         * with migration: a sequence is handed over with all its tokens
         * with windows in all layers: what falls behind them is freed between steps
@@ -315,7 +315,7 @@ class Worker:
     def _other_lanes(self) -> list[int]:
         """Who may hold up what the device computes: in a hop it waits for all of them."""
         world = self._comm.world
-        return [rank for rank in world.lanes if rank != world.rank]
+        return [rank for rank in world.members if rank != world.rank]
 
     def _end_under_way(self) -> None:
         """Nothing is computed any more when this returns."""

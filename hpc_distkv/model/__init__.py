@@ -1,1 +1,1 @@
-"""The decoder, its weights, its tokenizer. Knows nothing of ranks."""
+"""The decoder, its weights (all, or a shard), its tokenizer. Knows no way from rank to rank."""

@@ -67,7 +67,6 @@ class ModelConfig:
     dtype: str = "bfloat16"
     """The checkpoint's: "float32", "bfloat16" or "float16"."""
     eos_token_ids: tuple[int, ...] = ()
-    bos_token_id: int | None = None
     generation: GenerationDefaults = field(default_factory=GenerationDefaults)
     fingerprint: str = ""
     """Hash of config.json and of the names and sizes of the weight files."""
@@ -119,25 +118,25 @@ class ModelConfig:
         return max(self.windows) if self.windows and all(self.windows) else 0
 
     @property
-    def num_parameters(self) -> int:
-        """Number of weights, biases left out; a tied head counts once."""
-        return self._parameters(self.num_experts)
-
-    @property
     def attention_tokens(self) -> float:
         """Context length at which a token's attention costs as much as its linear layers."""
-        met = self._parameters(self.experts_per_token)
-        return met / (2 * self.num_layers * self.num_heads * self.head_dim)
+        return self._active_weights / (2 * self.num_layers * self.num_heads * self.head_dim)
 
-    def _parameters(self, experts: int) -> int:
-        """Number of weights if a layer has that many experts."""
+    @property
+    def _active_weights(self) -> int:
+        """Number of weights that a token meets, biases left out; a tied head counts once."""
         attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
         mlp = (3 if self.family.gated else 2) * self.hidden_size * self.intermediate_size
         if self.num_experts:
-            mlp = experts * mlp + self.num_experts * self.hidden_size
+            mlp = self.experts_per_token * mlp + self.num_experts * self.hidden_size
         layer = attention + mlp + 2 * self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
         return self.num_layers * layer + embeddings + self.hidden_size
+
+
+def dtype_name(dtype: object) -> str:
+    """ "float32" of that name or of torch's dtype."""
+    return str(dtype).removeprefix("torch.")
 
 
 def dtype_bytes(dtype: str) -> int:
@@ -158,24 +157,9 @@ def _parse(
     for key, allowed in {**COMMON_REQUIRED, **family.required}.items():
         read.require(key, allowed)
     layers, hidden = read.whole("num_hidden_layers"), read.whole("hidden_size")
-    heads = read.whole("num_attention_heads")
-    kv_heads = read.whole("num_key_value_heads", heads)
-    if heads % kv_heads:
-        raise ModelError(
-            f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
-        )
-    head_dim = read.whole("head_dim", None if hidden % heads else hidden // heads)
     max_position = read.whole("max_position_embeddings")
-    rope, local_rope = Rope(), None
-    if family.positions == "rope":
-        if head_dim % 2:
-            raise ModelError(f"{where}: head_dim must be even for rotary embedding, not {head_dim}")
-        rope, local_rope = Rope.of_layers(read, family.local_rope, family.partial_rotary)
-    dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    if dtype not in DTYPE_BYTES:
-        raise ModelError(
-            f"{where}: dtype {dtype!r} is not supported; supported are {', '.join(DTYPE_BYTES)}"
-        )
+    heads, kv_heads, head_dim = _heads(read, hidden)
+    rope, local_rope = _ropes(read, family, head_dim)
     return ModelConfig(
         family=family,
         num_layers=layers,
@@ -187,7 +171,7 @@ def _parse(
         vocab_size=read.whole("vocab_size"),
         max_position=max_position,
         norm_eps=read.positive("norm_eps", 1e-6),
-        activation=_activation(read),
+        activation=ACTIVATIONS[read.choice("hidden_act", ACTIVATIONS, "silu")],
         rope=rope,
         local_rope=local_rope,
         windows=read_windows(read, family, layers, max_position),
@@ -202,9 +186,8 @@ def _parse(
         experts_per_token=_experts_per_token(read) if family.experts else 0,
         normalise_experts=read.flag("norm_topk_prob"),
         tie_embeddings=read.flag("tie_word_embeddings"),
-        dtype=dtype,
-        eos_token_ids=_token_ids("eos_token_id", where, generation, raw),
-        bos_token_id=next(iter(_token_ids("bos_token_id", where, raw)), None),
+        dtype=read.choice("dtype" if raw.get("dtype") else "torch_dtype", DTYPE_BYTES, "float32"),
+        eos_token_ids=_eos_token_ids(where, generation, raw),
         generation=GenerationDefaults.read(generation),
         fingerprint=fingerprint,
     )
@@ -221,19 +204,28 @@ def _family(raw: Mapping[str, Any], where: str) -> Family:
     return family
 
 
+def _heads(read: Settings, hidden: int) -> tuple[int, int, int]:
+    """Query heads, KV heads, and their dimension."""
+    heads = read.whole("num_attention_heads")
+    kv_heads = read.whole("num_key_value_heads", heads)
+    if heads % kv_heads:
+        few = read.name("num_key_value_heads")
+        raise read.error("num_attention_heads", f"{heads} is no multiple of {few} {kv_heads}")
+    return heads, kv_heads, read.whole("head_dim", None if hidden % heads else hidden // heads)
+
+
+def _ropes(read: Settings, family: Family, head_dim: int) -> tuple[Rope, Rope | None]:
+    if family.positions != "rope":
+        return Rope(), None
+    if head_dim % 2:
+        raise read.error("head_dim", f"must be even for rotary embedding, not {head_dim}")
+    return Rope.of_layers(read, family.local_rope, family.partial_rotary)
+
+
 def _intermediate_size(read: Settings, family: Family, hidden: int) -> int:
     if family.experts:
         return read.whole("moe_intermediate_size")
     return read.whole("intermediate_size", None if family.gated else 4 * hidden)
-
-
-def _activation(read: Settings) -> str:
-    name = read.get("hidden_act", "silu")
-    if name not in ACTIVATIONS:
-        raise read.error(
-            "hidden_act", f"= {name!r} is not supported; supported are {', '.join(ACTIVATIONS)}"
-        )
-    return ACTIVATIONS[name]
 
 
 def _query_scalar(read: Settings) -> float | None:
@@ -249,15 +241,15 @@ def _experts_per_token(read: Settings) -> int:
     return chosen
 
 
-def _token_ids(key: str, where: str, *sources: Mapping[str, Any]) -> tuple[int, ...]:
-    """The token ids under `key` in all `sources`, each a number or a list, without repeats."""
+def _eos_token_ids(where: str, *sources: Mapping[str, Any]) -> tuple[int, ...]:
+    """Those of all `sources`, each a number or a list, without repeats."""
     ids: list[int] = []
     for source in sources:
-        value = source.get(key)
+        value = source.get("eos_token_id")
         for item in value if isinstance(value, list) else [value]:
             if item is None or item in ids:
                 continue
             if isinstance(item, bool) or not isinstance(item, int) or item < 0:
-                raise ModelError(f"{where}: {key} must be token ids, not {value!r}")
+                raise ModelError(f"{where}: eos_token_id must be token ids, not {value!r}")
             ids.append(item)
     return tuple(ids)

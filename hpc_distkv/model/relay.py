@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from hpc_distkv.model.errors import ModelError
+from hpc_distkv.model.slots import Slot
 
 
 class Relay(Protocol):
@@ -23,20 +24,11 @@ class Relay(Protocol):
         """The reader's contiguous `tensor` to all, in place. Collective."""
 
 
-class Place(Protocol):
-    """Where one tensor goes."""
-
-    @property
-    def view(self) -> Tensor:
-        """Alike in all processes."""
-
-
-P = TypeVar("P", bound=Place)
-
-
-def relayed(relay: Relay, wanted: dict[str, P], filled: Iterator[list[P]]) -> Iterator[list[P]]:
-    """What is `wanted`, in that order, in batches: on the reader those that it has `filled` and
-    taken from `wanted`, elsewhere what it hands on. Each batch is
+def relayed(
+    relay: Relay, wanted: dict[str, Slot], filled: Iterator[list[Slot]]
+) -> Iterator[list[Slot]]:
+    """What is `wanted`, alike in all processes, in that order, in batches: on the reader those that
+    it has `filled` and taken from `wanted`, elsewhere what it hands on. Each batch is
 
         its size → its tensors
 
@@ -45,7 +37,7 @@ def relayed(relay: Relay, wanted: dict[str, P], filled: Iterator[list[P]]) -> It
     """
     size = torch.zeros(1, dtype=torch.int64)
     while wanted:
-        batch: list[P] = []
+        batch: list[Slot] = []
         try:
             if relay.reads:
                 batch = next(filled)
@@ -56,9 +48,9 @@ def relayed(relay: Relay, wanted: dict[str, P], filled: Iterator[list[P]]) -> It
             batch = [wanted.pop(name) for name in list(islice(wanted, int(size)))]
         if not batch:
             raise ModelError("the rank that reads the weights for this one could not")
-        for place in batch:
-            tensor = place.view.contiguous()
+        for slot in batch:
+            tensor = slot.view.contiguous()
             relay.broadcast(tensor)
-            if tensor is not place.view:
-                place.view.copy_(tensor)
+            if tensor is not slot.view:
+                slot.view.copy_(tensor)
         yield batch

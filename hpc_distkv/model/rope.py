@@ -3,36 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hpc_distkv.model.errors import ModelError
 from hpc_distkv.model.settings import Settings
-
-_COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
-_KEYS = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor", "original_max_position_embeddings"),
-    "yarn": (
-        "factor",
-        "original_max_position_embeddings",
-        "beta_fast",
-        "beta_slow",
-        "attention_factor",
-        "truncate",
-    ),
-    "llama3": (
-        "factor",
-        "original_max_position_embeddings",
-        "low_freq_factor",
-        "high_freq_factor",
-    ),
-}
-"""Types that are supported, and the keys each may have beside the common ones."""
-ROPE_TYPES = tuple(_KEYS)
-_FULL, _SLIDING = "full_attention", "sliding_attention"
+from hpc_distkv.model.windows import FULL, SLIDING
 
 
 @dataclass(frozen=True)
@@ -93,69 +70,109 @@ class Rope:
         if key == "rope_scaling":
             return cls._parse(read, section, key, theta, partial), cls(local_theta)
         for name in section:
-            if name not in (_FULL, _SLIDING) or not isinstance(section[name], Mapping):
-                raise read.error(f"{key}.{name}", f"must be one of {_FULL} and {_SLIDING}")
-        full, sliding = section.get(_FULL, {}), section.get(_SLIDING, {})
+            if name not in (FULL, SLIDING) or not isinstance(section[name], Mapping):
+                raise read.error(f"{key}.{name}", f"must be one of {FULL} and {SLIDING}")
+        full, sliding = section.get(FULL, {}), section.get(SLIDING, {})
         return (
-            cls._parse(read, full, f"{key}.{_FULL}", theta, partial),
-            cls._parse(read, sliding, f"{key}.{_SLIDING}", local_theta, partial),
+            cls._parse(read, full, f"{key}.{FULL}", theta, partial),
+            cls._parse(read, sliding, f"{key}.{SLIDING}", local_theta, partial),
         )
 
     @classmethod
     def _parse(
         cls, read: Settings, raw: Mapping[str, Any], key: str, theta: float, partial: bool
     ) -> Rope:
+        section = _Section(read, raw, key)
         kind = raw.get("rope_type", raw.get("type", "default"))
         if kind not in ROPE_TYPES:
-            raise read.error(
-                f"{key}.rope_type", f"{kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
+            raise section.error(
+                "rope_type", f"{kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
             )
-        allowed = (*_COMMON, *_KEYS[kind])
+        stretched, keys = _TYPES[kind]
+        allowed = (*_COMMON, *keys)
         if unknown := [name for name in raw if name not in allowed]:
-            raise read.error(
-                f"{key}.{unknown[0]}", f"is not supported for {kind}; supported are {allowed}"
-            )
-        section = Settings({f"{key}.{name}": value for name, value in raw.items()}, read.where)
-
-        def number(name: str, default: float | None = None) -> float:
-            return section.positive(f"{key}.{name}", default)
-
-        part = number("partial_rotary_factor", read.positive("partial_rotary_factor", 1.0))
+            raise section.error(unknown[0], f"is not supported for {kind}; supported are {allowed}")
+        part = section.positive(
+            "partial_rotary_factor", read.positive("partial_rotary_factor", 1.0)
+        )
         if part != 1.0 and not (partial and part < 1.0):
             raise ModelError(
                 f"{read.where}: partial_rotary_factor {part} is not supported for this architecture"
             )
-        theta = number("rope_theta", theta)
-        if kind == "default":
-            return cls(theta, partial=part)
-        most = read.whole("max_position_embeddings")
-        original = int(number("original_max_position_embeddings", most))
-        # What transformers does: this type goes by the length that config.json names first.
-        original = most if kind == "dynamic" else original
-        # Only null means the ratio: without the key transformers refuses the section.
-        implied = most / original if kind == "yarn" and "factor" in raw else None
-        factor = number("factor", implied)
-        rope = {"theta": theta, "type": kind, "factor": factor, "partial": part}
-        if kind == "linear":
-            return cls(**rope)
-        if kind == "llama3":
-            low, high = number("low_freq_factor"), number("high_freq_factor")
-            if high <= low:
-                raise read.error(f"{key}.high_freq_factor", f"must be above low_freq_factor {low}")
-            return cls(
-                **rope,
-                low_freq_factor=low,
-                high_freq_factor=high,
-                original_max_position=original,
-            )
-        if kind == "dynamic":
-            return cls(**rope, original_max_position=original)
-        grown = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
-        return cls(
-            **rope,
-            original_max_position=original,
-            beta_fast=number("beta_fast", 32.0),
-            beta_slow=number("beta_slow", 1.0),
-            truncate=section.flag(f"{key}.truncate", True),
-            amplitude=number("attention_factor", grown),
-        )
+        return stretched(cls(section.positive("rope_theta", theta), kind, partial=part), section)
+
+
+class _Section(Settings):
+    """What a config.json says about one rope, under a key that errors name."""
+
+    def __init__(self, whole: Settings, raw: Mapping[str, Any], key: str) -> None:
+        super().__init__(raw, whole.where)
+        self._whole, self._key = whole, key
+
+    def name(self, key: str) -> str:
+        return f"{self._key}.{key}"
+
+    @property
+    def most(self) -> int:
+        return self._whole.whole("max_position_embeddings")
+
+    @property
+    def original(self) -> int:
+        return int(self.positive(_ORIGINAL, self.most))
+
+
+def _default(rope: Rope, read: _Section) -> Rope:
+    return rope
+
+
+def _linear(rope: Rope, read: _Section) -> Rope:
+    return replace(rope, factor=read.positive("factor"))
+
+
+def _dynamic(rope: Rope, read: _Section) -> Rope:
+    """What transformers does: `_ORIGINAL` is allowed, and does not count."""
+    return replace(rope, factor=read.positive("factor"), original_max_position=read.most)
+
+
+def _llama3(rope: Rope, read: _Section) -> Rope:
+    low, high = read.positive("low_freq_factor"), read.positive("high_freq_factor")
+    if high <= low:
+        raise read.error("high_freq_factor", f"must be above low_freq_factor {low}")
+    return replace(
+        rope,
+        factor=read.positive("factor"),
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_max_position=read.original,
+    )
+
+
+def _yarn(rope: Rope, read: _Section) -> Rope:
+    # Only null means the ratio: without the key transformers refuses the section.
+    factor = read.positive("factor", read.most / read.original if "factor" in read else None)
+    grown = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+    return replace(
+        rope,
+        factor=factor,
+        original_max_position=read.original,
+        beta_fast=read.positive("beta_fast", 32.0),
+        beta_slow=read.positive("beta_slow", 1.0),
+        truncate=read.flag("truncate", True),
+        amplitude=read.positive("attention_factor", grown),
+    )
+
+
+_COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+_ORIGINAL = "original_max_position_embeddings"
+_TYPES: dict[str, tuple[Callable[[Rope, _Section], Rope], tuple[str, ...]]] = {
+    "default": (_default, ()),
+    "linear": (_linear, ("factor",)),
+    "dynamic": (_dynamic, ("factor", _ORIGINAL)),
+    "yarn": (
+        _yarn,
+        ("factor", _ORIGINAL, "beta_fast", "beta_slow", "attention_factor", "truncate"),
+    ),
+    "llama3": (_llama3, ("factor", _ORIGINAL, "low_freq_factor", "high_freq_factor")),
+}
+"""Types that are supported: how each is read, and its keys beside the common ones."""
+ROPE_TYPES = tuple(_TYPES)

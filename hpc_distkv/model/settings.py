@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from hpc_distkv.model.errors import ModelError
@@ -27,6 +27,9 @@ class Settings:
             if theirs in raw:
                 self._values[ours] = raw[theirs]
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
     def get(self, key: str, default: Any = None) -> Any:
         """The value as it is; `default` if it is missing or null."""
         value = self._values.get(key)
@@ -43,9 +46,17 @@ class Settings:
 
     def require(self, key: str, allowed: tuple[Any, ...]) -> None:
         """Raise unless the value is one of `allowed`, or missing."""
-        if key in self._values and self._values[key] not in allowed:
+        if key in self and self._values[key] not in allowed:
             listed = ", ".join(map(repr, allowed))
             raise self.error(key, f"= {self._values[key]!r} is not supported; supported: {listed}")
+
+    def choice(self, key: str, among: Collection[str], default: str) -> str:
+        """One of `among`."""
+        value = self.get(key, default)
+        if not isinstance(value, str) or value not in among:
+            listed = ", ".join(among)
+            raise self.error(key, f"= {value!r} is not supported; supported are {listed}")
+        return value
 
     def whole(self, key: str, default: int | None = None, least: int = 1) -> int:
         """A whole number of at least `least`."""

@@ -61,9 +61,8 @@ class Tokenizer:
         if model_vocab is not None:
             self._check_vocabulary(file, model_vocab)
         self._byte_level = b'"ByteLevel"' in _state(self._fast.decoder)
-        self.vocab_size: int = self._fast.get_vocab_size(with_added_tokens=True)
-        self.bos_token_id = self._id_of("bos_token")
-        self.eos_token_id = self._id_of("eos_token")
+        end = self.special_tokens.get("eos_token")
+        self.eos_token_id: int | None = None if end is None else self._fast.token_to_id(end)
 
     def _check_vocabulary(self, file: Path, size: int) -> None:
         """Refuse another model's tokenizer. A smaller vocabulary is that of a model whose own is
@@ -126,13 +125,6 @@ class Tokenizer:
         if byte := _BYTE_PIECE.fullmatch(piece):
             return bytes([int(byte[1], 16)])
         return piece.replace(SPACE, " ").encode()
-
-    def _id_of(self, name: str) -> int | None:
-        token = self.special_tokens.get(name)
-        if token is None:
-            return None
-        number: int | None = self._fast.token_to_id(token)
-        return number
 
 
 def _state(decoder: Any) -> bytes:

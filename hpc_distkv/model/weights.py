@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hpc_distkv.model.build import empty_decoder
-from hpc_distkv.model.config import ModelConfig, dtype_bytes
+from hpc_distkv.model.config import ModelConfig, dtype_bytes, dtype_name
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.model.errors import ModelError
 from hpc_distkv.model.files import weight_files
@@ -99,7 +99,7 @@ def random_decoder(
 
 def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """The torch dtype of "float32", "bfloat16" or "float16"; ModelError for others."""
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     dtype_bytes(name)
     found: torch.dtype = getattr(torch, name)
     return found

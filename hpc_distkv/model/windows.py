@@ -5,7 +5,8 @@ from __future__ import annotations
 from hpc_distkv.model.family import Family
 from hpc_distkv.model.settings import Settings
 
-_FULL, _SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""What config.json calls layers without a window and with one."""
 
 
 def read_windows(read: Settings, family: Family, layers: int, max_position: int) -> tuple[int, ...]:
@@ -16,7 +17,7 @@ def read_windows(read: Settings, family: Family, layers: int, max_position: int)
     sliding = _sliding_layers(read, family, layers)
     if read.get("sliding_window") is None:
         if read.get("layer_types") is not None and any(sliding):
-            raise read.error("sliding_window", f"is missing, but layer_types has {_SLIDING}")
+            raise read.error("sliding_window", f"is missing, but layer_types has {SLIDING}")
         return ()
     window = read.whole("sliding_window")
     if window >= max_position or not any(sliding):
@@ -30,11 +31,9 @@ def _sliding_layers(read: Settings, family: Family, layers: int) -> list[bool]:
         if not isinstance(types, list) or len(types) != layers:
             raise read.error("layer_types", f"must list {layers} layers")
         for kind in types:
-            if kind not in (_FULL, _SLIDING):
-                raise read.error(
-                    "layer_types", f"has {kind!r}; supported are {_FULL} and {_SLIDING}"
-                )
-        return [kind == _SLIDING for kind in types]
+            if kind not in (FULL, SLIDING):
+                raise read.error("layer_types", f"has {kind!r}; supported are {FULL} and {SLIDING}")
+        return [kind == SLIDING for kind in types]
     if family.windows == "pattern":
         every = read.whole("sliding_window_pattern")
         return [bool((index + 1) % every) for index in range(layers)]

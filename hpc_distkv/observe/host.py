@@ -17,12 +17,12 @@ from hpc_distkv.control.messages import Request, Result
 from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.interrupt import Interrupt
-from hpc_distkv.engine.model import Attend
 from hpc_distkv.engine.parts import Parts
 from hpc_distkv.engine.recorder import Recorder
 from hpc_distkv.engine.timesheet import TimeSheet
 from hpc_distkv.engine.worker import Leader, Worker
 from hpc_distkv.memory.pool import BlockPool
+from hpc_distkv.model.decoder import Attend
 from hpc_distkv.model.shard import Alone, Lanes
 
 BLOCK = 32

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hpc_distkv.attention import AttentionSpec, PagedBatch, flashinfer, micro_attention
+from hpc_distkv.model.config import dtype_name
 
 LENGTHS = (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20)
 BATCHES = (1, 4, 16, 64, 256)
@@ -76,7 +77,7 @@ def kernel_figures(
         "query_heads": heads.query,
         "kv_heads": heads.kv,
         "head_dim": heads.dim,
-        "dtype": str(heads.dtype).removeprefix("torch."),
+        "dtype": dtype_name(heads.dtype),
         "copy_bytes_per_second": copied,
         "decode": decodes,
         "prompt": [bench.prompt(*prompt) for prompt in prompts],

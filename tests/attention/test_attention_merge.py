@@ -6,7 +6,7 @@ from attention_oracle import assert_close, dense, random_case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hpc_distkv.attention import PagedBatch, PagedRow, merge, merge_rows, micro_attention
+from hpc_distkv.attention import PagedBatch, PagedRow, merge_rows, micro_attention
 
 SETTINGS = settings(
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -40,19 +40,27 @@ def test_partials_of_any_partition_merge_to_the_whole(kernel, seed, queries, tok
         batch = PagedBatch.build([part])
         result = micro_attention(case.q, case.k_cache, case.v_cache, batch, case.spec, causal=True)
         partials.append(result)
-    outs, lses = zip(*partials, strict=True)
     want = dense(case)
-    assert_close(merge(outs, lses), want)
-    assert_close(merge(outs[::-1], lses[::-1]), want)
-    nested = merge(outs[1:], lses[1:]) if count > 1 else (outs[0], lses[0])
-    if count > 1:
-        nested = merge([outs[0], nested[0]], [lses[0], nested[1]])
-    assert_close(nested, want)
-    in_place = outs[0].clone(), lses[0].clone()
-    rows = torch.arange(queries, dtype=torch.int32)
-    for out, lse in partials[1:]:
-        merge_rows(*in_place, rows, out, lse)
-    assert_close(in_place, want)
+    assert_close(folded(partials), want)
+    assert_close(folded(partials[::-1]), want)
+    nested = [partials[0], folded(partials[1:])] if count > 1 else partials
+    assert_close(folded(nested), want)
+
+
+def folded(partials: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """All merged into the first one's copy."""
+    out, lse = partials[0][0].clone(), partials[0][1].clone()
+    for part in partials[1:]:
+        merge_rows(out, lse, torch.arange(len(out), dtype=torch.int32), *part)
+    return out, lse
+
+
+def merged(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The oracle, in float64."""
+    every_out, every_lse = torch.stack(outs).double(), torch.stack(lses).double()
+    total = every_lse.logsumexp(0)
+    weights = (every_lse - total).exp().nan_to_num()
+    return (weights[..., None] * every_out).sum(0), total
 
 
 def partial(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,12 +69,12 @@ def partial(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return out, torch.randn(n, 3, generator=generator) * 5
 
 
-def test_empty_partials_change_nothing():
+def test_empty_partials_change_nothing(kernel):
     out, lse = partial(4, 0)
     empty = torch.zeros_like(out), torch.full_like(lse, -torch.inf)
     for outs, lses in (((out, empty[0]), (lse, empty[1])), ((empty[0], out), (empty[1], lse))):
-        assert_close(merge(outs, lses), (out, lse), 1e-6)
-    both = merge([empty[0]] * 2, [empty[1]] * 2)
+        assert_close(folded([*zip(outs, lses, strict=True)]), (out, lse), 1e-6)
+    both = folded([empty, empty])
     assert (both[0] == 0).all()
     assert (both[1] == -torch.inf).all()
 
@@ -78,8 +86,8 @@ def test_merge_rows_touches_only_the_named_rows(kernel):
     want_out, want_lse = out.clone(), lse.clone()
     for index, row in enumerate(rows.tolist()):
         mine, theirs = slice(row, row + 1), slice(index, index + 1)
-        merged = merge([out[mine], part_out[theirs]], [lse[mine], part_lse[theirs]])
-        want_out[mine], want_lse[mine] = merged
+        both = merged([out[mine], part_out[theirs]], [lse[mine], part_lse[theirs]])
+        want_out[mine], want_lse[mine] = both
     untouched = out[[1, 3, 5]].clone()
     merge_rows(out, lse, rows, part_out, part_lse)
     assert_close((out, lse), (want_out, want_lse), 1e-6)
@@ -93,8 +101,8 @@ def test_merge_rows_with_empty_sides(kernel):
     part_out[1::2], part_lse[1::2] = 0, -torch.inf
     want = out.clone(), lse.clone()
     want[0][0], want[1][0] = part_out[0], part_lse[0]
-    merged = merge([out[2:3], part_out[2:3]], [lse[2:3], part_lse[2:3]])
-    want[0][2:3], want[1][2:3] = merged
+    both = merged([out[2:3], part_out[2:3]], [lse[2:3], part_lse[2:3]])
+    want[0][2:3], want[1][2:3] = both
     merge_rows(out, lse, torch.arange(4, dtype=torch.int32), part_out, part_lse)
     assert_close((out, lse), want, 1e-6)
 
@@ -114,12 +122,8 @@ def test_merge_rows_refuses_rows_out_of_range(compiled, rows):
         merge_rows(*partial(6, 7), torch.tensor(rows, dtype=torch.int32), *partial(2, 8))
 
 
-def test_merge_refuses_what_does_not_fit():
+def test_merge_rows_refuses_what_does_not_fit():
     out, lse = partial(2, 9)
-    with pytest.raises(ValueError, match="at least 1"):
-        merge([], [])
-    with pytest.raises(ValueError, match="partials differ"):
-        merge([out, out[:1]], [lse, lse[:1]])
     with pytest.raises(ValueError, match="do not fit"):
         merge_rows(out, lse, torch.zeros(1, dtype=torch.int32), out, lse)
     with pytest.raises(ValueError, match="int32"):

@@ -15,6 +15,7 @@ from hpc_distkv.attention import (
     PagedBatch,
     PagedRow,
     launch,
+    launch_plan,
     merge_rows,
     rotate_and_write,
     tuning,
@@ -186,8 +187,8 @@ def test_no_rows_and_no_queries():
 def test_what_a_batch_needs_on_the_device_is_copied_once_for_all_layers(monkeypatch):
     case = random_case(11, shapes=[(1, 40), (5, 60)])
     copies = []
-    copy = launch.upload
-    monkeypatch.setattr(launch, "upload", lambda *args: copies.append(args) or copy(*args))
+    copy = launch_plan.upload
+    monkeypatch.setattr(launch_plan, "upload", lambda *args: copies.append(args) or copy(*args))
     batch = case.batch
     q, k_cache, v_cache = (t.to(DEVICE) for t in (case.q, case.k_cache, case.v_cache))
     for _ in range(3):
@@ -281,7 +282,7 @@ def test_a_roomy_plan_serves_every_batch_of_its_form():
     plans = [kernels.plan(q, k_cache, batch, spec, causal=True) for batch in batches]
     assert plans[0].form == plans[1].form
     roomy, any_batch = plans[0].roomy(), decodes([0] * 4, 0)
-    kernels.plan(q, k_cache, any_batch, spec, causal=True, given=roomy)
+    any_batch.remember(launch_plan.plan_key(q, k_cache, spec, causal=True), roomy)
     for batch, plan in [*zip(batches, plans, strict=True), (batches[0], plans[0])]:
         roomy.take(plan)
         out, lse = attention(q, k_cache, v_cache, any_batch, spec, causal=True)

@@ -15,12 +15,13 @@ import pytest
 import torch
 from group_contract import parts_are_joined_on_lane_0, totals_are_float32_sums_in_the_order_of_lanes
 from test_group import in_steps
-from test_meetings import LOANS, step_of_instance
+from test_meeting_transport import LOANS, step_of_instance
 from test_staged import PROMISES
 
+from hpc_distkv.comm.fabric import Message
 from hpc_distkv.comm.local import leftovers, open_local, run_local
-from hpc_distkv.comm.meetings import MeetingTransport, Message
-from hpc_distkv.comm.nccl import Nccl, NcclError
+from hpc_distkv.comm.meeting_transport import MeetingTransport
+from hpc_distkv.comm.nccl import Nccl, NcclError, refusal, usable
 from hpc_distkv.comm.transport import Comm
 
 LONG = 20.0
@@ -204,3 +205,45 @@ def test_a_peer_that_is_gone_ends_the_job_even_if_giving_up_hangs(library, capsy
         fabric.check()
     assert ended.is_set()
     assert "NCCL to give up after 6: nothing moved for 0.3 s" in capsys.readouterr().err
+
+
+class FakeNccl:
+    available = True
+    version = 22907
+
+    def get_version(self) -> int:
+        return self.version
+
+
+def pretend(monkeypatch, cupy: str, version: int) -> None:
+    """CuPy of this release with this NCCL, beside torch with NCCL 2.28.9."""
+    library = FakeNccl()
+    library.version = version
+    package = SimpleNamespace(__version__=cupy, cuda=SimpleNamespace(nccl=library))
+    monkeypatch.setitem(sys.modules, "cupy", package)
+    monkeypatch.setitem(sys.modules, "cupy.cuda", package.cuda)
+    monkeypatch.setattr("torch.cuda.nccl.version", lambda: (2, 28, 9))
+
+
+def test_two_versions_of_nccl_in_a_process_are_explained(monkeypatch):
+    pretend(monkeypatch, "14.2.0", 22809)
+    assert usable() == (22809, "")
+    pretend(monkeypatch, "14.2.0", 22907)
+    version, why = usable()
+    assert version == 0
+    assert "CuPy loaded NCCL 22907 and torch 22809" in why
+
+
+def test_a_cupy_that_is_missing_or_too_old_is_said_with_what_to_install(monkeypatch):
+    pretend(monkeypatch, "13.6.0", 22809)
+    assert "older than 14" in usable()[1]
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    version, why = usable()
+    assert version == 0
+    assert "pip install 'hpc-distkv[cuda13]'" in why
+
+
+def test_ranks_whose_libraries_differ_are_refused_with_the_versions():
+    assert refusal([(22809, ""), (22809, "")]) is None
+    assert "rank 1 has 22907" in refusal([(22809, ""), (22907, "")])
+    assert refusal([(22809, ""), (0, "CuPy is missing")]) == "rank 1: CuPy is missing"

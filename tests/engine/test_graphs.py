@@ -51,7 +51,7 @@ def table(monkeypatch) -> DecodeGraphs:
     monkeypatch.setattr(graphs, "DecodeGraph", Recorded)
     monkeypatch.setattr(graphs, "MOST_GRAPHS", 3)
     DONE.clear()
-    kernels = SimpleNamespace(plan=lambda q, *_, given=None, **__: SimpleNamespace(form=len(q)))
+    kernels = SimpleNamespace(plan=lambda q, *_, **__: SimpleNamespace(form=len(q)))
     cache = torch.zeros(2, 1, 4, 4)
     pool = SimpleNamespace(
         num_blocks=2, dtype=cache.dtype, device=cache.device, layer=lambda _: (cache, cache)

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 
 from hpc_distkv.attention import PagedBatch, launch, reference
 from hpc_distkv.attention.call import Call
+from hpc_distkv.attention.launch_plan import plan_key
 from hpc_distkv.attention.rotation import rotate
 from hpc_distkv.comm.schedule import SeededSchedule
 from hpc_distkv.comm.transport import Comm
@@ -72,8 +73,9 @@ class Kernels:
     def serves(self, *_: object) -> bool:
         return True
 
-    def plan(self, q, k_cache, batch, spec, *, causal, given=None) -> Plan:
-        return batch.derived((len(q), causal, spec.window), lambda: given or Plan(batch))
+    def plan(self, q, k_cache, batch, spec, *, causal) -> Plan:
+        key = plan_key(q, k_cache, spec, causal=causal)
+        return batch.derived(key, lambda: Plan(batch))
 
     def micro_attention(self, call: Call) -> None:
         plan = self.plan(call.q, call.k_cache, call.batch, call.spec, causal=call.causal)

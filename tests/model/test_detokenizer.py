@@ -126,7 +126,7 @@ def test_token_bytes_of_special_and_absent_tokens(byte_level, byte_fallback):
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_any_tokens_byte_level(byte_level, data):
-    ids = st.integers(0, byte_level.vocab_size - 1)
+    ids = st.integers(0, byte_level._fast.get_vocab_size() - 1)
     odd = st.sampled_from([*byte_level.encode("\u4f60\U0001f9ff\u00e9"), *range(20)])
     tokens = data.draw(st.lists(ids | odd, max_size=30))
     prompt = data.draw(st.lists(ids | odd, max_size=8))

@@ -69,7 +69,9 @@ def test_reads_the_numbers_and_derives_the_rest(tmp_path: Path) -> None:
         ({"num_hidden_layers": None}, "num_hidden_layers"),
         ({"rms_norm_eps": -1}, "rms_norm_eps"),
         ({"attention_bias": "no"}, "attention_bias"),
-        ({"torch_dtype": "float8_e4m3fn"}, "float8.*bfloat16"),
+        ({"torch_dtype": "float8_e4m3fn"}, "torch_dtype.*float8.*bfloat16"),
+        ({"dtype": {"vision": "float32"}}, "json: dtype.*vision.*bfloat16"),
+        ({"hidden_act": ["silu"]}, "hidden_act.*silu.*gelu"),
         ({"eos_token_id": "end"}, "eos_token_id"),
     ],
 )

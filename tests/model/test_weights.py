@@ -102,8 +102,8 @@ def test_unknown_dtype_is_refused(tiny_model: Path) -> None:
 
 
 def test_loading_peaks_near_one_copy_of_the_weights(tmp_path: Path) -> None:
-    """In a fresh process: the peak while loading, in copies of the weights."""
-    save_llama(
+    """In a fresh process: by how many bytes the peak rises while loading."""
+    saved = save_llama(
         tmp_path,
         vocab_size=256,
         hidden_size=1024,
@@ -124,7 +124,7 @@ def test_loading_peaks_near_one_copy_of_the_weights(tmp_path: Path) -> None:
         warm = torch.ops.mkldnn  # and the libraries behind it
         before = peak()
         decoder = load_decoder(path, config, "float32")
-        print(json.dumps((peak() - before) / (4 * config.num_parameters)))
+        print(json.dumps(peak() - before))
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) < 1.5
+    assert json.loads(done.stdout) < 1.5 * 4 * saved.num_parameters()
