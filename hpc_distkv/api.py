@@ -307,7 +307,7 @@ class Engine:
                 path,
                 fingerprint,
                 overwrite=files.overwrite,
-                retry_errors=files.retry_errors and not files.restarted,
+                retry_errors=files.retry_errors,
                 source=files.input,
                 errors=files.errors if path == files.output else None,
                 job=files.job,

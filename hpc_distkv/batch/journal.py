@@ -93,12 +93,12 @@ class Journal:
         what was there. Raises JournalError with what to do about it.
         """
         check_place(Path(path), source)
-        wanted = describe(fingerprint, source, errors, job)
+        wanted = describe(fingerprint, source, errors, job if overwrite or retry_errors else None)
         claim = claim or Claim.take(Path(path))
         path = claim.output
         with _used(path, claim):
-            if restarted and has_meta(path):
-                overwrite &= read_meta(path).get(DROPPED) != job
+            if restarted and has_meta(path) and read_meta(path).get(DROPPED) == job:
+                overwrite = retry_errors = False
             if not overwrite:
                 check_errors(path, wanted)
             empty = overwrite or not path.exists() or path.stat().st_size == 0
@@ -115,14 +115,14 @@ class Journal:
                 # they together.
                 if not same:
                     remove_file(unfinished_path(path))
+                if retry_errors and answered.failed:
+                    drop_errors(path, sound)
+                    answered, sound = read_answered(path)
                 if empty:
                     _empty(path)
                     write_meta(path, wanted)
                 else:
                     note_meta(path, wanted)
-                if retry_errors and answered.failed:
-                    drop_errors(path, sound)
-                    answered, sound = read_answered(path)
                 fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
                 os.ftruncate(fd, sound)
                 os.fsync(fd)

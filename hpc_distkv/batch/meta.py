@@ -21,7 +21,7 @@ INPUT = "input"
 ERRORS = "errors"
 """Where it says which file the error rows are in, if they are in another one."""
 DROPPED = "dropped_by"
-"""Where it says which Slurm job dropped what the file held."""
+"""Where it says which Slurm job was the last to drop what the file held, or its error rows."""
 FREE = {INPUT, ERRORS, DROPPED}
 """What a rerun may change."""
 
@@ -34,7 +34,8 @@ def describe(
     errors: Path | None,
     job: str | None,
 ) -> dict[str, Any]:
-    """What there is to know of a job: see `Journal.open`."""
+    """What there is to know of a job: see `Journal.prepare`. `job`: Slurm's id of one that drops
+    something."""
     meta: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **fingerprint}))
     if source is not None:
         meta[INPUT] = str(Path(source).resolve())
@@ -66,8 +67,9 @@ def check_meta(path: Path, wanted: Mapping[str, Any]) -> None:
 def note_meta(path: Path, wanted: Mapping[str, Any]) -> None:
     """Note what may change of a job that is resumed. Raises OSError."""
     before = read_meta(path)
-    if any(before.get(name) != wanted.get(name) for name in (INPUT, ERRORS)):
-        write_meta(path, wanted)
+    kept = {name: before[name] for name in (DROPPED,) if name in before}
+    if before != kept | wanted:
+        write_meta(path, kept | wanted)
 
 
 def has_meta(path: Path) -> bool:

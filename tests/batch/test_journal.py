@@ -12,9 +12,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
+from hpc_distkv.batch import journal as journal_module
 from hpc_distkv.batch.claim import claim_path
 from hpc_distkv.batch.errors import JournalError, RowError
 from hpc_distkv.batch.journal import Journal
@@ -77,6 +79,43 @@ def test_a_job_that_is_requeued_drops_what_was_there_once(tmp_path: Path) -> Non
     assert path.read_bytes() == line(0) + b"\n"
     Journal.open(path, JOB, overwrite=True, job="7").close()
     assert path.read_bytes() == b""
+
+
+def test_a_job_that_is_requeued_answers_error_rows_again_once(tmp_path: Path) -> None:
+    path = started(tmp_path / "out")
+    job: dict[str, Any] = {"retry_errors": True, "job": "7"}
+    journal = Journal.open(path, JOB, **job, restarted=True)
+    assert path.read_bytes() == b""  # its first start did not get so far
+    journal.append(line(0, "row 0"))
+    journal.close()
+    Journal.open(path, JOB, job="8").close()  # not asked to drop anything
+    Journal.open(path, JOB).close()
+    journal = Journal.open(path, JOB, **job, restarted=True)
+    assert journal.answered.failed == 1
+    journal.close()
+    Journal.open(path, JOB, **job).close()
+    assert path.read_bytes() == b""
+
+
+def test_an_end_before_error_rows_are_dropped_leaves_them_to_the_requeued_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = started(tmp_path / "out")
+    full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left"))
+    with monkeypatch.context() as patched, pytest.raises(JournalError):
+        patched.setattr(journal_module, "drop_errors", full)
+        Journal.open(path, JOB, retry_errors=True, job="7")
+    Journal.open(path, JOB, retry_errors=True, job="7", restarted=True).close()
+    assert path.read_bytes() == b""
+
+
+@pytest.mark.parametrize("option", ["overwrite", "retry_errors"])
+def test_what_a_requeued_job_wrote_itself_stays(option: str, tmp_path: Path) -> None:
+    job: dict[str, Any] = {option: True, "job": "7"}
+    journal = Journal.open(tmp_path / "out", JOB, **job)
+    journal.append(line(0))
+    journal.close()
+    assert Journal.open(tmp_path / "out", JOB, **job, restarted=True).answered.failed == 1
 
 
 def test_another_job_is_refused_with_every_difference(tmp_path: Path) -> None:

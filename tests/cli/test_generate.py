@@ -146,7 +146,8 @@ def test_a_second_run_on_the_same_results_is_refused_before_it_loads_the_model(j
     assert not job.output.exists()
 
 
-def test_errors_apart_results_in_order_and_errors_again(tmp_path, tiny_model):
+def test_errors_apart_results_in_order_and_errors_again(tmp_path, tiny_model, monkeypatch):
+    """Also where the job was requeued before it could do so."""
     rows = [completion(f"row {n}", [5 + n, 7], 30 - 2 * n, ignore_eos=True) for n in range(9)]
     rows.insert(3, completion("bad", "once", 5000))
     job = BatchJob(tmp_path, tiny_model, rows)
@@ -158,6 +159,8 @@ def test_errors_apart_results_in_order_and_errors_again(tmp_path, tiny_model):
     assert [json.loads(line)["custom_id"] for line in errors] == ["bad"]
     rows[3] = completion("bad", "once", 5)
     job = BatchJob(tmp_path, tiny_model, rows)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     ran = job.run(0, *options, "--retry-errors")
     assert ran.returncode == 0, ran.stderr
     assert [line["custom_id"] for line in job.lines()] == [row["custom_id"] for row in rows]
