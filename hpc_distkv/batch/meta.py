@@ -66,10 +66,11 @@ def check_meta(path: Path, wanted: Mapping[str, Any]) -> None:
 
 def note_meta(path: Path, wanted: Mapping[str, Any]) -> None:
     """Note what may change of a job that is resumed. Raises OSError."""
-    before = read_meta(path)
-    kept = {name: before[name] for name in (DROPPED,) if name in before}
-    if before != kept | wanted:
-        write_meta(path, kept | wanted)
+    before, after = read_meta(path), dict(wanted)
+    if DROPPED in before:
+        after.setdefault(DROPPED, before[DROPPED])
+    if after != before:
+        write_meta(path, after)
 
 
 def has_meta(path: Path) -> bool:

@@ -102,9 +102,10 @@ def test_an_end_before_error_rows_are_dropped_leaves_them_to_the_requeued_job(
 ) -> None:
     path = started(tmp_path / "out")
     full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left"))
-    with monkeypatch.context() as patched, pytest.raises(JournalError):
-        patched.setattr(journal_module, "drop_errors", full)
+    monkeypatch.setattr(journal_module, "drop_errors", full)
+    with pytest.raises(JournalError):
         Journal.open(path, JOB, retry_errors=True, job="7")
+    monkeypatch.undo()
     Journal.open(path, JOB, retry_errors=True, job="7", restarted=True).close()
     assert path.read_bytes() == b""
 
