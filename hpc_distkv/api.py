@@ -354,8 +354,8 @@ class JobLeader:
 
     def finish(self, result: Result) -> None:
         """Write a row's answer."""
-        self._record.add(result, *self._job.describe(result.id))
-        self._job.finish(result)
+        if written := self._job.finish(result):
+            self._record.add(*written)
 
     def put_aside(self, unfinished: Unfinished) -> None:
         """Keep what was made of a row for the rerun."""

@@ -33,7 +33,7 @@ class BenchLeader:
 
     def finish(self, result: Result) -> None:
         """Note the result's latencies and tokens."""
-        self.record.add(result)
+        self.record.add([result])
         self.tokens[result.id] = result.tokens
 
     def put_aside(self, unfinished: Unfinished) -> None:

@@ -107,12 +107,14 @@ def test_a_full_disk_ends_the_job_with_a_message_and_status_70(ranks, tmp_path, 
 def test_a_row_for_which_the_model_computes_nan_is_an_error_row_and_spoils_no_other(
     ranks, tmp_path, tiny_model
 ):
-    """Also not by what it leaves in the rBlocks that others get after it."""
-    good = ("whole", "chat")
+    """Also not by what it leaves in the rBlocks that others get after it. The figures are those of
+    the rows that have an answer."""
+    good = ("whole", "chat", "twice")
     rows = [completion("whole", [8, 9, 10], 5), chat("chat", "Hello.", 9)]
     for number in range(6):
         rows.insert(number, completion(f"bad {number}", [9, 10 + number, 7] * 9, 5, logprobs=1))
     rows.append(completion("choices", [9, 7], 5, n=2))
+    rows.append(completion("twice", [8, 9], 5, n=2))
     spoiled = shutil.copytree(tiny_model, tmp_path / "spoiled")
     weights = load_file(spoiled / "model.safetensors")
     weights["model.embed_tokens.weight"][7] = torch.nan
@@ -120,14 +122,21 @@ def test_a_row_for_which_the_model_computes_nan_is_an_error_row_and_spoils_no_ot
     job = BatchJob(tmp_path, spoiled, rows)
     ran = job.run(ranks, "--temperature", 0, "--num-blocks", 4, "--max-num-seqs", 1)
     assert ran.returncode == 1, ran.stderr
-    assert "2 answered, 7 errors" in ran.stdout
+    assert "3 answered, 7 errors" in ran.stdout
     lines = {line["custom_id"]: line for line in job.lines()}
     for name, line in lines.items():
         if name not in good:
             assert line["response"]["status_code"] == 500
             assert "logits are not finite" in line["error"]["message"]
-    expected = Oracle(tiny_model).answers(row for row in rows if row["custom_id"] in good)
-    assert {name: answer(lines[name]) for name in good} == expected
+    single = good[:2]
+    expected = Oracle(tiny_model).answers(row for row in rows if row["custom_id"] in single)
+    assert {name: answer(lines[name]) for name in single} == expected
+    figures = job.figures()
+    usages = [lines[name]["response"]["body"]["usage"] for name in good]
+    assert figures["prompt_tokens"] == sum(usage["prompt_tokens"] for usage in usages)
+    assert figures["output_tokens"] == sum(usage["completion_tokens"] for usage in usages)
+    slowest = sorted(row["custom_id"] for row in figures["slowest_rows"])
+    assert slowest == ["chat", "twice", "twice", "whole"]
 
 
 def test_what_cannot_be_written_is_said_before_the_model_is_looked_for(job):
