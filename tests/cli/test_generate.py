@@ -139,6 +139,19 @@ def test_a_row_for_which_the_model_computes_nan_is_an_error_row_and_spoils_no_ot
     assert slowest == ["chat", "twice", "twice", "whole"]
 
 
+@pytest.mark.parametrize("ranks", LAUNCHED)
+def test_a_row_may_fill_all_memory_and_its_last_token_needs_none(ranks, tmp_path, tiny_model):
+    prompt = random_ids(30, random.Random(1))
+    room = 64 * max(ranks, 1)
+    fitting = completion("fits", prompt, room + 1 - 30, ignore_eos=True)
+    job = BatchJob(tmp_path, tiny_model, [fitting, completion("not", prompt, room + 2 - 30)])
+    ran = job.run(ranks, "--temperature", 0, "--num-blocks", 4)
+    assert ran.returncode == 1, ran.stderr
+    fits, refused = sorted(job.lines(), key=lambda line: line["custom_id"])
+    assert {"fits": answer(fits)} == Oracle(tiny_model).answers([fitting])
+    assert f"the cluster's KV cache holds {room}" in refused["error"]["message"]
+
+
 def test_what_cannot_be_written_is_said_before_the_model_is_looked_for(job):
     job.model, job.output = Path("/no/such/model"), Path("/proc/results.jsonl")
     ran = job.run(0)
