@@ -71,7 +71,7 @@ def job_fingerprint(
     defaults: SamplingDefaults,
     shard: Shard | None = None,
 ) -> dict[str, Any]:
-    """What must not change between a run and its rerun, for `Journal.prepare`."""
+    """What must not change between a run and its rerun, for `Opening.look`."""
     return {
         "model": model_fingerprint,
         "served_model": served_model,

@@ -34,7 +34,7 @@ def describe(
     errors: Path | None,
     job: str | None,
 ) -> dict[str, Any]:
-    """What there is to know of a job: see `Journal.prepare`. `job`: Slurm's id of one that drops
+    """What there is to know of a job: see `Opening.look`. `job`: Slurm's id of one that drops
     something."""
     meta: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **fingerprint}))
     if source is not None:

@@ -63,6 +63,11 @@ def digest(request: Request) -> str:
     return hashlib.blake2b(asked, digest_size=16).hexdigest()
 
 
+def unfinished_path(path: Path) -> Path:
+    """Where lies what an earlier run of the results file at `path` has begun."""
+    return path.with_name(path.name + ".unfinished.jsonl")
+
+
 def read_unfinished(path: Path) -> dict[Answer, Begun]:
     """What `write_unfinished` wrote; nothing if there is no such file. Raises JournalError."""
     try:

@@ -12,6 +12,7 @@ from batch_fakes import (
     chat,
     completion,
     make_service,
+    open_journal,
     read_lines,
     run_job,
     summaries,
@@ -23,12 +24,11 @@ from hpc_distkv.batch.choice import read_choice
 from hpc_distkv.batch.errors import RowError
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.job import Job
-from hpc_distkv.batch.journal import Journal
 from hpc_distkv.control.messages import NOT_FINITE, Result, pack_tokens
 
 
 def open_job(folder: Path) -> Job:
-    return Job(Intake(folder / "in"), Journal.open(folder / "out", {}), make_service())
+    return Job(Intake(folder / "in"), open_journal(folder / "out", {}), make_service())
 
 
 def test_the_row_is_written_with_its_last_answer_in_any_order(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from batch_fakes import (
     answer,
     completion,
     make_service,
+    open_journal,
     read_lines,
     run_job,
     summaries,
@@ -19,12 +20,12 @@ from batch_fakes import (
 from hpc_distkv.batch.errors import JournalError
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.job import Job
-from hpc_distkv.batch.journal import Journal, unfinished_path
+from hpc_distkv.batch.unfinished import unfinished_path
 from hpc_distkv.control.messages import Request, Result, Unfinished, pack_tokens, unpack_tokens
 
 
 def open_job(folder: Path, **settings: int) -> Job:
-    return Job(Intake(folder / "in"), Journal.open(folder / "out", {}), make_service(**settings))
+    return Job(Intake(folder / "in"), open_journal(folder / "out", {}), make_service(**settings))
 
 
 def begin(job: Job, request: Request, tokens: int) -> bytes:
@@ -146,7 +147,7 @@ def test_results_dropped_by_overwrite_take_what_was_begun_along(tmp_path: Path) 
     job = open_job(tmp_path)
     begin(job, next(job.requests()), 2)
     job.close()
-    other = Journal.open(tmp_path / "out", {"model": "other"})
+    other = open_journal(tmp_path / "out", {"model": "other"})
     assert other.unfinished == {}
     other.close()
 
