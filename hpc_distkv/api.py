@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +24,8 @@ from hpc_distkv.batch.claim import Claim
 from hpc_distkv.batch.errors import InputError, JournalError
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.job import Job, job_fingerprint
-from hpc_distkv.batch.journal import Journal, check_place
+from hpc_distkv.batch.journal import Journal
+from hpc_distkv.batch.opening import Opening, Reuse, check_place
 from hpc_distkv.batch.service import Limits, SamplingDefaults, Service, model_names
 from hpc_distkv.batch.shard import Shard
 from hpc_distkv.comm.abort import aborting, failing
@@ -102,6 +104,17 @@ class Files:
             claims.release()
             raise
         return claims
+
+    def open(
+        self, claims: Claims, fingerprint: Mapping[str, Any]
+    ) -> tuple[Journal, Journal | None]:
+        """The journals of the results and, if there is one, of the error rows; no file is changed
+        if one is refused. Raises JournalError."""
+        reuse = Reuse(self.overwrite, self.retry_errors, self.job, self.restarted)
+        look = partial(Opening.look, fingerprint=fingerprint, reuse=reuse, source=self.input)
+        results = look(claims[self.output], errors=self.errors)
+        errors = look(claims[self.errors]) if self.errors else None
+        return results.begin(), errors.begin() if errors else None
 
 
 class Claims(dict[Path, Claim]):
@@ -303,25 +316,11 @@ class Engine:
         )
         claims = claims or files.claim()
 
-        def prepare(path: Path) -> Callable[[], Journal]:
-            return Journal.prepare(
-                path,
-                fingerprint,
-                overwrite=files.overwrite,
-                retry_errors=files.retry_errors and not files.restarted,
-                source=files.input,
-                errors=files.errors if path == files.output else None,
-                job=files.job,
-                restarted=files.restarted,
-                claim=claims[path],
-            )
-
         try:
             intake = Intake(files.input, files.shard)
-            results = prepare(files.output)
-            errors = prepare(files.errors) if files.errors else None
-            return Job(intake, results(), service, errors() if errors else None)
-        except USER_ERRORS:
+            results, errors = files.open(claims, fingerprint)
+            return Job(intake, results, service, errors)
+        except BaseException:
             claims.release()
             raise
 
@@ -355,8 +354,8 @@ class JobLeader:
 
     def finish(self, result: Result) -> None:
         """Write a row's answer."""
-        self._record.add(result, *self._job.describe(result.id))
-        self._job.finish(result)
+        if written := self._job.finish(result):
+            self._record.add(*written)
 
     def put_aside(self, unfinished: Unfinished) -> None:
         """Keep what was made of a row for the rerun."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from hpc_distkv.batch.rows import Row
+from hpc_distkv.control.work import kv_tokens
 
 
 class Pool(NamedTuple):
@@ -37,7 +38,7 @@ class Footprint(NamedTuple):
     def of(cls, row: Row, pool: Pool) -> Footprint:
         """The footprint of a row in such pools."""
         output = None if row.open_ended else row.sampling.max_tokens
-        blocks = -(-(len(row.prompt) + (output or 0)) // pool.block_size)
+        blocks = -(-kv_tokens(len(row.prompt), output or 1) // pool.block_size)
         ranks = -(-blocks // pool.num_blocks) if pool.num_blocks else None
         return cls(len(row.prompt), output, blocks, ranks)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -40,7 +40,7 @@ class _Pending:
     asked: tuple[str, ...]
     """`digest` of the request of each of its answers."""
     results: dict[int, Result] = field(default_factory=dict)
-    """By choice: the row is written when all are there."""
+    """By choice."""
 
     @classmethod
     def of(cls, row: Row, requests: Sequence[Request]) -> _Pending:
@@ -50,6 +50,20 @@ class _Pending:
             tuple(map(digest, requests)),
         )
 
+    @property
+    def complete(self) -> bool:
+        """Whether all results are there: then the row is written."""
+        return len(self.results) == self.row.choices
+
+
+class Written(NamedTuple):
+    """A row whose line was written, and no error row."""
+
+    results: Sequence[Result]
+    """Its answers."""
+    custom_id: str
+    prompt_tokens: int
+
 
 def job_fingerprint(
     model_fingerprint: str,
@@ -57,7 +71,7 @@ def job_fingerprint(
     defaults: SamplingDefaults,
     shard: Shard | None = None,
 ) -> dict[str, Any]:
-    """What must not change between a run and its rerun, for `Journal.open`."""
+    """What must not change between a run and its rerun, for `Opening.look`."""
     return {
         "model": model_fingerprint,
         "served_model": served_model,
@@ -107,18 +121,7 @@ class Job:
                 self._write_error(envelope.number, envelope.custom_id, error)
                 self.commit()
             else:
-                requests = list(row.requests())
-                self._pending[row.number] = _Pending.of(row, requests)
-                for choice, request in enumerate(requests):
-                    begun = self._begun.get(Answer(row.custom_id, choice))
-                    if begun is None or not begun.fits(request):
-                        yield request
-                    elif begun.result:
-                        self.finish(msgspec.structs.replace(begun.result, id=request.id))
-                    else:
-                        yield msgspec.structs.replace(
-                            request, output=begun.output, logprobs=begun.logprobs
-                        )
+                yield from self._resumed(row)
 
     def put_aside(self, unfinished: Unfinished) -> None:
         """Keep what was made of a request that came from `requests` and will not be finished in
@@ -127,45 +130,19 @@ class Job:
         if pending := self._pending.get(number):
             self._keep(pending, choice, output=unfinished.output, logprobs=unfinished.logprobs)
 
-    def finish(self, result: Result) -> None:
+    def finish(self, result: Result) -> Written | None:
         """Take the result of a request that came from `requests`, and write the answer of its row
         if it is the last. Raises JournalError."""
         number, choice = which_choice(result.id)
         pending = self._pending.get(number)
         if pending is None:
-            return  # Another request of the row was refused, and the row with it.
+            return None  # Another request of the row was refused, and the row with it.
         if result.finish_reason == NOT_FINITE:
             error = RowError(_NOT_FINITE, code=NOT_FINITE, status=500, type="server_error")
             self.refuse(result.id, error)
-            return
+            return None
         pending.results[choice] = result
-        row = pending.row
-        if len(pending.results) < row.choices:
-            return
-        self._forget(number)
-        tokenizer = self._service.tokenizer
-        choices = [
-            read_choice(pending.results[index], row, tokenizer) for index in range(row.choices)
-        ]
-        self._journal.append(
-            answer_line(
-                number=number,
-                custom_id=row.custom_id,
-                endpoint=row.endpoint,
-                model=self._service.model_names[0],
-                choices=choices,
-                prompt_tokens=pending.prompt_tokens,
-                created=int(time.time()),
-            )
-        )
-        self.answered += 1
-
-    def describe(self, request_id: int) -> tuple[str, int]:
-        """custom_id and prompt tokens of the row of a request in flight."""
-        pending = self._pending.get(which_choice(request_id)[0])
-        if pending is None:
-            return "", 0
-        return pending.row.custom_id, pending.prompt_tokens
+        return self._write_answer(pending) if pending.complete else None
 
     def refuse(self, request_id: int, error: RowError) -> None:
         """Write an error row for the row of a request that the engine cannot answer. Raises
@@ -260,6 +237,25 @@ class Job:
     def _journals(self) -> tuple[Journal, ...]:
         return tuple(dict.fromkeys((self._journal, self._errors)))
 
+    def _resumed(self, row: Row) -> Iterator[Request]:
+        """The requests of a row, from where an earlier run left off. Writes the row if that run has
+        made all its answers, as when `n` was lowered since."""
+        requests = list(row.requests())
+        pending = self._pending[row.number] = _Pending.of(row, requests)
+        left = []
+        for choice, request in enumerate(requests):
+            begun = self._begun.get(Answer(row.custom_id, choice))
+            if begun is None or not begun.fits(request):
+                left.append(request)
+            elif begun.result:
+                pending.results[choice] = begun.result
+            else:
+                made = {"output": begun.output, "logprobs": begun.logprobs}
+                left.append(msgspec.structs.replace(request, **made))
+        if pending.complete:
+            self._write_answer(pending)
+        yield from left
+
     def _keep(self, pending: _Pending, choice: int, **made: Any) -> None:
         answer = Answer(pending.row.custom_id, choice)
         self._begun[answer] = Begun(*answer, pending.asked[choice], **made)
@@ -269,6 +265,24 @@ class Job:
         row = self._pending.pop(number).row
         for choice in range(row.choices):
             self._begun.pop(Answer(row.custom_id, choice), None)
+
+    def _write_answer(self, pending: _Pending) -> Written:
+        row, service = pending.row, self._service
+        self._forget(row.number)
+        results = [pending.results[choice] for choice in range(row.choices)]
+        self._journal.append(
+            answer_line(
+                number=row.number,
+                custom_id=row.custom_id,
+                endpoint=row.endpoint,
+                model=service.model_names[0],
+                choices=[read_choice(result, row, service.tokenizer) for result in results],
+                prompt_tokens=pending.prompt_tokens,
+                created=int(time.time()),
+            )
+        )
+        self.answered += 1
+        return Written(results, row.custom_id, pending.prompt_tokens)
 
     def _write_error(self, number: int, custom_id: str | None, error: RowError) -> None:
         self._errors.append(error_line(number, custom_id, error))

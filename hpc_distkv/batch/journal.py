@@ -4,27 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Collection, Mapping
+from typing import NoReturn
 
-from hpc_distkv.batch.answered import Answered, read_answered
+from hpc_distkv.batch.answered import Answered
 from hpc_distkv.batch.claim import Claim
 from hpc_distkv.batch.errors import JournalError
-from hpc_distkv.batch.meta import (
-    DROPPED,
-    check_errors,
-    check_meta,
-    describe,
-    differences,
-    has_meta,
-    note_meta,
-    read_meta,
-    write_meta,
-)
-from hpc_distkv.batch.replace import check_replaceable, real_path, remove_file
-from hpc_distkv.batch.rewrite import drop_errors, order_lines
-from hpc_distkv.batch.unfinished import Answer, Begun, read_unfinished, write_unfinished
+from hpc_distkv.batch.replace import remove_file
+from hpc_distkv.batch.rewrite import order_lines
+from hpc_distkv.batch.unfinished import Answer, Begun, unfinished_path, write_unfinished
 
 _BUFFER = 1 << 20
 """Bytes kept in memory before they are written out of turn."""
@@ -46,7 +34,7 @@ class Journal:
         fd: int,
         size: int,
         answered: Answered,
-        unfinished: dict[Answer, Begun],
+        unfinished: Mapping[Answer, Begun],
     ) -> None:
         self.path = claim.output
         self.answered = answered
@@ -58,77 +46,6 @@ class Journal:
         self._buffer = bytearray()
         self._written = size
         self._synced = size
-
-    @classmethod
-    def open(
-        cls, path: str | os.PathLike[str], fingerprint: Mapping[str, Any], **options: Any
-    ) -> Journal:
-        """Start or resume the results file at `path`: see `prepare`."""
-        return cls.prepare(path, fingerprint, **options)()
-
-    @classmethod
-    def prepare(
-        cls,
-        path: str | os.PathLike[str],
-        fingerprint: Mapping[str, Any],
-        *,
-        overwrite: bool = False,
-        retry_errors: bool = False,
-        source: str | os.PathLike[str] | None = None,
-        errors: Path | None = None,
-        job: str | None = None,
-        restarted: bool = False,
-        claim: Claim | None = None,
-    ) -> Callable[[], Journal]:
-        """Look whether the results file at `path` can be started or resumed, and change nothing
-        but the claim; what is returned does it. So one file that is refused spoils no other.
-
-        `overwrite` drops what the file holds, and `retry_errors` its error rows. `claim` is of this
-        path and taken if it is not given; the journal releases it.
-
-        `fingerprint` is everything that must be the same for old and new rows to belong
-        together, as JSON values. `source`, the input, is protected from being overwritten;
-        `errors`: the file of error rows, if they are kept apart; `job`: Slurm's id, if there is
-        one: when it is `restarted`, it does not drop once more what it has made since it dropped
-        what was there. Raises JournalError with what to do about it.
-        """
-        check_place(Path(path), source)
-        wanted = describe(fingerprint, source, errors, job)
-        claim = claim or Claim.take(Path(path))
-        path = claim.output
-        with _used(path, claim):
-            if restarted and has_meta(path):
-                overwrite &= read_meta(path).get(DROPPED) != job
-            if not overwrite:
-                check_errors(path, wanted)
-            empty = overwrite or not path.exists() or path.stat().st_size == 0
-            if not empty:
-                check_meta(path, wanted)
-            answered, sound = (Answered(), 0) if empty else read_answered(path)
-            same = not overwrite and has_meta(path) and not differences(path, wanted)
-            unfinished = read_unfinished(unfinished_path(path)) if same else {}
-
-        def begin() -> Journal:
-            nonlocal answered, sound
-            with _used(path, claim):
-                # What is left of old rows goes before the new fingerprint comes: at no instant are
-                # they together.
-                if not same:
-                    remove_file(unfinished_path(path))
-                if empty:
-                    _empty(path)
-                    write_meta(path, wanted)
-                else:
-                    note_meta(path, wanted)
-                if retry_errors and answered.failed:
-                    drop_errors(path, sound)
-                    answered, sound = read_answered(path)
-                fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-                os.ftruncate(fd, sound)
-                os.fsync(fd)
-                return cls(claim, fd, sound, answered, unfinished)
-
-        return begin
 
     def append(self, line: bytes) -> None:
         """Add one line, given without its newline. Raises JournalError when the disk refuses."""
@@ -176,8 +93,12 @@ class Journal:
         try:
             if ordered:
                 self._claim.check()
-                with _reported(f"all rows are in {self.path}, but cannot be put in order"):
-                    order_lines(self.path)
+                order_lines(self.path)
+        except OSError as error:
+            raise JournalError(
+                f"all rows are in {self.path}, but cannot be put in order: "
+                f"{error.strerror or error}."
+            ) from error
         finally:
             self._claim.release()
 
@@ -233,50 +154,3 @@ class Journal:
         with contextlib.suppress(OSError):
             os.close(fd)
         self._claim.release()
-
-
-@contextlib.contextmanager
-def _used(path: Path, claim: Claim) -> Iterator[None]:
-    """The claim is released if the file cannot be used."""
-    try:
-        with _reported(f"cannot use {path} for the results"):
-            yield
-    except BaseException:
-        claim.release()
-        raise
-
-
-@contextlib.contextmanager
-def _reported(what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise JournalError(f"{what}: {error.strerror or error}.") from error
-
-
-def unfinished_path(path: Path) -> Path:
-    """Where lies what an earlier run of the results file at `path` has begun."""
-    return path.with_name(path.name + ".unfinished.jsonl")
-
-
-def check_place(path: Path, source: str | os.PathLike[str] | None) -> None:
-    """Whether results could go to `path`, as far as a look can tell. Raises JournalError."""
-    with _reported(f"cannot use {path} for the results"):
-        _look_at(path, source)
-
-
-def _look_at(path: Path, source: str | os.PathLike[str] | None) -> None:
-    folder = real_path(path).parent
-    if not folder.is_dir():
-        raise JournalError(f"cannot use {path} for the results: there is no directory {folder}.")
-    check_replaceable(path)
-    if source is not None and path.exists() and Path(source).exists() and path.samefile(source):
-        raise JournalError(f"{path} is both the input and the output; give another output.")
-
-
-def _empty(path: Path) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -21,7 +21,7 @@ INPUT = "input"
 ERRORS = "errors"
 """Where it says which file the error rows are in, if they are in another one."""
 DROPPED = "dropped_by"
-"""Where it says which Slurm job dropped what the file held."""
+"""Where it says which Slurm job was the last to drop what the file held, or its error rows."""
 FREE = {INPUT, ERRORS, DROPPED}
 """What a rerun may change."""
 
@@ -34,7 +34,8 @@ def describe(
     errors: Path | None,
     job: str | None,
 ) -> dict[str, Any]:
-    """What there is to know of a job: see `Journal.open`."""
+    """What there is to know of a job: see `Opening.look`. `job`: Slurm's id of one that drops
+    something."""
     meta: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **fingerprint}))
     if source is not None:
         meta[INPUT] = str(Path(source).resolve())
@@ -65,9 +66,11 @@ def check_meta(path: Path, wanted: Mapping[str, Any]) -> None:
 
 def note_meta(path: Path, wanted: Mapping[str, Any]) -> None:
     """Note what may change of a job that is resumed. Raises OSError."""
-    before = read_meta(path)
-    if any(before.get(name) != wanted.get(name) for name in (INPUT, ERRORS)):
-        write_meta(path, wanted)
+    before, after = read_meta(path), dict(wanted)
+    if DROPPED in before:
+        after.setdefault(DROPPED, before[DROPPED])
+    if after != before:
+        write_meta(path, after)
 
 
 def has_meta(path: Path) -> bool:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -34,21 +35,28 @@ def check_replaceable(path: Path) -> None:
             raise OSError(errno.EINVAL, "this program's own messages go there")
 
 
-def replace_file(path: Path, pieces: Iterable[bytes]) -> None:
-    """Write `pieces` beside `path`, put them on the disk, and rename. Raises OSError; then `path`
-    is as it was, and nothing lies beside it."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`. If nothing goes wrong it is put on the disk and takes the
+    place of `path`, or of what that links to; else `path` is as it was, and nothing lies beside it.
+    Raises OSError, also if there is something that is no file."""
+    check_replaceable(path)
+    path = real_path(path)
     fresh = path.with_name(path.name + ".tmp")
     try:
-        with fresh.open("wb") as file:
-            for piece in pieces:
-                file.write(piece)
-            file.flush()
+        yield fresh
+        with fresh.open("rb") as file:
             os.fsync(file.fileno())
         fresh.replace(path)
-    except OSError:
+    finally:
         fresh.unlink(missing_ok=True)
-        raise
     sync_folder(path.parent)
+
+
+def replace_file(path: Path, pieces: Iterable[bytes]) -> None:
+    """Replace `path` by `pieces`: see `replacing`."""
+    with replacing(path) as fresh, fresh.open("wb") as file:
+        file.writelines(pieces)
 
 
 def remove_file(path: Path) -> None:

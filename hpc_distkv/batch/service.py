@@ -41,10 +41,10 @@ class Limits:
 
     @property
     def tokens(self) -> int:
-        """The smaller of the two."""
+        """By both limits; the last token of an output needs no KV."""
         if self.capacity_tokens is None:
             return self.max_model_len
-        return min(self.max_model_len, self.capacity_tokens)
+        return min(self.max_model_len, self.capacity_tokens + 1)
 
     def __str__(self) -> str:
         text = f"the model takes at most {self.max_model_len} tokens"

@@ -10,11 +10,10 @@ from hpc_distkv.batch.claim import Owner, read_claim
 from hpc_distkv.batch.errors import InputError, JournalError
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.job import SHARD
-from hpc_distkv.batch.journal import unfinished_path
 from hpc_distkv.batch.meta import ERRORS, INPUT, read_meta
 from hpc_distkv.batch.replace import real_path
 from hpc_distkv.batch.shard import Shard
-from hpc_distkv.batch.unfinished import read_unfinished
+from hpc_distkv.batch.unfinished import read_unfinished, unfinished_path
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,12 @@ class Begun(msgspec.Struct, frozen=True, omit_defaults=True):
         return len(self.result.tokens if self.result else self.output) // 4
 
     def fits(self, request: Request) -> bool:
-        """Whether `request` asks for the same, and for more tokens than there are."""
-        room = self.result is not None or self.tokens < request.sampling.max_tokens
-        return room and self.request == digest(request)
+        """Whether `request` asks for the same, and begins like this: for more tokens than there
+        are, or for just as many if these ended by length."""
+        limit = request.sampling.max_tokens
+        full = self.result is not None and self.result.finish_reason == "length"
+        fits = self.tokens == limit if full else self.tokens < limit
+        return fits and self.request == digest(request)
 
 
 def digest(request: Request) -> str:
@@ -58,6 +61,11 @@ def digest(request: Request) -> str:
     sampling = msgspec.structs.replace(request.sampling, max_tokens=0)
     asked = msgspec.msgpack.encode((request.prompt, sampling))
     return hashlib.blake2b(asked, digest_size=16).hexdigest()
+
+
+def unfinished_path(path: Path) -> Path:
+    """Where lies what an earlier run of the results file at `path` has begun."""
+    return path.with_name(path.name + ".unfinished.jsonl")
 
 
 def read_unfinished(path: Path) -> dict[Answer, Begun]:

@@ -25,7 +25,7 @@ def command(run: tuple[Path, ...], output: Path) -> None:
     RUN are those files, in any order, or a folder that has both. One of the two is enough for a
     part of the page.
     """
-    from hpc_distkv.observe.metrics import replacing
+    from hpc_distkv.batch.replace import replace_file
     from hpc_distkv.observe.report import page
     from hpc_distkv.observe.run_files import RunFileError, files_of, read_run
 
@@ -33,8 +33,7 @@ def command(run: tuple[Path, ...], output: Path) -> None:
         html = page(read_run(run))
         if output.resolve() in map(Path.resolve, files_of(run)):
             raise RunFileError(f"{output} is a file of the run: give another one with -o")
-        with replacing(output) as temporary:
-            temporary.write_text(html, encoding="utf-8", errors="backslashreplace")
+        replace_file(output, [html.encode(errors="backslashreplace")])
     except RunFileError as error:
         raise click.UsageError(str(error)) from error
     except OSError as error:

@@ -14,6 +14,11 @@ def work(start: int, end: float, attention_tokens: float) -> float:
     return tokens * (1 + (start + end) / 2 / attention_tokens)
 
 
+def kv_tokens(prompt: int, max_tokens: int) -> int:
+    """Most tokens whose KV a row can come to need: the last output token needs none."""
+    return prompt + max_tokens - 1
+
+
 class MeanOutput:
     """What outputs of rows not finished yet are expected to be: as large a part of their limits as
     those that are."""

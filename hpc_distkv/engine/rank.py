@@ -15,6 +15,7 @@ from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.links import Links
 from hpc_distkv.control.messages import Request
 from hpc_distkv.control.policy import POLICIES, Policy
+from hpc_distkv.control.work import kv_tokens
 from hpc_distkv.engine.capacity import KvShare, host_memory, merged, pool_blocks, tier_blocks
 from hpc_distkv.engine.config import EngineConfig, OptionError
 from hpc_distkv.engine.follower import Follower
@@ -122,7 +123,7 @@ class RankEngine:
 
     @property
     def capacity_tokens(self) -> int:
-        """Tokens that one request may have at most."""
+        """Tokens whose KV one request may have at most."""
         return self.capacity_blocks * self.config.block_size
 
     @property
@@ -228,7 +229,7 @@ class RankEngine:
     def _fitting(self, requests: Iterator[Request]) -> Iterator[Request]:
         """The requests as they are; one that could never end is refused before it starts."""
         for request in requests:
-            tokens = request.prompt_len + request.sampling.max_tokens - 1
+            tokens = kv_tokens(request.prompt_len, request.sampling.max_tokens)
             if tokens > self.capacity_tokens:
                 raise OptionError(
                     f"request {request.id} may come to need the KV of {tokens} tokens "

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from hpc_distkv.control.logprobs import record_dtype
 from hpc_distkv.control.messages import NOT_FINITE, Request, pack_tokens, unpack_tokens
+from hpc_distkv.control.work import kv_tokens
 from hpc_distkv.engine.draws import Draws
 from hpc_distkv.engine.penalties import TokenCounts
 from hpc_distkv.engine.stop import StopMatcher, TextDecoder
@@ -27,7 +28,7 @@ class Sequence:
     prompt_len: int = field(init=False)
     """Prompt tokens."""
     final_len: int = field(init=False)
-    """Most tokens whose KV this request can come to need: the last output token needs none."""
+    """Most tokens whose KV this request can come to need."""
     tokens: list[int] = field(init=False)
     """Prompt and output so far."""
     keys: list[bytes] = field(default_factory=list)
@@ -49,7 +50,7 @@ class Sequence:
         self.tokens = prompt + unpack_tokens(self.request.output)
         sampling = self.request.sampling
         self.id, self.prompt_len = self.request.id, len(prompt)
-        self.final_len = self.prompt_len + sampling.max_tokens - 1
+        self.final_len = kv_tokens(self.prompt_len, sampling.max_tokens)
         if sampling.temperature > 0:
             self.draws = Draws(sampling.seed)
         if sampling.rules and sampling.rules.penalises:

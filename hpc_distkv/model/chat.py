@@ -41,7 +41,7 @@ class ChatTemplate:
     def __call__(self, messages: Sequence[Mapping[str, Any]], most: int | None = None) -> list[int]:
         """Token ids of a prompt that asks for the assistant's next message.
 
-        `messages`: [{"role": ..., "content": ...}, ...]. Raises ModelError with the template's
+        `messages`: [{"role": ..., "content": text}, ...]. Raises ModelError with the template's
         own words if it refuses them, and if the model has no template; TooLongError for far more
         than `most` tokens.
         """
@@ -57,10 +57,9 @@ class ChatTemplate:
             )
         if not messages:
             raise ModelError("messages is empty: a chat needs at least one message")
-        plain = [_plain(message) for message in messages]
         try:
             return self._template.render(
-                messages=plain,
+                messages=messages,
                 tools=None,
                 documents=None,
                 add_generation_prompt=True,
@@ -68,21 +67,6 @@ class ChatTemplate:
             )
         except Exception as error:  # a template is foreign code: it can fail in any way
             raise ModelError(f"the chat template refused the messages: {error}") from error
-
-
-def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message with content parts joined to one text, which every template understands."""
-    content = message.get("content")
-    if content is None or isinstance(content, str):
-        return dict(message)
-    if not isinstance(content, list):
-        raise ModelError(f"content must be text or a list of text parts, not {content!r}")
-    texts = []
-    for part in content:
-        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
-            raise ModelError("content parts must be text: this is a text model")
-        texts.append(part["text"])
-    return {**message, "content": "\n".join(texts)}
 
 
 class _GenerationBlock(Extension):

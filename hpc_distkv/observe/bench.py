@@ -34,7 +34,7 @@ class BenchLeader(Leader):
 
     def finish(self, result: Result) -> None:
         """Note the result's latencies and tokens."""
-        self.record.add(result)
+        self.record.add([result])
         self.tokens[result.id] = result.tokens
 
 

@@ -1,4 +1,4 @@
-"""Percentiles of what rows waited."""
+"""Percentiles of what answers took."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from hpc_distkv.control.percentiles import ranks
 
 
 class Latencies:
-    """Seconds, one value per answered row: four bytes each."""
+    """Seconds, one value per answer of a row: four bytes each."""
 
     def __init__(self) -> None:
         self._seconds = array("f")
 
     def add(self, seconds: float) -> None:
-        """One more row."""
+        """One more answer."""
         self._seconds.append(seconds)
 
     def summary(self) -> dict[str, float]:
-        """Mean, percentiles and maximum in seconds; empty without rows."""
+        """Mean, percentiles and maximum in seconds; empty without answers."""
         if not self._seconds:
             return {}
         ordered = np.sort(np.frombuffer(self._seconds, "f4"))
@@ -30,7 +30,7 @@ class Latencies:
         return {name: round(float(seconds), 4) for name, seconds in summary.items()}
 
     def bins(self) -> dict[int, int]:
-        """`control.gaps.gap_bin` → rows."""
+        """`control.gaps.gap_bin` → answers."""
         bins: dict[int, int] = {}
         for seconds in self._seconds:
             at = gap_bin(seconds)

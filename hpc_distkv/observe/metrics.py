@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from hpc_distkv.batch.replace import check_replaceable, real_path
+from hpc_distkv.batch.replace import replace_file
 from hpc_distkv.control.messages import Counters
 
 
@@ -48,21 +46,6 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`, which takes its place if nothing goes wrong. Raises OSError,
-    also if there is something that is no file."""
-    check_replaceable(path)
-    path = real_path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_json(path: Path, figures: dict[str, Any]) -> None:
     """Replace `path` by `figures`, all of them or nothing. Raises OSError."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(figures, indent=2) + "\n")
+    replace_file(path, [json.dumps(figures, indent=2).encode(), b"\n"])

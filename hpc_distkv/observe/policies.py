@@ -12,6 +12,7 @@ from typing import Any
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages import Request
 from hpc_distkv.control.policy import POLICIES
+from hpc_distkv.control.work import kv_tokens
 from hpc_distkv.engine.config import OptionError
 from hpc_distkv.engine.loading import load_model
 from hpc_distkv.engine.options import EngineOptions
@@ -63,7 +64,7 @@ def engine_of(
 
 def check_fit(engines: Mapping[str, RankEngine], requests: Sequence[Request]) -> None:
     """Raises OptionError for rows that a way could not answer."""
-    longest = max(request.prompt_len + request.sampling.max_tokens for request in requests)
+    longest = max(kv_tokens(each.prompt_len, each.sampling.max_tokens) for each in requests)
     for name, engine in engines.items():
         if longest > engine.capacity_tokens:
             raise OptionError(

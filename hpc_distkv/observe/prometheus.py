@@ -11,8 +11,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from hpc_distkv.batch.replace import replace_file
 from hpc_distkv.control.messages import Counters
-from hpc_distkv.observe.metrics import replacing, total
+from hpc_distkv.observe.metrics import total
 from hpc_distkv.observe.snapshot import Snapshot
 
 INTERVAL = 10.0
@@ -59,8 +60,7 @@ class PrometheusFile(Collector):
         summed = total(counters)
         for name, meaning in COUNTED.items():
             self._families.append(self._counter(name, meaning, {(): summed[name]}))
-        with replacing(self._path) as temporary:
-            temporary.write_bytes(generate_latest(self._registry))
+        replace_file(self._path, [generate_latest(self._registry)])
 
     def collect(self) -> Iterator[Metric]:
         """What `write` was told."""

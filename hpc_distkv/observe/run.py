@@ -18,11 +18,11 @@ from hpc_distkv.observe.metrics import RankFigures, total
 from hpc_distkv.observe.snapshot import Numbers
 
 SLOWEST = 20
-"""Rows that are listed by name."""
+"""Answers that are listed by name."""
 
 
 class SlowRow(NamedTuple):
-    """One answered request; the slowest are the largest."""
+    """One answer of a row; the slowest are the largest."""
 
     latency_s: float
     time_to_first_token_s: float
@@ -32,7 +32,7 @@ class SlowRow(NamedTuple):
 
 
 class RunRecord:
-    """Owner of a run's clock, of its rows' latencies and of the peaks of its pools."""
+    """Owner of a run's clock, of its answers' latencies and of the peaks of its pools."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
@@ -43,15 +43,23 @@ class RunRecord:
         self._peak_used: Numbers = np.zeros(0, np.int64)
         self.output_tokens = 0
         self.prompt_tokens = 0
-        """Of answered requests, each counted once."""
+        """Of answered rows, each counted once."""
 
-    def add(self, result: Result, custom_id: str = "", prompt_tokens: int = 0) -> None:
-        """One more answered request."""
+    def add(self, results: Sequence[Result], custom_id: str = "", prompt_tokens: int = 0) -> None:
+        """One more answered row."""
+        self.prompt_tokens += prompt_tokens
+        for result in results:
+            self._add_answer(result, custom_id, prompt_tokens)
+
+    def see_pools(self, used: Numbers) -> None:
+        """rBlocks in use by instance, as of a control round."""
+        self._peak_used = used if not len(self._peak_used) else np.maximum(self._peak_used, used)
+
+    def _add_answer(self, result: Result, custom_id: str, prompt_tokens: int) -> None:
         output_tokens = len(result.tokens) // 4
         self._first_token.add(result.first_token_time)
         self._total.add(result.total_time)
         self.output_tokens += output_tokens
-        self.prompt_tokens += prompt_tokens
         row = SlowRow(
             round(result.total_time, 4),
             round(result.first_token_time, 4),
@@ -64,13 +72,9 @@ class RunRecord:
         else:
             heapq.heappushpop(self._slowest, row)
 
-    def see_pools(self, used: Numbers) -> None:
-        """rBlocks in use by instance, as of a control round."""
-        self._peak_used = used if not len(self._peak_used) else np.maximum(self._peak_used, used)
-
     def summary(self, counters: Sequence[Counters], peak_memory: Sequence[int]) -> dict[str, Any]:
         """The figures of the run; `counters` by instance, `peak_memory` in bytes per rank.
-        Latencies count from a row's assignment to an instance."""
+        Latencies count from an answer's assignment to an instance."""
         seconds = time.monotonic() - self._started
         figures = total(counters)
         gaps = figures.pop("gaps")

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
+from hpc_distkv.batch.replace import replacing
 from hpc_distkv.comm.world import World
 from hpc_distkv.engine.recorder import Kind
-from hpc_distkv.observe.metrics import replacing
 from hpc_distkv.observe.snapshot import Snapshot
 from hpc_distkv.observe.trace import FINE_EVERY, WINDOWS, RankSpans
 from hpc_distkv.observe.trace_names import (
@@ -51,7 +51,7 @@ def write_trace(
         "layers_in_one_window_of": [rank.stride * FINE_EVERY for rank in ranks],
         "clock_error_us": [round(1e6 * rank.clock_error, 1) for rank in ranks],
     }
-    with replacing(path) as temporary, _opened(temporary, path) as file:
+    with replacing(path) as fresh, _opened(fresh, path) as file:
         file.write(f'{{"displayTimeUnit": "ms", "otherData": {json.dumps(other)},\n')
         file.write('"traceEvents": [\n')
         separator = ""
@@ -61,10 +61,10 @@ def write_trace(
         file.write("\n]}\n")
 
 
-def _opened(temporary: Path, path: Path) -> IO[str]:
+def _opened(fresh: Path, path: Path) -> IO[str]:
     if path.suffix == ".gz":
-        return cast(IO[str], gzip.open(temporary, "wt", compresslevel=5))
-    return temporary.open("w")
+        return cast(IO[str], gzip.open(fresh, "wt", compresslevel=5))
+    return fresh.open("w")
 
 
 def _events(

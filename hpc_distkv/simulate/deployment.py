@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from hpc_distkv.control.links import Links
 from hpc_distkv.control.policy import POLICIES
+from hpc_distkv.control.work import kv_tokens
 from hpc_distkv.engine.config import EngineConfig, OptionError
 from hpc_distkv.simulate.cluster import Cluster
 from hpc_distkv.simulate.cost import CostModel
@@ -99,7 +100,7 @@ class Deployment:
 
     def fits(self, row: Row) -> bool:
         """Whether a row could ever end; others are refused before they start."""
-        return row.prompt + row.max_tokens - 1 <= self.capacity_tokens
+        return kv_tokens(row.prompt, row.max_tokens) <= self.capacity_tokens
 
 
 def usable_tp(cluster: Cluster, model: ModelShape, block_size: int) -> list[int]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from itertools import takewhile
 
 from hpc_distkv.control.messages import Request, Sampling
+from hpc_distkv.control.work import kv_tokens
 from hpc_distkv.engine.sequence import Sequence
 from hpc_distkv.simulate.workload import Row
 
@@ -81,7 +82,7 @@ class SizedSequence(Sequence):
         self.output_len = 0
         self.keys: list[bytes] = []
         self._output = sized.makes
-        self.final_len = self.length + sized.sampling.max_tokens - 1
+        self.final_len = kv_tokens(self.length, sized.sampling.max_tokens)
 
     def __repr__(self) -> str:
         return f"SizedSequence({self.id}: {self.computed} of {self.length} computed)"

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hpc_distkv.batch.claim import Claim
+from hpc_distkv.batch.errors import JournalError
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.job import Job, job_fingerprint
 from hpc_distkv.batch.journal import Journal
+from hpc_distkv.batch.opening import Opening, Reuse, check_place
 from hpc_distkv.batch.service import Limits, SamplingDefaults, Service
 from hpc_distkv.control.logprobs import record_dtype
 from hpc_distkv.control.messages import Request, Result, pack_tokens, unpack_tokens
@@ -93,13 +96,31 @@ def answer(request: Request) -> Result:
     return Result(request.id, pack_tokens(tokens), "stop", 0.1, 0.2, logprobs)
 
 
+def open_journal(
+    path: Path,
+    fingerprint: Mapping[str, Any],
+    *,
+    source: Path | None = None,
+    errors: Path | None = None,
+    **reuse: Any,
+) -> Journal:
+    """The results file at `path`, started or resumed; `reuse`: fields of `Reuse`."""
+    check_place(path, source)
+    claim = Claim.take(path)
+    try:
+        return Opening.look(claim, fingerprint, Reuse(**reuse), source, errors).begin()
+    except JournalError:
+        claim.release()
+        raise
+
+
 def run_job(
     source: Path, output: Path, service: Service | None = None, overwrite: bool = False
 ) -> Job:
     service = service or make_service()
     fingerprint = job_fingerprint("f00d", service.model_names[0], service.defaults)
     intake = Intake(source)
-    journal = Journal.open(output, fingerprint, overwrite=overwrite, source=source)
+    journal = open_journal(output, fingerprint, overwrite=overwrite, source=source)
     job = Job(intake, journal, service)
     for request in job.requests():
         job.finish(answer(request))

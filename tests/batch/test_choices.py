@@ -12,6 +12,7 @@ from batch_fakes import (
     chat,
     completion,
     make_service,
+    open_journal,
     read_lines,
     run_job,
     summaries,
@@ -23,12 +24,11 @@ from hpc_distkv.batch.choice import read_choice
 from hpc_distkv.batch.errors import RowError
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.job import Job
-from hpc_distkv.batch.journal import Journal
-from hpc_distkv.control.messages import Result, pack_tokens
+from hpc_distkv.control.messages import NOT_FINITE, Result, pack_tokens
 
 
 def open_job(folder: Path) -> Job:
-    return Job(Intake(folder / "in"), Journal.open(folder / "out", {}), make_service())
+    return Job(Intake(folder / "in"), open_journal(folder / "out", {}), make_service())
 
 
 def test_the_row_is_written_with_its_last_answer_in_any_order(tmp_path: Path) -> None:
@@ -37,11 +37,13 @@ def test_the_row_is_written_with_its_last_answer_in_any_order(tmp_path: Path) ->
         job = open_job(tmp_path)
         requests = list(job.requests())
         assert len(requests) == 4
+        results = [Result(r.id, pack_tokens([65 + r.id]), "stop", 0.1, 0.2) for r in requests[:3]]
+        written = []
         for place, index in enumerate(order):
             job.commit(now=True)
             assert len(read_lines(tmp_path / "out")) == 0, f"after {place} answers"
-            tokens = pack_tokens([65 + index])
-            job.finish(Result(requests[index].id, tokens, "stop", 0.1, 0.2))
+            written.append(job.finish(results[index]))
+        assert written == [None, None, (results, "a", 2)]
         assert (job.answered, job.in_flight) == (1, 1)
         job.close()
         [line] = read_lines(tmp_path / "out")
@@ -68,6 +70,34 @@ def test_a_run_that_ends_between_answers_leaves_the_others_for_the_next(tmp_path
     write_lines(tmp_path / "whole" / "in", [completion("a", n=3)])
     run_job(tmp_path / "whole" / "in", tmp_path / "whole" / "out")
     assert summaries(tmp_path / "out") == summaries(tmp_path / "whole" / "out")
+
+
+def test_a_row_that_is_to_have_no_more_answers_than_were_made_is_written(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in", [completion("a", n=3)])
+    job = open_job(tmp_path)
+    for request in list(job.requests())[:2]:
+        job.finish(answer(request))
+    job.close()
+    write_lines(tmp_path / "in", [completion("a", n=2)])
+    again = open_job(tmp_path)
+    assert list(again.requests()) == []
+    assert (again.answered, again.in_flight) == (1, 0)
+    again.close()
+    [line] = read_lines(tmp_path / "out")
+    assert len(line["response"]["body"]["choices"]) == 2
+
+
+def test_an_answer_that_is_no_number_makes_an_error_row_and_counts_for_nothing(
+    tmp_path: Path,
+) -> None:
+    write_lines(tmp_path / "in", [completion("a", n=3)])
+    job = open_job(tmp_path)
+    first, *others = job.requests()
+    assert job.finish(answer(first)) is None
+    for request in others:
+        assert job.finish(Result(request.id, b"", NOT_FINITE, 0.1, 0.2)) is None
+    job.close()
+    assert (job.answered, job.failed) == (0, 1)
 
 
 def test_an_error_of_one_answer_is_that_of_the_row(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from batch_fakes import (
     chat,
     completion,
     make_service,
+    open_journal,
     read_lines,
     run_job,
     write_lines,
@@ -25,7 +26,6 @@ from hpc_distkv.batch import intake as intake_module
 from hpc_distkv.batch.errors import InputError
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.job import Job
-from hpc_distkv.batch.journal import Journal
 
 
 def test_every_row_is_answered_once(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_rows_appended_to_the_input_are_answered_by_a_rerun(tmp_path: Path) -> N
 
 def test_reading_is_lazy(tmp_path: Path) -> None:
     write_lines(tmp_path / "in", [completion(str(i), "x" * 80) for i in range(10_000)])
-    job = Job(Intake(tmp_path / "in"), Journal.open(tmp_path / "out", {}), make_service())
+    job = Job(Intake(tmp_path / "in"), open_journal(tmp_path / "out", {}), make_service())
     requests = job.requests()
     next(requests)
     assert job.in_flight == 1
@@ -147,7 +147,7 @@ def test_inputs_that_cannot_be_read(tmp_path: Path) -> None:
 def test_a_read_error_stops_the_job_and_keeps_what_was_answered(tmp_path: Path) -> None:
     write_lines(tmp_path / "in", [completion(str(i)) for i in range(3)])
     intake = Intake(tmp_path / "in")
-    job = Job(intake, Journal.open(tmp_path / "out", {}), make_service())
+    job = Job(intake, open_journal(tmp_path / "out", {}), make_service())
 
     class Failing:
         def readline(self, limit: int) -> bytes:

@@ -12,12 +12,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+from batch_fakes import open_journal
 
+from hpc_distkv.batch import opening
 from hpc_distkv.batch.claim import claim_path
 from hpc_distkv.batch.errors import JournalError, RowError
-from hpc_distkv.batch.journal import Journal
 from hpc_distkv.batch.response import error_line
 
 JOB = {"model": "f00d", "defaults": {"temperature": 1.0, "top_k": 0}}
@@ -29,7 +31,7 @@ def line(number: int, custom_id: str | None = None) -> bytes:
 
 
 def started(path: Path, rows: int = 3) -> Path:
-    journal = Journal.open(path, JOB)
+    journal = open_journal(path, JOB)
     for number in range(rows):
         journal.append(line(number, f"row {number}"))
     journal.close()
@@ -38,18 +40,18 @@ def started(path: Path, rows: int = 3) -> Path:
 
 def test_rerun_finds_what_was_written(tmp_path: Path) -> None:
     path = started(tmp_path / "out")
-    journal = Journal.open(path, JOB)
+    journal = open_journal(path, JOB)
     journal.append(line(3))
     journal.append(error_line(4, "row 0", RowError("twice", code="duplicate_custom_id")))
     journal.close()
-    answered = Journal.open(path, JOB).answered
+    answered = open_journal(path, JOB).answered
     assert answered.custom_ids == {"row 0", "row 1", "row 2"}
     assert answered.numbers == {3, 4}
     assert answered.failed == 5
 
 
 def test_fingerprint_lies_beside_the_results_before_the_first_row(tmp_path: Path) -> None:
-    journal = Journal.open(tmp_path / "out", JOB)
+    journal = open_journal(tmp_path / "out", JOB)
     assert json.loads((tmp_path / "out.meta.json").read_bytes()) == {"format": 1, **JOB}
     assert (tmp_path / "out").read_bytes() == b""
     journal.close()
@@ -57,26 +59,64 @@ def test_fingerprint_lies_beside_the_results_before_the_first_row(tmp_path: Path
 
 def test_a_rerun_knows_where_the_error_rows_are(tmp_path: Path) -> None:
     path, errors = tmp_path / "out", tmp_path / "errors"
-    Journal.open(path, JOB, errors=errors).close()
+    open_journal(path, JOB, errors=errors).close()
     errors.write_bytes(b"")
     with pytest.raises(JournalError, match=f"give --error-file {errors}"):
-        Journal.open(path, JOB)
-    Journal.open(path, JOB, errors=errors).close()
+        open_journal(path, JOB)
+    open_journal(path, JOB, errors=errors).close()
     errors.unlink()
-    Journal.open(path, JOB).close()
+    open_journal(path, JOB).close()
 
 
 def test_a_job_that_is_requeued_drops_what_was_there_once(tmp_path: Path) -> None:
     path = started(tmp_path / "out")
-    Journal.open(path, JOB, overwrite=True, job="7", restarted=True).close()
+    open_journal(path, JOB, overwrite=True, job="7", restarted=True).close()
     assert path.read_bytes() == b""  # its first start did not get so far
-    journal = Journal.open(path, JOB, overwrite=True, job="7")
+    journal = open_journal(path, JOB, overwrite=True, job="7")
     journal.append(line(0))
     journal.close()
-    Journal.open(path, JOB, overwrite=True, job="7", restarted=True).close()
+    open_journal(path, JOB, overwrite=True, job="7", restarted=True).close()
     assert path.read_bytes() == line(0) + b"\n"
-    Journal.open(path, JOB, overwrite=True, job="7").close()
+    open_journal(path, JOB, overwrite=True, job="7").close()
     assert path.read_bytes() == b""
+
+
+def test_a_job_that_is_requeued_answers_error_rows_again_once(tmp_path: Path) -> None:
+    path = started(tmp_path / "out")
+    job: dict[str, Any] = {"retry_errors": True, "job": "7"}
+    journal = open_journal(path, JOB, **job, restarted=True)
+    assert path.read_bytes() == b""  # its first start did not get so far
+    journal.append(line(0, "row 0"))
+    journal.close()
+    open_journal(path, JOB, job="8").close()  # not asked to drop anything
+    open_journal(path, JOB).close()
+    journal = open_journal(path, JOB, **job, restarted=True)
+    assert journal.answered.failed == 1
+    journal.close()
+    open_journal(path, JOB, **job).close()
+    assert path.read_bytes() == b""
+
+
+def test_an_end_before_error_rows_are_dropped_leaves_them_to_the_requeued_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = started(tmp_path / "out")
+    full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left"))
+    monkeypatch.setattr(opening, "drop_errors", full)
+    with pytest.raises(JournalError):
+        open_journal(path, JOB, retry_errors=True, job="7")
+    monkeypatch.undo()
+    open_journal(path, JOB, retry_errors=True, job="7", restarted=True).close()
+    assert path.read_bytes() == b""
+
+
+@pytest.mark.parametrize("option", ["overwrite", "retry_errors"])
+def test_what_a_requeued_job_wrote_itself_stays(option: str, tmp_path: Path) -> None:
+    job: dict[str, Any] = {option: True, "job": "7"}
+    journal = open_journal(tmp_path / "out", JOB, **job)
+    journal.append(line(0))
+    journal.close()
+    assert open_journal(tmp_path / "out", JOB, **job, restarted=True).answered.failed == 1
 
 
 def test_another_job_is_refused_with_every_difference(tmp_path: Path) -> None:
@@ -84,7 +124,7 @@ def test_another_job_is_refused_with_every_difference(tmp_path: Path) -> None:
     before = path.read_bytes()
     other = {"model": "beef", "defaults": {"temperature": 0.5, "top_k": 0}, "new": True}
     with pytest.raises(JournalError) as caught:
-        Journal.open(path, other)
+        open_journal(path, other)
     message = str(caught.value)
     assert 'model was "f00d", now "beef"' in message
     assert "defaults.temperature was 1.0, now 0.5" in message
@@ -92,20 +132,20 @@ def test_another_job_is_refused_with_every_difference(tmp_path: Path) -> None:
     assert "top_k" not in message
     assert "--overwrite" in message
     assert path.read_bytes() == before
-    journal = Journal.open(path, other, overwrite=True)
+    journal = open_journal(path, other, overwrite=True)
     journal.close()
     assert path.read_bytes() == b""
-    Journal.open(path, other).close()
+    open_journal(path, other).close()
 
 
 def test_results_of_unknown_origin_are_refused_unless_empty(tmp_path: Path) -> None:
     path = tmp_path / "out"
     path.write_bytes(b"precious\n")
     with pytest.raises(JournalError, match=r"out\.meta\.json"):
-        Journal.open(path, JOB)
+        open_journal(path, JOB)
     assert path.read_bytes() == b"precious\n"
     path.write_bytes(b"")
-    Journal.open(path, JOB).close()
+    open_journal(path, JOB).close()
 
 
 @pytest.mark.parametrize(
@@ -115,7 +155,7 @@ def test_a_torn_last_line_is_cut_off(tmp_path: Path, tail: bytes) -> None:
     path = started(tmp_path / "out")
     sound = path.read_bytes()
     path.write_bytes(sound + tail)
-    journal = Journal.open(path, JOB)
+    journal = open_journal(path, JOB)
     assert len(journal.answered.custom_ids) == 3
     assert path.read_bytes() == sound
     journal.append(line(9))
@@ -126,7 +166,7 @@ def test_a_torn_last_line_is_cut_off(tmp_path: Path, tail: bytes) -> None:
 def test_a_last_line_without_newline_is_not_trusted(tmp_path: Path) -> None:
     path = started(tmp_path / "out")
     path.write_bytes(path.read_bytes()[:-1])
-    assert Journal.open(path, JOB).answered.custom_ids == {"row 0", "row 1"}
+    assert open_journal(path, JOB).answered.custom_ids == {"row 0", "row 1"}
 
 
 @pytest.mark.parametrize(
@@ -139,7 +179,7 @@ def test_a_corrupt_line_in_the_middle_is_named(tmp_path: Path, corrupt: bytes) -
     damaged = b"\n".join(lines) + b"\n"
     path.write_bytes(damaged)
     with pytest.raises(JournalError, match="line 2"):
-        Journal.open(path, JOB)
+        open_journal(path, JOB)
     assert path.read_bytes() == damaged
 
 
@@ -148,23 +188,23 @@ def test_an_unreadable_fingerprint_is_refused(tmp_path: Path, meta: bytes) -> No
     path = started(tmp_path / "out")
     (tmp_path / "out.meta.json").write_bytes(meta)
     with pytest.raises(JournalError, match=r"out\.meta\.json"):
-        Journal.open(path, JOB)
+        open_journal(path, JOB)
 
 
 def test_places_that_cannot_hold_results(tmp_path: Path) -> None:
     with pytest.raises(JournalError, match="no directory"):
-        Journal.open(tmp_path / "nowhere" / "out", JOB)
+        open_journal(tmp_path / "nowhere" / "out", JOB)
     with pytest.raises(JournalError, match="regular file"):
-        Journal.open(tmp_path, JOB)
+        open_journal(tmp_path, JOB)
     with pytest.raises(JournalError, match="regular file"):
-        Journal.open("/dev/null", JOB, overwrite=True)
+        open_journal(Path("/dev/null"), JOB, overwrite=True)
     with pytest.raises(JournalError, match="cannot use"):
-        Journal.open("/proc/out", JOB)
+        open_journal(Path("/proc/out"), JOB)
 
 
 def test_results_are_not_mixed_with_what_the_program_says(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from hpc_distkv.batch.journal import check_place;"
+        "import sys; from pathlib import Path; from hpc_distkv.batch.opening import check_place;"
         "check_place(Path('/dev/stdout'), None)"
     )
     with (tmp_path / "words").open("wb") as words:
@@ -180,7 +220,7 @@ def test_the_input_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(source)
     for output in (source, tmp_path / "link"):
         with pytest.raises(JournalError, match="both the input and the output"):
-            Journal.open(output, JOB, overwrite=True, source=source)
+            open_journal(output, JOB, overwrite=True, source=source)
     assert source.read_bytes() == b"precious"
 
 
@@ -206,13 +246,13 @@ def test_read_only_places(own_dir: Path) -> None:
     path = started(own_dir / "out")
     path.chmod(0o400)
     with pytest.raises(JournalError, match="denied"):
-        Journal.open(path, JOB)
+        open_journal(path, JOB)
     path.chmod(0o000)
     with pytest.raises(JournalError, match="denied"):
-        Journal.open(path, JOB)
+        open_journal(path, JOB)
     own_dir.chmod(0o500)
     with pytest.raises(JournalError, match="denied"):
-        Journal.open(own_dir / "new", JOB)
+        open_journal(own_dir / "new", JOB)
     own_dir.chmod(0o700)
 
 
@@ -225,13 +265,13 @@ def test_denied_files_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(os, "open", denied)
     for place, overwrite in ((path, False), (path, True), (tmp_path / "new", False)):
         with pytest.raises(JournalError, match="Permission denied"):
-            Journal.open(place, JOB, overwrite=overwrite)
+            open_journal(place, JOB, overwrite=overwrite)
 
 
 def test_a_full_disk_leaves_whole_lines_and_a_way_on(tmp_path: Path) -> None:
     path = started(tmp_path / "out")
     sound = path.read_bytes()
-    journal = Journal.open(path, JOB)
+    journal = open_journal(path, JOB)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     # A file size limit stops a write in its middle, as a full disk does.
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(sound) + 300, hard))
@@ -243,7 +283,7 @@ def test_a_full_disk_leaves_whole_lines_and_a_way_on(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     journal.close()
     assert path.read_bytes() == sound
-    assert len(Journal.open(path, JOB).answered.custom_ids) == 3
+    assert len(open_journal(path, JOB).answered.custom_ids) == 3
 
 
 def test_a_failed_fsync_goes_back_to_the_last_good_one(
@@ -251,7 +291,7 @@ def test_a_failed_fsync_goes_back_to_the_last_good_one(
 ) -> None:
     path = started(tmp_path / "out")
     sound = path.read_bytes()
-    journal = Journal.open(path, JOB)
+    journal = open_journal(path, JOB)
     journal.append(line(3))
 
     def full(fd: int) -> None:
@@ -266,19 +306,19 @@ def test_a_failed_fsync_goes_back_to_the_last_good_one(
 
 
 def test_a_second_run_on_one_file_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
-    first = Journal.open(tmp_path / "out", JOB)
+    first = open_journal(tmp_path / "out", JOB)
     first.append(line(0))
     with pytest.raises(JournalError, match=f"another run writes to .*: process {os.getpid()} on"):
-        Journal.open(tmp_path / "out", JOB)
+        open_journal(tmp_path / "out", JOB)
     first.append(line(1))
     first.close()
     assert (tmp_path / "out").read_bytes() == line(0) + b"\n" + line(1) + b"\n"
-    Journal.open(tmp_path / "out", JOB).close()
+    open_journal(tmp_path / "out", JOB).close()
     assert not claim_path(tmp_path / "out").exists()
 
 
 def test_a_program_that_writes_to_the_file_is_noticed(tmp_path: Path) -> None:
-    journal = Journal.open(tmp_path / "out", JOB)
+    journal = open_journal(tmp_path / "out", JOB)
     with (tmp_path / "out").open("ab") as file:
         file.write(b"note\n")
     journal.append(line(0))
@@ -287,9 +327,9 @@ def test_a_program_that_writes_to_the_file_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_run_that_lost_its_claim_writes_nothing_more(tmp_path: Path) -> None:
-    journal = Journal.open(tmp_path / "out", JOB)
+    journal = open_journal(tmp_path / "out", JOB)
     claim_path(tmp_path / "out").unlink()
-    other = Journal.open(tmp_path / "out", JOB)
+    other = open_journal(tmp_path / "out", JOB)
     journal.append(line(0))
     with pytest.raises(JournalError, match="taken over"):
         journal.commit()
@@ -299,7 +339,7 @@ def test_a_run_that_lost_its_claim_writes_nothing_more(tmp_path: Path) -> None:
 
 
 def test_a_removed_file_is_noticed(tmp_path: Path) -> None:
-    journal = Journal.open(tmp_path / "out", JOB)
+    journal = open_journal(tmp_path / "out", JOB)
     (tmp_path / "out").unlink()
     journal.append(line(0))
     with pytest.raises(JournalError, match="removed"):

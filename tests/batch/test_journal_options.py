@@ -8,13 +8,24 @@ import random
 from pathlib import Path
 
 import pytest
-from batch_fakes import MIXED, MIXED_ROWS, answer, completion, make_service, read_lines, write_lines
+from batch_fakes import (
+    MIXED,
+    MIXED_ROWS,
+    answer,
+    completion,
+    make_service,
+    open_journal,
+    read_lines,
+    write_lines,
+)
 from click.testing import CliRunner
 
+from hpc_distkv.batch.claim import Claim
 from hpc_distkv.batch.errors import JournalError
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.job import Job, job_fingerprint
 from hpc_distkv.batch.journal import Journal
+from hpc_distkv.batch.opening import Opening, Reuse
 from hpc_distkv.batch.shard import Shard
 from hpc_distkv.batch.status import read_status
 from hpc_distkv.cli.status import command as status
@@ -38,7 +49,7 @@ def run(
     def journal(path: Path) -> Journal:
         apart = folder / errors if errors and path.name == name else None
         source = folder / "in"
-        return Journal.open(path, fingerprint, retry_errors=retry, source=source, errors=apart)
+        return open_journal(path, fingerprint, retry_errors=retry, source=source, errors=apart)
 
     job = Job(
         Intake(folder / "in", shard),
@@ -120,12 +131,12 @@ def test_to_look_whether_a_file_can_be_used_changes_nothing(wrong: str, tmp_path
         errors = None
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     fingerprint = job_fingerprint("f00d", "tiny", make_service().defaults)
-    retried = Journal.prepare(tmp_path / "errors", fingerprint, retry_errors=True)
-    with pytest.raises(JournalError):
-        Journal.prepare(tmp_path / "out", fingerprint, errors=errors)
-    (tmp_path / "errors.claim").unlink()
+    retry = Reuse(retry_errors=True)
+    with Claim.take(tmp_path / "errors") as claim, Claim.take(tmp_path / "out") as other:
+        Opening.look(claim, fingerprint, retry)
+        with pytest.raises(JournalError):
+            Opening.look(other, fingerprint, retry, errors=errors)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-    assert callable(retried)
 
 
 def test_at_the_end_results_are_put_into_the_order_of_the_input(tmp_path: Path) -> None:
@@ -198,7 +209,7 @@ def test_status_counts_what_the_files_say(tmp_path: Path) -> None:
 
 def test_status_of_a_running_job_changes_nothing(tmp_path: Path) -> None:
     write_lines(tmp_path / "in", [completion(str(i)) for i in range(3)])
-    journal = Journal.open(tmp_path / "out", {}, source=tmp_path / "in")
+    journal = open_journal(tmp_path / "out", {}, source=tmp_path / "in")
     (tmp_path / "out").write_bytes(b'{"torn')
     found = read_status(tmp_path / "out")
     assert (found.answered.lines, found.left) == (0, 3)

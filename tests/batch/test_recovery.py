@@ -17,6 +17,7 @@ from batch_fakes import (
     answer,
     completion,
     make_service,
+    open_journal,
     read_lines,
     run_job,
     summaries,
@@ -26,7 +27,6 @@ from batch_fakes import (
 from hpc_distkv.batch.errors import JournalError, RowError
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.job import Job
-from hpc_distkv.batch.journal import Journal
 from hpc_distkv.batch.rows import which_choice
 
 
@@ -58,7 +58,7 @@ def test_resume_whatever_order_the_answers_came_in(tmp_path: Path) -> None:
 def test_rows_in_flight_are_left_for_the_rerun(tmp_path: Path) -> None:
     source, output = tmp_path / "in", tmp_path / "out"
     write_lines(source, [completion(str(i)) for i in range(5)])
-    job = Job(Intake(source), Journal.open(output, {}), make_service())
+    job = Job(Intake(source), open_journal(output, {}), make_service())
     requests = list(job.requests())
     assert [which_choice(request.id) for request in requests] == [(i, 0) for i in range(5)]
     for request in (requests[3], requests[1]):
@@ -67,7 +67,7 @@ def test_rows_in_flight_are_left_for_the_rerun(tmp_path: Path) -> None:
     assert job.in_flight == 2
     assert not job.complete
     job.close()
-    rerun = Job(Intake(source), Journal.open(output, {}), make_service())
+    rerun = Job(Intake(source), open_journal(output, {}), make_service())
     assert [which_choice(request.id) for request in rerun.requests()] == [(0, 0), (4, 0)]
     assert rerun.skipped == 3
 

@@ -295,7 +295,8 @@ def test_output_fills_the_limit_exactly() -> None:
     assert parse(completion("a", ten, max_tokens=90)).sampling.max_tokens == 90
     assert parse(completion("a", ten)).sampling.max_tokens == 90
     assert parse(completion("a", ten)).open_ended
-    assert parse(completion("a", ten), make_service(capacity=50)).sampling.max_tokens == 40
+    assert parse(completion("a", ten), make_service(capacity=50)).sampling.max_tokens == 41
+    assert parse(completion("a", [1] * 50), make_service(capacity=50)).sampling.max_tokens == 1
     assert parse(completion("a", ten), make_service(max_tokens=500)).sampling.max_tokens == 90
     assert parse(completion("a", [1] * 99)).sampling.max_tokens == 1
 
@@ -306,7 +307,8 @@ def test_output_fills_the_limit_exactly() -> None:
         (10, 91, None, ("101", "10", "91", "100")),
         (100, None, None, ("101", "100")),
         (5000, None, None, ("5001", "5000", "100")),
-        (10, 45, 50, ("55", "10", "45", "100", "50")),
+        (10, 42, 50, ("52", "10", "42", "100", "50")),
+        (51, None, 50, ("52", "51", "100", "50")),
     ],
 )
 def test_rows_that_cannot_fit_are_refused_with_the_arithmetic(

@@ -10,6 +10,7 @@ from batch_fakes import (
     answer,
     completion,
     make_service,
+    open_journal,
     read_lines,
     run_job,
     summaries,
@@ -19,12 +20,12 @@ from batch_fakes import (
 from hpc_distkv.batch.errors import JournalError
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.job import Job
-from hpc_distkv.batch.journal import Journal, unfinished_path
-from hpc_distkv.control.messages import Request, Unfinished, pack_tokens, unpack_tokens
+from hpc_distkv.batch.unfinished import unfinished_path
+from hpc_distkv.control.messages import Request, Result, Unfinished, pack_tokens, unpack_tokens
 
 
 def open_job(folder: Path, **settings: int) -> Job:
-    return Job(Intake(folder / "in"), Journal.open(folder / "out", {}), make_service(**settings))
+    return Job(Intake(folder / "in"), open_journal(folder / "out", {}), make_service(**settings))
 
 
 def begin(job: Job, request: Request, tokens: int) -> bytes:
@@ -116,12 +117,37 @@ def test_other_answers_of_a_row_that_were_ready_are_not_made_again(tmp_path: Pat
     assert summaries(tmp_path / "out") == summaries(tmp_path / "whole" / "out")
 
 
+@pytest.mark.parametrize(
+    ("reason", "tokens", "limit", "fits"),
+    [
+        ("length", 5, 5, True),
+        ("length", 5, 4, False),
+        ("length", 5, 6, False),
+        ("stop", 3, 5, True),
+        ("stop", 3, 50, True),
+        ("stop", 3, 4, True),
+        ("stop", 3, 3, False),  # the stop token may have been one more
+        ("stop", 3, 2, False),
+    ],
+)
+def test_a_whole_answer_is_kept_if_another_limit_makes_no_other_one_of_it(
+    reason: str, tokens: int, limit: int, fits: bool, tmp_path: Path
+) -> None:
+    write_lines(tmp_path / "in", [completion("a", "hello", n=2, max_tokens=5)])
+    job = open_job(tmp_path)
+    first, _ = job.requests()
+    job.finish(Result(first.id, pack_tokens([65] * tokens), reason, 0.1, 0.2))
+    job.close()
+    write_lines(tmp_path / "in", [completion("a", "hello", n=2, max_tokens=limit)])
+    assert len([*open_job(tmp_path).requests()]) == 2 - fits
+
+
 def test_results_dropped_by_overwrite_take_what_was_begun_along(tmp_path: Path) -> None:
     write_lines(tmp_path / "in", [completion("a", "hello")])
     job = open_job(tmp_path)
     begin(job, next(job.requests()), 2)
     job.close()
-    other = Journal.open(tmp_path / "out", {"model": "other"})
+    other = open_journal(tmp_path / "out", {"model": "other"})
     assert other.unfinished == {}
     other.close()
 

@@ -88,7 +88,7 @@ def test_rows_that_are_too_long_for_a_way_are_refused_with_the_arithmetic(
 ):
     done = policies(tiny_model, trace, tmp_path, "lend,isolated", "--limits", "9", ranks=0)
     assert done.returncode == 2
-    assert "the KV of 132 tokens, and lend has room for 96" in done.stderr
+    assert "the KV of 131 tokens, and lend has room for 96" in done.stderr
     assert "Traceback" not in done.stderr
 
 

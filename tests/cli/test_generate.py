@@ -107,12 +107,14 @@ def test_a_full_disk_ends_the_job_with_a_message_and_status_70(ranks, tmp_path, 
 def test_a_row_for_which_the_model_computes_nan_is_an_error_row_and_spoils_no_other(
     ranks, tmp_path, tiny_model
 ):
-    """Also not by what it leaves in the rBlocks that others get after it."""
-    good = ("whole", "chat")
+    """Also not by what it leaves in the rBlocks that others get after it. The figures are those of
+    the rows that have an answer."""
+    good = ("whole", "chat", "twice")
     rows = [completion("whole", [8, 9, 10], 5), chat("chat", "Hello.", 9)]
     for number in range(6):
         rows.insert(number, completion(f"bad {number}", [9, 10 + number, 7] * 9, 5, logprobs=1))
     rows.append(completion("choices", [9, 7], 5, n=2))
+    rows.append(completion("twice", [8, 9], 5, n=2))
     spoiled = shutil.copytree(tiny_model, tmp_path / "spoiled")
     weights = load_file(spoiled / "model.safetensors")
     weights["model.embed_tokens.weight"][7] = torch.nan
@@ -120,14 +122,34 @@ def test_a_row_for_which_the_model_computes_nan_is_an_error_row_and_spoils_no_ot
     job = BatchJob(tmp_path, spoiled, rows)
     ran = job.run(ranks, "--temperature", 0, "--num-blocks", 4, "--max-num-seqs", 1)
     assert ran.returncode == 1, ran.stderr
-    assert "2 answered, 7 errors" in ran.stdout
+    assert "3 answered, 7 errors" in ran.stdout
     lines = {line["custom_id"]: line for line in job.lines()}
     for name, line in lines.items():
         if name not in good:
             assert line["response"]["status_code"] == 500
             assert "logits are not finite" in line["error"]["message"]
-    expected = Oracle(tiny_model).answers(row for row in rows if row["custom_id"] in good)
-    assert {name: answer(lines[name]) for name in good} == expected
+    single = good[:2]
+    expected = Oracle(tiny_model).answers(row for row in rows if row["custom_id"] in single)
+    assert {name: answer(lines[name]) for name in single} == expected
+    figures = job.figures()
+    usages = [lines[name]["response"]["body"]["usage"] for name in good]
+    assert figures["prompt_tokens"] == sum(usage["prompt_tokens"] for usage in usages)
+    assert figures["output_tokens"] == sum(usage["completion_tokens"] for usage in usages)
+    slowest = sorted(row["custom_id"] for row in figures["slowest_rows"])
+    assert slowest == ["chat", "twice", "twice", "whole"]
+
+
+@pytest.mark.parametrize("ranks", LAUNCHED)
+def test_a_row_may_fill_all_memory_and_its_last_token_needs_none(ranks, tmp_path, tiny_model):
+    prompt = random_ids(30, random.Random(1))
+    room = 64 * max(ranks, 1)
+    fitting = completion("fits", prompt, room + 1 - 30, ignore_eos=True)
+    job = BatchJob(tmp_path, tiny_model, [fitting, completion("not", prompt, room + 2 - 30)])
+    ran = job.run(ranks, "--temperature", 0, "--num-blocks", 4)
+    assert ran.returncode == 1, ran.stderr
+    fits, refused = sorted(job.lines(), key=lambda line: line["custom_id"])
+    assert {"fits": answer(fits)} == Oracle(tiny_model).answers([fitting])
+    assert f"the cluster's KV cache holds {room}" in refused["error"]["message"]
 
 
 def test_what_cannot_be_written_is_said_before_the_model_is_looked_for(job):
@@ -146,7 +168,8 @@ def test_a_second_run_on_the_same_results_is_refused_before_it_loads_the_model(j
     assert not job.output.exists()
 
 
-def test_errors_apart_results_in_order_and_errors_again(tmp_path, tiny_model):
+def test_errors_apart_results_in_order_and_errors_again(tmp_path, tiny_model, monkeypatch):
+    """Also where the job was requeued before it could do so."""
     rows = [completion(f"row {n}", [5 + n, 7], 30 - 2 * n, ignore_eos=True) for n in range(9)]
     rows.insert(3, completion("bad", "once", 5000))
     job = BatchJob(tmp_path, tiny_model, rows)
@@ -158,6 +181,8 @@ def test_errors_apart_results_in_order_and_errors_again(tmp_path, tiny_model):
     assert [json.loads(line)["custom_id"] for line in errors] == ["bad"]
     rows[3] = completion("bad", "once", 5)
     job = BatchJob(tmp_path, tiny_model, rows)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     ran = job.run(0, *options, "--retry-errors")
     assert ran.returncode == 0, ran.stderr
     assert [line["custom_id"] for line in job.lines()] == [row["custom_id"] for row in rows]

@@ -93,7 +93,7 @@ def test_bad_rows_are_counted_by_code_and_shown(model: Path) -> None:
 
 
 def test_where_rows_fit(model: Path) -> None:
-    lengths = [(4, 4), (10, 6), (10, 7), (30, 34), (30, 35), (100, 1)]
+    lengths = [(4, 4), (10, 7), (10, 8), (30, 35), (30, 36), (100, 1)]
     rows = [row(f"{p}+{n}", p, max_tokens=n) for p, n in lengths]
     result = validate(model, rows, "--num-blocks", "4", "--block-size", "4", "--ranks", "4")
     assert result.exit_code == 1
@@ -105,7 +105,7 @@ def test_where_rows_fit(model: Path) -> None:
 
 def test_the_hosts_memory_of_one_rank_counts(model: Path) -> None:
     token = ModelConfig.from_dir(model).kv_bytes_per_token()
-    rows = [row("a", 30, max_tokens=35), row("b", 100, max_tokens=1)]
+    rows = [row("a", 38, max_tokens=35), row("b", 100, max_tokens=1)]
     sizes = ("--num-blocks", "4", "--block-size", "4", "--ranks", "4")
     result = validate(model, rows, *sizes, "--host-kv-memory", str(11 * token))
     assert values(result)["fit nowhere"].startswith("1 (")
@@ -115,7 +115,7 @@ def test_the_hosts_memory_of_one_rank_counts(model: Path) -> None:
 def test_a_table_of_rows(model: Path) -> None:
     rows = [
         row("small", 4, max_tokens=4),
-        row("lon\tg", 10, max_tokens=7, n=3),
+        row("lon\tg", 10, max_tokens=8, n=3),
         row("open", 17),
         row("bad", 1, n=0),
         "nonsense",
@@ -126,12 +126,12 @@ def test_a_table_of_rows(model: Path) -> None:
     assert table == [
         ["line", "custom_id", "answers", "prompt", "output", "rBlocks", "ranks", "error"],
         ["1", "small", "1", "4", "4", "2", "1", "-"],
-        ["2", "lon\\tg", "3", "10", "7", "5", "2", "-"],
+        ["2", "lon\\tg", "3", "10", "8", "5", "2", "-"],
         ["3", "open", "1", "17", "open", "5+", "2+", "-"],
         ["4", "bad", "-", "-", "-", "-", "-", "invalid_value"],
         ["5", "-", "-", "-", "-", "-", "-", "invalid_json"],
     ]
-    assert "output tokens 25 at most" in result.output
+    assert "output tokens 28 at most" in result.output
     table = validate(model, rows[:1], "--rows").output.splitlines()
     assert table[1].split("\t")[-2:] == ["?", "-"]
 

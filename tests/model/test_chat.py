@@ -116,8 +116,6 @@ def test_the_words_of_a_refusing_template_reach_the_user(tiny_model: Path) -> No
     [
         [],
         [{"content": "no role"}],
-        [{"role": "user", "content": 5}],
-        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
     ],
 )
 def test_malformed_messages_are_model_errors(
@@ -125,14 +123,6 @@ def test_malformed_messages_are_model_errors(
 ) -> None:
     with pytest.raises(ModelError):
         chat_of(tiny_model)(messages)
-
-
-def test_text_parts_are_one_text(tiny_model: Path) -> None:
-    chat = chat_of(tiny_model)
-    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
-    assert chat([{"role": "user", "content": parts}]) == chat(
-        [{"role": "user", "content": "one\ntwo"}]
-    )
 
 
 def test_no_template_matters_only_for_chats(writable: Path) -> None:

@@ -55,8 +55,8 @@ def test_counters_add_up_over_ranks():
 
 def test_the_summary_counts_output_tokens():
     record = RunRecord()
-    record.add(Result(0, pack_tokens([1, 2, 3]), "stop", 0.5, 2.0))
-    record.add(Result(1, pack_tokens([4]), "length", 1.5, 4.0))
+    record.add([Result(0, pack_tokens([1, 2, 3]), "stop", 0.5, 2.0)])
+    record.add([Result(1, pack_tokens([4]), "length", 1.5, 4.0)])
     summary = record.summary([Counters(prompt_tokens=10, generated_tokens=5)], [123])
     assert summary["output_tokens"] == 4
     assert summary["time_to_first_token_s"]["mean"] == 1.0
@@ -122,7 +122,7 @@ def test_the_slowest_rows_are_listed_by_name():
     record, times = RunRecord(), list(range(1, 31))
     random.Random(3).shuffle(times)
     for time in times:
-        record.add(Result(time, pack_tokens([1]), "stop", 0.5, float(time)), f"row {time}", 7)
+        record.add([Result(time, pack_tokens([1]), "stop", 0.5, float(time))], f"row {time}", 7)
     slowest = record.summary([Counters()], [])["slowest_rows"]
     assert [row["custom_id"] for row in slowest] == [f"row {n}" for n in range(30, 10, -1)]
     assert {row["prompt_tokens"] for row in slowest} == {7}
@@ -132,7 +132,7 @@ def test_histograms_have_every_row_near_its_time():
     record, rng = RunRecord(), np.random.default_rng(2)
     times = rng.lognormal(0, 2, 500)
     for n, time in enumerate(times):
-        record.add(Result(n, b"", "stop", 0.1, float(time)))
+        record.add([Result(n, b"", "stop", 0.1, float(time))])
     bins = record.summary([Counters()], [])["histograms"]["latency_s"]
     assert sum(count for _, count in bins) == 500
     spread = np.repeat([time for time, _ in bins], [count for _, count in bins])

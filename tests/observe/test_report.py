@@ -47,7 +47,7 @@ def write_run(folder: Path, instances: int = 2) -> Path:
     record = RunRecord()
     for n, name in enumerate(NAMES):
         latency = float(rng.lognormal(1, 1.5))
-        record.add(Result(n, pack_tokens([1]), "stop", latency / 3, latency), name, 1000 * n)
+        record.add([Result(n, pack_tokens([1]), "stop", latency / 3, latency)], name, 1000 * n)
     gaps = {int(at): 5 for at in rng.integers(-90, -40, 30)}
     counters = [
         Counters(compute_time=20.0 + n, partial_wait=4.0, control_wait=9.0, gaps=gaps)
