@@ -98,6 +98,16 @@ def test_no_meeting_begins_before_hops_have_passed_and_no_hop_before_meetings():
     assert comms[0].transport._may_hop
 
 
+def test_no_hop_is_asked_for_before_others_can_have_what_is_for_them():
+    comms = open_local(4, tp=2)
+    fabric = connect(comms)
+    run_local(comms, lambda comm: comm.transport.unite(comm))
+    comms[0].transport.exchange([(2, torch.ones(3))], [])
+    assert not comms[0].transport._may_hop
+    fabric.pass_mark(fabric.marks[0])
+    assert comms[0].transport._may_hop
+
+
 class Step:
     """Stands for a recorded step with two hops, which is computed again where a GPU repeats it."""
 
