@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -31,7 +30,7 @@ def _measured(options: dict[str, Any], measure: Measure) -> None:
     from hpc_distkv.cli.job import in_world, set_options
 
     def work(comm: Comm) -> int:
-        from hpc_distkv.api import together
+        from hpc_distkv.comm.together import together
         from hpc_distkv.engine.rank import bind, load_model, unite
         from hpc_distkv.model.config import ModelConfig
 
@@ -63,7 +62,7 @@ def throughput(**options: Any) -> None:
     """Tokens per second, time to first token and peak memory."""
 
     def measure(comm: Comm, model: Decoder, settings: EngineOptions) -> dict[str, Any]:
-        from hpc_distkv.api import SetupError
+        from hpc_distkv.comm.together import SetupError
         from hpc_distkv.observe import bench
 
         if options["against_transformers"] and comm.world.size > 1:
@@ -98,7 +97,7 @@ def remote(**options: Any) -> None:
     """Two ranks: a long decode with half of its KV remote, against all of it at home."""
 
     def measure(comm: Comm, model: Decoder, settings: EngineOptions) -> dict[str, Any]:
-        from hpc_distkv.api import SetupError
+        from hpc_distkv.comm.together import SetupError
         from hpc_distkv.observe import bench
 
         if comm.world.instances != 2 or comm.world.tp > 1:
@@ -122,8 +121,8 @@ def gpu(**options: Any) -> None:
     """One rank on a GPU: waits and copies of a step, and how busy the GPU is."""
 
     def measure(comm: Comm, model: Decoder, settings: EngineOptions) -> dict[str, Any]:
-        from hpc_distkv.api import SetupError
-        from hpc_distkv.engine.rank import RankEngine
+        from hpc_distkv.comm.together import SetupError
+        from hpc_distkv.engine.rank import joined
         from hpc_distkv.observe import bench
         from hpc_distkv.observe.gpu import profile_steps
 
@@ -137,8 +136,7 @@ def gpu(**options: Any) -> None:
             options["output_len"],
             model.config.vocab_size,
         )
-        engine = RankEngine(comm, model, settings)
-        engine.join()
+        engine = joined(comm, model, settings)
         bench.run_once(engine, requests)
         return profile_steps(engine, requests)
 
@@ -154,7 +152,7 @@ def overlap(**options: Any) -> None:
     """Two ranks: how much of an exchange is hidden behind what its debtor computes."""
 
     def measure(comm: Comm, model: Decoder, settings: EngineOptions) -> dict[str, Any]:
-        from hpc_distkv.api import SetupError
+        from hpc_distkv.comm.together import SetupError
         from hpc_distkv.observe.overlap import exchange_overlap
 
         if comm.world.instances != 2:
@@ -180,7 +178,7 @@ def unused_lending(**options: Any) -> None:
     """An even load that fits: what it costs that ranks could lend, against every rank alone."""
 
     def measure(comm: Comm, model: Decoder, settings: EngineOptions) -> dict[str, Any]:
-        from hpc_distkv.api import SetupError
+        from hpc_distkv.comm.together import SetupError
         from hpc_distkv.observe import bench
 
         if comm.world.tp > 1:
@@ -276,8 +274,10 @@ def policies(**options: Any) -> None:
     """The rows of traces under every policy, on the same ranks, and what the simulator says."""
 
     def measure(comm: Comm, model: Decoder, settings: EngineOptions) -> dict[str, Any]:
-        from hpc_distkv.api import SetupError, together
+        from hpc_distkv.comm.together import SetupError, together
         from hpc_distkv.engine.rank import RankEngine, unite
+        from hpc_distkv.observe.metrics import write_json
+        from hpc_distkv.observe.plots import plot_folder
         from hpc_distkv.observe.policies import check_fit, compare, draw, engine_of, way
         from hpc_distkv.simulate.trace import Trace
 
@@ -301,6 +301,8 @@ def policies(**options: Any) -> None:
                 pool = engines[name].config.num_blocks
             return {name: engines[name] for name in names}
 
+        wanted = options["output"] if comm.world.rank == 0 else None
+        folder = together(comm, lambda: plot_folder(wanted) if wanted else None)
         requests, engines = together(comm, traces), together(comm, engines_of_ways)
         for engine in engines.values():
             unite(engine.comm)
@@ -312,10 +314,8 @@ def policies(**options: Any) -> None:
             for name, rows in requests.items()
         }
         figures = {"ways": list(engines), "traces": results}
-        if comm.world.rank == 0 and options["output"]:
-            folder = Path(options["output"])
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "policies.json").write_text(json.dumps(figures, indent=2) + "\n")
+        if folder:
+            write_json(folder / "policies.json", figures)
             draw(folder, results)
         return figures
 

@@ -35,8 +35,6 @@ def command(run: tuple[Path, ...], output: Path) -> None:
             raise RunFileError(f"{output} is a file of the run: give another one with -o")
         with replacing(output) as temporary:
             temporary.write_text(html, encoding="utf-8", errors="backslashreplace")
-    except RunFileError as error:
-        raise click.UsageError(str(error)) from error
     except OSError as error:
-        raise click.UsageError(f"cannot write {output}: {error}") from error
+        raise RunFileError(f"cannot write {output}: {error}") from error
     click.echo(f"report    {output}")

@@ -103,25 +103,20 @@ def command(**options: Any) -> None:
     start.
     """
     from hpc_distkv.engine.config import OptionError
-    from hpc_distkv.model.errors import ModelError
     from hpc_distkv.observe.metrics import write_json
     from hpc_distkv.simulate.simulation import Simulation
 
     output = options.pop("output")
-    try:
-        if output and not os.access(Path(output).absolute().parent, os.W_OK):
-            raise OptionError(f"cannot write {output}: there is no directory to write in")
-        deployment, trace = _deployment(options), _trace(options)
-        simulation = Simulation(deployment, trace.rows)
-    except (OptionError, ModelError) as error:
-        raise click.UsageError(str(error)) from error
-    figures = simulation.run().figures(deployment)
+    if output and not os.access(Path(output).absolute().parent, os.W_OK):
+        raise OptionError(f"cannot write {output}: there is no directory to write in")
+    deployment, trace = _deployment(options), _trace(options)
+    figures = Simulation(deployment, trace.rows).run().figures(deployment)
     click.echo(_summary(figures, deployment))
     if output:
         try:
             write_json(Path(output), {"options": options, "trace": trace.summary(), **figures})
         except OSError as error:
-            raise click.UsageError(f"cannot write {output}: {error.strerror}") from error
+            raise OptionError(f"cannot write {output}: {error.strerror}") from error
 
 
 def _deployment(options: dict[str, Any]) -> Deployment:

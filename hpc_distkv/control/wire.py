@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 
 from hpc_distkv.control.messages import Changes, Report
+from hpc_distkv.errors import FaultError
 
 COLUMNS = {
     "round": "q",
@@ -52,7 +53,7 @@ _DTYPE = np.dtype([(name, "<" + code) for name, code in COLUMNS.items()])
 _NOTHING = Changes()
 
 
-class ReportError(RuntimeError):
+class ReportError(FaultError):
     """A report that no healthy instance sends: the gManager refuses to act on it."""
 
 

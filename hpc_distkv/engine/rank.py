@@ -13,9 +13,9 @@ import torch
 from hpc_distkv.attention import flashinfer
 from hpc_distkv.comm import binding
 from hpc_distkv.comm.broadcast import LaneBroadcast
-from hpc_distkv.comm.device import DeviceError
 from hpc_distkv.comm.group import Group
 from hpc_distkv.comm.probe import LinkCosts, probe
+from hpc_distkv.comm.together import together
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.links import Links
@@ -272,12 +272,20 @@ class RankEngine:
             yield request
 
 
+def joined(
+    comm: Comm, model: Decoder, options: EngineOptions, decoder: TextDecoder | None = None
+) -> RankEngine:
+    """This rank's engine, once all ranks have theirs. Collective. Raises SetupError on all ranks
+    if one cannot."""
+    engine = together(comm, lambda: RankEngine(comm, model, options, decoder))
+    engine.join()
+    return engine
+
+
 def bind(comm: Comm, options: EngineOptions) -> None:
-    """Give every rank its device. Collective, before the model is loaded. Raises OptionError."""
-    try:
-        binding.bind(comm, options.device, options.allow_gpu_sharing, options.transport)
-    except DeviceError as error:
-        raise OptionError(str(error)) from None
+    """Give every rank its device. Collective, before the model is loaded. Raises OptionError,
+    DeviceError and NcclError."""
+    binding.bind(comm, options.device, options.allow_gpu_sharing, options.transport)
     by_flashinfer = options.attention_backend == flashinfer.BACKEND
     if comm.device.place.type != "cuda":
         for option, given in {
@@ -357,10 +365,7 @@ def _blocks_that_fit(
         recorded=config.cuda_graphs,
         stages=bool(config.host_blocks),
     )
-    try:
-        peak = activation_peak(model, comm.device, step)
-    except flashinfer.FlashInferError as error:
-        raise OptionError(f"--attention-backend flashinfer cannot be: {error}") from error
+    peak = activation_peak(model, comm.device, step)
     peak += config.spare * block_bytes  # beyond the pool
     free = free_memory(comm.device)
     return device_blocks(

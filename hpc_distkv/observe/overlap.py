@@ -13,7 +13,7 @@ import torch
 
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.engine.options import EngineOptions
-from hpc_distkv.engine.rank import RankEngine
+from hpc_distkv.engine.rank import joined
 from hpc_distkv.engine.recorder import Kind, Recorder
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.observe.bench import run_once, synthetic
@@ -66,8 +66,7 @@ def exchange_overlap(
     rank: how long exchanges take, how long the debtor's host waits for them, and, on a GPU, for how
     much of that time its GPU computes. `exchanges` 0: nothing was lent. Collective."""
     blocks = -(-(context + steps) // options.block_size)
-    engine = RankEngine(comm, model, replace(options, num_blocks=blocks // 2 + 2, kv_memory=None))
-    engine.join()
+    engine = joined(comm, model, replace(options, num_blocks=blocks // 2 + 2, kv_memory=None))
     requests = synthetic(1, context, steps, model.config.vocab_size)
     run_once(engine, requests)  # Kernels are built, and ranks connected.
     recorder, on_gpu = ExchangeRecorder(), comm.device.place.type == "cuda"

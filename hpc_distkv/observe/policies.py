@@ -130,7 +130,7 @@ def compare(
 
 
 def draw(folder: Path, traces: Mapping[str, Mapping[str, Any]]) -> None:
-    """The comparisons by trace as plots in `folder`. Raises OptionError without matplotlib."""
+    """The comparisons by trace as plots in `folder`."""
     baseline = next(key for key in next(iter(traces.values())) if key.startswith("over_"))
     base = baseline.removeprefix("over_")
     throughput = {

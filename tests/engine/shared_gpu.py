@@ -9,11 +9,11 @@ from clusters import Collect
 from families import prompt
 
 from hpc_distkv.comm.abort import aborting
+from hpc_distkv.comm.device import DeviceError
 from hpc_distkv.comm.local import open_local
 from hpc_distkv.comm.mpi import open_mpi
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages import Request, Sampling, pack_tokens, unpack_tokens
-from hpc_distkv.engine.config import OptionError
 from hpc_distkv.engine.rank import EngineOptions, RankEngine, bind, load_model
 from hpc_distkv.model.decoder import Decoder
 
@@ -49,7 +49,7 @@ def main(model_path: Path, sharing: bool) -> int:
         )
         try:
             bind(comm, options)
-        except OptionError as error:
+        except DeviceError as error:
             print(error, file=sys.stderr, flush=True)
             comm.close()
             return 2

@@ -14,9 +14,9 @@ from test_cluster import BLOCK, demand_of, options, unconstrained
 from test_migration import migrations, rows_of
 from test_sampling_anywhere import Letters, check_same, rows
 
-from hpc_distkv.api import SetupError, together
 from hpc_distkv.comm.local import open_local, run_local
 from hpc_distkv.comm.schedule import SeededSchedule
+from hpc_distkv.comm.together import SetupError, together
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages import Counters, Request, Sampling
 from hpc_distkv.engine.config import OptionError
