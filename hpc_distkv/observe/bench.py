@@ -162,6 +162,7 @@ def unused_lending(
     """An even load that fits: ranks that could lend to each other, against each rank alone in a
     world of its own with its share of the same rows."""
     (alone,) = open_local(1, comm.stall_timeout)
+    alone.device = comm.device
     together = joined(comm, model, options)
     single = RankEngine(alone, model, replace(options, threads=together.threads))
     single.join()
