@@ -36,7 +36,7 @@ from hpc_distkv.engine.config import OptionError
 from hpc_distkv.engine.follower import Follower
 from hpc_distkv.engine.interrupt import Interrupt
 from hpc_distkv.engine.options import EngineOptions
-from hpc_distkv.engine.rank import RankEngine, bind, joined, load_model, unite
+from hpc_distkv.engine.rank import RankEngine, joined, open_model
 from hpc_distkv.engine.worker import Worker
 from hpc_distkv.errors import FaultError, UserError
 from hpc_distkv.model.config import ModelConfig
@@ -142,11 +142,9 @@ class Engine:
         self.config = self._together(lambda: ModelConfig.from_dir(model, settings.dummy))
         self.defaults = self._together(lambda: self._sampling(sampling))
         self.max_model_len = self._together(lambda: self.config.longest(max_model_len))
-        self._together(lambda: bind(self.comm, settings))
         # Stop strings are looked for where a row runs, so every rank has the tokenizer.
         self._tokenizer = self._together(lambda: Tokenizer(model, self.config.vocab_size))
-        decoder = self._together(lambda: load_model(self.comm, model, settings))
-        unite(self.comm)
+        decoder = open_model(self.comm, model, self.config, settings)
         # All ranks of a node have loaded their weights when the first one looks what is left.
         self.rank = joined(self.comm, decoder, settings, self._tokenizer)
 

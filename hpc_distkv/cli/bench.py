@@ -31,15 +31,12 @@ def _measured(options: dict[str, Any], measure: Measure) -> None:
 
     def work(comm: Comm) -> int:
         from hpc_distkv.comm.together import together
-        from hpc_distkv.engine.rank import bind, load_model, unite
+        from hpc_distkv.engine.rank import open_model
         from hpc_distkv.model.config import ModelConfig
 
-        engine_settings = set_options(comm, options)
-        together(comm, lambda: ModelConfig.from_dir(options["model"], engine_settings.dummy))
-        together(comm, lambda: bind(comm, engine_settings))
-        model = together(comm, lambda: load_model(comm, options["model"], engine_settings))
-        unite(comm)
-        figures = measure(comm, model, engine_settings)
+        settings, path = set_options(comm, options), options["model"]
+        config = together(comm, lambda: ModelConfig.from_dir(path, settings.dummy))
+        figures = measure(comm, open_model(comm, path, config, settings), settings)
         if comm.world.rank == 0:
             click.echo(json.dumps({"ranks": comm.world.size, **figures}, indent=2))
         return 0

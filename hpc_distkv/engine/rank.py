@@ -282,6 +282,17 @@ def joined(
     return engine
 
 
+def open_model(
+    comm: Comm, path: str | Path, config: ModelConfig, options: EngineOptions
+) -> Decoder:
+    """Give every rank its device, and its shard of the decoder in model directory `path`.
+    Collective. Raises SetupError on all ranks if one cannot, and NcclError."""
+    together(comm, lambda: bind(comm, options))
+    decoder = together(comm, lambda: load_model(comm, path, config, options))
+    unite(comm)
+    return decoder
+
+
 def bind(comm: Comm, options: EngineOptions) -> None:
     """Give every rank its device. Collective, before the model is loaded. Raises OptionError,
     DeviceError and NcclError."""
@@ -307,16 +318,18 @@ def unite(comm: Comm) -> None:
         comm.transport.unite(comm)
 
 
-def load_model(comm: Comm, path: str | Path, options: EngineOptions) -> Decoder:
+def load_model(
+    comm: Comm, path: str | Path, config: ModelConfig, options: EngineOptions
+) -> Decoder:
     """Cut the ranks into instances, and load this rank's shard of the decoder in model directory
-    `path`. All ranks call it. Raises OptionError and ModelError."""
+    `path`, which `config` describes. All ranks call it. Raises OptionError and ModelError."""
     try:
         comm.form_instances(options.tensor_parallel_size)
     except ValueError as error:
         raise OptionError(f"--tensor-parallel-size: {error}") from None
     set_threads(comm, options.threads)
     world = comm.world
-    config, shard = ModelConfig.from_dir(path, options.dummy), Shard(world.lane, world.tp)
+    shard = Shard(world.lane, world.tp)
     dtype = None if options.dtype == "auto" else options.dtype
     try:
         if options.dummy:

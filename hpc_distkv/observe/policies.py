@@ -55,7 +55,7 @@ def engine_of(
     if options.tensor_parallel_size == 1:
         return RankEngine(comm, model, options)
     own = copy(comm)
-    shard = load_model(own, path, options)
+    shard = load_model(own, path, model.config, options)
     blocks = block_memory * model.config.num_kv_heads // shard.config.num_kv_heads
     return RankEngine(own, shard, replace(options, num_blocks=blocks, kv_memory=None))
 
