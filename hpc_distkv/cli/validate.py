@@ -14,7 +14,7 @@ from hpc_distkv.batch.footprint import Footprint, Pool
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.rows import Row, parse_row
 from hpc_distkv.batch.service import Limits, SamplingDefaults, Service
-from hpc_distkv.cli.options import Size
+from hpc_distkv.cli.options import POSITIVE, Size
 from hpc_distkv.model.config import ModelConfig
 
 EXAMPLES = 3
@@ -143,24 +143,20 @@ def _percentile(ordered: list[int], percent: int) -> int:
 @click.option("-i", "--input", "source", required=True, help="Batch file (OpenAI JSONL).")
 @click.option(
     "--max-model-len",
-    type=click.IntRange(min=1),
+    type=POSITIVE,
     help="Longest prompt and output together, in tokens. [default: the model's]",
 )
-@click.option(
-    "--max-tokens", type=click.IntRange(min=1), help="Output tokens of rows that give no number."
-)
-@click.option("--num-blocks", type=click.IntRange(min=1), help="rBlocks in the pool of one rank.")
+@click.option("--max-tokens", type=POSITIVE, help="Output tokens of rows that give no number.")
+@click.option("--num-blocks", type=POSITIVE, help="rBlocks in the pool of one rank.")
 @click.option(
     "--host-kv-memory",
     type=Size(),
     help="What --host-kv-memory will be, where a replica is one rank and --dtype the checkpoint's.",
 )
-@click.option(
-    "--block-size", type=click.IntRange(min=1), default=32, show_default=True, help="Tokens."
-)
+@click.option("--block-size", type=POSITIVE, default=32, show_default=True, help="Tokens.")
 @click.option(
     "--ranks",
-    type=click.IntRange(min=1),
+    type=POSITIVE,
     default=1,
     show_default=True,
     help="Instances that can lend to each other: ranks over the tensor-parallel size.",
