@@ -194,34 +194,22 @@ def policies(**options: Any) -> None:
 
     def measure(comm: Comm, model: Decoder, settings: EngineOptions) -> dict[str, Any]:
         from hpc_distkv.comm.together import SetupError, together
-        from hpc_distkv.engine.rank import RankEngine, unite
         from hpc_distkv.observe.metrics import write_json
         from hpc_distkv.observe.plots import plot_folder
-        from hpc_distkv.observe.policies import check_fit, compare, draw, engine_of, way
+        from hpc_distkv.observe.policies import check_fit, compare, draw, engines_of
 
         if comm.world.tp > 1:
             raise SetupError("give tensor-parallel in --against: --tensor-parallel-size must be 1")
 
-        def traces() -> dict[str, list[Request]]:
-            loaded = [load_trace(name, options) for name in options["traces"]]
-            return {trace.name: trace.requests(model.config.vocab_size) for trace in loaded}
-
-        def engines_of_ways() -> dict[str, RankEngine]:
-            names, pool = options["against"].split(","), 0
-            engines = {}
-            # The replicas first: they say how much memory there is for the others.
-            for name in sorted(names, key=lambda name: name == "tensor-parallel"):
-                ways = way(name, settings, comm.world.size)
-                engines[name] = engine_of(comm, options["model"], model, ways, pool)
-                pool = engines[name].config.num_blocks
-            return {name: engines[name] for name in names}
+        def load() -> dict[str, list[Request]]:
+            traces = [load_trace(name, options) for name in options["traces"]]
+            return {trace.name: trace.requests(model.config.vocab_size) for trace in traces}
 
         wanted = options["output"] if comm.world.rank == 0 else None
         folder = together(comm, lambda: plot_folder(wanted) if wanted else None)
-        requests, engines = together(comm, traces), together(comm, engines_of_ways)
-        for engine in engines.values():
-            unite(engine.comm)
-            engine.join()
+        requests = together(comm, load)
+        ways = options["against"].split(",")
+        engines = engines_of(ways, comm, options["model"], model, settings)
         for rows in requests.values():
             together(comm, partial(check_fit, engines, rows))
         results = {

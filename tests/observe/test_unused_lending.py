@@ -1,4 +1,4 @@
-"""Benchmarks as functions, where their command cannot show what is checked."""
+"""What ranks that could lend are measured against."""
 
 from __future__ import annotations
 
