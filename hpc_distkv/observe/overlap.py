@@ -17,6 +17,7 @@ from hpc_distkv.engine.rank import joined
 from hpc_distkv.engine.recorder import Kind, Recorder
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.observe.bench import run_once, synthetic
+from hpc_distkv.observe.gpu import profiler_of_gpu
 
 EXCHANGE = "exchange"
 """What an exchange is called among the profiler's events."""
@@ -70,7 +71,7 @@ def exchange_overlap(
     requests = synthetic(1, context, steps, model.config.vocab_size)
     run_once(engine, requests)  # Kernels are built, and ranks connected.
     recorder, on_gpu = ExchangeRecorder(), comm.device.place.type == "cuda"
-    profiler = _profiler() if on_gpu else None
+    profiler = profiler_of_gpu() if on_gpu else None
     with profiler or nullcontext():
         run_once(engine, requests, recorder)
     busy = computing(profiler.events()) if profiler else None  # type: ignore[no-untyped-call]
@@ -120,8 +121,3 @@ def _united(spans: Iterable[Span]) -> list[Span]:
         else:
             united.append(span)
     return united
-
-
-def _profiler() -> torch.profiler.profile:
-    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    return torch.profiler.profile(activities=kinds)
