@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from hpc_distkv.cli.bench_kernels import kernels
+from hpc_distkv.cli.bench_policies import policies
 from hpc_distkv.cli.bench_simulated import host, paper, rounds, scale
-from hpc_distkv.cli.measured import MODEL, measured, requests_of, workload
-from hpc_distkv.cli.options import POSITIVE, engine_options
-from hpc_distkv.cli.traces import load_trace, trace_options
+from hpc_distkv.cli.measured import measured, requests_of, workload
+from hpc_distkv.cli.options import POSITIVE
 
 if TYPE_CHECKING:
     from hpc_distkv.comm.transport import Comm
-    from hpc_distkv.control.messages import Request
     from hpc_distkv.engine.options import EngineOptions
     from hpc_distkv.model.decoder import Decoder
 
@@ -175,91 +173,5 @@ def prefix(**options: Any) -> None:
     measured(options, measure)
 
 
-@command.command()
-@MODEL
-@click.option("--trace", "traces", required=True, multiple=True, help="Trace: FILE.toml#NAME.")
-@trace_options
-@click.option(
-    "--against",
-    default="lend,lend-greedy,migrate,queue,isolated",
-    show_default=True,
-    help="Ways in the order of their runs: policies, no-dgfm, no-planner, budget-N (KV tokens "
-    "moved per step), tensor-parallel (one instance of all ranks). Ratios are to the last one.",
-)
-@click.option("--repeats", type=POSITIVE, default=1, show_default=True)
-@click.option("-o", "--output", type=click.Path(file_okay=False), help="Folder for JSON and plots.")
-@engine_options
-def policies(**options: Any) -> None:
-    """The rows of traces under every policy, on the same ranks, and what the simulator says."""
-
-    def measure(comm: Comm, model: Decoder, settings: EngineOptions) -> dict[str, Any]:
-        from hpc_distkv.comm.together import SetupError, together
-        from hpc_distkv.observe.metrics import write_json
-        from hpc_distkv.observe.plots import plot_folder
-        from hpc_distkv.observe.policies import check_fit, compare, draw, engines_of
-
-        if comm.world.tp > 1:
-            raise SetupError("give tensor-parallel in --against: --tensor-parallel-size must be 1")
-
-        def load() -> dict[str, list[Request]]:
-            traces = [load_trace(name, options) for name in options["traces"]]
-            return {trace.name: trace.requests(model.config.vocab_size) for trace in traces}
-
-        wanted = options["output"] if comm.world.rank == 0 else None
-        folder = together(comm, lambda: plot_folder(wanted) if wanted else None)
-        requests = together(comm, load)
-        ways = options["against"].split(",")
-        engines = engines_of(ways, comm, options["model"], model, settings)
-        for rows in requests.values():
-            together(comm, partial(check_fit, engines, rows))
-        results = {
-            name: compare(model.config, engines, rows, options["repeats"])
-            for name, rows in requests.items()
-        }
-        figures = {"ways": list(engines), "traces": results}
-        if folder:
-            write_json(folder / "policies.json", figures)
-            draw(folder, results)
-        return figures
-
-    measured(options, measure)
-
-
-@command.command()
-@click.option("--device", default="cuda", show_default=True, help="cuda, cuda:1, … or cpu.")
-@click.option("--length", "lengths", multiple=True, type=POSITIVE, help="Tokens of decoded rows.")
-@click.option("--batch", "batches", multiple=True, type=POSITIVE, help="Rows decoded together.")
-@click.option("--most-tokens", type=POSITIVE, default=4_194_304, show_default=True)
-@click.option("--block-size", type=POSITIVE, default=32, show_default=True)
-def kernels(
-    device: str,
-    lengths: tuple[int, ...],
-    batches: tuple[int, ...],
-    most_tokens: int,
-    block_size: int,
-) -> None:
-    """Attention kernels alone, with the heads of Llama 3 8B: bandwidth of decodes against that of a
-    copy, operations per second of prompts, errors against float64, and torch's attention."""
-    import torch
-
-    from hpc_distkv.observe import kernels as bench
-
-    try:
-        where = torch.device(device)
-        torch.empty(1, device=where)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise click.BadParameter(f"{device}: {reason}", param_hint="--device") from error
-    prompts = tuple(
-        (rows, queries, tokens)
-        for rows, queries, tokens in bench.PROMPTS
-        if rows * tokens <= most_tokens
-    )
-    figures = bench.kernel_figures(
-        where, lengths or bench.LENGTHS, batches or bench.BATCHES, prompts, most_tokens, block_size
-    )
-    click.echo(json.dumps(figures, indent=2))
-
-
-for simulated in (host, rounds, paper, scale):
-    command.add_command(simulated)
+for other in (policies, kernels, host, rounds, paper, scale):
+    command.add_command(other)
