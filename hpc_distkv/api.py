@@ -15,7 +15,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -30,18 +30,19 @@ from hpc_distkv.batch.service import Limits, SamplingDefaults, Service, model_na
 from hpc_distkv.batch.shard import Shard
 from hpc_distkv.comm.abort import aborting, failing
 from hpc_distkv.comm.mpi import open_mpi
+from hpc_distkv.comm.together import SetupError, together
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.comm.world import World
 from hpc_distkv.control.messages import Result, Unfinished
 from hpc_distkv.engine.config import OptionError
 from hpc_distkv.engine.follower import Follower
 from hpc_distkv.engine.interrupt import Interrupt
-from hpc_distkv.engine.loading import bind, load_model, unite
+from hpc_distkv.engine.loading import open_model
 from hpc_distkv.engine.options import EngineOptions
-from hpc_distkv.engine.rank import RankEngine
+from hpc_distkv.engine.rank import RankEngine, joined
 from hpc_distkv.engine.worker import Worker
+from hpc_distkv.errors import FaultError, UserError
 from hpc_distkv.model.config import ModelConfig
-from hpc_distkv.model.errors import ModelError
 from hpc_distkv.model.tokenizer import Tokenizer
 from hpc_distkv.observe.metrics import RankFigures, peak_memory
 from hpc_distkv.observe.progress import ProgressReport
@@ -52,15 +53,8 @@ from hpc_distkv.observe.trace import begin_trace, gather_traces
 from hpc_distkv.observe.trace_file import write_trace
 from hpc_distkv.observe.watch import Watch
 
-USER_ERRORS = (ModelError, InputError, JournalError, OptionError)
-"""What a user can cause and mend: shown as a sentence, not as a traceback."""
-
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-
-
-class SetupError(Exception):
-    """The job cannot start, on at least one rank; all ranks raise it together."""
 
 
 @dataclass(frozen=True)
@@ -126,23 +120,6 @@ class Claims(dict[Path, Claim]):
             claim.release()
 
 
-def together(comm: Comm, prepare: Callable[[], T]) -> T:
-    """The result of `prepare`, which is not collective, unless a rank has a user error: then all
-    ranks raise SetupError. Collective."""
-    result, error = None, None
-    with comm.waiter.patient():
-        try:
-            result = prepare()
-        except USER_ERRORS as problem:
-            error = str(problem)
-        answers = comm.agree(error)
-    for rank, said in enumerate(answers):
-        if said is not None:
-            where = f" ({comm.world.name(rank)})" if rank else ""
-            raise SetupError(said + where)
-    return cast(T, result)
-
-
 class Engine:
     """One rank's engine for a model directory. SPMD: every rank makes one with the same arguments
     and makes the same calls; rank 0 reads and writes the files.
@@ -169,7 +146,7 @@ class Engine:
         Raises SetupError on all ranks if one cannot."""
         self.model = Path(model)
         self.comm = comm or open_mpi(stall_timeout)
-        with failing(self.comm, USER_ERRORS, agreed=(SetupError,)):
+        with failing(self.comm, agreed=(SetupError,)):
             self._load(options or EngineOptions(), sampling or {}, max_model_len)
 
     def _load(
@@ -179,16 +156,11 @@ class Engine:
         self.config = self._together(lambda: ModelConfig.from_dir(model, settings.dummy))
         self.defaults = self._together(lambda: self._sampling(sampling))
         self.max_model_len = self._together(lambda: self.config.longest(max_model_len))
-        self._together(lambda: bind(self.comm, settings))
         # Stop strings are looked for where a row runs, so every rank has the tokenizer.
         self._tokenizer = self._together(lambda: Tokenizer(model, self.config.vocab_size))
-        decoder = self._together(lambda: load_model(self.comm, model, settings))
-        unite(self.comm)
+        decoder = open_model(self.comm, model, self.config, settings)
         # All ranks of a node have loaded their weights when the first one looks what is left.
-        self.rank = self._together(
-            lambda: RankEngine(self.comm, decoder, settings, self._tokenizer)
-        )
-        self.rank.join()
+        self.rank = joined(self.comm, decoder, settings, self._tokenizer)
 
     def _sampling(self, given: Mapping[str, Any]) -> SamplingDefaults:
         try:
@@ -197,7 +169,7 @@ class Engine:
             raise OptionError(f"sampling: {error}") from None
 
     def __enter__(self) -> Engine:
-        self._guard = aborting(self.comm, USER_ERRORS)
+        self._guard = aborting(self.comm)
         self._guard.__enter__()
         return self
 
@@ -224,6 +196,9 @@ class Engine:
         job = self._together(lambda: self._open(files, claims) if self._first else None)
         try:
             return self._answer(files, job, progress, interrupt)
+        except UserError as error:  # as of a full disk: the job was right, and is to be rerun
+            error.exit_code = FaultError.exit_code
+            raise
         finally:
             if job:
                 job.release()

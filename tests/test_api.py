@@ -11,8 +11,10 @@ import pytest
 from batch_job import completion
 
 from hpc_distkv import Engine, EngineOptions
-from hpc_distkv.api import SetupError
+from hpc_distkv.comm import binding
 from hpc_distkv.comm.local import open_local, run_local
+from hpc_distkv.comm.nccl import NcclError
+from hpc_distkv.comm.together import SetupError
 from hpc_distkv.comm.transport import Comm
 
 RANKS = 2
@@ -69,3 +71,17 @@ def test_settings_that_cannot_be_are_refused_before_weights_are_read(
             Engine(tiny_model, OPTIONS, comm=comm, **arguments)
 
     run_local(open_local(RANKS), work)
+
+
+def test_a_fault_while_the_model_loads_ends_the_job_with_a_sentence(
+    tiny_model: Path, monkeypatch, capsys
+):
+    def bind(*_: object) -> None:
+        raise NcclError("NCCL cannot connect the ranks")
+
+    monkeypatch.setattr(binding, "bind", bind)
+    with pytest.raises(NcclError):
+        run_local(open_local(RANKS), lambda comm: Engine(tiny_model, OPTIONS, comm=comm))
+    said = capsys.readouterr().err
+    assert "[rank 0] NCCL cannot connect the ranks\n" in said
+    assert "Traceback" not in said

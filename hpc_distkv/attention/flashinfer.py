@@ -32,6 +32,7 @@ from hpc_distkv.attention.call import Call
 from hpc_distkv.attention.paged import PagedBatch
 from hpc_distkv.attention.spec import AttentionSpec
 from hpc_distkv.comm.device import Event
+from hpc_distkv.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ MOST_SAID = 1000
 """Characters of what a compiler says: the last ones."""
 
 
-class FlashInferError(RuntimeError):
+class FlashInferError(UserError):
     """Its kernels cannot be compiled here."""
 
 
@@ -228,8 +229,9 @@ class FlashInfer:
             raise
         except (OSError, RuntimeError) as error:  # The first plan of a form compiles its kernels.
             raise FlashInferError(
-                f"FlashInfer cannot compile its kernels ({str(error)[-MOST_SAID:]}): it needs nvcc "
-                "and ninja on PATH, or what 'flashinfer install-jit-cache-wheel' installs"
+                f"--attention-backend flashinfer cannot be: FlashInfer cannot compile its kernels "
+                f"({str(error)[-MOST_SAID:]}): it needs nvcc and ninja on PATH, or what "
+                "'flashinfer install-jit-cache-wheel' installs"
             ) from error
 
         def give_back() -> None:

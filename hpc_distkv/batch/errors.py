@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hpc_distkv.errors import UserError
+
 LONGEST_MESSAGE = 600
 """Characters. Messages quote the user's input, which may be megabytes."""
 
@@ -31,9 +33,9 @@ class RowError(Exception):
         self.type = type
 
 
-class InputError(Exception):
+class InputError(UserError):
     """The input file cannot be read (any further). Nothing that was answered is lost."""
 
 
-class JournalError(Exception):
+class JournalError(UserError):
     """The results file cannot be opened, resumed or written."""

@@ -156,15 +156,12 @@ def scale(
 def _simulated(
     measure: Callable[[], dict[str, Any]], output: str | None, name: str
 ) -> dict[str, Any]:
-    """Figures that need no ranks, also written to the folder `output`."""
-    from hpc_distkv.engine.config import OptionError
-    from hpc_distkv.model.errors import ModelError
+    """Figures that need no ranks, also written to the folder `output`. Raises UserError."""
+    from hpc_distkv.observe.metrics import write_json
+    from hpc_distkv.observe.plots import plot_folder
 
-    try:
-        figures = measure()
-    except (OptionError, ModelError) as error:
-        raise click.UsageError(str(error)) from error
-    if output:
-        Path(output).mkdir(parents=True, exist_ok=True)
-        (Path(output) / name).write_text(json.dumps(figures, indent=2) + "\n")
+    folder = plot_folder(output) if output else None
+    figures = measure()
+    if folder:
+        write_json(folder / name, figures)
     return figures

@@ -102,7 +102,7 @@ def command(**options: Any) -> None:
 
 
 def _generate(comm: Comm, options: dict[str, Any], interrupt: Interrupt) -> int:
-    from hpc_distkv.api import together
+    from hpc_distkv.comm.together import together
 
     paths = {n: Path(options[n]) if options[n] else None for n in SEEING}
     files = _files(options, paths)

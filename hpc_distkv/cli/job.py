@@ -11,43 +11,25 @@ from typing import Any, NoReturn
 
 import click
 
-from hpc_distkv.api import SetupError, together
-from hpc_distkv.batch.errors import InputError, JournalError
-from hpc_distkv.comm.abort import BUG_STATUS, aborting
-from hpc_distkv.comm.launch import LaunchError
+from hpc_distkv.comm.abort import aborting
 from hpc_distkv.comm.mpi import open_mpi
-from hpc_distkv.comm.nccl import NcclError
+from hpc_distkv.comm.together import SetupError, together
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.comm.waiter import StallError
-from hpc_distkv.control.wire import ReportError
 from hpc_distkv.engine.options import EngineOptions
-from hpc_distkv.memory.loan import ProtocolError
 
-USAGE_STATUS = 2
 FAREWELL = 1.0
 """Seconds that a process needs to end after MPI's farewell."""
-EXPECTED = (InputError, JournalError, StallError, ProtocolError, ReportError, NcclError)
-"""What ends a running job with a sentence that says everything."""
 
 
 def in_world(stall_timeout: float, work: Callable[[Comm], int]) -> NoReturn:
     """Start MPI, run `work` on this rank and exit together; rank 0's status is the job's."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    try:
-        comm = open_mpi(stall_timeout)
-    except LaunchError as error:
-        raise click.UsageError(str(error)) from error
-    with aborting(comm, EXPECTED):
+    with aborting(open_mpi(stall_timeout)) as comm:
         try:
             status = work(comm)
         except SetupError as error:
             say(comm, f"Error: {error}")
-            status = USAGE_STATUS
-        except EXPECTED as error:
-            if comm.world.size > 1:
-                raise
-            say(comm, f"Error: {error}")
-            sys.exit(BUG_STATUS)  # a round may be open, and there is nobody to close it with
+            status = error.exit_code
         comm.close()
         if comm.world.size > 1:
             leave_in_turn(comm.world.rank, status)

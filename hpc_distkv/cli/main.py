@@ -8,8 +8,11 @@ import os
 import sys
 import time
 import traceback
+from typing import Any
 
 import click
+
+from hpc_distkv.errors import ExplainedError
 
 COMMANDS = {
     "generate": "Answer a batch file on all ranks of the job.",
@@ -40,6 +43,15 @@ class LazyGroup(click.Group):
             return None
         command: click.Command = importlib.import_module(f"hpc_distkv.cli.{cmd_name}").command
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command. An error that explains itself is told as those of click are."""
+        try:
+            return super().invoke(ctx)
+        except ExplainedError as error:
+            told = click.ClickException(str(error))
+            told.exit_code = error.exit_code  # type: ignore[misc]
+            raise told from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list of commands, without importing them."""

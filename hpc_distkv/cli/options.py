@@ -58,6 +58,17 @@ def read_shard(ctx: click.Context, param: click.Parameter, value: str | None) ->
         raise click.BadParameter(str(error), ctx, param) from None
 
 
+def added(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Adds options to a command, in this order."""
+
+    def add(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
 def _engine(name: str, help: str, kind: Any = None, *spellings: str) -> Callable[[F], F]:
     """The option of a field of EngineOptions, with its default and its choices."""
     default = getattr(EngineOptions, name)
@@ -71,7 +82,27 @@ def _engine(name: str, help: str, kind: Any = None, *spellings: str) -> Callable
     )
 
 
-ENGINE_OPTIONS = (
+HOST_KV_MEMORY = _engine(
+    "host_kv_memory",
+    "Memory of the host that one rank may use for rBlocks its KV cache has no room for: "
+    "of rows that give way, and of rows larger than all KV caches. [default: none]",
+    Size(),
+)
+PREFIX_CACHING = _engine(
+    "enable_prefix_caching",
+    "Compute equal beginnings of rows once on each rank, and share their rBlocks.",
+    None,
+    "--enable-prefix-caching/--no-enable-prefix-caching",
+)
+MOVE_BUDGET = _engine(
+    "move_budget",
+    "KV tokens a rank may move per step though no row waits for them.",
+    click.IntRange(min=0),
+)
+LEND_CAP = _engine(
+    "lend_cap", "Most rBlocks a rank lends to others. [default: all]", click.IntRange(min=0)
+)
+engine_options = added(
     _engine("device", "What ranks compute on; auto: a GPU where there is one."),
     _engine("allow_gpu_sharing", "Let ranks share a GPU, for trials: give --kv-memory too."),
     _engine("enforce_eager", "Never replay decode steps of a GPU as CUDA graphs."),
@@ -97,12 +128,7 @@ ENGINE_OPTIONS = (
         "[default: 40 % of the node's available memory over its ranks; on a GPU, what is left]",
         Size(),
     ),
-    _engine(
-        "host_kv_memory",
-        "Memory of the host that one rank may use for rBlocks its KV cache has no room for: "
-        "of rows that give way, and of rows larger than all KV caches. [default: none]",
-        Size(),
-    ),
+    HOST_KV_MEMORY,
     click.option(
         "--host-kv-path",
         metavar="DIR",
@@ -116,20 +142,9 @@ ENGINE_OPTIONS = (
         "How ranks share memory: lend rBlocks where it pays; only where they are short; "
         "migrate whole requests; share nothing but the queue of rows; or not even that.",
     ),
-    _engine(
-        "enable_prefix_caching",
-        "Compute equal beginnings of rows once on each rank, and share their rBlocks.",
-        None,
-        "--enable-prefix-caching/--no-enable-prefix-caching",
-    ),
-    _engine(
-        "move_budget",
-        "KV tokens a rank may move per step though no row waits for them.",
-        click.IntRange(min=0),
-    ),
-    _engine(
-        "lend_cap", "Most rBlocks a rank lends to others. [default: all]", click.IntRange(min=0)
-    ),
+    PREFIX_CACHING,
+    MOVE_BUDGET,
+    LEND_CAP,
     _engine(
         "tensor_parallel_size",
         "Ranks, one after another, that hold one replica of the model together.",
@@ -154,10 +169,3 @@ ENGINE_OPTIONS = (
     ),
 )
 """The options of an engine, spelled as in vLLM where it has them."""
-
-
-def engine_options(command: F) -> F:
-    """Add `ENGINE_OPTIONS` to a command."""
-    for option in reversed(ENGINE_OPTIONS):
-        command = option(command)
-    return command

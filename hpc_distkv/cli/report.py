@@ -34,8 +34,6 @@ def command(run: tuple[Path, ...], output: Path) -> None:
         if output.resolve() in map(Path.resolve, files_of(run)):
             raise RunFileError(f"{output} is a file of the run: give another one with -o")
         replace_file(output, [html.encode(errors="backslashreplace")])
-    except RunFileError as error:
-        raise click.UsageError(str(error)) from error
     except OSError as error:
-        raise click.UsageError(f"cannot write {output}: {error}") from error
+        raise RunFileError(f"cannot write {output}: {error}") from error
     click.echo(f"report    {output}")

@@ -9,13 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hpc_distkv.cli.options import POSITIVE, Number, Size
+from hpc_distkv.cli.options import (
+    HOST_KV_MEMORY,
+    LEND_CAP,
+    MOVE_BUDGET,
+    POSITIVE,
+    PREFIX_CACHING,
+)
+from hpc_distkv.cli.traces import load_trace, trace_options
 from hpc_distkv.engine.options import CHOICES
 
 if TYPE_CHECKING:
     from hpc_distkv.control.policy import Policy
     from hpc_distkv.simulate.deployment import Deployment
-    from hpc_distkv.simulate.workload import Workload
 
 TENSOR_PARALLEL = "tensor-parallel"
 
@@ -33,19 +39,7 @@ TENSOR_PARALLEL = "tensor-parallel"
 )
 @click.option("--no-planner", is_flag=True, help="Lend only where memory is short.")
 @click.option("--no-dgfm", is_flag=True, help="Bring nothing home before its row ends.")
-@click.option("--rows", type=POSITIVE, help="Rows of the trace. [default: the trace's]")
-@click.option("--scale", default=1.0, show_default=True, help="Divide all prompts by this.")
-@click.option(
-    "--scale-output",
-    type=Number(min=0, min_open=True),
-    help="Divide all outputs by this. [default: --scale]",
-)
-@click.option(
-    "--limits",
-    default=1.0,
-    show_default=True,
-    help="Above 1, rows allow for this many times their output.",
-)
+@trace_options
 @click.option(
     "--tensor-parallel-size",
     "--tp",
@@ -70,30 +64,10 @@ TENSOR_PARALLEL = "tensor-parallel"
     show_default=True,
     help="Tokens in one step of one instance.",
 )
-@click.option(
-    "--enable-prefix-caching/--no-enable-prefix-caching",
-    default=True,
-    show_default=True,
-    help="Compute equal beginnings of rows once on each instance.",
-)
-@click.option(
-    "--move-budget",
-    type=click.IntRange(min=0),
-    default=16,
-    show_default=True,
-    help="KV tokens an instance may move per step though no row waits for them.",
-)
-@click.option(
-    "--lend-cap",
-    type=click.IntRange(min=0),
-    help="Most rBlocks an instance lends to others. [default: all]",
-)
-@click.option(
-    "--host-kv-memory",
-    type=Size(),
-    help="Memory of the host that one GPU may use for rBlocks its KV cache has no room for, as in "
-    "generate. [default: none]",
-)
+@PREFIX_CACHING
+@MOVE_BUDGET
+@LEND_CAP
+@HOST_KV_MEMORY
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write all figures (JSON).")
 def command(**options: Any) -> None:
     """Answer the rows of a trace on CLUSTER, the description of a cluster (TOML), in virtual time.
@@ -103,25 +77,20 @@ def command(**options: Any) -> None:
     start.
     """
     from hpc_distkv.engine.config import OptionError
-    from hpc_distkv.model.errors import ModelError
     from hpc_distkv.observe.metrics import write_json
     from hpc_distkv.simulate.simulation import Simulation
 
     output = options.pop("output")
-    try:
-        if output and not os.access(Path(output).absolute().parent, os.W_OK):
-            raise OptionError(f"cannot write {output}: there is no directory to write in")
-        deployment, trace = _deployment(options), _trace(options)
-        simulation = Simulation(deployment, trace.rows)
-    except (OptionError, ModelError) as error:
-        raise click.UsageError(str(error)) from error
-    figures = simulation.run().figures(deployment)
+    if output and not os.access(Path(output).absolute().parent, os.W_OK):
+        raise OptionError(f"cannot write {output}: there is no directory to write in")
+    deployment, trace = _deployment(options), load_trace(options["trace"], options)
+    figures = Simulation(deployment, trace.rows).run().figures(deployment)
     click.echo(_summary(figures, deployment))
     if output:
         try:
             write_json(Path(output), {"options": options, "trace": trace.summary(), **figures})
         except OSError as error:
-            raise click.UsageError(f"cannot write {output}: {error.strerror}") from error
+            raise OptionError(f"cannot write {output}: {error.strerror}") from error
 
 
 def _deployment(options: dict[str, Any]) -> Deployment:
@@ -157,14 +126,6 @@ def _policy(options: dict[str, Any]) -> Policy:
         planner=policy.planner and not options["no_planner"],
         dgfm=policy.dgfm and not options["no_dgfm"],
     )
-
-
-def _trace(options: dict[str, Any]) -> Workload:
-    from hpc_distkv.simulate.workload import Workload
-
-    trace = Workload.load(options["trace"])
-    trace = trace.head(options["rows"]) if options["rows"] else trace
-    return trace.scaled(options["scale"], options["scale_output"]).limited(options["limits"])
 
 
 def _summary(figures: dict[str, Any], deployment: Deployment) -> str:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import click
 
-from hpc_distkv.batch.errors import InputError, JournalError
 from hpc_distkv.batch.status import Status, read_status
 
 
@@ -27,10 +26,7 @@ def command(results: Path, source: Path | None, error_file: Path | None) -> None
     Exit status: 0 all rows answered, 1 some rows are errors, 2 usage, also if the input cannot be
     read, 75 rows are left.
     """  # fmt: skip
-    try:
-        status = read_status(results, source, error_file)
-    except (JournalError, InputError) as error:
-        raise click.UsageError(str(error)) from error
+    status = read_status(results, source, error_file)
     click.echo("\n".join(_lines(status)))
     if status.left is None:
         raise SystemExit(2)

@@ -9,15 +9,14 @@ from pathlib import Path
 import click
 
 from hpc_distkv.batch.answered import Answered
-from hpc_distkv.batch.errors import InputError, RowError
+from hpc_distkv.batch.errors import RowError
 from hpc_distkv.batch.footprint import Footprint, Pool
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.rows import Row, parse_row
 from hpc_distkv.batch.service import Limits, SamplingDefaults, Service
-from hpc_distkv.cli.options import Size
+from hpc_distkv.cli.options import POSITIVE, Size
 from hpc_distkv.control.percentiles import percentiles
 from hpc_distkv.model.config import ModelConfig
-from hpc_distkv.model.errors import ModelError
 
 EXAMPLES = 3
 """Bad rows shown for each error code."""
@@ -139,24 +138,20 @@ def check_rows(path: str | Path, service: Service, report: Report, table: bool =
 @click.option("-i", "--input", "source", required=True, help="Batch file (OpenAI JSONL).")
 @click.option(
     "--max-model-len",
-    type=click.IntRange(min=1),
+    type=POSITIVE,
     help="Longest prompt and output together, in tokens. [default: the model's]",
 )
-@click.option(
-    "--max-tokens", type=click.IntRange(min=1), help="Output tokens of rows that give no number."
-)
-@click.option("--num-blocks", type=click.IntRange(min=1), help="rBlocks in the pool of one rank.")
+@click.option("--max-tokens", type=POSITIVE, help="Output tokens of rows that give no number.")
+@click.option("--num-blocks", type=POSITIVE, help="rBlocks in the pool of one rank.")
 @click.option(
     "--host-kv-memory",
     type=Size(),
     help="What --host-kv-memory will be, where a replica is one rank and --dtype the checkpoint's.",
 )
-@click.option(
-    "--block-size", type=click.IntRange(min=1), default=32, show_default=True, help="Tokens."
-)
+@click.option("--block-size", type=POSITIVE, default=32, show_default=True, help="Tokens.")
 @click.option(
     "--ranks",
-    type=click.IntRange(min=1),
+    type=POSITIVE,
     default=1,
     show_default=True,
     help="Instances that can lend to each other: ranks over the tensor-parallel size.",
@@ -183,20 +178,17 @@ def command(
     Exit status: 0 every row is good, 1 some rows are bad, 2 usage.
     """
     pool = Pool(block_size, num_blocks)
-    try:
-        config = ModelConfig.from_dir(model)
-        host_blocks = (host_kv_memory or 0) // (block_size * config.kv_bytes_per_token())
-        beside = host_blocks * block_size
-        limits = Limits(
-            max_model_len=config.longest(max_model_len),
-            capacity_tokens=None if pool.tokens is None else pool.tokens * ranks + beside,
-        )
-        defaults = SamplingDefaults(max_tokens=max_tokens)
-        service = Service.from_dir(model, config, limits, defaults)
-        report = Report(limits, pool)
-        check_rows(source, service, report, table)
-    except (ModelError, InputError) as error:
-        raise click.UsageError(str(error)) from error
+    config = ModelConfig.from_dir(model)
+    host_blocks = (host_kv_memory or 0) // (block_size * config.kv_bytes_per_token())
+    beside = host_blocks * block_size
+    limits = Limits(
+        max_model_len=config.longest(max_model_len),
+        capacity_tokens=None if pool.tokens is None else pool.tokens * ranks + beside,
+    )
+    defaults = SamplingDefaults(max_tokens=max_tokens)
+    service = Service.from_dir(model, config, limits, defaults)
+    report = Report(limits, pool)
+    check_rows(source, service, report, table)
     for line in report.lines():
         click.echo(line)
     raise SystemExit(1 if report.bad else 0)

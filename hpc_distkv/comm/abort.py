@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -12,21 +13,17 @@ from contextlib import contextmanager
 from hpc_distkv.comm.stall import agreed_words
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.comm.waiter import StallClock, StallError
+from hpc_distkv.errors import ExplainedError
 
-BUG_STATUS = 70
-"""Exit status after an unexpected exception (EX_SOFTWARE of sysexits.h)."""
 INTERRUPTED_STATUS = 130
 GUARD_SECONDS = 0.1
 """Between two looks at whether a call that cannot be polled takes too long."""
 FORWARDED = 0.1
 """Seconds for the launcher to forward last words."""
 
-Expected = tuple[type[BaseException], ...]
-"""Exceptions whose message says everything: they are shown without a traceback."""
-
 
 @contextmanager
-def aborting(comm: Comm, expected: Expected = ()) -> Iterator[Comm]:
+def aborting(comm: Comm) -> Iterator[Comm]:
     """Run a job so that no rank is left waiting for one that has gone.
 
     Leaving normally, or by SystemExit(0), waits for the other ranks (`Comm.close`). Any exception,
@@ -38,9 +35,9 @@ def aborting(comm: Comm, expected: Expected = ()) -> Iterator[Comm]:
         yield comm
         return
     previous_hook = threading.excepthook
-    threading.excepthook = lambda args: end_job(comm, args.exc_value or args.exc_type(), expected)
+    threading.excepthook = lambda args: end_job(comm, args.exc_value or args.exc_type())
     try:
-        with failing(comm, expected):
+        with failing(comm):
             try:
                 yield comm
             except SystemExit as leaving:
@@ -53,7 +50,7 @@ def aborting(comm: Comm, expected: Expected = ()) -> Iterator[Comm]:
 
 
 @contextmanager
-def failing(comm: Comm, expected: Expected = (), agreed: Expected = ()) -> Iterator[None]:
+def failing(comm: Comm, agreed: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Any exception in this block ends all ranks, but for `agreed` ones, which all of them raise,
     and unless they have closed together. In a world of one, exceptions simply pass through."""
     try:
@@ -62,7 +59,7 @@ def failing(comm: Comm, expected: Expected = (), agreed: Expected = ()) -> Itera
         raise
     except BaseException as error:
         if comm.world.size > 1 and not comm.closed:
-            end_job(comm, error, expected)
+            end_job(comm, error)
         raise
 
 
@@ -87,13 +84,10 @@ def guarded(comm: Comm, what: str, awaited: Iterable[int]) -> Iterator[None]:
         over.set()
 
 
-def end_job(comm: Comm, error: BaseException, expected: Expected = ()) -> None:
+def end_job(comm: Comm, error: BaseException) -> None:
     """Say why on stderr, then end all ranks."""
     tag = f"[{comm.world.name(comm.world.rank)}] "
-    if isinstance(error, StallError):
-        words = agreed_words(comm, error)
-    else:
-        words = last_words(error, expected)
+    words = agreed_words(comm, error) if isinstance(error, StallError) else last_words(error)
     lines = words.rstrip("\n").split("\n")
     # One write, every line tagged: the ranks' lines may mix, but stay readable.
     sys.stderr.write("".join(f"{tag}{line}\n" for line in lines))
@@ -104,25 +98,24 @@ def end_job(comm: Comm, error: BaseException, expected: Expected = ()) -> None:
     comm.abort(exit_status(error))
 
 
-def last_words(error: BaseException, expected: Expected) -> str:
-    """The message of an expected error; message and traceback of a bug."""
+def last_words(error: BaseException) -> str:
+    """The message of an error that explains itself; message and traceback of a bug."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, SystemExit):
         said = error.code if isinstance(error.code, str) else f"exit status {error.code}"
         return f"left before the other ranks were done: {said}"
-    if isinstance(error, expected):
+    if isinstance(error, ExplainedError):
         return str(error)
     return f"{error}\n{''.join(traceback.format_exception(error))}"
 
 
 def exit_status(error: BaseException) -> int:
-    """The status with which the process would have left; a click exception carries its own."""
+    """The status with which the process would have left."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED_STATUS
     if isinstance(error, SystemExit):
         if error.code is None:
             return 0
         return error.code if isinstance(error.code, int) else 1
-    status = getattr(error, "exit_code", BUG_STATUS)
-    return status if isinstance(status, int) and status else BUG_STATUS
+    return error.exit_code if isinstance(error, ExplainedError) else os.EX_SOFTWARE

@@ -9,9 +9,10 @@ from typing import NamedTuple, Protocol
 import torch
 
 from hpc_distkv.comm.world import World
+from hpc_distkv.errors import UserError
 
 
-class DeviceError(ValueError):
+class DeviceError(UserError):
     """The devices that were asked for are not there, or not for each rank."""
 
 

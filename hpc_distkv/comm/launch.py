@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from hpc_distkv.errors import UserError
+
 RANK_COUNTS = {
     "OMPI_COMM_WORLD_SIZE": "Open MPI's mpirun",
     "PMI_SIZE": "an MPICH-like launcher (PMI)",
@@ -12,7 +14,7 @@ RANK_COUNTS = {
 mpirun inside a Slurm job has its say last."""
 
 
-class LaunchError(RuntimeError):
+class LaunchError(UserError):
     """MPI did not start as the user meant it to; the text says how to start it."""
 
 

@@ -12,13 +12,14 @@ from hpc_distkv.comm.abort import guarded
 from hpc_distkv.comm.cuda import passed
 from hpc_distkv.comm.fabric import Message
 from hpc_distkv.comm.transport import Comm
+from hpc_distkv.errors import FaultError
 
 OLDEST_CUPY = 14
 """From here on unique ids are bytes."""
 INSTALL = "pip install 'hpc-distkv[cuda13]' (or [cuda12], whichever CUDA torch was built for)"
 
 
-class NcclError(RuntimeError):
+class NcclError(FaultError):
     """The connection to another GPU is gone; the job cannot go on."""
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from hpc_distkv.comm.world import World
+from hpc_distkv.errors import FaultError
 
 T = TypeVar("T")
 
@@ -27,7 +28,7 @@ LONGEST_GAP = 1.0
 debugger suspended for an hour has not stalled for an hour."""
 
 
-class StallError(RuntimeError):
+class StallError(FaultError):
     """A wait made no progress for the stall timeout; the text says who waits for whom."""
 
     def __init__(self, text: str, awaited: Iterable[int] = ()) -> None:

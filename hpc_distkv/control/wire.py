@@ -13,6 +13,7 @@ import numpy as np
 
 from hpc_distkv.control.messages import Changes, Report
 from hpc_distkv.control.work import STEP_TOKENS
+from hpc_distkv.errors import FaultError
 
 COLUMNS = {
     code: [field.name for field in msgspec.structs.fields(Report) if field.type is kind]
@@ -31,7 +32,7 @@ _changes = msgspec.msgpack.Decoder(Changes)
 _NOTHING = Changes()
 
 
-class ReportError(RuntimeError):
+class ReportError(FaultError):
     """A report that no healthy instance sends: the gManager refuses to act on it."""
 
 

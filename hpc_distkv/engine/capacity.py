@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 
-from hpc_distkv.attention import flashinfer
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.engine.activations import LargestStep, activation_peak, free_memory
 from hpc_distkv.engine.config import EngineConfig, OptionError
@@ -70,10 +69,7 @@ def pool_blocks(
         recorded=config.cuda_graphs,
         stages=bool(config.host_blocks),
     )
-    try:
-        peak = activation_peak(model, comm.device, step)
-    except flashinfer.FlashInferError as error:
-        raise OptionError(f"--attention-backend flashinfer cannot be: {error}") from error
+    peak = activation_peak(model, comm.device, step)
     peak += config.spare * block_bytes  # beyond the pool
     free = free_memory(comm.device)
     return device_blocks(

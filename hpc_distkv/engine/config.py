@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from hpc_distkv.control.messages import Request
 from hpc_distkv.control.policy import POLICIES, Policy
+from hpc_distkv.errors import UserError
 
 
-class OptionError(ValueError):
+class OptionError(UserError):
     """Options that cannot work, or not together."""
 
 

@@ -10,8 +10,8 @@ import torch
 from hpc_distkv.attention import flashinfer
 from hpc_distkv.comm import binding
 from hpc_distkv.comm.broadcast import LaneBroadcast
-from hpc_distkv.comm.device import DeviceError
 from hpc_distkv.comm.group import Group
+from hpc_distkv.comm.together import together
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.engine.config import OptionError
 from hpc_distkv.engine.options import EngineOptions
@@ -21,12 +21,21 @@ from hpc_distkv.model.shard import Shard
 from hpc_distkv.model.weights import load_decoder, random_decoder
 
 
+def open_model(
+    comm: Comm, path: str | Path, config: ModelConfig, options: EngineOptions
+) -> Decoder:
+    """Give every rank its device, and its shard of the decoder in model directory `path`.
+    Collective. Raises SetupError on all ranks if one cannot, and NcclError."""
+    together(comm, lambda: bind(comm, options))
+    decoder = together(comm, lambda: load_model(comm, path, config, options))
+    unite(comm)
+    return decoder
+
+
 def bind(comm: Comm, options: EngineOptions) -> None:
-    """Give every rank its device. Collective, before the model is loaded. Raises OptionError."""
-    try:
-        binding.bind(comm, options.device, options.allow_gpu_sharing, options.transport)
-    except DeviceError as error:
-        raise OptionError(str(error)) from None
+    """Give every rank its device. Collective, before the model is loaded. Raises OptionError,
+    DeviceError and NcclError."""
+    binding.bind(comm, options.device, options.allow_gpu_sharing, options.transport)
     by_flashinfer = options.attention_backend == flashinfer.BACKEND
     if comm.device.place.type != "cuda":
         for option, given in {
@@ -48,16 +57,18 @@ def unite(comm: Comm) -> None:
         comm.transport.unite(comm)
 
 
-def load_model(comm: Comm, path: str | Path, options: EngineOptions) -> Decoder:
+def load_model(
+    comm: Comm, path: str | Path, config: ModelConfig, options: EngineOptions
+) -> Decoder:
     """Cut the ranks into instances, and load this rank's shard of the decoder in model directory
-    `path`. All ranks call it. Raises OptionError and ModelError."""
+    `path`, which `config` describes. All ranks call it. Raises OptionError and ModelError."""
     try:
         comm.form_instances(options.tensor_parallel_size)
     except ValueError as error:
         raise OptionError(f"--tensor-parallel-size: {error}") from None
     set_threads(comm, options.threads)
     world = comm.world
-    config, shard = ModelConfig.from_dir(path, options.dummy), Shard(world.lane, world.tp)
+    shard = Shard(world.lane, world.tp)
     dtype = None if options.dtype == "auto" else options.dtype
     try:
         if options.dummy:

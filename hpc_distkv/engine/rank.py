@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from hpc_distkv.comm.probe import LinkCosts, probe
+from hpc_distkv.comm.together import together
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.links import Links
@@ -238,6 +239,16 @@ class RankEngine:
                     "ranks"
                 )
             yield request
+
+
+def joined(
+    comm: Comm, model: Decoder, options: EngineOptions, decoder: TextDecoder | None = None
+) -> RankEngine:
+    """This rank's engine, once all ranks have theirs. Collective. Raises SetupError on all ranks
+    if one cannot."""
+    engine = together(comm, lambda: RankEngine(comm, model, options, decoder))
+    engine.join()
+    return engine
 
 
 def _recordable(model: Decoder, place: torch.device, block_size: int) -> bool:

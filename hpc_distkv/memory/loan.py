@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
+from hpc_distkv.errors import FaultError
+
 HOST = -1
 """Where a creditor's number stands: the host's memory, which is like a creditor inside the rank."""
 
 
-class ProtocolError(RuntimeError):
+class ProtocolError(FaultError):
     """A partner did what it may not do; continuing would corrupt somebody's KV cache."""
 
 

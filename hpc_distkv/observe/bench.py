@@ -14,7 +14,7 @@ from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages import Request, Result, Sampling, pack_tokens
 from hpc_distkv.engine.options import EngineOptions
 from hpc_distkv.engine.pace import Speed
-from hpc_distkv.engine.rank import RankEngine
+from hpc_distkv.engine.rank import RankEngine, joined
 from hpc_distkv.engine.recorder import Recorder
 from hpc_distkv.engine.worker import Leader
 from hpc_distkv.model.decoder import Decoder
@@ -82,8 +82,7 @@ def throughput(
     comm: Comm, model: Decoder, options: EngineOptions, requests: Sequence[Request]
 ) -> dict[str, Any]:
     """One run over all ranks after a warm-up."""
-    engine = RankEngine(comm, model, options)
-    engine.join()
+    engine = joined(comm, model, options)
     warm_up(engine, requests)
     if comm.device.place.type == "cuda":  # Kernels are chosen and built by the sizes they meet.
         run_once(engine, requests)
@@ -139,8 +138,7 @@ def decode_rate(
 ) -> float:
     """Tokens per second of one row's decode after its prompt of `context` tokens; rank 0 adds its
     answer to `answers`."""
-    engine = RankEngine(comm, model, options)
-    engine.join()
+    engine = joined(comm, model, options)
     requests = synthetic(1, context, steps, model.config.vocab_size)
     leader = lead(engine, requests)
     engine.run(leader)
@@ -159,8 +157,8 @@ def unused_lending(
     """An even load that fits: ranks that could lend to each other, against each rank alone in a
     world of its own with its share of the same rows."""
     (alone,) = open_local(1, comm.stall_timeout)
-    together = RankEngine(comm, model, options)
-    together.join()
+    alone.device = comm.device
+    together = joined(comm, model, options)
     single = RankEngine(alone, model, replace(options, threads=together.threads))
     single.join()
     mine = requests[comm.world.rank :: comm.world.size]
@@ -188,8 +186,7 @@ def trace_cost(
     comm: Comm, model: Decoder, options: EngineOptions, requests: Sequence[Request], repeats: int
 ) -> dict[str, Any]:
     """The same rows with a trace and without."""
-    engine = RankEngine(comm, model, options)
-    engine.join()
+    engine = joined(comm, model, options)
     warm_up(engine, requests)
 
     def seconds(recorder: Recorder | None) -> float:

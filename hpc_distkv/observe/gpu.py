@@ -19,12 +19,17 @@ WAITS = (
 """Calls in which the host waits for the GPU."""
 
 
+def profiler_of_gpu() -> torch.profiler.profile:
+    """Sees what the host asks of the GPU, and what the GPU does."""
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    return torch.profiler.profile(activities=kinds)
+
+
 def profile_steps(engine: RankEngine, requests: Sequence[Request]) -> dict[str, Any]:
     """Answer the requests on one rank under the profiler: what the host asked of the GPU per step,
     where it waited, and for how long the GPU was busy."""
     leader = BenchLeader(engine, iter(requests))
-    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=kinds) as profiler:
+    with profiler_of_gpu() as profiler:
         worker = engine.run(leader)
     steps = worker.counters.steps
     calls: Counter[str] = Counter()

@@ -188,7 +188,7 @@ class KernelBench:
         """FlashInfer's figures, and its time over ours; or what it says if it cannot be built."""
         try:
             other, errors = measured(self._flashinfer)
-        except RuntimeError as error:
+        except (RuntimeError, flashinfer.FlashInferError) as error:
             return {"flashinfer_error": str(error)}
         found = {f"flashinfer_{name}": value for name, value in errors.items()}
         return {"flashinfer_seconds": other, "over_flashinfer": other / took, **found}

@@ -13,10 +13,11 @@ import torch
 
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.engine.options import EngineOptions
-from hpc_distkv.engine.rank import RankEngine
+from hpc_distkv.engine.rank import joined
 from hpc_distkv.engine.recorder import Kind, Recorder
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.observe.bench import run_once, synthetic
+from hpc_distkv.observe.gpu import profiler_of_gpu
 
 EXCHANGE = "exchange"
 """What an exchange is called among the profiler's events."""
@@ -66,12 +67,11 @@ def exchange_overlap(
     rank: how long exchanges take, how long the debtor's host waits for them, and, on a GPU, for how
     much of that time its GPU computes. `exchanges` 0: nothing was lent. Collective."""
     blocks = -(-(context + steps) // options.block_size)
-    engine = RankEngine(comm, model, replace(options, num_blocks=blocks // 2 + 2, kv_memory=None))
-    engine.join()
+    engine = joined(comm, model, replace(options, num_blocks=blocks // 2 + 2, kv_memory=None))
     requests = synthetic(1, context, steps, model.config.vocab_size)
     run_once(engine, requests)  # Kernels are built, and ranks connected.
     recorder, on_gpu = ExchangeRecorder(), comm.device.place.type == "cuda"
-    profiler = _profiler() if on_gpu else None
+    profiler = profiler_of_gpu() if on_gpu else None
     with profiler or nullcontext():
         run_once(engine, requests, recorder)
     busy = computing(profiler.events()) if profiler else None  # type: ignore[no-untyped-call]
@@ -121,8 +121,3 @@ def _united(spans: Iterable[Span]) -> list[Span]:
         else:
             united.append(span)
     return united
-
-
-def _profiler() -> torch.profiler.profile:
-    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    return torch.profiler.profile(activities=kinds)

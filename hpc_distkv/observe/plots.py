@@ -6,6 +6,7 @@ matplotlib is loaded when the first plot is drawn: nothing else needs it.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import cycle, pairwise
@@ -130,16 +131,31 @@ def lines(
         label_lines(axes, {name: points[-1] for name, points in series.items()}, colours)
 
 
-@contextmanager
-def drawing(path: Path, title: str, height: float) -> Iterator[Axes]:
-    """Axes to draw on, `height` inches high with all that is around them; then write the file."""
+def plot_folder(path: str) -> Path:
+    """The folder `path`, made if need be, where plots can be drawn: looked at before a run, which
+    may take hours, and not after it. Raises OptionError."""
     try:
-        from matplotlib import style
-        from matplotlib.figure import Figure
+        import matplotlib  # noqa: F401
+
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
     except ImportError as error:
         raise OptionError(
             f"plots need matplotlib ({error}): pip install 'hpc-distkv[plots]'"
         ) from error
+    except OSError as error:
+        raise OptionError(f"cannot write to the folder {path}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise OptionError(f"cannot write to the folder {path}")
+    return folder
+
+
+@contextmanager
+def drawing(path: Path, title: str, height: float) -> Iterator[Axes]:
+    """Axes to draw on, `height` inches high with all that is around them; then write the file."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         axes = figure.subplots()

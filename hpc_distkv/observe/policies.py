@@ -9,12 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hpc_distkv.comm.together import together
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages import Request
 from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.control.work import kv_tokens
 from hpc_distkv.engine.config import OptionError
-from hpc_distkv.engine.loading import load_model
+from hpc_distkv.engine.loading import load_model, unite
 from hpc_distkv.engine.options import EngineOptions
 from hpc_distkv.engine.rank import RankEngine
 from hpc_distkv.model.config import ModelConfig
@@ -48,16 +49,37 @@ def way(name: str, options: EngineOptions, ranks: int) -> EngineOptions:
     raise OptionError(f"there is no way {name!r} of running rows; there are {known}")
 
 
-def engine_of(
+def engines_of(
+    names: Sequence[str], comm: Comm, path: str, model: Decoder, options: EngineOptions
+) -> dict[str, RankEngine]:
+    """This rank's engine for every way by name, joined with those of the others. `model`: of
+    directory `path`, whole. Collective. Raises SetupError on all ranks if one cannot."""
+
+    def make() -> dict[str, RankEngine]:
+        engines, pool = {}, 0
+        # The replicas first: they say how much memory there is for the others.
+        for name in sorted(names, key=lambda name: name == "tensor-parallel"):
+            chosen = way(name, options, comm.world.size)
+            engines[name] = _engine_of(comm, path, model, chosen, pool)
+            pool = engines[name].config.num_blocks
+        return {name: engines[name] for name in names}
+
+    engines = together(comm, make)
+    for engine in engines.values():
+        unite(engine.comm)
+        engine.join()
+    return engines
+
+
+def _engine_of(
     comm: Comm, path: str, model: Decoder, options: EngineOptions, block_memory: int
 ) -> RankEngine:
-    """This rank's engine for one way. `model`: of directory `path`, whole; a way of tensor
-    parallelism loads its shard, and its pool takes as many bytes as others' `block_memory` rBlocks.
-    Raises OptionError and ModelError."""
+    """This rank's engine for one way. A way of tensor parallelism loads its shard, and its pool
+    takes as many bytes as others' `block_memory` rBlocks. Raises OptionError and ModelError."""
     if options.tensor_parallel_size == 1:
         return RankEngine(comm, model, options)
     own = copy(comm)
-    shard = load_model(own, path, options)
+    shard = load_model(own, path, model.config, options)
     blocks = block_memory * model.config.num_kv_heads // shard.config.num_kv_heads
     return RankEngine(own, shard, replace(options, num_blocks=blocks, kv_memory=None))
 
@@ -83,8 +105,35 @@ def compare(
     rates, their ratios to the last way's and the most that any could reach, and what the simulator
     predicts, both from the speeds measured in all of them. Collective, by engines that have
     joined."""
+    figures, rates, leader = _measure(engines, requests, repeats)
+    if leader is None:
+        return {}
+    rows = [
+        Row(r.prompt_len, len(leader.tokens[r.id]) // 4, limit=r.sampling.max_tokens)
+        for r in requests
+    ]
+    predicted, most = _predict(model, engines, figures, rows)
+    measured = {name: statistics.median(rates[name]) for name in engines}
     *_, baseline = engines
-    world = engines[baseline].comm.world
+    config = engines[baseline].config
+    return {
+        "rows": len(requests),
+        "prompt_tokens": sum(request.prompt_len for request in requests),
+        "output_tokens": sum(row.output for row in rows),
+        "pool_tokens": config.block_size * config.num_blocks,
+        RATE: measured,
+        f"over_{baseline}": {name: ratios(rates[name], rates[baseline]) for name in engines},
+        f"most_over_{baseline}": most / measured[baseline],
+        "predicted_over_measured": {name: predicted[name] / measured[name] for name in engines},
+        "figures": figures,
+    }
+
+
+def _measure(
+    engines: Mapping[str, RankEngine], requests: Sequence[Request], repeats: int
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]], BenchLeader | None]:
+    """The figures of every way's last run, the rates of all its runs, and on rank 0 the leader of
+    the very last run. Collective."""
     warm_up(next(iter(engines.values())), requests)
     figures: dict[str, dict[str, Any]] = {}
     rates: dict[str, list[float]] = {name: [] for name in engines}
@@ -95,12 +144,17 @@ def compare(
             leader = lead(engine, requests)
             figures[name] = run_led(engine, leader)
             rates[name].append(figures[name].get(RATE, 1.0))
-    if leader is None:
-        return {}
-    rows = [
-        Row(r.prompt_len, len(leader.tokens[r.id]) // 4, limit=r.sampling.max_tokens)
-        for r in requests
-    ]
+    return figures, rates, leader
+
+
+def _predict(
+    model: ModelConfig,
+    engines: Mapping[str, RankEngine],
+    figures: Mapping[str, Mapping[str, Any]],
+    rows: Sequence[Row],
+) -> tuple[dict[str, float], float]:
+    """What the simulator predicts for every way, and the most that any could reach on the ranks as
+    the last one cuts them: tokens per second, from the speeds in `figures`."""
     speeds: dict[int, list[dict[str, float]]] = {}
     for name, engine in engines.items():
         speeds.setdefault(engine.comm.world.tp, []).extend(figures[name]["speed"])
@@ -115,24 +169,13 @@ def compare(
         )
         for name, engine in engines.items()
     }
-    config = engines[baseline].config
-    measured = {name: statistics.median(rates[name]) for name in engines}
-    most = most_rate(model, config, world.instances, speeds[world.tp], rows)
-    return {
-        "rows": len(requests),
-        "prompt_tokens": sum(request.prompt_len for request in requests),
-        "output_tokens": sum(row.output for row in rows),
-        "pool_tokens": config.block_size * config.num_blocks,
-        RATE: measured,
-        f"over_{baseline}": {name: ratios(rates[name], rates[baseline]) for name in engines},
-        f"most_over_{baseline}": most / measured[baseline],
-        "predicted_over_measured": {name: predicted[name] / measured[name] for name in engines},
-        "figures": figures,
-    }
+    *_, last = engines.values()
+    world = last.comm.world
+    return predicted, most_rate(model, last.config, world.instances, speeds[world.tp], rows)
 
 
 def draw(folder: Path, traces: Mapping[str, Mapping[str, Any]]) -> None:
-    """The comparisons by trace as plots in `folder`. Raises OptionError without matplotlib."""
+    """The comparisons by trace as plots in `folder`."""
     baseline = next(key for key in next(iter(traces.values())) if key.startswith("over_"))
     base = baseline.removeprefix("over_")
     throughput = {

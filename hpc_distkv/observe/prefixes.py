@@ -11,7 +11,7 @@ from typing import Any
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages import Request
 from hpc_distkv.engine.options import EngineOptions
-from hpc_distkv.engine.rank import RankEngine
+from hpc_distkv.engine.rank import joined
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.observe.bench import alternate, ratios, run_once, synthetic, warm_up
 
@@ -36,11 +36,9 @@ def sharing(
     """The rows with prefix caching and without, in turn: on rank 0 the prompt tokens that were
     computed, also over the `distinct` ones, and the seconds. Collective."""
     engines = {
-        way: RankEngine(comm, model, replace(options, enable_prefix_caching=on))
+        way: joined(comm, model, replace(options, enable_prefix_caching=on))
         for way, on in (("shared", True), ("apart", False))
     }
-    for engine in engines.values():
-        engine.join()
     warm_up(engines["apart"], requests)
     computed: dict[str, int] = {}
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hpc_distkv.errors import UserError
 from hpc_distkv.observe.trace_names import FIRST_PROCESS, HOSTED, OWES, OWN, POOL, ROWS, TOKENS
 
 Series = NDArray[np.float64]
@@ -24,7 +25,7 @@ NEEDED = (
 """What a metrics file has."""
 
 
-class RunFileError(ValueError):
+class RunFileError(UserError):
     """A file is not what a run writes; the text says which, and what to do."""
 
 

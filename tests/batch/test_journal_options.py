@@ -28,7 +28,7 @@ from hpc_distkv.batch.journal import Journal
 from hpc_distkv.batch.opening import Opening, Reuse
 from hpc_distkv.batch.shard import Shard
 from hpc_distkv.batch.status import read_status
-from hpc_distkv.cli.status import command as status
+from hpc_distkv.cli.main import group
 
 
 def run(
@@ -182,7 +182,7 @@ def test_what_is_no_shard_is_refused_with_an_example(text: str) -> None:
 
 
 def show(*words: str | Path) -> tuple[int, dict[str, str]]:
-    ran = CliRunner().invoke(status, [str(word) for word in words])
+    ran = CliRunner().invoke(group, ["status", *map(str, words)])
     return ran.exit_code, dict(line.split(maxsplit=1) for line in ran.output.splitlines())
 
 
@@ -221,6 +221,6 @@ def test_status_of_a_running_job_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_status_of_nothing_is_a_usage_error(tmp_path: Path) -> None:
-    ran = CliRunner().invoke(status, [str(tmp_path / "none")])
+    ran = CliRunner().invoke(group, ["status", str(tmp_path / "none")])
     assert ran.exit_code == 2
     assert "cannot read" in ran.output

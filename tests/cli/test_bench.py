@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from batch_job import run_command
+from click.testing import CliRunner
 from mpirun import mpirun
+
+from hpc_distkv.cli.main import group
+from hpc_distkv.simulate import paper as published
 
 RANKS = 2 if mpirun() else 0
 SMALL = """
@@ -162,6 +167,43 @@ def test_paper(tmp_path):
     assert {file.name for file in folder.glob("*.svg")} == {
         f"paper-{name}.svg" for name in ("context", "mixes", "short", "long")
     }
+
+
+@pytest.mark.parametrize("arguments", [["paper", "--rows", "5"], ["scale", "--gpus", "8"]])
+@pytest.mark.parametrize("lacks", ["folder", "matplotlib"])
+def test_where_plots_go_is_looked_at_before_the_run(arguments, lacks, tmp_path, monkeypatch):
+    def run(*_: object) -> None:
+        raise AssertionError("it ran")
+
+    (tmp_path / "file").touch()
+    folder = tmp_path / ("file/folder" if lacks == "folder" else "out")
+    if lacks == "matplotlib":
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in ("tables", "scale"):
+        monkeypatch.setattr(published, name, run)
+    ran = CliRunner().invoke(group, ["bench", *arguments, "-o", str(folder)])
+    assert ran.exit_code == 2
+    assert "Error: " in ran.output
+    assert lacks in ran.output
+
+
+def test_where_plots_of_policies_go_is_looked_at_before_the_run(tiny_model, trace, tmp_path):
+    (tmp_path / "file").touch()
+    done = policies(tiny_model, trace, tmp_path / "file" / "folder", "lend,isolated")
+    assert done.returncode == 2
+    assert done.stderr.count("cannot write to the folder") == 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["throughput"], ["remote", "--context", "20"], ["unused-lending"], ["prefix"]]
+)
+def test_options_that_cannot_be_are_said_once_with_status_2(arguments, tiny_model, tmp_path):
+    model = ("--model", str(tiny_model), "--host-kv-path", str(tmp_path))
+    done = run_command(2 if arguments[0] == "remote" else 0, "bench", *arguments, *model)
+    assert done.returncode == 2
+    assert done.stderr.count("--host-kv-memory") == 1
+    assert "Traceback" not in done.stderr
 
 
 def test_kernels():

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from hpc_distkv.cli.simulate import command
+from hpc_distkv.cli.main import group
 
 CLUSTER = """
 nodes = 2
@@ -72,7 +72,7 @@ def folder(tmp_path: Path) -> Path:
 def simulate(folder: Path, *options: str, trace: str = "both") -> Result:
     words = [str(folder / "cluster.toml"), "--model", "llama2-7b", "--block-size", "16"]
     words += ["--trace", f"{folder / 'trace.toml'}#{trace}", *options]
-    return CliRunner().invoke(command, words)
+    return CliRunner().invoke(group, ["simulate", *words])
 
 
 def figures(folder: Path, *options: str, trace: str = "both") -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from hpc_distkv.cli.validate import command
+from hpc_distkv.cli.main import group
 from hpc_distkv.model.config import ModelConfig
 
 CONFIG = {
@@ -53,7 +53,9 @@ def row(custom_id: str, words: int, **fields: Any) -> dict[str, Any]:
 def validate(model: Path, rows: list[Any], *options: str) -> Result:
     source = model.parent / "in.jsonl"
     source.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows))
-    return CliRunner().invoke(command, ["--model", str(model), "-i", str(source), *options])
+    return CliRunner().invoke(
+        group, ["validate", "--model", str(model), "-i", str(source), *options]
+    )
 
 
 def test_a_tokenizer_of_another_model_is_one_error_at_the_start(model: Path) -> None:
@@ -158,7 +160,7 @@ def test_usage_errors(model: Path) -> None:
         ["--model", str(model.parent), "-i", str(model / "config.json")],
         ["-i", "x"],
     ):
-        result = runner.invoke(command, arguments)
+        result = runner.invoke(group, ["validate", *arguments])
         assert result.exit_code == 2
         assert "Error: " in result.output
         assert "Traceback" not in result.output

@@ -11,6 +11,7 @@ from hpc_distkv.comm.abort import aborting, failing, guarded
 from hpc_distkv.comm.local import open_local, run_local
 from hpc_distkv.comm.schedule import PeerFailedError
 from hpc_distkv.comm.waiter import StallError
+from hpc_distkv.errors import UserError
 
 SCRIPT = str(Path(__file__).with_name("failing_rank.py"))
 needs_mpirun = pytest.mark.skipif(mpirun() is None, reason="needs mpirun")
@@ -62,17 +63,11 @@ def test_calls_that_end_in_time_end_nothing(capsys):
     assert "waits for rank 0: a call that takes too long" in capsys.readouterr().err
 
 
-class UsageError(Exception):
-    """Stands for click's, which carries the status to leave with."""
-
-    exit_code = 2
-
-
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [
         (
-            UsageError("--block-size must be positive"),
+            UserError("--block-size must be positive"),
             2,
             "[rank 1] --block-size must be positive\n",
         ),
@@ -86,7 +81,7 @@ def test_last_words_and_status(error, status, said, capsys):
     comm = open_local(2)[1]
     ended = []
     comm.abort = ended.append
-    with pytest.raises(type(error)), aborting(comm, expected=(UsageError,)):
+    with pytest.raises(type(error)), aborting(comm):
         raise error
     assert ended == [status]
     assert capsys.readouterr().err == said
@@ -96,10 +91,10 @@ def test_what_all_ranks_raise_ends_no_job(capsys):
     comm = open_local(2)[1]
     ended = []
     comm.abort = ended.append
-    with pytest.raises(UsageError), failing(comm, agreed=(UsageError,)):
-        raise UsageError("no such file")
+    with pytest.raises(UserError), failing(comm, agreed=(UserError,)):
+        raise UserError("no such file")
     assert ended == []
-    with pytest.raises(ValueError, match="mine"), failing(comm, agreed=(UsageError,)):
+    with pytest.raises(ValueError, match="mine"), failing(comm, agreed=(UserError,)):
         raise ValueError("mine")
     assert ended == [70]
     assert "[rank 1] mine" in capsys.readouterr().err

@@ -9,13 +9,14 @@ from clusters import Collect
 from families import prompt
 
 from hpc_distkv.comm.abort import aborting
+from hpc_distkv.comm.device import DeviceError
 from hpc_distkv.comm.local import open_local
 from hpc_distkv.comm.mpi import open_mpi
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages import Request, Sampling, pack_tokens, unpack_tokens
-from hpc_distkv.engine.config import OptionError
 from hpc_distkv.engine.loading import bind, load_model
 from hpc_distkv.engine.rank import EngineOptions, RankEngine
+from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
 
 ROWS = [(400, 40), (40, 60), (30, 60), (90, 60)]
@@ -50,11 +51,12 @@ def main(model_path: Path, sharing: bool) -> int:
         )
         try:
             bind(comm, options)
-        except OptionError as error:
+        except DeviceError as error:
             print(error, file=sys.stderr, flush=True)
             comm.close()
             return 2
-        model = load_model(comm, model_path, options)
+        config = ModelConfig.from_dir(model_path)
+        model = load_model(comm, model_path, config, options)
         together = answers(comm, model, options)
         (alone,) = open_local(1)
         bind(alone, EngineOptions(device="cuda"))

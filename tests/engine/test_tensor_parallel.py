@@ -14,13 +14,13 @@ from test_cluster import BLOCK, demand_of, options, unconstrained
 from test_migration import migrations, rows_of
 from test_sampling_anywhere import Letters, check_same, rows
 
-from hpc_distkv.api import SetupError, together
 from hpc_distkv.comm.local import open_local, run_local
 from hpc_distkv.comm.schedule import SeededSchedule
+from hpc_distkv.comm.together import SetupError
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages import Counters, Request, Sampling
 from hpc_distkv.engine.config import OptionError
-from hpc_distkv.engine.loading import load_model
+from hpc_distkv.engine.loading import load_model, open_model
 from hpc_distkv.engine.rank import RankEngine
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
@@ -106,7 +106,7 @@ def test_rows_migrate_between_instances_of_two(tiny_model, whole):
 def test_ranks_that_do_not_divide_into_instances_are_an_error(tiny_model):
     settings = replace(options(num_blocks=8), tensor_parallel_size=2)
     with pytest.raises(OptionError, match="3 ranks cannot be cut into instances of 2"):
-        load_model(open_local(3)[0], tiny_model, settings)
+        load_model(open_local(3)[0], tiny_model, ModelConfig.from_dir(tiny_model), settings)
 
 
 def test_weights_that_a_gpu_has_no_room_for_are_said_with_what_to_do(tiny_model, monkeypatch):
@@ -114,8 +114,9 @@ def test_weights_that_a_gpu_has_no_room_for_are_said_with_what_to_do(tiny_model,
         raise torch.OutOfMemoryError("2 GiB")
 
     monkeypatch.setattr("hpc_distkv.engine.loading.load_decoder", no_room)
+    config = ModelConfig.from_dir(tiny_model)
     with pytest.raises(OptionError, match=r"no room for the weights: .*-size, now 1"):
-        load_model(open_local(1)[0], tiny_model, options(num_blocks=8))
+        load_model(open_local(1)[0], tiny_model, config, options(num_blocks=8))
 
 
 def test_a_shard_that_cannot_be_loaded_keeps_nobody_waiting(tiny_model, tmp_path, monkeypatch):
@@ -128,7 +129,7 @@ def test_a_shard_that_cannot_be_loaded_keeps_nobody_waiting(tiny_model, tmp_path
     def work(comm: Comm) -> str:
         path = tmp_path if comm.world.rank else tiny_model
         with pytest.raises(SetupError) as said:
-            together(comm, lambda: load_model(comm, path, settings))
+            open_model(comm, path, ModelConfig.from_dir(tiny_model), settings)
         return str(said.value)
 
     for said in run_local(comms, work):

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from hpc_distkv.engine.config import OptionError
-from hpc_distkv.observe.plots import POLICY_COLOURS, bars, colours_of, lines, spread
+from hpc_distkv.observe.plots import POLICY_COLOURS, bars, colours_of, lines, plot_folder, spread
 
 RATIOS = {
     "long": {"lend": 1.8, "queue": 1.0, "isolated": 0.6},
@@ -172,8 +172,14 @@ def test_labels_are_moved_apart_in_order_and_no_further_than_needed():
 def test_without_matplotlib_the_user_is_told_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(OptionError, match=r"pip install 'hpc-distkv\[plots\]'"):
-        bars(tmp_path / "plot.svg", "title", RATIOS, "throughput")
-    assert not (tmp_path / "plot.svg").exists()
+        plot_folder(str(tmp_path))
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "folder", "/proc/nothing"):
+        with pytest.raises(OptionError, match=f"cannot write to the folder {path}"):
+            plot_folder(str(path))
 
 
 def test_matplotlib_is_loaded_by_the_first_plot_only():

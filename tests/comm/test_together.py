@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from hpc_distkv.api import SetupError, together
 from hpc_distkv.comm.local import open_local, run_local
+from hpc_distkv.comm.together import SetupError, together
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.model.errors import ModelError
 
