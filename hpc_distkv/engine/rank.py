@@ -19,8 +19,8 @@ from hpc_distkv.comm.probe import LinkCosts, probe
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.links import Links
-from hpc_distkv.control.messages import Request
 from hpc_distkv.control.policy import POLICIES, Policy
+from hpc_distkv.control.requests import Request
 from hpc_distkv.engine.activations import LargestStep, activation_peak, free_memory
 from hpc_distkv.engine.capacity import device_blocks, host_blocks, tier_blocks
 from hpc_distkv.engine.config import EngineConfig, OptionError

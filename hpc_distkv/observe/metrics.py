@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from hpc_distkv.batch.replace import check_replaceable, real_path
-from hpc_distkv.control.messages import Counters
+from hpc_distkv.control.counters import Counters
 
 
 class RankFigures(msgspec.Struct, array_like=True):

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.control.messages import Request
 from hpc_distkv.control.policy import POLICIES
+from hpc_distkv.control.requests import Request
 from hpc_distkv.engine.config import OptionError
 from hpc_distkv.engine.options import EngineOptions
 from hpc_distkv.engine.rank import RankEngine, load_model

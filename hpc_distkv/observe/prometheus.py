@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from hpc_distkv.control.messages import Counters
+from hpc_distkv.control.counters import Counters
 from hpc_distkv.observe.metrics import replacing, total
 from hpc_distkv.observe.snapshot import Snapshot
 

@@ -20,7 +20,7 @@ from hpc_distkv.batch.errors import JournalError
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.job import Job
 from hpc_distkv.batch.journal import Journal, unfinished_path
-from hpc_distkv.control.messages import Request, Unfinished, pack_tokens, unpack_tokens
+from hpc_distkv.control.requests import Request, Unfinished, pack_tokens, unpack_tokens
 
 
 def open_job(folder: Path, **settings: int) -> Job:

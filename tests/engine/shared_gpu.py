@@ -12,7 +12,7 @@ from hpc_distkv.comm.abort import aborting
 from hpc_distkv.comm.local import open_local
 from hpc_distkv.comm.mpi import open_mpi
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.control.messages import Request, Sampling, pack_tokens, unpack_tokens
+from hpc_distkv.control.requests import Request, Sampling, pack_tokens, unpack_tokens
 from hpc_distkv.engine.config import OptionError
 from hpc_distkv.engine.rank import EngineOptions, RankEngine, bind, load_model
 from hpc_distkv.model.decoder import Decoder
