@@ -33,7 +33,7 @@ from hpc_distkv.comm.mpi import open_mpi
 from hpc_distkv.comm.together import SetupError, together
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.comm.world import World
-from hpc_distkv.control.messages import Result, Unfinished
+from hpc_distkv.control.requests import Result, Unfinished
 from hpc_distkv.engine.config import OptionError
 from hpc_distkv.engine.follower import Follower
 from hpc_distkv.engine.interrupt import Interrupt

@@ -10,7 +10,7 @@ from hpc_distkv.batch.rows import Row
 from hpc_distkv.batch.schema import CHAT
 from hpc_distkv.batch.service import TokenizerLike
 from hpc_distkv.control.logprobs import unpack_logprobs
-from hpc_distkv.control.messages import Result, unpack_tokens
+from hpc_distkv.control.requests import Result, unpack_tokens
 from hpc_distkv.model.detokenizer import Decode, Detokenizer, text_after, text_before
 
 

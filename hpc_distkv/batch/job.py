@@ -19,7 +19,7 @@ from hpc_distkv.batch.rows import Row, parse_row, which_choice
 from hpc_distkv.batch.service import SamplingDefaults, Service
 from hpc_distkv.batch.shard import Shard
 from hpc_distkv.batch.unfinished import Answer, Begun, digest
-from hpc_distkv.control.messages import NOT_FINITE, Request, Result, Unfinished
+from hpc_distkv.control.requests import NOT_FINITE, Request, Result, Unfinished
 from hpc_distkv.model.detokenizer import CONTEXT
 
 SHARD = "shard"

@@ -24,7 +24,7 @@ from hpc_distkv.batch.schema import (
     single_prompt,
 )
 from hpc_distkv.batch.service import Limits, Service
-from hpc_distkv.control.messages import Request, Sampling, pack_tokens
+from hpc_distkv.control.requests import Request, Sampling, pack_tokens
 from hpc_distkv.model.errors import ModelError, TooLongError
 
 

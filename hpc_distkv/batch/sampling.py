@@ -7,7 +7,7 @@ from typing import Any
 from hpc_distkv.batch.errors import RowError
 from hpc_distkv.batch.schema import ChatBody, CompletionBody, GenerationFields
 from hpc_distkv.batch.service import Service
-from hpc_distkv.control.messages import LogitRules, Sampling
+from hpc_distkv.control.requests import LogitRules, Sampling
 
 GREEDY_BELOW = 1e-5
 """A temperature below this is taken as 0: dividing logits by it would overflow."""

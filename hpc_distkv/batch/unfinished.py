@@ -11,7 +11,7 @@ import msgspec
 
 from hpc_distkv.batch.errors import JournalError
 from hpc_distkv.batch.replace import replace_file
-from hpc_distkv.control.messages import Request, Result
+from hpc_distkv.control.requests import Request, Result
 
 
 class Answer(NamedTuple):

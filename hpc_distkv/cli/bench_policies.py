@@ -13,7 +13,7 @@ from hpc_distkv.cli.traces import load_trace, trace_options
 
 if TYPE_CHECKING:
     from hpc_distkv.comm.transport import Comm
-    from hpc_distkv.control.messages import Request
+    from hpc_distkv.control.requests import Request
     from hpc_distkv.engine.options import EngineOptions
     from hpc_distkv.model.decoder import Decoder
 

@@ -12,7 +12,7 @@ from hpc_distkv.cli.options import POSITIVE, F, added, engine_options
 
 if TYPE_CHECKING:
     from hpc_distkv.comm.transport import Comm
-    from hpc_distkv.control.messages import Request
+    from hpc_distkv.control.requests import Request
     from hpc_distkv.engine.options import EngineOptions
     from hpc_distkv.model.decoder import Decoder
 

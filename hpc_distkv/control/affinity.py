@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from hpc_distkv.control.messages import Request
+from hpc_distkv.control.requests import Request
 
 STEP = 32
 """Beginnings of a prompt are looked at whose lengths are 1/32 apart: few, however long it is."""

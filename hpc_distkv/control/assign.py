@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from hpc_distkv.control.affinity import Affinity
-from hpc_distkv.control.messages import Large, Request, Result
 from hpc_distkv.control.places import Place, Places
+from hpc_distkv.control.report import Large
+from hpc_distkv.control.requests import Request, Result
 from hpc_distkv.control.row_queue import LOOK_AHEAD, RowQueue
 from hpc_distkv.control.wire import ReportError, Reports
 from hpc_distkv.control.work import MeanOutput, work

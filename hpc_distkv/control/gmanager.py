@@ -9,17 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_distkv.control.affinity import Affinity
-from hpc_distkv.control.answer import Answers
+from hpc_distkv.control.answer import Answer, Answers
 from hpc_distkv.control.assign import Assignment
 from hpc_distkv.control.borrow import ANYWHERE, CANDIDATES, Grant, Need, greedy_borrow
+from hpc_distkv.control.counters import Counters
 from hpc_distkv.control.dgfm import plan_recalls
 from hpc_distkv.control.large import LargeRows
 from hpc_distkv.control.ledger import DebtLedger
 from hpc_distkv.control.links import Links
-from hpc_distkv.control.messages import Answer, Counters, Request, Result
 from hpc_distkv.control.planner import Planner
 from hpc_distkv.control.policy import POLICIES, Policy
 from hpc_distkv.control.reach import ExchangeSeconds, Reach
+from hpc_distkv.control.requests import Request, Result
 from hpc_distkv.control.victims import Victims
 from hpc_distkv.control.wire import Reports
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from hpc_distkv.control.assign import Assignment
 from hpc_distkv.control.links import Links
-from hpc_distkv.control.messages import Large
+from hpc_distkv.control.report import Large
 from hpc_distkv.control.wire import Reports
 
 SHARE = 0.85

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 
-from hpc_distkv.control.messages import Request
+from hpc_distkv.control.requests import Request
 
 LOOK_AHEAD = 16
 """Rows per instance that are read before they can be assigned: when these are the last ones, the

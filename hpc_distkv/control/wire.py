@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from hpc_distkv.control.messages import Changes, Report
+from hpc_distkv.control.report import Changes, Report
 from hpc_distkv.control.work import STEP_TOKENS
 from hpc_distkv.errors import FaultError
 

@@ -28,7 +28,7 @@ from hpc_distkv.attention import (
     rotate_and_write,
 )
 from hpc_distkv.comm.device import Device
-from hpc_distkv.control.messages import LogitRules, Request, Sampling, pack_tokens
+from hpc_distkv.control.requests import LogitRules, Request, Sampling, pack_tokens
 from hpc_distkv.engine.config import OptionError
 from hpc_distkv.engine.sampler import begin_sampling
 from hpc_distkv.engine.sequence import Sequence

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from hpc_distkv.control.messages import NOBODY
+from hpc_distkv.control.requests import NOBODY
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.foresight import Claim, Foresight
 from hpc_distkv.engine.sequence import Sequence

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hpc_distkv.control.messages import Request
 from hpc_distkv.control.policy import POLICIES, Policy
+from hpc_distkv.control.requests import Request
 from hpc_distkv.errors import UserError
 
 

@@ -6,7 +6,7 @@ import torch
 
 from hpc_distkv.attention import PagedBatch, micro_attention
 from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR, Pending
-from hpc_distkv.control.messages import Header
+from hpc_distkv.control.letters import Header
 from hpc_distkv.engine.guests import guest_rows
 from hpc_distkv.engine.instance import Instance
 from hpc_distkv.engine.parts import Parts

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import NamedTuple
 
-from hpc_distkv.control.messages import NOBODY, Large
+from hpc_distkv.control.report import Large
+from hpc_distkv.control.requests import NOBODY
 from hpc_distkv.control.work import work
 from hpc_distkv.engine.admission import CANDIDATES, NOTHING_WAITS, Admission
 from hpc_distkv.engine.config import EngineConfig

@@ -7,7 +7,7 @@ import zlib
 import msgspec
 
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.control.messages import Header
+from hpc_distkv.control.letters import Header
 from hpc_distkv.engine.pace import StepSeconds
 from hpc_distkv.engine.plan import Plan
 

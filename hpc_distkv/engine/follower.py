@@ -9,7 +9,7 @@ from typing import TypeVar
 import msgspec
 import torch
 
-from hpc_distkv.control.messages import Answer
+from hpc_distkv.control.answer import Answer
 from hpc_distkv.engine.events import (
     Advanced,
     Arrived,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from hpc_distkv.control.messages import Handover, Request
+from hpc_distkv.control.letters import Handover
+from hpc_distkv.control.requests import Request
 from hpc_distkv.engine.scheduler import Scheduler
 from hpc_distkv.engine.sequence import Sequence
 from hpc_distkv.memory.rmanager import RManager

@@ -7,16 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Container, Mapping
 from collections.abc import Sequence as Rows
 
+from hpc_distkv.control.answer import Answer
+from hpc_distkv.control.counters import Counters
 from hpc_distkv.control.gaps import gap_bin
-from hpc_distkv.control.messages import (
-    Answer,
-    Counters,
-    Header,
-    Remains,
-    Report,
-    Request,
-    Result,
-)
+from hpc_distkv.control.letters import Header
+from hpc_distkv.control.report import Remains, Report
+from hpc_distkv.control.requests import Request, Result
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.guests import remote_queries
 from hpc_distkv.engine.handover import Handovers, handover

@@ -8,7 +8,7 @@ from collections import deque
 import msgspec
 
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.control.messages import Credit, Header
+from hpc_distkv.control.letters import Credit, Header
 from hpc_distkv.engine.creditor import Creditor
 from hpc_distkv.engine.events import Arrived, Log, Opened, Served
 from hpc_distkv.engine.instance import Instance

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from itertools import islice
 
-from hpc_distkv.control.messages import Answer
+from hpc_distkv.control.answer import Answer
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.sequence import Sequence
 from hpc_distkv.memory.loan import Move

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from hpc_distkv.control.messages import LogitRules
+from hpc_distkv.control.requests import LogitRules
 
 
 class TokenCounts:

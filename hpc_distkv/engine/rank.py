@@ -14,8 +14,8 @@ from hpc_distkv.comm.together import together
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.links import Links
-from hpc_distkv.control.messages import Request
 from hpc_distkv.control.policy import POLICIES, Policy
+from hpc_distkv.control.requests import Request
 from hpc_distkv.control.work import kv_tokens
 from hpc_distkv.engine.capacity import KvShare, host_memory, merged, pool_blocks, tier_blocks
 from hpc_distkv.engine.config import EngineConfig, OptionError

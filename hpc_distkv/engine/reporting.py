@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from hpc_distkv.control.messages import Changes, Counters, Remains, Report, Result, Unfinished
+from hpc_distkv.control.counters import Counters
+from hpc_distkv.control.report import Changes, Remains, Report
+from hpc_distkv.control.requests import Result, Unfinished
 from hpc_distkv.control.work import work
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.handover import Handovers

@@ -12,7 +12,7 @@ import torch
 
 from hpc_distkv.comm.device import Device
 from hpc_distkv.control.logprobs import pack_logprobs
-from hpc_distkv.control.messages import Sampling
+from hpc_distkv.control.requests import Sampling
 from hpc_distkv.engine.batch_sampler import NO_TOKEN, sample_together
 from hpc_distkv.engine.penalties import adjusted
 from hpc_distkv.engine.sequence import Sequence

@@ -5,7 +5,8 @@ from __future__ import annotations
 import bisect
 import math
 
-from hpc_distkv.control.messages import Answer, Counters
+from hpc_distkv.control.answer import Answer
+from hpc_distkv.control.counters import Counters
 from hpc_distkv.control.work import STEP_TOKENS
 from hpc_distkv.engine.admission import Admission
 from hpc_distkv.engine.config import EngineConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hpc_distkv.control.logprobs import record_dtype
-from hpc_distkv.control.messages import NOT_FINITE, Request, pack_tokens, unpack_tokens
+from hpc_distkv.control.requests import NOT_FINITE, Request, pack_tokens, unpack_tokens
 from hpc_distkv.control.work import kv_tokens
 from hpc_distkv.engine.draws import Draws
 from hpc_distkv.engine.penalties import TokenCounts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from hpc_distkv.control.messages import Sampling
+from hpc_distkv.control.requests import Sampling
 from hpc_distkv.model.detokenizer import Detokenizer
 
 

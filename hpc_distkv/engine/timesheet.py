@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from hpc_distkv.control.messages import Counters
+from hpc_distkv.control.counters import Counters
 from hpc_distkv.engine.recorder import Kind, Recorder
 
 FIELDS = {

@@ -9,8 +9,10 @@ from typing import NamedTuple, Protocol
 import msgspec
 import torch
 
+from hpc_distkv.control.answer import Answer
 from hpc_distkv.control.gmanager import GManager
-from hpc_distkv.control.messages import Answer, Remains, Result, Unfinished
+from hpc_distkv.control.report import Remains
+from hpc_distkv.control.requests import Result, Unfinished
 from hpc_distkv.control.wire import encode_report
 from hpc_distkv.engine.events import (
     Advanced,

@@ -36,7 +36,7 @@ class Split(NamedTuple):
 
 
 class News(NamedTuple):
-    """What a header tells a creditor of what it hosts or has set aside; see `control.messages`."""
+    """What a header tells a creditor of what it hosts or has set aside; see `control.letters`."""
 
     released: Sequence[int] = ()
     returned: int = 0

@@ -11,7 +11,7 @@ from typing import Any
 
 from hpc_distkv.comm.local import open_local
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.control.messages import Request, Result, Sampling, pack_tokens
+from hpc_distkv.control.requests import Request, Result, Sampling, pack_tokens
 from hpc_distkv.engine.options import EngineOptions
 from hpc_distkv.engine.pace import Speed
 from hpc_distkv.engine.rank import RankEngine, joined

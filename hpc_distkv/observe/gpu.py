@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hpc_distkv.control.messages import Request
+from hpc_distkv.control.requests import Request
 from hpc_distkv.engine.rank import RankEngine
 from hpc_distkv.observe.bench import BenchLeader
 

@@ -13,8 +13,8 @@ from hpc_distkv.comm.device import Device, Fetch
 from hpc_distkv.comm.local import open_local
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.links import Links
-from hpc_distkv.control.messages import Request, Result
 from hpc_distkv.control.policy import POLICIES
+from hpc_distkv.control.requests import Request, Result
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.interrupt import Interrupt
 from hpc_distkv.engine.parts import Parts

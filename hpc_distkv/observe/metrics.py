@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from hpc_distkv.batch.replace import replace_file
-from hpc_distkv.control.messages import Counters
+from hpc_distkv.control.counters import Counters
 
 
 class RankFigures(msgspec.Struct, array_like=True):

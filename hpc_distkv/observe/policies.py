@@ -11,8 +11,8 @@ from typing import Any
 
 from hpc_distkv.comm.together import together
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.control.messages import Request
 from hpc_distkv.control.policy import POLICIES
+from hpc_distkv.control.requests import Request
 from hpc_distkv.control.work import kv_tokens
 from hpc_distkv.engine.config import OptionError
 from hpc_distkv.engine.loading import load_model, unite

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.control.messages import Request
+from hpc_distkv.control.requests import Request
 from hpc_distkv.engine.options import EngineOptions
 from hpc_distkv.engine.rank import joined
 from hpc_distkv.model.decoder import Decoder

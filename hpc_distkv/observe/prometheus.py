@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from hpc_distkv.batch.replace import replace_file
-from hpc_distkv.control.messages import Counters
+from hpc_distkv.control.counters import Counters
 from hpc_distkv.observe.metrics import total
 from hpc_distkv.observe.snapshot import Snapshot
 

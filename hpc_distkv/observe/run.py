@@ -11,8 +11,9 @@ import numpy as np
 
 from hpc_distkv.batch.job import Job
 from hpc_distkv.comm.world import World
+from hpc_distkv.control.counters import Counters
 from hpc_distkv.control.gaps import gap_summary
-from hpc_distkv.control.messages import Counters, Result
+from hpc_distkv.control.requests import Result
 from hpc_distkv.observe.latency import Latencies, histogram
 from hpc_distkv.observe.metrics import RankFigures, total
 from hpc_distkv.observe.snapshot import Numbers

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+from hpc_distkv.control.counters import Counters
 from hpc_distkv.control.gaps import gap_summary
-from hpc_distkv.control.messages import Counters, Result
 from hpc_distkv.control.percentiles import percentiles
+from hpc_distkv.control.requests import Result
 from hpc_distkv.observe.latency import Latencies
 from hpc_distkv.observe.metrics import peak_memory, total
 from hpc_distkv.simulate.deployment import Deployment

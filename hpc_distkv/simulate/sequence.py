@@ -6,7 +6,7 @@ import struct
 from collections.abc import Iterable
 from itertools import takewhile
 
-from hpc_distkv.control.messages import Request, Sampling
+from hpc_distkv.control.requests import Request, Sampling
 from hpc_distkv.control.work import kv_tokens
 from hpc_distkv.engine.sequence import Sequence
 from hpc_distkv.simulate.workload import Row

@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
+from hpc_distkv.control.answer import Answer
 from hpc_distkv.control.gmanager import GManager
-from hpc_distkv.control.messages import Answer
 from hpc_distkv.control.wire import encode_report
 from hpc_distkv.engine.instance import Instance
 from hpc_distkv.engine.plan import NOTHING

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from operator import attrgetter
 
-from hpc_distkv.control.messages import Header
+from hpc_distkv.control.letters import Header
 from hpc_distkv.engine.guests import host_queries
 from hpc_distkv.engine.instance import Instance
 from hpc_distkv.engine.pace import StepSeconds, StepWork

@@ -18,7 +18,7 @@ from hpc_distkv.batch.journal import Journal
 from hpc_distkv.batch.opening import Opening, Reuse, check_place
 from hpc_distkv.batch.service import Limits, SamplingDefaults, Service
 from hpc_distkv.control.logprobs import record_dtype
-from hpc_distkv.control.messages import Request, Result, pack_tokens, unpack_tokens
+from hpc_distkv.control.requests import Request, Result, pack_tokens, unpack_tokens
 
 VOCABULARY = 300
 EOS = 299

@@ -24,7 +24,7 @@ from hpc_distkv.batch.choice import read_choice
 from hpc_distkv.batch.errors import RowError
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.job import Job
-from hpc_distkv.control.messages import NOT_FINITE, Result, pack_tokens
+from hpc_distkv.control.requests import NOT_FINITE, Result, pack_tokens
 
 
 def open_job(folder: Path) -> Job:

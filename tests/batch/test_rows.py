@@ -12,7 +12,7 @@ from hpc_distkv.batch.errors import RowError
 from hpc_distkv.batch.rows import Row, derive_seed, parse_row, which_choice
 from hpc_distkv.batch.schema import read_envelope
 from hpc_distkv.batch.service import Service
-from hpc_distkv.control.messages import unpack_tokens
+from hpc_distkv.control.requests import unpack_tokens
 from hpc_distkv.model.errors import ModelError
 
 

@@ -11,7 +11,7 @@ from batch_fakes import EOS, chat, completion, make_service
 from test_rows import parse, refused, with_body
 
 from hpc_distkv.batch.rows import derive_seed, which_choice
-from hpc_distkv.control.messages import LogitRules, Sampling
+from hpc_distkv.control.requests import LogitRules, Sampling
 
 
 def sampling(service: Any = None, **fields: Any) -> Sampling:

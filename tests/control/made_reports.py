@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hpc_distkv.control.messages import Report
+from hpc_distkv.control.report import Report
 from hpc_distkv.control.wire import Reports, encode_report
 
 

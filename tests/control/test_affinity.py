@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hpc_distkv.control import affinity
 from hpc_distkv.control.affinity import STEP, Affinity
 from hpc_distkv.control.assign import Assignment
-from hpc_distkv.control.messages import Request, Sampling, pack_tokens
+from hpc_distkv.control.requests import Request, Sampling, pack_tokens
 
 BLOCK, PLENTY = 4, 10**6
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hpc_distkv.control import assign, row_queue
 from hpc_distkv.control.assign import Assignment
-from hpc_distkv.control.messages import Request, Result, Sampling, pack_tokens
+from hpc_distkv.control.requests import Request, Result, Sampling, pack_tokens
 from hpc_distkv.control.row_queue import LOOK_AHEAD, READ_AT_ONCE
 
 PLENTY = 10**6

@@ -11,8 +11,9 @@ from made_reports import report
 
 from hpc_distkv.control.assign import Assignment
 from hpc_distkv.control.large import SHARE, peak
-from hpc_distkv.control.messages import Changes, Large, Report, Request, Sampling, pack_tokens
 from hpc_distkv.control.policy import POLICIES
+from hpc_distkv.control.report import Changes, Large, Report
+from hpc_distkv.control.requests import Request, Sampling, pack_tokens
 from hpc_distkv.control.wire import ReportError
 
 BLOCK = 32

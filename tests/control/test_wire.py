@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_reports import read, report
 
-from hpc_distkv.control.messages import NOBODY, Changes, Counters, Large, Report, Result
+from hpc_distkv.control.counters import Counters
+from hpc_distkv.control.report import Changes, Large, Report
+from hpc_distkv.control.requests import NOBODY, Result
 from hpc_distkv.control.wire import COLUMNS, SIGNED, ReportError, Reports, encode_report
 
 counts = st.integers(0, 2**31 - 1)

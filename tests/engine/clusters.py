@@ -8,7 +8,8 @@ from hpc_distkv.comm.group import Group
 from hpc_distkv.comm.local import leftovers, open_local, run_local
 from hpc_distkv.comm.schedule import SeededSchedule
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.control.messages import Counters, Request, Result, Unfinished, unpack_tokens
+from hpc_distkv.control.counters import Counters
+from hpc_distkv.control.requests import Request, Result, Unfinished, unpack_tokens
 from hpc_distkv.engine.interrupt import Interrupt
 from hpc_distkv.engine.loading import unite
 from hpc_distkv.engine.rank import EngineOptions, RankEngine

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from hpc_distkv.control.messages import Answer, Counters, Request, Sampling, pack_tokens
+from hpc_distkv.control.answer import Answer
+from hpc_distkv.control.counters import Counters
 from hpc_distkv.control.policy import POLICIES
+from hpc_distkv.control.requests import Request, Sampling, pack_tokens
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.scheduler import Scheduler
 from hpc_distkv.engine.sequence import Sequence

@@ -13,7 +13,7 @@ from hpc_distkv.comm.device import DeviceError
 from hpc_distkv.comm.local import open_local
 from hpc_distkv.comm.mpi import open_mpi
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.control.messages import Request, Sampling, pack_tokens, unpack_tokens
+from hpc_distkv.control.requests import Request, Sampling, pack_tokens, unpack_tokens
 from hpc_distkv.engine.loading import bind, load_model
 from hpc_distkv.engine.rank import EngineOptions, RankEngine
 from hpc_distkv.model.config import ModelConfig

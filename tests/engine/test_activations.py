@@ -21,7 +21,7 @@ from hpc_distkv.comm.group import Group, Rehearsal
 from hpc_distkv.comm.local import open_local
 from hpc_distkv.comm.network import Half
 from hpc_distkv.comm.schedule import SeededSchedule
-from hpc_distkv.control.messages import LogitRules, Request, Sampling, pack_tokens
+from hpc_distkv.control.requests import LogitRules, Request, Sampling, pack_tokens
 from hpc_distkv.engine import activations, creditor, debtor, shared, worker
 from hpc_distkv.engine.activations import PROMPTS, LargestStep, rehearse, serve
 from hpc_distkv.engine.config import OptionError

@@ -10,7 +10,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from schedules import BLOCK, add, answer, expect_short, make, running, step
 
-from hpc_distkv.control.messages import NOBODY
+from hpc_distkv.control.requests import NOBODY
 from hpc_distkv.engine.admission import CANDIDATES, REFUSED_STEPS, Admission
 from hpc_distkv.engine.scheduler import Scheduler
 from hpc_distkv.engine.sequence import Sequence

@@ -22,7 +22,7 @@ from test_window_clusters import model as windowed  # noqa: F401
 
 from hpc_distkv.comm.schedule import SeededSchedule
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.control.messages import Request, Sampling, pack_tokens
+from hpc_distkv.control.requests import Request, Sampling, pack_tokens
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.instance import Instance
 from hpc_distkv.engine.rank import EngineOptions

@@ -9,7 +9,7 @@ import torch
 from test_sampler import sequence
 
 from hpc_distkv.comm.device import Device, Fetch
-from hpc_distkv.control.messages import LogitRules, Sampling
+from hpc_distkv.control.requests import LogitRules, Sampling
 from hpc_distkv.engine.batch_sampler import NO_TOKEN, sample_together
 from hpc_distkv.engine.sampler import begin_sampling, sample, sample_logprobs
 

@@ -12,7 +12,7 @@ from clusters import run_cluster
 from hpc_distkv.comm.local import open_local, run_local
 from hpc_distkv.comm.schedule import SeededSchedule
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.control.messages import Request, Sampling, pack_tokens
+from hpc_distkv.control.requests import Request, Sampling, pack_tokens
 from hpc_distkv.engine.rank import EngineOptions, RankEngine
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder

@@ -10,8 +10,8 @@ from clusters import Outcome, run_cluster
 from test_cluster import BLOCK, demand_of, options, request, tiny_decoder, unconstrained
 
 from hpc_distkv.comm.schedule import SeededSchedule
-from hpc_distkv.control.messages import Request
 from hpc_distkv.control.policy import POLICIES
+from hpc_distkv.control.requests import Request
 from hpc_distkv.model.decoder import Decoder
 
 BLOCKS = 24

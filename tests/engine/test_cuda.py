@@ -16,7 +16,7 @@ from mpirun import mpirun, run_mpi
 from hpc_distkv.comm.binding import bind
 from hpc_distkv.comm.local import leftovers, open_local
 from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR
-from hpc_distkv.control.messages import LogitRules, Request, Sampling, pack_tokens
+from hpc_distkv.control.requests import LogitRules, Request, Sampling, pack_tokens
 from hpc_distkv.engine.rank import EngineOptions, RankEngine
 from hpc_distkv.engine.worker import Worker
 from hpc_distkv.model.config import ModelConfig

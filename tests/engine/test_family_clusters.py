@@ -10,7 +10,7 @@ import torch
 from clusters import run_cluster
 from families import continuation, prompt, save
 
-from hpc_distkv.control.messages import Request, Sampling, pack_tokens
+from hpc_distkv.control.requests import Request, Sampling, pack_tokens
 from hpc_distkv.engine.rank import EngineOptions
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.weights import load_decoder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hpc_distkv.control.messages import Request, Sampling, pack_tokens
+from hpc_distkv.control.requests import Request, Sampling, pack_tokens
 from hpc_distkv.engine.guests import Query, remote_queries
 from hpc_distkv.engine.plan import Row
 from hpc_distkv.engine.sequence import Sequence

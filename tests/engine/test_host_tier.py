@@ -15,7 +15,7 @@ from test_tensor_parallel import run, whole  # noqa: F401
 
 from hpc_distkv.comm.local import open_local
 from hpc_distkv.comm.schedule import SeededSchedule
-from hpc_distkv.control.messages import Request, Sampling, pack_tokens
+from hpc_distkv.control.requests import Request, Sampling, pack_tokens
 from hpc_distkv.engine.config import EngineConfig, OptionError
 from hpc_distkv.engine.foresight import Foresight
 from hpc_distkv.engine.instance import Instance

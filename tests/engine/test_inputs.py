@@ -15,7 +15,7 @@ from test_shared import BLOCK, DIM, HEADS, KV_HEADS, rows_of
 from hpc_distkv.attention import AttentionSpec, micro_attention, rotate_and_write
 from hpc_distkv.comm.local import open_local
 from hpc_distkv.comm.schedule import SeededSchedule
-from hpc_distkv.control.messages import Counters
+from hpc_distkv.control.counters import Counters
 from hpc_distkv.engine import rank
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.inputs import read

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from hpc_distkv.control.answer import Answer
+from hpc_distkv.control.counters import Counters
 from hpc_distkv.control.gaps import gap_bin
-from hpc_distkv.control.messages import (
-    Answer,
-    Changes,
-    Counters,
-    Header,
-    Report,
-    Request,
-    Sampling,
-    pack_tokens,
-    unpack_tokens,
-)
+from hpc_distkv.control.letters import Header
 from hpc_distkv.control.policy import POLICIES
+from hpc_distkv.control.report import Changes, Report
+from hpc_distkv.control.requests import Request, Sampling, pack_tokens, unpack_tokens
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.instance import Instance
 from hpc_distkv.engine.plan import Plan

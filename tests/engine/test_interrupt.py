@@ -16,7 +16,7 @@ from test_sampling_anywhere import rows as sampling_rows
 from test_tensor_parallel import greedy, shards
 
 from hpc_distkv.comm.schedule import SeededSchedule
-from hpc_distkv.control.messages import Request
+from hpc_distkv.control.requests import Request
 from hpc_distkv.engine.interrupt import DRAIN, HALT, TERM_GRACE, Interrupt
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder

@@ -9,8 +9,10 @@ from clusters import Outcome, run_cluster
 from test_cluster import options, request, tiny_decoder, unconstrained
 
 from hpc_distkv.comm.schedule import SeededSchedule
-from hpc_distkv.control.messages import Answer, Counters, Request, Sampling, pack_tokens
+from hpc_distkv.control.answer import Answer
+from hpc_distkv.control.counters import Counters
 from hpc_distkv.control.policy import POLICIES
+from hpc_distkv.control.requests import Request, Sampling, pack_tokens
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.migration import COPIED_BLOCKS, GROWTH_BLOCKS, Migrations
 from hpc_distkv.engine.scheduler import Scheduler

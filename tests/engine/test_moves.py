@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hpc_distkv.control.messages import Answer, Request, Sampling, pack_tokens
+from hpc_distkv.control.answer import Answer
+from hpc_distkv.control.requests import Request, Sampling, pack_tokens
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.moves import Moves
 from hpc_distkv.engine.sequence import Sequence

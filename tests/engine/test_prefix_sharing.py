@@ -12,7 +12,7 @@ from test_cluster import BLOCK, VOCABULARY, options, tiny_decoder
 from test_tensor_parallel import greedy, run
 
 from hpc_distkv.comm.schedule import SeededSchedule
-from hpc_distkv.control.messages import Request, Sampling, pack_tokens
+from hpc_distkv.control.requests import Request, Sampling, pack_tokens
 from hpc_distkv.engine import shared
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder

@@ -22,7 +22,7 @@ from hpc_distkv.attention.launch_plan import plan_key
 from hpc_distkv.attention.rotation import rotate
 from hpc_distkv.comm.schedule import SeededSchedule
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.control.messages import Request, Sampling, pack_tokens
+from hpc_distkv.control.requests import Request, Sampling, pack_tokens
 from hpc_distkv.engine import graphs, rank
 from hpc_distkv.engine.forward import Forward
 from hpc_distkv.engine.graphs import DecodeGraph

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from hpc_distkv.control.logprobs import unpack_logprobs
-from hpc_distkv.control.messages import LogitRules, Request, Sampling, pack_tokens
+from hpc_distkv.control.requests import LogitRules, Request, Sampling, pack_tokens
 from hpc_distkv.engine.penalties import TokenCounts, adjusted
 from hpc_distkv.engine.sampler import candidates, sample, sample_logprobs
 from hpc_distkv.engine.sequence import Sequence

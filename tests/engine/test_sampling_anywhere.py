@@ -12,7 +12,7 @@ from test_cluster import BLOCK, VOCABULARY, options, tiny_decoder
 
 from hpc_distkv.comm.schedule import SeededSchedule
 from hpc_distkv.control.logprobs import unpack_logprobs
-from hpc_distkv.control.messages import LogitRules, Request, Sampling, pack_tokens
+from hpc_distkv.control.requests import LogitRules, Request, Sampling, pack_tokens
 from hpc_distkv.model.decoder import Decoder
 
 

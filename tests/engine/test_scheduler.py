@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from schedules import BLOCK, add, answer, expect_short, make, running, step
 
-from hpc_distkv.control.messages import NOBODY
+from hpc_distkv.control.requests import NOBODY
 from hpc_distkv.engine.config import EngineConfig, OptionError
 from hpc_distkv.engine.scheduler import GUEST_STEPS, Scheduler
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from schedules import add, answer, expect_short, make, running, step
 
-from hpc_distkv.control.messages import Large
+from hpc_distkv.control.report import Large
 from hpc_distkv.engine.scheduler import PATIENCE, Scheduler
 
 # -- what is asked for --------------------------------------------------------------------------

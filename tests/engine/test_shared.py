@@ -10,7 +10,7 @@ import torch
 
 from hpc_distkv.attention import AttentionSpec
 from hpc_distkv.comm.local import open_local
-from hpc_distkv.control.messages import Request, Sampling, pack_tokens
+from hpc_distkv.control.requests import Request, Sampling, pack_tokens
 from hpc_distkv.engine import shared
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.forward import Forward

@@ -11,7 +11,7 @@ from clusters import run_cluster
 from test_cluster import BLOCK, model, options  # noqa: F401
 from test_host_tier import pressed, tier
 
-from hpc_distkv.control.messages import Request, Sampling, pack_tokens
+from hpc_distkv.control.requests import Request, Sampling, pack_tokens
 from hpc_distkv.engine.instance import Instance
 from hpc_distkv.engine.plan import Plan
 from hpc_distkv.engine.rank import EngineOptions

@@ -24,7 +24,7 @@ from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow, micro_atte
 from hpc_distkv.comm.device import Device
 from hpc_distkv.comm.local import open_local, run_local
 from hpc_distkv.comm.schedule import SeededSchedule
-from hpc_distkv.control.messages import Request, Sampling, pack_tokens
+from hpc_distkv.control.requests import Request, Sampling, pack_tokens
 from hpc_distkv.engine import host, host_costs, staging
 from hpc_distkv.engine.activations import LargestStep, stage
 from hpc_distkv.engine.host_costs import QUERY_ROWS, attend_seconds, staged_from

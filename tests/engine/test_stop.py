@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_distkv.control.messages import Request, Sampling, pack_tokens, unpack_tokens
+from hpc_distkv.control.requests import Request, Sampling, pack_tokens, unpack_tokens
 from hpc_distkv.engine.sequence import Sequence
 
 PROMPT = list(b"prompt")

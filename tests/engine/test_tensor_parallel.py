@@ -18,7 +18,8 @@ from hpc_distkv.comm.local import open_local, run_local
 from hpc_distkv.comm.schedule import SeededSchedule
 from hpc_distkv.comm.together import SetupError
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.control.messages import Counters, Request, Sampling
+from hpc_distkv.control.counters import Counters
+from hpc_distkv.control.requests import Request, Sampling
 from hpc_distkv.engine.config import OptionError
 from hpc_distkv.engine.loading import load_model, open_model
 from hpc_distkv.engine.rank import RankEngine

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from hpc_distkv.control.messages import Counters
+from hpc_distkv.control.counters import Counters
 from hpc_distkv.engine import timesheet
 from hpc_distkv.engine.recorder import Kind, Recorder
 from hpc_distkv.engine.timesheet import FIELDS, TimeSheet

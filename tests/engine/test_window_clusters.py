@@ -12,7 +12,7 @@ from clusters import run_cluster
 from families import VOCABULARY, continuation, prompt, save
 
 from hpc_distkv.comm.schedule import SeededSchedule
-from hpc_distkv.control.messages import Request, Sampling, pack_tokens
+from hpc_distkv.control.requests import Request, Sampling, pack_tokens
 from hpc_distkv.engine.rank import EngineOptions
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder

@@ -12,7 +12,8 @@ import torch
 
 from hpc_distkv.attention import AttentionSpec
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.control.messages import Answer, Request, Sampling, pack_tokens
+from hpc_distkv.control.answer import Answer
+from hpc_distkv.control.requests import Request, Sampling, pack_tokens
 from hpc_distkv.engine.config import EngineConfig
 from hpc_distkv.engine.creditor import Creditor
 from hpc_distkv.engine.debtor import Debtor

@@ -18,10 +18,12 @@ from lending_nodes import BLOCK, Marks, Node
 
 from hpc_distkv.comm.local import leftovers, network_of, open_local
 from hpc_distkv.comm.schedule import SeededSchedule
+from hpc_distkv.control.answer import Answer
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.links import Links
-from hpc_distkv.control.messages import NOBODY, Answer, Changes, Report
 from hpc_distkv.control.policy import Policy
+from hpc_distkv.control.report import Changes, Report
+from hpc_distkv.control.requests import NOBODY
 from hpc_distkv.control.wire import encode_report
 from hpc_distkv.engine.config import EngineConfig
 

@@ -12,7 +12,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from seen_runs import snapshot
 
-from hpc_distkv.control.messages import Counters, Result, pack_tokens
+from hpc_distkv.control.counters import Counters
+from hpc_distkv.control.requests import Result, pack_tokens
 from hpc_distkv.observe import progress
 from hpc_distkv.observe.latency import Latencies
 from hpc_distkv.observe.metrics import total, write_json

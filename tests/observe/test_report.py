@@ -13,7 +13,8 @@ import pytest
 from seen_runs import snapshot, two_ranks
 
 from hpc_distkv.comm.world import World
-from hpc_distkv.control.messages import Counters, Result, pack_tokens
+from hpc_distkv.control.counters import Counters
+from hpc_distkv.control.requests import Result, pack_tokens
 from hpc_distkv.observe.metrics import total, write_json
 from hpc_distkv.observe.report import page
 from hpc_distkv.observe.run import RunRecord

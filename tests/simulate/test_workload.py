@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_distkv.control.messages import unpack_tokens
+from hpc_distkv.control.requests import unpack_tokens
 from hpc_distkv.engine.config import OptionError
 from hpc_distkv.simulate.workload import Row, Workload
 
