@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hpc_distkv.api import Engine, Files
+    from hpc_distkv.api import Engine
+    from hpc_distkv.batch.files import Files
     from hpc_distkv.engine.options import EngineOptions
 
 __all__ = ["Engine", "EngineOptions", "Files"]

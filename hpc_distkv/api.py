@@ -8,10 +8,9 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -20,34 +19,29 @@ from typing import Any, TypeVar
 import msgspec
 import torch
 
-from hpc_distkv.batch.claim import Claim
-from hpc_distkv.batch.errors import InputError, JournalError
+from hpc_distkv.batch.errors import InputError
+from hpc_distkv.batch.files import Claims, Files
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.job import Job, job_fingerprint
-from hpc_distkv.batch.journal import Journal
-from hpc_distkv.batch.opening import Opening, Reuse, check_place
 from hpc_distkv.batch.service import Limits, SamplingDefaults, Service, model_names
-from hpc_distkv.batch.shard import Shard
 from hpc_distkv.comm.abort import aborting, failing
 from hpc_distkv.comm.mpi import open_mpi
 from hpc_distkv.comm.together import SetupError, together
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.comm.world import World
-from hpc_distkv.control.requests import Result, Unfinished
 from hpc_distkv.engine.config import OptionError
 from hpc_distkv.engine.follower import Follower
 from hpc_distkv.engine.interrupt import Interrupt
 from hpc_distkv.engine.loading import open_model
 from hpc_distkv.engine.options import EngineOptions
-from hpc_distkv.engine.rank import RankEngine, joined
+from hpc_distkv.engine.rank import joined
 from hpc_distkv.engine.worker import Worker
 from hpc_distkv.errors import FaultError, UserError
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.tokenizer import Tokenizer
+from hpc_distkv.observe.leader import JobLeader
 from hpc_distkv.observe.metrics import RankFigures, peak_memory
 from hpc_distkv.observe.progress import ProgressReport
 from hpc_distkv.observe.prometheus import PrometheusFile, run_labels
-from hpc_distkv.observe.run import RunRecord
 from hpc_distkv.observe.timeline import Timeline
 from hpc_distkv.observe.trace import begin_trace, gather_traces
 from hpc_distkv.observe.trace_file import write_trace
@@ -55,69 +49,6 @@ from hpc_distkv.observe.watch import Watch
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Files:
-    """Where rows come from and answers go."""
-
-    input: Path
-    output: Path
-    overwrite: bool = False
-    prometheus: Path | None = None
-    """The state of the run, every few seconds."""
-    trace: Path | None = None
-    """When which rank did what, at the end."""
-    retry_errors: bool = False
-    """Drop the error rows that there are, and answer these rows again."""
-    errors: Path | None = None
-    """Where error rows go; None: among the results."""
-    shard: Shard | None = None
-    """The part of the input to answer; None: all of it."""
-    ordered: bool = False
-    """Put the results into the order of the input when all are there."""
-    job: str | None = None
-    """Slurm's job id."""
-    restarted: bool = False
-    """Whether that job was started before, and goes on where it was."""
-
-    def claim(self) -> Claims:
-        """Claim the files to be written for this run, having looked whether they can be used.
-        Raises InputError and JournalError."""
-        Intake(self.input).close()
-        outputs = [self.output] if self.errors is None else [self.output, self.errors]
-        for path in outputs:
-            check_place(path, self.input)
-        if len({path.resolve() for path in outputs}) < len(outputs):
-            raise JournalError(f"{self.errors} is both the results and the error file.")
-        claims = Claims()
-        try:
-            for path in outputs:
-                claims[path] = Claim.take(path)
-        except JournalError:
-            claims.release()
-            raise
-        return claims
-
-    def open(
-        self, claims: Claims, fingerprint: Mapping[str, Any]
-    ) -> tuple[Journal, Journal | None]:
-        """The journals of the results and, if there is one, of the error rows; no file is changed
-        if one is refused. Raises JournalError."""
-        reuse = Reuse(self.overwrite, self.retry_errors, self.job, self.restarted)
-        look = partial(Opening.look, fingerprint=fingerprint, reuse=reuse, source=self.input)
-        results = look(claims[self.output], errors=self.errors)
-        errors = look(claims[self.errors]) if self.errors else None
-        return results.begin(), errors.begin() if errors else None
-
-
-class Claims(dict[Path, Claim]):
-    """A run's claims of the files that it writes."""
-
-    def release(self) -> None:
-        """Let others write them."""
-        for claim in self.values():
-            claim.release()
 
 
 class Engine:
@@ -316,35 +247,3 @@ def _write_rows(rows: Iterable[dict[str, Any]], path: Path) -> None:
                     f"rows[{number}] cannot be written as JSON ({error}): give plain int, float, "
                     "str, list and dict, for example array.tolist()."
                 ) from None
-
-
-class JobLeader:
-    """What rank 0 does beside its own work: feed the gManager, keep results, show progress."""
-
-    def __init__(self, engine: RankEngine, job: Job, watch: Watch) -> None:
-        self.gmanager = engine.gmanager(job.requests())
-        self.watch = watch
-        self._job = job
-        self._record = RunRecord()
-
-    def finish(self, result: Result) -> None:
-        """Write a row's answer."""
-        if written := self._job.finish(result):
-            self._record.add(*written)
-
-    def put_aside(self, unfinished: Unfinished) -> None:
-        """Keep what was made of a row for the rerun."""
-        self._job.put_aside(unfinished)
-
-    def tick(self) -> None:
-        """After every control round: make results durable and show how far the run is."""
-        self._job.commit()
-        if (reports := self.gmanager.reports) is not None:
-            self._record.see_pools(reports["capacity"] - reports["free"])
-        self.watch.look(self._job, self.gmanager)
-
-    def close(self, ranks: Sequence[RankFigures], world: World, ordered: bool) -> dict[str, Any]:
-        """Close the files; the figures of the run."""
-        self._job.close(ordered)
-        self.watch.close(self._job, self.gmanager)
-        return self._record.figures(self._job, ranks, world)

@@ -13,7 +13,8 @@ from hpc_distkv.cli.options import POSITIVE, Number, engine_options, read_shard
 from hpc_distkv.engine.interrupt import GRACE, TERM_GRACE, Interrupt
 
 if TYPE_CHECKING:
-    from hpc_distkv.api import Claims, Engine, Files
+    from hpc_distkv.api import Engine
+    from hpc_distkv.batch.files import Claims, Files
     from hpc_distkv.comm.transport import Comm
 
 STOPPED_STATUS = 75
@@ -152,7 +153,7 @@ def _run(
 
 
 def _files(options: dict[str, Any], paths: dict[str, Path | None]) -> Files:
-    from hpc_distkv.api import Files
+    from hpc_distkv.batch.files import Files
 
     return Files(
         Path(options["source"]),
