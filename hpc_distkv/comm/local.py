@@ -147,6 +147,7 @@ class LocalTransport(Transport):
 
     def drained(self) -> bool:
         """Whether all exchanges have completed."""
+        self._network.switch(self._rank)
         return self._under_way.drained()
 
 

@@ -89,9 +89,11 @@ def test_a_token_that_the_host_does_not_know_yet_is_penalised_as_a_known_one():
     for row, token in zip(waiting, want, strict=True):
         assert row.tokens[-1] < 0
         row.learn(int(drawn[-1 - row.tokens[-1]]), 0.0)
-        row.append(token, 0.0)
+        row.expect(0)
+        row.learn(token, 0.0)
     for row, token in zip(rows, want, strict=True):
-        row.append(token, 0.0)
+        row.expect(0)
+        row.learn(token, 0.0)
     assert sample_together(Device(), logits, waiting).tolist() == sample(logits, rows)
 
 

@@ -41,7 +41,8 @@ def sequence(
     prompt = [0] * (position - len(output))
     made = Sequence(Request(number, pack_tokens(prompt), sampling), assigned_at=0.0)
     for token in output:
-        made.append(token, 0.0)
+        made.expect(0)
+        made.learn(token, 0.0)
     return made
 
 

@@ -47,7 +47,8 @@ def run(output: Ids[int], decoder=None, **sampling) -> Sequence:
     prompt = PROMPT if isinstance(decoder, Bytes) else [0]
     made = Sequence(Request(0, pack_tokens(prompt), settings), 0.0, decoder or Bytes())
     for token in output:
-        made.append(token, 0.0)
+        made.expect(0)
+        made.learn(token, 0.0)
         if made.finish_reason():
             return made
     return made
