@@ -145,7 +145,8 @@ def test_logprobs_go_with_the_tokens_of_the_output():
         settings = Sampling(9, stop_token_ids=(7,), logprobs=0, include_stop=include)
         made = Sequence(Request(0, pack_tokens([1]), settings), 0.0)
         for token in (5, 6, 7):
-            made.append(token, 0.0, bytes([token] * 4))
+            made.expect(0)
+            made.learn(token, 0.0, bytes([token] * 4))
         kept = [5, 6, 7] if include else [5, 6]
         assert unpack_tokens(made.packed_output) == kept
         assert made.packed_logprobs == b"".join(bytes([token] * 4) for token in kept)
@@ -159,7 +160,8 @@ def test_a_sequence_that_moves_goes_on_as_if_it_had_stayed():
         moved = Sequence(request, 0.0, Bytes())
         moved.restore(stayed.packed, 3, bytes(stayed.logprobs or b""))
         for each in (stayed, moved):
-            each.append(token, 0.0, bytes([place] * 4))
+            each.expect(0)
+            each.learn(token, 0.0, bytes([place] * 4))
         assert moved.finish_reason() == stayed.finish_reason()
         assert moved.text_end == stayed.text_end
         assert moved.packed_logprobs == stayed.packed_logprobs
