@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+"""Before torch is imported: tests run beside each other, and threads that spin take each other's
+cores."""
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -79,6 +79,7 @@ def test_the_demo_model_answers_as_transformers_with_most_of_the_long_row_remote
     assert remote > with_kv / 2 if ranks > 1 else remote == 0
 
 
+@pytest.mark.xdist_group("demo answers")
 def test_a_row_larger_than_all_pools_is_answered_from_files(
     tmp_path, demo_model, demo_rows, demo_answers
 ):
