@@ -34,17 +34,17 @@ def throughput(**options: Any) -> None:
     """Tokens per second, time to first token and peak memory."""
 
     def measure(comm: Comm, model: Decoder, settings: EngineOptions) -> dict[str, Any]:
+        from hpc_distkv.bench.throughput import engine_throughput, transformers_throughput
         from hpc_distkv.comm.together import SetupError
-        from hpc_distkv.observe import bench
 
         if options["against_transformers"] and comm.world.size > 1:
             raise SetupError("--against-transformers compares one rank: run without mpirun")
         requests = requests_of(options, model)
-        figures = bench.throughput(comm, model, settings, requests)
+        figures = engine_throughput(comm, model, settings, requests)
         if options["against_transformers"]:
             import torch
 
-            other = bench.transformers_throughput(
+            other = transformers_throughput(
                 options["model"], model, torch.get_num_threads(), requests, settings.dummy
             )
             rate = "output_tokens_per_second"
@@ -60,14 +60,14 @@ def remote(**options: Any) -> None:
     """Two ranks: a long decode with half of its KV remote, against all of it at home."""
 
     def measure(comm: Comm, model: Decoder, settings: EngineOptions) -> dict[str, Any]:
+        from hpc_distkv.bench.lending import remote_against_local
         from hpc_distkv.comm.together import SetupError
-        from hpc_distkv.observe import bench
 
         if comm.world.instances != 2 or comm.world.tp > 1:
             raise SetupError(
                 "this benchmark needs two ranks: mpirun -n 2 hpc-distkv bench remote …"
             )
-        return bench.remote_against_local(
+        return remote_against_local(
             comm, model, settings, options["context"], options["output_len"], options["repeats"]
         )
 
@@ -80,10 +80,10 @@ def gpu(**options: Any) -> None:
     """One rank on a GPU: waits and copies of a step, and how busy the GPU is."""
 
     def measure(comm: Comm, model: Decoder, settings: EngineOptions) -> dict[str, Any]:
+        from hpc_distkv.bench.gpu import profile_steps
+        from hpc_distkv.bench.runs import run_once
         from hpc_distkv.comm.together import SetupError
         from hpc_distkv.engine.rank import joined
-        from hpc_distkv.observe import bench
-        from hpc_distkv.observe.gpu import profile_steps
 
         if comm.world.size > 1:
             raise SetupError("this benchmark profiles one rank: run without mpirun")
@@ -91,7 +91,7 @@ def gpu(**options: Any) -> None:
             raise SetupError("this benchmark profiles a GPU: run it on a node that has one")
         requests = requests_of(options, model)
         engine = joined(comm, model, settings)
-        bench.run_once(engine, requests)
+        run_once(engine, requests)
         return profile_steps(engine, requests)
 
     measured(options, measure)
@@ -103,8 +103,8 @@ def overlap(**options: Any) -> None:
     """Two ranks: how much of an exchange is hidden behind what its debtor computes."""
 
     def measure(comm: Comm, model: Decoder, settings: EngineOptions) -> dict[str, Any]:
+        from hpc_distkv.bench.overlap import exchange_overlap
         from hpc_distkv.comm.together import SetupError
-        from hpc_distkv.observe.overlap import exchange_overlap
 
         if comm.world.instances != 2:
             raise SetupError(
@@ -124,13 +124,13 @@ def unused_lending(**options: Any) -> None:
     """An even load that fits: what it costs that ranks could lend, against every rank alone."""
 
     def measure(comm: Comm, model: Decoder, settings: EngineOptions) -> dict[str, Any]:
+        from hpc_distkv.bench.lending import lending_against_alone
         from hpc_distkv.comm.together import SetupError
-        from hpc_distkv.observe import bench
 
         if comm.world.tp > 1:
             raise SetupError("this benchmark runs ranks alone: --tensor-parallel-size must be 1")
         requests = requests_of(options, model)
-        return bench.unused_lending(comm, model, settings, requests, options["repeats"])
+        return lending_against_alone(comm, model, settings, requests, options["repeats"])
 
     measured(options, measure)
 
@@ -142,15 +142,16 @@ def trace_cost(**options: Any) -> None:
     """The same rows with --trace and without it."""
 
     def measure(comm: Comm, model: Decoder, settings: EngineOptions) -> dict[str, Any]:
-        from hpc_distkv.observe import bench
+        from hpc_distkv.bench.runs import synthetic
+        from hpc_distkv.bench.trace_cost import traced_against_plain
 
         count, output_len = options["num_prompts"], options["output_len"]
         vocab_size = model.config.vocab_size
         requests = requests_of(options, model)
         if options["long_len"]:
-            *_, long = bench.synthetic(count + 1, options["long_len"], output_len, vocab_size)
+            *_, long = synthetic(count + 1, options["long_len"], output_len, vocab_size)
             requests.append(long)
-        return bench.trace_cost(comm, model, settings, requests, options["repeats"])
+        return traced_against_plain(comm, model, settings, requests, options["repeats"])
 
     measured(options, measure)
 
@@ -161,7 +162,7 @@ def prefix(**options: Any) -> None:
     """Rows with a document in common and different questions: prefix caching on against off."""
 
     def measure(comm: Comm, model: Decoder, settings: EngineOptions) -> dict[str, Any]:
-        from hpc_distkv.observe.prefixes import questions, sharing
+        from hpc_distkv.bench.prefixes import questions, sharing
 
         rows, document, question = (options[n] for n in ("rows", "document_len", "question_len"))
         requests = questions(

@@ -26,7 +26,7 @@ def kernels(
     copy, operations per second of prompts, errors against float64, and torch's attention."""
     import torch
 
-    from hpc_distkv.observe import kernels as bench
+    from hpc_distkv.bench import kernels as bench
 
     try:
         where = torch.device(device)

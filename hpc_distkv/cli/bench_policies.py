@@ -36,10 +36,10 @@ def policies(**options: Any) -> None:
     """The rows of traces under every policy, on the same ranks, and what the simulator says."""
 
     def measure(comm: Comm, model: Decoder, settings: EngineOptions) -> dict[str, Any]:
+        from hpc_distkv.bench.plots import plot_folder
+        from hpc_distkv.bench.policies import check_fit, compare, draw, engines_of
         from hpc_distkv.comm.together import SetupError, together
         from hpc_distkv.observe.metrics import write_json
-        from hpc_distkv.observe.plots import plot_folder
-        from hpc_distkv.observe.policies import check_fit, compare, draw, engines_of
 
         if comm.world.tp > 1:
             raise SetupError("give tensor-parallel in --against: --tensor-parallel-size must be 1")

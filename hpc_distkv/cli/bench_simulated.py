@@ -20,7 +20,7 @@ from hpc_distkv.cli.options import POSITIVE
 @click.option("--rounds", "count", type=POSITIVE, default=50, show_default=True)
 def rounds(instances: tuple[int, ...], count: int) -> None:
     """The gManager alone: time and bytes of a control round, by number of instances."""
-    from hpc_distkv.observe.rounds import round_times
+    from hpc_distkv.bench.rounds import round_times
 
     figures = [round_times(number, count) for number in instances]
     click.echo(json.dumps(figures, indent=2))
@@ -41,8 +41,8 @@ def host(
     there."""
     from msgspec.structs import replace
 
-    from hpc_distkv.observe.bench import synthetic
-    from hpc_distkv.observe.host import VOCABULARY, host_figures
+    from hpc_distkv.bench.host import VOCABULARY, host_figures
+    from hpc_distkv.bench.runs import synthetic
 
     figures = []
     for count in rows:
@@ -88,7 +88,7 @@ def paper(cluster: str, model: str, traces: str, rows: int, output: str | None) 
             shown = ", ".join(f"{ratio:.2f} × {other}" for other, ratio in ratios.items())
             click.echo(f"  {row:22s} {shown}")
     if output:
-        from hpc_distkv.observe.plots import bars
+        from hpc_distkv.bench.plots import bars
 
         for name in ("mixes", "short", "long"):
             ratios = {row: r["lend_over"] for row, r in figures[name]["simulated"].items()}
@@ -132,7 +132,7 @@ def scale(
     figures = _simulated(measure, output, "scale.json")
     click.echo(json.dumps(figures, indent=2))
     if output:
-        from hpc_distkv.observe.plots import lines
+        from hpc_distkv.bench.plots import lines
 
         points = figures["points"]
         for file, title, name, values in (
@@ -157,8 +157,8 @@ def _simulated(
     measure: Callable[[], dict[str, Any]], output: str | None, name: str
 ) -> dict[str, Any]:
     """Figures that need no ranks, also written to the folder `output`. Raises UserError."""
+    from hpc_distkv.bench.plots import plot_folder
     from hpc_distkv.observe.metrics import write_json
-    from hpc_distkv.observe.plots import plot_folder
 
     folder = plot_folder(output) if output else None
     figures = measure()

@@ -42,7 +42,7 @@ def workload(**counts: int) -> Callable[[F], F]:
 
 def requests_of(options: dict[str, Any], model: Decoder) -> list[Request]:
     """As many and as long as --num-prompts, --input-len and --output-len say."""
-    from hpc_distkv.observe.bench import synthetic
+    from hpc_distkv.bench.runs import synthetic
 
     count, input_len = options["num_prompts"], options["input_len"]
     return synthetic(count, input_len, options["output_len"], model.config.vocab_size)

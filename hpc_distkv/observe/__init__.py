@@ -1,1 +1,1 @@
-"""What is seen of runs: progress, metrics, traces, reports; and benchmarks."""
+"""What is seen of runs: progress, metrics, traces, reports."""

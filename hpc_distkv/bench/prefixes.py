@@ -8,12 +8,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from hpc_distkv.bench.runs import alternate, ratios, run_once, synthetic, warm_up
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.requests import Request
 from hpc_distkv.engine.options import EngineOptions
 from hpc_distkv.engine.rank import joined
 from hpc_distkv.model.decoder import Decoder
-from hpc_distkv.observe.bench import alternate, ratios, run_once, synthetic, warm_up
 
 
 def questions(

@@ -11,8 +11,8 @@ import sys
 
 import pytest
 
+from hpc_distkv.bench.plots import POLICY_COLOURS, bars, colours_of, lines, plot_folder, spread
 from hpc_distkv.engine.config import OptionError
-from hpc_distkv.observe.plots import POLICY_COLOURS, bars, colours_of, lines, plot_folder, spread
 
 RATIOS = {
     "long": {"lend": 1.8, "queue": 1.0, "isolated": 0.6},
@@ -183,5 +183,5 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 
 def test_matplotlib_is_loaded_by_the_first_plot_only():
-    code = "import sys, hpc_distkv.observe.plots; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, hpc_distkv.bench.plots; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

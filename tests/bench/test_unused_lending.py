@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hpc_distkv.bench import lending
+from hpc_distkv.bench.runs import synthetic
 from hpc_distkv.comm.device import Device
 from hpc_distkv.comm.local import open_local
 from hpc_distkv.engine.rank import EngineOptions
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.weights import load_decoder
-from hpc_distkv.observe import bench
 
 
 class CountingDevice(Device):
@@ -36,9 +37,9 @@ def test_ranks_alone_compute_on_the_device_of_the_ranks_together(
             fetched[way] = device.fetched - before
         return {way: [1.0] for way in ways}
 
-    monkeypatch.setattr(bench, "alternate", measured)
+    monkeypatch.setattr(lending, "alternate", measured)
     model = load_decoder(tiny_model, ModelConfig.from_dir(tiny_model))
     options = EngineOptions(num_blocks=16, block_size=16, threads=1)
-    requests = bench.synthetic(3, 9, 5, model.config.vocab_size)
-    bench.unused_lending(comm, model, options, requests, 1)
+    requests = synthetic(3, 9, 5, model.config.vocab_size)
+    lending.lending_against_alone(comm, model, options, requests, 1)
     assert fetched["lending"] == fetched["alone"] > 0

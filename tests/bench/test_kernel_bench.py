@@ -7,7 +7,7 @@ import torch
 
 from hpc_distkv.attention import flashinfer, micro_attention
 from hpc_distkv.attention.call import Call
-from hpc_distkv.observe.kernels import Heads, KernelBench, kernel_figures
+from hpc_distkv.bench.kernels import Heads, KernelBench, kernel_figures
 
 SMALL = Heads(query=4, kv=2, dim=32, dtype=torch.float32)
 
@@ -37,7 +37,7 @@ def test_every_case_that_fits_is_measured_and_right():
 
 
 def test_a_wrong_result_shows_as_an_error(monkeypatch):
-    from hpc_distkv.observe import kernels
+    from hpc_distkv.bench import kernels
 
     right = kernels.micro_attention
 

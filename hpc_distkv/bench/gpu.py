@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from hpc_distkv.bench.runs import BenchLeader
 from hpc_distkv.control.requests import Request
 from hpc_distkv.engine.rank import RankEngine
-from hpc_distkv.observe.bench import BenchLeader
 
 WAITS = (
     *("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize"),

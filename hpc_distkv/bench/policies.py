@@ -9,6 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hpc_distkv.bench.plots import bars
+from hpc_distkv.bench.prediction import most_rate, predicted_rate
+from hpc_distkv.bench.runs import BenchLeader, lead, ratios, run_led, warm_up
 from hpc_distkv.comm.together import together
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.policy import POLICIES
@@ -20,9 +23,6 @@ from hpc_distkv.engine.options import EngineOptions
 from hpc_distkv.engine.rank import RankEngine
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
-from hpc_distkv.observe.bench import BenchLeader, lead, ratios, run_led, warm_up
-from hpc_distkv.observe.plots import bars
-from hpc_distkv.observe.prediction import most_rate, predicted_rate
 from hpc_distkv.simulate.workload import Row
 
 RATE = "output_tokens_per_second"

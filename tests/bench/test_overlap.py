@@ -9,12 +9,7 @@ import pytest
 import torch
 from torch.autograd.profiler_util import DeviceType
 
-from hpc_distkv.comm.local import open_local, run_local
-from hpc_distkv.engine.rank import EngineOptions
-from hpc_distkv.engine.recorder import Kind
-from hpc_distkv.model.config import ModelConfig
-from hpc_distkv.model.weights import load_decoder
-from hpc_distkv.observe.overlap import (
+from hpc_distkv.bench.overlap import (
     EXCHANGE,
     ExchangeRecorder,
     Span,
@@ -22,6 +17,11 @@ from hpc_distkv.observe.overlap import (
     computing,
     exchange_overlap,
 )
+from hpc_distkv.comm.local import open_local, run_local
+from hpc_distkv.engine.rank import EngineOptions
+from hpc_distkv.engine.recorder import Kind
+from hpc_distkv.model.config import ModelConfig
+from hpc_distkv.model.weights import load_decoder
 
 
 @pytest.mark.parametrize("seed", range(5))
