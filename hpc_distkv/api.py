@@ -52,6 +52,9 @@ from hpc_distkv.observe.watch import Watch
 USER_ERRORS = (ModelError, InputError, JournalError, OptionError)
 """What a user can cause and mend: shown as a sentence, not as a traceback."""
 
+READ_SECONDS = 0.25
+"""For which rank 0 reads and tokenizes rows in one control round: meanwhile it serves nobody."""
+
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -347,7 +350,7 @@ class JobLeader:
     """What rank 0 does beside its own work: feed the gManager, keep results, show progress."""
 
     def __init__(self, engine: RankEngine, job: Job, watch: Watch) -> None:
-        self.gmanager = engine.gmanager(job.requests())
+        self.gmanager = engine.gmanager(job.requests(pause=READ_SECONDS))
         self.watch = watch
         self._job = job
         self._record = RunRecord()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,8 +15,10 @@ from hpc_distkv.batch.choice import read_choice
 from hpc_distkv.batch.errors import RowError
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.journal import Journal
+from hpc_distkv.batch.pauses import with_pauses
 from hpc_distkv.batch.response import answer_line, error_line
 from hpc_distkv.batch.rows import Row, parse_row, which_choice
+from hpc_distkv.batch.schema import Envelope
 from hpc_distkv.batch.service import SamplingDefaults, Service
 from hpc_distkv.batch.shard import Shard
 from hpc_distkv.batch.unfinished import Answer, Begun, digest
@@ -108,20 +111,14 @@ class Job:
         self.failed = 0
         """Rows that became error rows in this run."""
 
-    def requests(self) -> Iterator[Request]:
-        """The rows still to be answered, oldest first; read and tokenized as they are pulled.
+    def requests(self, pause: float = math.inf) -> Iterator[Request | None]:
+        """The rows still to be answered, oldest first; read and tokenized as they are pulled. Also
+        None, after every `pause` seconds of that: to come to the next row may take minutes.
 
-        Call once. Writes the error rows on its way, thousands of them perhaps, before it yields.
-        Raises InputError and JournalError.
+        Call once. Writes the error rows on its way, and passes over answered ones, millions of them
+        perhaps. Raises InputError and JournalError.
         """
-        for envelope in self._intake.envelopes(self._answered):
-            try:
-                row = parse_row(envelope, self._service)
-            except RowError as error:
-                self._write_error(envelope.number, envelope.custom_id, error)
-                self.commit()
-            else:
-                yield from self._resumed(row)
+        return with_pauses(self._read(), pause)
 
     def put_aside(self, unfinished: Unfinished) -> None:
         """Keep what was made of a request that came from `requests` and will not be finished in
@@ -236,6 +233,24 @@ class Job:
     @property
     def _journals(self) -> tuple[Journal, ...]:
         return tuple(dict.fromkeys((self._journal, self._errors)))
+
+    def _read(self) -> Iterator[Request | None]:
+        """As `requests`, and None for each row of which no request is made."""
+        for envelope in self._intake.envelopes(self._answered):
+            row = self._parse(envelope) if envelope else None
+            if row is None:
+                yield None
+            else:
+                yield from self._resumed(row)
+
+    def _parse(self, envelope: Envelope) -> Row | None:
+        """A row that can be answered; the error row of any other is written."""
+        try:
+            return parse_row(envelope, self._service)
+        except RowError as error:
+            self._write_error(envelope.number, envelope.custom_id, error)
+            self.commit()
+            return None
 
     def _resumed(self, row: Row) -> Iterator[Request]:
         """The requests of a row, from where an earlier run left off. Writes the row if that run has

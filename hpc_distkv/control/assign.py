@@ -39,13 +39,14 @@ class Assignment:
 
     def __init__(
         self,
-        requests: Iterator[Request],
+        requests: Iterator[Request | None],
         instances: int,
         queue: bool = True,
         attention_tokens: float = float("inf"),
         affinity: Affinity | None = None,
     ) -> None:
-        """`queue`: a row goes to the instance with least predicted work; otherwise rows are dealt
+        """`requests`: None stands for a row that may come later: the next round looks again.
+        `queue`: a row goes to the instance with least predicted work; otherwise rows are dealt
         out in turn, as to replicas that each got their part of the input. `affinity`: if instances
         share the beginnings of rows."""
         self.exhausted = False
@@ -56,6 +57,8 @@ class Assignment:
         self._given_work, self._given_limits = 0.0, 0
         """Of all rows given so far and not taken back: work of their prompts, and output limits."""
         self._requests = requests
+        self._paused = False
+        """Whether nothing more is read in this round."""
         self._attention_tokens = attention_tokens
         self._outputs = MeanOutput()
         self._ahead = deque[Request]()
@@ -128,6 +131,7 @@ class Assignment:
         instance: rows and prompt tokens there is room for, work it has already. `step_tokens`:
         prompt tokens that could be computed in the time of a decode step."""
         self._step_tokens = step_tokens
+        self._paused = False
         given: dict[int, list[Request]] = {}
         if not self.waiting:
             return given
@@ -248,15 +252,19 @@ class Assignment:
         """Read on. When the last rows are in sight, those come first that take longest: one that
         began last would be waited for at the end."""
         for _ in range(READ_AT_ONCE):
-            if len(self._ahead) >= self._most_ahead:
+            if self._paused or len(self._ahead) >= self._most_ahead:
                 return
-            request = next(self._requests, None)
-            if request is None:
+            try:
+                request = next(self._requests)
+            except StopIteration:
                 self.exhausted = True
                 if self._dealt is None:
                     self._ahead = deque(sorted(self._ahead, key=self._duration, reverse=True))
                 return
-            self._ahead.append(request)
+            if request is None:
+                self._paused = True
+            else:
+                self._ahead.append(request)
 
     def _duration(self, request: Request) -> float:
         """How long a row takes, in prompt tokens."""

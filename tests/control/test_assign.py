@@ -148,6 +148,30 @@ def test_rows_are_read_ahead_only_so_far_and_by_and_by(rounds, queue, most):
         assert read <= taken_or_dealt * READ_AT_ONCE
 
 
+@given(sizes, st.data(), st.booleans())
+def test_a_pause_of_the_source_ends_the_reading_of_one_round_and_no_more(lengths, data, queue):
+    pauses = data.draw(st.lists(st.integers(0, len(lengths)), max_size=6))
+    items: list[Request | None] = list(rows(lengths))
+    for place in sorted(pauses, reverse=True):
+        items.insert(place, None)
+    paused = 0
+
+    def source() -> Iterator[Request | None]:
+        nonlocal paused
+        for item in items:
+            paused += item is None
+            yield item
+
+    assignment = Assignment(source(), INSTANCES, queue)
+    ample: Rooms = [(PLENTY, PLENTY, 0.0)] * INSTANCES
+    given_rows: list[int] = []
+    for rounds in range(len(pauses) + 1):
+        assert (paused, assignment.exhausted, assignment.done) == (rounds, False, False)
+        given_rows += itertools.chain(*give(assignment, ample).values())
+    assert assignment.exhausted
+    assert sorted(given_rows) == list(range(len(lengths)))
+
+
 def in_order(count: int) -> int:
     """Rows of `count` that one instance, with room for one at a time, gets before the last ones are
     in sight."""
