@@ -24,6 +24,8 @@ LOOK_AHEAD = 16
 longest of them go first."""
 MOST_AHEAD = 16_384
 """Rows that are read ahead at most, however many instances there are."""
+MOST_TOKENS_AHEAD = 1 << 26
+"""Tokens, of 4 bytes, of rows that were read and have no instance: then no more are read."""
 READ_AT_ONCE = 8
 """Rows read for each that is assigned, until enough are ahead: so no round takes long."""
 
@@ -61,6 +63,8 @@ class Assignment:
         """Whether nothing more is read in this round."""
         self._attention_tokens = attention_tokens
         self._outputs = MeanOutput()
+        self._tokens_ahead = 0
+        """Of all rows that were read and have no instance."""
         self._ahead = deque[Request]()
         """Rows that were read and wait for an instance."""
         self.large_from = NOT_LARGE
@@ -111,6 +115,7 @@ class Assignment:
         del self.home[request.id], self._limits[request.id]
         self._given_work -= self._prompt_work(request)
         self._given_limits -= request.sampling.max_tokens
+        self._tokens_ahead += request.length
         self._returned.append(request)
         self._levelled.add(request.id)
 
@@ -252,7 +257,7 @@ class Assignment:
         """Read on. When the last rows are in sight, those come first that take longest: one that
         began last would be waited for at the end."""
         for _ in range(READ_AT_ONCE):
-            if self._paused or len(self._ahead) >= self._most_ahead:
+            if self._paused or self._enough_ahead:
                 return
             try:
                 request = next(self._requests)
@@ -264,7 +269,12 @@ class Assignment:
             if request is None:
                 self._paused = True
             else:
+                self._tokens_ahead += request.length
                 self._ahead.append(request)
+
+    @property
+    def _enough_ahead(self) -> bool:
+        return len(self._ahead) >= self._most_ahead or self._tokens_ahead >= MOST_TOKENS_AHEAD
 
     def _duration(self, request: Request) -> float:
         """How long a row takes, in prompt tokens."""
@@ -279,6 +289,7 @@ class Assignment:
         self._limits[request.id] = request.sampling.max_tokens
         self._given_work += self._prompt_work(request)
         self._given_limits += request.sampling.max_tokens
+        self._tokens_ahead -= request.length
         given.setdefault(instance, []).append(request)
         if self._affinity:
             self._affinity.give(request, instance)
