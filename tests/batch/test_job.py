@@ -24,7 +24,7 @@ from batch_fakes import (
 from hpc_distkv.batch import intake as intake_module
 from hpc_distkv.batch.errors import InputError
 from hpc_distkv.batch.intake import Intake
-from hpc_distkv.batch.job import Job
+from hpc_distkv.batch.job import COMMIT_INTERVAL, SYNC_SHARE, Job
 from hpc_distkv.batch.journal import Journal
 
 
@@ -163,6 +163,35 @@ def test_a_read_error_stops_the_job_and_keeps_what_was_answered(tmp_path: Path) 
         next(requests)
     job.close()
     assert len(read_lines(tmp_path / "out")) == 1
+
+
+def test_on_a_slow_disk_lines_are_written_all_the_same_and_made_durable_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lines(tmp_path / "in", [completion(str(i)) for i in range(100)])
+    job = Job(Intake(tmp_path / "in"), Journal.open(tmp_path / "out", {}), make_service())
+    now, waited = time.monotonic(), 0.0
+
+    def fsync(fd: int) -> None:
+        nonlocal now, waited
+        now, waited = now + 3, waited + 3
+
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(os, "fsync", fsync)
+    began = now
+    for number, request in enumerate(job.requests(), start=1):
+        job.finish(answer(request))
+        now += COMMIT_INTERVAL
+        job.commit()
+        assert len(read_lines(tmp_path / "out")) == number
+        assert waited <= 3 + SYNC_SHARE * (now - began)
+    assert waited > 3
+    now += 3 / SYNC_SHARE
+    job.commit()
+    before = waited
+    job.commit(now=True)
+    assert waited == before, "all lines are on the disk"
+    job.close()
 
 
 def test_commits_are_rate_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
