@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from hpc_distkv.batch.answered import Answered
 from hpc_distkv.batch.choice import read_choice
 from hpc_distkv.batch.errors import RowError
 from hpc_distkv.batch.intake import Intake
@@ -89,8 +88,8 @@ class Job:
     """Every row of `intake` gets exactly one line in `journal`, whatever is wrong with it; or, if
     it is an error row, in the journal `errors` where there is one.
 
-    Remembers the rows in flight, and what earlier runs have begun. Owns no file's opening, but
-    closes all.
+    Remembers the rows in flight, and what earlier runs have begun. Takes over what `journal` knows
+    to be answered. Owns no file's opening, but closes all.
     """
 
     def __init__(
@@ -100,9 +99,9 @@ class Job:
         self._journal = journal
         self._errors = errors or journal
         self._service = service
-        self._answered = Answered()
-        for each in self._journals:
-            self._answered.include(each.answered)
+        self._answered = journal.answered
+        if errors:
+            self._answered.include(errors.answered)
         done = self._answered.custom_ids
         self._begun = {a: b for a, b in journal.unfinished.items() if a.custom_id not in done}
         """What was begun of the rows that have no line yet."""

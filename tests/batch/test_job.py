@@ -24,8 +24,9 @@ from batch_fakes import (
 from hpc_distkv.batch import intake as intake_module
 from hpc_distkv.batch.errors import InputError
 from hpc_distkv.batch.intake import Intake
-from hpc_distkv.batch.job import COMMIT_INTERVAL, SYNC_SHARE, Job
+from hpc_distkv.batch.job import COMMIT_INTERVAL, SYNC_SHARE, Job, job_fingerprint
 from hpc_distkv.batch.journal import Journal
+from hpc_distkv.batch.service import SamplingDefaults
 
 
 def test_every_row_is_answered_once(tmp_path: Path) -> None:
@@ -62,6 +63,16 @@ def test_rerun_of_a_finished_job_adds_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_bytes() == before
     assert (job.answered, job.failed, job.skipped) == (0, 0, MIXED_ROWS)
     assert job.failed_before == 7
+
+
+def test_custom_ids_of_answered_rows_are_not_kept_twice(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in", MIXED)
+    run_job(tmp_path / "in", tmp_path / "out")
+    journal = Journal.open(tmp_path / "out", job_fingerprint("f00d", "tiny", SamplingDefaults()))
+    assert journal.answered.custom_ids == {*"abcde"}
+    job = Job(Intake(tmp_path / "in"), journal, make_service())
+    assert list(job.requests()) == []
+    assert not journal.answered.custom_ids
 
 
 def test_answered_rows_are_not_tokenized_again(tmp_path: Path) -> None:
