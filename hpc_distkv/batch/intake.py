@@ -15,7 +15,7 @@ from hpc_distkv.batch.shard import Shard
 LONGEST_LINE = 256 << 20
 """Bytes. A longer line is an error row, and is not read into memory."""
 _BOM = b"\xef\xbb\xbf"
-_OTHER_FILES = {
+OTHER_FILES = {
     b"\x1f\x8b": "is compressed: unpack it (gunzip)",
     b"\xff\xfe": "is not in UTF-8: convert it (iconv -f UTF-16 -t UTF-8)",
     b"\xfe\xff": "is not in UTF-8: convert it (iconv -f UTF-16 -t UTF-8)",
@@ -43,7 +43,7 @@ class Intake:
         if not stat.S_ISREG(state.st_mode):
             self._file.close()
             raise InputError(f"cannot read {path}: it is not a regular file, so it cannot resume.")
-        if problem := _OTHER_FILES.get(os.pread(self._file.fileno(), 2, 0)):
+        if problem := OTHER_FILES.get(os.pread(self._file.fileno(), 2, 0)):
             self._file.close()
             raise InputError(f"cannot read {path}: it {problem}.")
         self.size = state.st_size
