@@ -60,6 +60,8 @@ class Tokenizer:
         self._added = frozenset(self._fast.get_added_tokens_decoder())
         if model_vocab is not None:
             self._check_vocabulary(file, model_vocab)
+        self._pieces: dict[int, bytes] = {}
+        """Of the tokens that `token_bytes` was asked for: with log-probabilities twenty a token."""
         self._byte_level = b'"ByteLevel"' in _state(self._fast.decoder)
         self.vocab_size: int = self._fast.get_vocab_size(with_added_tokens=True)
         self.bos_token_id = self._id_of("bos_token")
@@ -116,6 +118,12 @@ class Tokenizer:
     def token_bytes(self, id: int) -> bytes:
         """What one token stands for, in UTF-8, special ones spelled out: it may be a part of a
         character. Empty for ids that are no token."""
+        piece = self._pieces.get(id)
+        if piece is None:
+            piece = self._pieces[id] = self._spell(id)
+        return piece
+
+    def _spell(self, id: int) -> bytes:
         piece: str | None = self._fast.id_to_token(id)
         if piece is None:
             return b""
