@@ -149,16 +149,18 @@ class Engine:
         worker = self.rank.run(leader, trace, interrupt)
         ranks = self._gather(worker)
         spans = gather_traces(self.comm, trace) if trace else []
-        if leader is None:
-            return None
-        about = self._about(files, started)
-        figures = {"job": about, **leader.close(ranks, self.comm.world, files.ordered)}
-        if files.trace and trace and (timeline := leader.watch.timeline):
-            snapshots = timeline.snapshots
-            try:
-                write_trace(files.trace, self.comm.world, spans, snapshots, trace.origin, about)
-            except OSError as error:  # the answers are there all the same
-                log.error("cannot write the trace: %s", error)
+        figures = None
+        if leader:
+            about = self._about(files, started)
+            figures = {"job": about, **leader.close(ranks, self.comm.world, files.ordered)}
+            if files.trace and trace and (timeline := leader.watch.timeline):
+                snapshots = timeline.snapshots
+                try:
+                    write_trace(files.trace, self.comm.world, spans, snapshots, trace.origin, about)
+                except OSError as error:  # the answers are there all the same
+                    log.error("cannot write the trace: %s", error)
+        with self.comm.waiter.patient():  # Rank 0 may have had millions of lines to put in order.
+            self.comm.agree(None)
         return figures
 
     def generate(self, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,17 @@ import pytest
 from batch_job import completion
 
 from hpc_distkv import Engine, EngineOptions
+from hpc_distkv.batch import journal
+from hpc_distkv.batch.files import Files
 from hpc_distkv.comm import binding
 from hpc_distkv.comm.local import open_local, run_local
 from hpc_distkv.comm.nccl import NcclError
 from hpc_distkv.comm.together import SetupError
 from hpc_distkv.comm.transport import Comm
+from hpc_distkv.comm.waiter import StallClock
 
 RANKS = 2
+STALL = 60.0
 OPTIONS = EngineOptions(dtype="float32", num_blocks=16, block_size=16, threads=1)
 
 
@@ -51,6 +57,38 @@ def test_what_is_no_list_of_rows_is_refused(rows, tiny_model: Path):
             Engine(tiny_model, OPTIONS, comm=comm).generate(rows)
 
     run_local(open_local(RANKS), work)
+
+
+def test_ranks_are_patient_while_the_first_one_puts_the_results_in_order(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Meanwhile any wait has lasted for more than the stall timeout at its first look."""
+    ordering, waits = threading.Event(), threading.Event()
+    look, order = StallClock.look, journal.order_lines
+
+    def long_since(clock: StallClock) -> float:
+        if not ordering.is_set():
+            return look(clock)
+        waits.set()
+        return 2 * STALL
+
+    def slowly(path: Path) -> None:
+        ordering.set()
+        assert waits.wait(STALL), "the other rank waits"
+        order(path)
+        ordering.clear()
+
+    monkeypatch.setattr(StallClock, "look", long_since)
+    monkeypatch.setattr(journal, "order_lines", slowly)
+    rows = [completion(str(number), [5, 6], 2) for number in range(4)]
+    files = Files(tmp_path / "in", tmp_path / "out", ordered=True)
+    files.input.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figures, nothing = run_local(
+        open_local(RANKS, STALL), lambda comm: Engine(tiny_model, OPTIONS, comm=comm).run(files)
+    )
+    assert figures is not None
+    assert figures["rows"]["answered"] == 4
+    assert nothing is None
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hpc_distkv.batch.shard import Shard
 LONGEST_LINE = 256 << 20
 """Bytes. A longer line is an error row, and is not read into memory."""
 _BOM = b"\xef\xbb\xbf"
-_OTHER_FILES = {
+OTHER_FILES = {
     b"\x1f\x8b": "is compressed: unpack it (gunzip)",
     b"\xff\xfe": "is not in UTF-8: convert it (iconv -f UTF-16 -t UTF-8)",
     b"\xfe\xff": "is not in UTF-8: convert it (iconv -f UTF-16 -t UTF-8)",
@@ -43,7 +43,7 @@ class Intake:
         if not stat.S_ISREG(state.st_mode):
             self._file.close()
             raise InputError(f"cannot read {path}: it is not a regular file, so it cannot resume.")
-        if problem := _OTHER_FILES.get(os.pread(self._file.fileno(), 2, 0)):
+        if problem := OTHER_FILES.get(os.pread(self._file.fileno(), 2, 0)):
             self._file.close()
             raise InputError(f"cannot read {path}: it {problem}.")
         self.size = state.st_size
@@ -56,8 +56,9 @@ class Intake:
         self.exhausted = False
         """Whether the last row has been seen."""
 
-    def envelopes(self, answered: Answered) -> Iterator[Envelope]:
-        """The rows not in `answered`, in order; a repeated custom_id comes with a problem.
+    def envelopes(self, answered: Answered) -> Iterator[Envelope | None]:
+        """The rows not in `answered`, in order, and None for each that is passed over; a repeated
+        custom_id comes with a problem.
 
         Takes over the custom_ids of `answered`. Raises InputError when reading fails.
         """
@@ -66,6 +67,7 @@ class Intake:
             envelope = _too_long(number) if line is None else read_envelope(line, number)
             custom_id = envelope.custom_id
             if self._shard and not self._shard.has(custom_id, number):
+                yield None
                 continue
             self.rows += 1
             if custom_id is None:
@@ -79,8 +81,7 @@ class Intake:
                 seen.add(custom_id)
             if done:
                 self.skipped += 1
-            else:
-                yield envelope
+            yield None if done else envelope
         self.exhausted = True
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,13 +10,14 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from hpc_distkv.batch.answered import Answered
 from hpc_distkv.batch.choice import read_choice
 from hpc_distkv.batch.errors import RowError
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.journal import Journal
+from hpc_distkv.batch.pauses import with_pauses
 from hpc_distkv.batch.response import answer_line, error_line
 from hpc_distkv.batch.rows import Row, parse_row, which_choice
+from hpc_distkv.batch.schema import Envelope
 from hpc_distkv.batch.service import SamplingDefaults, Service
 from hpc_distkv.batch.shard import Shard
 from hpc_distkv.batch.unfinished import Answer, Begun, digest
@@ -29,7 +31,9 @@ _NOT_FINITE = (
     "computed from them overflows in this --dtype: float16 has less room than bfloat16 or float32."
 )
 COMMIT_INTERVAL = 1.0
-"""Seconds between two fsyncs of the results."""
+"""Seconds between two times that results are written; and put on the disk, where that is fast."""
+SYNC_SHARE = 1 / 20
+"""Part of the time that it may take at most: all ranks wait for it in the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +88,8 @@ class Job:
     """Every row of `intake` gets exactly one line in `journal`, whatever is wrong with it; or, if
     it is an error row, in the journal `errors` where there is one.
 
-    Remembers the rows in flight, and what earlier runs have begun. Owns no file's opening, but
-    closes all.
+    Remembers the rows in flight, and what earlier runs have begun. Takes over what `journal` knows
+    to be answered. Owns no file's opening, but closes all.
     """
 
     def __init__(
@@ -95,33 +99,27 @@ class Job:
         self._journal = journal
         self._errors = errors or journal
         self._service = service
-        self._answered = Answered()
-        for each in self._journals:
-            self._answered.include(each.answered)
+        self._answered = journal.answered
+        if errors:
+            self._answered.include(errors.answered)
         done = self._answered.custom_ids
         self._begun = {a: b for a, b in journal.unfinished.items() if a.custom_id not in done}
         """What was begun of the rows that have no line yet."""
         self._pending: dict[int, _Pending] = {}
-        self._committed_at = time.monotonic()
+        self._written_at = self._sync_at = time.monotonic()
         self.answered = 0
         """Rows answered in this run."""
         self.failed = 0
         """Rows that became error rows in this run."""
 
-    def requests(self) -> Iterator[Request]:
-        """The rows still to be answered, oldest first; read and tokenized as they are pulled.
+    def requests(self, pause: float = math.inf) -> Iterator[Request | None]:
+        """The rows still to be answered, oldest first; read and tokenized as they are pulled. Also
+        None, after every `pause` seconds of that: to come to the next row may take minutes.
 
-        Call once. Writes the error rows on its way, thousands of them perhaps, before it yields.
-        Raises InputError and JournalError.
+        Call once. Writes the error rows on its way, and passes over answered ones, millions of them
+        perhaps. Raises InputError and JournalError.
         """
-        for envelope in self._intake.envelopes(self._answered):
-            try:
-                row = parse_row(envelope, self._service)
-            except RowError as error:
-                self._write_error(envelope.number, envelope.custom_id, error)
-                self.commit()
-            else:
-                yield from self._resumed(row)
+        return with_pauses(self._read(), pause)
 
     def put_aside(self, unfinished: Unfinished) -> None:
         """Keep what was made of a request that came from `requests` and will not be finished in
@@ -154,14 +152,23 @@ class Job:
             self._write_error(number, pending.row.custom_id, error)
 
     def commit(self, now: bool = False) -> None:
-        """Make the lines so far durable, at most once a second unless `now`. Raises JournalError.
+        """Write the lines so far, at most once a second unless `now`, and make them durable, more
+        rarely on a slow disk. Raises JournalError.
 
         Cheap enough to be called in every step.
         """
-        if now or time.monotonic() - self._committed_at >= COMMIT_INTERVAL:
-            for journal in self._journals:
+        began = time.monotonic()
+        if not now and began - self._written_at < COMMIT_INTERVAL:
+            return
+        durable = now or began >= self._sync_at
+        for journal in self._journals:
+            if durable:
                 journal.commit()
-            self._committed_at = time.monotonic()
+            else:
+                journal.write()
+        self._written_at = ended = time.monotonic()
+        if durable:
+            self._sync_at = ended + (ended - began) / SYNC_SHARE
 
     def close(self, ordered: bool = False) -> None:
         """Commit and close. Rows in flight are left for a rerun, with what was put aside of them;
@@ -236,6 +243,24 @@ class Job:
     @property
     def _journals(self) -> tuple[Journal, ...]:
         return tuple(dict.fromkeys((self._journal, self._errors)))
+
+    def _read(self) -> Iterator[Request | None]:
+        """As `requests`, and None for each row of which no request is made."""
+        for envelope in self._intake.envelopes(self._answered):
+            row = self._parse(envelope) if envelope else None
+            if row is None:
+                yield None
+            else:
+                yield from self._resumed(row)
+
+    def _parse(self, envelope: Envelope) -> Row | None:
+        """A row that can be answered; the error row of any other is written."""
+        try:
+            return parse_row(envelope, self._service)
+        except RowError as error:
+            self._write_error(envelope.number, envelope.custom_id, error)
+            self.commit()
+            return None
 
     def _resumed(self, row: Row) -> Iterator[Request]:
         """The requests of a row, from where an earlier run left off. Writes the row if that run has

@@ -54,12 +54,28 @@ class Journal:
         self._buffer += line
         self._buffer += b"\n"
         if len(self._buffer) >= _BUFFER:
-            self._write()
+            self.write()
+
+    def write(self) -> None:
+        """Hand everything appended so far to the system, which outlives this process, but may lose
+        power. Raises JournalError."""
+        assert self._fd is not None
+        if not self._buffer:
+            return
+        try:
+            self._check_alone()
+            rest = memoryview(self._buffer)
+            while rest:
+                rest = rest[os.write(self._fd, rest) :]
+        except OSError as error:
+            self._fail(error, keep=self._written)
+        self._written += len(self._buffer)
+        self._buffer = bytearray()
 
     def commit(self) -> None:
         """Put everything appended so far on the disk (write and fsync). Raises JournalError."""
         assert self._fd is not None
-        self._write()
+        self.write()
         if self._synced < self._written:
             try:
                 os.fsync(self._fd)
@@ -105,20 +121,6 @@ class Journal:
     def release(self) -> None:
         """Let other runs write, however this one ended."""
         self._claim.release()
-
-    def _write(self) -> None:
-        assert self._fd is not None
-        if not self._buffer:
-            return
-        try:
-            self._check_alone()
-            rest = memoryview(self._buffer)
-            while rest:
-                rest = rest[os.write(self._fd, rest) :]
-        except OSError as error:
-            self._fail(error, keep=self._written)
-        self._written += len(self._buffer)
-        self._buffer = bytearray()
 
     def _check_alone(self) -> None:
         """Two runs on one file would answer rows twice; so would writing to a deleted one."""

@@ -66,6 +66,6 @@ def _count_left(source: Path, shard: Shard | None, answered: Answered) -> int | 
     except InputError:
         return None
     try:
-        return sum(1 for _ in intake.envelopes(answered))
+        return sum(envelope is not None for envelope in intake.envelopes(answered))
     finally:
         intake.close()

@@ -71,11 +71,10 @@ def unfinished_path(path: Path) -> Path:
 def read_unfinished(path: Path) -> dict[Answer, Begun]:
     """What `write_unfinished` wrote; nothing if there is no such file. Raises JournalError."""
     try:
-        lines = path.read_bytes().splitlines()
+        with path.open("rb") as lines:
+            begun = [msgspec.json.decode(line, type=Begun) for line in lines]
     except FileNotFoundError:
         return {}
-    try:
-        begun = [msgspec.json.decode(line, type=Begun) for line in lines]
     except (msgspec.DecodeError, RecursionError) as error:
         raise JournalError(
             f"{path} does not hold answers that were begun ({error}). Remove it to compute these "
@@ -86,5 +85,4 @@ def read_unfinished(path: Path) -> dict[Answer, Begun]:
 
 def write_unfinished(path: Path, begun: Iterable[Begun]) -> None:
     """Replace the file in one piece. Raises OSError."""
-    lines = [msgspec.json.encode(each) for each in begun]
-    replace_file(path, [line + b"\n" for line in lines])
+    replace_file(path, (msgspec.json.encode(each) + b"\n" for each in begun))

@@ -118,6 +118,8 @@ def check_rows(path: str | Path, service: Service, report: Report, table: bool =
         click.echo("\t".join(COLUMNS))
     try:
         for envelope in intake.envelopes(Answered()):
+            if envelope is None:
+                continue
             cells: tuple[str, ...]
             try:
                 row = parse_row(envelope, service)

@@ -29,13 +29,13 @@ class Assignment:
 
     def __init__(
         self,
-        requests: Iterator[Request],
+        requests: Iterator[Request | None],
         instances: int,
         queue: bool = True,
         attention_tokens: float = float("inf"),
         affinity: Affinity | None = None,
     ) -> None:
-        """`queue`: a row goes to the instance with least predicted work; otherwise rows are dealt
+        """`requests`: as of `RowQueue`. `queue`: a row goes to the instance with least predicted work; otherwise rows are dealt
         out in turn, as to replicas that each got their part of the input. `affinity`: if instances
         share the beginnings of rows."""
         self.rows = RowQueue(requests, instances, self._duration if queue else None)
@@ -129,6 +129,7 @@ class Assignment:
         instance: rows and prompt tokens there is room for, work it has already. `step_tokens`:
         prompt tokens that could be computed in the time of a decode step."""
         self._step_tokens = step_tokens
+        self.rows.begin_round()
         given: dict[int, list[Request]] = {}
         if not self.waiting:
             return given
@@ -245,6 +246,7 @@ class Assignment:
         self._limits[request.id] = request.sampling.max_tokens
         self._given_work += self._prompt_work(request)
         self._given_limits += request.sampling.max_tokens
+        self.rows.give(request)
         given.setdefault(instance, []).append(request)
         if self._affinity:
             self._affinity.give(request, instance)

@@ -54,7 +54,7 @@ class GManager:
 
     def __init__(
         self,
-        requests: Iterator[Request],
+        requests: Iterator[Request | None],
         links: Links,
         instances: int,
         policy: Policy = POLICIES["lend"],
@@ -65,9 +65,10 @@ class GManager:
         prefix_caching: bool = False,
         exchange_seconds: ExchangeSeconds = lambda link_class, rows: 0.0,
     ) -> None:
-        """`links`: of the instances; `block_size`, `move_budget` (KV tokens per step),
-        `attention_tokens` and `prefix_caching` as the engines'; `exchange_seconds`: (link class,
-        query rows) → what exchanges over such a link add to a step."""
+        """`requests`: see `Assignment`; `links`: of the instances; `block_size`, `move_budget` (KV
+        tokens per step), `attention_tokens` and `prefix_caching` as the engines';
+        `exchange_seconds`: (link class, query rows) → what exchanges over such a link add to a
+        step."""
         self.ledger = DebtLedger(instances)
         affinity = Affinity(block_size) if prefix_caching and policy.queue else None
         self.assignment = Assignment(requests, instances, policy.queue, attention_tokens, affinity)

@@ -14,6 +14,8 @@ LOOK_AHEAD = 16
 longest of them go first."""
 MOST_AHEAD = 16_384
 """Rows that are read ahead at most, however many instances there are."""
+MOST_TOKENS_AHEAD = 1 << 26
+"""Tokens, of 4 bytes, of rows that were read and have no instance: then no more are read."""
 READ_AT_ONCE = 8
 """Rows read for each that is assigned, until enough are ahead: so no round takes long."""
 
@@ -27,11 +29,12 @@ class RowQueue:
 
     def __init__(
         self,
-        requests: Iterator[Request],
+        requests: Iterator[Request | None],
         instances: int,
         duration: Callable[[Request], float] | None,
     ) -> None:
-        """`duration`: how long a row takes; None: the last rows come as all others."""
+        """`requests`: None stands for a row that may come later: the next round looks again.
+        `duration`: how long a row takes; None: the last rows come as all others."""
         self.exhausted = False
         """Whether all rows were read."""
         self.large_from = NOT_LARGE
@@ -39,6 +42,10 @@ class RowQueue:
         self.large: list[Request] = []
         """Oldest first."""
         self._requests, self._duration = requests, duration
+        self._paused = False
+        """Whether nothing more is read in this round."""
+        self._tokens = 0
+        """Of all rows that were read and have no instance."""
         self._ahead = deque[Request]()
         self._most_ahead = min(instances * LOOK_AHEAD, MOST_AHEAD)
         self._returned = deque[Request]()
@@ -53,8 +60,17 @@ class RowQueue:
         """No row is left, nor will come."""
         return self.exhausted and not len(self)
 
+    def begin_round(self) -> None:
+        """Look again whether there are more rows to read."""
+        self._paused = False
+
+    def give(self, request: Request) -> None:
+        """A row that was pulled goes to its instance."""
+        self._tokens -= request.length
+
     def put_back(self, request: Request) -> None:
-        """A row that was pulled waits again."""
+        """A row that was given waits again."""
+        self._tokens += request.length
         self._returned.append(request)
 
     def pull(self) -> Request | None:
@@ -73,11 +89,22 @@ class RowQueue:
     def _read_ahead(self) -> None:
         """Read on. When the last rows are in sight, those come first that take longest: one that
         began last would be waited for at the end."""
-        for _ in range(min(READ_AT_ONCE, self._most_ahead - len(self._ahead))):
-            request = next(self._requests, None)
-            if request is None:
+        for _ in range(READ_AT_ONCE):
+            if self._paused or self._enough:
+                return
+            try:
+                request = next(self._requests)
+            except StopIteration:
                 self.exhausted = True
                 if self._duration:
                     self._ahead = deque(sorted(self._ahead, key=self._duration, reverse=True))
                 return
-            self._ahead.append(request)
+            if request is None:
+                self._paused = True
+            else:
+                self._tokens += request.length
+                self._ahead.append(request)
+
+    @property
+    def _enough(self) -> bool:
+        return len(self._ahead) >= self._most_ahead or self._tokens >= MOST_TOKENS_AHEAD

@@ -171,7 +171,7 @@ class RankEngine:
         time.fill(worker.counters)
         return worker
 
-    def gmanager(self, requests: Iterator[Request]) -> GManager:
+    def gmanager(self, requests: Iterator[Request | None]) -> GManager:
         """The gManager for a run over `requests`: rank 0's leader owns one."""
         world, config = self.comm.world, self.config
         nodes = [world.node_of(instance) for instance in range(world.instances)]
@@ -227,9 +227,12 @@ class RankEngine:
         config = self._model.config
         return config.num_heads * config.head_dim * self._model.dtype.itemsize
 
-    def _fitting(self, requests: Iterator[Request]) -> Iterator[Request]:
+    def _fitting(self, requests: Iterator[Request | None]) -> Iterator[Request | None]:
         """The requests as they are; one that could never end is refused before it starts."""
         for request in requests:
+            if request is None:
+                yield None
+                continue
             tokens = kv_tokens(request.prompt_len, request.sampling.max_tokens)
             if tokens > self.capacity_tokens:
                 raise OptionError(

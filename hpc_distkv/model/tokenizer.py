@@ -60,6 +60,8 @@ class Tokenizer:
         self._added = frozenset(self._fast.get_added_tokens_decoder())
         if model_vocab is not None:
             self._check_vocabulary(file, model_vocab)
+        self._pieces: dict[int, bytes] = {}
+        """Of the tokens that `token_bytes` was asked for: with log-probabilities twenty a token."""
         self._byte_level = b'"ByteLevel"' in _state(self._fast.decoder)
         end = self.special_tokens.get("eos_token")
         self.eos_token_id: int | None = None if end is None else self._fast.token_to_id(end)
@@ -115,6 +117,12 @@ class Tokenizer:
     def token_bytes(self, id: int) -> bytes:
         """What one token stands for, in UTF-8, special ones spelled out: it may be a part of a
         character. Empty for ids that are no token."""
+        piece = self._pieces.get(id)
+        if piece is None:
+            piece = self._pieces[id] = self._spell(id)
+        return piece
+
+    def _spell(self, id: int) -> bytes:
         piece: str | None = self._fast.id_to_token(id)
         if piece is None:
             return b""

@@ -13,12 +13,15 @@ from hpc_distkv.observe.metrics import RankFigures
 from hpc_distkv.observe.run import RunRecord
 from hpc_distkv.observe.watch import Watch
 
+READ_SECONDS = 0.25
+"""For which rank 0 reads and tokenizes rows in one control round: meanwhile it serves nobody."""
+
 
 class JobLeader:
     """What rank 0 does beside its own work: feed the gManager, keep results, show progress."""
 
     def __init__(self, engine: RankEngine, job: Job, watch: Watch) -> None:
-        self.gmanager = engine.gmanager(job.requests())
+        self.gmanager = engine.gmanager(job.requests(pause=READ_SECONDS))
         self.watch = watch
         self._job = job
         self._record = RunRecord()

@@ -25,7 +25,8 @@ from batch_fakes import (
 from hpc_distkv.batch import intake as intake_module
 from hpc_distkv.batch.errors import InputError
 from hpc_distkv.batch.intake import Intake
-from hpc_distkv.batch.job import Job
+from hpc_distkv.batch.job import COMMIT_INTERVAL, SYNC_SHARE, Job, job_fingerprint
+from hpc_distkv.batch.service import SamplingDefaults
 
 
 def test_every_row_is_answered_once(tmp_path: Path) -> None:
@@ -62,6 +63,16 @@ def test_rerun_of_a_finished_job_adds_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_bytes() == before
     assert (job.answered, job.failed, job.skipped) == (0, 0, MIXED_ROWS)
     assert job.failed_before == 7
+
+
+def test_custom_ids_of_answered_rows_are_not_kept_twice(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in", MIXED)
+    run_job(tmp_path / "in", tmp_path / "out")
+    journal = open_journal(tmp_path / "out", job_fingerprint("f00d", "tiny", SamplingDefaults()))
+    assert journal.answered.custom_ids == {*"abcde"}
+    job = Job(Intake(tmp_path / "in"), journal, make_service())
+    assert list(job.requests()) == []
+    assert not journal.answered.custom_ids
 
 
 def test_answered_rows_are_not_tokenized_again(tmp_path: Path) -> None:
@@ -163,6 +174,35 @@ def test_a_read_error_stops_the_job_and_keeps_what_was_answered(tmp_path: Path) 
         next(requests)
     job.close()
     assert len(read_lines(tmp_path / "out")) == 1
+
+
+def test_on_a_slow_disk_lines_are_written_all_the_same_and_made_durable_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lines(tmp_path / "in", [completion(str(i)) for i in range(100)])
+    job = Job(Intake(tmp_path / "in"), open_journal(tmp_path / "out", {}), make_service())
+    now, waited = time.monotonic(), 0.0
+
+    def fsync(fd: int) -> None:
+        nonlocal now, waited
+        now, waited = now + 3, waited + 3
+
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(os, "fsync", fsync)
+    began = now
+    for number, request in enumerate(job.requests(), start=1):
+        job.finish(answer(request))
+        now += COMMIT_INTERVAL
+        job.commit()
+        assert len(read_lines(tmp_path / "out")) == number
+        assert waited <= 3 + SYNC_SHARE * (now - began)
+    assert waited > 3
+    now += 3 / SYNC_SHARE
+    job.commit()
+    before = waited
+    job.commit(now=True)
+    assert waited == before, "all lines are on the disk"
+    job.close()
 
 
 def test_commits_are_rate_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import example, given
@@ -147,6 +148,56 @@ def test_rows_are_read_ahead_only_so_far_and_by_and_by(rounds, queue, most):
         taken_or_dealt = taken + sum(map(len, assignment._dealt or ()))
         assert read <= taken_or_dealt + min(INSTANCES * LOOK_AHEAD, most)
         assert read <= taken_or_dealt * READ_AT_ONCE
+
+
+@given(sizes, st.data(), st.booleans())
+def test_a_pause_of_the_source_ends_the_reading_of_one_round_and_no_more(lengths, data, queue):
+    pauses = data.draw(st.lists(st.integers(0, len(lengths)), max_size=6))
+    items: list[Request | None] = list(rows(lengths))
+    for place in sorted(pauses, reverse=True):
+        items.insert(place, None)
+    paused = 0
+
+    def source() -> Iterator[Request | None]:
+        nonlocal paused
+        for item in items:
+            paused += item is None
+            yield item
+
+    assignment = Assignment(source(), INSTANCES, queue)
+    ample: Rooms = [(PLENTY, PLENTY, 0.0)] * INSTANCES
+    given_rows: list[int] = []
+    for rounds in range(len(pauses) + 1):
+        assert (paused, assignment.rows.exhausted, assignment.done) == (rounds, False, False)
+        given_rows += itertools.chain(*give(assignment, ample).values())
+    assert assignment.rows.exhausted
+    assert sorted(given_rows) == list(range(len(lengths)))
+
+
+@given(st.lists(rooms, max_size=12), st.booleans(), st.integers(1, 200))
+def test_no_more_tokens_are_read_ahead_than_may_be(rounds, queue, most):
+    """And one row beyond, however long it is."""
+    read = 0
+
+    def source() -> Iterator[Request]:
+        nonlocal read
+        for number in itertools.count():
+            [row] = rows([(1 + 7 * number % 60, 1)])
+            read += row.length
+            yield msgspec.structs.replace(row, id=number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_queue, "MOST_TOKENS_AHEAD", most)
+        assignment = Assignment(source(), INSTANCES, queue)
+        given_tokens = 0
+        for room in rounds:
+            some = assignment.assign(*(np.array(column) for column in zip(*room, strict=True)))
+            given_tokens += sum(row.length for hand in some.values() for row in hand)
+            if some:  # The first one comes back.
+                back = next(iter(some.values()))[0]
+                assignment.take_back(back)
+                given_tokens -= back.length
+            assert read - given_tokens < most + 2 * 60
 
 
 def in_order(count: int) -> int:
