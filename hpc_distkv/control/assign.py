@@ -35,9 +35,9 @@ class Assignment:
         attention_tokens: float = float("inf"),
         affinity: Affinity | None = None,
     ) -> None:
-        """`requests`: as of `RowQueue`. `queue`: a row goes to the instance with least predicted work; otherwise rows are dealt
-        out in turn, as to replicas that each got their part of the input. `affinity`: if instances
-        share the beginnings of rows."""
+        """`requests`: as of `RowQueue`. `queue`: a row goes to the instance with least predicted
+        work; otherwise rows are dealt out in turn, as to replicas that each got their part of the
+        input. `affinity`: if instances share the beginnings of rows."""
         self.rows = RowQueue(requests, instances, self._duration if queue else None)
         self.home: dict[int, int] = {}
         """Unfinished request → its home instance."""
