@@ -27,17 +27,19 @@ def test_a_job_stops_when_the_last_result_is_in():
     assert not any(answer.stop for answer in answers)
     assert not any(answer.stop for answer in job.round(report(), report()))
     result = Result(0, pack_tokens([1, 2]), "stop", 0.1, 0.2)
-    answers = job.round(report(changes=Changes(results=[result])), report())
+    last = report(wanted=1, wanted_for=0, changes=Changes(results=[result]))
+    answers = job.round(last, report(promised=1))
     assert job.results == [result]
-    assert all(answer.stop for answer in answers)
+    assert [(answer.granted, answer.stop) for answer in answers] == [(1, True), (0, True)]
 
 
 def test_once_anybody_wants_to_stop_nothing_is_begun_and_what_runs_may_end():
     job = Job(2, requests(9))
     job.round(report(), report())
-    asked = report(drain=True, running=1), report(running=1)
-    for reports in (asked, (report(running=1), report())):
+    asked = report(drain=True, running=1, wanted=2, wanted_for=0), report(running=1, promised=2)
+    for reports, lent in ((asked, {0: 2}), ((report(running=1), report()), {})):
         answers = job.round(*reports)
+        assert answers[1].lend == lent
         assert [(answer.assign, answer.drain, answer.stop) for answer in answers] == [
             ([], True, False)
         ] * 2

@@ -57,7 +57,7 @@ def test_a_report_without_changes_is_only_its_numbers():
 
 def test_columns_are_read_only():
     with pytest.raises(ValueError, match="read-only"):
-        read(report())["free"][0] = 1
+        read(report(), report())["free"][0] = 1
 
 
 def refuse(bad: Report, words: str) -> None:
