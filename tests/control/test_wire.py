@@ -70,8 +70,9 @@ def refuse(bad: Report, words: str) -> None:
 def test_what_a_healthy_instance_sends_passes(sent, number):
     capacity = sent.capacity
     free = min(sent.free, capacity)
+    changes = Changes(large=[Large(7, False, 0, 0, 0.0, 0.0)])
     healthy = msgspec.structs.replace(
-        sent, round=number, free=free, promised=min(sent.promised, free), changes=Changes()
+        sent, round=number, free=free, promised=min(sent.promised, free), changes=changes
     )
     read(healthy).check(number)
 
