@@ -314,7 +314,7 @@ def test_rows_that_cannot_be_put_in_order_are_all_there(
     full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left"))
     with monkeypatch.context() as patched:
         patched.setattr(Path, "replace", full)
-        with pytest.raises(JournalError, match="all rows are in .*: No space left"):
+        with pytest.raises(JournalError, match=r"all rows are in .*: No space left"):
             journal.close(ordered=True)
     assert (tmp_path / "out").read_bytes() == line(1) + b"\n" + line(0) + b"\n"
     open_journal(tmp_path / "out", JOB).close(ordered=True)
