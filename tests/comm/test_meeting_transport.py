@@ -76,6 +76,8 @@ def test_no_meeting_begins_before_hops_have_passed_and_no_hop_before_meetings():
     assert comms[0].transport._may_hop, "nobody waits for anything"
     asking = comms[0].transport.exchange([], [(2, torch.zeros(3))])
     assert not comms[0].transport._may_hop, "if that is met soon, it waits for one hop at most"
+    fabric.pass_mark(fabric.marks[0])
+    assert not comms[0].transport._may_hop, "it is ready, and the other side is not"
     fabric.pass_mark(fabric.tails[0])
     assert comms[0].transport._may_hop
     hop_of_both()
