@@ -9,6 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from hpc_distkv.control.policy import POLICIES
+from hpc_distkv.engine import capacity
+from hpc_distkv.engine.activations import LargestStep
 from hpc_distkv.engine.capacity import (
     KV_SHARE,
     KvShare,
@@ -46,10 +49,38 @@ def test_no_room_for_one_block_is_refused_with_the_sums():
 
 
 def rank(device: str, local_size: int = 1) -> SimpleNamespace:
+    """Of five instances."""
     return SimpleNamespace(
         device=SimpleNamespace(place=torch.device(device)),
-        world=SimpleNamespace(local_size=local_size),
+        world=SimpleNamespace(local_size=local_size, instances=5),
     )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "step"),
+    [
+        ({}, {"others": 4}),
+        ({"policy": POLICIES["queue"], "enable_prefix_caching": True}, {"shares": True}),
+        ({"cuda_graphs": True}, {"others": 4, "recorded": True}),
+        ({"host_blocks": 9}, {"others": 5, "stages": True}),
+    ],
+)
+@pytest.mark.parametrize(
+    ("options", "bytes_for_kv"), [({}, 700), ({"num_blocks": 8}, 80), ({"kv_memory": 333}, 333)]
+)
+def test_what_the_largest_step_takes_is_not_in_the_pool(
+    sizes, step, options, bytes_for_kv, monkeypatch
+):
+    steps = []
+    monkeypatch.setattr(capacity, "activation_peak", lambda *asked: steps.append(asked[2]) or 200)
+    monkeypatch.setattr(capacity, "free_memory", lambda device: 1000)
+    config = EngineConfig(1, 16, max_num_seqs=3, max_num_batched_tokens=50, **sizes)
+    blocks = pool_blocks(
+        rank("cuda"), None, EngineOptions(gpu_memory_utilization=0.9, **options), config, 10
+    )
+    assert steps == [LargestStep(**{"tokens": 50, "rows": 3, "block_size": 16} | step)]
+    beyond = 10 * (config.cuda_graphs and not options)
+    assert blocks == (bytes_for_kv - beyond) // 10
 
 
 def test_ranks_that_share_a_gpu_are_to_say_what_they_take():
