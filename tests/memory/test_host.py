@@ -240,6 +240,21 @@ def test_what_is_still_at_home_is_not_read_from_the_host():
     rm.check()
 
 
+def test_of_a_prefix_that_is_cut_each_part_keeps_what_it_has_in_the_host():
+    rm = RManager(0, 8, host_blocks=4)
+    rm.open(1, keys_of("aaa"))
+    rm.grow(1, 3)
+    rm.seal(1, 3)
+    (whole,) = rm.prefixes.chain(1)
+    rm.commit([rm.spill(whole.id, 0), rm.spill(whole.id, 2)], [])
+    slots = rm.host_space.slots[whole.id]
+    rm.open(2, keys_of("aab"))
+    first, rest = rm.prefixes.chain(1)
+    assert (first.remote, rest.remote) == ({HOST: [0]}, {HOST: [2]})
+    assert rm.host_space.slots == {first.id: {0: slots[0]}, rest.id: {2: slots[2]}}
+    rm.check()
+
+
 # -- a file in place of memory --------------------------------------------------------------------
 
 
