@@ -223,6 +223,20 @@ def test_a_request_begins_anew_when_what_it_shared_is_gone():
     rm.check()
 
 
+@pytest.mark.parametrize("lent", ["its own", "of its prefix"])
+def test_what_has_rblocks_at_a_creditor_is_not_put_aside(lent):
+    rm, keys = RManager(0, 8, host_blocks=5), keys_of("aa")
+    rm.open(1, keys)
+    rm.grow(1, 4)
+    rm.seal(1, 4)
+    rm.commit([rm.spill(1, 2)], [])
+    assert rm.can_put_aside(1, 4)
+    rm.credit_opened(1, 1)
+    (prefix,) = rm.prefixes.chain(1)
+    rm.commit([rm.move_out(1, 3, 1) if lent == "its own" else rm.move_out(prefix.id, 0, 1)], [])
+    assert not rm.can_put_aside(1, 4)
+
+
 def test_what_is_still_at_home_is_not_read_from_the_host():
     rm, keys = RManager(0, 6, host_blocks=4), keys_of("aaa")
     rm.open(1, keys)
