@@ -103,6 +103,10 @@ DAMAGE: dict[str, tuple[Callable[[RManager], object], str]] = {
         lambda rm: rm.host_space.aside.update({LONG: 0, 98: 0}),
         "an rBlock in the host is lost",
     ),
+    "what is put aside and served from nowhere": (
+        lambda rm: [rm.host_space.aside.update({LONG: 0}), rm.host_space.give_up(LONG, [1])],
+        "what is put aside is not there",
+    ),
     "a move of what is put aside": (
         lambda rm: rm.outgoing.append(rm.outgoing[0]._replace(request=ASIDE, block=0)),
         "what is put aside still moves",
