@@ -18,8 +18,10 @@ from hpc_distkv.control.requests import (
     unpack_tokens,
 )
 from hpc_distkv.engine.config import EngineConfig
+from hpc_distkv.engine.handover import handover
 from hpc_distkv.engine.instance import Instance
 from hpc_distkv.engine.plan import Plan
+from hpc_distkv.engine.sequence import Sequence
 from hpc_distkv.memory.loan import Move, ProtocolError
 
 BLOCK = 4
@@ -321,6 +323,12 @@ def test_a_row_that_is_handed_over_keeps_its_tokens_and_its_ages():
     step(other, now=1001.0)
     assert sequence.tokens == [*range(13), 5, 5, 5]
     assert other.counters.gaps == {gap_bin(8.0): 1}
+
+
+def test_a_row_without_a_token_has_no_age_of_one():
+    letter = handover(Sequence(request(0, 5), assigned_at=10.0), now=20.0)
+    assert letter.assigned_age == 10.0
+    assert (letter.first_token_age, letter.last_token_age) == (None, None)
 
 
 def test_an_instance_with_a_row_too_many_reports_what_is_no_fault():
