@@ -131,6 +131,7 @@ class End:
         return event
 
     def meet(self, messages: Sequence[Message]) -> Late:
+        assert all(self.holds(message.tensor) for message in messages)
         return self.fabric.ask(self.rank, messages)
 
     def within(self, comm: Comm) -> Inside:
@@ -156,6 +157,7 @@ class Inside(End):
         return self.mark()
 
     def ask(self, messages: Sequence[Message]) -> None:
+        assert all(self.holds(message.tensor) for message in messages)
         self.fabric.hop(self.comm, messages)
 
     def mark(self) -> Late:

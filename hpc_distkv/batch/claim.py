@@ -122,7 +122,7 @@ class Claim:
         os.close(self._fd)
         if _read(self._path) == self._owner:
             with contextlib.suppress(OSError):  # then it is void as soon as this process is gone
-                self._path.unlink(missing_ok=True)
+                self._path.unlink()
 
     def __enter__(self) -> Claim:
         return self

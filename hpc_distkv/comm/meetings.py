@@ -45,7 +45,7 @@ class Flow(NamedTuple):
     peer: int
     channel: int
     upward: bool
-    """From the lower rank to the higher one. (Of a rank with itself: the sends.)"""
+    """From the lower rank to the higher one. (Of a rank with itself: the receives.)"""
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
@@ -100,8 +100,7 @@ class Meetings:
         self, peer: int, channel: int, send: bool, tensor: torch.Tensor, unused: Event
     ) -> Post:
         """Post one half of a message; see `Post`."""
-        upward = send if peer == self._me else send == (self._me < peer)
-        post = Post(Flow(peer, channel, upward), send, tensor, unused)
+        post = Post(Flow(peer, channel, send == (self._me < peer)), send, tensor, unused)
         self._posted[post.flow].append(post)
         return post
 

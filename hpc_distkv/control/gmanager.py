@@ -207,8 +207,6 @@ class GManager:
             )
             for i in np.flatnonzero(reports["wanted"]).tolist()
         ]
-        if not needs:
-            return
         for grant in greedy_borrow(needs, promised, self.ledger, self._links):
             self._enter(grant, answers)
         self._keep(reports, needs, answers)

@@ -58,7 +58,7 @@ def check_prefixes(rm: RManager) -> None:
         if not prefix.users:
             idle += len(prefix.slots)
             assert not prefix.remote, "what nobody uses is lent"
-    counted = {prefix.id: prefix.users for prefix in prefixes.values() if prefix.users}
+    counted = {prefix.id: prefix.users for prefix in prefixes.values()}
     assert users == Counter(counted), "a prefix counts its users wrongly"
     assert rm.prefixes.idle == idle, "rBlocks that nobody uses are counted wrongly"
 

@@ -74,12 +74,17 @@ def test_a_run_elsewhere_that_gives_signs_of_life_is_left_alone(tmp_path: Path) 
     assert path.exists()
 
 
-def test_a_run_elsewhere_that_gives_none_for_a_while_is_void(tmp_path: Path) -> None:
-    leave(tmp_path / "out", machine=ELSEWHERE)
+def test_a_run_elsewhere_that_gives_none_for_a_while_is_void(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    leave(tmp_path / "out", machine=ELSEWHERE, host="nid7")
     waits: list[float] = []
     with Claim.take(tmp_path / "out", waits.append) as claim:
         claim.check()
     assert sum(waits) >= claim_module.STALE
+    (said,) = caplog.messages
+    assert "on nid7" in said
+    assert "waiting for a sign of life" in said
 
 
 def test_a_claim_torn_by_a_full_disk_is_void_after_a_while(tmp_path: Path) -> None:

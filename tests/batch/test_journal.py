@@ -305,6 +305,22 @@ def test_a_failed_fsync_goes_back_to_the_last_good_one(
     assert path.read_bytes() == sound
 
 
+def test_rows_that_cannot_be_put_in_order_are_all_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = open_journal(tmp_path / "out", JOB)
+    for number in (1, 0):
+        journal.append(line(number))
+    full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left"))
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", full)
+        with pytest.raises(JournalError, match=r"all rows are in .*: No space left"):
+            journal.close(ordered=True)
+    assert (tmp_path / "out").read_bytes() == line(1) + b"\n" + line(0) + b"\n"
+    open_journal(tmp_path / "out", JOB).close(ordered=True)
+    assert (tmp_path / "out").read_bytes() == line(0) + b"\n" + line(1) + b"\n"
+
+
 def test_a_second_run_on_one_file_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
     first = open_journal(tmp_path / "out", JOB)
     first.append(line(0))

@@ -171,7 +171,7 @@ def test_every_row_is_in_one_shard_and_duplicates_are_found(tmp_path: Path) -> N
 def test_results_of_another_shard_are_refused(tmp_path: Path) -> None:
     write_lines(tmp_path / "in", [completion(str(i)) for i in range(9)])
     run(tmp_path, shard=Shard(1, 2))
-    with pytest.raises(Exception, match='shard was "1/2", now "2/2"'):
+    with pytest.raises(JournalError, match='shard was "1/2", now "2/2"'):
         run(tmp_path, shard=Shard(2, 2))
 
 

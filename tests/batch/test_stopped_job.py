@@ -142,14 +142,19 @@ def test_a_whole_answer_is_kept_if_another_limit_makes_no_other_one_of_it(
     assert len([*open_job(tmp_path).requests()]) == 2 - fits
 
 
-def test_results_dropped_by_overwrite_take_what_was_begun_along(tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", [{"model": "other"}, {}])
+def test_results_dropped_by_overwrite_take_what_was_begun_along(
+    other: dict[str, str], tmp_path: Path
+) -> None:
     write_lines(tmp_path / "in", [completion("a", "hello")])
     job = open_job(tmp_path)
     begin(job, next(job.requests()), 2)
     job.close()
-    other = open_journal(tmp_path / "out", {"model": "other"})
-    assert other.unfinished == {}
-    other.close()
+    assert unfinished_path(tmp_path / "out").exists()
+    journal = open_journal(tmp_path / "out", other, overwrite=True)
+    assert journal.unfinished == {}
+    assert not unfinished_path(tmp_path / "out").exists()
+    journal.close()
 
 
 def test_a_full_disk_leaves_the_results_and_what_was_begun_before(

@@ -57,28 +57,30 @@ def test_debtors_of_each_other_may_not_hop():
         try_seeds()
 
 
+def hop_of_both(comms: list[Comm]) -> None:
+    lanes = []
+    for comm, x, y in zip(comms[:2], torch.ones(2, 3), torch.zeros(2, 3), strict=True):
+        peer = 1 - comm.world.rank
+        hop = partial(comm.transport.hop, [(peer, x)], [(peer, y)])
+        lanes.append(threading.Thread(target=hop))
+        lanes[-1].start()
+    for lane in lanes:
+        lane.join()
+
+
 def test_no_meeting_begins_before_hops_have_passed_and_no_hop_before_meetings():
     comms = open_local(4, tp=2)
     fabric = connect(comms)
     run_local(comms, lambda comm: comm.transport.unite(comm))
-
-    def hop_of_both() -> None:
-        lanes = []
-        for comm, x, y in zip(comms[:2], torch.ones(2, 3), torch.zeros(2, 3), strict=True):
-            peer = 1 - comm.world.rank
-            hop = partial(comm.transport.hop, [(peer, x)], [(peer, y)])
-            lanes.append(threading.Thread(target=hop))
-            lanes[-1].start()
-        for lane in lanes:
-            lane.join()
-
-    hop_of_both()
+    hop_of_both(comms)
     assert comms[0].transport._may_hop, "nobody waits for anything"
     asking = comms[0].transport.exchange([], [(2, torch.zeros(3))])
     assert not comms[0].transport._may_hop, "if that is met soon, it waits for one hop at most"
+    fabric.pass_mark(fabric.marks[0])
+    assert not comms[0].transport._may_hop, "it is ready, and the other side is not"
     fabric.pass_mark(fabric.tails[0])
     assert comms[0].transport._may_hop
-    hop_of_both()
+    hop_of_both(comms)
     arriving = comms[2].transport.exchange([(0, torch.ones(3))], [(0, torch.zeros(3))])
     leaving = comms[0].transport.exchange([(2, torch.ones(3))], [])
     assert not comms[0].transport._may_hop, "what it has for others is not ready yet"
@@ -102,10 +104,32 @@ def test_no_hop_is_asked_for_before_others_can_have_what_is_for_them():
     comms = open_local(4, tp=2)
     fabric = connect(comms)
     run_local(comms, lambda comm: comm.transport.unite(comm))
-    comms[0].transport.exchange([(2, torch.ones(3))], [])
-    assert not comms[0].transport._may_hop
-    fabric.pass_mark(fabric.marks[0])
-    assert comms[0].transport._may_hop
+    for peer in (2, 0):  # also if that is the rank itself, which has not posted the receive
+        comms[0].transport.exchange([(peer, torch.ones(3))], [])
+        assert not comms[0].transport._may_hop
+        fabric.pass_mark(fabric.marks[0])
+        assert comms[0].transport._may_hop
+
+
+def test_a_hop_that_waits_for_one_before_it_names_the_others_of_the_instance():
+    comms = open_local(4, tp=2, stall_timeout=0.5)
+    connect(comms)
+    run_local(comms, lambda comm: comm.transport.unite(comm))
+    hop_of_both(comms)
+    comms[0].transport.exchange([], [(2, torch.zeros(3))])
+    with pytest.raises(StallError) as stalled:
+        comms[0].transport.hop([(1, torch.ones(3))], [(1, torch.zeros(3))])
+    assert stalled.value.awaited == (1,)
+
+
+def test_tensors_that_the_fabric_does_not_hold_do_not_hop():
+    comms = open_local(2, tp=2)
+    connect(comms)
+    x, host = torch.ones(3), torch.ones(3, dtype=torch.int16)
+    assert not comms[0].transport.hop([(1, x)], []), "it is not united"
+    run_local(comms, lambda comm: comm.transport.unite(comm))
+    assert not comms[0].transport.hop([(1, x)], [(1, host)])
+    assert comms[0].transport._hop is None
 
 
 class Step:

@@ -27,17 +27,19 @@ def test_a_job_stops_when_the_last_result_is_in():
     assert not any(answer.stop for answer in answers)
     assert not any(answer.stop for answer in job.round(report(), report()))
     result = Result(0, pack_tokens([1, 2]), "stop", 0.1, 0.2)
-    answers = job.round(report(changes=Changes(results=[result])), report())
+    last = report(wanted=1, wanted_for=0, changes=Changes(results=[result]))
+    answers = job.round(last, report(promised=1))
     assert job.results == [result]
-    assert all(answer.stop for answer in answers)
+    assert [(answer.granted, answer.stop) for answer in answers] == [(1, True), (0, True)]
 
 
 def test_once_anybody_wants_to_stop_nothing_is_begun_and_what_runs_may_end():
     job = Job(2, requests(9))
     job.round(report(), report())
-    asked = report(drain=True, running=1), report(running=1)
-    for reports in (asked, (report(running=1), report())):
+    asked = report(drain=True, running=1, wanted=2, wanted_for=0), report(running=1, promised=2)
+    for reports, lent in ((asked, {0: 2}), ((report(running=1), report()), {})):
         answers = job.round(*reports)
+        assert answers[1].lend == lent
         assert [(answer.assign, answer.drain, answer.stop) for answer in answers] == [
             ([], True, False)
         ] * 2
@@ -103,9 +105,9 @@ def test_running_rows_are_summed_and_counters_stay_until_new_ones_come():
 # -- the last rows --------------------------------------------------------------------------------
 
 
-def at_the_tail(*fields: dict[str, float]) -> list[int]:
+def at_the_tail(*fields: dict[str, float], policy: str = "lend-greedy") -> list[int]:
     """Rows that instances are to give back when nobody has any left to assign."""
-    job = Job(len(fields))
+    job = Job(len(fields), policy=POLICIES[policy])
     job.round(*[report()] * len(fields))  # finds that there are no rows
     return [answer.give_back for answer in job.round(*[report(**row) for row in fields])]
 
@@ -129,6 +131,14 @@ def test_who_has_begun_all_its_rows_gets_half_of_what_waits_at_one_with_twice_it
     receiver, given_back
 ):
     assert at_the_tail(receiver, BUSY) == [0, given_back]
+
+
+def test_the_only_row_that_waits_goes_too():
+    assert at_the_tail({}, BUSY | {"waiting": 1}) == [0, 1]
+
+
+def test_isolated_instances_keep_the_rows_that_were_dealt_to_them():
+    assert at_the_tail({}, BUSY, policy="isolated") == [0, 0]
 
 
 def test_rows_that_wait_where_nothing_runs_are_about_to_begin_and_stay():
@@ -194,6 +204,12 @@ def test_debtors_that_are_short_come_before_transfers_that_pay():
     answers = job.round(*uneven(), report(wanted=50, wanted_for=9))
     assert answers[2].granted == 50
     assert answers[0].shed == {}
+
+
+@pytest.mark.parametrize(("seconds", "pays"), [(0.0, True), (100.0, False)])
+def test_what_a_row_exchanges_in_a_step_counts_against_a_transfer(seconds, pays):
+    job = Job(2, requests(1), Policy(dgfm=False), exchange_seconds=lambda c, rows: seconds * rows)
+    assert bool(job.round(*uneven())[0].shed) == pays
 
 
 def test_without_a_planner_nothing_is_shed():

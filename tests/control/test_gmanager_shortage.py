@@ -85,17 +85,19 @@ def granted(*reports: Report, **others: Any) -> dict[int, int]:
 
 
 def test_a_request_with_room_enough_nearby_waits_for_it():
-    wish = {"wanted": 5, "wanted_for": 0}
-    lenders = report(promised=2), report(promised=9)
-    assert granted(report(**wish, largest=15), *lenders) == {1: 2}
-    assert granted(report(**wish, largest=25), *lenders) == {1: 2, 2: 3}
+    """The two pools on the node have a tenth more than 181 rBlocks, and not than 182."""
+    pool = {"capacity": 100}
+    wish = {"wanted": 5, "wanted_for": 0} | pool
+    lenders = report(promised=2, **pool), report(promised=9, **pool)
+    assert granted(report(**wish, largest=181), *lenders) == {1: 2}
+    assert granted(report(**wish, largest=182), *lenders) == {1: 2, 2: 3}
 
 
 def test_links_are_near_over_which_a_prompts_queries_take_no_longer_than_computing_it():
     def reaches_far(prompt_time: float) -> bool:
         lenders = report(promised=2), report(promised=9, prompt_time=prompt_time)
         short = report(wanted=5, wanted_for=0, largest=15, prompt_time=prompt_time)
-        return 2 in granted(short, *lenders, exchange_seconds=lambda c, rows: c * rows * 1e-4)
+        return 2 in granted(short, *lenders, exchange_seconds=lambda c, rows: c**2 * rows * 5e-5)
 
     assert reaches_far(3e-4)
     assert not reaches_far(5e-5)
@@ -110,10 +112,12 @@ def test_victims_are_sought_where_their_room_is_of_use():
 
 
 def test_a_younger_row_that_holds_the_room_nearby_gives_way_wherever_it_lives():
-    """Its home is starved as well, so it never ends by itself."""
+    """Its home is starved as well, so it never ends by itself. A younger one has nothing there."""
     guest = report(wanted=4, wanted_for=9, starved=True, free=0, youngest=9, youngest_blocks=20)
-    answers = Job(3, nodes=[0, 0, 1]).round(starving(3, largest=15), lends({2: 10}, free=0), guest)
-    assert answers[2].give_way > 0
+    rows = starving(3, largest=15), lends({2: 10}, free=0), guest
+    far = report(youngest=10, youngest_blocks=20)
+    answers = Job(4, nodes=[0, 0, 1, 1]).round(*rows, far)
+    assert [answer.give_way for answer in answers] == [0, 0, 3, 0]
 
 
 # -- starvation ---------------------------------------------------------------------------------
@@ -139,9 +143,16 @@ def test_those_with_rblocks_at_the_starved_ones_home_give_way_first():
     assert answers[1].give_way_at == 0
 
 
-def test_older_requests_never_give_way():
+def test_what_they_have_there_is_all_that_they_give():
+    younger = [report(youngest=8, youngest_blocks=9), report(youngest=3, youngest_blocks=9)]
+    answers = Job(3).round(starving(3, changes=Changes(lent={1: 1})), *younger)
+    assert [(answer.give_way, answer.give_way_at) for answer in answers[1:]] == [(1, 0), (2, -1)]
+
+
+def test_older_requests_never_give_way_nor_does_the_starved_one():
     job = Job(3)
-    answers = job.round(starving(3, wanted_for=5), report(youngest=4, youngest_blocks=9), report())
+    starved = starving(3, wanted_for=5, youngest=5, youngest_blocks=9)
+    answers = job.round(starved, report(youngest=4, youngest_blocks=9), report())
     assert [answer.give_way for answer in answers] == [0, 0, 0]
     assert [answer.admit_before for answer in answers] == [5, 5, 5]
 
@@ -156,15 +167,19 @@ def test_the_oldest_of_two_starved_requests_counts():
 
 
 def test_what_was_granted_needs_no_victims():
+    """And if that is all, the next call need not wait."""
     job = Job(3)
-    answers = job.round(starving(5), report(promised=3), report(youngest=9, youngest_blocks=9))
-    assert answers[0].granted == 3
-    assert answers[2].give_way == 2
+    for wanted, missing in ((3, 0), (5, 2)):
+        answers = job.round(
+            starving(wanted), report(promised=3), report(youngest=9, youngest_blocks=9)
+        )
+        assert answers[0].granted == 3
+        assert answers[2].give_way == missing
 
 
 def test_victims_get_time_before_others_are_called():
     job = Job(2)
-    rows = starving(3), report(youngest=3, youngest_blocks=1)
+    rows = starving(1), report(youngest=3, youngest_blocks=1)
     called = [job.round(*rows)[1].give_way for _ in range(2 * PATIENCE)]
     assert called == [1, *[0] * (PATIENCE - 1)] * 2
 

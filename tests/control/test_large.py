@@ -108,6 +108,7 @@ def test_prompts_at_one_home_come_one_after_the_other():
     assert begun(Job(4), with_large(first, large(1, 101)), *[with_large()] * 3)[0] == []
     decoding = large(0, 101, begun=True, held=101, prompt=0)
     assert begun(Job(4), with_large(decoding, large(1, 101)), *[with_large()] * 3)[0] == [1]
+    assert begun(Job(4), with_large(first, large(1, 100)), *[with_large()] * 3)[0] == [1]
 
 
 def test_rows_out_of_each_others_reach_do_not_wait_for_each_other():
@@ -133,8 +134,16 @@ def test_a_row_too_large_gets_its_home_when_it_begins():
     assert job.manager.assignment.home == {0: 1, 1: 0}
     reports = with_large(), with_large(large(0, 152, begun=True, held=150, prompt=0))
     assert [answer.begin for answer in job.round(*reports)] == [[], []]
-    reports = with_large(), with_large(Large(0, True, 152, 152, 0.0, 0.1))
+    reports = with_large(free=10), with_large(Large(0, True, 152, 152, 0.0, 0.1))
     assert [answer.begin for answer in job.round(*reports)] == [[2], []]
+
+
+def test_a_row_too_large_gets_a_home_with_a_seat():
+    job = Job(3, [prompt(0, 150 * BLOCK)], POLICIES["lend"], block_size=BLOCK)
+    answers = job.round(
+        with_large(free=30, seats=0), with_large(free=20, seats=1), with_large(free=9)
+    )
+    assert [answer.begin for answer in answers] == [[], [0], []]
 
 
 def test_rows_too_large_that_wait_are_not_read_without_end():

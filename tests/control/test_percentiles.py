@@ -22,6 +22,7 @@ def nearest_rank(values: Sequence[float], percent: int) -> float:
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=120))
 @example([1, 2])
 @example([1, 2, 3, 4])
+@example([*range(200)])
 def test_percentiles_are_nearest_ranks(values):
     expected = {f"p{p}": nearest_rank(values, p) for p in (50, 90, 99)} | {"max": max(values)}
     assert percentiles(sorted(values)) == expected

@@ -16,6 +16,7 @@ from hpc_distkv.control.counters import Counters
 from hpc_distkv.control.report import Changes, Large, Report
 from hpc_distkv.control.requests import NOBODY, Result
 from hpc_distkv.control.wire import COLUMNS, SIGNED, ReportError, Reports, encode_report
+from hpc_distkv.control.work import STEP_TOKENS
 
 counts = st.integers(0, 2**31 - 1)
 FORMATS = {
@@ -57,7 +58,20 @@ def test_a_report_without_changes_is_only_its_numbers():
 
 def test_columns_are_read_only():
     with pytest.raises(ValueError, match="read-only"):
-        read(report())["free"][0] = 1
+        read(report(), report())["free"][0] = 1
+
+
+def test_a_steps_time_in_prompt_tokens_is_that_of_those_who_know():
+    """Steps of 0.04 s and 0.08 s, and prompt tokens of 0.1 ms and 0.3 ms, in the mean."""
+    fitted = {"fixed": 0.02, "per_token": 0.001, "per_kv": 1e-6, "running": 10}
+    known = [
+        report(**fitted, kv_tokens=10_000, prompt_time=1e-4),
+        report(**fitted, kv_tokens=50_000, prompt_time=3e-4),
+    ]
+    measured = fitted | {"prompt_time": 0.5}
+    unknown = [report(**measured | {name: 0}) for name in ("running", "fixed", "prompt_time")]
+    assert read(*unknown, *known).step_tokens() == pytest.approx(300)
+    assert read(*unknown).step_tokens() == STEP_TOKENS
 
 
 def refuse(bad: Report, words: str) -> None:
@@ -70,8 +84,9 @@ def refuse(bad: Report, words: str) -> None:
 def test_what_a_healthy_instance_sends_passes(sent, number):
     capacity = sent.capacity
     free = min(sent.free, capacity)
+    changes = Changes(large=[Large(7, False, 0, 0, 0.0, 0.0)])
     healthy = msgspec.structs.replace(
-        sent, round=number, free=free, promised=min(sent.promised, free), changes=Changes()
+        sent, round=number, free=free, promised=min(sent.promised, free), changes=changes
     )
     read(healthy).check(number)
 

@@ -41,7 +41,10 @@ def step(scheduler: Scheduler) -> dict[int, int]:
     scheduler.rm.check()
     scheduler.rm.commit(plan.moves, plan.recalls)
     for sequence, tokens in plan.rows:
+        assert 0 < tokens <= sequence.remaining
         sequence.computed += tokens
+        room = scheduler.rm.tables[sequence.id].blocks * scheduler._config.block_size
+        assert sequence.computed <= room, "a token has no rBlock"
         if not sequence.remaining:
             sequence.expect(0)
             sequence.learn(0, 0.0)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import hpc_distkv
 from hpc_distkv import EngineOptions
 from hpc_distkv.comm.local import open_local, run_local
 from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.engine.config import OptionError
-from hpc_distkv.engine.loading import bind
+from hpc_distkv.engine.loading import bind, set_threads
 
 WRONG = [
     ({"num_blocks": "64"}, r"num_blocks must be int \| None, not '64'"),
@@ -47,6 +49,18 @@ def test_what_only_gpus_have_is_refused_on_cpus(options):
             bind(comm, EngineOptions(device="cpu", **options))
 
     run_local(open_local(1), rank)
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "taken"), [(3.7, None, 3), (0.5, None, 1), (3.7, 2, 2)]
+)
+def test_torch_gets_the_ranks_share_of_the_cores_unless_told_otherwise(
+    cores, threads, taken, monkeypatch
+):
+    told = []
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    set_threads(SimpleNamespace(world=SimpleNamespace(cores=cores)), threads)
+    assert told == [taken]
 
 
 def test_the_package_shows_its_public_names_alone():

@@ -10,10 +10,18 @@ from hpc_distkv.control.gaps import gap_bin
 from hpc_distkv.control.letters import Header
 from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.control.report import Changes, Report
-from hpc_distkv.control.requests import Request, Sampling, pack_tokens, unpack_tokens
+from hpc_distkv.control.requests import (
+    Request,
+    Sampling,
+    Unfinished,
+    pack_tokens,
+    unpack_tokens,
+)
 from hpc_distkv.engine.config import EngineConfig
+from hpc_distkv.engine.handover import handover
 from hpc_distkv.engine.instance import Instance
 from hpc_distkv.engine.plan import Plan
+from hpc_distkv.engine.sequence import Sequence
 from hpc_distkv.memory.loan import Move, ProtocolError
 
 BLOCK = 4
@@ -89,7 +97,7 @@ def test_nothing_is_promised_or_wanted_without_sharing():
     boundary(instance, assign=[request(0, 16), request(1, 16)])
     step(instance)
     report = boundary(instance)
-    assert (report.promised, report.wanted) == (0, 0)
+    assert (report.promised, report.wanted, report.longest) == (0, 0, 0)
 
 
 def test_loans_are_reported_when_they_change():
@@ -131,6 +139,61 @@ def test_a_report_says_what_runs_and_what_is_free():
     assert report.work_left == pytest.approx((17 - 9) + (20 - 12))
 
 
+def test_an_idle_instance_has_nothing_and_room_for_all():
+    report = make(max_num_seqs=8, max_num_batched_tokens=64).report()
+    assert (report.running, report.waiting, report.lacking) == (0, 0, 0)
+    assert (report.youngest, report.youngest_blocks, report.longest) == (-1, 0, 0)
+    assert (report.work_left, report.row_blocks) == (0, 0)
+    assert (report.seats, report.room_rows, report.room_tokens) == (8, 8, 2 * 64)
+    assert (report.drain, report.halt) == (False, False)
+
+
+def test_a_report_says_what_is_wanted_and_for_whom():
+    """Row 3 comes to 60 tokens, 32 of which are foreseen now; row 7 to 42. One rBlock is in
+    reserve."""
+    instance = make(num_blocks=12)
+    boundary(instance, assign=[request(3, 20, max_tokens=40), request(7, 12, max_tokens=30)])
+    step(instance)
+    report = boundary(instance)
+    row_3, row_7 = -(-(21 + 32) // BLOCK), -(-42 // BLOCK)
+    assert report.wanted == 1 + (row_3 - 5) + row_7 - (12 - 5)
+    assert (report.wanted_for, report.largest) == (3, 60 // BLOCK)
+    assert (report.running, report.waiting, report.longest) == (1, 1, 5)
+    assert (report.seats, report.room_rows, report.room_tokens) == (7, 6, 2 * 64 - 12)
+
+
+@pytest.mark.parametrize(("policy", "lacks"), [("lend", True), ("lend-greedy", False)])
+def test_what_a_row_lacks_to_begin_is_for_planners(policy, lacks):
+    """Row 1 comes to need 11 rBlocks, and row 0 has 13 of the 20 then."""
+    instance = make(num_blocks=20, policy=policy)
+    boundary(instance, assign=[request(0, 20, max_tokens=40), request(1, 12, max_tokens=30)])
+    step(instance)
+    report = boundary(instance)
+    assert (report.running, report.waiting) == (1, 1)
+    assert bool(report.lacking) == lacks
+    assert report.lacking <= 11
+
+
+@pytest.mark.parametrize("want", ["drain", "halt"])
+def test_what_the_rank_wants_of_the_run_is_passed_on(want):
+    report = make().report(**{want: True})
+    assert (report.drain, report.halt) == (want == "drain", want == "halt")
+
+
+def test_what_remains_is_what_was_not_reported():
+    instance = make()
+    boundary(instance, assign=[request(n, 4, max_tokens=2 + n) for n in range(3)])
+    step(instance)
+    step(instance)
+    boundary(instance)
+    step(instance)
+    instance.apply(Answer(round=2, assign=[request(9, 4)]), 0.0)
+    remains = instance.remains()
+    assert remains.counters.generated_tokens == 2 + 3 + 3
+    assert [result.id for result in remains.results] == [1]
+    assert remains.unfinished == [Unfinished(2, pack_tokens([5, 5, 5]))]
+
+
 def test_kv_tokens_are_those_attended_to_here():
     one, other = borrowing()
     assert one.report().kv_tokens == 13 - 2 * BLOCK
@@ -150,7 +213,9 @@ def test_counters_come_along_when_there_is_nothing_to_do():
     instance = make()
     assert isinstance(boundary(instance).changes.counters, Counters)
     boundary(instance, assign=[request(0, 4)])
-    assert instance.report().changes == Changes()
+    assert boundary(instance).changes == Changes(), "a row waits"
+    step(instance)
+    assert boundary(instance).changes == Changes(), "it runs"
 
 
 def test_a_result_is_reported_once_with_its_times():
@@ -258,6 +323,12 @@ def test_a_row_that_is_handed_over_keeps_its_tokens_and_its_ages():
     step(other, now=1001.0)
     assert sequence.tokens == [*range(13), 5, 5, 5]
     assert other.counters.gaps == {gap_bin(8.0): 1}
+
+
+def test_a_row_without_a_token_has_no_age_of_one():
+    letter = handover(Sequence(request(0, 5), assigned_at=10.0), now=20.0)
+    assert letter.assigned_age == 10.0
+    assert (letter.first_token_age, letter.last_token_age) == (None, None)
 
 
 def test_an_instance_with_a_row_too_many_reports_what_is_no_fault():

@@ -14,6 +14,9 @@ from test_tensor_parallel import greedy, run
 from hpc_distkv.comm.schedule import SeededSchedule
 from hpc_distkv.control.requests import Request, Sampling, pack_tokens
 from hpc_distkv.engine import shared
+from hpc_distkv.engine.pace import StepWork
+from hpc_distkv.engine.plan import Row
+from hpc_distkv.engine.replica import Replica
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.model.rope import Rope
@@ -156,3 +159,34 @@ def test_rows_share_under_every_policy_but_migrate(model, policy):
     found = run_cluster(model, rows, 2, options(40, policy=policy))
     assert found.tokens == alone.tokens
     assert (total(found, "cached_tokens") > 0) == (policy != "migrate")
+
+
+def test_the_work_of_a_step_is_what_its_rows_attend_to_at_home_and_compute(
+    model, steady_pace, monkeypatch
+):
+    """Of decodes every token in their rBlocks here, once; of prompts every token and its place."""
+    seen = []
+    counted = Replica._work
+
+    def watch(replica: Replica, rows: list[Row]) -> StepWork:
+        rm, places, per_row = replica.instance.rm, {}, replica._attention_tokens
+        decodes = [sequence for sequence, count in rows if count == 1]
+        for sequence in decodes:
+            for table in (*rm.prefixes.chain(sequence.id), rm.tables[sequence.id]):
+                for index, slot in zip(table.indices, table.slots, strict=True):
+                    places[slot] = min(BLOCK, sequence.length - BLOCK * index)
+        prompts = [range(s.computed, s.computed + count) for s, count in rows if count > 1]
+        work = sum(1 + (place + 0.5) / per_row for chunk in prompts for place in chunk)
+        found = counted(replica, rows)
+        assert (found.decodes, found.kv_tokens) == (len(decodes), sum(places.values()))
+        assert found.prompt_work == pytest.approx(work)
+        seen.append(found)
+        return found
+
+    monkeypatch.setattr(Replica, "_work", watch)
+    rows = rows_of(2, 8, random.Random(0))
+    found = run_cluster(model, rows, 3, options(20), SeededSchedule(0))
+    assert total(found, "blocks_borrowed")
+    assert total(found, "cached_tokens")
+    assert {step.exchanging for step in seen} == {False, True}
+    assert sum(step.decodes for step in seen) > 0 < sum(step.prompt_work for step in seen)

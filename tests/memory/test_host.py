@@ -223,6 +223,20 @@ def test_a_request_begins_anew_when_what_it_shared_is_gone():
     rm.check()
 
 
+@pytest.mark.parametrize("lent", ["its own", "of its prefix"])
+def test_what_has_rblocks_at_a_creditor_is_not_put_aside(lent):
+    rm, keys = RManager(0, 8, host_blocks=5), keys_of("aa")
+    rm.open(1, keys)
+    rm.grow(1, 4)
+    rm.seal(1, 4)
+    rm.commit([rm.spill(1, 2)], [])
+    assert rm.can_put_aside(1, 4)
+    rm.credit_opened(1, 1)
+    (prefix,) = rm.prefixes.chain(1)
+    rm.commit([rm.move_out(1, 3, 1) if lent == "its own" else rm.move_out(prefix.id, 0, 1)], [])
+    assert not rm.can_put_aside(1, 4)
+
+
 def test_what_is_still_at_home_is_not_read_from_the_host():
     rm, keys = RManager(0, 6, host_blocks=4), keys_of("aaa")
     rm.open(1, keys)
@@ -237,6 +251,21 @@ def test_what_is_still_at_home_is_not_read_from_the_host():
     table = rm.resume(1, keys)
     assert (table.start, table.remote) == (2, {HOST: [2, 3]})
     assert rm.host_space.free == 2
+    rm.check()
+
+
+def test_of_a_prefix_that_is_cut_each_part_keeps_what_it_has_in_the_host():
+    rm = RManager(0, 8, host_blocks=4)
+    rm.open(1, keys_of("aaa"))
+    rm.grow(1, 3)
+    rm.seal(1, 3)
+    (whole,) = rm.prefixes.chain(1)
+    rm.commit([rm.spill(whole.id, 0), rm.spill(whole.id, 2)], [])
+    slots = rm.host_space.slots[whole.id]
+    rm.open(2, keys_of("aab"))
+    first, rest = rm.prefixes.chain(1)
+    assert (first.remote, rest.remote) == ({HOST: [0]}, {HOST: [2]})
+    assert rm.host_space.slots == {first.id: {0: slots[0]}, rest.id: {2: slots[2]}}
     rm.check()
 
 

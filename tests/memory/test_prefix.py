@@ -266,3 +266,23 @@ def test_a_split_of_what_is_not_there_is_refused(split):
     rm.commit([], rm.host(HOME, [(-3, 0), (-3, 1)]))
     with pytest.raises(ProtocolError, match="instance 0 split prefix"):
         rm.split_guests(HOME, [split])
+
+
+def test_what_was_used_last_stays_longest_however_often_it_was_used():
+    rm = RManager(HOME, 3)
+    for request, prompt in enumerate("ab"):
+        rm.open(request, keys_of(prompt))
+        rm.grow(request, 1)
+        rm.seal(request, 1)
+    rm.close(0)
+    rm.close(1)
+    for request in range(2, 500):
+        rm.open(request, keys_of("a"))
+        rm.close(request)
+    assert len(rm.prefixes._evictable) < 100
+    rm.open(500)
+    rm.grow(500, 2)
+    assert [rm.prefixes.match(keys_of(prompt)) for prompt in "ab"] == [1, 0]
+    rm.grow(500, 1)
+    assert [rm.prefixes.match(keys_of(prompt)) for prompt in "ab"] == [0, 0]
+    rm.check()

@@ -139,6 +139,20 @@ def test_nothing_comes_home_into_a_full_pool():
 # -- ends ---------------------------------------------------------------------------------------
 
 
+def test_a_request_does_not_end_while_its_rblocks_move():
+    one, other = pair(6)
+    with_credit(2, one, other)
+    for request in (7, 8, 9):
+        request_of(one, request, 1)
+    lend(one, other, 7, 0)
+    one.bring_home(7, 0, 1)
+    one.move_out(8, 0, 1)
+    for request in (7, 8):
+        with pytest.raises(AssertionError):
+            one.close(request)
+    one.close(9)
+
+
 def test_a_request_that_ends_is_told_to_all_its_creditors():
     one, other = pair()
     third = RManager(2, 4)
