@@ -118,7 +118,7 @@ def test_lent_rblocks_are_shared_too(model, steady_pace):
     found = run_cluster(model, rows, 3, options(18), SeededSchedule(0))
     assert found.tokens == alone.tokens
     assert total(found, "blocks_borrowed")
-    assert total(found, "cached_tokens") >= 2 * len(text)
+    assert total(found, "cached_tokens") >= len(text)
 
 
 def test_without_prefix_caching_every_row_computes_all_of_its_prompt(model):
