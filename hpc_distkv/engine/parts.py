@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.engine.config import EngineConfig
@@ -13,7 +14,8 @@ from hpc_distkv.engine.timesheet import TimeSheet
 from hpc_distkv.memory.pool import BlockPool
 
 
-class Parts(NamedTuple):
+@dataclass(frozen=True)
+class Parts:
     """What a rank is made of."""
 
     comm: Comm
@@ -31,7 +33,7 @@ class Parts(NamedTuple):
     graphs: DecodeGraphs | None = None
     """Recorded decode steps, where steps can be recorded."""
 
-    @property
+    @cached_property
     def positional(self) -> bool:
         """Whether in some layer it matters where queries and keys stand in their sequence. If not,
         all queries to the same rBlocks are attended to at once."""
