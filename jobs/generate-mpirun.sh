@@ -1,6 +1,6 @@
 #!/bin/bash
 # Answer a batch file with 2 ranks under mpirun, on machines without Slurm.
-# Written by: hpc-distkv sbatch --kind mpirun
+# Written by: hpc-distkv sbatch --kind mpirun --no-activate
 
 MODEL=${MODEL:-/path/to/model}
 INPUT=${INPUT:-prompts.jsonl}

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import click
 
 from hpc_distkv.cli.options import Number
-from hpc_distkv.comm.launch import LaunchError, ranks_asked_for
+from hpc_distkv.comm.launch import LaunchError, leave_together
 from hpc_distkv.observe.environment import (
     Facts,
     counted,
@@ -50,7 +48,7 @@ def command(stall_timeout: float) -> None:
     Start it as the job: under srun or mpirun with the same options, or alone. Says what looks
     wrong. For a bug report, paste all it prints.
     """
-    from hpc_distkv.cli.main import FIRST_WORDS, first_rank
+    from hpc_distkv.cli.main import first_rank
 
     own = facts()
     try:
@@ -58,14 +56,22 @@ def command(stall_timeout: float) -> None:
 
         comm = open_mpi(stall_timeout)
     except (LaunchError, ImportError) as error:
-        mismatch = ranks_asked_for(os.environ)[0] > 1
         if first_rank():
-            _show([*_head(own), "MPI       does not work", "", *_places([own], [0], [1])])
+            _show([*_head(own), f"MPI       does not work{_not_started()}", ""])
+            _show(_places([own], [0], [1]))
             _show(_verdict([str(error), *problems([own], [0], [0], [])]))
-        else:
-            time.sleep(FIRST_WORDS)
-        sys.exit(1 if mismatch else 0)
+        sys.exit(LaunchError.exit_code if leave_together() else 0)
     _in_world(comm, own)
+
+
+def _not_started() -> str:
+    """The library that would start if the launcher were another one."""
+    from hpc_distkv.comm.mpi_library import load_library
+
+    try:
+        return f": {load_library().name}"
+    except LaunchError:
+        return ""
 
 
 def _in_world(comm: Comm, own: Facts) -> None:
@@ -74,11 +80,11 @@ def _in_world(comm: Comm, own: Facts) -> None:
     from hpc_distkv.comm.abort import aborting
     from hpc_distkv.comm.binding import bind
     from hpc_distkv.comm.device import DeviceError
-    from hpc_distkv.comm.mpi import library
+    from hpc_distkv.comm.mpi_library import load_library
     from hpc_distkv.comm.probe import probe
 
     with aborting(comm):
-        own.versions["MPI"] = library()
+        own.versions["MPI"] = load_library().name
         ranks = [
             msgspec.msgpack.decode(each, type=Facts)
             for each in comm.gather(msgspec.msgpack.encode(own))

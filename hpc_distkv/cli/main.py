@@ -6,12 +6,12 @@ import importlib
 import io
 import os
 import sys
-import time
 import traceback
 from typing import Any
 
 import click
 
+from hpc_distkv.comm.launch import leave_together
 from hpc_distkv.errors import ExplainedError
 
 COMMANDS = {
@@ -25,9 +25,6 @@ COMMANDS = {
     "simulate": "Run a trace on a described cluster in virtual time.",
 }
 RANK_VARIABLES = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
-FIRST_WORDS = 2.0
-"""Seconds that the other ranks leave the first one to say what is wrong: Open MPI's mpirun ends the
-whole job when the first process leaves with a status other than 0."""
 
 
 class LazyGroup(click.Group):
@@ -76,8 +73,7 @@ def main() -> None:
     except click.ClickException as error:
         if first_rank():
             error.show()
-        else:
-            time.sleep(FIRST_WORDS)
+        leave_together()
         sys.exit(error.exit_code)
     except click.Abort:
         sys.exit(130)

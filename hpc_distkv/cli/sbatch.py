@@ -5,18 +5,24 @@ from __future__ import annotations
 import math
 import re
 import shlex
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
 from hpc_distkv.cli.generate import command as generate
 from hpc_distkv.cli.options import POSITIVE
+from hpc_distkv.comm.launch import LaunchError
+from hpc_distkv.slurm.memory import memory_needed
+from hpc_distkv.slurm.options import MEMORY, PASSED_ON, WITHOUT_VALUE
 from hpc_distkv.slurm.script import KINDS, MARGIN, JobScript
+from hpc_distkv.slurm.submission import check, log_file, send
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gpu": {},
@@ -27,17 +33,18 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 """What differs from the defaults of `JobScript`."""
 
 
-FILES = ("model", "source", "output")
-"""Options of `generate` that the script has as variables."""
 SIDE_FILES = ("--error-file", "--metrics", "--trace", "--prometheus")
-"""What each job of an array would write anew."""
-
+"""Options of `generate` that name a file which each task of an array writes for itself."""
+HERE = Path(sys.executable).parent
+"""Where the programs of this environment are."""
 
 _TIME = re.compile(
     r"(?:(?P<days>\d+)-(?P<h>\d+)(?::(?P<m>\d+)(?::(?P<s>\d+))?)?"
-    r"|(?:(?P<hours>\d+):)?(?P<minutes>\d+):(?P<seconds>\d+)|(?P<only>\d+)|(?i:unlimited|infinite))"
+    r"|(?:(?P<hours>\d+):)?(?P<minutes>\d+):(?P<seconds>\d+)|(?P<only>\d+)|(?i:unlimited|infinite))",
+    re.ASCII,
 )
 """Time limits of sbatch: minutes, [hours:]minutes:seconds, days-hours[:minutes[:seconds]]."""
+_GPUS = re.compile(r"(?:[\w.-]+:)?\d{1,4}", re.ASCII)
 _WORD = re.compile(r"[\w.,:@%+=-]+")
 
 
@@ -68,32 +75,54 @@ def seconds(limit: str) -> int | None:
     )
 
 
+def _gpus(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """GPUs of a node: a number, with a type before it where there are several."""
+    if value is not None and not _GPUS.fullmatch(value):
+        raise click.BadParameter(
+            f"{value!r} is no number of GPUs: write for example 4 or a100:4.", ctx, param
+        )
+    return value
+
+
 def generate_options(words: Sequence[str]) -> dict[str, Any]:
-    """What the options of `generate` among a command's words mean for the script. Raises
-    UsageError for what `generate` would not take: better now than when the job starts."""
-    script = JobScript()
-    files = ["--model", script.model, "-i", script.input, "-o", script.output]
-    context = generate.make_context("generate", [*files, *words])
-    given = [
-        parameter
-        for parameter in generate.params
-        if context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
-    ]
-    arguments: list[str] = []
-    for parameter in given:
-        value = context.params[str(parameter.name)]
-        if parameter.name == "shard":
+    """What the options of `generate` among a command's words mean for the script, but for its
+    files. Raises UsageError for what `generate` would not take: better now than when the job
+    starts."""
+    context = generate.make_context("generate", ["--model", "", "-i", "", "-o", "", *words])
+    found: dict[str, Any] = {"arguments": [], "side_files": {}}
+    for parameter in generate.params:
+        name = str(parameter.name)
+        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        value = context.params[name]
+        if name == "shard":
             raise click.UsageError("--shard is given by --kind array, with --shards.")
-        if parameter.name not in (*FILES, "grace"):
+        if name == "grace":
+            found["grace"] = math.ceil(value)
+        elif parameter.opts[-1] in SIDE_FILES:
+            found["side_files"][parameter.opts[-1]] = value
+        elif name not in ("model", "source", "output"):
             off = value is False and parameter.secondary_opts
-            arguments.append(parameter.secondary_opts[-1] if off else parameter.opts[-1])
-            arguments += [] if isinstance(value, bool) else [str(value)]
-    found: dict[str, Any] = {"arguments": arguments}
-    for name, option in zip(("model", "input", "output"), FILES, strict=True):
-        found[name] = context.params[option]
-    if any(parameter.name == "grace" for parameter in given):
-        found["grace"] = math.ceil(context.params["grace"])
+            found["arguments"].append(parameter.secondary_opts[-1] if off else parameter.opts[-1])
+            found["arguments"] += [] if isinstance(value, bool) else [str(value)]
     return found
+
+
+def _something(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    """A value that is not empty, as one from an unset variable would be."""
+    if value == "":
+        raise click.BadParameter("it is empty.", ctx, param)
+    return value
+
+
+def _passed_on(command: F) -> F:
+    """The options of sbatch that the script hands on."""
+    for name, short in reversed(PASSED_ON.items()):
+        spellings = [short, f"--{name}"] if short else [f"--{name}"]
+        kind: dict[str, Any] = {"is_flag": True} if name in WITHOUT_VALUE else {"type": str}
+        option = click.option(*spellings, callback=_something, help="As of sbatch.", **kind)
+        command = option(command)
+    return command
 
 
 @click.command(
@@ -106,23 +135,47 @@ def generate_options(words: Sequence[str]) -> dict[str, Any]:
     show_default=True,
     help="One rank per GPU; on CPUs; an array of shards; mpirun without Slurm.",
 )
-@click.option("--nodes", type=POSITIVE, help="Nodes.  [default: 4; cpu: 2; array: 1]")
 @click.option(
-    "--gpus-per-node", type=click.IntRange(min=0), help="GPUs, and ranks, of a node.  [default: 4]"
+    "--model",
+    callback=_something,
+    help="Model directory.  [default: $MODEL of the environment of sbatch]",
+)
+@click.option("-i", "--input", callback=_something, help="Batch file.  [default: likewise $INPUT]")
+@click.option(
+    "-o", "--output", callback=_something, help="Results file.  [default: likewise $OUTPUT]"
+)
+@click.option("-N", "--nodes", type=POSITIVE, help="Nodes.  [default: 4; cpu: 2; array: 1]")
+@click.option(
+    "--gpus-per-node",
+    callback=_gpus,
+    help="GPUs, and ranks, of a node; with their type: a100:4.  [default: 4]",
 )
 @click.option(
+    "--ntasks-per-node",
     "--tasks-per-node",
+    "tasks_per_node",
     type=POSITIVE,
     help="Ranks of a node without GPUs, or of mpirun.  [default: 2]",
 )
-@click.option("--cpus-per-task", type=POSITIVE, help="Cores of a rank.  [default: 8; cpu: 16]")
+@click.option(
+    "-c", "--cpus-per-task", type=POSITIVE, help="Cores of a rank.  [default: 8; cpu: 16]"
+)
 @click.option("--shards", type=POSITIVE, help="Jobs of an array.  [default: 8]")
-@click.option("--time", callback=_limit, help="Time limit as of sbatch.  [default: 12:00:00]")
-@click.option("--partition", callback=_word, help="As of sbatch.")
-@click.option("--account", callback=_word, help="As of sbatch.")
-@click.option("--job-name", callback=_word, help="As of sbatch.  [default: hpc-distkv]")
-@click.option("--mpi", callback=_word, help="As of srun.  [default: pmix]")
-@click.option("--container", help="Apptainer image that has hpc-distkv.")
+@click.option("-t", "--time", callback=_limit, help="Time limit.  [default: 12:00:00]")
+@click.option("-J", "--job-name", callback=_word, help="As of sbatch.  [default: hpc-distkv]")
+@_passed_on
+@click.option(
+    "--mpi",
+    callback=_word,
+    help="As of srun.  [default: what the MPI library that is installed here understands]",
+)
+@click.option("--container", callback=_something, help="Apptainer image that has hpc-distkv.")
+@click.option(
+    "--activate/--no-activate",
+    default=None,
+    help="Begin the job's PATH with the environment of this hpc-distkv.  [default: without "
+    "--container]",
+)
 @click.option(
     "--line",
     "lines",
@@ -133,44 +186,88 @@ def generate_options(words: Sequence[str]) -> dict[str, Any]:
     "--sbatch-line",
     "sbatch_lines",
     multiple=True,
-    help="A further option of sbatch, such as '--qos=long'.",
+    help="A further option of sbatch, such as '--switches=1'.",
 )
 @click.option("--submit", is_flag=True, help="Submit the script instead of printing it.")
 @click.pass_context
 def command(ctx: click.Context, /, submit: bool, **options: Any) -> None:
     """Write a Slurm job script for `hpc-distkv generate`, all options of which may follow
-    (--model, -i, -o, --num-blocks ...), and print it or submit it.
+    (--num-blocks, --ordered ...), and print it or submit it.
+
+    Before it is submitted, model, input, output and log are looked at from here.
     """  # fmt: skip
-    given = {name: value for name, value in options.items() if value not in (None, ())}
+    script = _script(options, ctx.args)
+    _warn_of_time(script)
+    text = script.render()
+    if not submit:
+        click.echo(text, nl=False)
+        return
+    if script.kind == "mpirun":
+        raise click.UsageError("--submit needs Slurm; run the script of --kind mpirun yourself.")
+    for warning in check(script, Path.cwd()):
+        click.echo(f"Warning: {warning}", err=True)
+    job = send(text)
+    click.echo(f"the log of job {job} will be {log_file(script, Path.cwd(), job)}", err=True)
+    click.echo(f"Submitted batch job {job}")
+
+
+def _script(options: dict[str, Any], words: Sequence[str]) -> JobScript:
+    """The script that the options ask for. Raises UsageError and ScriptError."""
+    given = {name: value for name, value in options.items() if value not in (None, (), False)}
+    container = "container" in given
+    active = not container if options["activate"] is None else given.pop("activate", False)
+    passed_on = {
+        name: "" if found is True else found
+        for name in PASSED_ON
+        if (found := given.pop(name.replace("-", "_"), None))
+    }
     script = JobScript(
         **DEFAULTS[options["kind"]]
+        | ({} if options["kind"] == "mpirun" or "mpi" in given else {"mpi": _interface(container)})
         | given
-        | generate_options(ctx.args)
-        | {"written_by": shlex.join(["hpc-distkv", *sys.argv[1:]])}
+        | _gpus_of(given)
+        | generate_options(words)
+        | {
+            "written_by": shlex.join(["hpc-distkv", *sys.argv[1:]]),
+            "passed_on": passed_on,
+            "programs": str(HERE) if active else None,
+        }
     )
-    if script.kind == "array" and (side := set(SIDE_FILES) & set(script.arguments)):
-        raise click.UsageError(
-            f"all jobs of an array would write the file of {min(side)}: leave it out."
-        )
     if script.gpus_per_node:
         if given.get("tasks_per_node", script.gpus_per_node) != script.gpus_per_node:
             raise click.UsageError("there is one rank per GPU: give --gpus-per-node alone.")
         script = replace(script, tasks_per_node=script.gpus_per_node)
+    if not passed_on.keys() & set(MEMORY) and (needed := memory_needed(script)):
+        script = replace(script, passed_on=passed_on | {"mem": f"{math.ceil(needed / 2**20)}M"})
+    return script
+
+
+def _gpus_of(given: dict[str, Any]) -> dict[str, Any]:
+    """Number and type of the GPUs of a node, if they are given."""
+    if "gpus_per_node" not in given:
+        return {}
+    kind, _, count = given["gpus_per_node"].rpartition(":")
+    return {"gpus_per_node": int(count), "gpu_type": kind or None}
+
+
+def _interface(container: bool) -> str:
+    """srun's --mpi for the MPI library that is installed here."""
+    from hpc_distkv.comm.mpi_library import load_library
+
+    if container:
+        return JobScript.mpi
+    try:
+        return load_library().srun_interface
+    except LaunchError as error:
+        click.echo(f"Warning: --mpi {JobScript.mpi} is a guess: {error}", err=True)
+        return JobScript.mpi
+
+
+def _warn_of_time(script: JobScript) -> None:
     ahead = script.grace + MARGIN
-    if options["kind"] != "mpirun" and 0 < (seconds(script.time) or 0) <= ahead:
+    if script.kind != "mpirun" and 0 < (seconds(script.time) or 0) <= ahead:
         click.echo(
             f"Warning: --time {script.time} is not longer than the {ahead} s before its end at "
             "which the job is told to stop: it would stop as it begins.",
             err=True,
         )
-    text = script.render()
-    if not submit:
-        click.echo(text, nl=False)
-        return
-    if options["kind"] == "mpirun":
-        raise click.UsageError("--submit needs Slurm; run the script of --kind mpirun yourself.")
-    try:
-        done = subprocess.run(["sbatch"], input=text, text=True, check=False)
-    except FileNotFoundError:
-        raise click.ClickException("there is no sbatch on this machine.") from None
-    raise SystemExit(done.returncode)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from hpc_distkv.comm.launch import check_launch, no_library
+from hpc_distkv.comm.launch import check_launch, prepare_launch
+from hpc_distkv.comm.mpi_library import load_library
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.comm.waiter import Waiter, eagerness
 from hpc_distkv.comm.world import World
@@ -22,7 +23,7 @@ def open_mpi(stall_timeout: float, tp: int = 1) -> Comm:
     there is no MPI library or it does not match the launcher, ValueError if the ranks cannot be
     cut into instances.
     """
-    start_mpi()
+    library = start_mpi()
     from mpi4py import MPI
 
     from hpc_distkv.comm.mpi_mail import MpiMail
@@ -30,7 +31,7 @@ def open_mpi(stall_timeout: float, tp: int = 1) -> Comm:
     from hpc_distkv.comm.mpi_transport import MpiTransport
 
     everyone = MPI.COMM_WORLD
-    check_launch(everyone.Get_size(), library(), os.environ)
+    check_launch(everyone.Get_size(), library, os.environ)
     world = discover(everyone, tp)
     waiter = Waiter(world, stall_timeout, eagerness(world))
     # One clone per purpose: messages of one cannot meet receives of another, and collectives need
@@ -53,23 +54,16 @@ def open_mpi(stall_timeout: float, tp: int = 1) -> Comm:
     return Comm(world, transport, mail, rounds, waiter, abort, new_mail, complaints)
 
 
-def library() -> str:
-    """Name and version of the MPI library, once it has started."""
+def start_mpi() -> str:
+    """Load and initialise MPI for calls from one thread (an abort may come from another); returns
+    the library's name and version. Raises LaunchError."""
+    library = load_library()
     from mpi4py import MPI
 
-    lines: list[str] = MPI.Get_library_version().splitlines()
-    return lines[0].strip(" \0")
-
-
-def start_mpi() -> None:
-    """Load and initialise MPI for calls from one thread (an abort may come from another)."""
-    try:
-        import mpi4py
-
-        mpi4py.rc.thread_level = "serialized"
-        from mpi4py import MPI  # noqa: F401
-    except (ImportError, RuntimeError) as error:
-        raise no_library(error) from error
+    if not MPI.Is_initialized():
+        prepare_launch(library, os.environ)
+        MPI.Init_thread(MPI.THREAD_SERIALIZED)
+    return library.name
 
 
 def discover(everyone: MPI.Comm, tp: int) -> World:

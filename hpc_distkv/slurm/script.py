@@ -3,63 +3,85 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from importlib.resources import files
+from typing import Any
 
 import jinja2
 
+from hpc_distkv.slurm.options import (
+    check_one_line,
+    directive,
+    further,
+    option_name,
+    option_value,
+)
+
 MARGIN = 30
 """Seconds between the end of the grace and the time limit: the last step, and the results."""
+EARLY = 60
+"""Seconds that Slurm may send its signal before the time it was told."""
+FRUITLESS = 5
+"""Starts in a row that were stopped before anything was answered, after which a job gives up."""
 KINDS = ("gpu", "cpu", "array", "mpirun")
+PATHS = {"model": "/path/to/model", "input": "prompts.jsonl", "output": "results.jsonl"}
+"""What the script takes where neither it nor the environment of sbatch names a file."""
+TASK = "${SLURM_ARRAY_TASK_ID}"
 
 
 @dataclass(frozen=True)
 class JobScript:
-    """What a job script says. Its defaults are those of the scripts in `jobs/`."""
+    """What a job script says. Its defaults are those of the scripts in `jobs/`. Raises
+    ScriptError for what a script cannot hold."""
 
     kind: str = "gpu"
     """One of KINDS; "array" runs on GPUs, if there are any."""
-    model: str = "/path/to/model"
-    input: str = "prompts.jsonl"
-    output: str = "results.jsonl"
+    model: str | None = None
+    """This and the next two: None leaves it to the environment of sbatch."""
+    input: str | None = None
+    output: str | None = None
     arguments: Sequence[str] = ()
     """Further ones of `hpc-distkv generate`."""
+    side_files: Mapping[str, str] = field(default_factory=dict)
+    """Options of `generate` that name a file which each task of an array writes for itself."""
     grace: int = 90
     """Seconds that ranks have to finish rows."""
     nodes: int = 4
     tasks_per_node: int = 4
     gpus_per_node: int = 4
+    gpu_type: str | None = None
     cpus_per_task: int = 8
     shards: int = 8
     """Of an array."""
     time: str = "12:00:00"
     mpi: str = "pmix"
     job_name: str = "hpc-distkv"
-    partition: str | None = None
-    account: str | None = None
+    passed_on: Mapping[str, str] = field(default_factory=dict)
+    """Options of sbatch, by their long names; "" is one without a value."""
     container: str | None = None
     """An image for Apptainer."""
+    programs: str | None = None
+    """Directory of hpc-distkv and mpirun; None: they are on the PATH."""
     lines: Sequence[str] = ()
     """Of the script, before anything starts: module load, source."""
     sbatch_lines: Sequence[str] = ()
     """Further options of sbatch."""
     written_by: str = "hpc-distkv sbatch"
 
+    def __post_init__(self) -> None:
+        for text in _texts([getattr(self, each.name) for each in fields(self)]):
+            check_one_line(text)
+        self._further()
+
     def render(self) -> str:
         """The script."""
-        source = files("hpc_distkv.slurm").joinpath("job.sh.j2").read_text()
+        source = files("hpc_distkv.slurm").joinpath("job.sh.j2").read_text(encoding="utf-8")
         environment = jinja2.Environment(
             trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
             keep_trailing_newline=True, autoescape=False,
         )  # fmt: skip
         array = self.kind == "array"
-        task = "${SLURM_ARRAY_TASK_ID}"
-        arguments = ["--grace", str(self.grace), *self.arguments]
-        words = [shlex.quote(word) for word in arguments]
-        if array:
-            words += ["--shard", f'"{task}/{self.shards}"']
-        log = f"{self.job_name}-{'%A_%a' if array else '%j'}.log"
         return environment.from_string(source).render(
             kind=self.kind,
             written_by=self.written_by,
@@ -67,31 +89,78 @@ class JobScript:
             ranks=self.tasks_per_node,
             shards=self.shards,
             job_name=self.job_name,
-            partition=self.partition,
-            account=self.account,
+            passed_on=[directive(*option) for option in self.passed_on.items()],
             nodes=self.nodes,
             tasks=self.tasks_per_node,
             gpus=self.gpus_per_node,
+            gpu_type=self.gpu_type,
             cpus=self.cpus_per_task,
             time=self.time,
             signal=self.grace + MARGIN,
-            log=log,
-            sbatch_lines=self.sbatch_lines,
-            files=[
-                ("MODEL", _setting("MODEL", self.model)),
-                ("INPUT", _setting("INPUT", self.input)),
-                ("OUTPUT", _setting("OUTPUT", self.output) + (f".{task}" if array else "")),
-            ],
+            near=self.grace + MARGIN + EARLY,
+            fruitless=FRUITLESS,
+            log=self._own_log,
+            sbatch_lines=self._further(),
+            files=[self._setting(name) for name in PATHS],
+            programs=self.programs and shlex.quote(self.programs),
             lines=self.lines,
             mpi=self.mpi,
             container=self.container and shlex.quote(self.container),
-            arguments=" ".join(words),
+            arguments=" ".join(self._arguments()),
+            errors=" ".join(self._side_file(o) for o in self.side_files if o == "--error-file"),
             # The id of an array's last task is that of the whole array.
-            job_id=f"${{SLURM_ARRAY_JOB_ID}}_{task}" if array else "$SLURM_JOB_ID",
+            job_id=f"${{SLURM_ARRAY_JOB_ID}}_{TASK}" if array else "$SLURM_JOB_ID",
         )
 
+    @property
+    def log(self) -> str:
+        """The file that the job writes its log to, with sbatch's patterns for its number."""
+        asked = [line for line in self._further() if option_name(line) == "output"]
+        return option_value(asked[-1]) if asked else self._own_log
 
-def _setting(name: str, value: str) -> str:
-    """The value of a variable; one that was not given may be set in the environment of sbatch."""
-    given = value != getattr(JobScript, name.lower())
-    return shlex.quote(value) if given else f"${{{name}:-{shlex.quote(value)}}}"
+    @property
+    def _own_log(self) -> str:
+        return f"{self.job_name}-{'%A_%a' if self.kind == 'array' else '%j'}.log"
+
+    def _further(self) -> list[str]:
+        names = ["job-name", "nodes", "ntasks-per-node", "cpus-per-task", "time", *self.passed_on]
+        names += ["gpus-per-node"] if self.gpus_per_node else []
+        return [further(line, names) for line in self.sbatch_lines]
+
+    def _arguments(self) -> Iterator[str]:
+        """The words behind the files, as the script has them."""
+        yield from (shlex.quote(word) for word in ("--grace", str(self.grace), *self.arguments))
+        for option in self.side_files:
+            yield from (option, self._side_file(option))
+        if self.kind == "array":
+            yield from ("--shard", f'"{TASK}/{self.shards}"')
+
+    def _side_file(self, option: str) -> str:
+        """In an array with the task's number before what tells the kind of file."""
+        path = self.side_files[option]
+        if self.kind != "array":
+            return shlex.quote(path)
+        folder, slash, name = path.rpartition("/")
+        whole = name.removesuffix(".gz")
+        stem = whole.rpartition(".")[0] or whole
+        end = name[len(stem) :]
+        return f'{shlex.quote(folder + slash + stem)}."{TASK}"{end and shlex.quote(end)}'
+
+    def _setting(self, name: str) -> tuple[str, str]:
+        """A variable of the script."""
+        given, variable = getattr(self, name), name.upper()
+        left_out = f"${{{variable}:-{shlex.quote(PATHS[name])}}}"
+        value = left_out if given is None else shlex.quote(given)
+        task = f".{TASK}" if name == "output" and self.kind == "array" else ""
+        return variable, value + task
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All text in a field."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts([*value, *value.values()])
+    elif isinstance(value, Sequence):
+        for each in value:
+            yield from _texts(each)

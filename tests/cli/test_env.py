@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from batch_job import COMMAND, run_command
-from mpirun import clean_environment, mpirun
+from mpirun import clean_environment, is_open_mpi, mpirun
 
 
 def run_alone(**environ: str) -> subprocess.CompletedProcess[str]:
@@ -53,7 +53,13 @@ def test_without_mpi_it_says_so_and_shows_the_rest():
     assert "Traceback" not in done.stderr
 
 
-def test_a_wrong_pmi_is_explained():
-    done = run_alone(SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="0")
-    assert done.returncode == 1
+@pytest.mark.parametrize("interface", [{}, {"PMIX_NAMESPACE": "slurm.pmix.3.0", "PMIX_RANK": "0"}])
+def test_a_wrong_pmi_is_explained_beside_all_that_is_known(interface):
+    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}
+    if interface and is_open_mpi():
+        pytest.skip("Open MPI looks for the PMIx server")
+    done = run_alone(**step, **interface)
+    assert done.returncode == 2, done.stderr
+    assert "torch " in done.stdout
+    assert "MPI       does not work: " in done.stdout
     assert done.stdout.count("srun --mpi=pmix for Open MPI") == 1

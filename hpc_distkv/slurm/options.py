@@ -1,0 +1,99 @@
+"""Options of sbatch: those that a script has under their own names, and lines with any other."""
+
+from __future__ import annotations
+
+import shlex
+import unicodedata
+from collections.abc import Iterable
+
+from hpc_distkv.errors import UserError
+
+PASSED_ON: dict[str, str | None] = {
+    "partition": "-p",
+    "account": "-A",
+    "qos": "-q",
+    "constraint": "-C",
+    "dependency": "-d",
+    "exclusive": None,
+    "mem": None,
+    "mem-per-cpu": None,
+    "mem-per-gpu": None,
+    "gres": None,
+    "nodelist": "-w",
+    "exclude": "-x",
+    "reservation": None,
+    "licenses": "-L",
+    "begin": "-b",
+    "nice": None,
+    "comment": None,
+    "chdir": "-D",
+    "mail-type": None,
+    "mail-user": None,
+}
+"""Name → short form of what the script hands on to Slurm as it is."""
+WITHOUT_VALUE = ("exclusive",)
+SHORT = {
+    **{short: name for name, short in PASSED_ON.items() if short},
+    "-J": "job-name",
+    "-t": "time",
+    "-N": "nodes",
+    "-c": "cpus-per-task",
+    "-o": "output",
+}
+MEMORY = ("mem", "mem-per-cpu", "mem-per-gpu")
+"""Each says what memory the job gets; Slurm takes one of them."""
+_UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
+"""Unicode categories: control characters, halves of pairs, separators of lines and paragraphs."""
+
+
+class ScriptError(UserError):
+    """A job script would not say what its writer means; the text says what to change."""
+
+
+def check_one_line(value: str) -> None:
+    """Raise ScriptError for text that would not stay on its line of a script."""
+    if any(unicodedata.category(each) in _UNPRINTABLE for each in value):
+        raise ScriptError(
+            f"{value!r} has a line break, a control character or bytes that are no UTF-8, which a "
+            "job script cannot hold: leave it out, or rename the file."
+        )
+
+
+def directive(name: str, value: str) -> str:
+    """What stands behind #SBATCH; quotes are read there as by a shell."""
+    return f"--{name}={shlex.quote(value)}" if value else f"--{name}"
+
+
+def further(text: str, written: Iterable[str]) -> str:
+    """What stands behind #SBATCH for a line that a user gives, with or without that word.
+
+    `written`: names of the options that the script has already, of which there must not be two.
+    Raises ScriptError.
+    """
+    line = text.strip()
+    while line.upper().startswith("#SBATCH"):
+        line = line[len("#SBATCH") :].strip()
+    if not line.startswith("-") or not line.strip("-"):
+        raise ScriptError(f"--sbatch-line {text!r} is no option of sbatch: write '--name=value'.")
+    try:
+        shlex.split(line)
+    except ValueError as error:
+        raise ScriptError(f"--sbatch-line {text!r} cannot be read: {error}.") from None
+    name = option_name(line)
+    if name in written:
+        raise ScriptError(f"--sbatch-line {text!r}: the script has --{name} already; give --{name}")
+    return line
+
+
+def option_name(line: str) -> str:
+    """The long name of the option with which a line begins."""
+    word = line.split("=")[0].split()[0]
+    return word[2:] if word.startswith("--") else SHORT.get(word[:2], word)
+
+
+def option_value(line: str) -> str:
+    """The value of the option with which a line begins; "" if it has none."""
+    words = shlex.split(line)
+    if words[0].startswith("--"):
+        return words[0].partition("=")[2] or "".join(words[1:2])
+    return words[0][2:].removeprefix("=") or "".join(words[1:2])
