@@ -18,8 +18,8 @@ PMIX = Path("/usr/lib/x86_64-linux-gnu/pmix2/lib/libpmix.so"), "libpmix-dev"
 """What Slurm's PMIx plugin loads, and the package that has it under this name."""
 PROGRAMS = ("slurmctld", "slurmd", "munged", "srun")
 NODES = 2
-CPUS = 8
-"""That a node pretends to have."""
+CPUS, MEMORY = 8, 32_000
+"""Cores and MiB that a node pretends to have."""
 START = 20.0
 """Seconds for the daemons to come up."""
 
@@ -191,7 +191,7 @@ class SlurmCluster:
         ports = free_ports(NODES + 1)
         nodes = "\n".join(
             f"NodeName=node{n} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[n]} CPUs={CPUS} "
-            "RealMemory=1000 State=UNKNOWN"
+            f"RealMemory={MEMORY} State=UNKNOWN"
             for n in range(1, NODES + 1)
         )
         (folder / "slurm.conf").write_text(

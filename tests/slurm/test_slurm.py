@@ -31,9 +31,8 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
 
 def submit(slurm: SlurmCluster, job: BatchJob, *options: str | int) -> str:
     """`hpc-distkv sbatch --submit`, for one core a rank; returns the id of the job."""
-    mpi = "pmix" if is_open_mpi() else "pmi2"
     files = ["--model", job.model, "-i", job.input, "-o", job.output]
-    words = ["--mpi", mpi, "--cpus-per-task", 1, *options, *files, *SIZES, "--submit"]
+    words = ["--cpus-per-task", 1, *options, *files, *SIZES, "--submit"]
     done = subprocess.run(
         [COMMAND, "sbatch", *map(str, words)],
         cwd=job.output.parent,
@@ -118,6 +117,31 @@ def test_a_job_on_two_nodes_is_stopped_requeued_and_goes_on(slurm, limited, tmp_
     ran = whole.run(0, *SIZES, "--temperature", 0.7, "--max-num-seqs", 24)
     assert ran.returncode == 0, ran.stderr
     assert job.answers() == whole.answers()
+
+
+STOPPED_AS_IT_STARTS = """#!/bin/bash
+[ -n "$SLURM_RESTART_COUNT" ] && exit 0
+trap 'exit 75' TERM
+touch "${0%/*}/started"
+while :; do sleep 0.1; done
+"""
+"""Stands for a `generate` that is preempted while the model loads, and not when it starts again."""
+
+
+def test_a_job_that_is_preempted_while_it_starts_goes_back_into_the_queue(
+    slurm, limited, tmp_path, tiny_model
+):
+    job = BatchJob(tmp_path, tiny_model, [])
+    (tmp_path / "hpc-distkv").write_text(STOPPED_AS_IT_STARTS)
+    (tmp_path / "hpc-distkv").chmod(0o755)
+    alone = ("--kind", "cpu", "--nodes", 1, "--tasks-per-node", 1, "--no-activate")
+    number = submit(slurm, job, *alone, "--line", f"export PATH={tmp_path}:$PATH", "-t", 60)
+    slurm.wait((tmp_path / "started").exists, 30, "the start")
+    slurm.run("scancel", "--signal=TERM", number)
+    slurm.wait(lambda: slurm.job(number)["Restarts"] == "1", 30, "the requeue")
+    slurm.wait_for_state(number, "COMPLETED", 60)
+    assert "nothing was answered" not in log(job, number)
+    assert not list(tmp_path.glob("*.starts.*"))
 
 
 def test_tasks_of_an_array_answer_shards_and_each_has_a_status(
