@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.engine.activations import LargestStep, activation_peak, free_memory
+from hpc_distkv.engine.activations import activation_peak, free_memory
 from hpc_distkv.engine.config import EngineConfig, OptionError
+from hpc_distkv.engine.largest_step import LargestStep
 from hpc_distkv.engine.options import EngineOptions
 from hpc_distkv.memory.mapped import mapped_memory
 from hpc_distkv.model.decoder import Decoder

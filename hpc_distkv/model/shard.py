@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -134,12 +134,7 @@ class Shard:
                 f"{whole.num_heads} query heads, {whole.num_kv_heads} KV heads and intermediate "
                 f"size {whole.intermediate_size}; sizes that do: {', '.join(map(str, sizes))}"
             )
-        return replace(
-            whole,
-            num_heads=whole.num_heads // self.lanes,
-            num_kv_heads=max(1, whole.num_kv_heads // self.lanes),
-            intermediate_size=whole.intermediate_size // self.lanes,
-        )
+        return whole.shard(self.lanes)
 
     def vocabulary(self, size: int) -> list[range]:
         """The token ids that each lane holds, of `size` in all."""

@@ -11,7 +11,6 @@ import torch
 
 from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.engine import capacity
-from hpc_distkv.engine.activations import LargestStep
 from hpc_distkv.engine.capacity import (
     KV_SHARE,
     KvShare,
@@ -23,6 +22,7 @@ from hpc_distkv.engine.capacity import (
     tier_blocks,
 )
 from hpc_distkv.engine.config import EngineConfig, OptionError
+from hpc_distkv.engine.largest_step import LargestStep
 from hpc_distkv.engine.options import EngineOptions
 
 MIB = 1 << 20
