@@ -68,13 +68,26 @@ def rank_memory(
     `max_num_seqs` rows of `USUAL_TOKENS`; a rank on a CPU takes what it finds. Raises ModelError
     for a dtype that is none.
     """
-    dtype = config.dtype if options.dtype == "auto" else options.dtype
-    shard, itemsize = config.shard(options.tensor_parallel_size), dtype_bytes(dtype)
-    block = options.block_size * shard.kv_bytes_per_token(dtype)
+    shard = config.shard(options.tensor_parallel_size)
+    return shard_memory(shard, options, instances=instances, first=first, gpu=gpu, rows=rows)
+
+
+def shard_memory(
+    shard: ModelConfig,
+    options: EngineOptions,
+    *,
+    instances: int,
+    first: bool,
+    gpu: bool,
+    rows: int = 0,
+) -> Memory:
+    """As `rank_memory`, of a rank whose shard of the model is described by `shard`."""
+    itemsize = dtype_bytes(dtype_of(shard, options))
+    block = options.block_size * shard.kv_bytes_per_token(dtype_of(shard, options))
     weights = steps = kv = 0
     if not gpu:
         step = _largest_step(options, instances)
-        weights = itemsize * config.num_weights(options.tensor_parallel_size, packed=True)
+        weights = itemsize * shard.num_weights(options.tensor_parallel_size, packed=True)
         steps = step.computed_on_cpu(shard) + step.exchanged(shard, itemsize) + step.tables(shard)
         kv = (options.num_blocks or 0) * block or options.kv_memory or usual_kv(options, block)
     return Memory(
@@ -82,7 +95,7 @@ def rank_memory(
         steps,
         kv,
         0 if options.host_kv_path else options.host_kv_memory or 0,
-        _input(config, instances) + ID_BYTES * rows if first else 0,
+        _input(shard, instances) + ID_BYTES * rows if first else 0,
         GPU_PROGRAM if gpu else PROGRAM,
     )
 
@@ -97,12 +110,12 @@ def loading_memory(config: ModelConfig, options: EngineOptions) -> int:
     it is stored and in the order of the kernels."""
     shard = config.shard(options.tensor_parallel_size)
     widest = max(shard.vocab_size, 2 * shard.intermediate_size)
-    return (
-        2
-        * widest
-        * shard.hidden_size
-        * dtype_bytes(config.dtype if options.dtype == "auto" else options.dtype)
-    )
+    return 2 * widest * shard.hidden_size * dtype_bytes(dtype_of(config, options))
+
+
+def dtype_of(config: ModelConfig, options: EngineOptions) -> str:
+    """Of weights and KV."""
+    return config.dtype if options.dtype == "auto" else options.dtype
 
 
 def size(number: int) -> str:

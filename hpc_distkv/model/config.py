@@ -136,13 +136,14 @@ class ModelConfig:
         )
 
     def num_weights(self, lanes: int = 1, packed: bool = False) -> int:
-        """Number of weights, biases left out, that the last of `lanes` has, none of which has more;
-        `packed`: a tied head has a copy of its own, as on CPUs."""
+        """Number of weights, biases left out, of this model, or of this shard of one whose
+        vocabulary is cut into `lanes` parts; `packed`: a tied head has a copy of its own, as on
+        CPUs."""
         rows = -(-self.vocab_size // lanes) * (1 if self.tie_embeddings and not packed else 2)
         if self.family.positions == "learned":
             rows += self.max_position
-        layer = self.shard(lanes)._layer_weights(self.num_experts)
-        return self.num_layers * layer + (rows + 1) * self.hidden_size
+        layers = self.num_layers * self._layer_weights(self.num_experts)
+        return layers + (rows + 1) * self.hidden_size
 
     def _layer_weights(self, experts: int) -> int:
         """Number of weights of a layer with so many experts, biases left out."""
