@@ -7,6 +7,7 @@ from typing import NamedTuple
 from hpc_distkv.engine.config import OptionError
 from hpc_distkv.engine.memory_limits import Room
 from hpc_distkv.engine.needs import Memory, size
+from hpc_distkv.engine.options import EngineOptions
 
 GIVEN_SHARE = 0.9
 """Part of what a rank has left beside all else that its pool takes unless told otherwise, where
@@ -63,3 +64,14 @@ class Budget(NamedTuple):
             f"a rank needs {needed.words()}, but {limit.name} has {size(limit.most)}, which leaves "
             f"{ranks} {size(self.room.most)}: {advice}"
         )
+
+
+def wanted_bytes(options: EngineOptions, block_bytes: int) -> int | None:
+    """Of the pool of a rank, if it is given. Raises OptionError if they hold no rBlock."""
+    wanted = options.num_blocks * block_bytes if options.num_blocks else options.kv_memory
+    if wanted is not None and wanted < block_bytes:
+        raise OptionError(
+            f"one rBlock takes {block_bytes} bytes, but there are {wanted} bytes for the KV "
+            "cache: give more --kv-memory or a smaller --block-size"
+        )
+    return wanted

@@ -11,7 +11,7 @@ import torch
 
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.engine.activations import activation_peak, free_memory
-from hpc_distkv.engine.budget import Budget
+from hpc_distkv.engine.budget import Budget, wanted_bytes
 from hpc_distkv.engine.config import EngineConfig, OptionError
 from hpc_distkv.engine.largest_step import LargestStep
 from hpc_distkv.engine.memory_limits import Limit, Room, Seen, in_memory, look, room
@@ -56,7 +56,7 @@ def pool_blocks(
 ) -> int:
     """rBlocks of the rank's pool, as many as are wanted or as there is memory for: `room` on the
     node, or what its GPU has free. Raises OptionError."""
-    world = comm.world
+    world, wanted = comm.world, wanted_bytes(options, block_bytes)
     if comm.device.place.type == "cpu":
         options = replace(options, dtype=dtype_name(model.dtype))
         if options.host_kv_path and in_memory(Path(options.host_kv_path)):
@@ -64,8 +64,7 @@ def pool_blocks(
         memory = shard_memory(
             model.config, options, instances=world.instances, first=world.rank == 0, gpu=False
         )
-        return cpu_blocks(Budget(memory, room), options, block_bytes)
-    wanted = wanted_bytes(options, block_bytes)
+        return Budget(memory, room).pool(wanted, block_bytes) // block_bytes
     if options.allow_gpu_sharing and wanted is None:
         raise OptionError(
             "ranks that share a GPU cannot see what the others will take: give --kv-memory or "
@@ -116,28 +115,14 @@ def check_loading(comm: Comm, config: ModelConfig, options: EngineOptions, room:
         return
     world, lanes = comm.world, options.tensor_parallel_size
     memory = rank_memory(config, options, instances=world.size // lanes, first=world.rank == 0)
-    steps = max(memory.steps, loading_memory(config, options))
     block_bytes = options.block_size * config.shard(lanes).kv_bytes_per_token(
         dtype_of(config, options)
     )
-    Budget(memory._replace(steps=steps), room).pool(wanted_bytes(options, block_bytes), block_bytes)
-
-
-def cpu_blocks(budget: Budget, options: EngineOptions, block_bytes: int) -> int:
-    """rBlocks of a pool in the host's memory: as many as are wanted, or by default. Raises
-    OptionError if there is no room for them, or for one."""
     wanted = wanted_bytes(options, block_bytes)
-    if wanted is not None and wanted < block_bytes:
-        raise OptionError(
-            f"one rBlock takes {block_bytes} bytes, but there are {wanted} bytes for the KV "
-            "cache: give more --kv-memory or a smaller --block-size"
-        )
-    return budget.pool(wanted, block_bytes) // block_bytes
-
-
-def wanted_bytes(options: EngineOptions, block_bytes: int) -> int | None:
-    """Of the pool, if it is given."""
-    return options.num_blocks * block_bytes if options.num_blocks else options.kv_memory
+    reading = loading_memory(config, options) - (
+        wanted or block_bytes
+    )  # Steps and pool come after.
+    Budget(memory._replace(steps=max(memory.steps, reading)), room).pool(wanted, block_bytes)
 
 
 def device_blocks(

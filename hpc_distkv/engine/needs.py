@@ -21,7 +21,7 @@ USUAL_TOKENS = 1024
 ID_BYTES = 175
 """Of rank 0 for the custom_id of each row: what a rerun takes at most while it passes over what is
 answered."""
-_UNITS = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"))
+_UNITS = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 
 
 class Memory(NamedTuple):
@@ -119,10 +119,11 @@ def dtype_of(config: ModelConfig, options: EngineOptions) -> str:
 
 
 def size(number: int) -> str:
-    """Bytes, for people: 3.5 GiB."""
+    """Bytes, for people, in three digits or more: 15.5 GiB, 3584 MiB."""
     for unit, name in _UNITS:
-        if number >= unit:
-            return f"{number / unit:.1f} {name}"
+        if number >= 10 * unit:
+            digits = 0 if number >= 100 * unit else 1
+            return f"{number / unit:.{digits}f} {name}"
     return f"{number} bytes"
 
 

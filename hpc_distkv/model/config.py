@@ -127,12 +127,27 @@ class ModelConfig:
 
     def shard(self, lanes: int) -> ModelConfig:
         """What is left of the model for one of `lanes` that hold it together: fewer heads and a
-        narrower MLP."""
+        narrower MLP. Raises ModelError, naming the numbers that work, if it cannot be cut so."""
+        numbers = [number for number in range(1, self.num_heads + 1) if self.divides(number)]
+        if lanes not in numbers:
+            raise ModelError(
+                f"--tensor-parallel-size {lanes} does not divide a model of {self.num_heads} query "
+                f"heads, {self.num_kv_heads} KV heads and intermediate size "
+                f"{self.intermediate_size}; sizes that do: {', '.join(map(str, numbers))}"
+            )
         return replace(
             self,
             num_heads=self.num_heads // lanes,
             num_kv_heads=max(1, self.num_kv_heads // lanes),
             intermediate_size=self.intermediate_size // lanes,
+        )
+
+    def divides(self, lanes: int) -> bool:
+        """Whether every one of `lanes` can have equal shares of heads and MLP."""
+        return (
+            self.num_heads % lanes == 0
+            and self.intermediate_size % lanes == 0
+            and (self.num_kv_heads % lanes == 0 or lanes % self.num_kv_heads == 0)
         )
 
     def num_weights(self, lanes: int = 1, packed: bool = False) -> int:

@@ -13,10 +13,9 @@ from hpc_distkv.comm.local import open_local, run_local
 from hpc_distkv.comm.together import SetupError
 from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.engine import capacity, loading
-from hpc_distkv.engine.budget import FOUND_SHARE, GIVEN_SHARE, Budget
+from hpc_distkv.engine.budget import FOUND_SHARE, GIVEN_SHARE, Budget, wanted_bytes
 from hpc_distkv.engine.capacity import (
     KvShare,
-    cpu_blocks,
     device_blocks,
     merged,
     node_room,
@@ -31,6 +30,12 @@ from hpc_distkv.engine.options import EngineOptions
 from hpc_distkv.model.config import ModelConfig
 
 MIB = 1 << 20
+
+
+def cpu_blocks(budget: Budget, options: EngineOptions, block_bytes: int) -> int:
+    return budget.pool(wanted_bytes(options, block_bytes), block_bytes) // block_bytes
+
+
 ROOM = Room(0, MIB, False, Limit("the node", "the node", MIB, MIB), 1)
 
 # -- on a GPU -----------------------------------------------------------------------------------
@@ -140,15 +145,15 @@ def test_a_pool_that_does_not_fit_is_refused_with_the_sum(options):
     with pytest.raises(OptionError) as refusal:
         cpu_blocks(budget, options, MIB)
     assert str(refusal.value) == (
-        "a rank needs weights 60.0 MiB + steps 30.0 MiB + KV cache 201.0 MiB + --host-kv-memory "
-        "5.0 MiB + input read ahead 10.0 MiB + program 40.0 MiB = 346.0 MiB, but "
-        "SLURM_MEM_PER_NODE has 7.8 GiB, which leaves each of 4 ranks 345.0 MiB: give --kv-memory "
+        "a rank needs weights 60.0 MiB + steps 30.0 MiB + KV cache 201 MiB + --host-kv-memory "
+        "5120 KiB + input read ahead 10.0 MiB + program 40.0 MiB = 346 MiB, but "
+        "SLURM_MEM_PER_NODE has 8000 MiB, which leaves each of 4 ranks 345 MiB: give --kv-memory "
         "200MiB or --num-blocks 200 at most, or the job more memory"
     )
 
 
 def test_no_room_for_one_rblock_is_refused_with_what_helps():
-    with pytest.raises(OptionError, match=r"leaves it 120.0 MiB: give the job more memory .*--mem"):
+    with pytest.raises(OptionError, match=r"leaves it 120 MiB: give the job more memory .*--mem"):
         cpu_blocks(Budget(NEEDS, found(20 * MIB)), EngineOptions(), MIB)
     with pytest.raises(OptionError, match=r"takes 1048576 bytes, but there are 1048575 bytes for"):
         cpu_blocks(Budget(NEEDS, found(240 * MIB)), EngineOptions(kv_memory=MIB - 1), MIB)

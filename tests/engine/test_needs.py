@@ -112,8 +112,8 @@ def test_the_sum_of_a_rank(llama: ModelConfig) -> None:
     assert memory[2:] == (3 * GIB, 2 * GIB, 0, PROGRAM)
     assert memory.total == sum(memory)
     assert memory.words() == (
-        f"weights 15.0 GiB + steps {size(memory.steps)} + KV cache 3.0 GiB + --host-kv-memory "
-        f"2.0 GiB + program 512.0 MiB = {size(memory.total)}"
+        f"weights 15.0 GiB + steps {size(memory.steps)} + KV cache 3072 MiB + --host-kv-memory "
+        f"2048 MiB + program 512 MiB = {size(memory.total)}"
     )
     assert rank_memory(llama, replace(given, dtype="float32")).weights == 2 * memory.weights
 
