@@ -67,9 +67,13 @@ class Measured(NamedTuple):
                 figures["seconds"] * figures["job"]["instances"] / instances,
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"the metrics of the earlier run are incomplete: {error!r}") from None
+            raise InputError(
+                f"--metrics is no file that `generate --metrics` wrote ({error!r}): give one"
+            ) from None
         if min(found) <= 0:
-            raise InputError("the earlier run answered nothing, so it says nothing of the speed")
+            raise InputError(
+                "--metrics: that run answered nothing, so it says nothing of the speed"
+            )
         return found
 
     def seconds(self, prompt: int, output: float) -> tuple[float, float]:
@@ -110,21 +114,45 @@ class Sizing:
         lines = ["longest rows", *(f"  {shown}" for *_, shown in ordered), *self._memory_lines()]
         return lines + (self._time_lines(speed) if speed else [])
 
+    @property
+    def longest(self) -> int:
+        """rBlocks of the longest row."""
+        return max(self._longest)[0]
+
+    @property
+    def mean(self) -> float:
+        """rBlocks of an answer."""
+        return self._blocks / self.answers
+
+    @property
+    def together(self) -> int:
+        """Answers that run at once on one rank."""
+        return min(self.shape.max_num_seqs, -(-self.answers // self.shape.instances))
+
+    @property
+    def pool_bytes(self) -> int:
+        """That a rank's pool is given, or should have: for its part of the longest row, and for
+        the rows that run at once."""
+        blocks = self.shape.pool.num_blocks
+        if blocks is None and self.answers:
+            part = -(-self.longest // self.shape.instances)
+            blocks = max(part, round(self.together * self.mean))
+        return (blocks or 0) * self.shape.block_bytes
+
     def _memory_lines(self) -> list[str]:
         """What pools must hold so that rows fit, and run together."""
-        pool, block_bytes, instances, rows = self.shape
-        longest, mean = max(self._longest)[0], self._blocks / self.answers
-        most = min(rows, -(-self.answers // instances))
-        together = round(most * mean)
+        pool, block_bytes, instances, _ = self.shape
+        parts = f", or {_pool(-(-self.longest // instances), block_bytes)} on each of {instances}"
+        together = _pool(round(self.together * self.mean), block_bytes)
         lines = [
             f"KV cache      {size(block_bytes)} an rBlock of {pool.block_size} tokens",
-            f"  longest row {_pool(longest, block_bytes)} on one rank"
-            + (f", or {_pool(-(-longest // instances), block_bytes)} on each of {instances}")
-            * (instances > 1),
-            f"  at once     {_pool(together, block_bytes)} a rank for {most} rows of mean length",
+            f"  longest row {_pool(self.longest, block_bytes)} on one rank"
+            + parts * (instances > 1),
+            f"  at once     {together} a rank for {self.together} rows of mean length",
         ]
         if pool.num_blocks:
-            lines.append(f"  given       {int(pool.num_blocks / mean)} rows of mean length at once")
+            at_once = int(pool.num_blocks / self.mean)
+            lines.append(f"  given       {at_once} rows of mean length at once on a rank")
         return lines
 
     def _time_lines(self, speed: Speed | Measured) -> list[str]:

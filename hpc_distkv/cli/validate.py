@@ -229,7 +229,8 @@ def command(
     for line in report.lines(speed):
         click.echo(line)
     memory = rank_memory(config, options, instances=shape.instances, rows=report.good)
-    click.echo(f"memory        rank 0 on CPUs needs {memory.words()}")
+    memory = memory._replace(kv=report.sizing.pool_bytes)
+    click.echo(f"memory        on CPUs the first rank needs {memory.words()}")
     raise SystemExit(1 if report.bad else 0)
 
 
