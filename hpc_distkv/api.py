@@ -90,7 +90,6 @@ class Engine:
         # Stop strings are looked for where a row runs, so every rank has the tokenizer.
         self._tokenizer = self._together(lambda: Tokenizer(model, self.config.vocab_size))
         decoder = open_model(self.comm, model, self.config, settings)
-        # All ranks of a node have loaded their weights when the first one looks what is left.
         self.rank = joined(self.comm, decoder, settings, self._tokenizer)
 
     def _sampling(self, given: Mapping[str, Any]) -> SamplingDefaults:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,10 +15,16 @@ from hpc_distkv.batch.footprint import Footprint, Pool
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.rows import Row, parse_row
 from hpc_distkv.batch.service import Limits, SamplingDefaults, Service
-from hpc_distkv.cli.options import POSITIVE, Size
+from hpc_distkv.batch.sizing import Measured, Shape, Sizing, Speed
+from hpc_distkv.cli.options import POSITIVE, Number, Size
 from hpc_distkv.control.percentiles import percentiles
+from hpc_distkv.engine.budget import wanted_bytes
+from hpc_distkv.engine.needs import dtype_of, rank_memory
+from hpc_distkv.engine.options import CHOICES, EngineOptions
 from hpc_distkv.model.config import ModelConfig
+from hpc_distkv.observe.run_files import read_run
 
+SPEED = Number(min=0, min_open=True)
 EXAMPLES = 3
 """Bad rows shown for each error code."""
 COLUMNS = ("line", "custom_id", "answers", "prompt", "output", "rBlocks", "ranks", "error")
@@ -27,10 +34,10 @@ COLUMNS = ("line", "custom_id", "answers", "prompt", "output", "rBlocks", "ranks
 class Report:
     """What is counted while the rows go by."""
 
-    def __init__(self, limits: Limits, pool: Pool) -> None:
-        """`pool`: of each rank."""
+    def __init__(self, limits: Limits, shape: Shape) -> None:
         self.limits = limits
-        self.pool = pool
+        self.pool = shape.pool
+        self.sizing = Sizing(shape)
         self.good = 0
         self.bad: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
@@ -43,6 +50,7 @@ class Report:
     def add_good(self, row: Row) -> Footprint:
         """Count a row that can be answered."""
         needed = Footprint.of(row, self.pool)
+        self.sizing.add(row, needed)
         self.good += 1
         self.prompt_tokens.append(needed.prompt)
         if needed.output is None:
@@ -63,8 +71,8 @@ class Report:
         if len(examples) < EXAMPLES:
             examples.append(f"line {number + 1}: {error.message}")
 
-    def lines(self) -> list[str]:
-        """The report as text."""
+    def lines(self, speed: Speed | Measured | None) -> list[str]:
+        """The report as text; the time it takes if a `speed` is known."""
         bad = self.bad.total()
         return [
             f"rows          {self.good + bad}",
@@ -73,6 +81,7 @@ class Report:
             *self._bad_lines(),
             *self._length_lines(),
             *self._placement_lines(),
+            *self.sizing.lines(speed),
         ]
 
     def _bad_lines(self) -> list[str]:
@@ -146,17 +155,39 @@ def check_rows(path: str | Path, service: Service, report: Report, table: bool =
 @click.option("--max-tokens", type=POSITIVE, help="Output tokens of rows that give no number.")
 @click.option("--num-blocks", type=POSITIVE, help="rBlocks in the pool of one rank.")
 @click.option(
-    "--host-kv-memory",
-    type=Size(),
-    help="What --host-kv-memory will be, where a replica is one rank and --dtype the checkpoint's.",
+    "--kv-memory", type=Size(), help="KV cache of one rank, if --num-blocks is not given."
 )
+@click.option("--host-kv-memory", type=Size(), help="What --host-kv-memory will be.")
 @click.option("--block-size", type=POSITIVE, default=32, show_default=True, help="Tokens.")
 @click.option(
-    "--ranks",
+    "--dtype", type=click.Choice(CHOICES["dtype"]), default="auto", help="Of weights and KV cache."
+)
+@click.option("--ranks", type=POSITIVE, help="Ranks of the job.  [default: one replica's]")
+@click.option(
+    "--tensor-parallel-size",
     type=POSITIVE,
     default=1,
     show_default=True,
-    help="Instances that can lend to each other: ranks over the tensor-parallel size.",
+    help="Ranks that hold one replica of the model together.",
+)
+@click.option(
+    "--max-num-seqs",
+    type=POSITIVE,
+    default=EngineOptions.max_num_seqs,
+    show_default=True,
+    help="Rows that run at once on one rank.",
+)
+@click.option(
+    "--prompt-tokens-per-second",
+    "prompt_speed",
+    type=SPEED,
+    help="Of the whole job, for an estimate of its time; give --output-tokens-per-second too.",
+)
+@click.option("--output-tokens-per-second", "output_speed", type=SPEED, help="Likewise.")
+@click.option(
+    "--metrics",
+    type=click.Path(dir_okay=False),
+    help="What --metrics of an earlier run with this model wrote, for an estimate of the time.",
 )
 @click.option(
     "--rows",
@@ -169,28 +200,64 @@ def command(
     source: str,
     max_model_len: int | None,
     max_tokens: int | None,
-    num_blocks: int | None,
-    host_kv_memory: int | None,
-    block_size: int,
-    ranks: int,
+    ranks: int | None,
+    prompt_speed: float | None,
+    output_speed: float | None,
+    metrics: str | None,
     table: bool,
+    **engine: Any,
 ) -> None:
-    """Check a batch file without loading the model: bad rows, lengths, and what fits where.
+    """Check a batch file without loading the model: bad rows, lengths, and what fits where; and
+    what the job needs.
 
     Exit status: 0 every row is good, 1 some rows are bad, 2 usage.
     """
-    pool = Pool(block_size, num_blocks)
+    options = EngineOptions(**engine)
     config = ModelConfig.from_dir(model)
-    host_blocks = (host_kv_memory or 0) // (block_size * config.kv_bytes_per_token())
-    beside = host_blocks * block_size
+    shape = _shape(config, options, ranks)
+    speed = _speed(prompt_speed, output_speed, metrics, shape.instances)
+    pool, host_blocks = shape.pool, (options.host_kv_memory or 0) // shape.block_bytes
+    beside = host_blocks * pool.block_size
     limits = Limits(
         max_model_len=config.longest(max_model_len),
-        capacity_tokens=None if pool.tokens is None else pool.tokens * ranks + beside,
+        capacity_tokens=None if pool.tokens is None else pool.tokens * shape.instances + beside,
     )
     defaults = SamplingDefaults(max_tokens=max_tokens)
     service = Service.from_dir(model, config, limits, defaults)
-    report = Report(limits, pool)
+    report = Report(limits, shape)
     check_rows(source, service, report, table)
-    for line in report.lines():
+    for line in report.lines(speed):
         click.echo(line)
+    memory = rank_memory(config, options, instances=shape.instances, rows=report.good)
+    memory = memory._replace(kv=report.sizing.pool_bytes)
+    click.echo(f"memory        on CPUs the first rank needs {memory.words()}")
     raise SystemExit(1 if report.bad else 0)
+
+
+def _shape(config: ModelConfig, options: EngineOptions, ranks: int | None) -> Shape:
+    """Of the job. Raises UsageError, ModelError and OptionError."""
+    lanes = options.tensor_parallel_size
+    if (ranks or lanes) % lanes:
+        raise click.UsageError(
+            f"--ranks {ranks} is no multiple of --tensor-parallel-size {lanes}: give one that is."
+        )
+    dtype = dtype_of(config, options)
+    block_bytes = options.block_size * config.shard(lanes).kv_bytes_per_token(dtype)
+    wanted = wanted_bytes(options, block_bytes)
+    pool = Pool(options.block_size, wanted and wanted // block_bytes)
+    return Shape(pool, block_bytes, (ranks or lanes) // lanes, options.max_num_seqs)
+
+
+def _speed(
+    prompt: float | None, output: float | None, metrics: str | None, instances: int
+) -> Speed | Measured | None:
+    """What is known of it. Raises UsageError, RunFileError and InputError."""
+    if metrics is not None:
+        if prompt or output:
+            raise click.UsageError("--metrics has the speed already: give no tokens per second.")
+        return Measured.of(read_run([Path(metrics)]).metrics, instances)
+    if (prompt is None) != (output is None):
+        raise click.UsageError(
+            "--prompt-tokens-per-second and --output-tokens-per-second go together."
+        )
+    return Speed(prompt, output) if prompt and output else None

@@ -16,7 +16,6 @@ whole prompt chunk with this rank at once. Those are left to what `--gpu-memory-
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 
 import torch
 
@@ -30,58 +29,15 @@ from hpc_distkv.attention import (
 from hpc_distkv.comm.device import Device
 from hpc_distkv.control.requests import LogitRules, Request, Sampling, pack_tokens
 from hpc_distkv.engine.config import OptionError
+from hpc_distkv.engine.largest_step import LONG_CONTEXT, MOST_SHARED, LargestStep
 from hpc_distkv.engine.sampler import begin_sampling
 from hpc_distkv.engine.sequence import Sequence
-from hpc_distkv.engine.shared import MOST_SHARED
 from hpc_distkv.engine.staging import lay_out, on_device
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.model.decoder import Decoder
 
-LONG_CONTEXT = 8192
-"""Tokens that decoding rows attend to in the step that is measured, and different ones that each of
-them has had: enough for their attention to be split over the whole device, beyond which it takes no
-more."""
-PROMPTS = 8
-"""Other instances that a prompt's queries are sent to, or come from, in one step."""
 LOGPROBS = 20
 """Alternatives that a row may ask for."""
-
-
-@dataclass(frozen=True)
-class LargestStep:
-    """The most that a step of a rank may have."""
-
-    tokens: int
-    rows: int
-    """At most `tokens`."""
-    block_size: int
-    others: int = 0
-    """Instances to lend to and borrow from."""
-    shares: bool = False
-    """Whether rows may share rBlocks."""
-    recorded: bool = False
-    """Whether decode steps are recorded."""
-    stages: bool = False
-    """Whether rBlocks of the host's memory may be attended to here."""
-
-    @property
-    def decodes(self) -> LargestStep:
-        """The same without prompts."""
-        return replace(self, tokens=self.rows, shares=False)
-
-    def exchanged(self, model: Decoder) -> int:
-        """Bytes of all queries and partial results of a layer, as a debtor and as a creditor."""
-        heads, dim = model.config.num_heads, model.config.head_dim
-        number = 4  # of a row's place in its step
-        row = heads * (dim * (model.dtype.itemsize + 4) + 4) + number
-        prompts = min(self.others, PROMPTS)
-        return 2 * row * (prompts * self.tokens + (self.others - prompts) * self.rows)
-
-    def tables(self, model: Decoder) -> int:
-        """Bytes of the lists of rBlocks of rows as long as the model allows, likewise."""
-        beyond = max(0, model.config.max_position - LONG_CONTEXT)
-        lists = 2 * 4 * self.rows * -(-beyond // self.block_size)
-        return lists * (1 + bool(self.others))
 
 
 def free_memory(device: Device) -> int:
@@ -93,7 +49,8 @@ def free_memory(device: Device) -> int:
 def activation_peak(model: Decoder, device: Device, step: LargestStep) -> int:
     """Bytes that steps take beyond what is in use when this returns. Raises OptionError if there is
     no room for the largest."""
-    peak = step.exchanged(model) + step.tables(model)
+    config = model.config
+    peak = step.exchanged(config, model.dtype.itemsize) + step.tables(config)
     parts: list[Callable[[], None]] = [lambda: rehearse(model, device, step)]
     if step.others:
         parts.append(lambda: serve(model, device, step))

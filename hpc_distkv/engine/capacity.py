@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.engine.activations import LargestStep, activation_peak, free_memory
+from hpc_distkv.engine.activations import activation_peak, free_memory
+from hpc_distkv.engine.budget import Budget, wanted_bytes
 from hpc_distkv.engine.config import EngineConfig, OptionError
+from hpc_distkv.engine.largest_step import LargestStep
+from hpc_distkv.engine.memory_limits import Limit, Room, Seen, in_memory, look, room
+from hpc_distkv.engine.needs import dtype_of, loading_memory, rank_memory, shard_memory
 from hpc_distkv.engine.options import EngineOptions
 from hpc_distkv.memory.mapped import mapped_memory
+from hpc_distkv.model.config import ModelConfig, dtype_name
 from hpc_distkv.model.decoder import Decoder
-
-KV_SHARE = 0.4
-"""Part of a node's available memory that its ranks' pools take unless told otherwise."""
 
 
 class KvShare(NamedTuple):
@@ -45,19 +47,30 @@ def merged(ranks: Iterable[KvShare]) -> KvShare:
 
 
 def pool_blocks(
-    comm: Comm, model: Decoder, options: EngineOptions, config: EngineConfig, block_bytes: int
+    comm: Comm,
+    model: Decoder,
+    options: EngineOptions,
+    config: EngineConfig,
+    block_bytes: int,
+    room: Room,
 ) -> int:
-    """rBlocks of the rank's pool, as many as are wanted or as there is memory for. Raises
-    OptionError."""
+    """rBlocks of the rank's pool, as many as are wanted or as there is memory for: `room` on the
+    node, or what its GPU has free. Raises OptionError."""
+    world, wanted = comm.world, wanted_bytes(options, block_bytes)
     if comm.device.place.type == "cpu":
-        return options.num_blocks or cpu_blocks(comm, options.kv_memory, block_bytes)
-    wanted = options.num_blocks * block_bytes if options.num_blocks else options.kv_memory
+        options = replace(options, dtype=dtype_name(model.dtype))
+        if options.host_kv_path and in_memory(Path(options.host_kv_path)):
+            options = replace(options, host_kv_path=None)
+        memory = shard_memory(
+            model.config, options, instances=world.instances, first=world.rank == 0, gpu=False
+        )
+        return Budget(memory, room).pool(wanted, block_bytes) // block_bytes
     if options.allow_gpu_sharing and wanted is None:
         raise OptionError(
             "ranks that share a GPU cannot see what the others will take: give --kv-memory or "
             "--num-blocks with --allow-gpu-sharing"
         )
-    others = comm.world.instances - 1 if config.policy.lending else 0
+    others = world.instances - 1 if config.policy.lending else 0
     if config.host_blocks:
         others += 1  # The host's processor attends for this rank, as a creditor does.
     step = LargestStep(
@@ -77,17 +90,39 @@ def pool_blocks(
     )
 
 
-def cpu_blocks(comm: Comm, kv_memory: int | None, block_bytes: int) -> int:
-    """rBlocks of a pool in the host's memory: of `kv_memory` bytes, or by default. Raises
-    OptionError if there is no room for one."""
-    if kv_memory is None:
-        kv_memory = int(KV_SHARE * available_memory() / comm.world.local_size)
-    if kv_memory < block_bytes:
-        raise OptionError(
-            f"one rBlock takes {block_bytes} bytes, but there are {kv_memory} bytes for the KV "
-            "cache: give more --kv-memory or a smaller --block-size"
-        )
-    return kv_memory // block_bytes
+def node_room(comm: Comm) -> Room:
+    """What this rank may have of its node's memory, beside the other ranks there. Collective."""
+    world = comm.world
+    ranks = [
+        Seen(resident, given, [Limit(*limit) for limit in limits])
+        for resident, given, limits in comm.share(look())
+    ]
+    node = world.nodes[world.rank]
+    here = [seen for seen, place in zip(ranks, world.nodes, strict=True) if place == node]
+    return room(ranks[world.rank], here)
+
+
+def lone_room(comm: Comm) -> Room:
+    """The same where no other rank is to be heard: as if all of the node had what this one has."""
+    own = look()
+    return room(own, [own] * comm.world.local_size)
+
+
+def check_loading(comm: Comm, config: ModelConfig, options: EngineOptions, room: Room) -> None:
+    """Before the weights of the whole model `config` are read: whether this rank has room for them
+    and all else. Raises OptionError."""
+    if comm.device.place.type != "cpu":
+        return
+    world, lanes = comm.world, options.tensor_parallel_size
+    memory = rank_memory(config, options, instances=world.size // lanes, first=world.rank == 0)
+    block_bytes = options.block_size * config.shard(lanes).kv_bytes_per_token(
+        dtype_of(config, options)
+    )
+    wanted = wanted_bytes(options, block_bytes)
+    reading = loading_memory(config, options) - (
+        wanted or block_bytes
+    )  # Steps and pool come after.
+    Budget(memory._replace(steps=max(memory.steps, reading)), room).pool(wanted, block_bytes)
 
 
 def device_blocks(
@@ -109,7 +144,9 @@ def device_blocks(
     return (wanted or room) // block_bytes
 
 
-def tier_blocks(comm: Comm, memory: int | None, path: str | None, block_bytes: int) -> int:
+def tier_blocks(
+    comm: Comm, memory: int | None, path: str | None, block_bytes: int, room: Room
+) -> int:
     """rBlocks that `memory` bytes of the host hold beside a rank's pool, in a file below `path` if
     it is given. Raises OptionError if these options cannot work."""
     if memory is None:
@@ -125,11 +162,11 @@ def tier_blocks(comm: Comm, memory: int | None, path: str | None, block_bytes: i
             "--host-kv-path is for ranks on CPUs: a GPU copies from memory that is locked in "
             "place, so give --host-kv-memory alone"
         )
-    ranks, there = comm.world.local_size, available_memory()
-    if path is None and memory * ranks > there:
+    if (path is None or in_memory(Path(path))) and memory > room.left:
         raise OptionError(
-            f"--host-kv-memory gives {memory} bytes to each of {ranks} ranks on this node, which "
-            f"has {there} bytes available: give less, or --host-kv-path on a disk of the node"
+            f"--host-kv-memory gives {memory} bytes to a rank, but {room.limit.name} leaves "
+            f"{room.left} to each of {room.sharing} ranks: give less, or --host-kv-path on a disk "
+            "of the node"
         )
     return memory // block_bytes
 
@@ -153,35 +190,3 @@ def host_memory(comm: Comm, size: int, folder: str | None) -> torch.Tensor:
             f"the host has no memory for --host-kv-memory ({error}): give less"
         ) from error
     return memory
-
-
-def available_memory() -> int:
-    """Bytes this node can still give: what the kernel says, or less if Slurm or a control group
-    allows less."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    limits = [int(fields["MemAvailable"].split()[0]) << 10, *_group_limits()]
-    for name, unit in (
-        ("SLURM_MEM_PER_NODE", 1),
-        ("SLURM_MEM_PER_CPU", int(os.environ.get("SLURM_CPUS_ON_NODE") or 1)),
-    ):
-        allowed = os.environ.get(name, "")
-        if allowed.isdecimal() and int(allowed):
-            limits.append((int(allowed) << 20) * unit)
-    return min(limits)
-
-
-def _group_limits() -> Iterator[int]:
-    """What is left to the control groups (version 2) that this process is in."""
-    try:
-        path = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
-    except OSError:
-        return
-    group = Path("/sys/fs/cgroup") / path.lstrip("/")
-    for folder in (group, *group.parents):
-        try:
-            most = (folder / "memory.max").read_text().strip()
-            used = (folder / "memory.current").read_text().strip()
-        except OSError:
-            continue
-        if most.isdecimal():
-            yield max(0, int(most) - int(used))

@@ -13,6 +13,7 @@ from hpc_distkv.comm.broadcast import LaneBroadcast
 from hpc_distkv.comm.group import Group
 from hpc_distkv.comm.together import together
 from hpc_distkv.comm.transport import Comm
+from hpc_distkv.engine.capacity import check_loading, node_room
 from hpc_distkv.engine.config import OptionError
 from hpc_distkv.engine.options import EngineOptions
 from hpc_distkv.model.config import ModelConfig
@@ -27,7 +28,13 @@ def open_model(
     """Give every rank its device, and its shard of the decoder in model directory `path`.
     Collective. Raises SetupError on all ranks if one cannot, and NcclError."""
     together(comm, lambda: bind(comm, options))
-    decoder = together(comm, lambda: load_model(comm, path, config, options))
+    room = node_room(comm)
+
+    def load() -> Decoder:
+        check_loading(comm, config, options, room)
+        return load_model(comm, path, config, options)
+
+    decoder = together(comm, load)
     unite(comm)
     return decoder
 

@@ -17,13 +17,22 @@ from hpc_distkv.control.links import Links
 from hpc_distkv.control.policy import POLICIES, Policy
 from hpc_distkv.control.requests import Request
 from hpc_distkv.control.work import kv_tokens
-from hpc_distkv.engine.capacity import KvShare, host_memory, merged, pool_blocks, tier_blocks
+from hpc_distkv.engine.capacity import (
+    KvShare,
+    host_memory,
+    lone_room,
+    merged,
+    node_room,
+    pool_blocks,
+    tier_blocks,
+)
 from hpc_distkv.engine.config import EngineConfig, OptionError
 from hpc_distkv.engine.follower import Follower
 from hpc_distkv.engine.graphs import decode_graphs, recordable
 from hpc_distkv.engine.host_costs import copy_seconds, staged_from
 from hpc_distkv.engine.interrupt import Interrupt
 from hpc_distkv.engine.loading import set_threads
+from hpc_distkv.engine.memory_limits import Room
 from hpc_distkv.engine.options import EngineOptions
 from hpc_distkv.engine.parts import Parts
 from hpc_distkv.engine.recorder import Recorder
@@ -44,10 +53,12 @@ class RankEngine:
         model: Decoder,
         options: EngineOptions,
         decoder: TextDecoder | None = None,
+        room: Room | None = None,
     ) -> None:
         """Lay out the pool. `model`: this rank's shard; `decoder`: the tokenizer, for requests
-        with stop strings. Raises OptionError."""
+        with stop strings; `room` on the node, if other ranks were heard. Raises OptionError."""
         self.comm = comm
+        room = room or lone_room(comm)
         self._decoder = decoder
         config = model.config
         set_threads(comm, options.threads)
@@ -68,10 +79,10 @@ class RankEngine:
             cuda_graphs=not options.enforce_eager
             and _recordable(model, comm.device.place, options.block_size),
             host_blocks=tier_blocks(
-                comm, options.host_kv_memory, options.host_kv_path, block_bytes
+                comm, options.host_kv_memory, options.host_kv_path, block_bytes, room
             ),
         )
-        blocks = pool_blocks(comm, model, options, wanted, block_bytes)
+        blocks = pool_blocks(comm, model, options, wanted, block_bytes, room)
         self.config = replace(wanted, num_blocks=blocks)
         self.capacity_blocks = self.config.num_blocks
         """rBlocks that one request may use at most."""
@@ -249,7 +260,8 @@ def joined(
 ) -> RankEngine:
     """This rank's engine, once all ranks have theirs. Collective. Raises SetupError on all ranks
     if one cannot."""
-    engine = together(comm, lambda: RankEngine(comm, model, options, decoder))
+    room = node_room(comm)  # All have their weights, and none a pool yet.
+    engine = together(comm, lambda: RankEngine(comm, model, options, decoder, room))
     engine.join()
     return engine
 

@@ -9,6 +9,7 @@ import torch
 
 from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow, merge_rows, micro_attention
 from hpc_distkv.comm.device import Device
+from hpc_distkv.engine.largest_step import MOST_SHARED
 from hpc_distkv.engine.plan import Row
 from hpc_distkv.memory.prefix import Prefix
 from hpc_distkv.memory.rmanager import RManager
@@ -19,10 +20,6 @@ call and its merge. Measured on Zen 4 with 3 KV heads of dimension 64."""
 LEAST_SAVED_REPLAYED = 1 << 18
 """The same where a step would otherwise be replayed: its launches one by one take milliseconds, in
 which a GPU reads about so many tokens. An estimate: not measured."""
-
-MOST_SHARED = 3
-"""Groups that a row may be in at once, those that spare most: a system prompt, a document, and a
-prompt's several answers. It bounds the memory of a step (`activations`)."""
 
 Groups = dict[tuple[int, ...], list[Prefix]]
 """Rows of a step, by their place in it → the prefixes at home that these rows and no others use."""

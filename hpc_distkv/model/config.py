@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,18 +120,53 @@ class ModelConfig:
     @property
     def attention_tokens(self) -> float:
         """Context length at which a token's attention costs as much as its linear layers."""
-        return self._active_weights / (2 * self.num_layers * self.num_heads * self.head_dim)
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        layers = self.num_layers * self._layer_weights(self.experts_per_token)
+        active = layers + embeddings + self.hidden_size
+        return active / (2 * self.num_layers * self.num_heads * self.head_dim)
 
-    @property
-    def _active_weights(self) -> int:
-        """Number of weights that a token meets, biases left out; a tied head counts once."""
+    def shard(self, lanes: int) -> ModelConfig:
+        """What is left of the model for one of `lanes` that hold it together: fewer heads and a
+        narrower MLP. Raises ModelError, naming the numbers that work, if it cannot be cut so."""
+        numbers = [number for number in range(1, self.num_heads + 1) if self.divides(number)]
+        if lanes not in numbers:
+            raise ModelError(
+                f"--tensor-parallel-size {lanes} does not divide a model of {self.num_heads} query "
+                f"heads, {self.num_kv_heads} KV heads and intermediate size "
+                f"{self.intermediate_size}; sizes that do: {', '.join(map(str, numbers))}"
+            )
+        return replace(
+            self,
+            num_heads=self.num_heads // lanes,
+            num_kv_heads=max(1, self.num_kv_heads // lanes),
+            intermediate_size=self.intermediate_size // lanes,
+        )
+
+    def divides(self, lanes: int) -> bool:
+        """Whether every one of `lanes` can have equal shares of heads and MLP."""
+        return (
+            self.num_heads % lanes == 0
+            and self.intermediate_size % lanes == 0
+            and (self.num_kv_heads % lanes == 0 or lanes % self.num_kv_heads == 0)
+        )
+
+    def num_weights(self, lanes: int = 1, packed: bool = False) -> int:
+        """Number of weights, biases left out, of this model, or of this shard of one whose
+        vocabulary is cut into `lanes` parts; `packed`: a tied head has a copy of its own, as on
+        CPUs."""
+        rows = -(-self.vocab_size // lanes) * (1 if self.tie_embeddings and not packed else 2)
+        if self.family.positions == "learned":
+            rows += self.max_position
+        layers = self.num_layers * self._layer_weights(self.num_experts)
+        return layers + (rows + 1) * self.hidden_size
+
+    def _layer_weights(self, experts: int) -> int:
+        """Number of weights of a layer with so many experts, biases left out."""
         attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
         mlp = (3 if self.family.gated else 2) * self.hidden_size * self.intermediate_size
         if self.num_experts:
-            mlp = self.experts_per_token * mlp + self.num_experts * self.hidden_size
-        layer = attention + mlp + 2 * self.hidden_size
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
-        return self.num_layers * layer + embeddings + self.hidden_size
+            mlp = experts * mlp + self.num_experts * self.hidden_size
+        return attention + mlp + 2 * self.hidden_size
 
 
 def dtype_name(dtype: object) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,7 +18,6 @@ from torch.nn import functional
 
 from hpc_distkv.comm.device import Recorded
 from hpc_distkv.model.config import ModelConfig
-from hpc_distkv.model.errors import ModelError
 
 ALL = slice(None)
 
@@ -125,21 +124,8 @@ class Shard:
     lanes: int = 1
 
     def config(self, whole: ModelConfig) -> ModelConfig:
-        """What is left of the model for this shard: fewer heads and a narrower MLP. Raises
-        ModelError, naming the sizes that work, if it cannot be cut so."""
-        sizes = [lanes for lanes in range(1, whole.num_heads + 1) if divides(whole, lanes)]
-        if self.lanes not in sizes:
-            raise ModelError(
-                f"--tensor-parallel-size {self.lanes} does not divide a model of "
-                f"{whole.num_heads} query heads, {whole.num_kv_heads} KV heads and intermediate "
-                f"size {whole.intermediate_size}; sizes that do: {', '.join(map(str, sizes))}"
-            )
-        return replace(
-            whole,
-            num_heads=whole.num_heads // self.lanes,
-            num_kv_heads=max(1, whole.num_kv_heads // self.lanes),
-            intermediate_size=whole.intermediate_size // self.lanes,
-        )
+        """What is left of the model for this shard. Raises ModelError if it cannot be cut so."""
+        return whole.shard(self.lanes)
 
     def vocabulary(self, size: int) -> list[range]:
         """The token ids that each lane holds, of `size` in all."""
@@ -199,13 +185,3 @@ class Shard:
 
 
 WHOLE = Shard()
-
-
-def divides(config: ModelConfig, lanes: int) -> bool:
-    """Whether every one of `lanes` can have equal shares of heads and MLP."""
-    kv_heads = config.num_kv_heads
-    return (
-        config.num_heads % lanes == 0
-        and config.intermediate_size % lanes == 0
-        and (kv_heads % lanes == 0 or lanes % kv_heads == 0)
-    )

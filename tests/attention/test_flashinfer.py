@@ -187,7 +187,7 @@ def test_kernels_that_cannot_be_compiled_are_an_option_that_cannot_be(
     config = capacity.EngineConfig(num_blocks=1, block_size=16)
     pattern = rf"(?s)^--attention-backend flashinfer cannot be: FlashInfer.{{0,1000}}{said}.*nvcc"
     with pytest.raises(flashinfer.FlashInferError, match=pattern):
-        capacity.pool_blocks(comm, None, EngineOptions(), config, 1)
+        capacity.pool_blocks(comm, None, EngineOptions(), config, 1, None)
 
 
 @pytest.mark.skipif(

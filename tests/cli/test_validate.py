@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from click.testing import CliRunner, Result
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from hpc_distkv.cli.main import group
+from hpc_distkv.engine.needs import rank_memory
+from hpc_distkv.engine.options import EngineOptions
 from hpc_distkv.model.config import ModelConfig
+from hpc_distkv.observe.run_files import NEEDED
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -138,6 +142,106 @@ def test_a_table_of_rows(model: Path) -> None:
     assert table[1].split("\t")[-2:] == ["?", "-"]
 
 
+def test_the_longest_rows_are_shown(model: Path) -> None:
+    lengths = [(4, 4), (40, 7), (10, 8), (30, 36), (66, 1), (5, 5)]
+    rows = [row(f"{p}\x1b+{n}", p, max_tokens=n) for p, n in lengths] + [row("open", 80)]
+    shown = validate(model, rows, "--block-size", "4").output.partition("longest rows\n")[2]
+    assert [line.strip() for line in shown.splitlines()[:3]] == [
+        "line 7, open: 80 + open tokens, 20 rBlocks",
+        "line 4, 30\\x1b+36: 30 + 36 tokens, 17 rBlocks",
+        "line 5, 66\\x1b+1: 66 + 1 tokens, 17 rBlocks",
+    ]
+
+
+TOKEN = 2 * 1 * 2 * 4 * 4
+"""Bytes of K and V: one layer, two heads of dimension 4, float32."""
+
+
+@pytest.mark.parametrize(
+    ("options", "heads", "value"),
+    [((), 1, 1), (("--dtype", "bfloat16"), 1, 2), (("--tensor-parallel-size", "2"), 2, 1)],
+)
+def test_kv_memory_is_counted_in_rblocks(
+    options: tuple[str, ...], heads: int, value: int, model: Path
+) -> None:
+    """Of a rank, which has its part of the heads."""
+    block = 4 * TOKEN // heads // value
+    rows = [row("a", 10, max_tokens=7), row("b", 10, max_tokens=8)]
+    sizes = ("--block-size", "4", "--kv-memory", str(5 * block - 1))
+    found = values(validate(model, rows, *sizes, *options, "--ranks", "4"))
+    assert found["fit one rank"] == "1 (16 tokens)"
+    assert found["need several"] == "1"
+    assert f"cluster's KV cache holds {4 // heads * 16})" in found["fit nowhere"]
+    assert found["KV cache"] == f"{block} bytes an rBlock of 4 tokens"
+
+
+def test_what_pools_should_hold_is_said(model: Path) -> None:
+    """Ten answers of 5 rBlocks and two of 2, on three ranks that run four each."""
+    rows = [row("a", 10, max_tokens=8, n=10), row("b", 4, max_tokens=4, n=2)]
+    sizes = ("--block-size", "4", "--ranks", "3", "--max-num-seqs", "8")
+    result = validate(model, rows, *sizes)
+    block = 4 * TOKEN
+    mean = (10 * 5 + 2 * 2) / 12
+    assert f"--num-blocks 5 ({5 * block} bytes) on one rank, or --num-blocks 2" in result.output
+    assert f"--num-blocks {round(4 * mean)} (" in result.output
+    assert "a rank for 4 rows of mean length" in result.output
+    result = validate(model, rows, *sizes, "--num-blocks", "11")
+    assert f"{int(11 / mean)} rows of mean length at once on a rank" in result.output
+    result = validate(model, rows, *sizes, "--max-num-seqs", "2")
+    assert f"--num-blocks {round(2 * mean)} (" in result.output
+
+
+def test_what_a_rank_needs_is_that_of_its_pool(model: Path) -> None:
+    config = ModelConfig.from_dir(model)
+    result = validate(model, [row("a", 10, max_tokens=8)], "--kv-memory", "64MiB")
+    given = EngineOptions(kv_memory=(64 << 20) // (32 * TOKEN) * 32 * TOKEN)
+    assert rank_memory(config, given, rows=1).words() in result.output
+
+
+def test_time_from_a_given_speed(model: Path) -> None:
+    rows = [row("a", 60, max_tokens=30), row("b", 40, max_tokens=30), row("open", 40)]
+    speed = ("--prompt-tokens-per-second", "0.7", "--output-tokens-per-second", "0.1")
+    found = values(validate(model, rows, *speed))
+    least, most = 140 / 0.7 + 3 / 0.1, 140 / 0.7 + (60 + 60) / 0.1
+    times = [str(timedelta(seconds=round(seconds))) for seconds in (least, most)]
+    assert found["time"].startswith(" to ".join(times))
+    closed = validate(model, rows[:2], *speed)
+    most = 100 / 0.7 + 60 / 0.1
+    assert f"to {timedelta(seconds=round(most))}, for outputs" in closed.output
+
+
+def figures(folder: Path, **changes: Any) -> str:
+    """A file of metrics: 100 + 20 tokens of two answers in 1,000 s, on two instances."""
+    found: dict[str, Any] = dict.fromkeys(NEEDED)
+    found |= {"prompt_tokens": 100, "output_tokens": 20, "seconds": 1000.0}
+    found |= {"request_counts": {"completed": 2}, "job": {"instances": 2}}
+    path = folder / "metrics.json"
+    path.write_text(json.dumps(found | changes))
+    return str(path)
+
+
+def test_time_from_an_earlier_run(model: Path, tmp_path: Path) -> None:
+    """Twice the prompts and, of a mean of 10, 1.5 times the outputs."""
+    rows = [row("a", 80, max_tokens=15), row("b", 60, max_tokens=15), row("c", 60, max_tokens=15)]
+    metrics = figures(tmp_path)
+    found = values(validate(model, rows, "--metrics", metrics, "--ranks", "2"))
+    assert found["time"].startswith("0:25:00 to 0:33:20 with outputs as long as in that run")
+    assert "(a mean of 10 tokens), 0:37:30 at most" in found["time"]
+    found = values(validate(model, rows, "--metrics", metrics, "--ranks", "4"))
+    assert found["time"].startswith("0:12:30 to 0:16:40 with")
+
+
+def test_a_run_of_no_use_is_refused(model: Path, tmp_path: Path) -> None:
+    for changes, words in (
+        ({"output_tokens": 0}, "that run answered nothing"),
+        ({"job": {}}, "no file that `generate --metrics` wrote (KeyError('instances'))"),
+        ({"request_counts": None}, "no file that"),
+    ):
+        result = validate(model, [], "--metrics", figures(tmp_path, **changes))
+        assert result.exit_code == 2
+        assert words in result.output
+
+
 def test_limits_given_on_the_command_line(model: Path) -> None:
     rows = [row("a", 10)]
     assert validate(model, rows, "--max-model-len", "10").exit_code == 1
@@ -154,11 +258,19 @@ def test_an_empty_file_is_fine(model: Path) -> None:
 
 def test_usage_errors(model: Path) -> None:
     runner = CliRunner()
+    files = ("--model", str(model), "-i", str(model / "config.json"))
     for arguments in (
         ["--model", str(model), "-i", str(model.parent / "missing")],
         ["--model", str(model), "-i", "-"],
         ["--model", str(model.parent), "-i", str(model / "config.json")],
         ["-i", "x"],
+        [*files, "--num-blocks", "1", "--kv-memory", "1GiB"],
+        [*files, "--kv-memory", "1"],
+        [*files, "--ranks", "3", "--tensor-parallel-size", "2"],
+        [*files, "--ranks", "3", "--tensor-parallel-size", "3"],
+        [*files, "--prompt-tokens-per-second", "9"],
+        [*files, "--output-tokens-per-second", "nan"],
+        [*files, "--metrics", str(model / "config.json")],
     ):
         result = runner.invoke(group, ["validate", *arguments])
         assert result.exit_code == 2

@@ -23,9 +23,10 @@ from hpc_distkv.comm.network import Half
 from hpc_distkv.comm.schedule import SeededSchedule
 from hpc_distkv.control.requests import LogitRules, Request, Sampling, pack_tokens
 from hpc_distkv.engine import activations, creditor, debtor, shared, worker
-from hpc_distkv.engine.activations import PROMPTS, LargestStep, rehearse, serve
+from hpc_distkv.engine.activations import rehearse, serve
 from hpc_distkv.engine.config import OptionError
 from hpc_distkv.engine.forward import Forward
+from hpc_distkv.engine.largest_step import PROMPTS, LargestStep
 from hpc_distkv.model.decoder import Decoder
 
 TOKENS, ROWS = 96, 12
@@ -71,6 +72,10 @@ def needed(model: Decoder, step: LargestStep) -> int:
     config = model.config
     pool = blocks * 2 * config.num_kv_heads * BLOCK * config.head_dim * model.dtype.itemsize
     return account.peak - pool
+
+
+def exchanged(model: Decoder, step: LargestStep) -> int:
+    return step.exchanged(model.config, model.dtype.itemsize)
 
 
 def demand(rng: random.Random, rows: int, longest: int = 150) -> list[Request]:
@@ -144,17 +149,19 @@ def test_what_is_exchanged_in_a_layer_is_counted(whole, monkeypatch):  # noqa: F
     rows = demand(random.Random(2), 6, longest=500)
     settings = options(40, max_num_batched_tokens=TOKENS, max_num_seqs=ROWS)
     run_cluster(whole, rows, 3, settings, schedule=SeededSchedule(0))
-    limit = replace(STEP, others=2).exchanged(whole) // 2
+    limit = exchanged(whole, replace(STEP, others=2)) // 2
     assert 0 < max(legs) <= limit
     assert 0 < max(visits) <= limit
 
 
 def test_many_others_send_decodes_and_a_few_of_them_prompts(whole):  # noqa: F811
-    exchanged = [replace(STEP, others=others).exchanged(whole) for others in (0, 1, PROMPTS, 100)]
-    assert exchanged[0] == 0
-    row = exchanged[1] // TOKENS
-    assert exchanged[2] == PROMPTS * exchanged[1]
-    assert exchanged[3] == exchanged[2] + (100 - PROMPTS) * ROWS * row
+    none, one, some, many = (
+        exchanged(whole, replace(STEP, others=others)) for others in (0, 1, PROMPTS, 100)
+    )
+    assert none == 0
+    row = one // TOKENS
+    assert some == PROMPTS * one
+    assert many == some + (100 - PROMPTS) * ROWS * row
 
 
 def test_attention_to_guests_and_decodes_alone_can_be_rehearsed(whole):  # noqa: F811
@@ -179,7 +186,7 @@ def test_what_runs_beside_a_step_is_added_to_it(
 ):
     monkeypatch.setattr(activations, "_measured", lambda device, part: part() or 1000)
     step = replace(STEP, others=others, recorded=recorded, stages=stages)
-    counted = step.exchanged(whole) + step.tables(whole)
+    counted = exchanged(whole, step) + step.tables(whole.config)
     assert activations.activation_peak(whole, Elsewhere(), step) == counted + parts * 1000
 
 

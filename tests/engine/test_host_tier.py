@@ -284,7 +284,7 @@ def test_a_file_serves_as_well_and_never_has_a_name(model, tmp_path):  # noqa: F
     [
         ({"host_kv_path": "."}, "--host-kv-path needs --host-kv-memory"),
         ({"host_kv_memory": 100}, "one rBlock takes 4096 bytes, but --host-kv-memory gives 100"),
-        ({"host_kv_memory": 1 << 60}, "each of 1 ranks on this node, which has"),
+        ({"host_kv_memory": 1 << 60}, "the node leaves .* to each of 1 ranks: give less"),
         ({"host_kv_memory": 1 << 20, "host_kv_path": "/none"}, r"/none: no file .* \(No such file"),
         ({"host_kv_memory": 1 << 60, "host_kv_path": "."}, "no file of .* can be made there"),
     ],

@@ -26,8 +26,9 @@ from hpc_distkv.comm.local import open_local, run_local
 from hpc_distkv.comm.schedule import SeededSchedule
 from hpc_distkv.control.requests import Request, Sampling, pack_tokens
 from hpc_distkv.engine import host, host_costs, staging
-from hpc_distkv.engine.activations import LargestStep, stage
+from hpc_distkv.engine.activations import stage
 from hpc_distkv.engine.host_costs import QUERY_ROWS, attend_seconds, staged_from
+from hpc_distkv.engine.largest_step import LargestStep
 from hpc_distkv.engine.rank import RankEngine
 from hpc_distkv.engine.staging import BUFFERS, Staging
 from hpc_distkv.memory.pool import BlockPool

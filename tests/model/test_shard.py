@@ -22,7 +22,7 @@ from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.model.errors import ModelError
 from hpc_distkv.model.family import FAMILIES
-from hpc_distkv.model.shard import Cut, Shard, divides
+from hpc_distkv.model.shard import Cut, Shard
 from hpc_distkv.model.weights import load_decoder
 
 DIM = 16
@@ -257,7 +257,7 @@ def test_when_the_reader_cannot_go_on_nobody_waits_for_it(tmp_path):
 def test_shards_of_every_family_are_the_whole_model(name, lanes, tmp_path):
     save(name, tmp_path)
     whole = ModelConfig.from_dir(tmp_path)
-    if not divides(whole, lanes):
+    if not whole.divides(lanes):
         pytest.skip("does not divide")
     tokens = torch.tensor(prompt(40, 1))
     expected = logits_of(load_decoder(tmp_path, whole, "float32"), tokens)

@@ -1,0 +1,195 @@
+"""What limits the memory of this process: the node, Slurm, and the control groups around it, of
+either version. No torch here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+NODE = "the node"
+NO_LIMIT = 1 << 60
+"""Bytes from which on a limit of a control group is none: version 1 writes nearly 2^63."""
+
+
+class Version(NamedTuple):
+    """How a version of control groups names what it counts."""
+
+    limits: tuple[str, ...]
+    usage: str
+    reclaimable: tuple[str, ...]
+    """Lines of memory.stat: what the kernel drops rather than kill a process, such as the cache of
+    files, mapped ones among them."""
+
+
+V1 = Version(
+    ("memory.limit_in_bytes",),
+    "memory.usage_in_bytes",
+    ("total_inactive_file", "total_active_file"),
+)
+V2 = Version(
+    ("memory.max", "memory.high"),
+    "memory.current",
+    ("inactive_file", "active_file", "slab_reclaimable"),
+)
+
+
+class Limit(NamedTuple):
+    """Of the memory that this process and others have together."""
+
+    key: str
+    """Processes of a node for which it is the same share one limit."""
+    name: str
+    """For people."""
+    most: int
+    """Bytes."""
+    left: int | None
+    """Bytes that nobody has; None: what is not resident in those that share it."""
+
+
+class Seen(NamedTuple):
+    """What a process sees of its memory."""
+
+    resident: int
+    """Bytes that it has and the kernel cannot drop."""
+    given: bool
+    """Whether memory was given to this job alone."""
+    limits: list[Limit]
+
+
+class Room(NamedTuple):
+    """What one of the processes that share a node may have."""
+
+    resident: int
+    """Bytes that it has already."""
+    left: int
+    """Bytes that it may take beside them: its equal share of what is left."""
+    given: bool
+    """Whether memory was given to this job alone."""
+    limit: Limit
+    """Which leaves least."""
+    sharing: int
+    """Processes that share this limit."""
+
+    @property
+    def most(self) -> int:
+        """Bytes that it may have."""
+        return self.resident + self.left
+
+
+def room(own: Seen, node: Sequence[Seen]) -> Room:
+    """The room of one of the processes on a `node`, all of which are in it."""
+    rooms = []
+    for limit in own.limits:
+        sharing = [seen for seen in node if limit.key in {other.key for other in seen.limits}]
+        left = limit.left
+        if left is None:
+            left = max(0, limit.most - sum(seen.resident for seen in sharing))
+        share = left // len(sharing)
+        rooms.append(Room(own.resident, share, own.given, limit, len(sharing)))
+    return min(rooms, key=lambda each: each.left)
+
+
+def look(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> Seen:
+    """What this process sees now, in the file system at `root`."""
+    status = _fields(root / "proc/self/status", ":")
+    resident = sum(_kibibytes(status.get(name)) for name in ("RssAnon", "RssShmem"))
+    node = _fields(root / "proc/meminfo", ":")
+    available = _kibibytes(node.get("MemAvailable"))
+    limits = [*_slurm_limits(environment), *_group_limits(root)]
+    alone = int(environment.get("SLURM_CPUS_ON_NODE") or 0) >= (os.cpu_count() or 1)
+    given = bool(limits) or ("SLURM_JOB_ID" in environment and alone)
+    return Seen(resident, given, [*limits, Limit(NODE, NODE, available, available)])
+
+
+def in_memory(path: Path, root: Path = Path("/")) -> bool:
+    """Whether a file at `path` is in memory, and counts as such: on a tmpfs."""
+    mounts = {}
+    for line in _lines(root / "proc/self/mountinfo"):
+        own, _, other = line.partition(" - ")
+        mounts[Path(own.split()[4])] = other.split()[0]
+    real = path.resolve()
+    around = [mounts[place] for place in (real, *real.parents) if place in mounts]
+    return bool(around) and around[0] in ("tmpfs", "ramfs")
+
+
+def _slurm_limits(environment: Mapping[str, str]) -> Iterator[Limit]:
+    for name, unit in (
+        ("SLURM_MEM_PER_NODE", None),
+        ("SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE"),
+        ("SLURM_MEM_PER_GPU", "SLURM_GPUS_ON_NODE"),
+    ):
+        mebibytes, units = environment.get(name, ""), environment.get(unit or "", "")
+        if mebibytes.isdecimal() and int(mebibytes):  # 0: all there is
+            most = (int(mebibytes) << 20) * (int(units) if units.isdecimal() else 1)
+            yield Limit(name, name, most, None)
+
+
+def _group_limits(root: Path) -> Iterator[Limit]:
+    """Of the control groups that this process is in, with all that they are in."""
+    for version, mount, group in _groups(root):
+        folder = root / mount.relative_to("/") / group
+        for _ in range(len(Path(group).parts) + 1):
+            limit = _group_limit(folder, version)
+            if limit is not None:
+                yield limit
+            folder = folder.parent
+
+
+def _groups(root: Path) -> Iterator[tuple[Version, Path, str]]:
+    """Version, mount point, and path below it of each control group that counts memory."""
+    paths = {}
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            paths[V2] = path
+        elif "memory" in controllers.split(","):
+            paths[V1] = path
+    for line in _lines(root / "proc/self/mountinfo"):
+        own, _, other = line.partition(" - ")
+        top, mount = own.split()[3:5]
+        kind, _, options = other.split()[:3]
+        counted = kind == "cgroup" and "memory" in options.split(",")
+        version = V2 if kind == "cgroup2" else V1 if counted else None
+        if version in paths and version is not None:
+            yield version, Path(mount), _below(paths[version], top)
+
+
+def _below(path: str, top: str) -> str:
+    """`path` as it is below `top`, which is mounted; all that can be seen of one elsewhere, as in a
+    container, is the top."""
+    inside = os.path.relpath(path, top)
+    return "" if inside.split("/")[0] in (".", "..") else inside
+
+
+def _group_limit(folder: Path, version: Version) -> Limit | None:
+    """Of one control group; None: it has none."""
+    texts = [text.strip() for name in version.limits for text in _lines(folder / name)]
+    usage = [text.strip() for text in _lines(folder / version.usage)]
+    most = min((int(text) for text in texts if text.isdecimal()), default=NO_LIMIT)
+    if most >= NO_LIMIT or not usage:
+        return None
+    counted = _fields(folder / "memory.stat", " ")
+    reclaimable = sum(int(counted.get(name, 0)) for name in version.reclaimable)
+    left = max(0, most - max(0, int(usage[0]) - reclaimable))
+    place = folder.stat()
+    return Limit(f"{place.st_dev}:{place.st_ino}", f"the control group {folder}", most, left)
+
+
+def _fields(path: Path, separator: str) -> dict[str, str]:
+    pairs = (line.split(separator, 1) for line in _lines(path))
+    return {pair[0]: pair[1].strip() for pair in pairs if len(pair) == 2}
+
+
+def _kibibytes(text: str | None) -> int:
+    """Bytes of "1234 kB"."""
+    return int(text.split()[0]) << 10 if text else 0
+
+
+def _lines(path: Path) -> list[str]:
+    """Those that are not empty; none of a file that is not there."""
+    try:
+        return [line for line in path.read_text().splitlines() if line.strip()]
+    except OSError:
+        return []
