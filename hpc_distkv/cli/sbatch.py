@@ -17,6 +17,7 @@ from click.core import ParameterSource
 from hpc_distkv.cli.generate import command as generate
 from hpc_distkv.cli.options import POSITIVE
 from hpc_distkv.comm.launch import LaunchError
+from hpc_distkv.engine.options import EngineOptions
 from hpc_distkv.slurm.memory import memory_needed
 from hpc_distkv.slurm.options import MEMORY, PASSED_ON, WITHOUT_VALUE
 from hpc_distkv.slurm.script import KINDS, MARGIN, JobScript
@@ -84,11 +85,14 @@ def _gpus(ctx: click.Context, param: click.Parameter, value: str | None) -> str 
     return value
 
 
-def generate_options(words: Sequence[str]) -> dict[str, Any]:
-    """What the options of `generate` among a command's words mean for the script, but for its
-    files. Raises UsageError for what `generate` would not take: better now than when the job
-    starts."""
-    context = generate.make_context("generate", ["--model", "", "-i", "", "-o", "", *words])
+def generate_context(words: Sequence[str]) -> click.Context:
+    """The options of `generate` among a command's words. Raises UsageError for what `generate`
+    would not take: better now than when the job starts."""
+    return generate.make_context("generate", ["--model", "", "-i", "", "-o", "", *words])
+
+
+def generate_options(context: click.Context) -> dict[str, Any]:
+    """What these options mean for the script, but for its files. Raises UsageError."""
     found: dict[str, Any] = {"arguments": [], "side_files": {}}
     for parameter in generate.params:
         name = str(parameter.name)
@@ -204,6 +208,8 @@ def command(ctx: click.Context, /, submit: bool, **options: Any) -> None:
         return
     if script.kind == "mpirun":
         raise click.UsageError("--submit needs Slurm; run the script of --kind mpirun yourself.")
+    if script.needs:
+        click.echo(f"Of its memory {script.needs}.", err=True)
     for warning in check(script, Path.cwd()):
         click.echo(f"Warning: {warning}", err=True)
     job = send(text)
@@ -221,12 +227,13 @@ def _script(options: dict[str, Any], words: Sequence[str]) -> JobScript:
         for name in PASSED_ON
         if (found := given.pop(name.replace("-", "_"), None))
     }
+    context = generate_context(words)
     script = JobScript(
         **DEFAULTS[options["kind"]]
         | ({} if options["kind"] == "mpirun" or "mpi" in given else {"mpi": _interface(container)})
         | given
         | _gpus_of(given)
-        | generate_options(words)
+        | generate_options(context)
         | {
             "written_by": shlex.join(["hpc-distkv", *sys.argv[1:]]),
             "passed_on": passed_on,
@@ -237,9 +244,21 @@ def _script(options: dict[str, Any], words: Sequence[str]) -> JobScript:
         if given.get("tasks_per_node", script.gpus_per_node) != script.gpus_per_node:
             raise click.UsageError("there is one rank per GPU: give --gpus-per-node alone.")
         script = replace(script, tasks_per_node=script.gpus_per_node)
-    if not passed_on.keys() & set(MEMORY) and (needed := memory_needed(script)):
-        script = replace(script, passed_on=passed_on | {"mem": f"{math.ceil(needed / 2**20)}M"})
-    return script
+    return _with_memory(script, context)
+
+
+def _with_memory(script: JobScript, context: click.Context) -> JobScript:
+    """Asks Slurm for the memory that the job needs, unless that is given, or for all of a node (0)
+    that it has for itself. Raises OptionError."""
+    names = EngineOptions.__dataclass_fields__.keys() & context.params
+    options = EngineOptions(**{name: context.params[name] for name in names})
+    if not (needed := memory_needed(script, options)):
+        return script
+    script = replace(script, needs=needed.words)
+    if script.names.intersection(MEMORY):
+        return script
+    mem = "0" if "exclusive" in script.names else f"{needed.mib}M"
+    return replace(script, passed_on={**script.passed_on, "mem": mem})
 
 
 def _gpus_of(given: dict[str, Any]) -> dict[str, Any]:

@@ -2,9 +2,63 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import NamedTuple
+
+from hpc_distkv.engine.budget import GIVEN_SHARE
+from hpc_distkv.engine.needs import rank_memory
+from hpc_distkv.engine.options import EngineOptions
+from hpc_distkv.model.config import ModelConfig
+from hpc_distkv.model.errors import ModelError
 from hpc_distkv.slurm.script import JobScript
 
+SAMPLE = 1 << 20
+"""Bytes of the input by which its rows are estimated."""
 
-def memory_needed(script: JobScript) -> int | None:
-    """Bytes of a node's memory for its ranks; None where that cannot be known from here."""
-    return None
+
+class NodeMemory(NamedTuple):
+    """Of a node of the job."""
+
+    mib: int
+    """MiB, with a reserve for what was counted too low."""
+    words: str
+    """What takes it."""
+
+
+def memory_needed(script: JobScript, options: EngineOptions) -> NodeMemory | None:
+    """What the ranks of a node need of its memory under the engine options of the job; None where
+    the model cannot be seen from here, or no node is asked for.
+
+    All count as rank 0, because each gets an equal share.
+    """
+    if script.kind == "mpirun" or script.model is None:
+        return None
+    try:
+        dummy = options.load_format == "dummy"
+        config = ModelConfig.from_dir(script.folder / script.model, weightless=dummy)
+    except ModelError:
+        return None
+    tasks = script.tasks_per_node
+    memory = rank_memory(
+        config,
+        options,
+        instances=max(1, script.nodes * tasks // options.tensor_parallel_size),
+        gpu=script.gpus_per_node > 0 and options.device != "cpu",
+        rows=_rows(script.folder / script.input) if script.input else 0,
+    )
+    ranks = (
+        f"each of the {tasks} ranks on a node needs" if tasks > 1 else "the rank on a node needs"
+    )
+    return NodeMemory(
+        int(tasks * memory.total / GIVEN_SHARE / 2**20) + 1, f"{ranks} {memory.words()}"
+    )
+
+
+def _rows(path: Path) -> int:
+    """Rows of the input, by the mean length of its first ones; 0 if it cannot be seen."""
+    try:
+        with path.open("rb") as file:
+            beginning = file.read(SAMPLE)
+        return path.stat().st_size * beginning.count(b"\n") // max(1, len(beginning))
+    except OSError:
+        return 0

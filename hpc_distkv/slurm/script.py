@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -67,6 +68,8 @@ class JobScript:
     """Of the script, before anything starts: module load, source."""
     sbatch_lines: Sequence[str] = ()
     """Further options of sbatch."""
+    needs: str | None = None
+    """What takes the memory of a node, if that is known."""
     written_by: str = "hpc-distkv sbatch"
 
     def __post_init__(self) -> None:
@@ -90,6 +93,7 @@ class JobScript:
             shards=self.shards,
             job_name=self.job_name,
             passed_on=[directive(*option) for option in self.passed_on.items()],
+            needs=self.needs,
             nodes=self.nodes,
             tasks=self.tasks_per_node,
             gpus=self.gpus_per_node,
@@ -111,6 +115,16 @@ class JobScript:
             # The id of an array's last task is that of the whole array.
             job_id=f"${{SLURM_ARRAY_JOB_ID}}_{TASK}" if array else "$SLURM_JOB_ID",
         )
+
+    @property
+    def folder(self) -> Path:
+        """Where the job starts, as seen from where it is submitted."""
+        return Path(self.passed_on.get("chdir", "."))
+
+    @property
+    def names(self) -> set[str]:
+        """Long names of the options of sbatch that were asked for."""
+        return {*self.passed_on, *map(option_name, self._further())}
 
     @property
     def log(self) -> str:

@@ -23,7 +23,7 @@ def check(script: JobScript, folder: Path) -> list[str]:
     In a container files may have other names, and the environment may name others: these are left
     to the job.
     """
-    at = working_folder(script, folder)
+    at = folder / script.folder
     if not os.access(at, os.W_OK):
         raise ScriptError(f"{at} is no directory to write the job's log in.")
     named = {"its directory": at, "its programs": script.programs}
@@ -78,14 +78,9 @@ def send(text: str) -> str:
     return done.stdout.strip().partition(";")[0]
 
 
-def working_folder(script: JobScript, folder: Path) -> Path:
-    """Where the job starts."""
-    return folder / script.passed_on.get("chdir", "")
-
-
 def log_file(script: JobScript, folder: Path, job: str) -> Path:
     """Where a job's log will be; of an array with a * for the number of a task."""
     name = script.log
     for pattern, text in (("%j", job), ("%A", job), ("%a", "*"), ("%x", script.job_name)):
         name = name.replace(pattern, text)
-    return working_folder(script, folder) / name
+    return folder / script.folder / name

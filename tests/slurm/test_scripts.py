@@ -52,7 +52,8 @@ def test_names_with_spaces_and_options_reach_the_ranks(
     theirs = {"MODEL": "another", "INPUT": "of", "OUTPUT": "theirs"}
     calls = run_script(ran.output, tmp_path, **theirs)
     assert calls == [
-        *("srun", "--mpi=pmi2", "--cpus-per-task=8", "--kill-on-bad-exit=1", "--label"),
+        *("srun", "--mpi=pmi2", "--cpus-per-task=8", "--export=ALL"),
+        *("--kill-on-bad-exit=1", "--label"),
         *("hpc-distkv", "generate", *files, "--grace", "10"),
         *("--overwrite", "--kv-memory", str(4 << 30), "--policy", "queue"),
         "--no-enable-prefix-caching",
