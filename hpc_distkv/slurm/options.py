@@ -59,6 +59,15 @@ def check_one_line(value: str) -> None:
         )
 
 
+def check_command(line: str) -> None:
+    """Raise ScriptError for an option of sbatch where Slurm would not read it."""
+    if line.lstrip().upper().startswith("#SBATCH"):
+        raise ScriptError(
+            f"--line {line!r} would stand behind commands, where Slurm reads no options: give it "
+            "as --sbatch-line."
+        )
+
+
 def directive(name: str, value: str) -> str:
     """What stands behind #SBATCH; quotes are read there as by a shell."""
     return f"--{name}={shlex.quote(value)}" if value else f"--{name}"

@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 
 from hpc_distkv.slurm.options import (
+    check_command,
     check_one_line,
     directive,
     further,
@@ -75,6 +76,8 @@ class JobScript:
     def __post_init__(self) -> None:
         for text in _texts([getattr(self, each.name) for each in fields(self)]):
             check_one_line(text)
+        for line in self.lines:
+            check_command(line)
         self._further()
 
     def render(self) -> str:

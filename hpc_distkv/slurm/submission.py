@@ -30,12 +30,14 @@ def check(script: JobScript, folder: Path) -> list[str]:
     if not script.container:
         named |= {"--model": script.model, "-i": script.input, "-o": script.output}
         _check_files(script, at)
-    return [
-        f"{what} {at / path} is in a directory of this machine alone: the nodes of the job may not "
-        "see it."
+    local = [
+        f"{what} {at / path}"
         for what, path in named.items()
-        if path and any((at / path).resolve().is_relative_to(local) for local in LOCAL)
+        if path and any((at / path).resolve().is_relative_to(each) for each in LOCAL)
     ]
+    if not local:
+        return []
+    return [f"{', '.join(local)}: on this machine alone? The nodes of the job may not see it."]
 
 
 def _check_files(script: JobScript, at: Path) -> None:
@@ -44,7 +46,7 @@ def _check_files(script: JobScript, at: Path) -> None:
     if script.model is not None:
         ModelConfig.from_dir(at / script.model, weightless="dummy" in script.arguments)
     if script.input is not None:
-        Intake(at / script.input)
+        Intake(at / script.input).close()
     for option, path in {"-o": script.output, **script.side_files}.items():
         if path is not None:
             _check_place(option, at / path)

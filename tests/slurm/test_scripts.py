@@ -116,6 +116,7 @@ def test_a_task_of_an_array_answers_its_shard_and_requeues_itself_alone(
         ("-q a --sbatch-line --qos=b", "the script has --qos already; give --qos"),
         ("--sbatch-line --comment='a", "cannot be read"),
         ("--qos=", "it is empty"),
+        ("--line #SBATCH", "give it as --sbatch-line"),
     ],
 )
 def test_what_a_job_would_not_take_is_refused_before_it_is_submitted(
