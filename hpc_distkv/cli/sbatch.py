@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -36,9 +37,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 SIDE_FILES = ("--error-file", "--metrics", "--trace", "--prometheus")
 """Options of `generate` that name a file which each task of an array writes for itself."""
-HERE = Path(sys.executable).parent
-"""Where the programs of this environment are."""
-
 _TIME = re.compile(
     r"(?:(?P<days>\d+)-(?P<h>\d+)(?::(?P<m>\d+)(?::(?P<s>\d+))?)?"
     r"|(?:(?P<hours>\d+):)?(?P<minutes>\d+):(?P<seconds>\d+)|(?P<only>\d+)|(?i:unlimited|infinite))",
@@ -217,6 +215,12 @@ def command(ctx: click.Context, /, submit: bool, **options: Any) -> None:
     click.echo(f"Submitted batch job {job}")
 
 
+def _programs() -> str:
+    """Where the programs of this environment are: beside this one."""
+    found = shutil.which(sys.argv[0]) or sys.executable
+    return str(Path(found).absolute().parent)
+
+
 def _script(options: dict[str, Any], words: Sequence[str]) -> JobScript:
     """The script that the options ask for. Raises UsageError and ScriptError."""
     given = {name: value for name, value in options.items() if value not in (None, (), False)}
@@ -237,7 +241,7 @@ def _script(options: dict[str, Any], words: Sequence[str]) -> JobScript:
         | {
             "written_by": shlex.join(["hpc-distkv", *sys.argv[1:]]),
             "passed_on": passed_on,
-            "programs": str(HERE) if active else None,
+            "programs": _programs() if active else None,
         }
     )
     if script.gpus_per_node:

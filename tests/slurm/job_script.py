@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from hpc_distkv.cli.sbatch import command
 
 ANSWER = 'while [ "$1" != -o ]; do shift; done; echo row >> "$2"'
+HERE = Path(sys.executable).parent
 STEP = {"SLURM_CPUS_PER_TASK": "8", "SLURM_JOB_ID": "77"}
 PROGRAMS = {
     "srun": "{job}\nexit 75",
@@ -44,7 +45,7 @@ def run_script(
 
 
 def sbatch(monkeypatch: pytest.MonkeyPatch, *words: str) -> Result:
-    monkeypatch.setattr(sys, "argv", ["hpc-distkv", "sbatch", *words])
+    monkeypatch.setattr(sys, "argv", [str(HERE / "hpc-distkv"), "sbatch", *words])
     return CliRunner().invoke(command, words)
 
 

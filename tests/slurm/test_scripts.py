@@ -7,10 +7,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from job_script import run_script, sbatch, status
+from job_script import HERE, run_script, sbatch, status
 from mpirun import is_open_mpi
 
-from hpc_distkv.cli.sbatch import HERE, seconds
+from hpc_distkv.cli.sbatch import seconds
 
 JOBS = Path(__file__).parents[2] / "jobs"
 SCRIPTS = {

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from job_script import run_script, sbatch, status
+from job_script import HERE, run_script, sbatch, status
 
-from hpc_distkv.cli.sbatch import HERE
 from hpc_distkv.slurm.options import PASSED_ON, WITHOUT_VALUE
 from hpc_distkv.slurm.script import KINDS
 
