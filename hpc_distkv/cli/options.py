@@ -125,7 +125,8 @@ engine_options = added(
     _engine(
         "kv_memory",
         "KV cache of one rank, e.g. 4GiB, if --num-blocks is not given. "
-        "[default: 40 % of the node's available memory over its ranks; on a GPU, what is left]",
+        "[default: 90 % of what Slurm or a control group leaves a rank beside weights and steps; "
+        "without such limits, 40 % of what the node does; on a GPU, what is left]",
         Size(),
     ),
     HOST_KV_MEMORY,

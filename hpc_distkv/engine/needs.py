@@ -11,9 +11,11 @@ from hpc_distkv.engine.largest_step import LargestStep
 from hpc_distkv.engine.options import EngineOptions
 from hpc_distkv.model.config import ModelConfig, dtype_bytes
 
-PROGRAM = 512 << 20
-"""Bytes of Python, torch, MPI and the tokenizer in a rank on a CPU, with what malloc keeps: 300 MiB
-with a vocabulary of 49k, measured."""
+PROGRAM = 384 << 20
+"""Bytes of Python, torch and MPI in a rank on a CPU, and of what malloc keeps: 275 MiB measured
+beside weights that were read."""
+TOKENIZER_ENTRY = 1 << 10
+"""Of a tokenizer for each token of its vocabulary: 0.8 KiB measured with 50k to 256k tokens."""
 GPU_PROGRAM = 4 << 30
 """Likewise of a rank on a GPU, with CUDA's libraries and a tensor on its way there: assumed."""
 USUAL_TOKENS = 1024
@@ -37,7 +39,7 @@ class Memory(NamedTuple):
     input: int
     """On rank 0: rows that were read ahead, and their ids."""
     program: int
-    """Python and its libraries."""
+    """Python, its libraries and the tokenizer."""
 
     @property
     def total(self) -> int:
@@ -96,7 +98,7 @@ def shard_memory(
         kv,
         0 if options.host_kv_path else options.host_kv_memory or 0,
         _input(shard, instances) + ID_BYTES * rows if first else 0,
-        GPU_PROGRAM if gpu else PROGRAM,
+        (GPU_PROGRAM if gpu else PROGRAM) + TOKENIZER_ENTRY * shard.vocab_size,
     )
 
 

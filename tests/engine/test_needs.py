@@ -109,11 +109,11 @@ def test_the_sum_of_a_rank(llama: ModelConfig) -> None:
     given = EngineOptions(kv_memory=3 * GIB, host_kv_memory=2 * GIB)
     memory = rank_memory(llama, given, first=False)
     assert memory.weights == pytest.approx(8_030_261_248 * 2, rel=1e-6)  # as published
-    assert memory[2:] == (3 * GIB, 2 * GIB, 0, PROGRAM)
+    assert memory[2:] == (3 * GIB, 2 * GIB, 0, PROGRAM + (128256 << 10))
     assert memory.total == sum(memory)
     assert memory.words() == (
         f"weights 15.0 GiB + steps {size(memory.steps)} + KV cache 3072 MiB + --host-kv-memory "
-        f"2048 MiB + program 512 MiB = {size(memory.total)}"
+        f"2048 MiB + program {size(memory.program)} = {size(memory.total)}"
     )
     assert rank_memory(llama, replace(given, dtype="float32")).weights == 2 * memory.weights
 
@@ -142,7 +142,9 @@ def test_more_instances_exchange_more(llama: ModelConfig) -> None:
 
 def test_a_file_and_a_gpu_take_nothing_of_it(llama: ModelConfig) -> None:
     tier = EngineOptions(host_kv_memory=GIB, kv_memory=GIB)
-    assert rank_memory(llama, tier, gpu=True, first=False) == Memory(0, 0, 0, GIB, 0, GPU_PROGRAM)
+    assert rank_memory(llama, tier, gpu=True, first=False) == Memory(
+        0, 0, 0, GIB, 0, GPU_PROGRAM + (128256 << 10)
+    )
     assert rank_memory(llama, replace(tier, host_kv_path="/scratch")).host == 0
 
 
