@@ -18,9 +18,10 @@ import pytest
 from batch_fakes import open_journal
 
 from hpc_distkv.batch import opening
-from hpc_distkv.batch.claim import claim_path
 from hpc_distkv.batch.errors import JournalError, RowError
+from hpc_distkv.batch.order import InputOrder
 from hpc_distkv.batch.response import error_line
+from hpc_distkv.batch.side_files import claim_path
 
 JOB = {"model": "f00d", "defaults": {"temperature": 1.0, "top_k": 0}}
 ERROR = RowError("no")
@@ -46,7 +47,7 @@ def test_rerun_finds_what_was_written(tmp_path: Path) -> None:
     journal.close()
     answered = open_journal(path, JOB).answered
     assert answered.custom_ids == {"row 0", "row 1", "row 2"}
-    assert answered.numbers == {3, 4}
+    assert answered.others == {(None, 3): 1, ("row 0", 4): 1}
     assert answered.failed == 5
 
 
@@ -102,7 +103,7 @@ def test_an_end_before_error_rows_are_dropped_leaves_them_to_the_requeued_job(
 ) -> None:
     path = started(tmp_path / "out")
     full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left"))
-    monkeypatch.setattr(opening, "drop_errors", full)
+    monkeypatch.setattr(opening, "drop_lines", full)
     with pytest.raises(JournalError):
         open_journal(path, JOB, retry_errors=True, job="7")
     monkeypatch.undo()
@@ -149,7 +150,7 @@ def test_results_of_unknown_origin_are_refused_unless_empty(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "tail", [b"{", b'{"id": "x"}\n', b"\n", b"\0" * 4096, b"\xff\n", b"[" * 99999]
+    "tail", [b"{", b'{"id":"batch_req_17","cus', b'{"id":"b' + b"\0" * 99, b"\0" * 4096, b"\n"]
 )
 def test_a_torn_last_line_is_cut_off(tmp_path: Path, tail: bytes) -> None:
     path = started(tmp_path / "out")
@@ -161,6 +162,19 @@ def test_a_torn_last_line_is_cut_off(tmp_path: Path, tail: bytes) -> None:
     journal.append(line(9))
     journal.close()
     assert path.read_bytes() == sound + line(9) + b"\n"
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [b'{"id": "x"}\n', b"\xff\n", b"[" * 9999, b"note to self", b'{"id":"batch_req_x"}', b"{}"],
+)
+def test_a_last_line_of_another_program_is_named_and_kept(tmp_path: Path, foreign: bytes) -> None:
+    path = started(tmp_path / "out")
+    whole = path.read_bytes() + foreign
+    path.write_bytes(whole)
+    with pytest.raises(JournalError, match="line 4 is not a result line"):
+        open_journal(path, JOB)
+    assert path.read_bytes() == whole
 
 
 def test_a_last_line_without_newline_is_not_trusted(tmp_path: Path) -> None:
@@ -315,9 +329,9 @@ def test_rows_that_cannot_be_put_in_order_are_all_there(
     with monkeypatch.context() as patched:
         patched.setattr(Path, "replace", full)
         with pytest.raises(JournalError, match=r"all rows are in .*: No space left"):
-            journal.close(ordered=True)
+            journal.close(InputOrder([]))
     assert (tmp_path / "out").read_bytes() == line(1) + b"\n" + line(0) + b"\n"
-    open_journal(tmp_path / "out", JOB).close(ordered=True)
+    open_journal(tmp_path / "out", JOB).close(InputOrder([]))
     assert (tmp_path / "out").read_bytes() == line(0) + b"\n" + line(1) + b"\n"
 
 
