@@ -68,6 +68,11 @@ class Line(msgspec.Struct, frozen=True):
         return self.error is not None and self.error.code == DUPLICATE
 
     @property
+    def named(self) -> bool:
+        """Whether its row is known by its custom_id alone."""
+        return self.custom_id is not None and not self.repeated
+
+    @property
     def _place(self) -> tuple[int, int]:
         number, dot, revision = self.id.removeprefix(ID_PREFIX).partition(REVISED)
         return int(number), int(revision) if dot else 1
@@ -128,7 +133,7 @@ class Answered:
         self.output_tokens += usage.completion_tokens
 
     def _know(self, row: Line) -> None:
-        if row.custom_id is not None and not row.repeated:
+        if row.custom_id is not None and row.named:
             if row.custom_id in self.custom_ids:
                 raise DoubledError(f"'{row.custom_id}'")
             self.custom_ids.add(row.custom_id)
@@ -242,9 +247,8 @@ def _twin(path: Path, line: bytes, place: int) -> int:
     with path.open("rb") as file:
         for number, other in zip(range(1, place), file, strict=False):
             row = read_line(other)
-            named = row.custom_id is not None and not row.repeated
-            if named and row.custom_id == known.custom_id:
-                return number
-            if not named and row.id == known.id:
+            if row.named != known.named:
+                continue
+            if (row.custom_id == known.custom_id) if row.named else (row.id == known.id):
                 return number
     raise AssertionError("the row had a line")

@@ -104,9 +104,7 @@ class Opening:
         dropped. Raises JournalError."""
 
         def drop(line: Line) -> bool:
-            return (self.retry_errors and line.failed) or (
-                line.custom_id in changed and not line.repeated
-            )
+            return (self.retry_errors and line.failed) or (line.named and line.custom_id in changed)
 
         path, answered, sound = self.claim.output, self.answered, self.sound
         with _usable(path):

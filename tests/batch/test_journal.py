@@ -368,9 +368,58 @@ def test_a_run_that_lost_its_claim_writes_nothing_more(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_bytes() == line(1) + b"\n"
 
 
-def test_a_removed_file_is_noticed(tmp_path: Path) -> None:
-    journal = open_journal(tmp_path / "out", JOB)
-    (tmp_path / "out").unlink()
+@pytest.mark.parametrize("how", ["file", "folder", "replaced", "removed"])
+@pytest.mark.parametrize("when", ["before a write", "after the last one"])
+def test_a_file_that_was_moved_or_removed_is_noticed(how: str, when: str, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    journal = open_journal(folder / "out", JOB)
     journal.append(line(0))
-    with pytest.raises(JournalError, match="removed"):
+    journal.commit()
+    if how == "folder":
+        folder.rename(tmp_path / "elsewhere")
+    elif how == "file":
+        (folder / "out").rename(tmp_path / "elsewhere")
+    else:
+        (folder / "out").unlink()
+    if how == "replaced":
+        (folder / "out").write_bytes(line(0) + b"\n")
+    if when == "before a write":
+        journal.append(line(1))
+    act = journal.commit if when == "before a write" else journal.close
+    with pytest.raises(JournalError, match="was moved or removed by somebody else"):
+        act()
+    journal.release()
+
+
+def test_a_run_whose_claim_was_removed_says_so(tmp_path: Path) -> None:
+    journal = open_journal(tmp_path / "out", JOB)
+    claim_path(tmp_path / "out").unlink()
+    journal.append(line(0))
+    with pytest.raises(JournalError, match=r"out\.claim was removed"):
         journal.commit()
+
+
+def test_results_that_hold_a_row_twice_are_refused_with_the_lines(tmp_path: Path) -> None:
+    path = started(tmp_path / "out")
+    one = path.read_bytes()
+    journal = open_journal(path, JOB)
+    journal.append(line(3))
+    journal.append(error_line(4, "row 0", RowError("twice", code="duplicate_custom_id")))
+    journal.close()
+    named, nameless = one.splitlines(keepends=True)[1], line(3) + b"\n"
+    repeated = path.read_bytes().splitlines(keepends=True)[4]
+    whole = path.read_bytes()
+    for doubled, said in (
+        (whole + named, "'row 1' has two lines, 2 and 6"),
+        (whole + nameless, "line 4 of the input has two lines, 4 and 6"),
+        (whole + repeated, "two lines, 5 and 6"),
+        (whole + whole, r"'row 0' has two lines, 1 and 6.*sort -u"),
+        (whole + line(9, "row 2") + b"\n", "'row 2' has two lines, 3 and 6"),
+    ):
+        path.write_bytes(doubled)
+        with pytest.raises(JournalError, match=said):
+            open_journal(path, JOB)
+        assert path.read_bytes() == doubled
+    path.write_bytes(b"".join(sorted({*(whole + whole).splitlines(keepends=True)})))
+    open_journal(path, JOB).close()
