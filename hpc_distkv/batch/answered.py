@@ -50,12 +50,7 @@ class Line(msgspec.Struct, frozen=True):
     @property
     def number(self) -> int:
         """Place of the row in the input, from 0, when it was answered."""
-        return self._place[0]
-
-    @property
-    def revision(self) -> int:
-        """1, or more if another row was at that place when it was answered."""
-        return self._place[1]
+        return self.place[0]
 
     @property
     def failed(self) -> bool:
@@ -73,7 +68,8 @@ class Line(msgspec.Struct, frozen=True):
         return self.custom_id is not None and not self.repeated
 
     @property
-    def _place(self) -> tuple[int, int]:
+    def place(self) -> tuple[int, int]:
+        """Number, and revision: 1, or more if another row had that number before."""
         number, dot, revision = self.id.removeprefix(ID_PREFIX).partition(REVISED)
         return int(number), int(revision) if dot else 1
 
@@ -88,7 +84,6 @@ def read_line(line: bytes) -> Line:
         row = msgspec.json.decode(line, type=Line)
         if row.number < 0:
             raise ValueError("a negative number")
-        _ = row.revision
     except RecursionError:
         raise ValueError("nested too deeply") from None
     return row
@@ -123,9 +118,10 @@ class Answered:
     def add(self, line: bytes) -> None:
         """Count one line of the results. Raises ValueError when it is not one, and DoubledError."""
         row = read_line(line)
+        number, revision = row.place
         self._know(row)
-        self._numbers.add(min(row.number, _HIGHEST))
-        self._revision = max(self._revision, row.revision)
+        self._numbers.add(min(number, _HIGHEST))
+        self._revision = max(self._revision, revision)
         self.lines += 1
         self.failed += row.failed
         usage = row.response.body.usage
@@ -139,10 +135,9 @@ class Answered:
             self.custom_ids.add(row.custom_id)
             self._requests.add(hash((row.custom_id, row.request_digest)))
             return
-        place = (row.number, row.revision)
-        if place in self._unnamed:
+        if row.place in self._unnamed:
             raise DoubledError(f"that was line {row.number + 1} of the input")
-        self._unnamed.add(place)
+        self._unnamed.add(row.place)
         self.others[row.custom_id, row.request_digest or row.number] += 1
 
     def include(self, other: Answered) -> None:

@@ -56,8 +56,8 @@ class Intake:
         """Rows among them that were answered before."""
         self.exhausted = False
         """Whether the last row has been seen."""
-        self.torn = False
-        """Whether the file was found to end within a line, which is no row."""
+        self.torn: int | None = None
+        """Number of the last line, if the file was found to end within it: it is no row."""
         self.changed: list[str] = []
         """custom_ids of rows that were edited since they were answered."""
         self.outdated = False
@@ -126,7 +126,7 @@ class Intake:
             if whole is not None and number == 0:
                 whole = whole.removeprefix(_BOM)
             if whole and _ends_within(whole):
-                self.torn = True
+                self.torn = number
                 return
             if whole is None or (whole and not whole.isspace()):
                 yield number, whole

@@ -253,13 +253,14 @@ class Job:
     def complete(self) -> bool:
         """Whether every row of the input has its line, and the input is what it was."""
         intake = self._intake
-        read = intake.exhausted and not (intake.torn or intake.outdated)
+        read = intake.exhausted and intake.torn is None and not intake.outdated
         return read and not self._pending
 
     @property
     def torn(self) -> bool:
         """Whether nothing is left but a last line of the input that has no end."""
-        return self._intake.torn and not (self._pending or self._intake.outdated)
+        intake = self._intake
+        return intake.torn is not None and not (self._pending or intake.outdated)
 
     @property
     def left_over(self) -> int | None:

@@ -15,13 +15,13 @@ def remarks(intake: Intake) -> Iterator[str]:
         named = ", ".join(map(repr, edited[:_MOST_NAMED]))
         more = ", …" if len(edited) > _MOST_NAMED else ""
         yield (
-            f"{len(edited)} rows of {intake.path} were edited since they were answered, and keep "
-            f"their old lines ({named}{more}): --retry-changed answers them again"
+            f"edited since they were answered, and left with their old lines: {len(edited)} rows "
+            f"of {intake.path} ({named}{more}); --retry-changed answers them again"
         )
-    if intake.torn:
+    if intake.torn is not None:
         yield (
-            f"{intake.path} ends within a line: is it still being copied? That line is not "
-            "answered; run the same command again when it is whole"
+            f"{intake.path} ends within line {intake.torn + 1}: is it still being copied? That "
+            "line is not answered; run the same command again when it is whole"
         )
     if intake.outdated:
         yield (

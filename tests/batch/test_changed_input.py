@@ -164,6 +164,7 @@ def test_edited_rows_are_counted_and_answered_again_when_that_is_asked_for(
         job = run(tmp_path, errors=tmp_path / "errors")
     assert (job.answered, job.failed) == (0, 0)
     assert "5 rows of" in caplog.text
+    assert "--retry-changed answers them again" in caplog.text
     assert "'r4', 'r5', 'r6', …" in caplog.text
     job = run(tmp_path, errors=tmp_path / "errors", retry_changed=True, most=2, job="7")
     assert (job.answered, job.answered_before, job.failed_before) == (2, 5, 0)
