@@ -15,6 +15,7 @@ from batch_job import completion
 from hpc_distkv import Engine, EngineOptions
 from hpc_distkv.batch import journal
 from hpc_distkv.batch.files import Files
+from hpc_distkv.batch.order import InputOrder
 from hpc_distkv.comm import binding
 from hpc_distkv.comm.local import open_local, run_local
 from hpc_distkv.comm.nccl import NcclError
@@ -72,10 +73,10 @@ def test_ranks_are_patient_while_the_first_one_puts_the_results_in_order(
         waits.set()
         return 2 * STALL
 
-    def slowly(path: Path) -> None:
+    def slowly(path: Path, rows: InputOrder) -> None:
         ordering.set()
         assert waits.wait(STALL), "the other rank waits"
-        order(path)
+        order(path, rows)
         ordering.clear()
 
     monkeypatch.setattr(StallClock, "look", long_since)

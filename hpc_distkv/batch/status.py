@@ -13,7 +13,8 @@ from hpc_distkv.batch.job import SHARD
 from hpc_distkv.batch.meta import ERRORS, INPUT, read_meta
 from hpc_distkv.batch.replace import real_path
 from hpc_distkv.batch.shard import Shard
-from hpc_distkv.batch.unfinished import read_unfinished, unfinished_path
+from hpc_distkv.batch.side_files import unfinished_path
+from hpc_distkv.batch.unfinished import read_unfinished
 
 
 @dataclass(frozen=True)

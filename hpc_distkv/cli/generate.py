@@ -33,6 +33,11 @@ SEEING = ("metrics", "prometheus", "trace")
 @click.option("-o", "--output", required=True, help="Results file; a rerun resumes it.")
 @click.option("--overwrite", is_flag=True, help="Drop the answers that the results file holds.")
 @click.option("--retry-errors", is_flag=True, help="Answer the rows again that are error rows.")
+@click.option(
+    "--retry-changed",
+    is_flag=True,
+    help="Answer the rows again that were edited since they were answered.",
+)
 @click.option("--error-file", help="Where error rows go. [default: among the results]")
 @click.option(
     "--ordered", is_flag=True, help="Put the results into the order of the input at the end."
@@ -93,8 +98,9 @@ def command(**options: Any) -> None:
     Start it under srun or mpirun, or alone. Run the same command again after an interruption: it
     goes on where it was. On SIGUSR2 or SIGTERM it stops in time and keeps what it has begun.
 
-    Exit status: 0 all rows answered, 1 some rows are errors, 2 usage, 75 stopped early: to be
-    started again.
+    Exit status: 0 all rows answered, 1 some rows are errors, 2 usage, 70 a fault, also where the
+    input ends within a line, 75 stopped early, or the input was changed meanwhile: to be started
+    again.
     """
     interrupt = Interrupt(options["grace"]).listen()
     from hpc_distkv.cli.job import in_world
@@ -125,6 +131,7 @@ def _run(
 ) -> int:
     from hpc_distkv.api import Engine
     from hpc_distkv.cli.job import say, set_options
+    from hpc_distkv.errors import FaultError
     from hpc_distkv.observe.metrics import write_json
     from hpc_distkv.observe.progress import ProgressReport
 
@@ -147,6 +154,8 @@ def _run(
             say(comm, f"cannot write the metrics: {error}")
     click.echo(_summary(figures, files.output))
     rows = figures["rows"]
+    if figures["input_torn"]:
+        return FaultError.exit_code
     if figures["stopped"]:
         return STOPPED_STATUS
     return 1 if rows["failed"] + rows["failed_before"] else 0
@@ -160,6 +169,7 @@ def _files(options: dict[str, Any], paths: dict[str, Path | None]) -> Files:
         Path(options["output"]),
         overwrite=options["overwrite"],
         retry_errors=options["retry_errors"],
+        retry_changed=options["retry_changed"],
         errors=Path(options["error_file"]) if options["error_file"] else None,
         shard=options["shard"],
         ordered=options["ordered"],
@@ -176,7 +186,7 @@ def _claim(files: Files, seeing: dict[str, Path | None], model: str) -> Claims:
     from hpc_distkv.batch.replace import check_replaceable, real_path
     from hpc_distkv.engine.config import OptionError
 
-    taken = {os.path.realpath(path) for path in (files.input, files.output, files.errors) if path}
+    taken = set()
     for name, path in seeing.items():
         if path is None:
             continue
@@ -187,7 +197,7 @@ def _claim(files: Files, seeing: dict[str, Path | None], model: str) -> Claims:
             check_replaceable(path)
         except OSError as error:
             raise OptionError(f"cannot write --{name} {path}: {error.strerror}") from error
-        if os.path.realpath(path) in taken:
+        if os.path.realpath(path) in taken or files.hold(path):
             raise OptionError(f"--{name} {path} is a file of this job: give another file")
         if os.path.realpath(model) in map(os.path.realpath, (path.parent, folder)):
             raise OptionError(f"--{name} {path} is in the model's directory: give another place")
@@ -259,7 +269,9 @@ def _summary(figures: dict[str, Any], output: Path) -> str:
         *_host(counters),
         f"results   {output}",
     ]
-    if figures["stopped"]:
+    if figures["input_torn"]:
+        lines.append("input     ends within a line: run the same command again when it is whole")
+    elif figures["stopped"]:
         lines.append(
             f"stopped   before all rows were answered; {rows['put_aside']} rows with "
             f"{figures['put_aside_tokens']} output tokens are put aside: run the same command again"

@@ -140,6 +140,9 @@ def check_rows(path: str | Path, service: Service, report: Report, table: bool =
             if table:
                 name = repr(envelope.custom_id or "")[1:-1] or "-"
                 click.echo("\t".join((str(envelope.number + 1), name, *cells)))
+        if intake.torn is not None:
+            said = "The input ends within this line: is it still being copied?"
+            report.add_bad(intake.torn, RowError(said, code="torn_line"))
     finally:
         intake.close()
 

@@ -20,7 +20,7 @@ GPU_PROGRAM = 4 << 30
 """Likewise of a rank on a GPU, with CUDA's libraries and a tensor on its way there: assumed."""
 USUAL_TOKENS = 1024
 """KV of a row where nobody says how large the KV cache is to be: assumed."""
-ID_BYTES = 175
+ID_BYTES = 190
 """Of rank 0 for the custom_id of each row: what a rerun takes at most while it passes over what is
 answered."""
 _UNITS = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))

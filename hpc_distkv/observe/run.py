@@ -112,7 +112,11 @@ class RunRecord:
             "total": job.total_rows,
             "put_aside": job.begun_rows,
         }
-        stopped = {"stopped": not job.complete, "put_aside_tokens": job.begun_tokens}
+        stopped = {
+            "stopped": not job.complete,
+            "put_aside_tokens": job.begun_tokens,
+            "input_torn": job.torn,
+        }
         requests = {
             "total": job.total_rows,
             "completed": job.answered + job.answered_before,

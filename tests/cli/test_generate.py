@@ -91,6 +91,20 @@ def test_bad_rows_become_error_rows_and_status_1_also_in_a_rerun(ranks, tmp_path
     assert lines[2]["error"]["code"] == "duplicate_custom_id"
 
 
+def test_an_input_that_ends_within_a_line_is_a_fault_and_no_error_row(tmp_path, tiny_model):
+    job = BatchJob(tmp_path, tiny_model, [completion(name, "once", 5) for name in "abc"])
+    whole = job.input.read_bytes()
+    job.input.write_bytes(whole[:-9])
+    torn = job.run(0)
+    assert torn.returncode == 70, torn.stderr
+    assert "ends within line 3: is it still being copied?" in torn.stderr
+    assert "2 answered, 0 errors" in torn.stdout
+    job.input.write_bytes(whole)
+    again = job.run(0, "--ordered")
+    assert again.returncode == 0, again.stderr
+    assert [line["custom_id"] for line in job.lines()] == [*"abc"]
+
+
 @pytest.mark.parametrize("ranks", LAUNCHED)
 def test_a_full_disk_ends_the_job_with_a_message_and_status_70(ranks, tmp_path, tiny_model):
     job = BatchJob(tmp_path, tiny_model, [completion(f"row {n}", [5], 9) for n in range(300)])

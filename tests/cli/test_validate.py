@@ -54,9 +54,10 @@ def row(custom_id: str, words: int, **fields: Any) -> dict[str, Any]:
     return {"custom_id": custom_id, "method": "POST", "url": "/v1/completions", "body": body}
 
 
-def validate(model: Path, rows: list[Any], *options: str) -> Result:
+def validate(model: Path, rows: list[Any], *options: str, end: str = "\n") -> Result:
     source = model.parent / "in.jsonl"
-    source.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows))
+    lines = (r if isinstance(r, str) else json.dumps(r) for r in rows)
+    source.write_text("\n".join(lines) + end)
     return CliRunner().invoke(
         group, ["validate", "--model", str(model), "-i", str(source), *options]
     )
@@ -96,6 +97,13 @@ def test_bad_rows_are_counted_by_code_and_shown(model: Path) -> None:
     assert found["duplicate_custom_id"] == "1"
     assert "line 4: 'tools' is not supported here, other than [] or null." in result.output
     assert "… and 2 more" in result.output
+
+
+def test_a_file_that_ends_within_a_line_is_not_good(model: Path) -> None:
+    result = validate(model, [row("a", 1), json.dumps(row("b", 1))[:-5]], end="")
+    assert result.exit_code == 1
+    assert values(result)["torn_line"] == "1"
+    assert "line 2: The input ends within this line" in result.output
 
 
 def test_where_rows_fit(model: Path) -> None:
