@@ -42,6 +42,7 @@ from hpc_distkv.observe.leader import JobLeader
 from hpc_distkv.observe.metrics import RankFigures, peak_memory
 from hpc_distkv.observe.progress import ProgressReport
 from hpc_distkv.observe.prometheus import PrometheusFile, run_labels
+from hpc_distkv.observe.story import Story
 from hpc_distkv.observe.timeline import Timeline
 from hpc_distkv.observe.trace import begin_trace, gather_traces
 from hpc_distkv.observe.trace_file import write_trace
@@ -143,7 +144,7 @@ class Engine:
         progress: ProgressReport | None,
         interrupt: Interrupt | None,
     ) -> dict[str, Any] | None:
-        leader = JobLeader(self.rank, job, self._watch(files, progress)) if job else None
+        leader = JobLeader(self.rank, job, self._watch(files, progress, interrupt)) if job else None
         trace = begin_trace(self.comm) if files.trace else None
         started = time.time()
         worker = self.rank.run(leader, trace, interrupt)
@@ -180,12 +181,15 @@ class Engine:
     def _first(self) -> bool:
         return self.comm.world.rank == 0
 
-    def _watch(self, files: Files, progress: ProgressReport | None) -> Watch:
-        labels = run_labels(files.output)
+    def _watch(
+        self, files: Files, progress: ProgressReport | None, interrupt: Interrupt | None
+    ) -> Watch:
+        labels, world = run_labels(files.output), self.comm.world
         return Watch(
             progress,
             PrometheusFile(files.prometheus, labels) if files.prometheus else None,
-            Timeline(self.comm.world.instances) if files.trace else None,
+            Timeline(world.instances) if files.trace else None,
+            Story(progress.say, world, interrupt or Interrupt()) if progress else None,
         )
 
     def _gather(self, worker: Worker | Follower) -> list[RankFigures]:

@@ -221,6 +221,13 @@ class Job:
         return self._answered.failed
 
     @property
+    def not_in_input(self) -> int | None:
+        """Rows that earlier runs have finished and that the input does not have any more; None
+        until its last row has been read."""
+        before = self._answered.lines - self._intake.skipped
+        return before if self._intake.exhausted else None
+
+    @property
     def total_rows(self) -> int | None:
         """Rows of the input; None until the last one has been read."""
         return self._intake.rows if self._intake.exhausted else None

@@ -23,7 +23,11 @@ FAREWELL = 1.0
 
 def in_world(stall_timeout: float, work: Callable[[Comm], int]) -> NoReturn:
     """Start MPI, run `work` on this rank and exit together; rank 0's status is the job's."""
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    logging.basicConfig(
+        format="%(asctime)s  %(levelname)s %(name)s: %(message)s",
+        datefmt="%m-%d %H:%M:%S",
+        level=logging.WARNING,
+    )
     with aborting(open_mpi(stall_timeout)) as comm:
         try:
             status = work(comm)

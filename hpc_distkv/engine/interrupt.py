@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 GRACE = 15.0
 """Seconds that what runs has to finish, unless told otherwise."""
@@ -12,6 +13,15 @@ TERM_GRACE = 10.0
 """Seconds at most after SIGTERM: Slurm kills 30 s after it (KillWait), and the results have to be
 on the disk by then."""
 DRAIN, HALT = b"drain", b"halt"
+
+
+class Asked(NamedTuple):
+    """That a rank was asked to stop."""
+
+    by: str
+    """The name of the signal."""
+    grace: float
+    """Seconds it was given."""
 
 
 class Interrupt:
@@ -26,15 +36,19 @@ class Interrupt:
         self.grace = grace
         self._clock = clock
         self._deadline: float | None = None
+        self.asked: list[Asked] = []
+        """What was asked of this rank so far."""
 
     def listen(self) -> Interrupt:
         """Have SIGUSR2 and SIGTERM ask from now on. In the main thread."""
-        signal.signal(signal.SIGUSR2, lambda *_: self.ask(self.grace))
-        signal.signal(signal.SIGTERM, lambda *_: self.ask(min(self.grace, TERM_GRACE)))
+        signal.signal(signal.SIGUSR2, lambda *_: self.ask(self.grace, "SIGUSR2"))
+        term_grace = min(self.grace, TERM_GRACE)
+        signal.signal(signal.SIGTERM, lambda *_: self.ask(term_grace, "SIGTERM"))
         return self
 
-    def ask(self, grace: float) -> None:
-        """End the run in `grace` seconds at the latest."""
+    def ask(self, grace: float, by: str = "") -> None:
+        """End the run in `grace` seconds at the latest; `by`: the signal that asks."""
+        self.asked.append(Asked(by, grace))
         deadline = self._clock() + grace
         self._deadline = deadline if self._deadline is None else min(self._deadline, deadline)
 

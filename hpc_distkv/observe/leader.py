@@ -25,6 +25,7 @@ class JobLeader:
         self.watch = watch
         self._job = job
         self._record = RunRecord()
+        watch.begin(job)
 
     def finish(self, result: Result) -> None:
         """Write a row's answer."""

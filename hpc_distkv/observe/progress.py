@@ -14,10 +14,12 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from hpc_distkv.observe.snapshot import Snapshot
-from hpc_distkv.observe.units import duration
+from hpc_distkv.observe.units import duration, stamped
 
 LOG_INTERVAL = 10.0
-"""Seconds between two lines of a log."""
+"""Seconds between two lines of a log at first, ..."""
+LONGEST_LOG_INTERVAL = 60.0
+"""... and at last; between, they are a hundredth of the time so far."""
 BAR_INTERVAL = 0.2
 RATE_SECONDS = 10.0
 """Rates are those of the last so many seconds, or of the time since the last line."""
@@ -50,8 +52,17 @@ class ProgressReport:
     @property
     def due(self) -> bool:
         """Whether `show` would print."""
-        interval = BAR_INTERVAL if self._bar else LOG_INTERVAL
-        return time.monotonic() - self._shown >= interval
+        now = time.monotonic()
+        interval = max(LOG_INTERVAL, min((now - self._started) / 100, LONGEST_LOG_INTERVAL))
+        return now - self._shown >= (BAR_INTERVAL if self._bar else interval)
+
+    def say(self, text: str) -> None:
+        """Print a line of its own, with the time of day."""
+        if self._bar:
+            self._bar.console.print(Text(stamped(text)), soft_wrap=True)
+        else:
+            self._stream.write(f"{stamped(text)}\n")
+            self._stream.flush()
 
     def show(self, now: Snapshot) -> None:
         """Print the snapshot if it is time to."""
@@ -63,7 +74,7 @@ class ProgressReport:
         left = now.seconds_left(passed)
         rows = f"{now.rows:,} of {'≈ ' if now.estimated else ''}{now.rows + now.left:,.0f}"
         parts = [
-            f"{rows} rows, {now.failed} errors",
+            f"{rows} rows, {now.errors:,} errors",
             f"{int(now.running.sum())} running, {now.waiting} waiting",
             f"{prompt:,.0f} prompt + {output:,.0f} output tokens/s",
             f"KV {now.pool_use:.0%} used, {now.lent} rBlocks lent",
@@ -74,9 +85,7 @@ class ProgressReport:
             self._progress.update(self._task, completed=now.fraction, description=times)
             self._bar.update(Group(self._progress, self._details(parts[:-1])), refresh=True)
         else:
-            text = "; ".join(part for part in parts if part)
-            self._stream.write(f"[{duration(passed):>8}] {now.fraction:4.0%}  {text}\n")
-            self._stream.flush()
+            self.say(f"{now.fraction:4.0%}  {'; '.join(part for part in parts if part)}")
 
     def close(self) -> None:
         """End the bar, if there is one."""
