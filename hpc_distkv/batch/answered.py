@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,7 @@ class _Usage(msgspec.Struct, frozen=True):
 
 class _Body(msgspec.Struct, frozen=True):
     usage: _Usage = _Usage()
+    created: int = 0
 
 
 class _Response(msgspec.Struct, frozen=True):
@@ -75,6 +77,10 @@ class Answered:
     failed: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
+    since: float = math.inf
+    """A moment, in seconds since the epoch."""
+    recent: int = 0
+    """Rows answered since that moment."""
 
     def add(self, line: bytes) -> None:
         """Count one line of the results. Raises ValueError when it is not one."""
@@ -86,6 +92,7 @@ class Answered:
             self.custom_ids.add(row.custom_id)
         self.lines += 1
         self.failed += row.failed
+        self.recent += row.response.body.created >= self.since
         usage = row.response.body.usage
         self.prompt_tokens += usage.prompt_tokens
         self.output_tokens += usage.completion_tokens
@@ -100,13 +107,14 @@ class Answered:
         self.output_tokens += other.output_tokens
 
 
-def read_answered(path: Path) -> tuple[Answered, int]:
-    """The rows in a results file, and the length in bytes of its sound part.
+def read_answered(path: Path, since: float = math.inf) -> tuple[Answered, int]:
+    """The rows in a results file, and the length in bytes of its sound part. Those answered since
+    the moment `since` are counted apart.
 
     A process that is killed leaves at most one torn line, at the end: it is outside of the sound
     part. Raises JournalError for any other line that is not ours, OSError when reading fails.
     """
-    answered = Answered()
+    answered = Answered(since=since)
     sound = 0
     torn: int | None = None
     with path.open("rb") as file:
