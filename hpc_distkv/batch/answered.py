@@ -47,6 +47,13 @@ class Line(msgspec.Struct, frozen=True):
         return int(self.id.removeprefix(ID_PREFIX))
 
     @property
+    def name(self) -> str | None:
+        """The custom_id by which its row is known; None: by its number, since it has none, or one
+        that an earlier row has."""
+        duplicate = self.error is not None and self.error.code == DUPLICATE
+        return None if duplicate else self.custom_id
+
+    @property
     def failed(self) -> bool:
         """Whether it is an error row."""
         return self.error is not None
@@ -85,11 +92,10 @@ class Answered:
     def add(self, line: bytes) -> None:
         """Count one line of the results. Raises ValueError when it is not one."""
         row = read_line(line)
-        duplicate = row.error is not None and row.error.code == DUPLICATE
-        if row.custom_id is None or duplicate:
+        if row.name is None:
             self.numbers.add(row.number)
         else:
-            self.custom_ids.add(row.custom_id)
+            self.custom_ids.add(row.name)
         self.lines += 1
         self.failed += row.failed
         self.recent += row.response.body.created >= self.since

@@ -21,6 +21,7 @@ COMMANDS = {
     "env": "Show where a job would run, and what looks wrong about it.",
     "report": "Draw a finished run as one HTML page.",
     "status": "Count what a results file holds, and what is left.",
+    "merge": "Put the results of all shards together, checked against the input.",
     "sbatch": "Write a Slurm job script, or submit it.",
     "simulate": "Run a trace on a described cluster in virtual time.",
 }

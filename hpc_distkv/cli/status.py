@@ -10,10 +10,8 @@ from typing import Any
 import click
 
 from hpc_distkv.batch.status import Status, read_status, read_statuses
+from hpc_distkv.cli.options import results_files
 from hpc_distkv.observe.units import duration
-
-SIDE_FILES = (".meta.json", ".claim", ".unfinished.jsonl", ".tmp", ".log")
-"""Ends of names that a pattern like results.jsonl* finds as well."""
 
 
 @click.command("status")
@@ -37,7 +35,7 @@ def command(
     Exit status: 0 all rows answered, 1 some rows are errors, 2 usage, also if the input cannot be
     read, 75 rows are left.
     """  # fmt: skip
-    files = [path for path in results if not path.name.endswith(SIDE_FILES)] or list(results)
+    files = results_files(results)
     if error_file and len(files) > 1:
         raise click.UsageError("--error-file goes with one results file.")
     if len(files) == 1:
