@@ -38,6 +38,7 @@ from hpc_distkv.engine.worker import Worker
 from hpc_distkv.errors import FaultError, UserError
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.tokenizer import Tokenizer
+from hpc_distkv.observe.earlier import keep_earlier
 from hpc_distkv.observe.leader import JobLeader
 from hpc_distkv.observe.metrics import RankFigures, peak_memory
 from hpc_distkv.observe.progress import ProgressReport
@@ -152,11 +153,12 @@ class Engine:
         spans = gather_traces(self.comm, trace) if trace else []
         figures = None
         if leader:
-            about = self._about(files, started)
+            about = self._about(files, started, job is not None and job.resumed)
             figures = {"job": about, **leader.close(ranks, self.comm.world, files.ordered)}
             if files.trace and trace and (timeline := leader.watch.timeline):
                 snapshots = timeline.snapshots
                 try:
+                    keep_earlier(files.trace, about)
                     write_trace(files.trace, self.comm.world, spans, snapshots, trace.origin, about)
                 except OSError as error:  # the answers are there all the same
                     log.error("cannot write the trace: %s", error)
@@ -197,15 +199,18 @@ class Engine:
         messages = self.comm.gather(msgspec.msgpack.encode(own))
         return [msgspec.msgpack.decode(message, type=RankFigures) for message in messages]
 
-    def _about(self, files: Files, started: float) -> dict[str, Any]:
+    def _about(self, files: Files, started: float, resumed: bool) -> dict[str, Any]:
         """What the job was, for who finds its figures later."""
         world, config = self.comm.world, self.rank.config
         return {
             "version": version("hpc-distkv"),
             "model": str(self.model),
             "input": str(files.input),
-            "output": str(files.output),
+            "output": os.path.realpath(files.output),
+            "shard": str(files.shard) if files.shard else None,
+            "resumed": resumed or files.restarted,
             "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+            "slurm_restart_count": os.environ.get("SLURM_RESTART_COUNT"),
             "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
             "ranks": world.size,
             "instances": world.instances,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hpc_distkv.batch.answered import Line
 from hpc_distkv.batch.claim import Claim
 from hpc_distkv.batch.errors import JournalError
 from hpc_distkv.batch.job import SHARD
@@ -25,7 +26,7 @@ from hpc_distkv.batch.unfinished import read_unfinished, unfinished_path, write_
 
 MOST_NAMES = 3
 """Rows that a message names."""
-_ID = re.compile(rb'(\s*\{\s*"id"\s*:\s*"' + ID_PREFIX.encode() + rb")\d+")
+_ID = re.compile(rb'(\s*\{\s*"id"\s*:\s*"' + ID_PREFIX.encode() + rb")[\d.]+")
 
 
 @dataclass(frozen=True)
@@ -147,9 +148,11 @@ def _merge(
     return merged
 
 
-def _numbered(row: Any, line: bytes, number: int) -> bytes:
+def _numbered(row: Line, line: bytes, number: int) -> bytes:
     """The line with the number that its row has in the input as it is now: so ids are unique."""
-    return line if row.number == number else _ID.sub(rb"\g<1>%d" % number, line, count=1)
+    if row.id == f"{ID_PREFIX}{number}":
+        return line
+    return _ID.sub(rb"\g<1>%d" % number, line, count=1)
 
 
 def _keep_begun(parts: Sequence[Part], output: Path) -> None:

@@ -78,7 +78,10 @@ SEEING = ("metrics", "prometheus", "trace")
     help="For rows that give none.",
 )
 @click.option(
-    "--metrics", type=click.Path(dir_okay=False), help="Write the run's figures at the end (JSON)."
+    "--metrics",
+    type=click.Path(dir_okay=False),
+    help="Write the run's figures at the end (JSON). Those of earlier runs of the job get a "
+    "number: metrics.1.json is the first.",
 )
 @click.option(
     "--prometheus",
@@ -88,7 +91,8 @@ SEEING = ("metrics", "prometheus", "trace")
 @click.option(
     "--trace",
     type=click.Path(dir_okay=False),
-    help="Write when which rank did what, for https://ui.perfetto.dev (FILE.json or .json.gz).",
+    help="Write when which rank did what, for https://ui.perfetto.dev (FILE.json or .json.gz); "
+    "likewise.",
 )
 @engine_options
 def command(**options: Any) -> None:
@@ -130,6 +134,7 @@ def _run(
     from hpc_distkv.api import Engine
     from hpc_distkv.cli import announce
     from hpc_distkv.cli.job import say, set_options
+    from hpc_distkv.observe.earlier import keep_earlier
     from hpc_distkv.observe.metrics import write_json
     from hpc_distkv.observe.progress import ProgressReport
     from hpc_distkv.observe.units import stamped
@@ -150,6 +155,7 @@ def _run(
         return 0
     if options["metrics"]:
         try:
+            keep_earlier(Path(options["metrics"]), figures["job"])
             write_json(Path(options["metrics"]), figures)
         except OSError as error:  # the answers are there all the same
             say(comm, f"cannot write the metrics: {error}")
