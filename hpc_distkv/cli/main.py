@@ -19,7 +19,7 @@ COMMANDS = {
     "validate": "Check a batch file without loading the model.",
     "bench": "Measure throughput, policies, lending, the gManager; the published tables.",
     "env": "Show where a job would run, and what looks wrong about it.",
-    "report": "Draw a finished run as one HTML page.",
+    "report": "Draw finished runs of a job as one HTML page.",
     "status": "Count what a results file holds, and what is left.",
     "merge": "Put the results of all shards together, checked against the input.",
     "sbatch": "Write a Slurm job script, or submit it.",

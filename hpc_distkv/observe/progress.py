@@ -38,8 +38,7 @@ class ProgressReport:
 
     def __init__(self, stream: TextIO = sys.stderr) -> None:
         self._stream = stream
-        self._started = self._shown = time.monotonic()
-        self._tokens = deque([Tokens(self._started, 0, 0)])
+        self.begin()
         self._bar: Live | None = None
         if stream.isatty():
             self._progress = Progress(
@@ -48,6 +47,11 @@ class ProgressReport:
             self._task = self._progress.add_task("starting", total=1.0)
             self._bar = Live(self._progress, console=Console(file=stream), auto_refresh=False)
             self._bar.start()
+
+    def begin(self) -> None:
+        """The run begins now: its files are open, and all times count from here."""
+        self._started = self._shown = time.monotonic()
+        self._tokens = deque([Tokens(self._started, 0, 0)])
 
     @property
     def due(self) -> bool:
@@ -75,7 +79,7 @@ class ProgressReport:
         rows = f"{now.rows:,} of {'≈ ' if now.estimated else ''}{now.rows + now.left:,.0f}"
         parts = [
             f"{rows} rows, {now.errors:,} errors",
-            f"{int(now.running.sum())} running, {now.waiting} waiting",
+            f"{int(now.running.sum()):,} requests running, {now.waiting:,} waiting",
             f"{prompt:,.0f} prompt + {output:,.0f} output tokens/s",
             f"KV {now.pool_use:.0%} used, {now.lent} rBlocks lent",
             "" if left is None else f"{duration(left)} left",

@@ -27,6 +27,8 @@ class Watch:
 
     def begin(self, job: Job) -> None:
         """The run begins."""
+        if self.progress:
+            self.progress.begin()
         if self.story:
             self.story.begin(job)
 

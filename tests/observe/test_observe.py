@@ -93,7 +93,7 @@ def test_a_log_gets_one_plain_line_per_interval(monkeypatch):
     stamp, _, said = lines[0].partition("  ")
     assert re.fullmatch(r"\d\d-\d\d \d\d:\d\d:\d\d", stamp)
     assert said == (
-        " 50%  7 of ≈ 14 rows, 1 errors; 4 running, 3 waiting; "
+        " 50%  7 of ≈ 14 rows, 1 errors; 4 requests running, 3 waiting; "
         "50 prompt + 5 output tokens/s; KV 25% used, 4 rBlocks lent; 0:00:10 left"
     )
     assert "0 prompt + 0 output" in lines[-1]  # rates are those of the last interval
@@ -143,7 +143,7 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     report.close()
     assert "50%" in stream.getvalue()
     assert "7 of ≈ 14 rows" in stream.getvalue()
-    assert "4 running, 3 waiting" in stream.getvalue()
+    assert "4 requests running, 3 waiting" in stream.getvalue()
 
 
 def test_time_left_is_that_of_rows_like_those_that_ended():
