@@ -16,7 +16,8 @@ from types import TracebackType
 import msgspec
 
 from hpc_distkv.batch.errors import JournalError
-from hpc_distkv.batch.replace import real_path
+from hpc_distkv.batch.replace import create_file, real_path
+from hpc_distkv.batch.side_files import claim_path, temporary_path
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,10 @@ STALE = 20.0
 """Seconds for which a run that wants a claim looks for a sign of life of its owner."""
 SETTLE = 0.5
 """Seconds in which several runs that take over the same void claim see who was last."""
+
+
+_BEGINNING = b'{"host":'
+"""Of what a claim's file holds: the first field of its owner."""
 
 
 class Owner(msgspec.Struct, frozen=True):
@@ -110,11 +115,15 @@ class Claim:
 
     def check(self) -> None:
         """Raise JournalError if another run has taken over."""
-        if _read(self._path) != self._owner:
-            raise JournalError(
-                f"another run has taken over {self.output}: this one gave no sign of life for "
-                f"{STALE:g} s. What it has written is safe."
-            )
+        if _read(self._path) == self._owner:
+            return
+        why = (
+            f"another run has taken over {self.output}: this one gave no sign of life for "
+            f"{STALE:g} s"
+        )
+        if not self._path.exists():
+            why = f"{self._path} was removed, so that another run may write to {self.output}"
+        raise JournalError(f"{why}. What this one has written is safe.")
 
     def release(self) -> None:
         """Let others write. A second call does nothing."""
@@ -147,11 +156,6 @@ class Claim:
                 return  # `check` finds out what became of the file
 
 
-def claim_path(output: Path) -> Path:
-    """Where the claim of a results file lies."""
-    return output.with_name(output.name + ".claim")
-
-
 def read_claim(output: Path) -> Owner | None:
     """Whose a results file is; None: nobody's, as far as can be seen."""
     owner = _read(claim_path(output))
@@ -161,7 +165,7 @@ def read_claim(output: Path) -> Owner | None:
 def _create(path: Path, owner: Owner) -> int | None:
     """A new claim, open; None if there is one."""
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        fd = create_file(path)
     except FileExistsError:
         return None
     try:
@@ -175,7 +179,9 @@ def _create(path: Path, owner: Owner) -> int | None:
 
 
 def _wait_until_void(path: Path, output: Path, sleep: Callable[[float], None]) -> None:
-    """Return when the claim is void. Raises JournalError when its owner shows that it lives."""
+    """Return when the claim is void. Raises JournalError when its owner shows that it lives, or if
+    it is no claim."""
+    _check_claim(path)
     seen, waited = _touched(path), 0.0
     while waited < STALE:
         owner, touched = _read(path), _touched(path)
@@ -193,15 +199,32 @@ def _wait_until_void(path: Path, output: Path, sleep: Callable[[float], None]) -
 def _take_over(path: Path, owner: Owner, sleep: Callable[[float], None]) -> int | None:
     """Put a claim in the place of one that is void; None if another run was faster. Of several
     that do so at once the last one has it."""
-    fresh = path.with_name(f"{path.name}.{owner.token}")
+    fresh = temporary_path(path)
     fd = _create(fresh, owner)
     assert fd is not None
-    fresh.replace(path)
+    try:
+        fresh.replace(path)
+    except OSError:
+        os.close(fd)
+        fresh.unlink(missing_ok=True)
+        raise
     sleep(SETTLE)
     if _read(path) == owner:
         return fd
     os.close(fd)
     return None
+
+
+def _check_claim(path: Path) -> None:
+    """Whether what is there is a claim, or the beginning of one. Raises JournalError."""
+    try:
+        content = path.read_bytes() if path.is_file() and not path.is_symlink() else b"?"
+    except FileNotFoundError:
+        return
+    if not _BEGINNING.startswith(content[: len(_BEGINNING)]) and content.strip(b"\0"):
+        raise JournalError(
+            f"{path} is not this program's, and in its way: move it, or give another output."
+        )
 
 
 def _taken(output: Path, owner: Owner | None) -> JournalError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from collections.abc import Iterator
@@ -55,38 +56,65 @@ class Intake:
         """Rows among them that were answered before."""
         self.exhausted = False
         """Whether the last row has been seen."""
+        self.torn = False
+        """Whether the file was found to end within a line, which is no row."""
+        self.changed: list[str] = []
+        """custom_ids of rows that were edited since they were answered."""
+        self.outdated = False
+        """Whether `look` has found another file, or one that grew, shrank or was written to."""
+        self._version = _version(state)
 
     def envelopes(self, answered: Answered) -> Iterator[Envelope | None]:
         """The rows not in `answered`, in order, and None for each that is passed over; a repeated
         custom_id comes with a problem.
 
-        Takes over the custom_ids of `answered`. Raises InputError when reading fails.
+        Takes the rows out of `answered`. Raises InputError when reading fails.
         """
         seen: set[str] = set()
-        for number, line in self._lines():
-            envelope = _too_long(number) if line is None else read_envelope(line, number)
-            custom_id = envelope.custom_id
-            if self._shard and not self._shard.has(custom_id, number):
+        for envelope in self._envelopes():
+            if envelope is None:
                 yield None
                 continue
+            custom_id, digest = envelope.custom_id, envelope.digest
             self.rows += 1
-            if custom_id is None:
-                done = number in answered.numbers
-            elif custom_id in seen:
-                done = number in answered.numbers
-                envelope = _duplicate(number, custom_id)
-            else:
-                done = custom_id in answered.custom_ids
-                answered.custom_ids.discard(custom_id)
-                seen.add(custom_id)
+            repeated = custom_id in seen
+            done = answered.take(custom_id, repeated, digest, envelope.number)
             if done:
                 self.skipped += 1
+            if custom_id is not None and repeated:
+                envelope = _duplicate(envelope, custom_id)
+            elif custom_id is not None:
+                seen.add(custom_id)
+                if done and answered.changed(custom_id, digest):
+                    self.changed.append(custom_id)
             yield None if done else envelope
         self.exhausted = True
+
+    def again(self) -> Iterator[Envelope]:
+        """All rows once more, whether or not they were answered; once they have been read. Raises
+        InputError."""
+        self._file.seek(0)
+        self.bytes_read = 0
+        return filter(None, self._envelopes())
+
+    def look(self) -> None:
+        """See whether the file is still what was opened."""
+        try:
+            state = os.stat(self.path)
+        except OSError:  # it is gone, and what was read is all there is
+            return
+        self.outdated = _version(state) != self._version
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    def _envelopes(self) -> Iterator[Envelope | None]:
+        """The rows, and None for each of another shard."""
+        for number, line in self._lines():
+            envelope = _too_long(number) if line is None else read_envelope(line, number)
+            mine = self._shard is None or self._shard.has(envelope.custom_id, number)
+            yield envelope if mine else None
 
     def _lines(self) -> Iterator[tuple[int, bytes | None]]:
         number = 0
@@ -97,6 +125,9 @@ class Intake:
                 line = self._readline()
             if whole is not None and number == 0:
                 whole = whole.removeprefix(_BOM)
+            if whole and _ends_within(whole):
+                self.torn = True
+                return
             if whole is None or (whole and not whole.isspace()):
                 yield number, whole
             number += 1
@@ -122,10 +153,28 @@ def _too_long(number: int) -> Envelope:
     )
 
 
-def _duplicate(number: int, custom_id: str) -> Envelope:
+def _version(state: os.stat_result) -> tuple[int, ...]:
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
+
+
+def _ends_within(line: bytes) -> bool:
+    """Whether a line is the beginning of one: the last of a file that is still being copied."""
+    if line.endswith(b"\n") or line.isspace():
+        return False
+    try:
+        json.loads(line.decode(), parse_int=str)  # no number is too large to be whole
+    except RecursionError:
+        return not line.rstrip().endswith(b"}")
+    except ValueError:
+        return True
+    return False
+
+
+def _duplicate(envelope: Envelope, custom_id: str) -> Envelope:
     return Envelope(
-        number,
+        envelope.number,
         custom_id,
+        digest=envelope.digest,
         problem=RowError(
             f"An earlier row has the custom_id '{custom_id}' already.",
             code=DUPLICATE,

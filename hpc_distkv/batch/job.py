@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,9 @@ from hpc_distkv.batch.choice import read_choice
 from hpc_distkv.batch.errors import RowError
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.journal import Journal
+from hpc_distkv.batch.order import InputOrder
 from hpc_distkv.batch.pauses import with_pauses
+from hpc_distkv.batch.remarks import remarks
 from hpc_distkv.batch.response import answer_line, error_line
 from hpc_distkv.batch.rows import Row, parse_row, which_choice
 from hpc_distkv.batch.schema import Envelope
@@ -23,6 +26,8 @@ from hpc_distkv.batch.shard import Shard
 from hpc_distkv.batch.unfinished import Answer, Begun, digest
 from hpc_distkv.control.requests import NOT_FINITE, Request, Result, Unfinished
 from hpc_distkv.model.detokenizer import CONTEXT
+
+log = logging.getLogger(__name__)
 
 SHARD = "shard"
 """Where the fingerprint says which part of the input the results answer."""
@@ -43,15 +48,18 @@ class _Pending:
     prompt_tokens: int
     asked: tuple[str, ...]
     """`digest` of the request of each of its answers."""
+    request_digest: str
+    """Of the row."""
     results: dict[int, Result] = field(default_factory=dict)
     """By choice."""
 
     @classmethod
-    def of(cls, row: Row, requests: Sequence[Request]) -> _Pending:
+    def of(cls, row: Row, requests: Sequence[Request], request_digest: str) -> _Pending:
         return cls(
             replace(row, prompt=row.prompt[-CONTEXT:]),
             len(row.prompt),
             tuple(map(digest, requests)),
+            request_digest,
         )
 
     @property
@@ -151,7 +159,7 @@ class Job:
         pending = self._pending.get(number)
         if pending is not None:
             self._forget(number)
-            self._write_error(number, pending.row.custom_id, error)
+            self._write_error(number, pending.row.custom_id, pending.request_digest, error)
 
     def commit(self, now: bool = False) -> None:
         """Write the lines so far, at most once a second unless `now`, and make them durable, more
@@ -175,17 +183,23 @@ class Job:
     def close(self, ordered: bool = False) -> None:
         """Commit and close. Rows in flight are left for a rerun, with what was put aside of them;
         if there are none, the lines are put into the order of the input if `ordered`. Raises
-        JournalError."""
-        self._intake.close()
+        InputError and JournalError."""
+        self._intake.look()
         for pending in self._pending.values():
             for choice, result in pending.results.items():
                 self._keep(pending, choice, result=result)
         self.commit(now=True)
+        order = None
         try:
             self._journal.set_aside([] if self.complete else self._begun.values())
+            if ordered and self.complete:
+                order = InputOrder(self._intake.again())
         finally:
             for journal in self._journals:
-                journal.close(ordered and self.complete)
+                journal.close(order)
+            self._intake.close()
+        for remark in remarks(self._intake):
+            log.warning("%s", remark)
 
     def release(self) -> None:
         """Let other runs write the files, however this one ended."""
@@ -223,13 +237,6 @@ class Job:
         return self._answered.failed
 
     @property
-    def not_in_input(self) -> int | None:
-        """Rows that earlier runs have finished and that the input does not have any more; None
-        until its last row has been read."""
-        before = self._answered.lines - self._intake.skipped
-        return before if self._intake.exhausted else None
-
-    @property
     def total_rows(self) -> int | None:
         """Rows of the input; None until the last one has been read."""
         return self._intake.rows if self._intake.exhausted else None
@@ -246,8 +253,20 @@ class Job:
 
     @property
     def complete(self) -> bool:
-        """Whether every row of the input has its line."""
-        return self._intake.exhausted and not self._pending
+        """Whether every row of the input has its line, and the input is what it was."""
+        intake = self._intake
+        read = intake.exhausted and not (intake.torn or intake.outdated)
+        return read and not self._pending
+
+    @property
+    def torn(self) -> bool:
+        """Whether nothing is left but a last line of the input that has no end."""
+        return self._intake.torn and not (self._pending or self._intake.outdated)
+
+    @property
+    def left_over(self) -> int | None:
+        """Lines of rows that are not in the input any more; None until its last row was read."""
+        return self._answered.left_over if self._intake.exhausted else None
 
     @property
     def _journals(self) -> tuple[Journal, ...]:
@@ -257,25 +276,25 @@ class Job:
         """As `requests`, and None for each row of which no request is made."""
         for envelope in self._intake.envelopes(self._answered):
             row = self._parse(envelope) if envelope else None
-            if row is None:
+            if envelope is None or row is None:
                 yield None
             else:
-                yield from self._resumed(row)
+                yield from self._resumed(row, envelope.digest)
 
     def _parse(self, envelope: Envelope) -> Row | None:
         """A row that can be answered; the error row of any other is written."""
         try:
             return parse_row(envelope, self._service)
         except RowError as error:
-            self._write_error(envelope.number, envelope.custom_id, error)
+            self._write_error(envelope.number, envelope.custom_id, envelope.digest, error)
             self.commit()
             return None
 
-    def _resumed(self, row: Row) -> Iterator[Request]:
+    def _resumed(self, row: Row, request_digest: str) -> Iterator[Request]:
         """The requests of a row, from where an earlier run left off. Writes the row if that run has
         made all its answers, as when `n` was lowered since."""
         requests = list(row.requests())
-        pending = self._pending[row.number] = _Pending.of(row, requests)
+        pending = self._pending[row.number] = _Pending.of(row, requests, request_digest)
         left = []
         for choice, request in enumerate(requests):
             begun = self._begun.get(Answer(row.custom_id, choice))
@@ -307,7 +326,9 @@ class Job:
         self._journal.append(
             answer_line(
                 number=row.number,
+                revision=self._answered.revision(row.number),
                 custom_id=row.custom_id,
+                digest=pending.request_digest,
                 endpoint=row.endpoint,
                 model=service.model_names[0],
                 choices=[read_choice(result, row, service.tokenizer) for result in results],
@@ -318,6 +339,9 @@ class Job:
         self.answered += 1
         return Written(results, row.custom_id, pending.prompt_tokens)
 
-    def _write_error(self, number: int, custom_id: str | None, error: RowError) -> None:
-        self._errors.append(error_line(number, custom_id, error))
+    def _write_error(
+        self, number: int, custom_id: str | None, request_digest: str, error: RowError
+    ) -> None:
+        revision = self._answered.revision(number)
+        self._errors.append(error_line(number, custom_id, error, request_digest, revision))
         self.failed += 1

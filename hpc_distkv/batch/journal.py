@@ -10,9 +10,11 @@ from typing import NoReturn
 from hpc_distkv.batch.answered import Answered
 from hpc_distkv.batch.claim import Claim
 from hpc_distkv.batch.errors import JournalError
+from hpc_distkv.batch.order import InputOrder
 from hpc_distkv.batch.replace import remove_file
 from hpc_distkv.batch.rewrite import order_lines
-from hpc_distkv.batch.unfinished import Answer, Begun, unfinished_path, write_unfinished
+from hpc_distkv.batch.side_files import unfinished_path
+from hpc_distkv.batch.unfinished import Answer, Begun, write_unfinished
 
 _BUFFER = 1 << 20
 """Bytes kept in memory before they are written out of turn."""
@@ -21,7 +23,7 @@ _BUFFER = 1 << 20
 class Journal:
     """Owner of the results file. Lines are safe from kill -9 once written, which `commit` does.
 
-    Beside the file lie
+    Beside the file lie (`side_files`)
     `<output>.meta.json`, written before the first row: the fingerprint of the job. A rerun with
     another fingerprint is refused, so one file never mixes two jobs;
     `<output>.unfinished.jsonl`, after a run that was stopped early: what it had begun;
@@ -85,7 +87,7 @@ class Journal:
 
     def set_aside(self, begun: Collection[Begun]) -> None:
         """Keep what is begun for a rerun, instead of what was kept before. Raises JournalError."""
-        self._claim.check()
+        self._check_alone()
         place = unfinished_path(self.path)
         try:
             if begun:
@@ -98,18 +100,18 @@ class Journal:
                 "safe; a rerun computes the rows that were not finished from an earlier state."
             ) from error
 
-    def close(self, ordered: bool = False) -> None:
-        """Commit and close, and put the lines into the order of the input if `ordered`; nothing to
-        do after a failure. Raises JournalError."""
+    def close(self, order: InputOrder | None = None) -> None:
+        """Commit and close, and put the lines into an order if one is given; nothing to do after a
+        failure. Raises JournalError."""
         if self._fd is None:
             return
         self.commit()
+        self._check_alone()
         os.close(self._fd)
         self._fd = None
         try:
-            if ordered:
-                self._claim.check()
-                order_lines(self.path)
+            if order:
+                order_lines(self.path, order)
         except OSError as error:
             raise JournalError(
                 f"all rows are in {self.path}, but cannot be put in order: "
@@ -123,21 +125,32 @@ class Journal:
         self._claim.release()
 
     def _check_alone(self) -> None:
-        """Two runs on one file would answer rows twice; so would writing to a deleted one."""
+        """Two runs on one file would answer rows twice, and what is written to a file that was
+        moved or removed would not be found. Raises JournalError."""
         assert self._fd is not None
         try:
+            self._check_place(self._fd)
             self._claim.check()
         except JournalError:
             self._abandon()
             raise
-        state = os.fstat(self._fd)
-        if state.st_size == self._written and state.st_nlink > 0:
-            return
-        self._abandon()
-        raise JournalError(
-            f"{self.path} was changed or removed by somebody else during the run; is the same job "
-            "running twice? Stop the other one and rerun the same command to resume."
-        )
+
+    def _check_place(self, fd: int) -> None:
+        ours = os.fstat(fd)
+        try:
+            there = os.path.samestat(ours, self.path.stat())
+        except OSError:
+            there = False
+        if not there:
+            raise JournalError(
+                f"{self.path} was moved or removed by somebody else during the run, which ends "
+                "here. Put it back, with what lies beside it, and rerun the same command to resume."
+            )
+        if ours.st_size != self._written:
+            raise JournalError(
+                f"{self.path} was changed by somebody else during the run; is the same job running "
+                "twice? Stop the other one and rerun the same command to resume."
+            )
 
     def _fail(self, error: OSError, keep: int) -> NoReturn:
         assert self._fd is not None

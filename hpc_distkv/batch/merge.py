@@ -11,21 +11,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hpc_distkv.batch.answered import Line
 from hpc_distkv.batch.claim import Claim
-from hpc_distkv.batch.errors import JournalError
+from hpc_distkv.batch.errors import InputError, JournalError
+from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.job import SHARD
 from hpc_distkv.batch.line_index import FILE_BITS, LineIndex
 from hpc_distkv.batch.meta import ERRORS, FREE, INPUT, describe, differences, read_meta, write_meta
 from hpc_distkv.batch.opening import check_place
-from hpc_distkv.batch.places import places
+from hpc_distkv.batch.order import GONE, InputOrder
 from hpc_distkv.batch.replace import real_path, replace_file
 from hpc_distkv.batch.response import ID_PREFIX
+from hpc_distkv.batch.schema import Envelope
 from hpc_distkv.batch.shard import Shard
-from hpc_distkv.batch.unfinished import read_unfinished, unfinished_path, write_unfinished
+from hpc_distkv.batch.side_files import unfinished_path
+from hpc_distkv.batch.unfinished import read_unfinished, write_unfinished
 
-MOST_NAMES = 3
-"""Rows that a message names."""
 _ID = re.compile(rb'(\s*\{\s*"id"\s*:\s*"' + ID_PREFIX.encode() + rb")[\d.]+")
 
 
@@ -83,7 +86,7 @@ def merge(
     resumed like the results of a job without shards. Nothing is written if rows have no line,
     unless `partial`. `source`: the input, if it is not where it was.
 
-    Takes some 160 bytes of memory a row, and never holds the lines. Raises JournalError, and
+    Takes some 100 bytes of memory a row, and never holds the lines. Raises JournalError, and
     InputError if the input cannot be read.
     """
     try:
@@ -97,9 +100,7 @@ def merge(
         with ExitStack() as stack:
             for path in filter(None, (output, errors)):
                 stack.enter_context(Claim.take(path))
-            files = [path for part in parts for path in part.files]
-            index = stack.enter_context(closing(LineIndex(files)))
-            _check_once(index)
+            index = stack.enter_context(closing(LineIndex([f for p in parts for f in p.files])))
             return _merge(index, parts, source, real_path(output), errors, partial)
     except OSError as error:
         what = error.filename or output
@@ -114,38 +115,81 @@ def _merge(
     errors: Path | None,
     partial: bool,
 ) -> Merged:
-    count, merged, left = parts[0].shard.count, Merged(), Counter[int]()
-    lines, numbers = array("q"), array("q")
-    for place in places(source):
-        line = index.find(place.name, place.number)
-        if line is None:
-            left[place.shard(count)] += 1
-        else:
-            lines.append(line)
-            numbers.append(place.number)
-    merged.left = dict(sorted(left.items()))
-    merged.gone = len(index) - len(lines)
-    merged.failed = sum(int(index.failed[line]) for line in lines)
-    merged.answered = len(lines) - merged.failed
+    merged, order = Merged(), _Order(index, parts, source)
+    merged.left = order.left
+    merged.gone = len(index) - len(order.lines)
+    merged.failed = sum(index.failed[line] for line in order.lines)
+    merged.answered = len(order.lines) - merged.failed
     if merged.missing and not partial:
         return merged
 
-    def pieces(failed: set[bool]) -> Iterator[bytes]:
-        for line, number in zip(lines, numbers, strict=True):
-            if bool(index.failed[line]) in failed:
+    def pieces(failed: set[int]) -> Iterator[bytes]:
+        for line, number in zip(order.lines.tolist(), order.numbers.tolist(), strict=True):
+            if index.failed[line] in failed:
                 yield _numbered(*index.read(line), number)
 
     job = {name: value for name, value in parts[0].meta.items() if name not in FREE | {SHARD}}
     if errors:
         errors = real_path(errors)
         write_meta(errors, describe(job, None, None, None))
-        replace_file(errors, pieces({True}))
+        replace_file(errors, pieces({1}))
     write_meta(output, describe(job, source, errors, None))
     if merged.missing:
         _keep_begun(parts, output)
-    replace_file(output, pieces({False} if errors else {False, True}))
+    replace_file(output, pieces({0} if errors else {0, 1}))
     merged.written = True
     return merged
+
+
+class _Order:
+    """The lines in the order of the input as it is now."""
+
+    def __init__(self, index: LineIndex, parts: Sequence[Part], source: Path) -> None:
+        """Raises InputError and JournalError, OSError when reading fails."""
+        numbers, dealt = array("q"), array("q")
+        count = parts[0].shard.count
+
+        def noted(rows: Iterator[Envelope]) -> Iterator[Envelope]:
+            for row in rows:
+                numbers.append(row.number)
+                dealt.append(Shard.dealt(row.custom_id, row.number, count))
+                yield row
+
+        with closing(Intake(source)) as intake:
+            order = InputOrder(noted(intake.again()))
+            if intake.torn:
+                raise InputError(f"{source} ends within a line: is it still being copied?")
+        places = order.places(_own_lines(index, parts))
+        lines = np.argsort(places, kind="stable")
+        self.lines = lines[places[lines] != GONE]
+        """Numbers of the lines, in `index`."""
+        self.numbers = places[self.lines]
+        """Of their rows."""
+        missing = ~np.isin(np.array(numbers, np.int64), self.numbers)
+        self.left = dict(sorted(Counter(np.array(dealt, np.int64)[missing].tolist()).items()))
+        """Index of a shard → rows of it without a line."""
+
+
+def _own_lines(index: LineIndex, parts: Sequence[Part]) -> Iterator[Line]:
+    """All lines, each of a row of its shard and none twice. Raises JournalError."""
+    shards = [part.shard for part in parts for _ in part.files]
+    names = array("q")
+    for file, row in index.lines():
+        if not shards[file].has(row.custom_id, row.number):
+            raise JournalError(
+                f"{index.paths[file]} is shard {shards[file]} and has a row of another one: "
+                f"{row.custom_id or row.id}."
+            )
+        names.append(hash(row.custom_id if row.named else row.id))
+        yield row
+    order = np.argsort(np.array(names, np.int64), kind="stable")
+    ordered = np.array(names, np.int64)[order]
+    if len(twice := order[1:][ordered[1:] == ordered[:-1]]):
+        row = index.read(int(twice[0]))[0]
+        raise JournalError(
+            f"{len(twice)} rows have a line among the results of their shard and one among its "
+            f"error rows, such as {row.custom_id or row.id}: remove one of the two."
+        )
 
 
 def _numbered(row: Line, line: bytes, number: int) -> bytes:
@@ -203,14 +247,3 @@ def _check_free(path: Path, source: Path) -> None:
     check_place(path, source)
     if path.exists() and path.stat().st_size:
         raise JournalError(f"{path} is there already: give another place, or remove it.")
-
-
-def _check_once(index: LineIndex) -> None:
-    """Raises JournalError if a row has two lines."""
-    if twice := index.twice():
-        rows = [index.read(line)[0] for line in twice[:MOST_NAMES]]
-        names = {row.name or f"the row of line {row.number + 1}" for row in rows}
-        raise JournalError(
-            f"{len(twice)} rows have more than one line in these files, such as "
-            f"{', '.join(sorted(names))}: a file was named or copied twice."
-        )

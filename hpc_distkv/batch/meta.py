@@ -12,6 +12,7 @@ import msgspec
 
 from hpc_distkv.batch.errors import JournalError
 from hpc_distkv.batch.replace import replace_file
+from hpc_distkv.batch.side_files import meta_path
 
 FORMAT = 1
 """Version of the results file and of what resuming relies on."""
@@ -49,12 +50,12 @@ def describe(
 def write_meta(path: Path, meta: Mapping[str, Any]) -> None:
     """Replace what is known of the job of the results file at `path`. Raises OSError."""
     # Not by msgspec, which takes no path that is not UTF-8.
-    replace_file(_meta_path(path), [json.dumps(meta, indent=2).encode(), b"\n"])
+    replace_file(meta_path(path), [json.dumps(meta, indent=2).encode(), b"\n"])
 
 
 def check_meta(path: Path, wanted: Mapping[str, Any]) -> None:
     """Refuse the results of another job, with JournalError. Raises OSError."""
-    meta = _meta_path(path)
+    meta = meta_path(path)
     if not meta.exists():
         raise JournalError(
             f"{path} is not empty and has no {meta.name} beside it, so it is not known which job "
@@ -75,7 +76,7 @@ def note_meta(path: Path, wanted: Mapping[str, Any]) -> None:
 
 def has_meta(path: Path) -> bool:
     """Whether anything is known of the job."""
-    return _meta_path(path).exists()
+    return meta_path(path).exists()
 
 
 def check_errors(path: Path, wanted: Mapping[str, Any]) -> None:
@@ -92,12 +93,15 @@ def check_errors(path: Path, wanted: Mapping[str, Any]) -> None:
 def read_meta(path: Path) -> dict[str, Any]:
     """What is known of the job that wrote the results file at `path`. Raises JournalError, and
     OSError if there is nothing."""
-    meta = _meta_path(path)
+    meta = meta_path(path)
     try:
         found: dict[str, Any] = msgspec.convert(json.loads(meta.read_bytes()), dict[str, Any])
+        if "format" not in found:
+            raise ValueError("another program's")
     except (ValueError, RecursionError):
         raise JournalError(
-            f"{meta} is not readable as the fingerprint of a job. {_RESTART}"
+            f"{meta} is not readable as what this program keeps about a job. Move it away and use "
+            "--overwrite to start again, or give another output."
         ) from None
     return found
 
@@ -110,10 +114,6 @@ def differences(path: Path, wanted: Mapping[str, Any]) -> list[str]:
         for name in sorted((old.keys() | new.keys()) - FREE)
         if old.get(name) != new.get(name)
     ]
-
-
-def _meta_path(path: Path) -> Path:
-    return path.with_name(path.name + ".meta.json")
 
 
 def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hpc_distkv.batch.answered import Answered, read_answered
+from hpc_distkv.batch.answered import Answered, Line, read_answered
 from hpc_distkv.batch.claim import Claim
 from hpc_distkv.batch.errors import JournalError
 from hpc_distkv.batch.journal import Journal
@@ -26,8 +26,9 @@ from hpc_distkv.batch.meta import (
     write_meta,
 )
 from hpc_distkv.batch.replace import check_replaceable, real_path, remove_file
-from hpc_distkv.batch.rewrite import drop_errors
-from hpc_distkv.batch.unfinished import Answer, Begun, read_unfinished, unfinished_path
+from hpc_distkv.batch.rewrite import drop_lines
+from hpc_distkv.batch.side_files import excess_of_name, same_file, side_files, unfinished_path
+from hpc_distkv.batch.unfinished import Answer, Begun, check_unfinished, read_unfinished
 
 
 class Reuse(NamedTuple):
@@ -85,6 +86,8 @@ class Opening:
         wanted = describe(fingerprint, source, errors, reuse.job if drops else None)
         with _usable(path):
             reuse = reuse.at(path)
+            if has_meta(path):
+                read_meta(path)
             if not reuse.overwrite:
                 check_errors(path, wanted)
             empty = reuse.overwrite or not path.exists() or path.stat().st_size == 0
@@ -92,11 +95,17 @@ class Opening:
                 check_meta(path, wanted)
             answered, sound = (Answered(), 0) if empty else read_answered(path)
             same = not reuse.overwrite and has_meta(path) and not differences(path, wanted)
-            unfinished = read_unfinished(unfinished_path(path)) if same else {}
+            begun = unfinished_path(path)
+            unfinished = read_unfinished(begun) if same else check_unfinished(begun)
         return cls(claim, wanted, same, empty, reuse.retry_errors, answered, sound, unfinished)
 
-    def begin(self) -> Journal:
-        """The journal, which releases the claim. Raises JournalError."""
+    def begin(self, changed: Collection[str] = ()) -> Journal:
+        """The journal, which releases the claim. The answers under the custom_ids `changed` are
+        dropped. Raises JournalError."""
+
+        def drop(line: Line) -> bool:
+            return (self.retry_errors and line.failed) or (line.named and line.custom_id in changed)
+
         path, answered, sound = self.claim.output, self.answered, self.sound
         with _usable(path):
             # What is left of old rows goes before the new fingerprint comes: at no instant are they
@@ -107,11 +116,11 @@ class Opening:
                 _empty(path)
                 write_meta(path, self.wanted)
             else:
-                if self.retry_errors and answered.failed:
-                    drop_errors(path, sound)
+                if changed or (self.retry_errors and answered.failed):
+                    drop_lines(path, sound, drop)
                     answered, sound = read_answered(path)
                 note_meta(path, self.wanted)
-            fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+            fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
             os.ftruncate(fd, sound)
             os.fsync(fd)
         return Journal(self.claim, fd, sound, answered, self.unfinished)
@@ -120,12 +129,17 @@ class Opening:
 def check_place(path: Path, source: Path | None) -> None:
     """Whether results could go to `path`, as far as a look can tell. Raises JournalError."""
     with _usable(path):
-        folder = real_path(path).parent
-        if not folder.is_dir():
-            raise OSError(errno.ENOENT, f"there is no directory {folder}")
+        real = real_path(path)
+        if not real.parent.is_dir():
+            raise OSError(errno.ENOENT, f"there is no directory {real.parent}")
+        if excess := excess_of_name(real):
+            raise OSError(errno.ENAMETOOLONG, f"shorten its name by {excess} bytes")
         check_replaceable(path)
-        if source is not None and path.exists() and source.exists() and path.samefile(source):
+        if source is not None and same_file(path, source):
             raise JournalError(f"{path} is both the input and the output; give another output.")
+        for beside in side_files(real):
+            if beside.is_symlink() or (beside.exists() and not beside.is_file()):
+                raise OSError(errno.EINVAL, f"{beside} is in the way, and is no regular file")
 
 
 @contextlib.contextmanager
@@ -139,7 +153,8 @@ def _usable(path: Path) -> Iterator[None]:
 
 
 def _empty(path: Path) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(path, flags, 0o666)
     try:
         os.fsync(fd)
     finally:

@@ -3,12 +3,16 @@ new one and nothing else."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
+
+from hpc_distkv.batch.side_files import temporary_path
 
 
 def real_path(path: Path) -> Path:
@@ -36,27 +40,37 @@ def check_replaceable(path: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`. If nothing goes wrong it is put on the disk and takes the
-    place of `path`, or of what that links to; else `path` is as it was, and nothing lies beside it.
-    Raises OSError, also if there is something that is no file."""
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file to write. If nothing goes wrong it is put on the disk and takes the place of
+    `path`, or of what that links to, with its owner and mode; else `path` is as it was, and nothing
+    lies beside it. Raises OSError, also if there is something that is no file."""
     check_replaceable(path)
     path = real_path(path)
-    fresh = path.with_name(path.name + ".tmp")
+    fresh = temporary_path(path)
+    file = os.fdopen(_create_like(fresh, path), "wb")
     try:
-        yield fresh
-        with fresh.open("rb") as file:
+        with file:
+            yield file
+            file.flush()
             os.fsync(file.fileno())
         fresh.replace(path)
-    finally:
+    except BaseException:
         fresh.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 
 def replace_file(path: Path, pieces: Iterable[bytes]) -> None:
     """Replace `path` by `pieces`: see `replacing`."""
-    with replacing(path) as fresh, fresh.open("wb") as file:
+    with replacing(path) as file:
         file.writelines(pieces)
+
+
+def create_file(path: Path, mode: int = 0o666) -> int:
+    """A file that was not there, nor a link of its name, open to be written; what the umask forbids
+    is taken from its `mode`. Raises OSError."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(path, flags, mode)
 
 
 def remove_file(path: Path) -> None:
@@ -75,3 +89,18 @@ def sync_folder(folder: Path) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def _create_like(fresh: Path, path: Path) -> int:
+    """A new file with the owner and the mode of `path`, if that is there."""
+    try:
+        state = path.stat()
+    except FileNotFoundError:
+        return create_file(fresh)
+    mode = stat.S_IMODE(state.st_mode) & 0o777
+    fd = create_file(fresh, mode)
+    with contextlib.suppress(OSError):  # it is another user's: the mode is as narrow all the same
+        os.fchown(fd, state.st_uid, state.st_gid)
+    with contextlib.suppress(OSError):
+        os.fchmod(fd, mode)
+    return fd

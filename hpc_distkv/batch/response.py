@@ -13,23 +13,29 @@ from hpc_distkv.batch.schema import CHAT, Endpoint
 
 ID_PREFIX = "batch_req_"
 """Before the row's number in the `id` of its line."""
+REVISED = "."
+"""Between the number and the revision, where an earlier line has the number: when rows were put
+into the input before others that were answered."""
 
 
 def answer_line(
     *,
     number: int,
+    revision: int = 1,
     custom_id: str,
+    digest: str | None = None,
     endpoint: Endpoint,
     model: str,
     choices: Sequence[Choice],
     prompt_tokens: int,
     created: int,
 ) -> bytes:
-    """The line of an answered row, without newline. `created` is in seconds since the epoch."""
+    """The line of an answered row, without newline. `digest`: `request_digest` of the row;
+    `created` is in seconds since the epoch."""
     chat = endpoint == CHAT
     completion_tokens = sum(choice.tokens for choice in choices)
     body = {
-        "id": f"{'chatcmpl' if chat else 'cmpl'}-{number}",
+        "id": f"{'chatcmpl' if chat else 'cmpl'}-{_name(number, revision)}",
         "object": "chat.completion" if chat else "text_completion",
         "created": created,
         "model": model,
@@ -40,7 +46,7 @@ def answer_line(
             "total_tokens": prompt_tokens + completion_tokens,
         },
     }
-    return _line(number, custom_id, 200, body, None)
+    return _line(_name(number, revision), custom_id, digest, 200, body, None)
 
 
 def _choice(index: int, choice: Choice, chat: bool) -> dict[str, Any]:
@@ -53,7 +59,13 @@ def _choice(index: int, choice: Choice, chat: bool) -> dict[str, Any]:
     }
 
 
-def error_line(number: int, custom_id: str | None, error: RowError) -> bytes:
+def error_line(
+    number: int,
+    custom_id: str | None,
+    error: RowError,
+    digest: str | None = None,
+    revision: int = 1,
+) -> bytes:
     """The line of a row that cannot be answered, without newline."""
     message = error.message
     if custom_id is None:
@@ -67,22 +79,28 @@ def error_line(number: int, custom_id: str | None, error: RowError) -> bytes:
         }
     }
     summary = {"code": error.code, "message": message}
-    return _line(number, custom_id, error.status, body, summary)
+    return _line(_name(number, revision), custom_id, digest, error.status, body, summary)
+
+
+def _name(number: int, revision: int) -> str:
+    return str(number) if revision == 1 else f"{number}{REVISED}{revision}"
 
 
 def _line(
-    number: int,
+    name: str,
     custom_id: str | None,
+    digest: str | None,
     status: int,
     body: dict[str, Any],
     error: dict[str, str] | None,
 ) -> bytes:
-    response = {"status_code": status, "request_id": f"req_{number}", "body": body}
+    response = {"status_code": status, "request_id": f"req_{name}", "body": body}
     return msgspec.json.encode(
         {
-            "id": f"{ID_PREFIX}{number}",
+            "id": f"{ID_PREFIX}{name}",
             "custom_id": custom_id,
             "response": response,
             "error": error,
+            **({"request_digest": digest} if digest else {}),
         }
     )

@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from hpc_distkv.batch import unsupported
+from hpc_distkv.batch.digests import request_digest
 from hpc_distkv.batch.errors import RowError
 
 Endpoint = Literal["/v1/chat/completions", "/v1/completions"]
@@ -111,6 +112,9 @@ class Envelope:
     endpoint: Endpoint = CHAT
     body: bytes | memoryview = b""
     problem: RowError | None = None
+    digest: str = ""
+    """`request_digest` of the body and its endpoint, or of the line if that has a problem; nothing
+    of one that was not read."""
 
 
 def read_envelope(line: bytes, number: int) -> Envelope:
@@ -132,9 +136,10 @@ def read_envelope(line: bytes, number: int) -> Envelope:
         endpoint = _endpoint(_line_string(fields, "url"))
         if "body" not in fields:
             raise _missing("body")
-        return Envelope(number, custom_id, endpoint, bytes(fields["body"]))
+        body = bytes(fields["body"])
+        return Envelope(number, custom_id, endpoint, body, digest=request_digest(body, endpoint))
     except RowError as problem:
-        return Envelope(number, custom_id, problem=problem)
+        return Envelope(number, custom_id, problem=problem, digest=request_digest(line))
 
 
 def decode_chat(body: bytes | memoryview) -> ChatBody:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_distkv.batch.answered import Answered, read_answered
-from hpc_distkv.batch.claim import STALE, Owner, claim_path, read_claim
+from hpc_distkv.batch.answered import DUPLICATE, Answered, read_answered
+from hpc_distkv.batch.claim import STALE, Owner, read_claim
 from hpc_distkv.batch.errors import InputError, JournalError
+from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.job import SHARD
 from hpc_distkv.batch.meta import ERRORS, INPUT, read_meta
-from hpc_distkv.batch.places import places
 from hpc_distkv.batch.replace import real_path
+from hpc_distkv.batch.schema import Envelope
 from hpc_distkv.batch.shard import Shard
-from hpc_distkv.batch.unfinished import read_unfinished, unfinished_path
+from hpc_distkv.batch.side_files import claim_path, unfinished_path
+from hpc_distkv.batch.unfinished import read_unfinished
 
 SILENT = 3 * STALE
 """Seconds without a sign of life after which a run that cannot be seen from here is said to be
@@ -128,20 +131,29 @@ def _silent(path: Path) -> float:
 
 
 def _compare(group: Sequence[Status]) -> None:
-    """Note what is left of their input; they are one status, or shards of one input."""
+    """Note what is left of their input; they are one status, or shards of one input. Takes the
+    rows of the input out of what is answered."""
     source, shard = group[0].source, group[0].shard
     by_shard = {status.shard.index if status.shard else 1: status for status in group}
-    left, done = dict.fromkeys(by_shard, 0), dict.fromkeys(by_shard, 0)
+    left = dict.fromkeys(by_shard, 0)
     if source is None:
         return
     try:
-        for place in places(source):
-            index = place.shard(shard.count) if shard else 1
-            if index in by_shard:
-                counts = done if place.done(by_shard[index].answered) else left
-                counts[index] += 1
+        with closing(Intake(source)) as intake:
+            for row in intake.envelopes(Answered()):
+                assert row is not None
+                index = Shard.dealt(row.custom_id, row.number, shard.count) if shard else 1
+                if index in by_shard:
+                    answered = by_shard[index].answered
+                    done = answered.take(row.custom_id, _repeated(row), row.digest, row.number)
+                    left[index] += not done
     except InputError:
         return
     for index, status in by_shard.items():
         status.left = left[index]
-        status.gone = status.answered.lines - done[index]
+        status.gone = status.answered.left_over
+
+
+def _repeated(row: Envelope) -> bool:
+    """Whether an earlier row has the custom_id."""
+    return row.problem is not None and row.problem.code == DUPLICATE

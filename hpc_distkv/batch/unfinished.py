@@ -63,11 +63,6 @@ def digest(request: Request) -> str:
     return hashlib.blake2b(asked, digest_size=16).hexdigest()
 
 
-def unfinished_path(path: Path) -> Path:
-    """Where lies what an earlier run of the results file at `path` has begun."""
-    return path.with_name(path.name + ".unfinished.jsonl")
-
-
 def read_unfinished(path: Path) -> dict[Answer, Begun]:
     """What `write_unfinished` wrote; nothing if there is no such file. Raises JournalError."""
     try:
@@ -81,6 +76,22 @@ def read_unfinished(path: Path) -> dict[Answer, Begun]:
             "rows from their start."
         ) from None
     return {each.answer: each for each in begun}
+
+
+def check_unfinished(path: Path) -> dict[Answer, Begun]:
+    """Nothing, for a job to which a file there does not belong, and which removes it; but it must
+    be one of this program, as its first line tells. Raises JournalError and OSError."""
+    try:
+        with path.open("rb") as lines:
+            if first := lines.readline():
+                msgspec.json.decode(first, type=Begun)
+    except FileNotFoundError:
+        pass
+    except (msgspec.DecodeError, RecursionError):
+        raise JournalError(
+            f"{path} is not this program's, and in its way: move it, or give another output."
+        ) from None
+    return {}
 
 
 def write_unfinished(path: Path, begun: Iterable[Begun]) -> None:

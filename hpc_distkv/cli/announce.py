@@ -73,7 +73,9 @@ def summary(figures: dict[str, Any], output: Path) -> str:
         *_host(counters),
         f"results   {output}",
     ]
-    if figures["stopped"]:
+    if figures["input_torn"]:
+        lines.append("input     ends within a line: run the same command again when it is whole")
+    elif figures["stopped"]:
         lines.append(
             f"stopped   before all rows were answered; {rows['put_aside']} rows with "
             f"{figures['put_aside_tokens']} output tokens are put aside: run the same command again"

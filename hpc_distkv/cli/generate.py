@@ -11,6 +11,7 @@ import click
 from hpc_distkv.batch.schema import SEEDS
 from hpc_distkv.cli.options import POSITIVE, Number, engine_options, read_shard
 from hpc_distkv.engine.interrupt import GRACE, TERM_GRACE, Interrupt
+from hpc_distkv.errors import FaultError
 
 if TYPE_CHECKING:
     from hpc_distkv.batch.files import Claims, Files
@@ -22,6 +23,7 @@ ENDS = {
     0: "all rows are answered",
     1: "all rows are done, and some are errors",
     STOPPED_STATUS: "rows are left, to be answered by the same command",
+    FaultError.exit_code: "the input ends within a line",
 }
 
 SAMPLING = (
@@ -37,6 +39,11 @@ SEEING = ("metrics", "prometheus", "trace")
 @click.option("-o", "--output", required=True, help="Results file; a rerun resumes it.")
 @click.option("--overwrite", is_flag=True, help="Drop the answers that the results file holds.")
 @click.option("--retry-errors", is_flag=True, help="Answer the rows again that are error rows.")
+@click.option(
+    "--retry-changed",
+    is_flag=True,
+    help="Answer the rows again that were edited since they were answered.",
+)
 @click.option("--error-file", help="Where error rows go. [default: among the results]")
 @click.option(
     "--ordered", is_flag=True, help="Put the results into the order of the input at the end."
@@ -101,8 +108,9 @@ def command(**options: Any) -> None:
     Start it under srun or mpirun, or alone. Run the same command again after an interruption: it
     goes on where it was. On SIGUSR2 or SIGTERM it stops in time and keeps what it has begun.
 
-    Exit status: 0 all rows answered, 1 some rows are errors, 2 usage, 75 stopped early: to be
-    started again.
+    Exit status: 0 all rows answered, 1 some rows are errors, 2 usage, 70 a fault, also where the
+    input ends within a line, 75 stopped early, or the input was changed meanwhile: to be started
+    again.
     """
     interrupt = Interrupt(options["grace"]).listen()
     from hpc_distkv.cli.job import in_world
@@ -160,10 +168,17 @@ def _run(
         except OSError as error:  # the answers are there all the same
             say(comm, f"cannot write the metrics: {error}")
     click.echo(announce.summary(figures, files.output))
-    failed = 1 if figures["request_counts"]["failed"] else 0
-    status = STOPPED_STATUS if figures["stopped"] else failed
+    status = _status(figures)
     say(comm, stamped(f"this run ends with status {status}: {ENDS[status]}"))
     return status
+
+
+def _status(figures: dict[str, Any]) -> int:
+    if figures["input_torn"]:
+        return FaultError.exit_code
+    if figures["stopped"]:
+        return STOPPED_STATUS
+    return 1 if figures["request_counts"]["failed"] else 0
 
 
 def _files(options: dict[str, Any], paths: dict[str, Path | None]) -> Files:
@@ -174,6 +189,7 @@ def _files(options: dict[str, Any], paths: dict[str, Path | None]) -> Files:
         Path(options["output"]),
         overwrite=options["overwrite"],
         retry_errors=options["retry_errors"],
+        retry_changed=options["retry_changed"],
         errors=Path(options["error_file"]) if options["error_file"] else None,
         shard=options["shard"],
         ordered=options["ordered"],
@@ -190,7 +206,7 @@ def _claim(files: Files, seeing: dict[str, Path | None], model: str) -> Claims:
     from hpc_distkv.batch.replace import check_replaceable, real_path
     from hpc_distkv.engine.config import OptionError
 
-    taken = {os.path.realpath(path) for path in (files.input, files.output, files.errors) if path}
+    taken = set()
     for name, path in seeing.items():
         if path is None:
             continue
@@ -201,7 +217,7 @@ def _claim(files: Files, seeing: dict[str, Path | None], model: str) -> Claims:
             check_replaceable(path)
         except OSError as error:
             raise OptionError(f"cannot write --{name} {path}: {error.strerror}") from error
-        if os.path.realpath(path) in taken:
+        if os.path.realpath(path) in taken or files.hold(path):
             raise OptionError(f"--{name} {path} is a file of this job: give another file")
         if os.path.realpath(model) in map(os.path.realpath, (path.parent, folder)):
             raise OptionError(f"--{name} {path} is in the model's directory: give another place")

@@ -122,7 +122,8 @@ class RunRecord:
         stopped = {
             "stopped": not job.complete,
             "put_aside_tokens": job.begun_tokens,
-            "rows_not_in_input": job.not_in_input,
+            "rows_not_in_input": job.left_over,
+            "input_torn": job.torn,
         }
         requests = {
             "total": job.total_rows,

@@ -6,8 +6,9 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, BinaryIO
 
 from hpc_distkv.batch.replace import replacing
 from hpc_distkv.comm.world import World
@@ -51,20 +52,20 @@ def write_trace(
         "layers_in_one_window_of": [rank.stride * FINE_EVERY for rank in ranks],
         "clock_error_us": [round(1e6 * rank.clock_error, 1) for rank in ranks],
     }
-    with replacing(path) as fresh, _opened(fresh, path) as file:
-        file.write(f'{{"displayTimeUnit": "ms", "otherData": {json.dumps(other)},\n')
-        file.write('"traceEvents": [\n')
+    with replacing(path) as fresh, _packed(fresh, path) as file:
+        head = f'{{"displayTimeUnit": "ms", "otherData": {json.dumps(other)},\n"traceEvents": [\n'
+        file.write(head.encode())
         separator = ""
         for event in _events(world, ranks, timeline, origin):
-            file.write(f"{separator}{json.dumps(event)}")
+            file.write(f"{separator}{json.dumps(event)}".encode())
             separator = ",\n"
-        file.write("\n]}\n")
+        file.write(b"\n]}\n")
 
 
-def _opened(fresh: Path, path: Path) -> IO[str]:
+def _packed(file: BinaryIO, path: Path) -> AbstractContextManager[BinaryIO | gzip.GzipFile]:
     if path.suffix == ".gz":
-        return cast(IO[str], gzip.open(fresh, "wt", compresslevel=5))
-    return fresh.open("w")
+        return gzip.GzipFile(filename="", mode="wb", compresslevel=5, fileobj=file)
+    return nullcontext(file)
 
 
 def _events(

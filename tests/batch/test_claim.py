@@ -12,8 +12,9 @@ import msgspec
 import pytest
 
 from hpc_distkv.batch import claim as claim_module
-from hpc_distkv.batch.claim import Claim, Owner, claim_path, read_claim
+from hpc_distkv.batch.claim import Claim, Owner, read_claim
 from hpc_distkv.batch.errors import JournalError
+from hpc_distkv.batch.side_files import claim_path
 
 ELSEWHERE = "another machine"
 

@@ -140,7 +140,10 @@ def test_endless_lines_are_one_error_row(
     (tmp_path / "in").write_bytes(content)
     run_job(tmp_path / "in", tmp_path / "out")
     results = {row["id"]: row for row in read_lines(tmp_path / "out")}
-    assert len(results) == 2 + bool(end)
+    torn = length < 500 and not end
+    assert len(results) == 2 + bool(end) - torn
+    if torn:
+        return
     code = "invalid_json" if length < 500 else "line_too_long"
     assert results["batch_req_1"]["error"]["code"] == code
     assert not end or results["batch_req_2"]["custom_id"] == "b"

@@ -18,9 +18,10 @@ import pytest
 from batch_fakes import open_journal
 
 from hpc_distkv.batch import opening
-from hpc_distkv.batch.claim import claim_path
 from hpc_distkv.batch.errors import JournalError, RowError
+from hpc_distkv.batch.order import InputOrder
 from hpc_distkv.batch.response import error_line
+from hpc_distkv.batch.side_files import claim_path
 
 JOB = {"model": "f00d", "defaults": {"temperature": 1.0, "top_k": 0}}
 ERROR = RowError("no")
@@ -46,7 +47,7 @@ def test_rerun_finds_what_was_written(tmp_path: Path) -> None:
     journal.close()
     answered = open_journal(path, JOB).answered
     assert answered.custom_ids == {"row 0", "row 1", "row 2"}
-    assert answered.numbers == {3, 4}
+    assert answered.others == {(None, 3): 1, ("row 0", 4): 1}
     assert answered.failed == 5
 
 
@@ -102,7 +103,7 @@ def test_an_end_before_error_rows_are_dropped_leaves_them_to_the_requeued_job(
 ) -> None:
     path = started(tmp_path / "out")
     full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left"))
-    monkeypatch.setattr(opening, "drop_errors", full)
+    monkeypatch.setattr(opening, "drop_lines", full)
     with pytest.raises(JournalError):
         open_journal(path, JOB, retry_errors=True, job="7")
     monkeypatch.undo()
@@ -149,7 +150,7 @@ def test_results_of_unknown_origin_are_refused_unless_empty(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "tail", [b"{", b'{"id": "x"}\n', b"\n", b"\0" * 4096, b"\xff\n", b"[" * 99999]
+    "tail", [b"{", b'{"id":"batch_req_17","cus', b'{"id":"b' + b"\0" * 99, b"\0" * 4096, b"\n"]
 )
 def test_a_torn_last_line_is_cut_off(tmp_path: Path, tail: bytes) -> None:
     path = started(tmp_path / "out")
@@ -161,6 +162,19 @@ def test_a_torn_last_line_is_cut_off(tmp_path: Path, tail: bytes) -> None:
     journal.append(line(9))
     journal.close()
     assert path.read_bytes() == sound + line(9) + b"\n"
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [b'{"id": "x"}\n', b"\xff\n", b"[" * 9999, b"note to self", b'{"id":"batch_req_x"}', b"{}"],
+)
+def test_a_last_line_of_another_program_is_named_and_kept(tmp_path: Path, foreign: bytes) -> None:
+    path = started(tmp_path / "out")
+    whole = path.read_bytes() + foreign
+    path.write_bytes(whole)
+    with pytest.raises(JournalError, match="line 4 is not a result line"):
+        open_journal(path, JOB)
+    assert path.read_bytes() == whole
 
 
 def test_a_last_line_without_newline_is_not_trusted(tmp_path: Path) -> None:
@@ -315,9 +329,9 @@ def test_rows_that_cannot_be_put_in_order_are_all_there(
     with monkeypatch.context() as patched:
         patched.setattr(Path, "replace", full)
         with pytest.raises(JournalError, match=r"all rows are in .*: No space left"):
-            journal.close(ordered=True)
+            journal.close(InputOrder([]))
     assert (tmp_path / "out").read_bytes() == line(1) + b"\n" + line(0) + b"\n"
-    open_journal(tmp_path / "out", JOB).close(ordered=True)
+    open_journal(tmp_path / "out", JOB).close(InputOrder([]))
     assert (tmp_path / "out").read_bytes() == line(0) + b"\n" + line(1) + b"\n"
 
 
@@ -354,9 +368,58 @@ def test_a_run_that_lost_its_claim_writes_nothing_more(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_bytes() == line(1) + b"\n"
 
 
-def test_a_removed_file_is_noticed(tmp_path: Path) -> None:
-    journal = open_journal(tmp_path / "out", JOB)
-    (tmp_path / "out").unlink()
+@pytest.mark.parametrize("how", ["file", "folder", "replaced", "removed"])
+@pytest.mark.parametrize("when", ["before a write", "after the last one"])
+def test_a_file_that_was_moved_or_removed_is_noticed(how: str, when: str, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    journal = open_journal(folder / "out", JOB)
     journal.append(line(0))
-    with pytest.raises(JournalError, match="removed"):
+    journal.commit()
+    if how == "folder":
+        folder.rename(tmp_path / "elsewhere")
+    elif how == "file":
+        (folder / "out").rename(tmp_path / "elsewhere")
+    else:
+        (folder / "out").unlink()
+    if how == "replaced":
+        (folder / "out").write_bytes(line(0) + b"\n")
+    if when == "before a write":
+        journal.append(line(1))
+    act = journal.commit if when == "before a write" else journal.close
+    with pytest.raises(JournalError, match="was moved or removed by somebody else"):
+        act()
+    journal.release()
+
+
+def test_a_run_whose_claim_was_removed_says_so(tmp_path: Path) -> None:
+    journal = open_journal(tmp_path / "out", JOB)
+    claim_path(tmp_path / "out").unlink()
+    journal.append(line(0))
+    with pytest.raises(JournalError, match=r"out\.claim was removed"):
         journal.commit()
+
+
+def test_results_that_hold_a_row_twice_are_refused_with_the_lines(tmp_path: Path) -> None:
+    path = started(tmp_path / "out")
+    one = path.read_bytes()
+    journal = open_journal(path, JOB)
+    journal.append(line(3))
+    journal.append(error_line(4, "row 0", RowError("twice", code="duplicate_custom_id")))
+    journal.close()
+    named, nameless = one.splitlines(keepends=True)[1], line(3) + b"\n"
+    repeated = path.read_bytes().splitlines(keepends=True)[4]
+    whole = path.read_bytes()
+    for doubled, said in (
+        (whole + named, "'row 1' has two lines, 2 and 6"),
+        (whole + nameless, "line 4 of the input has two lines, 4 and 6"),
+        (whole + repeated, "two lines, 5 and 6"),
+        (whole + whole, r"'row 0' has two lines, 1 and 6.*sort -u"),
+        (whole + line(9, "row 2") + b"\n", "'row 2' has two lines, 3 and 6"),
+    ):
+        path.write_bytes(doubled)
+        with pytest.raises(JournalError, match=said):
+            open_journal(path, JOB)
+        assert path.read_bytes() == doubled
+    path.write_bytes(b"".join(sorted({*(whole + whole).splitlines(keepends=True)})))
+    open_journal(path, JOB).close()

@@ -210,12 +210,12 @@ def test_status_counts_what_the_files_say(tmp_path: Path) -> None:
 def test_status_of_a_running_job_changes_nothing(tmp_path: Path) -> None:
     write_lines(tmp_path / "in", [completion(str(i)) for i in range(3)])
     journal = open_journal(tmp_path / "out", {}, source=tmp_path / "in")
-    (tmp_path / "out").write_bytes(b'{"torn')
+    (tmp_path / "out").write_bytes(torn := b'{"id":"batch_r')
     found = read_status(tmp_path / "out")
     assert (found.answered.lines, found.left) == (0, 3)
     assert found.owner is not None
     assert found.owner.pid == os.getpid()
-    assert (tmp_path / "out").read_bytes() == b'{"torn'
+    assert (tmp_path / "out").read_bytes() == torn
     assert json.loads((tmp_path / "out.meta.json").read_text())["input"] == str(tmp_path / "in")
     del journal
 

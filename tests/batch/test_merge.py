@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from shard_runs import run_part, run_shards
 
 from hpc_distkv.batch.merge import merge
 from hpc_distkv.batch.shard import Shard
-from hpc_distkv.batch.unfinished import unfinished_path
+from hpc_distkv.batch.side_files import unfinished_path
 from hpc_distkv.cli.main import group
 
 
@@ -142,12 +143,38 @@ def test_what_does_not_belong_together_is_refused(shards: list[Path], tmp_path: 
         assert not (tmp_path / "out").exists()
 
 
-def test_a_row_with_two_lines_is_refused_by_name(shards: list[Path], tmp_path: Path) -> None:
-    lines = shards[0].read_bytes().splitlines(keepends=True)
-    shards[1].write_bytes(shards[1].read_bytes() + lines[0])
+@pytest.mark.parametrize("where", ["the same file", "another shard", "the error file"])
+def test_a_row_with_two_lines_is_refused_by_name(
+    where: str, shards: list[Path], tmp_path: Path
+) -> None:
+    """In the file where `read_answered` looks, in another shard's, or among error rows."""
+    line = shards[0].read_bytes().splitlines(keepends=True)[0]
+    file = {"the same file": shards[0], "another shard": shards[1]}.get(where, tmp_path / "errors")
+    if where == "the error file":
+        shards[0].unlink()
+        run_part(tmp_path / "in", shards[0], Shard(1, 3), errors=file)
+        file.write_bytes(line)
+    else:
+        file.write_bytes(file.read_bytes() + line)
     code, said = run_merge(tmp_path / "out", *shards)
     assert code == 2
-    assert f"such as {read_lines(shards[0])[0]['custom_id']}" in said.replace("\n", " ")
+    assert str(json.loads(line)["custom_id"]) in said.replace("\n", " ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_input_that_is_still_copied_is_refused(shards: list[Path], tmp_path: Path) -> None:
+    with (tmp_path / "in").open("ab") as file:
+        file.write(b'{"custom_id": "torn')
+    code, said = run_merge(tmp_path / "out", *shards)
+    assert code == 2
+    assert "still being copied" in said
+
+
+def test_shards_of_nothing_make_nothing(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in", [])
+    merged = merge(tmp_path / "out", run_shards(tmp_path / "in", 2))
+    assert (merged.answered, merged.missing, merged.written) == (0, 0, True)
+    assert (tmp_path / "out").read_bytes() == b""
 
 
 def test_nothing_that_is_there_is_written_over(shards: list[Path], tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from batch_fakes import MIXED, MIXED_ROWS, completion, read_lines, write_lines
 from click.testing import CliRunner
 from shard_runs import run_part, run_shards
 
-from hpc_distkv.batch.claim import Owner, claim_path
+from hpc_distkv.batch.claim import Owner
 from hpc_distkv.batch.shard import Shard
+from hpc_distkv.batch.side_files import claim_path
 from hpc_distkv.batch.status import SILENT, read_status, read_statuses
 from hpc_distkv.cli.main import group
 

@@ -23,6 +23,7 @@ def figures(*, gone: int = 0, **rows: int) -> dict:
         "tokens_per_second": 9.0,
         "counters": dict.fromkeys(counted, 0),
         "stopped": False,
+        "input_torn": False,
     }
 
 

@@ -1,0 +1,91 @@
+"""What lies beside a file that this program writes: all names, in one place."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import stat
+from pathlib import Path
+
+_META, _CLAIM, _UNFINISHED = ".meta.json", ".claim", ".unfinished.jsonl"
+_TEMPORARY = re.compile(r"(.+)\.hpc-distkv-[0-9a-f]{16}\.tmp", re.DOTALL)
+_TEMPORARY_LENGTH = len(".hpc-distkv-.tmp") + 16
+_LONGEST_SUFFIX = len(_UNFINISHED) + _TEMPORARY_LENGTH
+_ABANDONED = 60.0
+"""Seconds after which nobody is about to put a claim in the place of a void one."""
+
+
+def meta_path(output: Path) -> Path:
+    """Where lies what is known of the job of a results file."""
+    return _beside(output, _META)
+
+
+def claim_path(output: Path) -> Path:
+    """Where the claim of a results file lies."""
+    return _beside(output, _CLAIM)
+
+
+def unfinished_path(output: Path) -> Path:
+    """Where lies what an earlier run of a results file has begun."""
+    return _beside(output, _UNFINISHED)
+
+
+def temporary_path(path: Path) -> Path:
+    """A new name for a file that is to take the place of `path`."""
+    return _beside(path, f".hpc-distkv-{secrets.token_hex(8)}.tmp")
+
+
+def side_files(output: Path) -> tuple[Path, Path, Path]:
+    """What lies beside a results file, during a run or after it, but for temporary files."""
+    return meta_path(output), claim_path(output), unfinished_path(output)
+
+
+def is_side_file(path: Path, output: Path) -> bool:
+    """Whether `path` is one of the side files of `output`, by whatever name or link, or could be
+    one of its temporary files."""
+    real = Path(os.path.realpath(output))
+    given = Path(os.path.realpath(path))
+    lasting = side_files(real)
+    if any(same_file(given, side) for side in lasting):
+        return True
+    whose = _TEMPORARY.fullmatch(given.name)
+    return whose is not None and given.with_name(whose[1]) in (real, *lasting)
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one file, which need not be there."""
+    if os.path.realpath(one) == os.path.realpath(other):
+        return True
+    with contextlib.suppress(OSError):
+        return os.path.samefile(one, other)
+    return False
+
+
+def excess_of_name(output: Path) -> int:
+    """Bytes by which a results file's name is too long for what is to lie beside it."""
+    most = 255
+    with contextlib.suppress(OSError):
+        most = os.pathconf(output.parent, "PC_NAME_MAX")
+    return max(0, len(os.fsencode(output.name)) + _LONGEST_SUFFIX - most)
+
+
+def remove_leftovers(output: Path) -> None:
+    """Remove the temporary files that killed runs have left beside a results file, for who holds
+    its claim: nobody else makes any meanwhile, but those who would like to have the claim."""
+    meta, claim, unfinished = side_files(output)
+    with contextlib.suppress(OSError):
+        now = claim.stat().st_mtime
+        for entry in os.scandir(output.parent):
+            whose = _TEMPORARY.fullmatch(entry.name)
+            if not whose or whose[1] not in (output.name, meta.name, claim.name, unfinished.name):
+                continue
+            state = entry.stat(follow_symlinks=False)
+            ours = stat.S_ISREG(state.st_mode) and state.st_uid == os.geteuid()
+            if ours and (whose[1] != claim.name or now - state.st_mtime > _ABANDONED):
+                os.unlink(entry.path)
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
