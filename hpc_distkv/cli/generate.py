@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +88,8 @@ SEEING = ("metrics", "prometheus", "trace")
     help="Write when which rank did what, for https://ui.perfetto.dev (FILE.json or .json.gz).",
 )
 @engine_options
-def command(**options: Any) -> None:
+@click.pass_obj
+def command(arrived: Iterable[int] | None, /, **options: Any) -> None:
     """Answer every row of a batch file, once, on all ranks of the job.
 
     Start it under srun or mpirun, or alone. Run the same command again after an interruption: it
@@ -96,7 +98,7 @@ def command(**options: Any) -> None:
     Exit status: 0 all rows answered, 1 some rows are errors, 2 usage, 75 stopped early: to be
     started again.
     """
-    interrupt = Interrupt(options["grace"]).listen()
+    interrupt = Interrupt(options["grace"]).listen(arrived or ())
     from hpc_distkv.cli.job import in_world
 
     in_world(options["stall_timeout"], lambda comm: _generate(comm, options, interrupt))

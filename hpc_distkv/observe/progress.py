@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import deque
@@ -34,8 +35,9 @@ class Tokens(NamedTuple):
 class ProgressReport:
     """Prints to stderr, from rank 0, at its own pace however often it is told."""
 
-    def __init__(self, stream: TextIO = sys.stderr) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO | None = None) -> None:
+        """`stream`: in place of stderr."""
+        self._stream = stream = stream or sys.stderr or open(os.devnull, "w")  # noqa: SIM115
         self._started = self._shown = time.monotonic()
         self._tokens = deque([Tokens(self._started, 0, 0)])
         self._bar: Live | None = None
