@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +103,8 @@ SEEING = ("metrics", "prometheus", "trace")
     "likewise.",
 )
 @engine_options
-def command(**options: Any) -> None:
+@click.pass_obj
+def command(arrived: Iterable[int] | None, /, **options: Any) -> None:
     """Answer every row of a batch file, once, on all ranks of the job.
 
     Start it under srun or mpirun, or alone. Run the same command again after an interruption: it
@@ -112,7 +114,7 @@ def command(**options: Any) -> None:
     input ends within a line, 75 stopped early, or the input was changed meanwhile: to be started
     again.
     """
-    interrupt = Interrupt(options["grace"]).listen()
+    interrupt = Interrupt(options["grace"]).listen(arrived or ())
     from hpc_distkv.cli.job import in_world
 
     in_world(options["stall_timeout"], lambda comm: _generate(comm, options, interrupt))

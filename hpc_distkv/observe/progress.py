@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import deque
@@ -36,8 +37,9 @@ class Tokens(NamedTuple):
 class ProgressReport:
     """Prints to stderr, from rank 0, at its own pace however often it is told."""
 
-    def __init__(self, stream: TextIO = sys.stderr) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO | None = None) -> None:
+        """`stream`: in place of stderr."""
+        self._stream = stream = stream or sys.stderr or open(os.devnull, "w")  # noqa: SIM115
         self.begin()
         self._bar: Live | None = None
         if stream.isatty():

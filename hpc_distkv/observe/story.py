@@ -9,7 +9,7 @@ import numpy as np
 from hpc_distkv.batch.job import Job
 from hpc_distkv.comm.world import World
 from hpc_distkv.control.gmanager import GManager
-from hpc_distkv.engine.interrupt import Interrupt
+from hpc_distkv.engine.interrupt import Asked, Interrupt
 from hpc_distkv.observe.units import short
 
 NOTHING_NEW = "beginning nothing new"
@@ -21,8 +21,8 @@ class Story:
     def __init__(self, tell: Callable[[str], None], world: World, interrupt: Interrupt) -> None:
         """`tell`: prints a line; `interrupt`: of rank 0."""
         self._tell, self._world, self._interrupt = tell, world, interrupt
-        self._asked = 0
-        """Times that rank 0 was asked to stop."""
+        self._asked: set[Asked] = set()
+        """What was asked of rank 0."""
         self._read = self._draining = False
 
     def begin(self, job: Job) -> None:
@@ -47,8 +47,10 @@ class Story:
                 f"all {job.total_rows:,} rows of the input are read, "
                 f"{job.in_flight:,} of them run or wait"
             )
-        for asked in self._interrupt.asked[self._asked :]:
-            self._asked += 1
+        for asked in dict.fromkeys(self._interrupt.asked):
+            if asked in self._asked:
+                continue
+            self._asked.add(asked)
             self._tell(
                 f"{asked.by or 'asked to stop'}: {NOTHING_NEW}, {asked.grace:g} s for what runs"
             )
