@@ -3,6 +3,7 @@ that uses the library run."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -26,7 +27,7 @@ from hpc_distkv.batch.job import Job, job_fingerprint
 from hpc_distkv.batch.service import Limits, SamplingDefaults, Service, model_names
 from hpc_distkv.comm.abort import aborting, failing
 from hpc_distkv.comm.mpi import open_mpi
-from hpc_distkv.comm.together import SetupError, together
+from hpc_distkv.comm.together import concluded, together
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.engine.config import OptionError
 from hpc_distkv.engine.follower import Follower
@@ -38,14 +39,19 @@ from hpc_distkv.engine.worker import Worker
 from hpc_distkv.errors import FaultError, UserError
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.tokenizer import Tokenizer
+from hpc_distkv.observe.earlier import keep_earlier
 from hpc_distkv.observe.leader import JobLeader
 from hpc_distkv.observe.metrics import RankFigures, peak_memory
 from hpc_distkv.observe.progress import ProgressReport
 from hpc_distkv.observe.prometheus import PrometheusFile, run_labels
+from hpc_distkv.observe.story import Story
 from hpc_distkv.observe.timeline import Timeline
 from hpc_distkv.observe.trace import begin_trace, gather_traces
 from hpc_distkv.observe.trace_file import write_trace
 from hpc_distkv.observe.watch import Watch
+
+ROWS, RESULTS = "rows.jsonl", "results.jsonl"
+"""Files of `Engine.generate`."""
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -59,7 +65,8 @@ class Engine:
             rows = engine.generate([{"custom_id": "1", "method": "POST", "url": "/v1/completions",
                                      "body": {"prompt": "Once upon a time", "max_tokens": 16}}])
 
-    It ends the job on all ranks when one of them raises: as a context manager, and while it loads.
+    As a context manager, and while it loads, it ends the job on all ranks when one of them raises
+    alone; what all of them raise together ends nobody else.
     """
 
     def __init__(
@@ -77,7 +84,7 @@ class Engine:
         Raises SetupError on all ranks if one cannot."""
         self.model = Path(model)
         self.comm = comm or open_mpi(stall_timeout)
-        with failing(self.comm, agreed=(SetupError,)):
+        with failing(self.comm):
             self._load(options or EngineOptions(), sampling or {}, max_model_len)
 
     def _load(
@@ -121,86 +128,107 @@ class Engine:
     ) -> dict[str, Any] | None:
         """Answer every row of a batch file, or as many as there is time for until `interrupt`;
         resumes if the results file holds answers already. `claims`, on rank 0, if `files` have been
-        claimed. Returns the run's figures on rank 0, None elsewhere. Raises SetupError on all
-        ranks."""
-        job = self._together(lambda: self._open(files, claims) if self._first else None)
+        claimed. Returns the run's figures on rank 0, None elsewhere.
+
+        Raises on all ranks, after which the engine goes on: SetupError where the job cannot start;
+        what ends it on rank 0, as JournalError of a full disk or what `progress` raises, on the
+        others RankError. The rows so far are in the results, and a rerun goes on."""
+        leader, stop = None, Interrupt(also=interrupt)
         try:
-            return self._answer(files, job, progress, interrupt)
-        except UserError as error:  # as of a full disk: the job was right, and is to be rerun
-            error.exit_code = FaultError.exit_code
-            raise
+            leader = self._each(
+                lambda: self._lead(files, progress, claims, stop) if self._first else None
+            )
+            return self._answer(files, leader, stop)
         finally:
-            if job:
-                job.release()
+            if leader:
+                leader.release()
             if progress:
-                progress.close()
+                with contextlib.suppress(Exception):  # of which `Watch` has told
+                    progress.close()
 
     def _answer(
-        self,
-        files: Files,
-        job: Job | None,
-        progress: ProgressReport | None,
-        interrupt: Interrupt | None,
+        self, files: Files, leader: JobLeader | None, interrupt: Interrupt
     ) -> dict[str, Any] | None:
-        leader = JobLeader(self.rank, job, self._watch(files, progress)) if job else None
-        trace = begin_trace(self.comm) if files.trace else None
+        """What the leader fails in ends the run, on all ranks alike; any other failure the job."""
         started = time.time()
-        worker = self.rank.run(leader, trace, interrupt)
-        ranks = self._gather(worker)
-        spans = gather_traces(self.comm, trace) if trace else []
-        figures = None
-        if leader:
-            about = self._about(files, started)
-            figures = {"job": about, **leader.close(ranks, self.comm.world, files.ordered)}
+        with failing(self.comm):
+            trace = begin_trace(self.comm) if files.trace else None
+            worker = self.rank.run(leader, trace, interrupt)
+            ranks = self._gather(worker)
+            spans = gather_traces(self.comm, trace) if trace else []
+
+        def close() -> dict[str, Any] | None:
+            if leader is None:
+                return None
+            closed = leader.close(ranks, self.comm.world, files.ordered)
+            about = self._about(files, started, leader.resumed)
             if files.trace and trace and (timeline := leader.watch.timeline):
                 snapshots = timeline.snapshots
                 try:
+                    keep_earlier(files.trace, about)
                     write_trace(files.trace, self.comm.world, spans, snapshots, trace.origin, about)
                 except OSError as error:  # the answers are there all the same
                     log.error("cannot write the trace: %s", error)
-        with self.comm.waiter.patient():  # Rank 0 may have had millions of lines to put in order.
-            self.comm.agree(None)
-        return figures
+            return {"job": about, **closed}
+
+        try:  # Others are patient: rank 0 may have millions of lines to put in order.
+            return concluded(self.comm, close)
+        except UserError as error:  # as of a full disk: the job was right, and is to be rerun
+            error.exit_code = FaultError.exit_code
+            raise
 
     def generate(self, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         """Answer OpenAI batch rows; returns OpenAI batch response rows in the order of `rows` on
-        rank 0, [] elsewhere, where `rows` is not looked at. Raises SetupError on all ranks, also
-        for a row that JSON cannot hold."""
-        with tempfile.TemporaryDirectory(prefix="hpc-distkv-") as folder:
-            files = Files(Path(folder) / "rows.jsonl", Path(folder) / "results.jsonl")
-            self._together(lambda: _write_rows(rows, files.input) if self._first else None)
+        rank 0, [] elsewhere, where `rows` is not looked at. Raises on all ranks, after which the
+        engine goes on: SetupError for what a user can mend, also a row that JSON cannot hold; else
+        rank 0 what it met, as in `rows`, and the others RankError."""
+        folder = self._each(lambda: _spool(rows) if self._first else None)
+        try:
+            place = Path(folder.name if folder else os.devnull)
+            files = Files(place / ROWS, place / RESULTS)
             self.run(files)
-            if not self._first:
-                return []
-            answers = [json.loads(line) for line in files.output.read_bytes().splitlines()]
-        return sorted(answers, key=lambda row: int(row["id"].rpartition("_")[2]))
+            return self._each(lambda: _read_answers(files.output) if self._first else [])
+        finally:
+            if folder:
+                folder.cleanup()
 
     @property
     def _first(self) -> bool:
         return self.comm.world.rank == 0
 
-    def _watch(self, files: Files, progress: ProgressReport | None) -> Watch:
-        labels = run_labels(files.output)
-        return Watch(
+    def _lead(
+        self,
+        files: Files,
+        progress: ProgressReport | None,
+        claims: Claims | None,
+        interrupt: Interrupt,
+    ) -> JobLeader:
+        labels, world = run_labels(files.output), self.comm.world
+        watch = Watch(
             progress,
             PrometheusFile(files.prometheus, labels) if files.prometheus else None,
-            Timeline(self.comm.world.instances) if files.trace else None,
+            Timeline(world.instances) if files.trace else None,
+            Story(progress.say, world, interrupt) if progress else None,
         )
+        return JobLeader(self.rank, self._open(files, claims), watch, interrupt)
 
     def _gather(self, worker: Worker | Follower) -> list[RankFigures]:
         own = RankFigures(worker.counters, peak_memory(), torch.get_num_threads())
         messages = self.comm.gather(msgspec.msgpack.encode(own))
         return [msgspec.msgpack.decode(message, type=RankFigures) for message in messages]
 
-    def _about(self, files: Files, started: float) -> dict[str, Any]:
+    def _about(self, files: Files, started: float, resumed: bool) -> dict[str, Any]:
         """What the job was, for who finds its figures later."""
         world, config = self.comm.world, self.rank.config
         return {
             "version": version("hpc-distkv"),
             "model": str(self.model),
             "input": str(files.input),
-            "output": str(files.output),
+            "output": os.path.realpath(files.output),
+            "shard": str(files.shard) if files.shard else None,
+            "resumed": resumed or files.restarted,
             "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+            "slurm_restart_count": os.environ.get("SLURM_RESTART_COUNT"),
             "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
             "ranks": world.size,
             "instances": world.instances,
@@ -234,10 +262,31 @@ class Engine:
     def _together(self, prepare: Callable[[], T]) -> T:
         return together(self.comm, prepare)
 
+    def _each(self, prepare: Callable[[], T]) -> T:
+        """As `_together`, for what is not collective: whatever a rank raises, all of them do."""
+        return together(self.comm, prepare, BaseException)
+
+
+def _spool(rows: Iterable[dict[str, Any]]) -> tempfile.TemporaryDirectory[str]:
+    """A folder with `rows` as a batch file. Raises InputError, and what `rows` raises."""
+    folder = tempfile.TemporaryDirectory(prefix="hpc-distkv-", ignore_cleanup_errors=True)
+    try:
+        _write_rows(rows, Path(folder.name, ROWS))
+    except BaseException:
+        folder.cleanup()
+        raise
+    return folder
+
+
+def _read_answers(results: Path) -> list[dict[str, Any]]:
+    """In the order of the rows."""
+    answers = [json.loads(line) for line in results.read_bytes().splitlines()]
+    return sorted(answers, key=lambda row: int(row["id"].rpartition("_")[2]))
+
 
 def _write_rows(rows: Iterable[dict[str, Any]], path: Path) -> None:
     """As a batch file. Raises InputError."""
-    if isinstance(rows, str | bytes | Mapping):
+    if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
         raise InputError(f"rows must be a list of batch rows, each a dict, not one {type(rows)}.")
     with path.open("w") as file:
         for number, row in enumerate(rows):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,19 @@ import pytest
 from batch_job import completion
 
 from hpc_distkv import Engine, EngineOptions
-from hpc_distkv.batch import journal
+from hpc_distkv.batch import job, journal
+from hpc_distkv.batch.errors import JournalError
 from hpc_distkv.batch.files import Files
+from hpc_distkv.batch.job import Job
+from hpc_distkv.batch.journal import Journal
 from hpc_distkv.batch.order import InputOrder
 from hpc_distkv.comm import binding
 from hpc_distkv.comm.local import open_local, run_local
 from hpc_distkv.comm.nccl import NcclError
-from hpc_distkv.comm.together import SetupError
+from hpc_distkv.comm.together import RankError, SetupError
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.comm.waiter import StallClock
+from hpc_distkv.observe.progress import ProgressReport
 
 RANKS = 2
 STALL = 60.0
@@ -51,7 +57,7 @@ def test_a_row_that_json_cannot_hold_is_named_and_the_engine_goes_on(spoil, tiny
     assert nothing == []
 
 
-@pytest.mark.parametrize("rows", ["Hello", completion("a", "Hello", 2)])
+@pytest.mark.parametrize("rows", ["Hello", completion("a", "Hello", 2), None, 5])
 def test_what_is_no_list_of_rows_is_refused(rows, tiny_model: Path):
     def work(comm: Comm) -> None:
         with pytest.raises(SetupError, match="rows must be a list of batch rows"):
@@ -60,12 +66,152 @@ def test_what_is_no_list_of_rows_is_refused(rows, tiny_model: Path):
     run_local(open_local(RANKS), work)
 
 
+class OddError(Exception):
+    """That nobody expects."""
+
+
+def rows_that_fail(error: BaseException) -> Iterator[dict[str, Any]]:
+    yield completion("never", [5, 6], 2)
+    raise error
+
+
+def raised(call: Callable[[], object]) -> BaseException | None:
+    try:
+        call()
+    except BaseException as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("error", [OddError("no more rows"), KeyboardInterrupt("no more rows")])
+def test_what_the_rows_of_rank_0_raise_reaches_all_ranks_and_the_engine_goes_on(
+    error, tiny_model: Path
+):
+    good = completion("good", [5, 6], 2)
+    comms = open_local(RANKS)
+    aborts: list[int] = []
+
+    def work(comm: Comm) -> tuple[BaseException | None, list[dict[str, Any]]]:
+        comm.abort = aborts.append
+        with Engine(tiny_model, OPTIONS, comm=comm) as engine:
+            said = raised(lambda: engine.generate(rows_that_fail(error)))
+            return said, engine.generate([good])
+
+    (own, [answer]), (told, nothing) = run_local(comms, work)
+    assert own is error
+    assert isinstance(told, RankError)
+    assert str(told) == f"rank 0 failed: {type(error).__name__}: no more rows"
+    assert answer["error"] is None
+    assert nothing == []
+    assert aborts == []
+
+
+def test_what_all_ranks_raise_leaves_the_block_without_ending_the_job(tiny_model: Path):
+    comms = open_local(RANKS)
+    aborts: list[int] = []
+
+    def work(comm: Comm) -> None:
+        comm.abort = aborts.append
+        with Engine(tiny_model, OPTIONS, comm=comm) as engine:
+            engine.generate(rows_that_fail(OddError()))
+
+    said = run_local(comms, lambda comm: raised(lambda: work(comm)))
+    assert [type(error) for error in said] == [OddError, RankError]
+    assert aborts == []
+    assert all(comm.closed for comm in comms)
+
+
+def a_full_disk(patch: pytest.MonkeyPatch) -> None:
+    """After two writes."""
+    writes = iter(range(1000))
+
+    def check(self: Journal) -> None:
+        if next(writes) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    patch.setattr(job, "COMMIT_INTERVAL", 0.0)
+    patch.setattr(Journal, "_check_alone", check)
+
+
+def a_row_that_cannot_be_written(patch: pytest.MonkeyPatch) -> None:
+    finish, rows = Job.finish, iter(range(1000))
+
+    def fail(self: Job, result: Any) -> Any:
+        if next(rows) == 3:
+            raise OddError("a bug")
+        return finish(self, result)
+
+    patch.setattr(Job, "finish", fail)
+
+
+def a_row_that_cannot_be_read(patch: pytest.MonkeyPatch) -> None:
+    parse, rows = job.parse_row, iter(range(1000))
+
+    def fail(*given: Any) -> Any:
+        if next(rows) == 3:
+            raise OddError("another bug")
+        return parse(*given)
+
+    patch.setattr(job, "parse_row", fail)
+
+
+def a_report_that_fails(patch: pytest.MonkeyPatch) -> None:
+    def show(*_: object) -> None:
+        raise OddError("nothing to be seen")
+
+    patch.setattr(ProgressReport, "due", True)
+    patch.setattr(ProgressReport, "show", show)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "kind", "said"),
+    [
+        (a_full_disk, JournalError, "No space left"),
+        (a_row_that_cannot_be_written, OddError, "a bug"),
+        (a_row_that_cannot_be_read, OddError, "another bug"),
+        (a_report_that_fails, OddError, "nothing to be seen"),
+    ],
+)
+def test_a_fault_of_rank_0_ends_the_run_on_all_ranks_and_a_rerun_completes_it(
+    spoil, kind, said, tiny_model: Path, tmp_path: Path
+):
+    files = Files(tmp_path / "in", tmp_path / "out")
+    rows = [completion(str(number), [5, 6 + number], 9, ignore_eos=True) for number in range(40)]
+    files.input.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = EngineOptions(dtype="float32", num_blocks=8, block_size=16, max_num_seqs=2, threads=1)
+    everybody = threading.Barrier(RANKS)
+
+    def work(comm: Comm) -> tuple[BaseException | None, Any, int]:
+        engine = Engine(tiny_model, options, comm=comm)
+        with pytest.MonkeyPatch.context() as patch:
+            if first := comm.world.rank == 0:
+                spoil(patch)
+            threads = threading.active_count()
+            error = raised(lambda: engine.run(files, ProgressReport() if first else None))
+            everybody.wait(STALL)
+        assert threading.active_count() == threads
+        assert not list(tmp_path.glob("*.claim"))
+        lines = len(files.output.read_text().splitlines())
+        everybody.wait(STALL)
+        return error, engine.run(files), lines
+
+    (own, figures, lines), (told, _, _) = run_local(open_local(RANKS, STALL), work)
+    assert isinstance(own, kind)
+    assert said in str(own)
+    assert isinstance(told, RankError)
+    assert said in str(told)
+    assert lines < len(rows), "the run has ended early"
+    assert figures["rows"]["answered"] == len(rows) - lines
+    done = [json.loads(line)["custom_id"] for line in files.output.read_text().splitlines()]
+    assert sorted(done) == sorted(row["custom_id"] for row in rows)
+
+
 def test_ranks_are_patient_while_the_first_one_puts_the_results_in_order(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Meanwhile any wait has lasted for more than the stall timeout at its first look."""
     ordering, waits = threading.Event(), threading.Event()
-    look, order = StallClock.look, journal.order_lines
+    look, order_lines = StallClock.look, journal.order_lines
 
     def long_since(clock: StallClock) -> float:
         if not ordering.is_set():
@@ -73,10 +219,10 @@ def test_ranks_are_patient_while_the_first_one_puts_the_results_in_order(
         waits.set()
         return 2 * STALL
 
-    def slowly(path: Path, rows: InputOrder) -> None:
+    def slowly(path: Path, order: InputOrder) -> None:
         ordering.set()
         assert waits.wait(STALL), "the other rank waits"
-        order(path, rows)
+        order_lines(path, order)
         ordering.clear()
 
     monkeypatch.setattr(StallClock, "look", long_since)

@@ -21,6 +21,8 @@ import pytest
 from batch_job import COMMAND, BatchJob, Oracle, chat, completion, random_ids
 from mpirun import mpirun, run_mpi
 
+from hpc_distkv.observe.run_files import read_run
+
 pytestmark = pytest.mark.skipif(mpirun() is None, reason="needs mpirun")
 
 BLOCK = 16
@@ -338,12 +340,18 @@ def test_a_stopped_job_keeps_what_it_has_begun(tmp_path, tiny_model):
     assert ran.returncode == 75, ran.stderr
     kept = job.figures()["put_aside_tokens"]
     assert f"{kept} output tokens are put aside" in ran.stdout
+    assert re.search(r"rank 1 on \S+ was asked to stop: beginning nothing new", ran.stderr)
+    assert "this run ends with status 75: rows are left" in ran.stderr
     made = job.figures()["counters"]["generated_tokens"]
     assert 0 < kept <= made < 4 * 700
     ran = job.run(2, *options)
     assert ran.returncode == 0, ran.stderr
     assert job.figures()["counters"]["generated_tokens"] == 4 * 700 - kept
     assert {tokens for _, tokens, _ in job.answers().values()} == {700}
+    assert f"4 rows were begun, with {kept:,} output tokens" in ran.stderr
+    both = read_run([job.metrics, job.metrics.with_name("metrics.1.json")])
+    assert [run["stopped"] for run in both.runs] == [True, False]
+    assert both.metrics["counters"]["generated_tokens"] == 4 * 700
 
 
 # A rank that hangs

@@ -1,9 +1,9 @@
 """Builds, loads and calls the C kernels (`kernels.c`).
 
 The library is compiled at first use with the system's compiler for the machine it runs on, and
-kept in the user's cache under a name that holds everything it depends on. Many ranks may start at
-once on unlike nodes with one home directory: each builds under a temporary name and renames it
-into place.
+kept in the user's cache (`kernel_cache`) under a name that holds everything it depends on. Many
+ranks may start at once on unlike nodes with one home directory: each builds in a private folder,
+which is removed at once, and hands the cache what it has built.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from hpc_distkv.attention.call import Call
+from hpc_distkv.attention.kernel_cache import KernelCache, user_cache
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +167,7 @@ def kernels() -> Kernels | None:
     problems = []
     for compiler in _compilers():
         try:
-            return Kernels(_built(compiler))
+            return _loaded(compiler)
         except (OSError, subprocess.SubprocessError) as error:
             problems.append(f"{shlex.join(compiler)}: {_explain(error)}")
     log.warning(
@@ -178,7 +179,11 @@ def kernels() -> Kernels | None:
 
 
 def _compilers() -> Iterator[list[str]]:
-    chosen = shlex.split(os.environ.get("CC", ""))
+    given = os.environ.get("CC", "")
+    try:
+        chosen = shlex.split(given)
+    except ValueError:  # a quote that does not end
+        chosen = [given]
     if chosen:
         yield chosen
     for name in ("cc", "gcc"):
@@ -186,38 +191,51 @@ def _compilers() -> Iterator[list[str]]:
             yield [name]
 
 
-def _built(compiler: list[str]) -> Path:
+def _loaded(compiler: list[str]) -> Kernels:
+    """The kernels as the cache has them, else built. Raises OSError and SubprocessError."""
+    key = _key(compiler)
+    with user_cache() as cache:
+        if kernels := _kept(cache, key):
+            return kernels
+        with tempfile.TemporaryDirectory(
+            prefix="hpc_distkv-", ignore_cleanup_errors=True
+        ) as scratch:
+            library = _build(compiler, Path(scratch))
+            if cache:
+                try:
+                    cache.keep(key, library.read_bytes())
+                except OSError as error:  # a full disk, or one that cannot be written
+                    log.info("compiled kernels are not kept: %s", error)
+            return _kept(cache, key) or Kernels(library)
+
+
+def _kept(cache: KernelCache | None, key: str) -> Kernels | None:
+    """What the cache has, if it can be loaded: from some disks nothing can be."""
+    try:
+        path = cache.find(key) if cache else None
+        return Kernels(path) if path else None
+    except OSError as error:
+        log.info("compiled kernels are not taken from the cache: %s", error)
+        return None
+
+
+def _key(compiler: list[str]) -> str:
+    """A name for all that the library depends on."""
     version = subprocess.run(
         [*compiler, "--version"], check=True, capture_output=True, timeout=BUILD_SECONDS
     ).stdout
     identity = [SOURCE.read_bytes(), repr((compiler, COMPILE, LINK)).encode(), version, _cpu()]
-    name = hashlib.sha256(b"\0".join(identity)).hexdigest()[:32] + ".so"
-    folder = _cache_folder()
-    if not (folder / name).exists():
-        _build(compiler, folder, name)
-    return folder / name
+    return hashlib.sha256(b"\0".join(identity)).hexdigest()[:32]
 
 
-def _build(compiler: list[str], folder: Path, name: str) -> None:
-    with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
-        compiled, linked = Path(scratch, "kernels.o"), Path(scratch, name)
-        for command in (
-            [*compiler, *COMPILE, "-c", str(SOURCE), "-o", str(compiled)],
-            [*compiler, str(compiled), *LINK, "-o", str(linked)],
-        ):
-            subprocess.run(command, check=True, capture_output=True, timeout=BUILD_SECONDS)
-        linked.replace(folder / name)
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base, "hpc_distkv")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError:  # a home that compute nodes mount read-only: build for this process alone
-        return Path(tempfile.mkdtemp(prefix="hpc_distkv-"))
+def _build(compiler: list[str], scratch: Path) -> Path:
+    compiled, linked = scratch / "kernels.o", scratch / "kernels.so"
+    for command in (
+        [*compiler, *COMPILE, "-c", str(SOURCE), "-o", str(compiled)],
+        [*compiler, str(compiled), *LINK, "-o", str(linked)],
+    ):
+        subprocess.run(command, check=True, capture_output=True, timeout=BUILD_SECONDS)
+    return linked
 
 
 def _cpu() -> bytes:

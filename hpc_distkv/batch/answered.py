@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,7 @@ class _Usage(msgspec.Struct, frozen=True):
 
 class _Body(msgspec.Struct, frozen=True):
     usage: _Usage = _Usage()
+    created: int = 0
 
 
 class Line(msgspec.Struct, frozen=True):
@@ -106,6 +108,10 @@ class Answered:
     failed: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
+    since: float = math.inf
+    """A moment, in seconds since the epoch."""
+    recent: int = 0
+    """Rows answered since that moment."""
     _requests: CompactSet = field(default_factory=lambda: CompactSet("q"))
     """Hashes of custom_ids and what was asked under them."""
     _numbers: CompactSet = field(default_factory=lambda: CompactSet("I"))
@@ -124,6 +130,7 @@ class Answered:
         self._revision = max(self._revision, revision)
         self.lines += 1
         self.failed += row.failed
+        self.recent += row.response.body.created >= self.since
         usage = row.response.body.usage
         self.prompt_tokens += usage.prompt_tokens
         self.output_tokens += usage.completion_tokens
@@ -185,14 +192,15 @@ class Answered:
         return True
 
 
-def read_answered(path: Path) -> tuple[Answered, int]:
-    """The rows in a results file, and the length in bytes of its sound part.
+def read_answered(path: Path, since: float = math.inf) -> tuple[Answered, int]:
+    """The rows in a results file, and the length in bytes of its sound part. Those answered since
+    the moment `since` are counted apart.
 
     A process that is killed leaves at most one torn line, at the end: it is outside of the sound
     part. Raises JournalError for any other line that is not ours or whose row has one, OSError when
     reading fails.
     """
-    answered = Answered()
+    answered = Answered(since=since)
     sound = 0
     with path.open("rb") as file:
         for place, line in enumerate(file, start=1):

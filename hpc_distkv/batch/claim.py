@@ -46,6 +46,8 @@ class Owner(msgspec.Struct, frozen=True):
     job: str
     """Slurm's job id, or nothing."""
     token: str
+    since: float = 0.0
+    """When the run took it, in seconds since the epoch by its own clock; 0: unknown."""
 
     @classmethod
     def here(cls) -> Owner:
@@ -57,6 +59,7 @@ class Owner(msgspec.Struct, frozen=True):
             began=_process_start(os.getpid()) or "",
             job=os.environ.get("SLURM_JOB_ID", ""),
             token=secrets.token_hex(8),
+            since=time.time(),
         )
 
     @property

@@ -113,6 +113,8 @@ class Job:
         done = self._answered.custom_ids
         self._begun = {a: b for a, b in journal.unfinished.items() if a.custom_id not in done}
         """What was begun of the rows that have no line yet."""
+        self.resumed = bool(self._answered.lines or self._begun)
+        """Whether earlier runs have done or begun anything."""
         self._pending: dict[int, _Pending] = {}
         self._written_at = self._sync_at = time.monotonic()
         self.answered = 0

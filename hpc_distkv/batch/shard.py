@@ -27,9 +27,15 @@ class Shard:
         return cls(int(match[1]), int(match[2]))
 
     def has(self, custom_id: str | None, number: int) -> bool:
-        """Whether a row belongs to it. One without a custom_id is dealt by its number."""
+        """Whether a row belongs to it."""
+        return self.dealt(custom_id, number, self.count) == self.index
+
+    @staticmethod
+    def dealt(custom_id: str | None, number: int, count: int) -> int:
+        """The index of the shard, of `count`, that a row belongs to. One without a custom_id is
+        dealt by its number."""
         name = str(number) if custom_id is None else custom_id
-        return zlib.crc32(name.encode(errors="surrogatepass")) % self.count == self.index - 1
+        return 1 + zlib.crc32(name.encode(errors="surrogatepass")) % count
 
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"

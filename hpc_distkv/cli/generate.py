@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +12,20 @@ import click
 from hpc_distkv.batch.schema import SEEDS
 from hpc_distkv.cli.options import POSITIVE, Number, engine_options, read_shard
 from hpc_distkv.engine.interrupt import GRACE, TERM_GRACE, Interrupt
+from hpc_distkv.errors import FaultError
 
 if TYPE_CHECKING:
-    from hpc_distkv.api import Engine
     from hpc_distkv.batch.files import Claims, Files
     from hpc_distkv.comm.transport import Comm
 
 STOPPED_STATUS = 75
 """EX_TEMPFAIL of sysexits.h: to be tried again."""
+ENDS = {
+    0: "all rows are answered",
+    1: "all rows are done, and some are errors",
+    STOPPED_STATUS: "rows are left, to be answered by the same command",
+    FaultError.exit_code: "the input ends within a line",
+}
 
 SAMPLING = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
@@ -79,7 +86,10 @@ SEEING = ("metrics", "prometheus", "trace")
     help="For rows that give none.",
 )
 @click.option(
-    "--metrics", type=click.Path(dir_okay=False), help="Write the run's figures at the end (JSON)."
+    "--metrics",
+    type=click.Path(dir_okay=False),
+    help="Write the run's figures at the end (JSON). Those of earlier runs of the job get a "
+    "number: metrics.1.json is the first.",
 )
 @click.option(
     "--prometheus",
@@ -89,10 +99,12 @@ SEEING = ("metrics", "prometheus", "trace")
 @click.option(
     "--trace",
     type=click.Path(dir_okay=False),
-    help="Write when which rank did what, for https://ui.perfetto.dev (FILE.json or .json.gz).",
+    help="Write when which rank did what, for https://ui.perfetto.dev (FILE.json or .json.gz); "
+    "likewise.",
 )
 @engine_options
-def command(**options: Any) -> None:
+@click.pass_obj
+def command(arrived: Iterable[int] | None, /, **options: Any) -> None:
     """Answer every row of a batch file, once, on all ranks of the job.
 
     Start it under srun or mpirun, or alone. Run the same command again after an interruption: it
@@ -102,7 +114,7 @@ def command(**options: Any) -> None:
     input ends within a line, 75 stopped early, or the input was changed meanwhile: to be started
     again.
     """
-    interrupt = Interrupt(options["grace"]).listen()
+    interrupt = Interrupt(options["grace"]).listen(arrived or ())
     from hpc_distkv.cli.job import in_world
 
     in_world(options["stall_timeout"], lambda comm: _generate(comm, options, interrupt))
@@ -130,11 +142,14 @@ def _run(
     claims: Claims | None,
 ) -> int:
     from hpc_distkv.api import Engine
+    from hpc_distkv.cli import announce
     from hpc_distkv.cli.job import say, set_options
-    from hpc_distkv.errors import FaultError
+    from hpc_distkv.observe.earlier import keep_earlier
     from hpc_distkv.observe.metrics import write_json
     from hpc_distkv.observe.progress import ProgressReport
+    from hpc_distkv.observe.units import stamped
 
+    say(comm, announce.header(comm.world, files))
     engine = Engine(
         options["model"],
         set_options(comm, options),
@@ -142,23 +157,30 @@ def _run(
         max_model_len=options["max_model_len"],
         comm=comm,
     )
-    say(comm, _announcement(engine))
+    for line in announce.loaded(engine):
+        say(comm, stamped(line))
     progress = ProgressReport() if comm.world.rank == 0 else None
     figures = engine.run(files, progress, interrupt=interrupt, claims=claims)
     if figures is None:
         return 0
     if options["metrics"]:
         try:
+            keep_earlier(Path(options["metrics"]), figures["job"])
             write_json(Path(options["metrics"]), figures)
         except OSError as error:  # the answers are there all the same
             say(comm, f"cannot write the metrics: {error}")
-    click.echo(_summary(figures, files.output))
-    rows = figures["rows"]
+    click.echo(announce.summary(figures, files.output))
+    status = _status(figures)
+    say(comm, stamped(f"this run ends with status {status}: {ENDS[status]}"))
+    return status
+
+
+def _status(figures: dict[str, Any]) -> int:
     if figures["input_torn"]:
         return FaultError.exit_code
     if figures["stopped"]:
         return STOPPED_STATUS
-    return 1 if rows["failed"] + rows["failed_before"] else 0
+    return 1 if figures["request_counts"]["failed"] else 0
 
 
 def _files(options: dict[str, Any], paths: dict[str, Path | None]) -> Files:
@@ -210,70 +232,3 @@ def _claim(files: Files, seeing: dict[str, Path | None], model: str) -> Claims:
             f"--prometheus {seeing['prometheus']}: the node exporter reads *.prom files only"
         )
     return files.claim()
-
-
-def _announcement(engine: Engine) -> str:
-    defaults, rank, world = engine.defaults, engine.rank, engine.comm.world
-    lending = f"one row may have {rank.capacity_tokens} tokens of KV"
-    if world.instances > 1:
-        lending += ", lent between ranks" if rank.config.policy.lending else ", nothing is lent"
-    host = rank.config.host_blocks
-    beside = f", {host} more in the memory of its host" if host else ""
-    sampling = f"temperature {defaults.temperature:g}" if defaults.temperature else "greedy"
-    ranks = f"{world.size} ranks"
-    if world.tp > 1:
-        ranks += f" in {world.instances} instances of {world.tp}"
-    return (
-        f"{ranks}, {rank.processor} each; {rank.dtype}; "
-        f"{rank.config.num_blocks} rBlocks of {rank.config.block_size} tokens a rank"
-        f"{beside}: {lending}\n"
-        "for what a row leaves out, from the options or the model's generation_config.json: "
-        f"{sampling}, top_p {defaults.top_p:g}, "
-        f"top_k {defaults.top_k or 'off'}, min_p {defaults.min_p:g}, repetition_penalty "
-        f"{defaults.repetition_penalty:g}, max_tokens {defaults.max_tokens or 'up to the limit'}, "
-        f"seed {defaults.seed}"
-    )
-
-
-def _sharing(counters: dict[str, Any]) -> list[str]:
-    if not counters["cached_tokens"]:
-        return []
-    return [
-        f"prompts   {counters['prompt_tokens']:.0f} tokens computed, "
-        f"{counters['cached_tokens']:.0f} taken from rows that began alike"
-    ]
-
-
-def _host(counters: dict[str, Any]) -> list[str]:
-    if not counters["blocks_to_host"]:
-        return []
-    return [
-        f"host      {counters['blocks_to_host']:.0f} rBlocks to its memory and "
-        f"{counters['blocks_from_host']:.0f} back, at most {counters['peak_host']:.0f} there at "
-        "once by one rank"
-    ]
-
-
-def _summary(figures: dict[str, Any], output: Path) -> str:
-    rows, counters = figures["rows"], figures["counters"]
-    before = rows["answered_before"] + rows["failed_before"]
-    lines = [
-        f"rows      {rows['answered']} answered, {rows['failed']} errors"
-        + (f", {before} were there before" if before else ""),
-        f"time      {figures['seconds']:.1f} s, {figures['output_tokens_per_second']:.1f} output "
-        f"tokens/s, {figures['tokens_per_second']:.1f} tokens/s with prompts",
-        *_sharing(counters),
-        f"memory    {counters['blocks_borrowed']:.0f} rBlocks lent and borrowed between ranks, "
-        f"at most {counters['peak_borrowed']:.0f} by one rank at once; "
-        f"{counters['preemptions']:.0f} preemptions",
-        *_host(counters),
-        f"results   {output}",
-    ]
-    if figures["input_torn"]:
-        lines.append("input     ends within a line: run the same command again when it is whole")
-    elif figures["stopped"]:
-        lines.append(
-            f"stopped   before all rows were answered; {rows['put_aside']} rows with "
-            f"{figures['put_aside_tokens']} output tokens are put aside: run the same command again"
-        )
-    return "\n".join(lines)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-import signal
+import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -15,7 +16,9 @@ from hpc_distkv.comm.abort import aborting
 from hpc_distkv.comm.mpi import open_mpi
 from hpc_distkv.comm.together import SetupError, together
 from hpc_distkv.comm.transport import Comm
+from hpc_distkv.engine.interrupt import ignore_signals
 from hpc_distkv.engine.options import EngineOptions
+from hpc_distkv.errors import ExplainedError
 
 FAREWELL = 1.0
 """Seconds that a process needs to end after MPI's farewell."""
@@ -23,27 +26,42 @@ FAREWELL = 1.0
 
 def in_world(stall_timeout: float, work: Callable[[Comm], int]) -> NoReturn:
     """Start MPI, run `work` on this rank and exit together; rank 0's status is the job's."""
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    logging.basicConfig(
+        format="%(asctime)s  %(levelname)s %(name)s: %(message)s",
+        datefmt="%m-%d %H:%M:%S",
+        level=logging.WARNING,
+    )
     with aborting(open_mpi(stall_timeout)) as comm:
         try:
             status = work(comm)
-        except SetupError as error:
-            say(comm, f"Error: {error}")
-            status = error.exit_code
+        except Exception as error:
+            if error is not comm.agreed and not isinstance(error, SetupError):
+                raise
+            status = _told(comm, error)
         comm.close()
         if comm.world.size > 1:
             leave_in_turn(comm.world.rank, status)
         sys.exit(status)
 
 
+def _told(comm: Comm, error: Exception) -> int:
+    """The status for what all ranks raise together: said by the first one, or by the rank that is
+    at fault if it is a bug."""
+    if isinstance(error, ExplainedError):
+        say(comm, f"Error: {error}")
+        return error.exit_code
+    traceback.print_exception(error)
+    return os.EX_SOFTWARE
+
+
 def leave_in_turn(rank: int, status: int) -> None:
     """Let the other ranks leave before the first one, if that has a status other than 0: launchers
     end what is left of a job then, and the job would seem to be killed. It takes the interpreter
-    its time to end, so SIGTERM no longer counts."""
+    its time to end, so signals no longer count."""
     from mpi4py import MPI
 
     MPI.Finalize()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ignore_signals()
     if status and rank == 0:
         time.sleep(FAREWELL)
 

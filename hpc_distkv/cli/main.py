@@ -1,85 +1,77 @@
-"""The `hpc-distkv` command. Starts without torch and without MPI."""
+"""Where the `hpc-distkv` process begins and ends; it imports little before it hears signals."""
 
 from __future__ import annotations
 
-import importlib
-import io
 import os
+import signal
 import sys
-import traceback
 from typing import Any
 
-import click
-
+from hpc_distkv.cli.streams import LOG_PATIENCE, close_streams, open_streams, shown
 from hpc_distkv.comm.launch import leave_together
-from hpc_distkv.errors import ExplainedError
+from hpc_distkv.engine.interrupt import SIGNALS, ignore_signals
 
-COMMANDS = {
-    "generate": "Answer a batch file on all ranks of the job.",
-    "validate": "Check a batch file without loading the model.",
-    "bench": "Measure throughput, policies, lending, the gManager; the published tables.",
-    "env": "Show where a job would run, and what looks wrong about it.",
-    "report": "Draw a finished run as one HTML page.",
-    "status": "Count what a results file holds, and what is left.",
-    "sbatch": "Write a Slurm job script, or submit it.",
-    "simulate": "Run a trace on a described cluster in virtual time.",
-}
+INTERRUPTED_STATUS = 130
 RANK_VARIABLES = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 
 
-class LazyGroup(click.Group):
-    """Imports a command's module when the command is called."""
+def __getattr__(name: str) -> Any:
+    """The group of commands, loaded when it is first used."""
+    if name == "group":
+        from hpc_distkv.cli.group import group
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """All commands."""
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command, imported."""
-        if cmd_name not in COMMANDS:
-            return None
-        command: click.Command = importlib.import_module(f"hpc_distkv.cli.{cmd_name}").command
-        return command
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command. An error that explains itself is told as those of click are."""
-        try:
-            return super().invoke(ctx)
-        except ExplainedError as error:
-            told = click.ClickException(str(error))
-            told.exit_code = error.exit_code  # type: ignore[misc]
-            raise told from error
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The list of commands, without importing them."""
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
-
-
-@click.group(cls=LazyGroup)
-@click.version_option(package_name="hpc-distkv")
-def group() -> None:
-    """Offline batch generation with large language models on Slurm clusters, with a KV cache that
-    is spread over MPI ranks."""
+        return group
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def main() -> None:
-    """Run a command. What a user gets wrong is said once, by the first rank; a fault leaves with
-    its own status, since 1 means rows that are errors."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does
+    """Run a command, and leave with its status.
+
+    What `generate` prints is a log: no failure of that changes what becomes of the rows, and a
+    signal stops it in time from now on. All other commands are for what they print.
+    """
+    generates = sys.argv[1:2] == ["generate"]
+    arrived: list[int] = []
+    if generates:
+        for number in SIGNALS:
+            signal.signal(number, lambda number, _: arrived.append(number))
+    streams = open_streams(LOG_PATIENCE if generates else None)
     try:
-        group.main(standalone_mode=False)
-    except click.ClickException as error:
-        if first_rank():
-            error.show()
-        leave_together()
-        sys.exit(error.exit_code)
-    except click.Abort:
-        sys.exit(130)
-    except Exception:
+        status: str | int | None = _run(arrived)
+    except SystemExit as leaving:
+        status = leaving.code
+    ignore_signals()  # the status is settled
+    close_streams(*streams)
+    sys.exit(status if generates else shown(status, streams[0]))
+
+
+def _run(arrived: list[int]) -> int:
+    """The status of a command. What a user gets wrong is said once, by the first rank; a fault
+    leaves with its own status, since 1 means rows that are errors."""
+    try:
+        import click
+
+        from hpc_distkv.cli.group import group
+
+        try:
+            group.main(standalone_mode=False, obj=arrived)
+        except click.ClickException as error:
+            if first_rank():
+                error.show()
+            leave_together()
+            return error.exit_code
+        except click.Abort:
+            return INTERRUPTED_STATUS
+    except SystemExit:
+        raise
+    except KeyboardInterrupt:
+        return INTERRUPTED_STATUS
+    except BaseException:
+        import traceback
+
         traceback.print_exc()
-        sys.exit(os.EX_SOFTWARE)
+        return os.EX_SOFTWARE
+    return 0
 
 
 def first_rank() -> bool:

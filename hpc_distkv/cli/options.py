@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -15,6 +16,8 @@ from hpc_distkv.engine.options import CHOICES, MOST_THREADS, EngineOptions
 F = TypeVar("F", bound=Callable[..., Any])
 
 POSITIVE = click.IntRange(min=1)
+SIDE_FILES = (".meta.json", ".claim", ".unfinished.jsonl", ".tmp", ".log")
+"""Ends of names that a pattern such as results.jsonl* finds as well."""
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
@@ -56,6 +59,11 @@ def read_shard(ctx: click.Context, param: click.Parameter, value: str | None) ->
         return None if value is None else Shard.parse(value)
     except ValueError as error:
         raise click.BadParameter(str(error), ctx, param) from None
+
+
+def results_files(paths: Sequence[Path]) -> list[Path]:
+    """The results files among what a pattern has found; if there are none, all of it."""
+    return [path for path in paths if not path.name.endswith(SIDE_FILES)] or list(paths)
 
 
 def added(*options: Callable[[F], F]) -> Callable[[F], F]:

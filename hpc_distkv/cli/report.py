@@ -1,4 +1,4 @@
-"""`hpc-distkv report`: a finished run as one HTML page."""
+"""`hpc-distkv report`: finished runs as one HTML page."""
 
 from __future__ import annotations
 
@@ -22,18 +22,23 @@ import click
 def command(run: tuple[Path, ...], output: Path) -> None:
     """Draw what `generate --metrics FILE --trace FILE` wrote as one HTML page.
 
-    RUN are those files, in any order, or a folder that has both. One of the two is enough for a
-    part of the page.
+    RUN are those files, in any order, or a folder that has them. One of the two is enough for a
+    part of the page. Of several runs of a job (metrics.1.json, metrics.2.json, metrics.json), or of
+    the shards of an array, the figures are put together and each run has a line; what is drawn over
+    time is the last run that has a trace.
     """
     from hpc_distkv.batch.replace import replace_file
     from hpc_distkv.observe.report import page
     from hpc_distkv.observe.run_files import RunFileError, files_of, read_run
 
     try:
-        html = page(read_run(run))
+        files = read_run(run)
+        html = page(files)
         if output.resolve() in map(Path.resolve, files_of(run)):
             raise RunFileError(f"{output} is a file of the run: give another one with -o")
         replace_file(output, [html.encode(errors="backslashreplace")])
     except OSError as error:
         raise RunFileError(f"cannot write {output}: {error}") from error
+    if files.left_out:
+        click.echo(f"left out  {', '.join(files.left_out)}: the job was started anew since")
     click.echo(f"report    {output}")

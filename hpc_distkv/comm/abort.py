@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -18,6 +19,8 @@ from hpc_distkv.errors import ExplainedError
 INTERRUPTED_STATUS = 130
 GUARD_SECONDS = 0.1
 """Between two looks at whether a call that cannot be polled takes too long."""
+WRITTEN = 5.0
+"""Seconds for last words to be written."""
 FORWARDED = 0.1
 """Seconds for the launcher to forward last words."""
 
@@ -26,9 +29,10 @@ FORWARDED = 0.1
 def aborting(comm: Comm) -> Iterator[Comm]:
     """Run a job so that no rank is left waiting for one that has gone.
 
-    Leaving normally, or by SystemExit(0), waits for the other ranks (`Comm.close`). Any exception,
-    SystemExit with another status, and any exception in a thread ends all ranks, unless the ranks
-    had closed together before: after `Comm.agree` and `Comm.close` each may leave as it likes.
+    Leaving normally, by SystemExit(0), or with what all ranks raise together (`Comm.agreed`), waits
+    for the other ranks (`Comm.close`). Any other exception, SystemExit with another status, and any
+    exception in a thread ends all ranks, unless the ranks had closed together before: after
+    `Comm.agree` and `Comm.close` each may leave as it likes.
     In a world of one, exceptions simply pass through.
     """
     if comm.world.size == 1:
@@ -44,21 +48,23 @@ def aborting(comm: Comm) -> Iterator[Comm]:
                 if comm.closed or exit_status(leaving) == 0:
                     comm.close()
                 raise
+            except BaseException as error:
+                if error is comm.agreed:
+                    comm.close()
+                raise
             comm.close()
     finally:
         threading.excepthook = previous_hook
 
 
 @contextmanager
-def failing(comm: Comm, agreed: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Any exception in this block ends all ranks, but for `agreed` ones, which all of them raise,
-    and unless they have closed together. In a world of one, exceptions simply pass through."""
+def failing(comm: Comm) -> Iterator[None]:
+    """Any exception in this block ends all ranks, but for what all of them raise together, and
+    unless they have closed together. In a world of one, exceptions simply pass through."""
     try:
         yield
-    except agreed:
-        raise
     except BaseException as error:
-        if comm.world.size > 1 and not comm.closed:
+        if comm.world.size > 1 and not comm.closed and error is not comm.agreed:
             end_job(comm, error)
         raise
 
@@ -85,17 +91,32 @@ def guarded(comm: Comm, what: str, awaited: Iterable[int]) -> Iterator[None]:
 
 
 def end_job(comm: Comm, error: BaseException) -> None:
-    """Say why on stderr, then end all ranks."""
+    """Say why on stderr, if that can be written, then end all ranks."""
+    try:
+        _speak(comm, error)
+    finally:
+        comm.abort(exit_status(error))
+
+
+def _speak(comm: Comm, error: BaseException) -> None:
     tag = f"[{comm.world.name(comm.world.rank)}] "
     words = agreed_words(comm, error) if isinstance(error, StallError) else last_words(error)
     lines = words.rstrip("\n").split("\n")
     # One write, every line tagged: the ranks' lines may mix, but stay readable.
-    sys.stderr.write("".join(f"{tag}{line}\n" for line in lines))
-    sys.stdout.flush()
-    sys.stderr.flush()
+    text = "".join(f"{tag}{line}\n" for line in lines)
+    # In a thread, since nobody may read what stderr leads to.
+    writer = threading.Thread(target=_write, args=(text,), daemon=True)
+    writer.start()
+    writer.join(WRITTEN)
     # A launcher that ends the job at once may drop what it has not forwarded yet.
     time.sleep(FORWARDED)
-    comm.abort(exit_status(error))
+
+
+def _write(text: str) -> None:
+    with contextlib.suppress(Exception):  # also where Python has no stderr
+        sys.stderr.write(text)
+        sys.stderr.flush()
+        sys.stdout.flush()
 
 
 def last_words(error: BaseException) -> str:

@@ -219,6 +219,8 @@ class Comm:
     """On rank 0: what is known of a rank's last words."""
     closed: bool = field(default=False, init=False)
     """Whether all ranks have agreed that they are done."""
+    agreed: BaseException | None = field(default=None, init=False)
+    """What this rank raised last when all ranks raised together: it leaves nobody waiting."""
 
     @property
     def stall_timeout(self) -> float:

@@ -14,6 +14,9 @@ import msgspec
 from hpc_distkv.batch.replace import replace_file
 from hpc_distkv.control.counters import Counters
 
+PEAKS = ("peak_borrowed", "peak_host")
+"""Counters of which the largest counts, not the sum."""
+
 
 class RankFigures(msgspec.Struct, array_like=True):
     """What one rank has to say of a run when it is over."""
@@ -31,7 +34,7 @@ def total(counters: Sequence[Counters]) -> dict[str, Any]:
     rows = [msgspec.structs.asdict(each) for each in counters]
     numbers = [name for name in Counters.__struct_fields__ if name != "gaps"]
     summed: dict[str, Any] = {name: sum(row[name] for row in rows) for name in numbers}
-    for peak in ("peak_borrowed", "peak_host"):
+    for peak in PEAKS:
         summed[peak] = max((row[peak] for row in rows), default=0)
     errors = [row["prediction_error"] for row in rows if row["prediction_error"]]
     summed["prediction_error"] = sum(errors) / len(errors) if errors else 0.0

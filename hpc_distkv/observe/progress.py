@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import deque
@@ -14,10 +15,12 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from hpc_distkv.observe.snapshot import Snapshot
-from hpc_distkv.observe.units import duration
+from hpc_distkv.observe.units import duration, stamped
 
 LOG_INTERVAL = 10.0
-"""Seconds between two lines of a log."""
+"""Seconds between two lines of a log at first, ..."""
+LONGEST_LOG_INTERVAL = 60.0
+"""... and at last; between, they are a hundredth of the time so far."""
 BAR_INTERVAL = 0.2
 RATE_SECONDS = 10.0
 """Rates are those of the last so many seconds, or of the time since the last line."""
@@ -34,10 +37,10 @@ class Tokens(NamedTuple):
 class ProgressReport:
     """Prints to stderr, from rank 0, at its own pace however often it is told."""
 
-    def __init__(self, stream: TextIO = sys.stderr) -> None:
-        self._stream = stream
-        self._started = self._shown = time.monotonic()
-        self._tokens = deque([Tokens(self._started, 0, 0)])
+    def __init__(self, stream: TextIO | None = None) -> None:
+        """`stream`: in place of stderr."""
+        self._stream = stream = stream or sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+        self.begin()
         self._bar: Live | None = None
         if stream.isatty():
             self._progress = Progress(
@@ -47,11 +50,25 @@ class ProgressReport:
             self._bar = Live(self._progress, console=Console(file=stream), auto_refresh=False)
             self._bar.start()
 
+    def begin(self) -> None:
+        """The run begins now: its files are open, and all times count from here."""
+        self._started = self._shown = time.monotonic()
+        self._tokens = deque([Tokens(self._started, 0, 0)])
+
     @property
     def due(self) -> bool:
         """Whether `show` would print."""
-        interval = BAR_INTERVAL if self._bar else LOG_INTERVAL
-        return time.monotonic() - self._shown >= interval
+        now = time.monotonic()
+        interval = max(LOG_INTERVAL, min((now - self._started) / 100, LONGEST_LOG_INTERVAL))
+        return now - self._shown >= (BAR_INTERVAL if self._bar else interval)
+
+    def say(self, text: str) -> None:
+        """Print a line of its own, with the time of day."""
+        if self._bar:
+            self._bar.console.print(Text(stamped(text)), soft_wrap=True)
+        else:
+            self._stream.write(f"{stamped(text)}\n")
+            self._stream.flush()
 
     def show(self, now: Snapshot) -> None:
         """Print the snapshot if it is time to."""
@@ -63,8 +80,8 @@ class ProgressReport:
         left = now.seconds_left(passed)
         rows = f"{now.rows:,} of {'≈ ' if now.estimated else ''}{now.rows + now.left:,.0f}"
         parts = [
-            f"{rows} rows, {now.failed} errors",
-            f"{int(now.running.sum())} running, {now.waiting} waiting",
+            f"{rows} rows, {now.errors:,} errors",
+            f"{int(now.running.sum()):,} requests running, {now.waiting:,} waiting",
             f"{prompt:,.0f} prompt + {output:,.0f} output tokens/s",
             f"KV {now.pool_use:.0%} used, {now.lent} rBlocks lent",
             "" if left is None else f"{duration(left)} left",
@@ -74,9 +91,7 @@ class ProgressReport:
             self._progress.update(self._task, completed=now.fraction, description=times)
             self._bar.update(Group(self._progress, self._details(parts[:-1])), refresh=True)
         else:
-            text = "; ".join(part for part in parts if part)
-            self._stream.write(f"[{duration(passed):>8}] {now.fraction:4.0%}  {text}\n")
-            self._stream.flush()
+            self.say(f"{now.fraction:4.0%}  {'; '.join(part for part in parts if part)}")
 
     def close(self) -> None:
         """End the bar, if there is one."""

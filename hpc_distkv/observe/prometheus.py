@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -70,7 +71,8 @@ class PrometheusFile(Collector):
         seconds = time.monotonic() - self._started
         results: Samples = {("answered",): now.answered, ("failed",): now.failed}
         yield self._counter("rows", "Rows of this run with a result.", results, ("result",))
-        yield self._gauge("rows_before", "Rows that earlier runs had finished.", now.before)
+        before = "Rows of the input, as far as it was read, that earlier runs had finished."
+        yield self._gauge("rows_before", before, now.before)
         yield self._gauge("rows_left", "Rows without a result, estimated.", now.left)
         yield self._gauge("requests_waiting", "Requests that were read and wait.", now.waiting)
         yield self._gauge("progress_ratio", "Part of the input that is done.", now.fraction)
@@ -80,15 +82,20 @@ class PrometheusFile(Collector):
         yield self._gauge("finished", "1 once the run has ended.", float(finished))
 
     def _instances(self, now: Snapshot) -> Iterator[Metric]:
-        lent, owed = [0] * len(now.used), [0] * len(now.used)
+        aside, owed = -now.hosted, np.zeros_like(now.hosted)
         for debtor, creditor, blocks in now.debts:
-            lent[creditor] += blocks
+            aside[creditor] += blocks
             owed[debtor] += blocks
         for name, meaning, values in (
             ("kv_blocks_used", "rBlocks in use in an instance's pool.", now.used.tolist()),
             ("kv_blocks", "rBlocks in an instance's pool.", now.capacity.tolist()),
-            ("kv_blocks_lent_now", "rBlocks lent or set aside for others.", lent),
-            ("kv_blocks_owed_now", "rBlocks borrowed or set aside at others.", owed),
+            ("kv_blocks_lent_now", "rBlocks that hold KV of others.", now.hosted.tolist()),
+            (
+                "kv_blocks_set_aside_now",
+                "rBlocks granted to others, and empty.",
+                np.maximum(aside, 0).tolist(),
+            ),
+            ("kv_blocks_owed_now", "rBlocks borrowed or set aside at others.", owed.tolist()),
             ("requests_running", "Requests that have KV.", now.running.tolist()),
         ):
             samples: Samples = {(str(instance),): value for instance, value in enumerate(values)}

@@ -1,4 +1,4 @@
-"""A finished run as one HTML page that needs nothing else: no network, no files beside it."""
+"""Finished runs as one HTML page that needs nothing else: no network, no files beside it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_distkv.observe import charts
-from hpc_distkv.observe.run_files import History, RunFiles
+from hpc_distkv.observe.run_files import History, RunFiles, about_run
 from hpc_distkv.observe.svg import WIDTH
 from hpc_distkv.observe.units import duration, seconds_text
 
@@ -23,23 +23,25 @@ NO_METRICS = "This needs the run's metrics: give <code>--metrics FILE.json</code
 
 
 def page(run: RunFiles) -> str:
-    """The HTML of a run's report."""
+    """The HTML of the report of a job's runs."""
     css, script = (file.read_text() for file in STYLE)
+    metrics, timed = run.metrics, _timed_of(run)
     model = Path(run.about.get("model", "")).name or "a model"
     body = "".join(
         (
             f"<header><h1>{escape(model)}</h1><p>{escape(_subtitle(run.about))}</p></header>",
-            _tiles(run.metrics),
-            _timed("Throughput", run.history, charts.throughput),
-            _timed("KV pools", run.history, charts.pools),
-            _debts(run.history),
-            _measured("Latency", run.metrics, charts.latencies),
+            _tiles(metrics),
+            _runs(run.runs),
+            _timed(f"Throughput{timed}", run.history, charts.throughput),
+            _timed(f"KV pools{timed}", run.history, charts.pools),
+            _debts(f"Who owes whom{timed}", run.history),
+            _measured("Latency", metrics, charts.latencies),
             _measured(
                 "Where the time goes",
-                run.metrics,
+                metrics,
                 lambda metrics: charts.where_time_goes(metrics["ranks"]),
             ),
-            _slowest(run.metrics),
+            _slowest(metrics),
             f"<footer>{escape(_origin(run))}</footer>",
         )
     )
@@ -55,7 +57,7 @@ def _subtitle(about: Mapping[str, Any]) -> str:
     if "ranks" not in about:
         return ""
     parts = [
-        str(about["started"]).replace("T", " ").replace("+00:00", " UTC"),
+        _moment(about),
         f"{about['ranks']} ranks on {about['nodes']} nodes"
         if about["nodes"] > 1
         else f"{about['ranks']} ranks on one node",
@@ -69,22 +71,39 @@ def _subtitle(about: Mapping[str, Any]) -> str:
     return " · ".join(parts)
 
 
+def _timed_of(run: RunFiles) -> str:
+    """Which run the charts over time show, where there are several."""
+    if not run.traces or max(len(run.runs), len(run.traces)) < 2:
+        return ""
+    about = run.traces[-1][0]
+    shard = f", shard {about['shard']}" if about.get("shard") else ""
+    return f" of the run of {_moment(about)}{shard}"
+
+
+def _moment(about: Mapping[str, Any]) -> str:
+    return str(about.get("started", "")).replace("T", " ").replace("+00:00", " UTC")
+
+
 def _tiles(metrics: Mapping[str, Any]) -> str:
     if not metrics:
         return f"<p class=missing>{NO_METRICS}</p>"
     rows, counters = metrics["request_counts"], metrics["counters"]
     latency = metrics["latency_s"]
     tiles = [
-        ("rows", f"{rows['completed']:,}", f"{rows['failed']:,} errors"),
+        ("rows answered", f"{rows['completed']:,}", f"{rows['failed']:,} errors"),
         (
             "output tokens/s",
             f"{metrics['output_tokens_per_second']:,.1f}",
             f"{metrics['tokens_per_second']:,.0f} with prompts",
         ),
-        ("time", duration(metrics["seconds"]), f"{metrics['output_tokens']:,} output tokens"),
         (
-            "prompt tokens",
-            f"{metrics['prompt_tokens']:,}",
+            "time",
+            duration(metrics["seconds"]),
+            f"{counters['generated_tokens']:,} output tokens",
+        ),
+        (
+            "prompt tokens computed",
+            f"{counters['prompt_tokens']:,}",
             f"{counters.get('cached_tokens', 0):,} of shared beginnings",
         ),
         (
@@ -107,6 +126,56 @@ def _tiles(metrics: Mapping[str, Any]) -> str:
     return f"<section class=tiles>{cells}</section>"
 
 
+def _runs(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Each run of the job by itself, if there are several."""
+    if len(runs) < 2:
+        return ""
+    rows = [
+        (
+            _moment(about_run(run)),
+            _which(about_run(run)),
+            duration(run["seconds"]),
+            f"{run['rows']['answered']:,}",
+            f"{run['rows']['failed']:,}",
+            f"{run['counters']['generated_tokens']:,}",
+            f"{run['output_tokens_per_second']:,.1f}",
+            f"{run['counters']['preemptions']:,}",
+            "rows are left" if run["stopped"] else "all rows are done",
+        )
+        for run in runs
+    ]
+    heads = (
+        *("began", "run", "time", "rows answered", "errors", "output tokens", "tokens/s"),
+        *("preemptions", "at its end"),
+    )
+    return _section(
+        f"{len(runs)} runs",
+        f"{_table(heads, rows)}<p class=missing>Above and below, rows are those of the job, times "
+        "and counts are sums over all these runs, rates are those of one run in the mean, "
+        "percentiles are right to 4 %, and the time of a rank is that of all ranks of its "
+        "number.</p>",
+    )
+
+
+def _which(about: Mapping[str, Any]) -> str:
+    """A run among those of its job, or of an array."""
+    parts = [
+        f"shard {about['shard']}" if about.get("shard") else "",
+        f"Slurm job {about['slurm_job_id']}" if about.get("slurm_job_id") else "",
+        f"restart {about['slurm_restart_count']}" if about.get("slurm_restart_count") else "",
+        f"{about['ranks']} ranks" if "ranks" in about else "",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead>{body}</table>"
+
+
 def _timed(title: str, history: History | None, chart: Any) -> str:
     drawn = chart(history) if history else f"<p class=missing>{NO_TRACE}</p>"
     return _section(title, drawn)
@@ -117,12 +186,12 @@ def _measured(title: str, metrics: Mapping[str, Any], chart: Any) -> str:
     return _section(title, drawn or "<p class=missing>No row was answered.</p>")
 
 
-def _debts(history: History | None) -> str:
+def _debts(title: str, history: History | None) -> str:
     if history is None:
-        return _timed("Who owes whom", None, None)
+        return _timed(title, None, None)
     totals = [sum(debts.values()) for debts in history.debts]
     if not any(totals):
-        return _section("Who owes whom", "<p class=missing>Nothing was lent.</p>")
+        return _section(title, "<p class=missing>Nothing was lent.</p>")
     members = _members(history)
     frames = _frames(history, totals)
     first = max(range(len(frames)), key=lambda n: sum(b for _, _, b in frames[n]["debts"]))
@@ -147,7 +216,7 @@ def _debts(history: History | None) -> str:
             "borrowed most.</p>"
         )
     return _section(
-        "Who owes whom",
+        title,
         f"{charts.lent(history)}{slider}<p id=caption></p>{charts.debt_matrix(members)}{more}"
         f'<script type="application/json" id=debts>{data}</script>',
     )
@@ -180,15 +249,17 @@ def _slowest(metrics: Mapping[str, Any]) -> str:
     if not metrics.get("slowest_rows"):
         return ""
     heads = ("custom_id", "prompt tokens", "output tokens", "first token after", "last token after")
-    rows = "".join(
-        f"<tr><td>{escape(row['custom_id'])}</td><td>{row['prompt_tokens']:,}</td>"
-        f"<td>{row['output_tokens']:,}</td>"
-        f"<td>{seconds_text(row['time_to_first_token_s'])}</td>"
-        f"<td>{seconds_text(row['latency_s'])}</td></tr>"
+    rows = [
+        (
+            row["custom_id"],
+            f"{row['prompt_tokens']:,}",
+            f"{row['output_tokens']:,}",
+            seconds_text(row["time_to_first_token_s"]),
+            seconds_text(row["latency_s"]),
+        )
         for row in metrics["slowest_rows"]
-    )
-    head = "".join(f"<th>{name}</th>" for name in heads)
-    return _section("Slowest rows", f"<table><thead><tr>{head}</tr></thead>{rows}</table>")
+    ]
+    return _section("Slowest rows", _table(heads, rows))
 
 
 def _origin(run: RunFiles) -> str:

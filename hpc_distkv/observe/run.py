@@ -44,7 +44,7 @@ class RunRecord:
         self._peak_used: Numbers = np.zeros(0, np.int64)
         self.output_tokens = 0
         self.prompt_tokens = 0
-        """Of answered rows, each counted once."""
+        """The `usage` of the rows answered in this run."""
 
     def add(self, results: Sequence[Result], custom_id: str = "", prompt_tokens: int = 0) -> None:
         """One more answered row."""
@@ -75,7 +75,14 @@ class RunRecord:
 
     def summary(self, counters: Sequence[Counters], peak_memory: Sequence[int]) -> dict[str, Any]:
         """The figures of the run; `counters` by instance, `peak_memory` in bytes per rank.
-        Latencies count from an answer's assignment to an instance."""
+
+        Rates are those of what was computed in this run, as in vLLM's log: `generated_tokens` of
+        the counters over the seconds of the run, whether or not their row has ended in it, and for
+        `tokens_per_second` also the prompt tokens that were computed. So the legs of a job add up.
+        `output_tokens` and `prompt_tokens` are another thing: the `usage` of the rows that were
+        answered in this run, which may have been begun in an earlier one. Latencies count from an
+        answer's assignment to an instance.
+        """
         seconds = time.monotonic() - self._started
         figures = total(counters)
         gaps = figures.pop("gaps")
@@ -85,7 +92,7 @@ class RunRecord:
             "seconds": round(seconds, 3),
             "prompt_tokens": self.prompt_tokens,
             "output_tokens": self.output_tokens,
-            "output_tokens_per_second": round(self.output_tokens / seconds, 2),
+            "output_tokens_per_second": round(figures["generated_tokens"] / seconds, 2),
             "tokens_per_second": round(computed / seconds, 2),
             "time_to_first_token_s": self._first_token.summary(),
             "between_tokens_s": gap_summary(gaps),
@@ -115,6 +122,7 @@ class RunRecord:
         stopped = {
             "stopped": not job.complete,
             "put_aside_tokens": job.begun_tokens,
+            "rows_not_in_input": job.left_over,
             "input_torn": job.torn,
         }
         requests = {

@@ -1,26 +1,26 @@
-"""Reads back what a run wrote: its metrics and its trace."""
+"""Reads back what runs wrote: their metrics and traces."""
 
 from __future__ import annotations
 
-import gzip
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hpc_distkv.errors import UserError
+from hpc_distkv.observe.earlier import SUFFIXES, opened, read_about
+from hpc_distkv.observe.legs import merged
 from hpc_distkv.observe.trace_names import FIRST_PROCESS, HOSTED, OWES, OWN, POOL, ROWS, TOKENS
 
 Series = NDArray[np.float64]
-SUFFIXES = (".json", ".json.gz")
 NEEDED = (
-    *("request_counts", "seconds", "prompt_tokens", "output_tokens", "output_tokens_per_second"),
-    *("tokens_per_second", "time_to_first_token_s", "between_tokens_s", "latency_s"),
-    *("histograms", "counters", "ranks", "slowest_rows"),
+    *("request_counts", "rows", "stopped", "seconds", "prompt_tokens", "output_tokens"),
+    *("output_tokens_per_second", "tokens_per_second", "time_to_first_token_s"),
+    *("between_tokens_s", "latency_s", "histograms", "counters", "ranks", "slowest_rows"),
 )
 """What a metrics file has."""
 
@@ -57,44 +57,125 @@ class History:
 
 @dataclass
 class RunFiles:
-    """What there is of one run: metrics, trace or both."""
+    """What there is of the runs of a job, or of an array: metrics, traces or both."""
 
-    metrics: dict[str, Any] = field(default_factory=dict)
-    about: dict[str, Any] = field(default_factory=dict)
-    """What the job was."""
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    """The metrics of each, in the order of time."""
+    traces: list[tuple[dict[str, Any], Path]] = field(default_factory=list)
+    """What each run was, and its trace, likewise."""
     history: History | None = None
+    """Of the last run that has a trace."""
     names: list[str] = field(default_factory=list)
     """Of the files."""
+    left_out: list[str] = field(default_factory=list)
+    """Files of runs whose answers were dropped."""
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Those of all runs together; empty if there are none."""
+        return merged(self.runs) if self.runs else {}
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the last run was."""
+        return about_run(self.runs[-1]) if self.runs else self.traces[-1][0]
+
+
+def about_run(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What the run was."""
+    about: dict[str, Any] = metrics.get("job", {})
+    return about
 
 
 def read_run(paths: Sequence[Path]) -> RunFiles:
-    """Read the metrics and the trace file of a run, told apart by what they hold; a folder stands
-    for all such files in it. Raises RunFileError."""
-    run = RunFiles()
+    """Read the metrics and traces of the runs of a job, or of all shards of an array, told apart by
+    what they hold; a folder stands for all such files in it. Raises RunFileError."""
+    run, found = RunFiles(), []
     for path in files_of(paths):
-        content = _read(path)
-        if "traceEvents" in content and "format" in content.get("otherData", {}):
-            if run.history:
-                raise RunFileError(f"{path} is a second trace: name the files of one run")
-            run.about = run.about or content["otherData"]
-            run.history = _history(path, content)
-        elif "request_counts" in content:
-            if run.metrics:
-                raise RunFileError(f"{path} is a second file of metrics: name those of one run")
-            if missing := [name for name in NEEDED if name not in content]:
-                raise RunFileError(f"{path} has no {', '.join(missing)}: another version wrote it")
-            run.metrics, run.about = content, content.get("job", {})
-        elif path not in paths:
+        about, metrics = _look(path)
+        if about is None:
+            if path in paths:
+                raise RunFileError(f"{path} is neither a metrics file nor a trace of `generate`")
             continue
-        else:
-            raise RunFileError(f"{path} is neither a metrics file nor a trace of `generate`")
-        run.names.append(path.name)
-    if not run.names:
+        found.append(Found(path, about, metrics))
+    if not found:
         listed = ", ".join(map(str, paths))
         raise RunFileError(
             f"no metrics or trace in {listed}: `generate` writes them with --metrics and --trace"
         )
+    found.sort(key=lambda each: str(each.about.get("started", "")))
+    _check(found)
+    for each in found:
+        if each.dropped(found):
+            run.left_out.append(each.path.name)
+            continue
+        run.names.append(each.path.name)
+        if each.metrics is None:
+            run.traces.append((each.about, each.path))
+        else:
+            run.runs.append(each.metrics)
+    if run.traces:
+        path = run.traces[-1][1]
+        run.history = _history(path, _read(path))
     return run
+
+
+class Found(NamedTuple):
+    """A file of a run."""
+
+    path: Path
+    about: dict[str, Any]
+    metrics: dict[str, Any] | None
+    """None: it is a trace."""
+
+    @property
+    def output(self) -> Any:
+        """The results of its job."""
+        return self.about.get("output")
+
+    def dropped(self, others: Sequence[Found]) -> bool:
+        """Whether a later run has started the job anew."""
+        began = str(self.about.get("started", ""))
+        return any(
+            other.output == self.output
+            and other.about.get("resumed") is False
+            and str(other.about["started"]) > began
+            for other in others
+        )
+
+
+def _look(path: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """What the run was, if it is a file of one, and the metrics, if it has them."""
+    about = read_about(path)
+    if "format" in about:
+        return about, None
+    content = _read(path)
+    if "traceEvents" in content and "format" in content.get("otherData", {}):
+        return content["otherData"], None
+    if "request_counts" not in content:
+        return None, None
+    if missing := [name for name in NEEDED if name not in content]:
+        raise RunFileError(f"{path} has no {', '.join(missing)}: another version wrote it")
+    return about_run(content), content
+
+
+def _check(found: Sequence[Found]) -> None:
+    """Whether they are of the runs of one job, or of the shards of one input, each once."""
+    first, seen = found[0], set[tuple[Any, ...]]()
+    for each in found:
+        kind = "trace" if each.metrics is None else "file of metrics"
+        key = (kind, each.output, each.about.get("started"))
+        if key in seen:
+            raise RunFileError(f"{each.path} is a second {kind} of one run: name each once")
+        seen.add(key)
+        if None in (each.output, first.output) or each.output == first.output:
+            continue
+        counts = [str(one.about.get("shard")).partition("/")[2] for one in (first, each)]
+        if not counts[0] or len({*counts}) > 1 or first.about["input"] != each.about["input"]:
+            raise RunFileError(
+                f"{each.path} is of another job than {first.path}: name the files of one job, or "
+                "of the shards of one"
+            )
 
 
 def files_of(paths: Iterable[Path]) -> Iterable[Path]:
@@ -108,10 +189,9 @@ def files_of(paths: Iterable[Path]) -> Iterable[Path]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = path.read_bytes()
-        text = gzip.decompress(data) if path.suffix == ".gz" else data
-        content = json.loads(text)
-    except (OSError, EOFError, ValueError) as error:
+        with opened(path) as file:
+            content = json.load(file)
+    except (OSError, EOFError, ValueError, RecursionError) as error:
         raise RunFileError(f"cannot read {path}: {error}") from error
     return content if isinstance(content, dict) else {}
 

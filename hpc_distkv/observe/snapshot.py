@@ -23,7 +23,9 @@ class Snapshot(NamedTuple):
     """Rows of this run, like `failed`."""
     failed: int
     before: int
-    """Rows that had their line before this run."""
+    """Rows of the input read so far that had their line before this run."""
+    failed_before: int
+    """Error rows that the results held before this run."""
     left: float
     """Rows without a line."""
     estimated: bool
@@ -40,7 +42,7 @@ class Snapshot(NamedTuple):
     used: Numbers
     """rBlocks."""
     hosted: Numbers
-    """Those of them that hold KV of others."""
+    """Those of them that are lent: they hold KV of others."""
     capacity: Numbers
     debts: list[tuple[int, int, int]]
     """(debtor, creditor, rBlocks lent or set aside)."""
@@ -56,9 +58,14 @@ class Snapshot(NamedTuple):
         return self.rows / (self.rows + self.left) if self.rows + self.left else 1.0
 
     @property
+    def errors(self) -> int:
+        """Error rows in the results."""
+        return self.failed + self.failed_before
+
+    @property
     def lent(self) -> int:
-        """rBlocks lent or set aside for others."""
-        return sum(blocks for _, _, blocks in self.debts)
+        """rBlocks that hold KV of others; what is only set aside for them does not count."""
+        return int(self.hosted.sum())
 
     @property
     def pool_use(self) -> float:
@@ -85,6 +92,7 @@ def take_snapshot(job: Job, manager: GManager) -> Snapshot:
         answered=job.answered,
         failed=job.failed,
         before=job.skipped,
+        failed_before=job.failed_before,
         left=_rows_left(job),
         estimated=job.total_rows is None,
         least_seconds=float((reports["work_left"] * reports["prompt_time"]).max()),

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
+
+def stamped(text: str) -> str:
+    """A line of a log, with the date and time of day where this runs: 12-31 23:59:59."""
+    return f"{time.strftime('%m-%d %H:%M:%S')}  {text}"
+
 
 def duration(seconds: float) -> str:
     """Hours, minutes and seconds: 1:02:03."""

@@ -10,6 +10,7 @@ from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.observe.progress import ProgressReport
 from hpc_distkv.observe.prometheus import PrometheusFile
 from hpc_distkv.observe.snapshot import Snapshot, take_snapshot
+from hpc_distkv.observe.story import Story
 from hpc_distkv.observe.timeline import Timeline
 
 log = logging.getLogger(__name__)
@@ -22,9 +23,19 @@ class Watch:
     progress: ProgressReport | None = None
     prometheus: PrometheusFile | None = None
     timeline: Timeline | None = None
+    story: Story | None = None
+
+    def begin(self, job: Job) -> None:
+        """The run begins."""
+        if self.progress:
+            self.progress.begin()
+        if self.story:
+            self.story.begin(job)
 
     def look(self, job: Job, manager: GManager) -> None:
         """After a control round."""
+        if self.story:
+            self.story.look(job, manager)
         onlookers = (self.progress, self.prometheus, self.timeline)
         if any(onlooker is not None and onlooker.due for onlooker in onlookers):
             self._show(take_snapshot(job, manager), manager)

@@ -19,7 +19,7 @@ def built(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
             for name, compiler in NARROW.items():
-                found[name] = native.Kernels(native._built(compiler))
+                found[name] = native._loaded(compiler)
     return found
 
 

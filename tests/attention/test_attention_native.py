@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from hpc_distkv.attention import native
+
 # Prints whether kernels were loaded, and the first lse of one query with one key of score 2.
 PROGRAM = """
 import logging, torch
@@ -65,6 +67,22 @@ def test_a_home_that_cannot_be_written_still_builds(tmp_path):
         timeout=120
     )
     assert out.split() == ["True", "2.0"]
+    assert list(tmp_path.iterdir()) == [blocked], "the private folder is removed"
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_damaged_library_is_not_loaded_but_built_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "COMPILE", ("-O0", *native.COMPILE[1:]))  # soon done
+    native._loaded(["cc"])
+    [kept] = (tmp_path / "hpc_distkv").iterdir()
+    whole = kept.read_bytes()
+    kept.unlink()
+    kept.write_bytes(whole[:3000])
+    native._loaded(["cc"])
+    assert kept.read_bytes() == whole
+    monkeypatch.setattr(native, "_build", lambda *_: pytest.fail("what is whole is not built"))
+    native._loaded(["cc"])
 
 
 @pytest.mark.usefixtures("compiled")

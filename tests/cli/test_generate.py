@@ -48,7 +48,7 @@ def test_a_rerun_of_a_finished_job_changes_nothing_and_says_so(ranks, job):
     before = job.output.read_bytes()
     again = job.run(ranks, "--temperature", 0)
     assert again.returncode == 0, again.stderr
-    assert "0 answered, 0 errors, 13 were there before" in again.stdout
+    assert "13 answered (0 in this run), 0 errors (0 in this run)\n" in again.stdout
     assert job.output.read_bytes() == before
 
 
@@ -79,10 +79,11 @@ def test_bad_rows_become_error_rows_and_status_1_also_in_a_rerun(ranks, tmp_path
     job = BatchJob(tmp_path, tiny_model, rows)
     with job.input.open("a") as file:
         file.write("{nonsense\n")
-    for said in ("1 answered, 4 errors", "0 answered, 0 errors, 5 were there before"):
+    for said in ("1 answered, 4 errors\n", "1 answered (0 in this run), 4 errors (0 in this run)"):
         ran = job.run(ranks)
         assert ran.returncode == 1, ran.stderr
         assert said in ran.stdout
+        assert "this run ends with status 1: all rows are done, and some are err" in ran.stderr
         assert "Traceback" not in ran.stderr
     lines = sorted(job.lines(), key=lambda line: line["id"])
     assert [line["id"] for line in lines] == [f"batch_req_{n}" for n in range(5)]
@@ -226,7 +227,7 @@ def test_names_that_are_not_utf8_are_names(tmp_path, tiny_model):
     job.input.write_text(json.dumps(completion("a", "once", 4)) + "\n")
     job.output, job.metrics = (job.input.with_name(os.fsdecode(b"\xfe" + n)) for n in (b"o", b"m"))
     seeing = [f"--prometheus={job.output}.prom", f"--trace={job.output}.json"]
-    for said in ("1 answered, 0 errors", "0 answered, 0 errors, 1 were there before"):
+    for said in ("1 answered, 0 errors\n", "1 answered (0 in this run), 0 errors (0 in this run)"):
         ran = job.run(0, "--error-file", f"{job.output}.errors", *seeing)
         assert ran.returncode == 0, ran.stderr
         assert said in ran.stdout
@@ -263,7 +264,10 @@ def test_metrics_agree_with_the_results(job):
     assert figures["counters"]["generated_tokens"] >= made  # and the stop tokens
     assert figures["counters"]["preemptions"] == 0
     assert figures["counters"]["blocks_lent"] == figures["counters"]["blocks_borrowed"] == 0
-    assert figures["output_tokens_per_second"] == pytest.approx(made / figures["seconds"], 0.02)
+    generated = figures["counters"]["generated_tokens"]
+    assert figures["output_tokens_per_second"] == pytest.approx(
+        generated / figures["seconds"], 0.02
+    )
     assert len(figures["peak_memory_bytes"]) == 1
     assert min(figures["peak_memory_bytes"]) > 10**7
     assert figures["latency_s"].keys() == figures["time_to_first_token_s"].keys()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -29,7 +30,29 @@ def job(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> BatchJob:
     seeing = ["--prometheus", folder / "run.prom", "--trace", folder / "trace.json"]
     ran = job.run(2, "--num-blocks", 20, "--temperature", 0, *map(str, seeing))
     assert ran.returncode == 1, ran.stderr
+    (folder / "log").write_text(ran.stderr + ran.stdout)
     return job
+
+
+def test_the_log_tells_when_what_happened_and_its_numbers_are_those_of_the_metrics(job, figures):
+    log = (job.input.parent / "log").read_text()
+    header, *lines = log.splitlines()
+    assert re.match(
+        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \w+  hpc-distkv \S+; 2 ranks on one node", header
+    )
+    summary = {line.split()[0]: line for line in lines if not re.match(r"\d\d-\d\d ", line)}
+    assert summary.keys() == {"rows", "time", "memory", "results"}
+    for said in (
+        "no row was done before",
+        "all 12 rows of the input are read",
+        "this run ends with status 1: all rows are done, and some are errors",
+    ):
+        assert sum(said in line for line in lines) == 1
+    counters = figures["counters"]
+    assert summary["rows"].endswith("11 answered, 1 errors")
+    assert f"{counters['blocks_borrowed']} rBlocks lent" in summary["memory"]
+    rate = float(summary["time"].split()[3])
+    assert rate == pytest.approx(counters["generated_tokens"] / figures["seconds"], rel=0.02)
 
 
 @pytest.fixture(scope="module")

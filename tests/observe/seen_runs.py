@@ -17,6 +17,7 @@ def snapshot(at: float, used: list[int], hosted: list[int], debts: list, **field
         "answered": int(at),
         "failed": 0,
         "before": 0,
+        "failed_before": 0,
         "left": 10.0,
         "estimated": True,
         "least_seconds": 0.0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,7 +26,7 @@ NOW = snapshot(
     0.0,
     [30, 20],
     [0, 4],
-    [(0, 1, 4)],
+    [(0, 1, 6)],
     answered=6,
     failed=1,
     left=7.0,
@@ -56,10 +57,12 @@ def test_counters_add_up_over_ranks():
 
 def test_the_summary_counts_output_tokens():
     record = RunRecord()
+    record._started -= 10
     record.add([Result(0, pack_tokens([1, 2, 3]), "stop", 0.5, 2.0)])
     record.add([Result(1, pack_tokens([4]), "length", 1.5, 4.0)])
     summary = record.summary([Counters(prompt_tokens=10, generated_tokens=5)], [123])
     assert summary["output_tokens"] == 4
+    assert summary["output_tokens_per_second"] == 0.5, "also of rows that go on"
     assert summary["time_to_first_token_s"]["mean"] == 1.0
     assert summary["latency_s"]["max"] == 4.0
     assert summary["peak_memory_bytes"] == [123]
@@ -87,12 +90,44 @@ def test_a_log_gets_one_plain_line_per_interval(monkeypatch):
     report.close()
     lines = stream.getvalue().splitlines()
     assert len(lines) == 50 // progress.LOG_INTERVAL
-    assert lines[0] == (
-        "[ 0:00:10]  50%  7 of ≈ 14 rows, 1 errors; 4 running, 3 waiting; "
+    stamp, _, said = lines[0].partition("  ")
+    assert re.fullmatch(r"\d\d-\d\d \d\d:\d\d:\d\d", stamp)
+    assert said == (
+        " 50%  7 of ≈ 14 rows, 1 errors; 4 requests running, 3 waiting; "
         "50 prompt + 5 output tokens/s; KV 25% used, 4 rBlocks lent; 0:00:10 left"
     )
     assert "0 prompt + 0 output" in lines[-1]  # rates are those of the last interval
     assert "\x1b" not in stream.getvalue()
+
+
+def test_the_lines_of_a_long_log_become_rare(monkeypatch):
+    now, at = [0.0], []
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    report = progress.ProgressReport(io.StringIO())
+    for second in range(12 * 3600):
+        now[0] = float(second)
+        if report.due:
+            at.append(second)
+            report.show(NOW)
+    gaps = np.diff(at)
+    assert (gaps[0], gaps[-1]) == (progress.LOG_INTERVAL, progress.LONGEST_LOG_INTERVAL)
+    assert (np.diff(gaps) >= 0).all()
+    assert len(at) < 1000
+
+
+def test_what_is_only_set_aside_is_not_lent():
+    """The log's number is one that the trace and the summary know: rBlocks with KV of others."""
+    now = NOW._replace(debts=[(0, 1, 96)], hosted=np.array([0, 5]))
+    stream = io.StringIO()
+    report = progress.ProgressReport(stream)
+    report._shown -= progress.LOG_INTERVAL
+    report.show(now)
+    assert ", 5 rBlocks lent" in stream.getvalue()
+
+
+def test_errors_of_earlier_runs_are_errors_of_the_job():
+    now = NOW._replace(failed=0, failed_before=3)
+    assert now.errors == 3
 
 
 def test_a_terminal_gets_a_bar(monkeypatch):
@@ -108,7 +143,7 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     report.close()
     assert "50%" in stream.getvalue()
     assert "7 of ≈ 14 rows" in stream.getvalue()
-    assert "4 running, 3 waiting" in stream.getvalue()
+    assert "4 requests running, 3 waiting" in stream.getvalue()
 
 
 def test_time_left_is_that_of_rows_like_those_that_ended():
@@ -173,7 +208,8 @@ def test_prometheus_reads_what_is_written(tmp_path):
     for name, values in (
         ("kv_blocks_used", (30, 20)),
         ("kv_blocks_lent_now", (0, 4)),
-        ("kv_blocks_owed_now", (4, 0)),
+        ("kv_blocks_set_aside_now", (0, 2)),
+        ("kv_blocks_owed_now", (6, 0)),
         ("generated_tokens_total", (30, 20)),
     ):
         for instance, value in enumerate(values):

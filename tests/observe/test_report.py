@@ -27,11 +27,12 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser")))
 NAMES = ["</script><b>row", "row & more", *(f"row {n}" for n in range(30))]
 
 
-def write_run(folder: Path, instances: int = 2) -> Path:
-    """Metrics and trace of a run on so many ranks."""
+def write_run(folder: Path, instances: int = 2, number: str = "", **about: object) -> Path:
+    """Metrics and trace of a run on so many ranks; `number`: in the names of its files."""
     rng = np.random.default_rng(4)
+    about = {"model": "models/Tiny-1B", **about}
     if instances == 2:
-        write_trace(folder / "trace.json", *two_ranks(), 0.0, {"model": "models/Tiny-1B"})
+        write_trace(folder / f"trace{number}.json", *two_ranks(), 0.0, about)
     else:
         timeline = [
             snapshot(
@@ -58,12 +59,14 @@ def write_run(folder: Path, instances: int = 2) -> Path:
         {"rank": n, "counters": {k: v for k, v in total([c]).items() if k != "gaps"}}
         for n, c in enumerate(counters)
     ]
-    requests = {"total": 33, "completed": 32, "failed": 1}
-    summary = record.summary(counters, [])
-    write_json(
-        folder / "metrics.json",
-        {"request_counts": requests, "job": {"model": "models/Tiny-1B"}, **summary, "ranks": ranks},
-    )
+    figures = {
+        "request_counts": {"total": 33, "completed": 32, "failed": 1},
+        "rows": {"answered": 32, "failed": 1},
+        "stopped": False,
+        "job": about,
+        "ranks": ranks,
+    }
+    write_json(folder / f"metrics{number}.json", figures | record.summary(counters, []))
     return folder
 
 

@@ -1,0 +1,70 @@
+"""Files that every run of a job writes anew, such as its metrics: earlier ones are kept."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator, Mapping
+from itertools import count
+from pathlib import Path
+from typing import IO, Any, cast
+
+from hpc_distkv.batch.replace import real_path, sync_folder
+
+SUFFIXES = (".json.gz", ".json")
+
+
+def keep_earlier(path: Path, about: Mapping[str, Any]) -> None:
+    """Make way for what a run writes to `path`. `about`: what the run is.
+
+    What an earlier run of the same job wrote there gets the next number, as metrics.1.json: so the
+    plain name is that of the last run, and the numbers are in the order of time. A run that starts
+    the job anew takes the place of all of them. What another job wrote is replaced. Raises OSError.
+    """
+    path = real_path(path)
+    if read_about(path).get("output") != about["output"]:
+        return
+    if about["resumed"]:
+        number = next(n for n in count(1) if not numbered(path, n).exists())
+        path.rename(numbered(path, number))
+        sync_folder(path.parent)
+        return
+    for old in _earlier(path):
+        if read_about(old).get("output") == about["output"]:
+            old.unlink()
+
+
+def numbered(path: Path, number: int) -> Path:
+    """metrics.json → metrics.1.json."""
+    suffix = next((s for s in SUFFIXES if path.name.endswith(s)), path.suffix)
+    return path.with_name(f"{path.name.removesuffix(suffix)}.{number}{suffix}")
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """What the run was that wrote a metrics file or a trace; nothing if that cannot be read."""
+    try:
+        with opened(path) as file:
+            first = file.readline()
+            if first.startswith('{"displayTimeUnit"'):  # The rest of a trace may be large.
+                content = json.loads(first.rstrip().removesuffix(",") + "}")
+                about = content["otherData"]
+            else:
+                about = json.loads(first + file.read())["job"]
+    except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def opened(path: Path) -> IO[str]:
+    """A file that may be compressed. Raises OSError."""
+    if path.suffix == ".gz":
+        return cast(IO[str], gzip.open(path, "rt"))
+    return path.open()
+
+
+def _earlier(path: Path) -> Iterator[Path]:
+    for number in count(1):
+        old = numbered(path, number)
+        if not old.exists():
+            return
+        yield old
