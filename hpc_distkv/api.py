@@ -217,7 +217,8 @@ class Engine:
         }
 
     def _open(self, files: Files, claims: Claims | None) -> Job:
-        limits = Limits(self.max_model_len, self.rank.capacity_tokens)
+        most = self.config.max_position
+        limits = Limits(self.max_model_len, self.rank.capacity_tokens, most)
         service = Service.from_dir(self.model, self.config, limits, self.defaults, self._tokenizer)
         fingerprint = job_fingerprint(
             self.config.fingerprint, model_names(self.model)[0], self.defaults, files.shard

@@ -9,10 +9,10 @@ from typing import Any
 
 from hpc_distkv.model.errors import ModelError
 from hpc_distkv.model.family import COMMON_REQUIRED, FAMILIES, Family
-from hpc_distkv.model.files import fingerprint, read_json, weight_files
+from hpc_distkv.model.files import fingerprint, read_json, read_optional_json, weight_files
 from hpc_distkv.model.generation import GenerationDefaults
 from hpc_distkv.model.rope import Rope
-from hpc_distkv.model.settings import Settings
+from hpc_distkv.model.settings import MOST_WHOLE, Settings
 from hpc_distkv.model.windows import read_windows
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -40,6 +40,7 @@ class ModelConfig:
     head_dim: int
     vocab_size: int
     max_position: int
+    """Tokens that the model is made for, its positions stretched as config.json says."""
     norm_eps: float = 1e-6
     activation: str = "silu"
     """One of the values of `ACTIVATIONS`."""
@@ -87,9 +88,7 @@ class ModelConfig:
             )
         raw = read_json(folder / "config.json")
         weights = [] if weightless else weight_files(folder)
-        generation = {}
-        if (folder / "generation_config.json").is_file():
-            generation = read_json(folder / "generation_config.json")
+        generation = read_optional_json(folder / "generation_config.json")
         return _parse(raw, generation, str(folder / "config.json"), fingerprint(raw, weights))
 
     def kv_bytes_per_token(self, dtype: str | None = None) -> int:
@@ -105,10 +104,10 @@ class ModelConfig:
     def longest(self, asked: int | None = None) -> int:
         """Tokens that a request may have at most: those `asked` for, or as many as the model is
         made for. Raises ModelError for more than its positions reach."""
-        reach = self.rope.reach(self.max_position)
-        if asked is not None and asked > reach:
+        if asked is not None and asked > self.max_position:
             raise ModelError(
-                f"--max-model-len {asked}: by its config.json the model is made for {reach} tokens"
+                f"--max-model-len {asked}: by its config.json the model is made for "
+                f"{self.max_position} tokens"
             )
         return asked or self.max_position
 
@@ -157,9 +156,9 @@ def _parse(
     for key, allowed in {**COMMON_REQUIRED, **family.required}.items():
         read.require(key, allowed)
     layers, hidden = read.whole("num_hidden_layers"), read.whole("hidden_size")
-    max_position = read.whole("max_position_embeddings")
     heads, kv_heads, head_dim = _heads(read, hidden)
     rope, local_rope = _ropes(read, family, head_dim)
+    max_position = _max_position(read, rope, local_rope)
     return ModelConfig(
         family=family,
         num_layers=layers,
@@ -220,6 +219,15 @@ def _ropes(read: Settings, family: Family, head_dim: int) -> tuple[Rope, Rope | 
     if head_dim % 2:
         raise read.error("head_dim", f"must be even for rotary embedding, not {head_dim}")
     return Rope.of_layers(read, family.local_rope, family.partial_rotary)
+
+
+def _max_position(read: Settings, rope: Rope, local_rope: Rope | None) -> int:
+    """As vLLM counts it: what Gemma 3 says is stretched already."""
+    stated = read.whole("max_position_embeddings")
+    reach = stated if local_rope else rope.reach(stated)
+    if reach > MOST_WHOLE:
+        raise read.error("max_position_embeddings", f"is stretched to {reach} tokens")
+    return reach
 
 
 def _intermediate_size(read: Settings, family: Family, hidden: int) -> int:

@@ -37,8 +37,11 @@ class Rope:
     """Part of each head that turns, its first dimensions."""
 
     def reach(self, max_position: int) -> int:
-        """Tokens for which a model is made whose config.json says `max_position`. Where positions
-        are stretched that may be the length before or behind the stretch: the larger one counts."""
+        """Tokens for which a model is made whose config.json says `max_position`: the stretched
+        length. With yarn and llama3 `max_position` may be that already.
+
+        Source: vLLM's rule for --max-model-len, except that yarn never makes it shorter.
+        """
         if self.type in ("linear", "dynamic"):
             return int(max_position * self.factor)
         if self.type == "yarn":
