@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from hpc_distkv.model.errors import ModelError
 from hpc_distkv.model.family import COMMON_REQUIRED, FAMILIES, Family
-from hpc_distkv.model.files import fingerprint, read_json, read_optional_json, weight_files
+from hpc_distkv.model.files import fingerprint, read_config, read_optional_json, weight_files
 from hpc_distkv.model.generation import GenerationDefaults
 from hpc_distkv.model.rope import Rope
 from hpc_distkv.model.settings import MOST_WHOLE, Settings
@@ -81,12 +82,12 @@ class ModelConfig:
         architecture or a setting that this decoder would compute wrongly.
         """
         folder = Path(path)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise ModelError(
                 f"{folder} is no directory: --model takes a local model directory "
                 "(config.json, *.safetensors, tokenizer.json)"
             )
-        raw = read_json(folder / "config.json")
+        raw = read_config(folder)
         weights = [] if weightless else weight_files(folder)
         generation = read_optional_json(folder / "generation_config.json")
         return _parse(raw, generation, str(folder / "config.json"), fingerprint(raw, weights))

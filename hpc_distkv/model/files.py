@@ -71,6 +71,24 @@ def read_optional_json(path: Path) -> dict[str, Any]:
     return read_json(path) if has_file(path) else {}
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a model directory. Raises ModelError, also for the directories that are
+    often taken for one."""
+    file = folder / "config.json"
+    if not has_file(file):
+        if has_file(folder / "adapter_config.json"):
+            raise ModelError(
+                f"{folder} is an adapter (adapter_config.json), no model: merge it into its base "
+                "model (peft: merge_and_unload().save_pretrained(NEW_DIR))"
+            )
+        if os.path.isdir(folder / "snapshots"):
+            raise ModelError(
+                f"{folder} is an entry of the hub's cache: give the directory of one revision, "
+                f"{folder}/snapshots/…"
+            )
+    return read_json(file)
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model directory, sorted; ModelError if it has none.
 
