@@ -107,11 +107,11 @@ class Service:
             model_names=model_names(path),
             limits=limits,
             defaults=defaults,
-            eos_ids=_ends(config, tokenizer),
+            eos_ids=end_ids(config, tokenizer),
         )
 
 
-def _ends(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+def end_ids(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Tokens that end an answer, by any file of the model, as in vLLM: of a model that was tuned to
     chat often the tokenizer's alone is up to date."""
     named = (*config.eos_token_ids, tokenizer.eos_token_id)

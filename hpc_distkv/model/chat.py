@@ -14,6 +14,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from hpc_distkv.model.errors import ModelError
+from hpc_distkv.model.files import has_file, read_text
+from hpc_distkv.model.special_tokens import CONFIG
 from hpc_distkv.model.tokenizer import Tokenizer
 
 
@@ -32,7 +34,7 @@ class ChatTemplate:
         """
         self._tokenizer = tokenizer
         self._where = str(path)
-        source = _find_template(Path(path), tokenizer.settings)
+        source = find_template(Path(path), tokenizer.settings)
         try:
             self._template = None if source is None else _environment().from_string(source)
         except TemplateError as error:
@@ -110,23 +112,22 @@ def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-def _find_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, else the entry of tokenizer_config.json: a string or a named list."""
+def find_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """The source of a model directory's chat template: chat_template.jinja, else the entry of
+    tokenizer_config.json, a string or a named list. None if there is none. Raises ModelError."""
     file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ModelError(f"{file} cannot be read: {error}") from error
-    template = settings.get("chat_template")
+    if has_file(file):
+        return read_text(file)
+    template, where = settings.get("chat_template"), folder / CONFIG
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template}
+        entries = [entry for entry in template if isinstance(entry, Mapping)]
+        named = {str(entry.get("name")): entry.get("template") for entry in entries}
         template = named.get("default")
         if template is None:
             raise ModelError(
-                f"{folder / 'tokenizer_config.json'} has the chat templates {sorted(named)}, "
+                f"{where} has the chat templates {sorted(named)}, "
                 "but none named 'default': put the right one into chat_template.jinja"
             )
     if template is not None and not isinstance(template, str):
-        raise ModelError(f"{folder / 'tokenizer_config.json'}: chat_template must be text")
+        raise ModelError(f"{where}: chat_template must be text")
     return template

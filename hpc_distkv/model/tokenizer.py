@@ -58,6 +58,15 @@ class Tokenizer:
         end = self.special_tokens.get("eos_token")
         self.eos_token_id: int | None = None if end is None else self._fast.token_to_id(end)
 
+    @property
+    def special(self) -> list[tuple[Any, ...]]:
+        """All that is no text of the vocabulary: names of tokens; and of added tokens ids, texts,
+        and how they are found."""
+        added = self._fast.get_added_tokens_decoder()
+        flags = ("content", "special", "normalized", "lstrip", "rstrip", "single_word")
+        found = [(id, *(getattr(token, flag) for flag in flags)) for id, token in added.items()]
+        return [*sorted(self.special_tokens.items()), *sorted(found)]
+
     def _check_vocabulary(self, file: Path, size: int) -> None:
         """Refuse another model's tokenizer. A smaller vocabulary is that of a model whose own is
         padded, and tokens that were added to it may lie beyond and are never used."""
