@@ -17,6 +17,13 @@ from hpc_distkv.model.settings import MOST_WHOLE, Settings
 from hpc_distkv.model.windows import read_windows
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+MOST_LAYERS = 4096
+MOST_EXPERTS = 1 << 18
+"""Of all layers."""
+MOST_HEADS = 1 << 14
+MOST_WIDE = 1 << 24
+"""No model is larger than these, of heads in number and width, and of hidden size, vocabulary and
+MLP: what says so is damaged."""
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -156,10 +163,12 @@ def _parse(
     read = Settings(raw, where, family.defaults, aliases)
     for key, allowed in {**COMMON_REQUIRED, **family.required}.items():
         read.require(key, allowed)
-    layers, hidden = read.whole("num_hidden_layers"), read.whole("hidden_size")
+    layers = read.whole("num_hidden_layers", most=MOST_LAYERS)
+    hidden = read.whole("hidden_size", most=MOST_WIDE)
     heads, kv_heads, head_dim = _heads(read, hidden)
     rope, local_rope = _ropes(read, family, head_dim)
     max_position = _max_position(read, rope, local_rope)
+    experts = read.whole("num_experts", most=MOST_EXPERTS // layers) if family.experts else 0
     return ModelConfig(
         family=family,
         num_layers=layers,
@@ -168,7 +177,7 @@ def _parse(
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        vocab_size=read.whole("vocab_size"),
+        vocab_size=read.whole("vocab_size", most=MOST_WIDE),
         max_position=max_position,
         norm_eps=read.positive("norm_eps", 1e-6),
         activation=ACTIVATIONS[read.choice("hidden_act", ACTIVATIONS, "silu")],
@@ -182,8 +191,8 @@ def _parse(
         qkv_bias="qkv" in family.biases or read.flag("attention_bias"),
         out_bias="out" in family.biases or read.flag("attention_bias"),
         mlp_bias="mlp" in family.biases or read.flag("mlp_bias"),
-        num_experts=read.whole("num_experts") if family.experts else 0,
-        experts_per_token=_experts_per_token(read) if family.experts else 0,
+        num_experts=experts,
+        experts_per_token=_experts_per_token(read, experts) if experts else 0,
         normalise_experts=read.flag("norm_topk_prob"),
         tie_embeddings=read.flag("tie_word_embeddings"),
         dtype=read.choice("dtype" if raw.get("dtype") else "torch_dtype", DTYPE_BYTES, "float32"),
@@ -206,12 +215,13 @@ def _family(raw: Mapping[str, Any], where: str) -> Family:
 
 def _heads(read: Settings, hidden: int) -> tuple[int, int, int]:
     """Query heads, KV heads, and their dimension."""
-    heads = read.whole("num_attention_heads")
-    kv_heads = read.whole("num_key_value_heads", heads)
+    heads = read.whole("num_attention_heads", most=MOST_HEADS)
+    kv_heads = read.whole("num_key_value_heads", heads, most=MOST_HEADS)
     if heads % kv_heads:
         few = read.name("num_key_value_heads")
         raise read.error("num_attention_heads", f"{heads} is no multiple of {few} {kv_heads}")
-    return heads, kv_heads, read.whole("head_dim", None if hidden % heads else hidden // heads)
+    head_dim = None if hidden % heads else hidden // heads
+    return heads, kv_heads, read.whole("head_dim", head_dim, most=MOST_HEADS)
 
 
 def _ropes(read: Settings, family: Family, head_dim: int) -> tuple[Rope, Rope | None]:
@@ -233,8 +243,9 @@ def _max_position(read: Settings, rope: Rope, local_rope: Rope | None) -> int:
 
 def _intermediate_size(read: Settings, family: Family, hidden: int) -> int:
     if family.experts:
-        return read.whole("moe_intermediate_size")
-    return read.whole("intermediate_size", None if family.gated else 4 * hidden)
+        return read.whole("moe_intermediate_size", most=MOST_WIDE)
+    wide = None if family.gated else 4 * hidden
+    return read.whole("intermediate_size", wide, most=4 * MOST_WIDE)
 
 
 def _query_scalar(read: Settings) -> float | None:
@@ -243,8 +254,8 @@ def _query_scalar(read: Settings) -> float | None:
     return read.optional("query_pre_attn_scalar")
 
 
-def _experts_per_token(read: Settings) -> int:
-    chosen, experts = read.whole("num_experts_per_tok"), read.whole("num_experts")
+def _experts_per_token(read: Settings, experts: int) -> int:
+    chosen = read.whole("num_experts_per_tok")
     if chosen > experts:
         raise read.error("num_experts_per_tok", f"must be at most num_experts {experts}")
     return chosen

@@ -22,10 +22,12 @@ class ModelError(UserError):
 def printable(text: str) -> str:
     """`text` as one line that can be shown and encoded: white space is a blank, and what is no
     printable character is escaped. Of a long one the middle is left out."""
+    return _cut("".join(c if c.isprintable() else _escaped(c) for c in _cut(text)))
+
+
+def _cut(text: str) -> str:
     half = LONGEST_MESSAGE // 2
-    if len(text) > LONGEST_MESSAGE:
-        text = f"{text[:half]} … {text[-half:]}"
-    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[:half]} … {text[-half:]}"
 
 
 def _escaped(character: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hpc_distkv.model.errors import ModelError
-from hpc_distkv.model.settings import Settings
+from hpc_distkv.model.settings import MOST_WHOLE, Settings
 from hpc_distkv.model.windows import FULL, SLIDING
 
 
@@ -121,7 +121,10 @@ class _Section(Settings):
 
     @property
     def original(self) -> int:
-        return int(self.positive(_ORIGINAL, self.most))
+        value = self.positive(_ORIGINAL, self.most)
+        if not 1 <= value <= MOST_WHOLE:
+            raise self.error(_ORIGINAL, f"must be a number of tokens, not {value!r}")
+        return int(value)
 
 
 def _default(rope: Rope, read: _Section) -> Rope:
@@ -153,6 +156,8 @@ def _llama3(rope: Rope, read: _Section) -> Rope:
 def _yarn(rope: Rope, read: _Section) -> Rope:
     # Only null means the ratio: without the key transformers refuses the section.
     factor = read.positive("factor", read.most / read.original if "factor" in read else None)
+    if rope.theta <= 1:
+        raise read.error("rope_theta", f"must be above 1, not {rope.theta}")
     grown = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
     return replace(
         rope,

@@ -8,8 +8,8 @@ from typing import Any
 from hpc_distkv.model.errors import ModelError
 
 MOST_WHOLE = 2**31 - 1
-MOST_NUMBER = 1e30
-"""No setting of a model is larger, and what is computed from it stays a number."""
+LEAST_NUMBER, MOST_NUMBER = 1e-30, 1e30
+"""No setting of a model is beyond, and what is computed from it stays a number."""
 
 
 class Settings:
@@ -78,7 +78,7 @@ class Settings:
         """A number above 0."""
         value = self.get(key, default)
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not 0 < value <= MOST_NUMBER:
+        if not number or not LEAST_NUMBER <= value <= MOST_NUMBER:
             raise self.error(key, f"must be a positive number, not {value!r}")
         return float(value)
 
