@@ -18,7 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from hpc_distkv.model.errors import ModelError, TooLongError
 
 SECONDS = 10.0
-"""That a template may take for one prompt."""
+"""Of the processor's time that a template may take for one prompt."""
 LONGEST = 64 << 20
 """Characters of any text that it makes, and elements of any list."""
 _MOST_BITS = 1 << 16
@@ -58,7 +58,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     @contextmanager
     def limited(self) -> Iterator[None]:
         """Let templates take `SECONDS` from now on, and then raise EndlessTemplateError."""
-        self._deadline = time.monotonic() + SECONDS
+        self._deadline = time.thread_time() + SECONDS
         try:
             yield
         finally:
@@ -66,7 +66,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def tick(self) -> bool:
         """True. Raises EndlessTemplateError if the time is over."""
-        if time.monotonic() > self._deadline:
+        if time.thread_time() > self._deadline:
             raise EndlessTemplateError(f"it did not come to an end in {SECONDS:g} s")
         return True
 
@@ -84,10 +84,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self.concat(map(str, parts))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-        """A call, of a macro too, as all that templates contain."""
+        """Calls of all kinds, of macros too."""
         __self.tick()
-        if __obj == __self.tick:
-            return True
         method = getattr(__obj, "__wrapped__", __obj)  # as the sandbox wraps str.format
         if isinstance(text := getattr(method, "__self__", None), str):
             _check_method(method.__name__, text, (*args, *kwargs.values()))
@@ -95,6 +93,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """An operation whose result may be large."""
+        if operator == "+" and isinstance(left, str) and isinstance(right, str):
+            _check_size(len(left) + len(right))
+            return left + right
         _check_operation(operator, left, right)
         return super().call_binop(context, operator, left, right)
 
@@ -113,6 +114,20 @@ class _Ticking(CodeGenerator):
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802
         """Through the environment."""
         self.visit(_call("joined", node.nodes, node.lineno), frame)
+
+    def visit_Call(  # noqa: N802
+        self, node: nodes.Call, frame: Frame, forward_caller: bool = False
+    ) -> None:
+        """Calls of the environment itself are those above, and need no sandbox."""
+        if not isinstance(node.node, nodes.EnvironmentAttribute):
+            super().visit_Call(node, frame, forward_caller=forward_caller)
+            return
+        self.visit(node.node, frame)
+        self.write("(")
+        for argument in node.args:
+            self.visit(argument, frame)
+            self.write(", ")
+        self.write(")")
 
 
 Sandbox.code_generator_class = _Ticking
@@ -146,8 +161,8 @@ def _check_sizes(values: Iterable[Any]) -> None:
             _check_size(value)
 
 
-def _check_format(text: Any) -> None:
-    if isinstance(text, str) and _WIDTH.search(text):
+def _check_format(text: str) -> None:
+    if _WIDTH.search(text):
         raise TooLongError("the chat template makes a field of millions of characters")
 
 
@@ -161,8 +176,9 @@ def _check_method(name: str, text: str, values: Iterable[Any]) -> None:
 
 def _check_operation(operator: str, left: Any, right: Any) -> None:
     if operator == "%":
-        _check_format(left)
-        _check_sizes(right if isinstance(right, tuple) else (right,))
+        if isinstance(left, str):
+            _check_format(left)
+            _check_sizes(right if isinstance(right, tuple) else (right,))
     elif isinstance(left, int) and isinstance(right, int):
         left_bits, right_bits = left.bit_length(), right.bit_length()
         bits = {"+": 1, "*": left_bits + right_bits, "**": left_bits * max(right, 1)}[operator]

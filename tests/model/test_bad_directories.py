@@ -22,7 +22,7 @@ from hpc_distkv.model.tokenizer import Tokenizer
 from hpc_distkv.model.weights import load_decoder, random_decoder
 
 SECONDS = 2.0
-"""In which a directory is loaded or refused. A single one takes a few milliseconds."""
+"""Of the processor's time for a directory. A sound one takes a few hundredths."""
 CONFIG, GENERATION, WEIGHTS = "config.json", "generation_config.json", "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER, SETTINGS, JINJA = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
@@ -235,7 +235,7 @@ def test_a_damaged_directory_is_refused_in_one_line_or_loads(
 ) -> None:
     monkeypatch.setattr(template_sandbox, "SECONDS", 0.1)
     damage(model)
-    began = time.monotonic()
+    began = time.process_time()
     try:
         use(model)
     except ModelError as error:
@@ -243,7 +243,7 @@ def test_a_damaged_directory_is_refused_in_one_line_or_loads(
         message.encode()
         assert message.isprintable()
         assert 20 < len(message) < 1200
-    assert time.monotonic() - began < SECONDS
+    assert time.process_time() - began < SECONDS
 
 
 def test_a_sound_directory_loads(model: Path) -> None:
