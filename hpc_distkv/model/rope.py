@@ -178,7 +178,10 @@ _TYPES: dict[str, tuple[Callable[[Rope, _Section], Rope], tuple[str, ...]]] = {
     "dynamic": (_dynamic, ("factor", _ORIGINAL)),
     "yarn": (
         _yarn,
-        ("factor", _ORIGINAL, "beta_fast", "beta_slow", "attention_factor", "truncate"),
+        (
+            *("factor", _ORIGINAL, "beta_fast", "beta_slow", "attention_factor", "truncate"),
+            "finetuned",  # says how the model was made, and changes nothing
+        ),
     ),
     "llama3": (_llama3, ("factor", _ORIGINAL, "low_freq_factor", "high_freq_factor")),
 }

@@ -139,7 +139,7 @@ LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, 8192),
         (yarn(), 16384),
         (yarn(**{ORIGINAL: 4096}), 16384),
-        (yarn(**{ORIGINAL: 1024}), 4096),
+        (yarn(**{ORIGINAL: 1024}, finetuned=True), 4096),
         ({"max_position_embeddings": 40960, **yarn(**{ORIGINAL: 32768})}, 131072),  # Qwen3
         ({"rope_scaling": {**LLAMA3, "factor": 8.0, ORIGINAL: 512}}, 4096),
     ],
