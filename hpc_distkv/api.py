@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +25,7 @@ from hpc_distkv.batch.errors import InputError
 from hpc_distkv.batch.files import Claims, Files
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.job import Job, job_fingerprint
-from hpc_distkv.batch.service import Limits, SamplingDefaults, Service, model_names
+from hpc_distkv.batch.service import Limits, SamplingDefaults, Service, end_ids, model_names
 from hpc_distkv.comm.abort import aborting, failing
 from hpc_distkv.comm.mpi import open_mpi
 from hpc_distkv.comm.together import concluded, together
@@ -38,6 +39,7 @@ from hpc_distkv.engine.rank import joined
 from hpc_distkv.engine.worker import Worker
 from hpc_distkv.errors import FaultError, UserError
 from hpc_distkv.model.config import ModelConfig
+from hpc_distkv.model.fingerprint import model_fingerprint
 from hpc_distkv.model.tokenizer import Tokenizer
 from hpc_distkv.observe.earlier import keep_earlier
 from hpc_distkv.observe.leader import JobLeader
@@ -91,6 +93,7 @@ class Engine:
         self, settings: EngineOptions, sampling: Mapping[str, Any], max_model_len: int | None
     ) -> None:
         model = self.model
+        self._weightless = settings.dummy
         self.config = self._together(lambda: ModelConfig.from_dir(model, settings.dummy))
         self.defaults = self._together(lambda: self._sampling(sampling))
         self.max_model_len = self._together(lambda: self.config.longest(max_model_len))
@@ -244,20 +247,36 @@ class Engine:
         }
 
     def _open(self, files: Files, claims: Claims | None) -> Job:
-        limits = Limits(self.max_model_len, self.rank.capacity_tokens)
+        most = self.config.max_position
+        limits = Limits(self.max_model_len, self.rank.capacity_tokens, most)
         service = Service.from_dir(self.model, self.config, limits, self.defaults, self._tokenizer)
-        fingerprint = job_fingerprint(
-            self.config.fingerprint, model_names(self.model)[0], self.defaults, files.shard
-        )
         claims = claims or files.claim()
-
         try:
             intake = Intake(files.input, files.shard)
+            fingerprint = job_fingerprint(
+                self._fingerprint,
+                model_names(self.model)[0],
+                self.defaults,
+                files.shard,
+                self.config.fingerprint,
+            )
             results, errors = files.open(claims, fingerprint)
             return Job(intake, results, service, errors)
         except BaseException:
             claims.release()
             raise
+
+    @cached_property
+    def _fingerprint(self) -> dict[str, Any]:
+        """Of the model, for results to know it by. Raises ModelError."""
+        return model_fingerprint(
+            self.model,
+            self.config,
+            self._tokenizer,
+            end_ids(self.config, self._tokenizer),
+            self.rank.dtype,
+            self._weightless,
+        )
 
     def _together(self, prepare: Callable[[], T]) -> T:
         return together(self.comm, prepare)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import errno
 import json
 import math
+import shutil
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from batch_job import completion
+from safetensors.torch import load_file, save_file
 
 from hpc_distkv import Engine, EngineOptions
 from hpc_distkv.batch import job, journal
@@ -27,6 +30,7 @@ from hpc_distkv.comm.nccl import NcclError
 from hpc_distkv.comm.together import RankError, SetupError
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.comm.waiter import StallClock
+from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.observe.progress import ProgressReport
 
 RANKS = 2
@@ -256,6 +260,40 @@ def test_settings_that_cannot_be_are_refused_before_weights_are_read(
             Engine(tiny_model, OPTIONS, comm=comm, **arguments)
 
     run_local(open_local(RANKS), work)
+
+
+def rerun(model: Path, files: Files, options: EngineOptions = OPTIONS) -> dict[str, Any]:
+    """The figures of a run that resumes."""
+
+    def work(comm: Comm) -> dict[str, Any] | None:
+        return Engine(model, options, comm=comm).run(files)
+
+    figures = run_local(open_local(1), work)[0]
+    assert figures is not None
+    return figures
+
+
+def test_results_are_resumed_with_the_model_that_they_are_of_and_no_other(
+    tiny_model: Path, tmp_path: Path
+):
+    files = Files(tmp_path / "in", tmp_path / "out")
+    files.input.write_text(json.dumps(completion("a", [5, 6], 2)) + "\n")
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    assert rerun(model, files)["rows"]["answered"] == 1
+    meta = json.loads((tmp_path / "out.meta.json").read_text())
+    (tmp_path / "out.meta.json").write_text(  # as the version before wrote it
+        json.dumps(meta | {"model": ModelConfig.from_dir(model).fingerprint})
+    )
+    moved = model.rename(tmp_path / "moved")
+    assert rerun(moved, files)["rows"]["answered_before"] == 1
+    assert json.loads((tmp_path / "out.meta.json").read_text())["model"] == meta["model"]
+    with pytest.raises(SetupError, match=r'--dtype was "float32", now "bfloat16"'):
+        rerun(moved, files, replace(OPTIONS, dtype="bfloat16"))
+    weights = load_file(moved / "model.safetensors")
+    weights["model.norm.weight"] *= 1.01
+    save_file(weights, moved / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SetupError, match="job: the content of the weights is another"):
+        rerun(moved, files)
 
 
 def test_a_fault_while_the_model_loads_ends_the_job_with_a_sentence(

@@ -10,18 +10,12 @@ from pathlib import Path
 
 from hpc_distkv.batch.answered import DUPLICATE, Answered
 from hpc_distkv.batch.errors import InputError, RowError
+from hpc_distkv.batch.not_jsonl import BOM, problem_of
 from hpc_distkv.batch.schema import Envelope, read_envelope
 from hpc_distkv.batch.shard import Shard
 
 LONGEST_LINE = 256 << 20
 """Bytes. A longer line is an error row, and is not read into memory."""
-_BOM = b"\xef\xbb\xbf"
-OTHER_FILES = {
-    b"\x1f\x8b": "is compressed: unpack it (gunzip)",
-    b"\xff\xfe": "is not in UTF-8: convert it (iconv -f UTF-16 -t UTF-8)",
-    b"\xfe\xff": "is not in UTF-8: convert it (iconv -f UTF-16 -t UTF-8)",
-}
-"""First bytes of what is no JSONL, and what to do with it."""
 
 
 class Intake:
@@ -44,7 +38,7 @@ class Intake:
         if not stat.S_ISREG(state.st_mode):
             self._file.close()
             raise InputError(f"cannot read {path}: it is not a regular file, so it cannot resume.")
-        if problem := OTHER_FILES.get(os.pread(self._file.fileno(), 2, 0)):
+        if problem := self._other_file():
             self._file.close()
             raise InputError(f"cannot read {path}: it {problem}.")
         self.size = state.st_size
@@ -124,13 +118,19 @@ class Intake:
                 whole = None
                 line = self._readline()
             if whole is not None and number == 0:
-                whole = whole.removeprefix(_BOM)
+                whole = whole.removeprefix(BOM)
             if whole and _ends_within(whole):
                 self.torn = number
                 return
             if whole is None or (whole and not whole.isspace()):
                 yield number, whole
             number += 1
+
+    def _other_file(self) -> str | None:
+        try:
+            return problem_of(self._file.fileno())
+        except OSError as error:
+            return f"cannot be read ({error.strerror})"
 
     def _readline(self) -> bytes:
         try:

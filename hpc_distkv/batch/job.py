@@ -15,6 +15,7 @@ from hpc_distkv.batch.choice import read_choice
 from hpc_distkv.batch.errors import RowError
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.journal import Journal
+from hpc_distkv.batch.meta import FORMER, MODEL, SERVED
 from hpc_distkv.batch.order import InputOrder
 from hpc_distkv.batch.pauses import with_pauses
 from hpc_distkv.batch.remarks import remarks
@@ -78,15 +79,18 @@ class Written(NamedTuple):
 
 
 def job_fingerprint(
-    model_fingerprint: str,
+    model: Any,
     served_model: str,
     defaults: SamplingDefaults,
     shard: Shard | None = None,
+    former: str | None = None,
 ) -> dict[str, Any]:
-    """What must not change between a run and its rerun, for `Opening.look`."""
+    """What must not change between a run and its rerun, for `Opening.look`: `model` as JSON values,
+    and as versions wrote it that knew less of it (`former`). The name may change."""
     return {
-        "model": model_fingerprint,
-        "served_model": served_model,
+        MODEL: model,
+        **({FORMER: former} if former else {}),
+        SERVED: served_model,
         "defaults": msgspec.to_builtins(defaults),
         **({SHARD: str(shard)} if shard else {}),
     }

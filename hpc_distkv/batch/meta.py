@@ -23,8 +23,24 @@ ERRORS = "errors"
 """Where it says which file the error rows are in, if they are in another one."""
 DROPPED = "dropped_by"
 """Where it says which Slurm job was the last to drop what the file held, or its error rows."""
-FREE = {INPUT, ERRORS, DROPPED}
+MODEL = "model"
+"""Where it says what of the model decides tokens."""
+FORMER = "model_fingerprint"
+"""Where it says what versions wrote under `MODEL` that knew no more than a hash of config.json and
+of the sizes of weights."""
+SERVED = "served_model"
+"""Where it says how the model is called."""
+FREE = {INPUT, ERRORS, DROPPED, FORMER, SERVED}
 """What a rerun may change."""
+_DIFFER = {
+    f"{MODEL}.tokenizer": "tokenizer.json",
+    f"{MODEL}.special_tokens": "what is beside tokenizer.json about special tokens",
+    f"{MODEL}.chat_template": "the chat template",
+    f"{MODEL}.weights": "the content of the weights",
+}
+"""What is known by a hash."""
+_CALLED = {f"{MODEL}.dtype": "--dtype", f"{MODEL}.eos_token_ids": "eos_token_id"}
+"""Other things that have a name of their own."""
 
 _RESTART = "Use --overwrite to start again, or another output."
 
@@ -108,12 +124,21 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 def differences(path: Path, wanted: Mapping[str, Any]) -> list[str]:
     """How the job that wrote the results differs from the one that is wanted."""
-    old, new = _flat(read_meta(path)), _flat(wanted)
+    before = read_meta(path)
+    if FORMER in wanted and not isinstance(before.get(MODEL), dict):
+        wanted = {**wanted, MODEL: wanted[FORMER]}
+    old, new = _flat(before), _flat(wanted)
     return [
-        f"{name} was {old.get(name, 'absent')}, now {new.get(name, 'absent')}"
+        _difference(name, old.get(name, "absent"), new.get(name, "absent"))
         for name in sorted((old.keys() | new.keys()) - FREE)
         if old.get(name) != new.get(name)
     ]
+
+
+def _difference(name: str, old: str, new: str) -> str:
+    if name in _DIFFER:
+        return f"{_DIFFER[name]} is another"
+    return f"{_CALLED.get(name, name)} was {old}, now {new}"
 
 
 def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -38,6 +38,8 @@ class Limits:
     max_model_len: int
     capacity_tokens: int | None = None
     """KV cache of the whole cluster; None: not known."""
+    model_tokens: int | None = None
+    """What the model is made for, of which `max_model_len` may be less; None: not known."""
 
     @property
     def tokens(self) -> int:
@@ -47,7 +49,9 @@ class Limits:
         return min(self.max_model_len, self.capacity_tokens + 1)
 
     def __str__(self) -> str:
-        text = f"the model takes at most {self.max_model_len} tokens"
+        text = f"the model takes at most {self.max_model_len} tokens (--max-model-len)"
+        if self.model_tokens is not None and self.model_tokens > self.max_model_len:
+            text = f"--max-model-len is {self.max_model_len} (the model takes {self.model_tokens})"
         if self.capacity_tokens is not None:
             text += f" and the cluster's KV cache holds {self.capacity_tokens}"
         return text
@@ -96,9 +100,6 @@ class Service:
         """Tokenizer, read unless it is given, and chat template of a model directory. Raises
         ModelError."""
         tokenizer = tokenizer or Tokenizer(path, config.vocab_size)
-        eos = config.eos_token_ids
-        if not eos and tokenizer.eos_token_id is not None:
-            eos = (tokenizer.eos_token_id,)
         return cls(
             tokenizer=tokenizer,
             chat=ChatTemplate(path, tokenizer),
@@ -106,8 +107,15 @@ class Service:
             model_names=model_names(path),
             limits=limits,
             defaults=defaults,
-            eos_ids=eos,
+            eos_ids=end_ids(config, tokenizer),
         )
+
+
+def end_ids(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Tokens that end an answer, by any file of the model, as in vLLM: of a model that was tuned to
+    chat often the tokenizer's alone is up to date."""
+    named = (*config.eos_token_ids, tokenizer.eos_token_id)
+    return tuple(dict.fromkeys(id for id in named if id is not None and id < config.vocab_size))
 
 
 def model_names(path: str | Path) -> tuple[str, ...]:

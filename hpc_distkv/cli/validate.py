@@ -224,6 +224,7 @@ def command(
     limits = Limits(
         max_model_len=config.longest(max_model_len),
         capacity_tokens=None if pool.tokens is None else pool.tokens * shape.instances + beside,
+        model_tokens=config.max_position,
     )
     defaults = SamplingDefaults(max_tokens=max_tokens)
     service = Service.from_dir(model, config, limits, defaults)

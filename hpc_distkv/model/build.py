@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder, Layer
+from hpc_distkv.model.errors import ModelError
 from hpc_distkv.model.experts import Experts, grouped
 from hpc_distkv.model.linear import Linear
 from hpc_distkv.model.mlp import Mlp
@@ -19,7 +20,15 @@ def empty_decoder(
 ) -> Decoder:
     """The shard of the decoder that `config` describes, its weights of `dtype` on `device`. Raises
     ModelError if the model cannot be cut so."""
-    return _Builder(shard.config(config), dtype, device, shard).decoder()
+    try:
+        return _Builder(shard.config(config), dtype, device, shard).decoder()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # so torch calls it on CPUs
+        raise ModelError(
+            "the weights that config.json describes cannot be given memory: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
 
 
 class _Builder:

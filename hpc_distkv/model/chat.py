@@ -8,13 +8,18 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from hpc_distkv.model.errors import ModelError
+from hpc_distkv.model.errors import ModelError, TooLongError
+from hpc_distkv.model.files import has_file, read_text
+from hpc_distkv.model.special_tokens import CONFIG
+from hpc_distkv.model.template_sandbox import EndlessTemplateError, Sandbox
 from hpc_distkv.model.tokenizer import Tokenizer
+
+LARGEST = 1 << 20
+"""Characters of a template; those in use have some thousands."""
 
 
 class ChatTemplate:
@@ -32,18 +37,30 @@ class ChatTemplate:
         """
         self._tokenizer = tokenizer
         self._where = str(path)
-        source = _find_template(Path(path), tokenizer.settings)
+        source = find_template(Path(path), tokenizer.settings)
+        self._environment = _environment()
+        self._template = None if source is None else self._compiled(source)
+        self._endless: EndlessTemplateError | None = None
+        """What the template raises whatever the messages."""
+
+    def _compiled(self, source: str) -> Template:
+        if len(source) > LARGEST:
+            raise ModelError(
+                f"the chat template of {self._where} has more than {LARGEST} characters"
+            )
         try:
-            self._template = None if source is None else _environment().from_string(source)
-        except TemplateError as error:
-            raise ModelError(f"the chat template of {path} does not compile: {error}") from error
+            return self._environment.from_string(source)
+        except Exception as error:  # also Python's, of code that is nested too deeply for it
+            raise ModelError(
+                f"the chat template of {self._where} does not compile: {error}"
+            ) from error
 
     def __call__(self, messages: Sequence[Mapping[str, Any]], most: int | None = None) -> list[int]:
         """Token ids of a prompt that asks for the assistant's next message.
 
         `messages`: [{"role": ..., "content": text}, ...]. Raises ModelError with the template's
-        own words if it refuses them, and if the model has no template; TooLongError for far more
-        than `most` tokens.
+        own words if it refuses them, does not come to an end, or if the model has no template;
+        TooLongError for far more than `most` tokens.
         """
         # The template writes the BOS itself, so the tokenizer must not add another.
         return self._tokenizer.encode(self.render(messages), add_special_tokens=False, most=most)
@@ -57,16 +74,38 @@ class ChatTemplate:
             )
         if not messages:
             raise ModelError("messages is empty: a chat needs at least one message")
+        if self._endless:
+            raise self._endless
         try:
-            return self._template.render(
+            return self._run(self._template, messages)
+        except TooLongError:
+            raise
+        except EndlessTemplateError as error:
+            self._endless = self._ends(self._template)
+            raise ModelError(f"the chat template cannot be used: {error}") from None
+        except Exception as error:  # a template is foreign code: it can fail in any way
+            raise ModelError(f"the chat template refused the messages: {error}") from error
+
+    def _run(self, template: Template, messages: Sequence[Mapping[str, Any]]) -> str:
+        with self._environment.limited():
+            return template.render(
                 messages=messages,
                 tools=None,
                 documents=None,
                 add_generation_prompt=True,
                 **self._tokenizer.special_tokens,
             )
-        except Exception as error:  # a template is foreign code: it can fail in any way
-            raise ModelError(f"the chat template refused the messages: {error}") from error
+
+    def _ends(self, template: Template) -> EndlessTemplateError | None:
+        """What `template` raises if it does not come to an end with the shortest of chats either:
+        then no row needs to wait for it again."""
+        try:
+            self._run(template, [{"role": "user", "content": "Hello"}])
+        except EndlessTemplateError as error:
+            return EndlessTemplateError(f"the chat template cannot be used: {error}")
+        except Exception:
+            return None
+        return None
 
 
 class _GenerationBlock(Extension):
@@ -79,11 +118,12 @@ class _GenerationBlock(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+def _environment() -> Sandbox:
+    environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlock]
     )
     environment.filters["tojson"] = _tojson
+    environment.bound_filters()
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment
@@ -110,23 +150,22 @@ def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-def _find_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, else the entry of tokenizer_config.json: a string or a named list."""
+def find_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """The source of a model directory's chat template: chat_template.jinja, else the entry of
+    tokenizer_config.json, a string or a named list. None if there is none. Raises ModelError."""
     file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ModelError(f"{file} cannot be read: {error}") from error
-    template = settings.get("chat_template")
+    if has_file(file):
+        return read_text(file)
+    template, where = settings.get("chat_template"), folder / CONFIG
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template}
+        entries = [entry for entry in template if isinstance(entry, Mapping)]
+        named = {str(entry.get("name")): entry.get("template") for entry in entries}
         template = named.get("default")
         if template is None:
             raise ModelError(
-                f"{folder / 'tokenizer_config.json'} has the chat templates {sorted(named)}, "
+                f"{where} has the chat templates {sorted(named)}, "
                 "but none named 'default': put the right one into chat_template.jinja"
             )
     if template is not None and not isinstance(template, str):
-        raise ModelError(f"{folder / 'tokenizer_config.json'}: chat_template must be text")
+        raise ModelError(f"{where}: chat_template must be text")
     return template

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,13 +10,20 @@ from typing import Any
 
 from hpc_distkv.model.errors import ModelError
 from hpc_distkv.model.family import COMMON_REQUIRED, FAMILIES, Family
-from hpc_distkv.model.files import fingerprint, read_json, weight_files
+from hpc_distkv.model.files import fingerprint, read_config, read_optional_json, weight_files
 from hpc_distkv.model.generation import GenerationDefaults
 from hpc_distkv.model.rope import Rope
-from hpc_distkv.model.settings import Settings
+from hpc_distkv.model.settings import MOST_WHOLE, Settings
 from hpc_distkv.model.windows import read_windows
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+MOST_LAYERS = 4096
+MOST_EXPERTS = 1 << 18
+"""Of all layers."""
+MOST_HEADS = 1 << 14
+MOST_WIDE = 1 << 24
+"""No model is larger than these, of heads in number and width, and of hidden size, vocabulary and
+MLP: what says so is damaged."""
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -40,6 +48,7 @@ class ModelConfig:
     head_dim: int
     vocab_size: int
     max_position: int
+    """Tokens that the model is made for, its positions stretched as config.json says."""
     norm_eps: float = 1e-6
     activation: str = "silu"
     """One of the values of `ACTIVATIONS`."""
@@ -80,16 +89,14 @@ class ModelConfig:
         architecture or a setting that this decoder would compute wrongly.
         """
         folder = Path(path)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise ModelError(
                 f"{folder} is no directory: --model takes a local model directory "
                 "(config.json, *.safetensors, tokenizer.json)"
             )
-        raw = read_json(folder / "config.json")
+        raw = read_config(folder)
         weights = [] if weightless else weight_files(folder)
-        generation = {}
-        if (folder / "generation_config.json").is_file():
-            generation = read_json(folder / "generation_config.json")
+        generation = read_optional_json(folder / "generation_config.json")
         return _parse(raw, generation, str(folder / "config.json"), fingerprint(raw, weights))
 
     def kv_bytes_per_token(self, dtype: str | None = None) -> int:
@@ -105,10 +112,10 @@ class ModelConfig:
     def longest(self, asked: int | None = None) -> int:
         """Tokens that a request may have at most: those `asked` for, or as many as the model is
         made for. Raises ModelError for more than its positions reach."""
-        reach = self.rope.reach(self.max_position)
-        if asked is not None and asked > reach:
+        if asked is not None and asked > self.max_position:
             raise ModelError(
-                f"--max-model-len {asked}: by its config.json the model is made for {reach} tokens"
+                f"--max-model-len {asked}: by its config.json the model is made for "
+                f"{self.max_position} tokens"
             )
         return asked or self.max_position
 
@@ -191,10 +198,12 @@ def _parse(
     read = Settings(raw, where, family.defaults, aliases)
     for key, allowed in {**COMMON_REQUIRED, **family.required}.items():
         read.require(key, allowed)
-    layers, hidden = read.whole("num_hidden_layers"), read.whole("hidden_size")
-    max_position = read.whole("max_position_embeddings")
+    layers = read.whole("num_hidden_layers", most=MOST_LAYERS)
+    hidden = read.whole("hidden_size", most=MOST_WIDE)
     heads, kv_heads, head_dim = _heads(read, hidden)
     rope, local_rope = _ropes(read, family, head_dim)
+    max_position = _max_position(read, rope, local_rope)
+    experts = read.whole("num_experts", most=MOST_EXPERTS // layers) if family.experts else 0
     return ModelConfig(
         family=family,
         num_layers=layers,
@@ -203,7 +212,7 @@ def _parse(
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        vocab_size=read.whole("vocab_size"),
+        vocab_size=read.whole("vocab_size", most=MOST_WIDE),
         max_position=max_position,
         norm_eps=read.positive("norm_eps", 1e-6),
         activation=ACTIVATIONS[read.choice("hidden_act", ACTIVATIONS, "silu")],
@@ -217,8 +226,8 @@ def _parse(
         qkv_bias="qkv" in family.biases or read.flag("attention_bias"),
         out_bias="out" in family.biases or read.flag("attention_bias"),
         mlp_bias="mlp" in family.biases or read.flag("mlp_bias"),
-        num_experts=read.whole("num_experts") if family.experts else 0,
-        experts_per_token=_experts_per_token(read) if family.experts else 0,
+        num_experts=experts,
+        experts_per_token=_experts_per_token(read, experts) if experts else 0,
         normalise_experts=read.flag("norm_topk_prob"),
         tie_embeddings=read.flag("tie_word_embeddings"),
         dtype=read.choice("dtype" if raw.get("dtype") else "torch_dtype", DTYPE_BYTES, "float32"),
@@ -241,12 +250,13 @@ def _family(raw: Mapping[str, Any], where: str) -> Family:
 
 def _heads(read: Settings, hidden: int) -> tuple[int, int, int]:
     """Query heads, KV heads, and their dimension."""
-    heads = read.whole("num_attention_heads")
-    kv_heads = read.whole("num_key_value_heads", heads)
+    heads = read.whole("num_attention_heads", most=MOST_HEADS)
+    kv_heads = read.whole("num_key_value_heads", heads, most=MOST_HEADS)
     if heads % kv_heads:
         few = read.name("num_key_value_heads")
         raise read.error("num_attention_heads", f"{heads} is no multiple of {few} {kv_heads}")
-    return heads, kv_heads, read.whole("head_dim", None if hidden % heads else hidden // heads)
+    head_dim = None if hidden % heads else hidden // heads
+    return heads, kv_heads, read.whole("head_dim", head_dim, most=MOST_HEADS)
 
 
 def _ropes(read: Settings, family: Family, head_dim: int) -> tuple[Rope, Rope | None]:
@@ -257,10 +267,20 @@ def _ropes(read: Settings, family: Family, head_dim: int) -> tuple[Rope, Rope | 
     return Rope.of_layers(read, family.local_rope, family.partial_rotary)
 
 
+def _max_position(read: Settings, rope: Rope, local_rope: Rope | None) -> int:
+    """As vLLM counts it: what Gemma 3 says is stretched already."""
+    stated = read.whole("max_position_embeddings")
+    reach = stated if local_rope else rope.reach(stated)
+    if reach > MOST_WHOLE:
+        raise read.error("max_position_embeddings", f"is stretched to {reach} tokens")
+    return reach
+
+
 def _intermediate_size(read: Settings, family: Family, hidden: int) -> int:
     if family.experts:
-        return read.whole("moe_intermediate_size")
-    return read.whole("intermediate_size", None if family.gated else 4 * hidden)
+        return read.whole("moe_intermediate_size", most=MOST_WIDE)
+    wide = None if family.gated else 4 * hidden
+    return read.whole("intermediate_size", wide, most=4 * MOST_WIDE)
 
 
 def _query_scalar(read: Settings) -> float | None:
@@ -269,8 +289,8 @@ def _query_scalar(read: Settings) -> float | None:
     return read.optional("query_pre_attn_scalar")
 
 
-def _experts_per_token(read: Settings) -> int:
-    chosen, experts = read.whole("num_experts_per_tok"), read.whole("num_experts")
+def _experts_per_token(read: Settings, experts: int) -> int:
+    chosen = read.whole("num_experts_per_tok")
     if chosen > experts:
         raise read.error("num_experts_per_tok", f"must be at most num_experts {experts}")
     return chosen

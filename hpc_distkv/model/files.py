@@ -4,28 +4,89 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hpc_distkv.model.errors import ModelError
 
+LARGEST_TEXT = 1 << 30
+"""Bytes of a file that is read whole; tokenizer.json files have at most some 50 MB."""
+
+
+def has_file(path: Path) -> bool:
+    """Whether there is a file `path`. Raises ModelError for what has the name and cannot be read
+    as one, such as a pipe, or a link that leads nowhere."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        if not os.path.lexists(path):
+            return False
+        if path.is_symlink():
+            raise ModelError(
+                f"{path} is a link to {os.readlink(path)}, which is not there: copy the directory "
+                "with what its links lead to (cp -rL)"
+            ) from None
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(mode):
+        raise ModelError(f"{path} is no file: download it again")
+    return True
+
+
+def read_text(path: Path) -> str:
+    """The text in `path`; ModelError if it is missing, unreadable, or larger than any such file."""
+    if not has_file(path):
+        raise ModelError(
+            f"{path} is missing: give the directory of a complete Hugging Face checkpoint"
+        )
+    try:
+        if path.stat().st_size > LARGEST_TEXT:
+            raise ModelError(f"{path} is larger than {LARGEST_TEXT} bytes: download it again")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; ModelError if it is missing or malformed."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(
-            f"{path} is missing: give the directory of a complete Hugging Face checkpoint"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
-    except json.JSONDecodeError as error:
+        value = json.loads(read_text(path))
+    except ValueError as error:  # also for a number of thousands of digits
+        if isinstance(error, ModelError):
+            raise
         raise ModelError(f"{path} is not valid JSON ({error}): download it again") from error
+    except RecursionError:
+        raise ModelError(f"{path} is nested too deeply: download it again") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path} must hold a JSON object")
     return value
+
+
+def read_optional_json(path: Path) -> dict[str, Any]:
+    """As `read_json`, but empty if there is no such file."""
+    return read_json(path) if has_file(path) else {}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a model directory. Raises ModelError, also for the directories that are
+    often taken for one."""
+    file = folder / "config.json"
+    if not has_file(file):
+        if has_file(folder / "adapter_config.json"):
+            raise ModelError(
+                f"{folder} is an adapter (adapter_config.json), no model: merge it into its base "
+                "model (peft: merge_and_unload().save_pretrained(NEW_DIR))"
+            )
+        if os.path.isdir(folder / "snapshots"):
+            raise ModelError(
+                f"{folder} is an entry of the hub's cache: give the directory of one revision, "
+                f"{folder}/snapshots/…"
+            )
+    return read_json(file)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -35,17 +96,17 @@ def weight_files(folder: Path) -> list[Path]:
     would run whatever code they contain.
     """
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    if has_file(index):
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise ModelError(f"{index} has no weight_map: download it again")
-        files = sorted({folder / str(name) for name in names.values()})
+        files = sorted({_beside(index, name) for name in names.values()})
         for file in files:
-            if not file.is_file():
+            if not has_file(file):
                 raise ModelError(f"{file} is missing, but {index.name} names it: download it again")
         return files
     single = folder / "model.safetensors"
-    if single.is_file():
+    if has_file(single):
         return [single]
     if any(folder.glob("*.safetensors")):
         raise ModelError(f"{folder} has safetensors files, but no {index.name}: download it again")
@@ -55,6 +116,13 @@ def weight_files(folder: Path) -> list[Path]:
             "transformers.AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
         )
     raise ModelError(f"{folder} has no model.safetensors: the weights are missing")
+
+
+def _beside(index: Path, name: Any) -> Path:
+    """The file of that name in the directory of `index`. Raises ModelError for any other place."""
+    if not isinstance(name, str) or not name or Path(name).name != name or "\0" in name:
+        raise ModelError(f"{index} names {name!r}, which is no file beside it: download it again")
+    return index.with_name(name)
 
 
 def fingerprint(raw: Mapping[str, Any], weights: list[Path]) -> str:

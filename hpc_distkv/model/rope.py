@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hpc_distkv.model.errors import ModelError
-from hpc_distkv.model.settings import Settings
+from hpc_distkv.model.settings import MOST_WHOLE, Settings
 from hpc_distkv.model.windows import FULL, SLIDING
 
 
@@ -37,8 +37,11 @@ class Rope:
     """Part of each head that turns, its first dimensions."""
 
     def reach(self, max_position: int) -> int:
-        """Tokens for which a model is made whose config.json says `max_position`. Where positions
-        are stretched that may be the length before or behind the stretch: the larger one counts."""
+        """Tokens for which a model is made whose config.json says `max_position`: the stretched
+        length. With yarn and llama3 `max_position` may be that already.
+
+        Source: vLLM's rule for --max-model-len, except that yarn never makes it shorter.
+        """
         if self.type in ("linear", "dynamic"):
             return int(max_position * self.factor)
         if self.type == "yarn":
@@ -118,7 +121,10 @@ class _Section(Settings):
 
     @property
     def original(self) -> int:
-        return int(self.positive(_ORIGINAL, self.most))
+        value = self.positive(_ORIGINAL, self.most)
+        if not 1 <= value <= MOST_WHOLE:
+            raise self.error(_ORIGINAL, f"must be a number of tokens, not {value!r}")
+        return int(value)
 
 
 def _default(rope: Rope, read: _Section) -> Rope:
@@ -150,6 +156,8 @@ def _llama3(rope: Rope, read: _Section) -> Rope:
 def _yarn(rope: Rope, read: _Section) -> Rope:
     # Only null means the ratio: without the key transformers refuses the section.
     factor = read.positive("factor", read.most / read.original if "factor" in read else None)
+    if rope.theta <= 1:
+        raise read.error("rope_theta", f"must be above 1, not {rope.theta}")
     grown = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
     return replace(
         rope,
@@ -170,7 +178,10 @@ _TYPES: dict[str, tuple[Callable[[Rope, _Section], Rope], tuple[str, ...]]] = {
     "dynamic": (_dynamic, ("factor", _ORIGINAL)),
     "yarn": (
         _yarn,
-        ("factor", _ORIGINAL, "beta_fast", "beta_slow", "attention_factor", "truncate"),
+        (
+            *("factor", _ORIGINAL, "beta_fast", "beta_slow", "attention_factor", "truncate"),
+            "finetuned",  # says how the model was made, and changes nothing
+        ),
     ),
     "llama3": (_llama3, ("factor", _ORIGINAL, "low_freq_factor", "high_freq_factor")),
 }

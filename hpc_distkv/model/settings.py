@@ -7,6 +7,10 @@ from typing import Any
 
 from hpc_distkv.model.errors import ModelError
 
+MOST_WHOLE = 2**31 - 1
+LEAST_NUMBER, MOST_NUMBER = 1e-30, 1e30
+"""No setting of a model is beyond, and what is computed from it stays a number."""
+
 
 class Settings:
     """The keys of one configuration; whatever is wrong with a value is a ModelError that names the
@@ -58,18 +62,23 @@ class Settings:
             raise self.error(key, f"= {value!r} is not supported; supported are {listed}")
         return value
 
-    def whole(self, key: str, default: int | None = None, least: int = 1) -> int:
-        """A whole number of at least `least`."""
+    def whole(
+        self, key: str, default: int | None = None, least: int = 1, most: int = MOST_WHOLE
+    ) -> int:
+        """A whole number from `least` to `most`."""
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             kind = "a positive whole number" if least == 1 else f"a whole number from {least}"
             raise self.error(key, f"must be {kind}, not {value!r}")
+        if value > most:
+            raise self.error(key, f"= {value} cannot be: it is at most {most}")
         return value
 
     def positive(self, key: str, default: float | None = None) -> float:
         """A number above 0."""
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not LEAST_NUMBER <= value <= MOST_NUMBER:
             raise self.error(key, f"must be a positive number, not {value!r}")
         return float(value)
 

@@ -11,7 +11,8 @@ from typing import Any
 from tokenizers import Tokenizer as FastTokenizer
 
 from hpc_distkv.model.errors import ModelError, TooLongError
-from hpc_distkv.model.files import read_json
+from hpc_distkv.model.files import has_file, read_optional_json
+from hpc_distkv.model.special_tokens import CONFIG, NamedTokens
 
 FIRST_LOOK = 8
 """Characters per token that one looks at first, to see whether a text is too long."""
@@ -41,22 +42,13 @@ class Tokenizer:
     def __init__(self, path: str | Path, model_vocab: int | None = None) -> None:
         """Read the tokenizer of directory `path`, for a model of `model_vocab` tokens. Raises
         ModelError if there is no usable one."""
-        file = Path(path) / "tokenizer.json"
-        if not file.is_file():
-            raise ModelError(
-                f"{file} is missing; write it with "
-                "transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
-            )
-        try:
-            self._fast = FastTokenizer.from_file(str(file))
-        except Exception as error:  # the library raises plain Exception
-            raise ModelError(f"{file} cannot be read ({error}): download it again") from error
-        self._fast.no_truncation()
-        self._fast.no_padding()
-        settings_file = Path(path) / "tokenizer_config.json"
-        self.settings = read_json(settings_file) if settings_file.is_file() else {}
-        self.special_tokens = _special_tokens(self.settings)
+        folder = Path(path)
+        file = folder / "tokenizer.json"
+        self.settings = read_optional_json(folder / CONFIG)
+        named = NamedTokens.read(folder, self.settings)
+        self.special_tokens = named.names
         """Named special tokens, such as {"bos_token": "<s>"}."""
+        self._fast = _fast(file, named)
         self._added = frozenset(self._fast.get_added_tokens_decoder())
         if model_vocab is not None:
             self._check_vocabulary(file, model_vocab)
@@ -65,6 +57,15 @@ class Tokenizer:
         self._byte_level = b'"ByteLevel"' in _state(self._fast.decoder)
         end = self.special_tokens.get("eos_token")
         self.eos_token_id: int | None = None if end is None else self._fast.token_to_id(end)
+
+    @property
+    def special(self) -> list[tuple[Any, ...]]:
+        """All that is no text of the vocabulary: names of tokens; and of added tokens ids, texts,
+        and how they are found."""
+        added = self._fast.get_added_tokens_decoder()
+        flags = ("content", "special", "normalized", "lstrip", "rstrip", "single_word")
+        found = [(id, *(getattr(token, flag) for flag in flags)) for id, token in added.items()]
+        return [*sorted(self.special_tokens.items()), *sorted(found)]
 
     def _check_vocabulary(self, file: Path, size: int) -> None:
         """Refuse another model's tokenizer. A smaller vocabulary is that of a model whose own is
@@ -141,11 +142,22 @@ def _state(decoder: Any) -> bytes:
     return state
 
 
-def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:
-    """The *_token entries, each a string or an object with "content"."""
-    found = {}
-    for key, value in settings.items():
-        token = value.get("content") if isinstance(value, dict) else value
-        if key.endswith("_token") and isinstance(token, str):
-            found[key] = token
-    return found
+def _fast(file: Path, named: NamedTokens) -> FastTokenizer:
+    """That of tokenizer.json, with the tokens that are `named` beside it. Raises ModelError."""
+    if not has_file(file):
+        raise ModelError(
+            f"{file} is missing; write it with "
+            "transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+        )
+    try:
+        fast = FastTokenizer.from_file(str(file))
+        fast.no_truncation()
+        fast.no_padding()
+        named.add_to(fast)
+    except ModelError:
+        raise
+    except BaseException as error:  # the library raises plain Exception, and what it panics with
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise ModelError(f"{file} cannot be read ({error}): download it again") from error
+    return fast

@@ -123,30 +123,50 @@ def test_of_two_rope_sections_the_one_counts_that_transformers_takes(tmp_path: P
         ModelConfig.from_dir(directory(tmp_path, rope_scaling={"rope_type": "foo"}, **both))
 
 
+def yarn(**more: Any) -> dict[str, Any]:
+    return {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, **more}}
+
+
+ORIGINAL = "original_max_position_embeddings"
+LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
 @pytest.mark.parametrize(
     ("changes", "reach"),
     [
         ({}, 4096),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, 8192),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, 8192),
-        (
-            {
-                "rope_scaling": {
-                    "rope_type": "yarn",
-                    "factor": 4.0,
-                    "original_max_position_embeddings": 4096,
-                }
-            },
-            16384,
-        ),
+        (yarn(), 16384),
+        (yarn(**{ORIGINAL: 4096}), 16384),
+        (yarn(**{ORIGINAL: 1024}, finetuned=True), 4096),
+        ({"max_position_embeddings": 40960, **yarn(**{ORIGINAL: 32768})}, 131072),  # Qwen3
+        ({"rope_scaling": {**LLAMA3, "factor": 8.0, ORIGINAL: 512}}, 4096),
     ],
 )
-def test_a_request_is_as_long_as_positions_reach(changes: dict, reach: int, tmp_path: Path) -> None:
+def test_a_request_is_as_long_as_stretched_positions_reach(
+    changes: dict, reach: int, tmp_path: Path
+) -> None:
+    """The lengths are those of vLLM's --max-model-len."""
     config = ModelConfig.from_dir(directory(tmp_path, **changes))
-    assert config.longest() == 4096
-    assert config.longest(reach) == reach
+    assert config.longest() == config.longest(reach) == reach
     with pytest.raises(ModelError, match=f"is made for {reach} tokens"):
         config.longest(reach + 1)
+
+
+def test_what_gemma_3_says_is_stretched_already(tmp_path: Path) -> None:
+    gemma = {
+        "architectures": ["Gemma3ForCausalLM"],
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    }
+    assert ModelConfig.from_dir(directory(tmp_path, **gemma)).longest() == 4096
+
+
+def test_a_window_that_only_stretched_positions_outgrow_is_one(tmp_path: Path) -> None:
+    mistral = {"architectures": ["MistralForCausalLM"], "sliding_window": 4096}
+    assert ModelConfig.from_dir(directory(tmp_path, **mistral)).windows == ()
+    config = ModelConfig.from_dir(directory(tmp_path, **mistral, **yarn()))
+    assert config.windows == (4096,) * 3
 
 
 def test_generation_config_adds_stop_tokens_and_sampling(tmp_path: Path) -> None:

@@ -1,0 +1,166 @@
+"""Chat templates that do not come to an end, or make more than there is room for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from hpc_distkv.model import template_sandbox
+from hpc_distkv.model.chat import ChatTemplate
+from hpc_distkv.model.errors import ModelError
+from hpc_distkv.model.template_sandbox import Sandbox
+from hpc_distkv.model.tokenizer import Tokenizer
+
+HELLO = [{"role": "user", "content": "Hello"}]
+LOOP = "{% for i in range(99999) %}"
+GROWS = "{% set ns = namespace(x=START) %}{% for i in range(99) %}{% set ns.x = STEP %}{% endfor %}"
+TOO_LONG = {
+    "text times": "{{ 'a' * 10**10 }}",
+    "times text": "{{ 10**10 * 'a' }}",
+    "list": "{{ [1] * 10**10 }}",
+    "center": "{{ 'a' | center(10**10) }}",
+    "indent": "{{ 'a' | indent(10**10, true) }}",
+    "ljust": "{{ 'a'.ljust(10**10) }}",
+    "percent": "{{ '%10000000000d' % 1 }}",
+    "percent with a width": "{{ '%*d' % (10**10, 1) }}",
+    "format": "{{ '{:>10000000000}'.format('a') }}",
+    "format filter": "{{ '%10000000000d' | format(1) }}",
+    "batch": "{{ [1, 2] | batch(10**10, 'x') | list }}",
+    "tojson": "{{ messages | tojson(indent=10**10) }}",
+    "output": f"{LOOP}{'x' * 10_000}{{% endfor %}}",
+    "output of a macro": f"{{% macro f() %}}{LOOP}{'x' * 10_000}{{% endfor %}}{{% endmacro %}}"
+    "{{ f() | length }}",
+}
+ENDLESS = {
+    "loops": f"{LOOP}{LOOP}{{% endfor %}}{{% endfor %}}",
+    "conditions": f"{LOOP}{LOOP[:-3]} if false %}}{{% endfor %}}{{% endfor %}}",
+    "macros": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+    "{{ f(60) }}",
+    "recursive loop": "{% for a in [60] recursive %}{% if a %}{{ loop([a - 1, a - 1]) }}{% endif %}"
+    "{% endfor %}",
+}
+BROKEN = {
+    "macro without end": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "loop without end": "{% for i in [1] recursive %}{{ loop([1]) }}{% endfor %}",
+    "range": "{% for i in range(10**9) %}{% endfor %}",
+    "lorem ipsum": "{{ lipsum(n=10**9) }}",
+    "power": "{{ 9 ** (9 ** 9) }}",
+    "half a surrogate": "{{ raise_exception('a\\ud83d') }}",
+    "many lines": "{{ raise_exception('a\\nb' * 10000) }}",
+    "squares": GROWS.replace("START", "3").replace("STEP", "ns.x * ns.x"),
+}
+DOES_NOT_COMPILE = {
+    "deep brackets": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    "deep conditions": "{% if true %}" * 500 + "{% endif %}" * 500,
+    "deep loops": "{% for i in [1] %}" * 60 + "{% endfor %}" * 60,
+    "thousands of digits": "{{ " + "9" * 5000 + " }}",
+    "a megabyte": "x" * (2 << 20),
+}
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_sandbox, "SECONDS", 0.2)
+
+
+def chat_of(model: Path, folder: Path, template: str) -> ChatTemplate:
+    shutil.copy(model / "tokenizer.json", folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    return ChatTemplate(folder, Tokenizer(folder))
+
+
+def refused(chat: ChatTemplate) -> str:
+    """What the user hears, soon."""
+    began = time.process_time()
+    with pytest.raises(ModelError) as error:
+        chat.render(HELLO)
+    assert time.process_time() - began < 5
+    message = str(error.value)
+    message.encode()
+    assert len(message.splitlines()) == 1
+    assert len(message) < 1200
+    return message
+
+
+@pytest.mark.parametrize("template", TOO_LONG.values(), ids=TOO_LONG)
+def test_nothing_grows_beyond_a_limit(template: str, tiny_model: Path, tmp_path: Path) -> None:
+    assert "the chat template makes" in refused(chat_of(tiny_model, tmp_path, template))
+
+
+@pytest.mark.parametrize("step", ["ns.x ~ ns.x", "ns.x + ns.x", "ns.x * 2"])
+@pytest.mark.parametrize("start", ["'aa'", "[1, 2]"])
+def test_what_doubles_has_an_end(
+    start: str, step: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(template_sandbox, "LONGEST", 10_000)
+    template = GROWS.replace("START", start).replace("STEP", step)
+    said = refused(chat_of(tiny_model, tmp_path, template))
+    assert "the chat template makes more than 10000 characters" in said
+
+
+@pytest.mark.parametrize("template", ENDLESS.values(), ids=ENDLESS)
+def test_a_template_has_so_much_time_and_no_row_waits_for_it_again(
+    template: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    chat = chat_of(tiny_model, tmp_path, template)
+    assert "did not come to an end in 0.2 s" in refused(chat)
+    began = time.process_time()
+    assert "did not come to an end in 0.2 s" in refused(chat)
+    assert time.process_time() - began < 0.1
+
+
+def test_after_a_row_that_takes_too_long_others_are_rendered(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    template = "{% for a in messages[0].content %}{% for b in messages[0].content %}{% endfor %}"
+    chat = chat_of(tiny_model, tmp_path, template + "{% endfor %}done")
+    with pytest.raises(ModelError, match="did not come to an end"):
+        chat.render([{"role": "user", "content": "x" * 30_000}])
+    assert chat.render(HELLO) == "done"
+
+
+@pytest.mark.parametrize("template", BROKEN.values(), ids=BROKEN)
+def test_whatever_a_template_does_is_one_sentence(
+    template: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    refused(chat_of(tiny_model, tmp_path, template))
+
+
+@pytest.mark.parametrize("template", DOES_NOT_COMPILE.values(), ids=DOES_NOT_COMPILE)
+def test_what_does_not_compile_is_found_at_the_start(
+    template: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=r"does not compile|more than 1048576 characters"):
+        chat_of(tiny_model, tmp_path, template)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 1 ~ 2 ~ 'a' ~ none ~ missing }}",
+        "{% for x in [1, 2, 3] if x != 2 %}{{ loop.index }}{{ loop.last }}{{ loop.length }}"
+        "{{ loop.previtem }}{{ loop.nextitem }}{% endfor %}",
+        "{% for x in [] %}{% else %}none{% endfor %}",
+        "{% for x in [] if x %}{{ x }}{% else %}none{% endfor %}",
+        "{% for a, b in {'x': [1, [2]]}.items() %}{{ a }}{{ b }}{{ loop.index0 }}{% endfor %}",
+        "{% for x in [[1, [2]], [3]] recursive %}{{ loop.depth }}"
+        "{{ x if x is number else loop(x) }}{% endfor %}",
+        "{{ '%s-%05d' | format(1, 2) }}{{ '%s' % 3 }}{{ '{:>4}'.format('a') }}",
+        "{{ [3, 4] | join(',') }}{{ 'a' | center(5) }}{{ 'ab' * 3 }}{{ [1] + [2] }}",
+        "{{ 2 ** 10 }}{{ 7 % 4 }}{{ 8 % 10 ** 9 }}{{ -3 * 1.5 }}{{ 3 + 4 }}",
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"
+        "{{ ns.n }}{% macro f(x) %}<{{ x }}>{{ caller() }}{% endmacro %}"
+        "{% call f('a') %}b{% endcall %}{% set c %}{{ 1 }}d{% endset %}{{ c }}",
+    ],
+)
+def test_other_templates_are_rendered_as_in_the_plain_sandbox(template: str) -> None:
+    plain = ImmutableSandboxedEnvironment().from_string(template).render(messages=HELLO)
+    sandbox = Sandbox()
+    sandbox.bound_filters()
+    with sandbox.limited():
+        assert sandbox.from_string(template).render(messages=HELLO) == plain
