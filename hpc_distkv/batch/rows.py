@@ -25,6 +25,7 @@ from hpc_distkv.batch.schema import (
 )
 from hpc_distkv.batch.service import Limits, Service
 from hpc_distkv.control.requests import Request, Sampling, pack_tokens
+from hpc_distkv.errors import ForeignError, foreign_code
 from hpc_distkv.model.errors import ModelError, TooLongError
 
 
@@ -128,7 +129,16 @@ def _echo(body: CompletionBody, prompt: str | list[int], service: Service) -> st
     if isinstance(prompt, str):
         return prompt
     check_vocabulary("prompt", prompt, service)
-    return service.tokenizer.decode(prompt, body.skip_special_tokens is not False)
+    skip = body.skip_special_tokens is not False
+    try:
+        with foreign_code():
+            return service.tokenizer.detokenizer((), skip).extend(prompt)
+    except ForeignError as error:
+        raise RowError(
+            f"'prompt' could not be turned into text for 'echo': {error}",
+            param="prompt",
+            code="tokenization_failed",
+        ) from error
 
 
 def _plain_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
@@ -146,17 +156,17 @@ def _plain_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
 
 def _tokens(field: str, encode: Any, given: Any, limits: Limits) -> list[int]:
     try:
-        tokens: list[int] = encode(given, most=limits.tokens)
+        with foreign_code():
+            tokens: list[int] = encode(given, most=limits.tokens)
     except TooLongError as error:
         raise RowError(
             f"The prompt is too long: {error}, but {limits}. Shorten it.",
             param=field,
             code="context_length_exceeded",
         ) from error
-    except Exception as error:  # templates come with the model and may raise anything
-        kind = "" if isinstance(error, ModelError) else f"{type(error).__name__}: "
+    except (ModelError, ForeignError) as error:
         raise RowError(
-            f"'{field}' could not be turned into tokens: {kind}{error}",
+            f"'{field}' could not be turned into tokens: {error}",
             param=field,
             code="tokenization_failed",
         ) from error

@@ -135,9 +135,11 @@ def test_every_option_reaches_the_line(tmp_path: Path) -> None:
     assert bare["logprobs"]["content"][0]["top_logprobs"] == []
 
 
-def text(tokens: list[int], text_end: int | None = None, **fields: Any) -> str:
+def text(
+    tokens: list[int], text_end: int | None = None, reason: str = "stop", **fields: Any
+) -> str:
     row = parse(completion("a", max_tokens=20, **fields))
-    result = Result(0, pack_tokens(tokens), "stop", 0.1, 0.2, text_end=text_end)
+    result = Result(0, pack_tokens(tokens), reason, 0.1, 0.2, text_end=text_end)
     return read_choice(result, row, make_service().tokenizer).text
 
 
@@ -147,6 +149,25 @@ def test_the_text_of_a_result() -> None:
     assert text([*b"hello", 257], skip_special_tokens=False) == "hello<257>"
     assert text(list(b"hello"), text_end=2, stop="llo") == "he"
     assert text(list("h\u00e9l".encode()), text_end=2, stop="l") == "h\u00e9"
-    assert text(list("h\u00e9".encode())[:-1]) == "h\ufffd"
-    assert text(list("h\u00e9".encode())[:-1], stop="x") == "h\ufffd"
     assert text([]) == ""
+
+
+@pytest.mark.parametrize("asked", [{}, {"stop": "x"}, {"skip_special_tokens": False}])
+def test_half_a_character_at_the_end_is_dropped_whatever_is_asked(asked: dict[str, Any]) -> None:
+    assert text(list("h\u00e9".encode())[:-1], **asked) == "h"
+    assert text([*b"h\xc3i", 0xFF, 0xC3], **asked) == "h\ufffdi\ufffd"
+
+
+def test_the_token_that_ends_an_answer_counts_and_is_no_text() -> None:
+    for fields, shown in (({}, "hi"), ({"include_stop_str_in_output": True}, "hix")):
+        row = parse(completion("a", stop_token_ids=[120], logprobs=0, **fields))
+        tokens = [*b"hi", 120]
+        result = Result(0, pack_tokens(tokens), "stop", 0.1, 0.2, logprobs=bytes(3 * 4))
+        choice = read_choice(result, row, make_service().tokenizer)
+        assert (choice.text, choice.tokens) == (shown, 3)
+        assert choice.logprobs is not None
+        assert choice.logprobs["tokens"] == ["h", "i", "x"]
+        assert choice.logprobs["text_offset"] == [0, 1, 2]
+    # By length, or by a stop string that ends with the same token: the text is what it is.
+    assert text([*b"hi", 120], stop_token_ids=[120], reason="length") == "hix"
+    assert text([*b"hi", 120], text_end=3, stop="ix", stop_token_ids=[120]) == "hix"
