@@ -63,22 +63,32 @@ def _server_error(message: str, code: str) -> RowError:
 def _read(result: Result, row: Row, tokenizer: TokenizerLike) -> Choice:
     sampling, tokens = row.sampling, unpack_tokens(result.tokens)
     growing = tokenizer.detokenizer(row.prompt, sampling.skip_special_tokens)
-    shown = len(tokens) - _ends_unseen(result, tokens, sampling)
-    offsets = []
-    for place, token in enumerate(tokens):
-        offsets.append(len(growing.text))
-        if place < shown:
+    shown = tokens[: len(tokens) - _ends_unseen(result, tokens, sampling)]
+    if sampling.logprobs is None:
+        text, logprobs = growing.extend(shown)[: result.text_end], None
+    else:
+        begins = []
+        for token in shown:
+            begins.append(growing.length)
             growing.push(token)
-    text = growing.text[: result.text_end]
-    logprobs = None
-    if sampling.logprobs is not None:
-        scores = unpack_logprobs(result.logprobs, sampling.logprobs)
-        if row.endpoint == CHAT:
-            logprobs = chat_logprobs(tokens, scores, tokenizer.token_bytes)
-        else:
-            offsets = [min(offset, len(text)) for offset in offsets]
-            logprobs = completion_logprobs(tokens, scores, offsets, tokenizer.token_bytes)
+        text = growing.text[: result.text_end]
+        begins += [growing.length] * (len(tokens) - len(shown))
+        offsets = [min(begin, len(text)) for begin in begins]
+        logprobs = _logprobs(result, row, tokens, offsets, tokenizer)
     return Choice(row.echo + text, result.finish_reason, logprobs, len(tokens))
+
+
+def _logprobs(
+    result: Result,
+    row: Row,
+    tokens: Sequence[int],
+    offsets: Sequence[int],
+    tokenizer: TokenizerLike,
+) -> dict[str, Any]:
+    scores = unpack_logprobs(result.logprobs, row.sampling.logprobs or 0)
+    if row.endpoint == CHAT:
+        return chat_logprobs(tokens, scores, tokenizer.token_bytes)
+    return completion_logprobs(tokens, scores, offsets, tokenizer.token_bytes)
 
 
 def _ends_unseen(result: Result, tokens: Sequence[int], sampling: Sampling) -> bool:

@@ -35,6 +35,9 @@ class StopMatcher:
         self._begin = partial(decoder.detokenizer, prompt, sampling.skip_special_tokens)
         self._text: Detokenizer | None = None
         """Begun with the first token: a tokenizer may fail at the prompt already."""
+        self._tail = ""
+        """The end of the text so far, in which a stop string may have begun."""
+        self._longest = max(map(len, sampling.stop))
         self._read = len(prompt)
         self._first = len(prompt) + sampling.min_tokens
         """Tokens from which on a stop string may end."""
@@ -48,21 +51,24 @@ class StopMatcher:
     def _found(self, tokens: Sequence[int]) -> bool:
         growing = self._text = self._text or self._begin()
         while self.text_end is None and self._read < len(tokens):
-            before = len(growing.text)
             new = growing.push(tokens[self._read])
             self._read += 1
-            if new and self._read > self._first:
-                self.text_end = self._search(growing.text, before)
+            if new:
+                whole = self._tail + new
+                if self._read > self._first:
+                    self.text_end = self._search(whole, growing.length - len(whole))
+                self._tail = whole[max(0, len(whole) + 1 - self._longest) :]
         return self.text_end is not None
 
-    def _search(self, text: str, before: int) -> int | None:
-        """Where the text ends if a stop string ends after its first `before` characters."""
+    def _search(self, text: str, begin: int) -> int | None:
+        """Where the answer ends if a stop string ends in `text`, behind the tail that it begins
+        with; `begin`: characters before it."""
         places = [
             (place + len(stop), place)
             for stop in self._stop
-            if (place := text.find(stop, max(0, before + 1 - len(stop)))) >= 0
+            if (place := text.find(stop, max(0, len(self._tail) + 1 - len(stop)))) >= 0
         ]
         if not places:
             return None
         end, start = min(places)
-        return end if self._include else start
+        return begin + (end if self._include else start)

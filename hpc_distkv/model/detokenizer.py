@@ -29,20 +29,29 @@ class Detokenizer(ABC):
     the text, as in vLLM."""
 
     def __init__(self) -> None:
-        self.text = ""
+        self.length = 0
+        """Of the text so far, in characters."""
+        self._parts: list[str] = []
+
+    @property
+    def text(self) -> str:
         """All whole characters so far."""
+        return "".join(self._parts)
 
     def push(self, token: int) -> str:
         """One more token. Returns what it adds to the text."""
-        new = self._grow(token)
-        self.text += new
-        return new
+        return self._add(self._grow(token))
 
     def extend(self, tokens: Sequence[int]) -> str:
         """Many more tokens. Returns the whole text."""
         for token in tokens:
             self.push(token)
         return self.text
+
+    def _add(self, new: str) -> str:
+        self._parts.append(new)
+        self.length += len(new)
+        return new
 
     @abstractmethod
     def _grow(self, token: int) -> str:
@@ -60,8 +69,16 @@ class SpellingDetokenizer(Detokenizer):
         self._drop_space = drop_space
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
 
+    def extend(self, tokens: Sequence[int]) -> str:
+        """Many more tokens, at once. Returns the whole text."""
+        self._add(self._read(b"".join(map(self._spell, tokens))))
+        return self.text
+
     def _grow(self, token: int) -> str:
-        new = self._characters.decode(self._spell(token))
+        return self._read(self._spell(token))
+
+    def _read(self, spelled: bytes) -> str:
+        new = self._characters.decode(spelled)
         if self._drop_space and new:
             self._drop_space = False
             new = new.removeprefix(" ")
