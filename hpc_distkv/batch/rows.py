@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from hpc_distkv.batch.errors import RowError
+from hpc_distkv.batch.messages import plain_messages
 from hpc_distkv.batch.sampling import asked_tokens, check_vocabulary, read_sampling
 from hpc_distkv.batch.schema import (
     CHAT,
@@ -18,7 +19,6 @@ from hpc_distkv.batch.schema import (
     CompletionBody,
     Endpoint,
     Envelope,
-    Message,
     decode_chat,
     decode_completion,
     single_prompt,
@@ -73,7 +73,7 @@ def parse_row(envelope: Envelope, service: Service) -> Row:
     if envelope.endpoint == CHAT:
         body = chat = decode_chat(envelope.body)
         _check_model(body.model, service)
-        prompt = _tokens("messages", service.chat, _plain_messages(chat.messages), service.limits)
+        prompt = _tokens("messages", service.chat, plain_messages(chat.messages), service.limits)
     else:
         body = completion = decode_completion(envelope.body)
         _check_model(body.model, service)
@@ -139,19 +139,6 @@ def _echo(body: CompletionBody, prompt: str | list[int], service: Service) -> st
             param="prompt",
             code="tokenization_failed",
         ) from error
-
-
-def _plain_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
-    plain: list[dict[str, Any]] = []
-    for message in messages:
-        content = message.content
-        if not isinstance(content, str):
-            content = "\n".join(part.text for part in content)
-        fields = {"role": message.role, "content": content}
-        if message.name is not None:
-            fields["name"] = message.name
-        plain.append(fields)
-    return plain
 
 
 def _tokens(field: str, encode: Any, given: Any, limits: Limits) -> list[int]:
