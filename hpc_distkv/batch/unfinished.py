@@ -10,6 +10,7 @@ from typing import NamedTuple
 import msgspec
 
 from hpc_distkv.batch.errors import JournalError
+from hpc_distkv.batch.lines import json_line
 from hpc_distkv.batch.replace import replace_file
 from hpc_distkv.control.requests import Request, Result, unpack_tokens
 
@@ -96,4 +97,4 @@ def read_unfinished(path: Path) -> dict[Answer, Begun]:
 
 def write_unfinished(path: Path, begun: Iterable[Begun]) -> None:
     """Replace the file in one piece. Raises OSError."""
-    replace_file(path, (msgspec.json.encode(each) + b"\n" for each in begun))
+    replace_file(path, (json_line(each) + b"\n" for each in begun))
