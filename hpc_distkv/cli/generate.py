@@ -11,6 +11,7 @@ import click
 from hpc_distkv.batch.schema import SEEDS
 from hpc_distkv.cli.options import POSITIVE, Number, engine_options, read_shard
 from hpc_distkv.engine.interrupt import GRACE, TERM_GRACE, Interrupt
+from hpc_distkv.printable import printable
 
 if TYPE_CHECKING:
     from hpc_distkv.api import Engine
@@ -264,4 +265,4 @@ def _summary(figures: dict[str, Any], output: Path) -> str:
             f"stopped   before all rows were answered; {rows['put_aside']} rows with "
             f"{figures['put_aside_tokens']} output tokens are put aside: run the same command again"
         )
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))

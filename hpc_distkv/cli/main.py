@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from hpc_distkv.errors import ExplainedError
+from hpc_distkv.printable import LAYOUT, printable
 
 COMMANDS = {
     "generate": "Answer a batch file on all ranks of the job.",
@@ -74,6 +75,7 @@ def main() -> None:
     try:
         group.main(standalone_mode=False)
     except click.ClickException as error:
+        error.message = printable(error.message, keep=LAYOUT)  # type: ignore[misc]
         if first_rank():
             error.show()
         else:
@@ -82,7 +84,7 @@ def main() -> None:
     except click.Abort:
         sys.exit(130)
     except Exception:
-        traceback.print_exc()
+        click.echo(printable(traceback.format_exc(), keep=LAYOUT), err=True)
         sys.exit(os.EX_SOFTWARE)
 
 

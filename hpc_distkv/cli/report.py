@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from hpc_distkv.printable import printable
+
 
 @click.command("report")
 @click.argument(
@@ -36,4 +38,4 @@ def command(run: tuple[Path, ...], output: Path) -> None:
         replace_file(output, [html.encode(errors="backslashreplace")])
     except OSError as error:
         raise RunFileError(f"cannot write {output}: {error}") from error
-    click.echo(f"report    {output}")
+    click.echo(printable(f"report    {output}"))

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from hpc_distkv.batch.status import Status, read_status
+from hpc_distkv.printable import printable
 
 
 @click.command("status")
@@ -27,7 +28,7 @@ def command(results: Path, source: Path | None, error_file: Path | None) -> None
     read, 75 rows are left.
     """  # fmt: skip
     status = read_status(results, source, error_file)
-    click.echo("\n".join(_lines(status)))
+    click.echo("\n".join(map(printable, _lines(status))))
     if status.left is None:
         raise SystemExit(2)
     failed = 1 if status.answered.failed else 0

@@ -17,6 +17,7 @@ from hpc_distkv.batch.service import Limits, SamplingDefaults, Service
 from hpc_distkv.cli.options import POSITIVE, Size
 from hpc_distkv.control.percentiles import percentiles
 from hpc_distkv.model.config import ModelConfig
+from hpc_distkv.printable import printable
 
 EXAMPLES = 3
 """Bad rows shown for each error code."""
@@ -129,7 +130,7 @@ def check_rows(path: str | Path, service: Service, report: Report, table: bool =
             else:
                 cells = (str(row.choices), *report.add_good(row).cells(), "-")
             if table:
-                name = repr(envelope.custom_id or "")[1:-1] or "-"
+                name = printable(envelope.custom_id or "-")
                 click.echo("\t".join((str(envelope.number + 1), name, *cells)))
     finally:
         intake.close()
@@ -192,5 +193,5 @@ def command(
     report = Report(limits, pool)
     check_rows(source, service, report, table)
     for line in report.lines():
-        click.echo(line)
+        click.echo(printable(line))
     raise SystemExit(1 if report.bad else 0)

@@ -14,6 +14,7 @@ from hpc_distkv.comm.stall import agreed_words
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.comm.waiter import StallClock, StallError
 from hpc_distkv.errors import ExplainedError
+from hpc_distkv.printable import LAYOUT, printable
 
 INTERRUPTED_STATUS = 130
 GUARD_SECONDS = 0.1
@@ -88,7 +89,7 @@ def end_job(comm: Comm, error: BaseException) -> None:
     """Say why on stderr, then end all ranks."""
     tag = f"[{comm.world.name(comm.world.rank)}] "
     words = agreed_words(comm, error) if isinstance(error, StallError) else last_words(error)
-    lines = words.rstrip("\n").split("\n")
+    lines = printable(words.rstrip("\n"), keep=LAYOUT).split("\n")
     # One write, every line tagged: the ranks' lines may mix, but stay readable.
     sys.stderr.write("".join(f"{tag}{line}\n" for line in lines))
     sys.stdout.flush()

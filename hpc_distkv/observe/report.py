@@ -12,6 +12,7 @@ from hpc_distkv.observe import charts
 from hpc_distkv.observe.run_files import History, RunFiles
 from hpc_distkv.observe.svg import WIDTH
 from hpc_distkv.observe.units import duration, seconds_text
+from hpc_distkv.printable import printable
 
 MOST_FRAMES = 300
 """Moments of the debt matrix."""
@@ -22,13 +23,17 @@ NO_TRACE = "This needs the run's trace: give <code>--trace FILE.json</code> to t
 NO_METRICS = "This needs the run's metrics: give <code>--metrics FILE.json</code> to the next run."
 
 
+def _text(words: str) -> str:
+    return escape(printable(words))
+
+
 def page(run: RunFiles) -> str:
     """The HTML of a run's report."""
     css, script = (file.read_text() for file in STYLE)
     model = Path(run.about.get("model", "")).name or "a model"
     body = "".join(
         (
-            f"<header><h1>{escape(model)}</h1><p>{escape(_subtitle(run.about))}</p></header>",
+            f"<header><h1>{_text(model)}</h1><p>{_text(_subtitle(run.about))}</p></header>",
             _tiles(run.metrics),
             _timed("Throughput", run.history, charts.throughput),
             _timed("KV pools", run.history, charts.pools),
@@ -40,13 +45,13 @@ def page(run: RunFiles) -> str:
                 lambda metrics: charts.where_time_goes(metrics["ranks"]),
             ),
             _slowest(run.metrics),
-            f"<footer>{escape(_origin(run))}</footer>",
+            f"<footer>{_text(_origin(run))}</footer>",
         )
     )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(model)}: hpc-distkv</title>\n<style>\n{css}</style></head>\n"
+        f"<title>{_text(model)}: hpc-distkv</title>\n<style>\n{css}</style></head>\n"
         f"<body>{body}\n<script>\n{script}</script></body></html>\n"
     )
 
@@ -101,7 +106,7 @@ def _tiles(metrics: Mapping[str, Any]) -> str:
         ("preemptions", f"{counters['preemptions']:,}", f"{counters['migrations']:,} migrations"),
     ]
     cells = "".join(
-        f"<div><span>{escape(name)}</span><b>{escape(value)}</b><i>{escape(more)}</i></div>"
+        f"<div><span>{_text(name)}</span><b>{_text(value)}</b><i>{_text(more)}</i></div>"
         for name, value, more in tiles
     )
     return f"<section class=tiles>{cells}</section>"
@@ -181,7 +186,7 @@ def _slowest(metrics: Mapping[str, Any]) -> str:
         return ""
     heads = ("custom_id", "prompt tokens", "output tokens", "first token after", "last token after")
     rows = "".join(
-        f"<tr><td>{escape(row['custom_id'])}</td><td>{row['prompt_tokens']:,}</td>"
+        f"<tr><td>{_text(row['custom_id'])}</td><td>{row['prompt_tokens']:,}</td>"
         f"<td>{row['output_tokens']:,}</td>"
         f"<td>{seconds_text(row['time_to_first_token_s'])}</td>"
         f"<td>{seconds_text(row['latency_s'])}</td></tr>"
@@ -199,4 +204,4 @@ def _origin(run: RunFiles) -> str:
 
 
 def _section(title: str, content: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{content}</section>"
+    return f"<section><h2>{_text(title)}</h2>{content}</section>"

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, models
 
+from hpc_distkv.errors import ForeignError, foreign_code
 from hpc_distkv.model.detokenizer import MOST_HELD, DecodingDetokenizer, Detokenizer
 from hpc_distkv.model.errors import TooLongError
 from hpc_distkv.model.tokenizer import Tokenizer
@@ -90,11 +91,12 @@ def characters(spelled: bytes) -> str:
 
 @cache
 def begins_a_character(begin: bytes) -> bool:
-    """Whether some bytes more would make one character of it: by trying."""
+    """Whether some bytes more would make one character of it, or half a surrogate pair: by
+    trying."""
     for length in (1, 2, 3):
         for rest in itertools.product((0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF), repeat=length):
             with contextlib.suppress(UnicodeDecodeError):
-                if len((begin + bytes(rest)).decode()) == 1:
+                if len((begin + bytes(rest)).decode(errors="surrogatepass")) == 1:
                     return True
     return False
 
@@ -211,6 +213,20 @@ def test_any_bytes_neither_fail_nor_stall_a_decoder(byte_fallback, tokens):
     for token in tokens:
         text.push(token)
         assert len(text._held) < MOST_HELD
+
+
+def test_a_panic_of_the_library_is_an_error_like_any_other(tmp_path, monkeypatch):
+    """As of 11 million spaces with the pattern of Llama 3: more is tried than it allows."""
+    monkeypatch.setenv("RUST_BACKTRACE", "0")
+    fast = FastTokenizer(models.BPE({"a": 0}, []))
+    fast.pre_tokenizer = pre_tokenizers.Split(Regex(r"(?:a|a)+\d"), "isolated")
+    fast.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+    with pytest.raises(BaseException, match="retry-limit") as panic:
+        tokenizer.encode("a" * 60)
+    assert not isinstance(panic.value, Exception)
+    with pytest.raises(ForeignError, match=r"PanicException: .*retry-limit"), foreign_code():
+        raise panic.value
 
 
 def test_a_text_of_far_too_many_tokens_is_hardly_read(byte_level):
