@@ -13,8 +13,13 @@ import msgspec
 
 from hpc_distkv.batch.errors import RowError
 
-IGNORED = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
-"""Fields that are labels only: they never change an answer."""
+IGNORED = frozenset(
+    {
+        *("user", "metadata", "safety_identifier", "store", "service_tier"),
+        *("prompt_cache_key", "prompt_cache_retention"),
+    }
+)
+"""Fields for the bookkeeping of a service: they never change an answer."""
 
 MESSAGE: dict[str, tuple[Any, ...]] = {
     "audio": (),
@@ -44,7 +49,6 @@ _COMMON: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
-    "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
     "parallel_tool_calls": (True, False),
     "stream": (False,),
@@ -71,7 +75,6 @@ CHAT: dict[str, tuple[Any, ...]] = _COMMON | {
     "modalities": (["text"],),
     "prediction": (),
     "reasoning_effort": (),
-    "store": (False,),
     "verbosity": (),
     "web_search_options": (),
 }

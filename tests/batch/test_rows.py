@@ -337,7 +337,9 @@ def test_tools_are_unsupported() -> None:
 
 
 def test_labels_are_ignored() -> None:
-    assert parse(chat("a", user="me", metadata={"x": 1})) == parse(chat("a"))
+    labels = {"user": "me", "metadata": {"x": 1}, "store": True, "service_tier": "flex"}
+    for make in (chat, completion):
+        assert parse(make("a", prompt_cache_retention="24h", **labels)) == parse(make("a"))
 
 
 def test_unknown_fields_are_named() -> None:
