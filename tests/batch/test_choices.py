@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from batch_fakes import (
+    ByteTokenizer,
     answer,
     chat,
     completion,
@@ -18,6 +20,8 @@ from batch_fakes import (
     summaries,
     write_lines,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 from test_rows import parse
 
 from hpc_distkv.batch.choice import read_choice
@@ -25,6 +29,7 @@ from hpc_distkv.batch.errors import RowError
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.job import Job
 from hpc_distkv.control.requests import NOT_FINITE, Result, pack_tokens
+from hpc_distkv.model.detokenizer import DecodingDetokenizer, Detokenizer
 
 
 def open_job(folder: Path) -> Job:
@@ -156,6 +161,39 @@ def test_the_text_of_a_result() -> None:
 def test_half_a_character_at_the_end_is_dropped_whatever_is_asked(asked: dict[str, Any]) -> None:
     assert text(list("h\u00e9".encode())[:-1], **asked) == "h"
     assert text([*b"h\xc3i", 0xFF, 0xC3], **asked) == "h\ufffdi\ufffd"
+
+
+class Words(ByteTokenizer):
+    """Its text is known to a decoder only: a space before every token but the first."""
+
+    def detokenizer(
+        self, prompt: Sequence[int] = (), skip_special_tokens: bool = True
+    ) -> Detokenizer:
+        def decode(ids: Sequence[int]) -> str:
+            shown = [i for i in ids if i < 256 or not skip_special_tokens]
+            return b" ".join(map(self.token_bytes, shown)).decode(errors="replace")
+
+        return DecodingDetokenizer(decode, prompt)
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), Words()])
+@given(st.lists(st.sampled_from([*b"ab \xc3\xa9\xf0\x9f\xff", 257]), max_size=20), st.booleans())
+def test_the_text_is_the_same_whatever_is_asked_beside_it(
+    tokenizer: ByteTokenizer, tokens: list[int], skip: bool
+) -> None:
+    texts = set()
+    for fields in ({}, {"stop": "zz"}, {"logprobs": 0}, {"logprobs": 0, "stop": ["zz", "y"]}):
+        row = parse(completion("a", [1], max_tokens=20, skip_special_tokens=skip, **fields))
+        scores = bytes(4 * len(tokens)) if "logprobs" in fields else b""
+        result = Result(0, pack_tokens(tokens), "length", 0.1, 0.2, logprobs=scores)
+        choice = read_choice(result, row, tokenizer)
+        texts.add(choice.text)
+        if choice.logprobs:
+            offsets = choice.logprobs["text_offset"]
+            assert len(offsets) == len(tokens) == choice.tokens
+            assert sorted(offsets) == offsets
+            assert all(0 <= offset <= len(choice.text) for offset in offsets)
+    assert len(texts) == 1
 
 
 def test_the_token_that_ends_an_answer_counts_and_is_no_text() -> None:
