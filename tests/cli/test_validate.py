@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from hpc_distkv.cli.main import group
+from hpc_distkv.cli.main import group, main
 from hpc_distkv.model import tokenizer as hpc_tokenizer
 from hpc_distkv.model.config import ModelConfig
 
@@ -196,10 +196,15 @@ def test_nothing_of_a_row_reaches_the_terminal_raw(model: Path) -> None:
     spelled = r"\x1b[2J\x9b1A\u202e\nrows 9"
     assert result.output.count(spelled) == 3
     assert set(result.output) - {"\n", "\t"} == set(filter(str.isprintable, result.output))
-    (model / "config.json").write_text(json.dumps(CONFIG | {"architectures": [HOSTILE]}))
-    told = validate(model, [row("a", 1)])
-    assert told.exit_code == 2
-    assert not set("\x1b\x9b\u202e") & set(told.output)
+
+
+def test_nothing_of_a_file_reaches_the_terminal_raw(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["", "validate", "--model", str(model), "-i", HOSTILE])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert r"\x1b[2J\x9b1A\u202e" in capsys.readouterr().err
 
 
 class PanicException(BaseException):
