@@ -158,6 +158,8 @@ class Oracle:
         from transformers.convert_slow_tokenizer import bytes_to_unicode
 
         spelled = {letter: byte for byte, letter in bytes_to_unicode().items()}
-        pieces = self.tokenizer.convert_ids_to_tokens(tokens, skip_special_tokens=True)
+        added = self.tokenizer.added_tokens_decoder
+        shown = [id for id in tokens if not (id in added and added[id].special)]
+        pieces = self.tokenizer.convert_ids_to_tokens(shown)
         whole = bytes(spelled[letter] for letter in "".join(filter(None, pieces)))
         return codecs.getincrementaldecoder("utf-8")("replace").decode(whole)
