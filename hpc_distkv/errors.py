@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import TracebackType
 
 
 class ExplainedError(Exception):
@@ -20,3 +21,27 @@ class UserError(ExplainedError, ValueError):
 
 class FaultError(ExplainedError, RuntimeError):
     """What breaks a job that was started well."""
+
+
+class ForeignError(ExplainedError):
+    """Code that came with a model or a library failed on a row: a tokenizer, its decoder, a chat
+    template."""
+
+
+class foreign_code:  # noqa: N801 (a context manager, as those of contextlib)
+    """Whatever foreign code raises in this block becomes a ForeignError: also a panic of Rust,
+    which is no `Exception`. What explains itself, and what ends the process, passes."""
+
+    def __enter__(self) -> None:
+        """Begin the block."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Raise what was raised as a ForeignError."""
+        passing = (ExplainedError, KeyboardInterrupt, SystemExit, GeneratorExit)
+        if error is not None and not isinstance(error, passing):
+            raise ForeignError(f"{type(error).__name__}: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import random
 import subprocess
@@ -140,7 +141,7 @@ class Oracle:
         tokens = made[0, ids.shape[1] :].tolist()
         ends = self._model.generation_config.eos_token_id
         if not never and tokens[-1] in (ends if isinstance(ends, list) else [ends]):
-            return self._text(tokens[:-1]), len(tokens) - 1, "stop"
+            return self._text(tokens[:-1]), len(tokens), "stop"
         return self._text(tokens), longest, "length"
 
     def _prompt(self, body: dict[str, Any]) -> list[int]:
@@ -152,6 +153,13 @@ class Oracle:
         return self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
 
     def _text(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        """Of the bytes that the pieces of byte-level BPE spell; half a character at the end is
+        none."""
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+        spelled = {letter: byte for byte, letter in bytes_to_unicode().items()}
+        added = self.tokenizer.added_tokens_decoder
+        shown = [id for id in tokens if not (id in added and added[id].special)]
+        pieces = self.tokenizer.convert_ids_to_tokens(shown)
+        whole = bytes(spelled[letter] for letter in "".join(filter(None, pieces)))
+        return codecs.getincrementaldecoder("utf-8")("replace").decode(whole)

@@ -103,7 +103,9 @@ def test_min_tokens_and_logprobs_of_a_chat(answers, theirs):
     assert choice["message"]["content"] == text
     content = choice["logprobs"]["content"]
     assert 50 <= len(content) == answers["least"]["usage"]["completion_tokens"]
-    assert bytes(byte for entry in content for byte in entry["bytes"]).decode() == text
+    spelled = bytes(byte for entry in content for byte in entry["bytes"]).decode()
+    assert choice["finish_reason"] == "stop"
+    assert spelled == text + "<|im_end|>", "the token that ends the answer has its logprob"
     best = scores.topk(5).values
     for place, entry in enumerate(content):
         found = [top["logprob"] for top in entry["top_logprobs"]]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from hpc_distkv.batch.choice import read_choice
+from hpc_distkv.batch.choice import fault_of, read_choice
 from hpc_distkv.batch.errors import RowError
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.journal import Journal
@@ -25,17 +25,13 @@ from hpc_distkv.batch.schema import Envelope
 from hpc_distkv.batch.service import SamplingDefaults, Service
 from hpc_distkv.batch.shard import Shard
 from hpc_distkv.batch.unfinished import Answer, Begun, digest
-from hpc_distkv.control.requests import NOT_FINITE, Request, Result, Unfinished
+from hpc_distkv.control.requests import Request, Result, Unfinished
 from hpc_distkv.model.detokenizer import CONTEXT
 
 log = logging.getLogger(__name__)
 
 SHARD = "shard"
 """Where the fingerprint says which part of the input the results answer."""
-_NOT_FINITE = (
-    "The model's logits are not finite: its weights have NaN or infinite numbers, or what is "
-    "computed from them overflows in this --dtype: float16 has less room than bfloat16 or float32."
-)
 COMMIT_INTERVAL = 1.0
 """Seconds between two times that results are written; and put on the disk, where that is fast."""
 SYNC_SHARE = 1 / 20
@@ -149,9 +145,8 @@ class Job:
         pending = self._pending.get(number)
         if pending is None:
             return None  # Another request of the row was refused, and the row with it.
-        if result.finish_reason == NOT_FINITE:
-            error = RowError(_NOT_FINITE, code=NOT_FINITE, status=500, type="server_error")
-            self.refuse(result.id, error)
+        if fault := fault_of(result):
+            self.refuse(result.id, fault)
             return None
         pending.results[choice] = result
         return self._write_answer(pending) if pending.complete else None
@@ -324,10 +319,16 @@ class Job:
         for choice in range(row.choices):
             self._begun.pop(Answer(row.custom_id, choice), None)
 
-    def _write_answer(self, pending: _Pending) -> Written:
+    def _write_answer(self, pending: _Pending) -> Written | None:
+        """The line of an answered row; an error row if its tokens cannot be turned into text."""
         row, service = pending.row, self._service
         self._forget(row.number)
         results = [pending.results[choice] for choice in range(row.choices)]
+        try:
+            choices = [read_choice(result, row, service.tokenizer) for result in results]
+        except RowError as error:
+            self._write_error(row.number, row.custom_id, pending.request_digest, error)
+            return None
         self._journal.append(
             answer_line(
                 number=row.number,
@@ -336,7 +337,7 @@ class Job:
                 digest=pending.request_digest,
                 endpoint=row.endpoint,
                 model=service.model_names[0],
-                choices=[read_choice(result, row, service.tokenizer) for result in results],
+                choices=choices,
                 prompt_tokens=pending.prompt_tokens,
                 created=int(time.time()),
             )

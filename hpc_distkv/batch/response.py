@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
-
 from hpc_distkv.batch.choice import Choice
 from hpc_distkv.batch.errors import RowError
+from hpc_distkv.batch.lines import json_line
 from hpc_distkv.batch.schema import CHAT, Endpoint
 
 ID_PREFIX = "batch_req_"
@@ -95,7 +94,7 @@ def _line(
     error: dict[str, str] | None,
 ) -> bytes:
     response = {"status_code": status, "request_id": f"req_{name}", "body": body}
-    return msgspec.json.encode(
+    return json_line(
         {
             "id": f"{ID_PREFIX}{name}",
             "custom_id": custom_id,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from hpc_distkv.batch.errors import RowError
+from hpc_distkv.batch.messages import plain_messages
 from hpc_distkv.batch.sampling import asked_tokens, check_vocabulary, read_sampling
 from hpc_distkv.batch.schema import (
     CHAT,
@@ -18,13 +19,13 @@ from hpc_distkv.batch.schema import (
     CompletionBody,
     Endpoint,
     Envelope,
-    Message,
     decode_chat,
     decode_completion,
     single_prompt,
 )
 from hpc_distkv.batch.service import Limits, Service
 from hpc_distkv.control.requests import Request, Sampling, pack_tokens
+from hpc_distkv.errors import ForeignError, foreign_code
 from hpc_distkv.model.errors import ModelError, TooLongError
 
 
@@ -72,7 +73,7 @@ def parse_row(envelope: Envelope, service: Service) -> Row:
     if envelope.endpoint == CHAT:
         body = chat = decode_chat(envelope.body)
         _check_model(body.model, service)
-        prompt = _tokens("messages", service.chat, _plain_messages(chat.messages), service.limits)
+        prompt = _tokens("messages", service.chat, plain_messages(chat.messages), service.limits)
     else:
         body = completion = decode_completion(envelope.body)
         _check_model(body.model, service)
@@ -128,35 +129,31 @@ def _echo(body: CompletionBody, prompt: str | list[int], service: Service) -> st
     if isinstance(prompt, str):
         return prompt
     check_vocabulary("prompt", prompt, service)
-    return service.tokenizer.decode(prompt, body.skip_special_tokens is not False)
-
-
-def _plain_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
-    plain: list[dict[str, Any]] = []
-    for message in messages:
-        content = message.content
-        if not isinstance(content, str):
-            content = "\n".join(part.text for part in content)
-        fields = {"role": message.role, "content": content}
-        if message.name is not None:
-            fields["name"] = message.name
-        plain.append(fields)
-    return plain
+    skip = body.skip_special_tokens is not False
+    try:
+        with foreign_code():
+            return service.tokenizer.detokenizer((), skip).extend(prompt)
+    except ForeignError as error:
+        raise RowError(
+            f"'prompt' could not be turned into text for 'echo': {error}",
+            param="prompt",
+            code="tokenization_failed",
+        ) from error
 
 
 def _tokens(field: str, encode: Any, given: Any, limits: Limits) -> list[int]:
     try:
-        tokens: list[int] = encode(given, most=limits.tokens)
+        with foreign_code():
+            tokens: list[int] = encode(given, most=limits.tokens)
     except TooLongError as error:
         raise RowError(
             f"The prompt is too long: {error}, but {limits}. Shorten it.",
             param=field,
             code="context_length_exceeded",
         ) from error
-    except Exception as error:  # templates come with the model and may raise anything
-        kind = "" if isinstance(error, ModelError) else f"{type(error).__name__}: "
+    except (ModelError, ForeignError) as error:
         raise RowError(
-            f"'{field}' could not be turned into tokens: {kind}{error}",
+            f"'{field}' could not be turned into tokens: {error}",
             param=field,
             code="tokenization_failed",
         ) from error

@@ -18,6 +18,7 @@ from msgspec import Meta
 from hpc_distkv.batch import unsupported
 from hpc_distkv.batch.digests import request_digest
 from hpc_distkv.batch.errors import RowError
+from hpc_distkv.batch.messages import Message
 
 Endpoint = Literal["/v1/chat/completions", "/v1/completions"]
 CHAT: Endpoint = "/v1/chat/completions"
@@ -60,27 +61,6 @@ class GenerationFields(msgspec.Struct, kw_only=True):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
-
-
-class TextPart(msgspec.Struct, forbid_unknown_fields=True):
-    """A piece of a message; text is the only kind supported."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(msgspec.Struct, forbid_unknown_fields=True):
-    """One message of a chat. The fields typed None may be present, but only as null."""
-
-    role: Annotated[str, Meta(min_length=1)]
-    content: str | list[TextPart]
-    name: str | None = None
-    refusal: None = None
-    audio: None = None
-    tool_calls: None = None
-    tool_call_id: None = None
-    function_call: None = None
-    reasoning_content: None = None
 
 
 class ChatBody(GenerationFields, kw_only=True):
@@ -212,17 +192,9 @@ def _decode_body(
             continue
         if name not in known:
             raise RowError(f"Unknown field '{name}'.", code="unknown_parameter", param=name)
-        value = _decode(raw, Any, f"'{name}'", name)
-        if not unsupported.is_neutral(known, name, value):
-            values = _neutral(known[name])
-            raise _unsupported(f"'{name}' is not supported here, other than {values}.", name)
+        unsupported.check(known, name, _decode(raw, Any, f"'{name}'", name), name)
     decoded: T = _decode(body, kind, "the body")
     return decoded
-
-
-def _neutral(values: tuple[Any, ...]) -> str:
-    """The values that ask for nothing, as JSON."""
-    return " or ".join(msgspec.json.encode(value).decode() for value in (*values, None))
 
 
 def _decode(raw: bytes | memoryview, kind: Any, what: str, param: str | None = None) -> Any:
@@ -246,17 +218,8 @@ def _wrong_type(message: str, what: str, param: str | None) -> RowError:
     if missing := re.fullmatch(r"Object missing required field `(\w+)`", reason):
         param = f"{path}.{missing[1]}" if path else missing[1]
         return RowError(f"'{param}' is required.", code="missing_required_parameter", param=param)
-    if reason.startswith("Expected `null`"):
-        return _unsupported(f"'{path}' is not supported here, other than null.", path)
     if part := re.fullmatch(r"Invalid enum value '(.*)'", reason, re.DOTALL):
-        return _unsupported(f"In '{path}': '{part[1]}' is not supported, only 'text' is.", path)
-    if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", reason, re.DOTALL):
-        param = f"{path}.{unknown[1]}" if path else unknown[1]
-        if ".content[" in path and unknown[1] in unsupported.PARTS:
-            return _unsupported(f"'{param}' is not supported: only text is.", param)
-        return RowError(f"Unknown field '{param}'.", code="unknown_parameter", param=param)
+        return unsupported.refusal(
+            f"In '{path}': '{part[1]}' is not supported, only text is.", path
+        )
     return RowError(f"In {what}: {reason}.", param=param)
-
-
-def _unsupported(message: str, param: str) -> RowError:
-    return RowError(message, code="unsupported_parameter", param=param)

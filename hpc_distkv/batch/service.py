@@ -13,6 +13,7 @@ from msgspec import Meta
 from hpc_distkv.batch.schema import SEEDS
 from hpc_distkv.model.chat import ChatTemplate
 from hpc_distkv.model.config import ModelConfig
+from hpc_distkv.model.detokenizer import Detokenizer
 from hpc_distkv.model.tokenizer import Tokenizer
 
 
@@ -24,8 +25,10 @@ class TokenizerLike(Protocol):
     ) -> list[int]:
         """Text → token ids. May raise TooLongError for far more than `most`."""
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Token ids → text."""
+    def detokenizer(
+        self, prompt: Sequence[int] = (), skip_special_tokens: bool = True
+    ) -> Detokenizer:
+        """The text behind `prompt`, to be made token by token."""
 
     def token_bytes(self, id: int) -> bytes:
         """What one token stands for, in UTF-8; maybe a part of a character."""

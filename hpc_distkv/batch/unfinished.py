@@ -10,8 +10,9 @@ from typing import NamedTuple
 import msgspec
 
 from hpc_distkv.batch.errors import JournalError
+from hpc_distkv.batch.lines import json_line
 from hpc_distkv.batch.replace import replace_file
-from hpc_distkv.control.requests import Request, Result
+from hpc_distkv.control.requests import Request, Result, unpack_tokens
 
 
 class Answer(NamedTuple):
@@ -48,11 +49,22 @@ class Begun(msgspec.Struct, frozen=True, omit_defaults=True):
 
     def fits(self, request: Request) -> bool:
         """Whether `request` asks for the same, and begins like this: for more tokens than there
-        are, or for just as many if these ended by length."""
+        are, or for just as many if an end goes with them."""
         limit = request.sampling.max_tokens
-        full = self.result is not None and self.result.finish_reason == "length"
-        fits = self.tokens == limit if full else self.tokens < limit
+        if self.result is None:
+            fits = self.tokens < limit
+        elif self.result.finish_reason == "length":
+            fits = self.tokens == limit
+        else:
+            fits = self.tokens + (not _ended(self.result, request)) <= limit
         return fits and self.request == digest(request)
+
+
+def _ended(result: Result, request: Request) -> bool:
+    """Whether what ended a result is part of it. Earlier versions left the stop token out."""
+    last = unpack_tokens(result.tokens[-4:])
+    stops = request.sampling.stop_token_ids
+    return result.text_end is not None or not set(last).isdisjoint(stops)
 
 
 def digest(request: Request) -> str:
@@ -96,4 +108,4 @@ def check_unfinished(path: Path) -> dict[Answer, Begun]:
 
 def write_unfinished(path: Path, begun: Iterable[Begun]) -> None:
     """Replace the file in one piece. Raises OSError."""
-    replace_file(path, (msgspec.json.encode(each) + b"\n" for each in begun))
+    replace_file(path, (json_line(each) + b"\n" for each in begun))

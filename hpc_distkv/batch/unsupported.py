@@ -9,13 +9,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-IGNORED = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
-"""Fields that are labels only: they never change an answer."""
+import msgspec
 
-PARTS = frozenset(
-    {"image_url", "image", "input_audio", "audio_url", "video_url", "file", "refusal"}
+from hpc_distkv.batch.errors import RowError
+
+IGNORED = frozenset(
+    {
+        *("user", "metadata", "safety_identifier", "store", "service_tier"),
+        *("prompt_cache_key", "prompt_cache_retention"),
+    }
 )
-"""Kinds of pieces of a message other than text, and the fields that hold them."""
+"""Fields for the bookkeeping of a service: they never change an answer."""
+
+MESSAGE: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "function_call": (),
+    "images": ([],),
+    "partial": (False,),
+    "prefix": (False,),
+    "tool_call_id": (),
+    "tool_calls": ([],),
+}
+"""Of a message of a chat."""
 
 _COMMON: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": (),
@@ -34,7 +49,6 @@ _COMMON: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
-    "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
     "parallel_tool_calls": (True, False),
     "stream": (False,),
@@ -61,7 +75,6 @@ CHAT: dict[str, tuple[Any, ...]] = _COMMON | {
     "modalities": (["text"],),
     "prediction": (),
     "reasoning_effort": (),
-    "store": (False,),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -74,9 +87,24 @@ COMPLETION: dict[str, tuple[Any, ...]] = _COMMON | {
 }
 
 
-def is_neutral(known: Mapping[str, tuple[Any, ...]], field: str, value: Any) -> bool:
-    """Whether `value` of the known `field` asks for nothing. 0 and 0.0 are one, 0 and false two."""
+def check(known: Mapping[str, tuple[Any, ...]], field: str, value: Any, path: str) -> None:
+    """Refuse a `value` of the known `field`, which stands at `path`, that asks for something.
+    Raises RowError."""
+    if not _is_neutral(known[field], value):
+        neutral = " or ".join(
+            msgspec.json.encode(value).decode() for value in (*known[field], None)
+        )
+        raise refusal(f"'{path}' is not supported here, other than {neutral}.", path)
+
+
+def refusal(message: str, path: str) -> RowError:
+    """The error of what is known and not supported."""
+    return RowError(message, code="unsupported_parameter", param=path)
+
+
+def _is_neutral(neutrals: tuple[Any, ...], value: Any) -> bool:
+    """Whether a value asks for nothing. 0 and 0.0 are one, 0 and false two."""
     return value is None or any(
         value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
-        for neutral in known[field]
+        for neutral in neutrals
     )

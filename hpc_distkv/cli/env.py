@@ -22,6 +22,7 @@ from hpc_distkv.observe.environment import (
     problems,
     slurm,
 )
+from hpc_distkv.printable import printable
 
 if TYPE_CHECKING:
     from hpc_distkv.comm.probe import LinkCosts
@@ -198,4 +199,4 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 def _show(lines: Iterable[str]) -> None:
     for line in lines:
-        click.echo(line.rstrip())
+        click.echo(printable(line.rstrip()))

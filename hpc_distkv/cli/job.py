@@ -19,6 +19,7 @@ from hpc_distkv.comm.transport import Comm
 from hpc_distkv.engine.interrupt import ignore_signals
 from hpc_distkv.engine.options import EngineOptions
 from hpc_distkv.errors import ExplainedError
+from hpc_distkv.printable import LAYOUT, PrintableFormatter, printable
 
 FAREWELL = 1.0
 """Seconds that a process needs to end after MPI's farewell."""
@@ -26,11 +27,10 @@ FAREWELL = 1.0
 
 def in_world(stall_timeout: float, work: Callable[[Comm], int]) -> NoReturn:
     """Start MPI, run `work` on this rank and exit together; rank 0's status is the job's."""
-    logging.basicConfig(
-        format="%(asctime)s  %(levelname)s %(name)s: %(message)s",
-        datefmt="%m-%d %H:%M:%S",
-        level=logging.WARNING,
-    )
+    log = logging.StreamHandler()
+    form = "%(asctime)s  %(levelname)s %(name)s: %(message)s"
+    log.setFormatter(PrintableFormatter(form, datefmt="%m-%d %H:%M:%S"))
+    logging.basicConfig(handlers=[log], level=logging.WARNING)
     with aborting(open_mpi(stall_timeout)) as comm:
         try:
             status = work(comm)
@@ -69,7 +69,7 @@ def leave_in_turn(rank: int, status: int) -> None:
 def say(comm: Comm, text: str) -> None:
     """Print on stderr, from rank 0 only."""
     if comm.world.rank == 0:
-        click.echo(text, err=True)
+        click.echo(printable(text, keep=LAYOUT), err=True)
 
 
 def set_options(comm: Comm, options: dict[str, Any]) -> EngineOptions:

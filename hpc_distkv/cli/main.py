@@ -10,6 +10,7 @@ from typing import Any
 from hpc_distkv.cli.streams import LOG_PATIENCE, close_streams, open_streams, shown
 from hpc_distkv.comm.launch import leave_together
 from hpc_distkv.engine.interrupt import SIGNALS, ignore_signals
+from hpc_distkv.printable import LAYOUT, printable
 
 INTERRUPTED_STATUS = 130
 RANK_VARIABLES = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
@@ -56,6 +57,7 @@ def _run(arrived: list[int]) -> int:
         try:
             group.main(standalone_mode=False, obj=arrived)
         except click.ClickException as error:
+            error.message = printable(error.message, keep=LAYOUT)  # type: ignore[misc]
             if first_rank():
                 error.show()
             leave_together()
@@ -69,7 +71,7 @@ def _run(arrived: list[int]) -> int:
     except BaseException:
         import traceback
 
-        traceback.print_exc()
+        print(printable(traceback.format_exc(), keep=LAYOUT), file=sys.stderr)
         return os.EX_SOFTWARE
     return 0
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from hpc_distkv.printable import printable
+
 
 @click.command("report")
 @click.argument(
@@ -40,5 +42,6 @@ def command(run: tuple[Path, ...], output: Path) -> None:
     except OSError as error:
         raise RunFileError(f"cannot write {output}: {error}") from error
     if files.left_out:
-        click.echo(f"left out  {', '.join(files.left_out)}: the job was started anew since")
-    click.echo(f"report    {output}")
+        left_out = ", ".join(files.left_out)
+        click.echo(printable(f"left out  {left_out}: the job was started anew since"))
+    click.echo(printable(f"report    {output}"))

@@ -78,6 +78,7 @@ def command(**options: Any) -> None:
     """
     from hpc_distkv.engine.config import OptionError
     from hpc_distkv.observe.metrics import write_json
+    from hpc_distkv.printable import LAYOUT, printable
     from hpc_distkv.simulate.simulation import Simulation
 
     output = options.pop("output")
@@ -85,7 +86,7 @@ def command(**options: Any) -> None:
         raise OptionError(f"cannot write {output}: there is no directory to write in")
     deployment, trace = _deployment(options), load_trace(options["trace"], options)
     figures = Simulation(deployment, trace.rows).run().figures(deployment)
-    click.echo(_summary(figures, deployment))
+    click.echo(printable(_summary(figures, deployment), keep=LAYOUT))
     if output:
         try:
             write_json(Path(output), {"options": options, "trace": trace.summary(), **figures})

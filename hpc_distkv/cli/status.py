@@ -12,6 +12,7 @@ import click
 from hpc_distkv.batch.status import Status, read_status, read_statuses
 from hpc_distkv.cli.options import results_files
 from hpc_distkv.observe.units import duration
+from hpc_distkv.printable import printable
 
 
 @click.command("status")
@@ -45,7 +46,8 @@ def command(
     if as_json:
         click.echo(json.dumps(_figures(statuses), indent=2))
     else:
-        click.echo("\n".join(_lines(statuses[0]) if len(files) == 1 else _table(statuses)))
+        lines = _lines(statuses[0]) if len(files) == 1 else _table(statuses)
+        click.echo("\n".join(map(printable, lines)))
     raise SystemExit(_code(statuses))
 
 

@@ -23,6 +23,7 @@ from hpc_distkv.engine.needs import dtype_of, rank_memory
 from hpc_distkv.engine.options import CHOICES, EngineOptions
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.observe.run_files import read_run
+from hpc_distkv.printable import printable
 
 SPEED = Number(min=0, min_open=True)
 EXAMPLES = 3
@@ -138,7 +139,7 @@ def check_rows(path: str | Path, service: Service, report: Report, table: bool =
             else:
                 cells = (str(row.choices), *report.add_good(row).cells(), "-")
             if table:
-                name = repr(envelope.custom_id or "")[1:-1] or "-"
+                name = printable(envelope.custom_id or "-")
                 click.echo("\t".join((str(envelope.number + 1), name, *cells)))
         if intake.torn is not None:
             said = "The input ends within this line: is it still being copied?"
@@ -231,7 +232,7 @@ def command(
     report = Report(limits, shape)
     check_rows(source, service, report, table)
     for line in report.lines(speed):
-        click.echo(line)
+        click.echo(printable(line))
     memory = rank_memory(config, options, instances=shape.instances, rows=report.good)
     memory = memory._replace(kv=report.sizing.pool_bytes)
     click.echo(f"memory        on CPUs the first rank needs {memory.words()}")

@@ -15,6 +15,7 @@ from hpc_distkv.comm.stall import agreed_words
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.comm.waiter import StallClock, StallError
 from hpc_distkv.errors import ExplainedError
+from hpc_distkv.printable import LAYOUT, printable
 
 INTERRUPTED_STATUS = 130
 GUARD_SECONDS = 0.1
@@ -101,7 +102,7 @@ def end_job(comm: Comm, error: BaseException) -> None:
 def _speak(comm: Comm, error: BaseException) -> None:
     tag = f"[{comm.world.name(comm.world.rank)}] "
     words = agreed_words(comm, error) if isinstance(error, StallError) else last_words(error)
-    lines = words.rstrip("\n").split("\n")
+    lines = printable(words.rstrip("\n"), keep=LAYOUT).split("\n")
     # One write, every line tagged: the ranks' lines may mix, but stay readable.
     text = "".join(f"{tag}{line}\n" for line in lines)
     # In a thread, since nobody may read what stderr leads to.

@@ -16,6 +16,8 @@ import numpy as np
 
 NOT_FINITE = "not_finite"
 """The `finish_reason` of a request for which the model computed logits that are no numbers."""
+UNREADABLE = "unreadable"
+"""That of a request whose text cannot be searched for stop strings: the tokenizer fails."""
 NOBODY = 2**62
 """Younger than any request."""
 
@@ -70,7 +72,7 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     stop: tuple[str, ...] = ()
     """The request ends when its text has any of these."""
     include_stop: bool = False
-    """Whether what ended the request, a stop token or string, is part of the output."""
+    """Whether what ended the request, a stop token or string, is part of the text."""
     skip_special_tokens: bool = True
     """Whether the text leaves special tokens out."""
     logprobs: int | None = None
@@ -117,9 +119,9 @@ class Result(msgspec.Struct, frozen=True, array_like=True):
 
     id: int
     tokens: bytes
-    """`pack_tokens` of the output, without the stop token unless the request includes it."""
+    """`pack_tokens` of the output, with the stop token that ended it."""
     finish_reason: str
-    """"stop", "length" or NOT_FINITE."""
+    """"stop", "length", NOT_FINITE or UNREADABLE."""
     first_token_time: float
     """Seconds from assignment to the first token."""
     total_time: float

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hpc_distkv.control.logprobs import record_dtype
-from hpc_distkv.control.requests import NOT_FINITE, Request, pack_tokens, unpack_tokens
+from hpc_distkv.control.requests import NOT_FINITE, UNREADABLE, Request, pack_tokens, unpack_tokens
 from hpc_distkv.control.work import kv_tokens
 from hpc_distkv.engine.draws import Draws
 from hpc_distkv.engine.penalties import TokenCounts
 from hpc_distkv.engine.stop import StopMatcher, TextDecoder
+from hpc_distkv.errors import ForeignError
 
 
 @dataclass(eq=False)
@@ -108,8 +109,11 @@ class Sequence:
         if there are stop strings."""
         if self._failed:
             return NOT_FINITE
-        if self._stop_token or (self.stop and self.stop.found(self.tokens)):
-            return "stop"
+        try:
+            if self._stop_token or (self.stop and self.stop.found(self.tokens)):
+                return "stop"
+        except ForeignError:
+            return UNREADABLE
         return "length" if self.output_len >= self.request.sampling.max_tokens else None
 
     @property
@@ -136,8 +140,8 @@ class Sequence:
 
     @property
     def packed_output(self) -> bytes:
-        """`pack_tokens` of the output without the stop token, unless the request includes it."""
-        return pack_tokens(self.tokens[self.prompt_len : self._answer_end])
+        """`pack_tokens` of the output so far."""
+        return pack_tokens(self.tokens[self.prompt_len : self._known])
 
     @property
     def packed_logprobs(self) -> bytes:
@@ -145,12 +149,12 @@ class Sequence:
         if not self.logprobs:
             return b""
         size = record_dtype(self.request.sampling.logprobs or 0).itemsize
-        return bytes(self.logprobs[: (self._answer_end - self.prompt_len) * size])
+        return bytes(self.logprobs[: (self._known - self.prompt_len) * size])
 
     @property
-    def _answer_end(self) -> int:
-        drop = self._stop_token and not self.request.sampling.include_stop
-        return self.length - (drop or self._failed)
+    def _known(self) -> int:
+        """Tokens without a last one that is not there: not yet, or not at all."""
+        return self.length - self._failed
 
     def restore(self, packed: bytes, computed: int, logprobs: bytes = b"") -> None:
         """Go on where another instance left off."""

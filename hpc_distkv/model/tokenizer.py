@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-import itertools
-import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 
+from hpc_distkv.model.detokenizer import (
+    CONTEXT,
+    DecodingDetokenizer,
+    Detokenizer,
+    SpellingDetokenizer,
+)
 from hpc_distkv.model.errors import ModelError, TooLongError
 from hpc_distkv.model.files import has_file, read_optional_json
 from hpc_distkv.model.special_tokens import CONFIG, NamedTokens
+from hpc_distkv.model.spelling import Spelling
 
 FIRST_LOOK = 8
 """Characters per token that one looks at first, to see whether a text is too long."""
 MARGIN = 1024
 """Tokens by which the beginning of a text may have more than the same characters within it: the
 last word is cut."""
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
-"""How pieces of SentencePiece spell a space."""
-_BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
-"""How they spell a byte that is not in a piece."""
-
-
-def _byte_letters() -> dict[str, bytes]:
-    """Letter → byte in pieces of byte-level BPE: printable Latin-1 stands for itself, the other
-    bytes have letters from U+0100 on, in order."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    letters = itertools.count(0x100)
-    return {chr(b if b in printable else next(letters)): bytes([b]) for b in range(256)}
-
-
-_BYTES = _byte_letters()
 
 
 class Tokenizer:
@@ -49,12 +40,15 @@ class Tokenizer:
         self.special_tokens = named.names
         """Named special tokens, such as {"bos_token": "<s>"}."""
         self._fast = _fast(file, named)
-        self._added = frozenset(self._fast.get_added_tokens_decoder())
+        added = self._fast.get_added_tokens_decoder()
+        self._added = frozenset(added)
+        self._skipped = frozenset(id for id, token in added.items() if token.special)
+        """By `skip_special_tokens`."""
         if model_vocab is not None:
             self._check_vocabulary(file, model_vocab)
         self._pieces: dict[int, bytes] = {}
         """Of the tokens that `token_bytes` was asked for: with log-probabilities twenty a token."""
-        self._byte_level = b'"ByteLevel"' in _state(self._fast.decoder)
+        self._spelling = Spelling.of(self._fast.decoder)
         end = self.special_tokens.get("eos_token")
         self.eos_token_id: int | None = None if end is None else self._fast.token_to_id(end)
 
@@ -115,31 +109,30 @@ class Tokenizer:
         text: str = self._fast.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
+    def detokenizer(
+        self, prompt: Sequence[int] = (), skip_special_tokens: bool = True
+    ) -> Detokenizer:
+        """The text behind `prompt`, to be made token by token; its last `CONTEXT` tokens will
+        do."""
+        if not self._spelling.exact:
+            decode = partial(self.decode, skip_special_tokens=skip_special_tokens)
+            return DecodingDetokenizer(decode, prompt)
+        spell = self._shown_bytes if skip_special_tokens else self.token_bytes
+        begins = not any(map(spell, prompt[-CONTEXT:]))
+        return SpellingDetokenizer(spell, drop_space=self._spelling.drops_space and begins)
+
     def token_bytes(self, id: int) -> bytes:
         """What one token stands for, in UTF-8, special ones spelled out: it may be a part of a
         character. Empty for ids that are no token."""
-        piece = self._pieces.get(id)
-        if piece is None:
-            piece = self._pieces[id] = self._spell(id)
-        return piece
+        spelled = self._pieces.get(id)
+        if spelled is None:
+            piece: str | None = self._fast.id_to_token(id)
+            spelled = b"" if piece is None else self._spelling.spell(piece, id in self._added)
+            self._pieces[id] = spelled
+        return spelled
 
-    def _spell(self, id: int) -> bytes:
-        piece: str | None = self._fast.id_to_token(id)
-        if piece is None:
-            return b""
-        if id in self._added:
-            return piece.encode()
-        if self._byte_level:
-            return b"".join(_BYTES.get(letter) or letter.encode() for letter in piece)
-        if byte := _BYTE_PIECE.fullmatch(piece):
-            return bytes([int(byte[1], 16)])
-        return piece.replace(SPACE, " ").encode()
-
-
-def _state(decoder: Any) -> bytes:
-    """The decoder's settings as JSON; they are not to be had otherwise without the vocabulary."""
-    state: bytes = decoder.__getstate__() if decoder is not None else b""
-    return state
+    def _shown_bytes(self, id: int) -> bytes:
+        return b"" if id in self._skipped else self.token_bytes(id)
 
 
 def _fast(file: Path, named: NamedTokens) -> FastTokenizer:

@@ -12,6 +12,7 @@ from hpc_distkv.observe import charts
 from hpc_distkv.observe.run_files import History, RunFiles, about_run
 from hpc_distkv.observe.svg import WIDTH
 from hpc_distkv.observe.units import duration, seconds_text
+from hpc_distkv.printable import printable
 
 MOST_FRAMES = 300
 """Moments of the debt matrix."""
@@ -22,6 +23,10 @@ NO_TRACE = "This needs the run's trace: give <code>--trace FILE.json</code> to t
 NO_METRICS = "This needs the run's metrics: give <code>--metrics FILE.json</code> to the next run."
 
 
+def _text(words: str) -> str:
+    return escape(printable(words))
+
+
 def page(run: RunFiles) -> str:
     """The HTML of the report of a job's runs."""
     css, script = (file.read_text() for file in STYLE)
@@ -29,7 +34,7 @@ def page(run: RunFiles) -> str:
     model = Path(run.about.get("model", "")).name or "a model"
     body = "".join(
         (
-            f"<header><h1>{escape(model)}</h1><p>{escape(_subtitle(run.about))}</p></header>",
+            f"<header><h1>{_text(model)}</h1><p>{_text(_subtitle(run.about))}</p></header>",
             _tiles(metrics),
             _runs(run.runs),
             _timed(f"Throughput{timed}", run.history, charts.throughput),
@@ -42,13 +47,13 @@ def page(run: RunFiles) -> str:
                 lambda metrics: charts.where_time_goes(metrics["ranks"]),
             ),
             _slowest(metrics),
-            f"<footer>{escape(_origin(run))}</footer>",
+            f"<footer>{_text(_origin(run))}</footer>",
         )
     )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(model)}: hpc-distkv</title>\n<style>\n{css}</style></head>\n"
+        f"<title>{_text(model)}: hpc-distkv</title>\n<style>\n{css}</style></head>\n"
         f"<body>{body}\n<script>\n{script}</script></body></html>\n"
     )
 
@@ -120,7 +125,7 @@ def _tiles(metrics: Mapping[str, Any]) -> str:
         ("preemptions", f"{counters['preemptions']:,}", f"{counters['migrations']:,} migrations"),
     ]
     cells = "".join(
-        f"<div><span>{escape(name)}</span><b>{escape(value)}</b><i>{escape(more)}</i></div>"
+        f"<div><span>{_text(name)}</span><b>{_text(value)}</b><i>{_text(more)}</i></div>"
         for name, value, more in tiles
     )
     return f"<section class=tiles>{cells}</section>"
@@ -169,9 +174,9 @@ def _which(about: Mapping[str, Any]) -> str:
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
+    head = "".join(f"<th>{_text(name)}</th>" for name in heads)
     body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+        "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
     return f"<table><thead><tr>{head}</tr></thead>{body}</table>"
 
@@ -270,4 +275,4 @@ def _origin(run: RunFiles) -> str:
 
 
 def _section(title: str, content: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{content}</section>"
+    return f"<section><h2>{_text(title)}</h2>{content}</section>"

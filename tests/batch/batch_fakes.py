@@ -19,6 +19,7 @@ from hpc_distkv.batch.opening import Opening, Reuse, check_place
 from hpc_distkv.batch.service import Limits, SamplingDefaults, Service
 from hpc_distkv.control.logprobs import record_dtype
 from hpc_distkv.control.requests import Request, Result, pack_tokens, unpack_tokens
+from hpc_distkv.model.detokenizer import Detokenizer, SpellingDetokenizer
 
 VOCABULARY = 300
 EOS = 299
@@ -32,10 +33,12 @@ class ByteTokenizer:
     ) -> list[int]:
         return [256] * add_special_tokens + list(text.encode())
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return b"".join(
-            self.token_bytes(i) for i in ids if i < 256 or not skip_special_tokens
-        ).decode(errors="replace")
+    def detokenizer(
+        self, prompt: Sequence[int] = (), skip_special_tokens: bool = True
+    ) -> Detokenizer:
+        return SpellingDetokenizer(
+            lambda id: b"" if id > 255 and skip_special_tokens else self.token_bytes(id)
+        )
 
     def token_bytes(self, id: int) -> bytes:
         return bytes([id]) if id < 256 else f"<{id}>".encode()

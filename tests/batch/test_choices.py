@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from batch_fakes import (
+    ByteTokenizer,
     answer,
     chat,
     completion,
@@ -18,6 +20,8 @@ from batch_fakes import (
     summaries,
     write_lines,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 from test_rows import parse
 
 from hpc_distkv.batch.choice import read_choice
@@ -25,6 +29,7 @@ from hpc_distkv.batch.errors import RowError
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.job import Job
 from hpc_distkv.control.requests import NOT_FINITE, Result, pack_tokens
+from hpc_distkv.model.detokenizer import DecodingDetokenizer, Detokenizer
 
 
 def open_job(folder: Path) -> Job:
@@ -135,9 +140,11 @@ def test_every_option_reaches_the_line(tmp_path: Path) -> None:
     assert bare["logprobs"]["content"][0]["top_logprobs"] == []
 
 
-def text(tokens: list[int], text_end: int | None = None, **fields: Any) -> str:
+def text(
+    tokens: list[int], text_end: int | None = None, reason: str = "stop", **fields: Any
+) -> str:
     row = parse(completion("a", max_tokens=20, **fields))
-    result = Result(0, pack_tokens(tokens), "stop", 0.1, 0.2, text_end=text_end)
+    result = Result(0, pack_tokens(tokens), reason, 0.1, 0.2, text_end=text_end)
     return read_choice(result, row, make_service().tokenizer).text
 
 
@@ -147,6 +154,58 @@ def test_the_text_of_a_result() -> None:
     assert text([*b"hello", 257], skip_special_tokens=False) == "hello<257>"
     assert text(list(b"hello"), text_end=2, stop="llo") == "he"
     assert text(list("h\u00e9l".encode()), text_end=2, stop="l") == "h\u00e9"
-    assert text(list("h\u00e9".encode())[:-1]) == "h\ufffd"
-    assert text(list("h\u00e9".encode())[:-1], stop="x") == "h\ufffd"
     assert text([]) == ""
+
+
+@pytest.mark.parametrize("asked", [{}, {"stop": "x"}, {"skip_special_tokens": False}])
+def test_half_a_character_at_the_end_is_dropped_whatever_is_asked(asked: dict[str, Any]) -> None:
+    assert text(list("h\u00e9".encode())[:-1], **asked) == "h"
+    assert text([*b"h\xc3i", 0xFF, 0xC3], **asked) == "h\ufffdi\ufffd"
+
+
+class Words(ByteTokenizer):
+    """Its text is known to a decoder only: a space before every token but the first."""
+
+    def detokenizer(
+        self, prompt: Sequence[int] = (), skip_special_tokens: bool = True
+    ) -> Detokenizer:
+        def decode(ids: Sequence[int]) -> str:
+            shown = [i for i in ids if i < 256 or not skip_special_tokens]
+            return b" ".join(map(self.token_bytes, shown)).decode(errors="replace")
+
+        return DecodingDetokenizer(decode, prompt)
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), Words()])
+@given(st.lists(st.sampled_from([*b"ab \xc3\xa9\xf0\x9f\xff", 257]), max_size=20), st.booleans())
+def test_the_text_is_the_same_whatever_is_asked_beside_it(
+    tokenizer: ByteTokenizer, tokens: list[int], skip: bool
+) -> None:
+    texts = set()
+    for fields in ({}, {"stop": "zz"}, {"logprobs": 0}, {"logprobs": 0, "stop": ["zz", "y"]}):
+        row = parse(completion("a", [1], max_tokens=20, skip_special_tokens=skip, **fields))
+        scores = bytes(4 * len(tokens)) if "logprobs" in fields else b""
+        result = Result(0, pack_tokens(tokens), "length", 0.1, 0.2, logprobs=scores)
+        choice = read_choice(result, row, tokenizer)
+        texts.add(choice.text)
+        if choice.logprobs:
+            offsets = choice.logprobs["text_offset"]
+            assert len(offsets) == len(tokens) == choice.tokens
+            assert sorted(offsets) == offsets
+            assert all(0 <= offset <= len(choice.text) for offset in offsets)
+    assert len(texts) == 1
+
+
+def test_the_token_that_ends_an_answer_counts_and_is_no_text() -> None:
+    for fields, shown in (({}, "hi"), ({"include_stop_str_in_output": True}, "hix")):
+        row = parse(completion("a", stop_token_ids=[120], logprobs=0, **fields))
+        tokens = [*b"hi", 120]
+        result = Result(0, pack_tokens(tokens), "stop", 0.1, 0.2, logprobs=bytes(3 * 4))
+        choice = read_choice(result, row, make_service().tokenizer)
+        assert (choice.text, choice.tokens) == (shown, 3)
+        assert choice.logprobs is not None
+        assert choice.logprobs["tokens"] == ["h", "i", "x"]
+        assert choice.logprobs["text_offset"] == [0, 1, 2]
+    # By length, or by a stop string that ends with the same token: the text is what it is.
+    assert text([*b"hi", 120], stop_token_ids=[120], reason="length") == "hix"
+    assert text([*b"hi", 120], text_end=3, stop="ix", stop_token_ids=[120]) == "hix"

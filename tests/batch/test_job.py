@@ -6,12 +6,15 @@ import gzip
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from batch_fakes import (
     MIXED,
     MIXED_ROWS,
+    ByteTokenizer,
     answer,
     chat,
     completion,
@@ -27,6 +30,7 @@ from hpc_distkv.batch.errors import InputError
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.job import COMMIT_INTERVAL, SYNC_SHARE, Job, job_fingerprint
 from hpc_distkv.batch.service import SamplingDefaults
+from hpc_distkv.control.requests import UNREADABLE, Result, pack_tokens
 
 
 def test_every_row_is_answered_once(tmp_path: Path) -> None:
@@ -53,6 +57,80 @@ def test_every_row_is_answered_once(tmp_path: Path) -> None:
     body = rows["batch_req_11"]["response"]["body"]
     assert body["choices"][0]["text"] == "ts"
     assert body["usage"] == {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
+
+
+class PanicException(BaseException):
+    """As pyo3 names what a panic of Rust raises: no `Exception`."""
+
+
+class Failing(ByteTokenizer):
+    """Fails at the letter x, wherever it comes."""
+
+    def __init__(self, error: type[BaseException]) -> None:
+        self.error = error
+
+    def encode(self, text: str, *args: Any, **options: Any) -> list[int]:
+        return [*map(self._look, super().encode(text, *args, **options))]
+
+    def token_bytes(self, id: int) -> bytes:
+        return super().token_bytes(self._look(id))
+
+    def chat(self, messages: list[dict[str, Any]], most: int | None = None) -> list[int]:
+        return [*map(self._look, super().chat(messages, most))]
+
+    def _look(self, id: int) -> int:
+        if id == ord("x"):
+            raise self.error("at x\ud800")
+        return id
+
+
+@pytest.mark.parametrize("error", [PanicException, MemoryError, RecursionError, BaseException])
+def test_whatever_a_tokenizer_raises_is_the_fault_of_one_row(
+    error: type[BaseException], tmp_path: Path
+) -> None:
+    tokenizer = Failing(error)
+    service = replace(make_service(), tokenizer=tokenizer, chat=tokenizer.chat)
+    rows = [
+        *(completion("text", "x"), chat("chat", "x"), completion("ids", [*b"ax"])),
+        *(completion("echo", [*b"ax"], echo=True), completion("fine", "b")),
+    ]
+    write_lines(tmp_path / "in", rows)
+    job = run_job(tmp_path / "in", tmp_path / "out", service)
+    lines = {line["custom_id"]: line["error"] for line in read_lines(tmp_path / "out")}
+    assert lines.pop("fine") is None
+    assert {name: line["code"] for name, line in lines.items()} == {
+        "text": "tokenization_failed",
+        "chat": "tokenization_failed",
+        "echo": "tokenization_failed",
+        "ids": "unreadable",
+    }
+    for line in lines.values():
+        assert line["message"].endswith(f"{error.__name__}: at x\\ud800")
+    assert (job.answered, job.failed, job.complete) == (1, 4, True)
+    again = run_job(tmp_path / "in", tmp_path / "out", service)
+    assert (again.answered, again.failed, again.skipped) == (0, 0, 5)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_what_ends_the_process_is_no_fault_of_a_row(
+    error: type[BaseException], tmp_path: Path
+) -> None:
+    service = replace(make_service(), tokenizer=Failing(error))
+    write_lines(tmp_path / "in", [completion("a", "x")])
+    with pytest.raises(error):
+        run_job(tmp_path / "in", tmp_path / "out", service)
+
+
+def test_a_text_that_the_engine_could_not_search_is_an_error_row(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in", [completion("a", stop="x", n=2)])
+    job = Job(Intake(tmp_path / "in"), open_journal(tmp_path / "out", {}), make_service())
+    first, second = job.requests()
+    job.finish(Result(first.id, pack_tokens([65]), UNREADABLE, 0.1, 0.2))
+    job.finish(answer(second))
+    job.close()
+    [line] = read_lines(tmp_path / "out")
+    assert (line["error"]["code"], line["response"]["status_code"]) == ("unreadable", 500)
+    assert (job.answered, job.failed, job.complete) == (0, 1, True)
 
 
 def test_rerun_of_a_finished_job_adds_nothing(tmp_path: Path) -> None:

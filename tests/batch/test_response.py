@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from batch_fakes import ByteTokenizer
+from hypothesis import given
+from hypothesis import strategies as st
 
+from hpc_distkv.batch.answered import read_answered, read_line
 from hpc_distkv.batch.choice import Choice
 from hpc_distkv.batch.errors import RowError
+from hpc_distkv.batch.lines import json_line
 from hpc_distkv.batch.logprobs import chat_logprobs, completion_logprobs
 from hpc_distkv.batch.response import answer_line, error_line
 from hpc_distkv.batch.schema import CHAT, COMPLETION, Endpoint
+from hpc_distkv.batch.unfinished import Begun
 from hpc_distkv.control.logprobs import TokenLogprobs, pack_logprobs, unpack_logprobs
 
 ONE = (Choice("line\nbreak", "length", None, 2),)
@@ -169,3 +175,56 @@ def test_bodies_are_what_the_openai_package_reads() -> None:
         body = answered(endpoint, [*ONE, Choice("b", "stop", logprobs, 3)])["response"]["body"]
         parsed = kind.model_validate(body, strict=True)
         assert parsed.model_dump(exclude_unset=True) == body
+
+
+BREAKS = "".join(chr(c) for c in range(0x3000) if len(f"a{chr(c)}b".splitlines()) > 1)
+
+
+@given(st.text(st.sampled_from(BREAKS + 'a"\\\u00c2\ue000\U0001f9ff'), max_size=9))
+def test_a_line_is_one_line_for_every_reader(text: str) -> None:
+    assert {"\n", "\x85", "\u2028", "\u2029"} <= set(BREAKS)
+    answer = answer_line(
+        number=0,
+        custom_id=text,
+        endpoint=CHAT,
+        model=text,
+        choices=[Choice(text, "stop", None, 1)],
+        prompt_tokens=1,
+        created=0,
+    )
+    error = error_line(0, text, RowError(text, param=text))
+    begun = json_line(Begun(text, 0, "digest"))
+    for line in (answer, error, begun):
+        assert len(line.decode().splitlines()) == 1
+        assert json.loads(line)["custom_id"] == text
+    assert json.loads(answer)["response"]["body"]["choices"][0]["message"]["content"] == text
+    assert json.loads(error)["error"]["message"] == text
+    assert read_line(answer).custom_id == text
+
+
+def test_half_a_surrogate_pair_is_spelled_out() -> None:
+    """As a template's own words or the name of a directory may have one."""
+    line = json.loads(error_line(0, "a", RowError("no \ud800", param="\udc80")))
+    assert line["error"]["message"] == "no \\ud800"
+    line = answered(CHAT, [Choice("\udfff", "stop", {"content": ["\ud800"]}, 1)])
+    [choice] = line["response"]["body"]["choices"]
+    assert choice["message"]["content"] == "\\udfff"
+    assert choice["logprobs"] == {"content": ["\\ud800"]}
+
+
+def test_lines_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    written = answer_line(
+        number=0,
+        custom_id="a\u2028b",
+        endpoint=CHAT,
+        model="m",
+        choices=ONE,
+        prompt_tokens=1,
+        created=0,
+    )
+    raw = written.replace(b"\\u2028", "\u2028".encode())
+    assert raw != written
+    (tmp_path / "out").write_bytes(raw + b"\n" + written.replace(b"req_0", b"req_1") + b"\n")
+    answered, sound = read_answered(tmp_path / "out")
+    assert (answered.custom_ids, answered.lines) == ({"a\u2028b"}, 2)
+    assert sound == (tmp_path / "out").stat().st_size

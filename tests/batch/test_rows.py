@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from batch_fakes import EOS, chat, completion, make_service
 
+from hpc_distkv.batch.choice import Choice
 from hpc_distkv.batch.errors import RowError
+from hpc_distkv.batch.response import answer_line
 from hpc_distkv.batch.rows import Row, derive_seed, parse_row, which_choice
-from hpc_distkv.batch.schema import read_envelope
+from hpc_distkv.batch.schema import CHAT, read_envelope
 from hpc_distkv.batch.service import Service
 from hpc_distkv.control.requests import unpack_tokens
 from hpc_distkv.model.errors import ModelError
@@ -97,8 +99,11 @@ def test_template_that_refuses_becomes_a_row_error() -> None:
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        (chat("a", [{"type": "image_url", "image_url": {}}]), "'image_url' is not supported, only"),
-        (chat("a", [{"image_url": {}, "type": "image_url"}]), "only text is"),
+        (
+            chat("a", [{"type": "image_url", "image_url": {}}]),
+            "'image_url' is not supported, only text",
+        ),
+        (chat("a", [{"image_url": {}, "type": "image_url"}]), "only text is."),
         (completion("a", tools=[{}]), "'tools' is not supported here, other than [] or null."),
         (completion("a", best_of=2), "'best_of' is not supported here, other than 1 or null."),
         (completion("a", suffix="x"), 'other than "" or null.'),
@@ -115,6 +120,10 @@ def test_answers_of_tools_are_not_supported() -> None:
     row["body"]["messages"][0]["tool_call_id"] = "call 1"
     assert refused(row).message == (
         "'messages[0].tool_call_id' is not supported here, other than null."
+    )
+    row["body"]["messages"] = [{"role": "assistant", "content": None, "tool_calls": [{}]}]
+    assert refused(row).message == (
+        "'messages[0].tool_calls' is not supported here, other than [] or null."
     )
 
 
@@ -135,7 +144,13 @@ def test_what_the_model_says_of_a_prompt_is_said_without_our_names() -> None:
         ({"role": "user"}, "messages[0].content"),
         ({"content": "x"}, "messages[0].role"),
         ({"role": "", "content": "x"}, "messages[0].role"),
-        ({"role": "user", "content": "x", "colour": 1}, "messages[0].colour"),
+        ({"role": "user", "content": None}, "messages[0].content"),
+        ({"role": "user", "content": [{"type": "refusal"}]}, "messages[0].content[0].refusal"),
+        ({"role": "user", "content": "x", "images": ["x"]}, "messages[0].images"),
+        ({"role": "assistant", "content": "x", "prefix": True}, "messages[0].prefix"),
+        ({"role": "assistant", "function_call": {}}, "messages[0].function_call"),
+        ({"role": "assistant", "content": None, "audio": {"id": "a"}}, "messages[0].audio"),
+        ({"role": "assistant", "content": "x", "reasoning": [1]}, "messages[0].reasoning"),
         ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "messages[0].tool_calls"),
         ("hello", "messages[0]"),
     ],
@@ -144,6 +159,63 @@ def test_malformed_messages_are_refused_by_name(message: Any, param: str) -> Non
     row = chat("a")
     row["body"]["messages"] = [message]
     assert refused(row).param == param
+
+
+def as_template(*messages: Any) -> list[dict[str, Any]]:
+    """What the chat template gets."""
+    service, seen = make_service(), []
+
+    def take(messages: list[dict[str, Any]], most: int | None = None) -> list[int]:
+        seen.extend(messages)
+        return [1]
+
+    object.__setattr__(service, "chat", take)
+    row = chat("a")
+    row["body"]["messages"] = list(messages)
+    parse(row, service)
+    return seen
+
+
+def test_the_message_of_a_former_answer_is_taken_as_clients_send_it_back() -> None:
+    plain = {"role": "assistant", "content": "x"}
+    ours = answer_line(
+        number=0,
+        custom_id="a",
+        endpoint=CHAT,
+        model="m",
+        choices=[Choice("x", "stop", None, 1)],
+        prompt_tokens=1,
+        created=0,
+    )
+    assert as_template(json.loads(ours)["response"]["body"]["choices"][0]["message"]) == [plain]
+    openai = {"annotations": [], "refusal": None, "audio": None, "function_call": None}
+    vllm = {"tool_calls": [], "reasoning_content": None, "reasoning": None}
+    others = {"reasoning_details": [{"type": "x"}], "id": "msg_1", "prefix": False}
+    assert as_template(plain | openai | vllm | others) == [plain]
+    part = {"type": "text", "text": "x", "annotations": [], "cache_control": {"type": "ephemeral"}}
+    assert as_template({"role": "user", "content": [part, "y"]}) == [
+        {"role": "user", "content": "x\ny"}
+    ]
+
+
+def test_an_assistant_that_said_nothing_or_refused() -> None:
+    for message in ({}, {"content": None}, {"content": None, "tool_calls": []}, {"content": []}):
+        assert as_template({"role": "assistant", **message})[0]["content"] == ""
+    for message in (
+        {"content": None, "refusal": "No."},
+        {"content": [{"type": "refusal", "refusal": "No."}]},
+    ):
+        assert as_template({"role": "assistant", **message})[0]["content"] == "No."
+    assert as_template({"role": "assistant", "content": "x", "refusal": ""})[0]["content"] == "x"
+
+
+def test_thoughts_reach_the_template_under_both_names() -> None:
+    for name in ("reasoning_content", "reasoning"):
+        [message] = as_template({"role": "assistant", "content": "x", name: "because"})
+        assert message["reasoning_content"] == message["reasoning"] == "because"
+        assert as_template({"role": "user", "content": "x", name: "?"}) == [
+            {"role": "user", "content": "x"}
+        ]
 
 
 def test_no_messages() -> None:
@@ -265,7 +337,9 @@ def test_tools_are_unsupported() -> None:
 
 
 def test_labels_are_ignored() -> None:
-    assert parse(chat("a", user="me", metadata={"x": 1})) == parse(chat("a"))
+    labels = {"user": "me", "metadata": {"x": 1}, "store": True, "service_tier": "flex"}
+    for make in (chat, completion):
+        assert parse(make("a", prompt_cache_retention="24h", **labels)) == parse(make("a"))
 
 
 def test_unknown_fields_are_named() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from batch_fakes import (
+    EOS,
     answer,
     completion,
     make_service,
@@ -128,6 +129,9 @@ def test_other_answers_of_a_row_that_were_ready_are_not_made_again(tmp_path: Pat
         ("stop", 3, 4, True),
         ("stop", 3, 3, False),  # the stop token may have been one more
         ("stop", 3, 2, False),
+        ("stop token", 3, 3, True),
+        ("stop token", 3, 2, False),
+        ("stop string", 3, 3, True),
     ],
 )
 def test_a_whole_answer_is_kept_if_another_limit_makes_no_other_one_of_it(
@@ -136,7 +140,10 @@ def test_a_whole_answer_is_kept_if_another_limit_makes_no_other_one_of_it(
     write_lines(tmp_path / "in", [completion("a", "hello", n=2, max_tokens=5)])
     job = open_job(tmp_path)
     first, _ = job.requests()
-    job.finish(Result(first.id, pack_tokens([65] * tokens), reason, 0.1, 0.2))
+    made = [65] * (tokens - 1) + [EOS if reason == "stop token" else 65]
+    end = 1 if reason == "stop string" else None
+    reason = reason.split()[0]
+    job.finish(Result(first.id, pack_tokens(made), reason, 0.1, 0.2, text_end=end))
     job.close()
     write_lines(tmp_path / "in", [completion("a", "hello", n=2, max_tokens=limit)])
     assert len([*open_job(tmp_path).requests()]) == 2 - fits

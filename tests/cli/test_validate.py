@@ -13,9 +13,10 @@ import pytest
 from click.testing import CliRunner, Result
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from hpc_distkv.cli.main import group
+from hpc_distkv.cli.main import group, main
 from hpc_distkv.engine.needs import rank_memory
 from hpc_distkv.engine.options import EngineOptions
+from hpc_distkv.model import tokenizer as hpc_tokenizer
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.observe.run_files import NEEDED
 
@@ -304,3 +305,44 @@ def test_neither_torch_nor_mpi_is_started(model: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("heavy []\n")
+
+
+HOSTILE = "\x1b[2J\x9b1A\u202e\nrows 9"
+
+
+def test_nothing_of_a_row_reaches_the_terminal_raw(model: Path) -> None:
+    unknown = row("b", 1, **{HOSTILE: 1})
+    result = validate(model, [row(HOSTILE, 1), unknown, row("c", 1, model=HOSTILE)], "--rows")
+    spelled = r"\x1b[2J\x9b1A\u202e\nrows 9"
+    assert result.output.count(spelled) == 3
+    assert set(result.output) - {"\n", "\t"} == set(filter(str.isprintable, result.output))
+
+
+def test_nothing_of_a_file_reaches_the_terminal_raw(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["", "validate", "--model", str(model), "-i", HOSTILE])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert r"\x1b[2J\x9b1A\u202e" in capsys.readouterr().err
+
+
+class PanicException(BaseException):
+    """As pyo3 names what a panic of Rust raises: no `Exception`."""
+
+
+def test_a_tokenizer_that_panics_is_the_fault_of_one_row(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = hpc_tokenizer.Tokenizer._encode
+
+    def panicking(self: Any, text: str, add_special_tokens: bool) -> list[int]:
+        if "b" in text:
+            raise PanicException("called `Result::unwrap()`")
+        return encode(self, text, add_special_tokens)
+
+    monkeypatch.setattr(hpc_tokenizer.Tokenizer, "_encode", panicking)
+    result = validate(model, [row("a", 1), row("b", 1, prompt="b"), row("c", 1)])
+    assert result.exit_code == 1
+    assert (values(result)["good"], values(result)["bad"]) == ("2", "1")
+    assert "PanicException: called `Result::unwrap()`" in result.output

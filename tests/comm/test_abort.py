@@ -71,6 +71,7 @@ def test_calls_that_end_in_time_end_nothing(capsys):
             2,
             "[rank 1] --block-size must be positive\n",
         ),
+        (UserError("a \x1b[2J\nb"), 2, "[rank 1] a \\x1b[2J\n[rank 1] b\n"),
         (KeyboardInterrupt(), 130, "[rank 1] interrupted\n"),
         (StallError("rank 1 waits for rank 0"), 70, "[rank 1] rank 1 waits for rank 0\n"),
         (SystemExit(7), 7, "[rank 1] left before the other ranks were done: exit status 7\n"),

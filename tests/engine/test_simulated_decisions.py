@@ -75,11 +75,7 @@ def test_a_simulated_instance_plans_what_a_real_one_does(
     real, config = list(plans), configs[0]
     plans.clear()
     made = [
-        Row(
-            row.prompt_len,
-            len(outcome.tokens[row.id]) + (outcome.results[row.id].finish_reason == "stop"),
-            limit=row.sampling.max_tokens,
-        )
+        Row(row.prompt_len, len(outcome.tokens[row.id]), limit=row.sampling.max_tokens)
         for row in rows
     ]
     cluster = Cluster(1, 1, DeviceSpec("toy", 1e9, 0), measured=ANY)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Ids
+from functools import partial
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_distkv.control.requests import Request, Sampling, pack_tokens, unpack_tokens
+from hpc_distkv.control.requests import UNREADABLE, Request, Sampling, pack_tokens, unpack_tokens
 from hpc_distkv.engine.sequence import Sequence
+from hpc_distkv.model.detokenizer import DecodingDetokenizer, Detokenizer
 
 PROMPT = list(b"prompt")
 SPECIAL = 300
@@ -30,6 +32,10 @@ class Bytes:
         ]
         return b"".join(pieces).decode(errors="replace")
 
+    def detokenizer(self, prompt: Ids[int] = (), skip_special_tokens: bool = True) -> Detokenizer:
+        decode = partial(self.decode, skip_special_tokens=skip_special_tokens)
+        return DecodingDetokenizer(decode, prompt)
+
 
 class Pieces:
     """Tokens are the pieces of a text, in order."""
@@ -39,6 +45,10 @@ class Pieces:
 
     def decode(self, ids: Ids[int], skip_special_tokens: bool = True) -> str:
         return "".join(self.pieces[i] for i in ids)
+
+    def detokenizer(self, prompt: Ids[int] = (), skip_special_tokens: bool = True) -> Detokenizer:
+        decode = partial(self.decode, skip_special_tokens=skip_special_tokens)
+        return DecodingDetokenizer(decode, prompt)
 
 
 def run(output: Ids[int], decoder=None, **sampling) -> Sequence:
@@ -127,13 +137,12 @@ def test_the_cut_depends_on_the_text_alone(text, stops, include, rng):
         assert not any(stop in before for stop in stops), "it ended with the first token it could"
 
 
-def test_stop_tokens():
-    made = run([5, 6, 7, 8], stop_token_ids=(7,))
-    assert (made.finish_reason(), unpack_tokens(made.packed_output)) == ("stop", [5, 6])
-    made = run([5, 6, 7, 8], stop_token_ids=(7,), include_stop=True)
-    assert (made.finish_reason(), unpack_tokens(made.packed_output)) == ("stop", [5, 6, 7])
+def test_stop_tokens_count_as_output():
+    for include in (False, True):
+        made = run([5, 6, 7, 8], stop_token_ids=(7,), include_stop=include)
+        assert (made.finish_reason(), unpack_tokens(made.packed_output)) == ("stop", [5, 6, 7])
     made = run([5, 7], stop_token_ids=(7,), max_tokens=2)
-    assert (made.finish_reason(), unpack_tokens(made.packed_output)) == ("stop", [5])
+    assert (made.finish_reason(), unpack_tokens(made.packed_output)) == ("stop", [5, 7])
     made = run([7, 7, 7], stop_token_ids=(7,), min_tokens=3)
     assert (made.finish_reason(), made.output_len) == ("stop", 3)
     made = run([5, 6], max_tokens=2)
@@ -141,15 +150,44 @@ def test_stop_tokens():
 
 
 def test_logprobs_go_with_the_tokens_of_the_output():
-    for include in (False, True):
-        settings = Sampling(9, stop_token_ids=(7,), logprobs=0, include_stop=include)
-        made = Sequence(Request(0, pack_tokens([1]), settings), 0.0)
-        for token in (5, 6, 7):
-            made.expect(0)
-            made.learn(token, 0.0, bytes([token] * 4))
-        kept = [5, 6, 7] if include else [5, 6]
-        assert unpack_tokens(made.packed_output) == kept
-        assert made.packed_logprobs == b"".join(bytes([token] * 4) for token in kept)
+    settings = Sampling(9, stop_token_ids=(7,), logprobs=0)
+    made = Sequence(Request(0, pack_tokens([1]), settings), 0.0)
+    for token in (5, 6, 7):
+        made.expect(0)
+        made.learn(token, 0.0, bytes([token] * 4))
+    assert unpack_tokens(made.packed_output) == [5, 6, 7]
+    assert made.packed_logprobs == b"".join(bytes([token] * 4) for token in (5, 6, 7))
+
+
+class PanicException(BaseException):
+    """As pyo3 names what a panic of Rust raises: no `Exception`."""
+
+
+@pytest.mark.parametrize("error", [ValueError, PanicException, MemoryError])
+def test_a_tokenizer_that_fails_ends_the_request_and_nothing_else(error):
+    class Failing(Bytes):
+        def decode(self, ids: Ids[int], skip_special_tokens: bool = True) -> str:
+            if ord("c") in ids:
+                raise error("no")
+            return super().decode(ids, skip_special_tokens)
+
+    made = run(b"abcd", Failing(), stop=("x",))
+    assert (made.finish_reason(), unpack_tokens(made.packed_output)) == (UNREADABLE, [*b"abc"])
+    prompt = Request(0, pack_tokens(b"c"), Sampling(9, stop=("x",)))
+    made = Sequence(prompt, 0.0, Failing())
+    made.expect(0)
+    made.learn(97, 0.0)
+    assert made.finish_reason() == UNREADABLE
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_what_ends_the_process_is_no_fault_of_a_tokenizer(error):
+    class Ending(Bytes):
+        def decode(self, ids: Ids[int], skip_special_tokens: bool = True) -> str:
+            raise error
+
+    with pytest.raises(error):
+        run(b"ab", Ending(), stop=("x",))
 
 
 def test_a_sequence_that_moves_goes_on_as_if_it_had_stayed():

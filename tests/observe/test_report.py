@@ -24,7 +24,7 @@ from hpc_distkv.observe.trace import DTYPE, RankSpans
 from hpc_distkv.observe.trace_file import write_trace
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
-NAMES = ["</script><b>row", "row & more", *(f"row {n}" for n in range(30))]
+NAMES = ["</script><b>row", "row & more", "\u202erow\x1b[31m", *(f"row {n}" for n in range(30))]
 
 
 def write_run(folder: Path, instances: int = 2, number: str = "", **about: object) -> Path:
@@ -89,6 +89,7 @@ def test_a_page_needs_nothing_else(tmp_path):
     assert html.count("<svg") == 6
     assert "<b>row" not in html
     assert "row &amp; more" in html
+    assert r"\u202erow\x1b[31m" in html
 
 
 @pytest.mark.parametrize(("left_out", "missing"), [("metrics.json", 3), ("trace.json", 3)])
