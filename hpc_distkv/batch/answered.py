@@ -9,6 +9,7 @@ import msgspec
 
 from hpc_distkv.batch.errors import JournalError
 from hpc_distkv.batch.response import ID_PREFIX
+from hpc_distkv.regular import open_regular
 
 DUPLICATE = "duplicate_custom_id"
 """Error code of a row whose custom_id an earlier row has."""
@@ -109,7 +110,7 @@ def read_answered(path: Path) -> tuple[Answered, int]:
     answered = Answered()
     sound = 0
     torn: int | None = None
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         for place, line in enumerate(file, start=1):
             if torn is not None:
                 raise JournalError(

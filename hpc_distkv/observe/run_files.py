@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from hpc_distkv.errors import UserError
 from hpc_distkv.observe.trace_names import FIRST_PROCESS, HOSTED, OWES, OWN, POOL, ROWS, TOKENS
+from hpc_distkv.regular import read_regular
 
 Series = NDArray[np.float64]
 SUFFIXES = (".json", ".json.gz")
@@ -108,10 +110,10 @@ def files_of(paths: Iterable[Path]) -> Iterable[Path]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
         text = gzip.decompress(data) if path.suffix == ".gz" else data
         content = json.loads(text)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise RunFileError(f"cannot read {path}: {error}") from error
     return content if isinstance(content, dict) else {}
 
