@@ -130,6 +130,9 @@ def _run(
     from hpc_distkv.observe.metrics import write_json
     from hpc_distkv.observe.progress import ProgressReport
 
+    if any(comm.share(interrupt.drain)):
+        say(comm, "stopped before the model was read: run the same command again")
+        return STOPPED_STATUS
     engine = Engine(
         options["model"],
         set_options(comm, options),
