@@ -23,8 +23,9 @@ import os, signal, sys
 from hpc_distkv.cli import main
 class Module:
     "Goes when Python has taken its signal handlers away."
-    def __del__(self, kill=os.kill, me=os.getpid(), number=signal.{name}):
-        kill(me, number)
+    def __del__(self, kill=os.kill, me=os.getpid(), signals=(signal.SIGUSR2, signal.SIGTERM)):
+        for number in signals:
+            kill(me, number)
 sys.modules["last"] = Module()
 main.main()
 """
@@ -42,14 +43,12 @@ def test_a_signal_before_anything_is_loaded_stops_the_run_to_be_started_again(jo
     assert ran.returncode == 75, ran.stderr
     assert "stopped before the model was read" in ran.stderr
     assert not job.output.with_name("results.jsonl.claim").exists()
-    assert job.run(0).returncode == 0
-    assert len(job.answers()) == 1
+    assert job.lines() == []
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR2"])
-def test_a_signal_when_all_is_written_changes_no_status(name, job):
+def test_signals_when_all_is_written_change_no_status(job):
     script = job.input.with_name("late.py")
-    script.write_text(LATE.format(name=name))
+    script.write_text(LATE)
     ran = run_script(0, script, *job.arguments())
     assert ran.returncode == 0, ran.stderr
     assert len(job.answers()) == 1
