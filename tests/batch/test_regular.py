@@ -16,7 +16,6 @@ from hpc_distkv.observe.run_files import RunFileError, read_run
 from hpc_distkv.regular import open_regular, read_regular
 from hpc_distkv.simulate.workload import Workload
 
-
 WHY = "regular file|directory|such device"
 
 
