@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import shutil
@@ -165,6 +166,22 @@ def a_report_that_fails(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(ProgressReport, "due", True)
     patch.setattr(ProgressReport, "show", show)
+
+
+class FullLog(io.StringIO):
+    def write(self, _: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_log_that_cannot_be_written_ends_no_run(tiny_model: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(ProgressReport, "due", True)
+    files = Files(tmp_path / "in", tmp_path / "out")
+    files.input.write_text(json.dumps(completion("a", [5, 6], 3)) + "\n")
+    [figures] = run_local(
+        open_local(1),
+        lambda comm: Engine(tiny_model, OPTIONS, comm=comm).run(files, ProgressReport(FullLog())),
+    )
+    assert figures["rows"]["answered"] == 1
 
 
 @pytest.mark.parametrize(

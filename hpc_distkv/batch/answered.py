@@ -12,6 +12,7 @@ import msgspec
 from hpc_distkv.batch.compact import CompactSet
 from hpc_distkv.batch.errors import JournalError
 from hpc_distkv.batch.response import ID_PREFIX, REVISED
+from hpc_distkv.regular import open_regular
 
 DUPLICATE = "duplicate_custom_id"
 """Error code of a row whose custom_id an earlier row has."""
@@ -202,7 +203,7 @@ def read_answered(path: Path, since: float = math.inf) -> tuple[Answered, int]:
     """
     answered = Answered(since=since)
     sound = 0
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         for place, line in enumerate(file, start=1):
             if _torn(line):
                 break  # it is the last one

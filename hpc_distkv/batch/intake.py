@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from hpc_distkv.batch.errors import InputError, RowError
 from hpc_distkv.batch.not_jsonl import BOM, problem_of
 from hpc_distkv.batch.schema import Envelope, read_envelope
 from hpc_distkv.batch.shard import Shard
+from hpc_distkv.regular import open_regular
 
 LONGEST_LINE = 256 << 20
 """Bytes. A longer line is an error row, and is not read into memory."""
@@ -31,13 +31,10 @@ class Intake:
         if str(path) == "-":
             raise InputError("the input must be a file: a stream cannot be read again to resume.")
         try:
-            self._file = self.path.open("rb")
+            self._file = open_regular(self.path)
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}.") from error
         state = os.fstat(self._file.fileno())
-        if not stat.S_ISREG(state.st_mode):
-            self._file.close()
-            raise InputError(f"cannot read {path}: it is not a regular file, so it cannot resume.")
         if problem := self._other_file():
             self._file.close()
             raise InputError(f"cannot read {path}: it {problem}.")

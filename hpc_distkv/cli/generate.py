@@ -150,6 +150,9 @@ def _run(
     from hpc_distkv.observe.units import stamped
 
     say(comm, announce.header(comm.world, files))
+    if any(comm.share(interrupt.drain)):
+        say(comm, "stopped before the model was read: run the same command again")
+        return STOPPED_STATUS
     engine = Engine(
         options["model"],
         set_options(comm, options),

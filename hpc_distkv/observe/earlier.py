@@ -5,11 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterator, Mapping
+from io import TextIOWrapper
 from itertools import count
 from pathlib import Path
 from typing import IO, Any, cast
 
 from hpc_distkv.batch.replace import real_path, sync_folder
+from hpc_distkv.regular import open_regular
 
 SUFFIXES = (".json.gz", ".json")
 
@@ -57,9 +59,8 @@ def read_about(path: Path) -> dict[str, Any]:
 
 def opened(path: Path) -> IO[str]:
     """A file that may be compressed. Raises OSError."""
-    if path.suffix == ".gz":
-        return cast(IO[str], gzip.open(path, "rt"))
-    return path.open()
+    file = open_regular(path)
+    return cast(IO[str], gzip.open(file, "rt") if path.suffix == ".gz" else TextIOWrapper(file))
 
 
 def _earlier(path: Path) -> Iterator[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -191,7 +192,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         with opened(path) as file:
             content = json.load(file)
-    except (OSError, EOFError, ValueError, RecursionError) as error:
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise RunFileError(f"cannot read {path}: {error}") from error
     return content if isinstance(content, dict) else {}
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from hpc_distkv.engine.config import OptionError
+from hpc_distkv.regular import read_regular
 
 T = TypeVar("T")
 
@@ -23,10 +24,10 @@ def read_toml(
     """The file's content as `kind`. Raises OptionError that says `what` it should be, and names the
     file and the key at fault; `reason` words the latter."""
     try:
-        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        content = tomllib.loads(read_regular(Path(path)).decode())
     except OSError as error:
         raise OptionError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise OptionError(f"{path} is not TOML: {error}") from error
     try:
         return msgspec.convert(content, kind)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import sys
 import time
 from pathlib import Path
 
@@ -7,7 +9,8 @@ import pytest
 from letters import take
 from mpirun import mpirun, run_mpi
 
-from hpc_distkv.comm.abort import aborting, failing, guarded
+from hpc_distkv.comm import abort
+from hpc_distkv.comm.abort import aborting, end_job, failing, guarded
 from hpc_distkv.comm.local import open_local, run_local
 from hpc_distkv.comm.schedule import PeerFailedError
 from hpc_distkv.comm.waiter import StallError
@@ -86,6 +89,31 @@ def test_last_words_and_status(error, status, said, capsys):
         raise error
     assert ended == [status]
     assert capsys.readouterr().err == said
+
+
+class Stuck:
+    """A pipe that nobody reads."""
+
+    def write(self, _: str) -> None:
+        time.sleep(5)
+
+
+class Full:
+    def write(self, _: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("stderr", [Stuck(), Full(), None])
+def test_an_abort_happens_whatever_becomes_of_its_message(stderr, monkeypatch):
+    comm = open_local(2)[1]
+    ended = []
+    comm.abort = ended.append
+    monkeypatch.setattr(abort, "WRITTEN", 0.2)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    began = time.monotonic()
+    end_job(comm, ValueError("mine"))
+    assert ended == [70]
+    assert time.monotonic() - began < 3
 
 
 def test_what_all_ranks_raise_ends_no_job(capsys):

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from hpc_distkv.comm.local import open_local, run_local
-from hpc_distkv.comm.together import SetupError, together
+from hpc_distkv.comm.together import RankError, SetupError, concluded, together
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.model.errors import ModelError
 
@@ -37,3 +37,24 @@ def test_all_ranks_hear_of_a_rank_that_cannot():
 
     run_local(open_local(3), load)
     assert said == ["a tensor is missing (rank 1)"] * 3
+
+
+def test_a_conclusion_that_fails_is_raised_by_its_rank_and_told_to_the_others():
+    full = ModelError("the disk is full")
+
+    def close(comm: Comm) -> BaseException:
+        def part() -> None:
+            if comm.world.rank == 2:
+                raise full
+
+        with pytest.raises((ModelError, RankError)) as error:
+            concluded(comm, part)
+        assert error.value is comm.agreed
+        return error.value
+
+    first, second, third = run_local(open_local(3), close)
+    assert third is full
+    for told in (first, second):
+        assert isinstance(told, RankError)
+        assert str(told) == "rank 2 failed: the disk is full"
+        assert told.exit_code == 70
