@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from typing import Any
 
 from hpc_distkv.cli.streams import LOG_PATIENCE, close_streams, open_streams, shown
 from hpc_distkv.comm.launch import leave_together
@@ -14,15 +13,6 @@ from hpc_distkv.printable import LAYOUT, printable
 
 INTERRUPTED_STATUS = 130
 RANK_VARIABLES = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
-
-
-def __getattr__(name: str) -> Any:
-    """The group of commands, loaded when it is first used."""
-    if name == "group":
-        from hpc_distkv.cli.group import group
-
-        return group
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.job import Job, job_fingerprint
 from hpc_distkv.batch.schema import read_envelope
 from hpc_distkv.batch.status import read_status
-from hpc_distkv.cli.main import group
+from hpc_distkv.cli.group import group
 
 
 def run(

@@ -28,7 +28,7 @@ from hpc_distkv.batch.journal import Journal
 from hpc_distkv.batch.opening import Opening, Reuse
 from hpc_distkv.batch.shard import Shard
 from hpc_distkv.batch.status import read_status
-from hpc_distkv.cli.main import group
+from hpc_distkv.cli.group import group
 
 
 def run(

@@ -14,7 +14,7 @@ from shard_runs import run_part, run_shards
 from hpc_distkv.batch.merge import merge
 from hpc_distkv.batch.shard import Shard
 from hpc_distkv.batch.side_files import unfinished_path
-from hpc_distkv.cli.main import group
+from hpc_distkv.cli.group import group
 
 
 def run_merge(*words: str | Path) -> tuple[int, str]:

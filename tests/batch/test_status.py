@@ -17,7 +17,7 @@ from hpc_distkv.batch.claim import Owner
 from hpc_distkv.batch.shard import Shard
 from hpc_distkv.batch.side_files import claim_path
 from hpc_distkv.batch.status import SILENT, read_status, read_statuses
-from hpc_distkv.cli.main import group
+from hpc_distkv.cli.group import group
 
 
 def show(*words: str | Path) -> tuple[int, str]:

@@ -11,7 +11,7 @@ from batch_job import run_command
 from click.testing import CliRunner
 from mpirun import mpirun
 
-from hpc_distkv.cli.main import group
+from hpc_distkv.cli.group import group
 from hpc_distkv.simulate import paper as published
 
 RANKS = 2 if mpirun() else 0

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from hpc_distkv.cli.main import group
+from hpc_distkv.cli.group import group
 
 CLUSTER = """
 nodes = 2

@@ -13,7 +13,8 @@ import pytest
 from click.testing import CliRunner, Result
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from hpc_distkv.cli.main import group, main
+from hpc_distkv.cli.group import group
+from hpc_distkv.cli.main import main
 from hpc_distkv.engine.needs import rank_memory
 from hpc_distkv.engine.options import EngineOptions
 from hpc_distkv.model import tokenizer as hpc_tokenizer

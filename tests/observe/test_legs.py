@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from test_report import write_run
 
-from hpc_distkv.cli.main import group
+from hpc_distkv.cli.group import group
 from hpc_distkv.control.counters import Counters
 from hpc_distkv.control.percentiles import PERCENTILES
 from hpc_distkv.control.requests import Result, pack_tokens
