@@ -14,11 +14,12 @@ from hpc_distkv.comm.device import Device
 from hpc_distkv.control.logprobs import pack_logprobs
 from hpc_distkv.control.requests import Sampling
 from hpc_distkv.engine.batch_sampler import NO_TOKEN, sample_together
+from hpc_distkv.engine.draws import draw_keys, race
 from hpc_distkv.engine.penalties import adjusted
 from hpc_distkv.engine.sequence import Sequence
 
-HEAD = 1024
-"""Tokens that are sorted first for top-p: nearly always more than it keeps."""
+SORTED = 256
+"""Weights that are sorted without more ado."""
 
 
 Sampled = tuple[list[int], dict[int, bytes]]
@@ -82,8 +83,8 @@ def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
     """The next token of each sequence, or NO_TOKEN; `logits` is float32 `[sequences, vocab]`, left
     as it is.
 
-    Randomness comes from `Draws`, so a token depends on the row, its seed and its position alone:
-    not on batch, rank, preemption or restart.
+    What chance has a part in (`draws`) follows from a row's seed and the position alone: not from
+    batch, rank, preemption or restart.
     """
     largest, best = logits.max(dim=-1)
     tokens: list[int] = best.where(largest.isfinite(), NO_TOKEN).tolist()
@@ -139,43 +140,52 @@ def _choose(logits: torch.Tensor, sequence: Sequence) -> int:
             sequence.counts.read(sequence.tokens)
         begun = sequence.output_len >= sampling.min_tokens
         logits = adjusted(logits, sampling.rules, sequence.counts, begun)
-    if sequence.draws and logits.max().isfinite():
-        return _draw(logits, sampling, sequence.draws.at(sequence.length))
+    if sampling.temperature > 0 and logits.max().isfinite():
+        return draw_token(logits, sampling, sequence.length)
     return int(logits.argmax())
 
 
-def _draw(logits: torch.Tensor, sampling: Sampling, uniform: float) -> int:
-    """Temperature, then min-p, then top-k, then top-p of what is left, then one uniform number."""
-    order, weights = candidates(logits, sampling)
-    cumulative = np.cumsum(weights)
-    place = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
-    # Not beyond the last token that has any weight, should the product have been rounded up.
-    place = min(place, int(np.searchsorted(cumulative, cumulative[-1])))
-    return place if order is None else int(order[place])
+def draw_token(logits: torch.Tensor, sampling: Sampling, position: int) -> int:
+    """By temperature, then min-p, then top-k, then top-p of what is left, then a race."""
+    return race(draw_keys([sampling.seed], [position]), token_weights(logits, sampling))
 
 
-def candidates(
-    logits: torch.Tensor, sampling: Sampling
-) -> tuple[npt.NDArray[np.int64] | None, npt.NDArray[np.float64]]:
-    """The tokens that may be drawn (None: all) and their weights, not normalised. Sorting the
-    whole vocabulary would cost more than a small model's step, so as little is sorted as will do.
-    """
-    vocab = len(logits)
-    weights = np.exp((logits - logits.max()).double().numpy() / sampling.temperature)
-    if sampling.rules:
-        weights[weights < sampling.rules.min_p] = 0.0  # The most probable token weighs 1.
-    if sampling.top_k == 0 and sampling.top_p >= 1:
-        return None, weights
-    count = min(sampling.top_k or HEAD, vocab)
-    total = weights.sum()
-    while True:
-        order = logits.topk(count).indices.numpy()
-        kept = weights[order]
-        cumulative = np.cumsum(kept)
-        if sampling.top_k:
-            total = cumulative[-1]
-        if count == vocab or sampling.top_k or cumulative[-1] >= sampling.top_p * total:
+def token_weights(logits: torch.Tensor, sampling: Sampling) -> npt.NDArray[np.float64]:
+    """What each token is drawn by, `[vocab]`, not normalised; 0 for those that are not drawn. As in
+    vLLM, tokens as probable as the last of the `top_k` are among them."""
+    shifted = (logits - logits.max()).numpy()
+    if not 0 < sampling.top_k < len(shifted):
+        return _weights(shifted, sampling)
+    last = logits.topk(sampling.top_k).values[-1].numpy()
+    tokens = np.flatnonzero(logits.numpy() >= last)
+    weights = np.zeros(len(shifted))
+    weights[tokens] = _weights(shifted[tokens], sampling)
+    return weights
+
+
+def _weights(shifted: npt.NDArray[np.float32], sampling: Sampling) -> npt.NDArray[np.float64]:
+    """`token_weights` without top-k; `shifted`: logits below the largest."""
+    weights = np.divide(shifted, sampling.temperature, dtype=np.float64)
+    np.exp(weights, out=weights)
+    if sampling.min_p:
+        weights[weights < sampling.min_p] = 0.0  # The most probable token weighs 1.
+    if sampling.top_p >= 1:
+        return weights
+    kept, nucleus = _nucleus(weights, sampling.top_p), np.zeros(len(weights))
+    nucleus[kept] = weights[kept]
+    return nucleus
+
+
+def _nucleus(weights: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.int64]:
+    """Places of as few of the largest as weigh `top_p` of all; of equal ones the first. To sort a
+    whole vocabulary would cost more than a small model's step, so most of it goes before: those
+    that weigh less than the average of what may be left out are left out together."""
+    places, wanted = np.arange(len(weights)), top_p * weights.sum()
+    while len(weights) > SORTED:
+        heavy = weights >= (weights.sum() - wanted) / len(weights)
+        if 2 * np.count_nonzero(heavy) > len(weights):
             break
-        count = min(8 * count, vocab)
-    keep = int(np.searchsorted(cumulative, sampling.top_p * total)) + 1
-    return order[:keep], kept[:keep]
+        places, weights = places[heavy], weights[heavy]
+    order = np.argsort(-weights, kind="stable")
+    count = np.searchsorted(np.cumsum(weights[order]), wanted) + 1
+    return places[order[:count]]
