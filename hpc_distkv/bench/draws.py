@@ -36,7 +36,7 @@ def draw_figures(path: str, draws: int, rows: int, noise: float) -> dict[str, An
         raced = cumulated = 0
         for position, (row, error) in enumerate(zip(logits, errors, strict=True)):
             pair = [token_weights(scores, sampling) for scores in (row, row + noise * error)]
-            keys = draw_keys(range(each), [position] * each)[:, None]
+            keys = draw_keys([(seed, position) for seed in range(each)])
             raced += sum(race(key, pair[0]) != race(key, pair[1]) for key in keys)
             uniform = np.random.default_rng(position).random(each)
             one, other = (places(weights, uniform) for weights in pair)

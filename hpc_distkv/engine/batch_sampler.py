@@ -63,14 +63,15 @@ def _settings(rows: list[int], sequences: Rows[Sequence], vocab: int) -> list[Te
     the first."""
     samplings = [sequences[row].request.sampling for row in rows]
     lengths = [sequences[row].length for row in rows]
-    columns = (
-        draw_keys([s.seed for s in samplings], lengths),
+    keys = draw_keys([(s.seed, length) for s, length in zip(samplings, lengths, strict=True)])
+    numbers = (
         np.array([s.temperature for s in samplings]),
         np.array([s.min_p for s in samplings]),
         np.array([s.top_p for s in samplings]),
         np.array([s.top_k or vocab for s in samplings]).clip(max=vocab),
     )
-    return [torch.tensor(rows), *(torch.from_numpy(column)[:, None] for column in columns)]
+    columns = (torch.from_numpy(column)[:, None] for column in numbers)
+    return [torch.tensor(rows), torch.from_numpy(keys), *columns]
 
 
 def _weights(

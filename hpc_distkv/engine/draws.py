@@ -51,10 +51,10 @@ def _folded(x: Integers, shift: int) -> Integers:
     return x ^ ((x >> shift) & ((1 << 64 - shift) - 1))  # shifted as an unsigned integer
 
 
-def draw_keys(seeds: Sequence[int], positions: Sequence[int]) -> Ids:
-    """The generators of `positions` of rows with `seeds`."""
-    root = np.zeros(len(seeds), np.int64)
-    return split(split(root, np.array(seeds, np.int64)), np.array(positions, np.int64))
+def draw_keys(rows: Sequence[tuple[int, int]]) -> Ids:
+    """The generators `[rows, 1]` of rows' (seed, position)."""
+    seeds, positions = np.array(rows, np.int64).reshape(-1, 2).T[:, :, None]
+    return split(split(np.zeros_like(seeds), seeds), positions)
 
 
 def noise(keys: Integers, tokens: Integers) -> Integers:

@@ -14,7 +14,7 @@ from hpc_distkv.comm.device import Device
 from hpc_distkv.control.logprobs import pack_logprobs
 from hpc_distkv.control.requests import Sampling
 from hpc_distkv.engine.batch_sampler import NO_TOKEN, sample_together
-from hpc_distkv.engine.draws import draw_keys, race
+from hpc_distkv.engine.draws import Ids, draw_keys, race
 from hpc_distkv.engine.penalties import adjusted
 from hpc_distkv.engine.sequence import Sequence
 
@@ -88,10 +88,15 @@ def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
     """
     largest, best = logits.max(dim=-1)
     tokens: list[int] = best.where(largest.isfinite(), NO_TOKEN).tolist()
-    for row, sequence in enumerate(sequences):
-        sampling = sequence.request.sampling
-        if tokens[row] != NO_TOKEN and (sampling.temperature > 0 or sampling.rules):
-            tokens[row] = _choose(logits[row], sequence)
+    samplings = [sequence.request.sampling for sequence in sequences]
+    rows = [
+        row
+        for row, sampling in enumerate(samplings)
+        if tokens[row] != NO_TOKEN and (sampling.temperature > 0 or sampling.rules)
+    ]
+    keys = draw_keys([(samplings[row].seed, sequences[row].length) for row in rows])
+    for row, key in zip(rows, keys, strict=True):
+        tokens[row] = _choose(logits[row], sequences[row], key)
     return tokens
 
 
@@ -132,7 +137,7 @@ def _pack(own: torch.Tensor, ids: torch.Tensor, values: torch.Tensor) -> list[by
     return pack_logprobs(own.numpy(), ids.numpy(), values.numpy())
 
 
-def _choose(logits: torch.Tensor, sequence: Sequence) -> int:
+def _choose(logits: torch.Tensor, sequence: Sequence, key: Ids) -> int:
     """The next token of one row: its rules, then a draw, or without temperature the largest."""
     sampling = sequence.request.sampling
     if sampling.rules:
@@ -141,18 +146,14 @@ def _choose(logits: torch.Tensor, sequence: Sequence) -> int:
         begun = sequence.output_len >= sampling.min_tokens
         logits = adjusted(logits, sampling.rules, sequence.counts, begun)
     if sampling.temperature > 0 and logits.max().isfinite():
-        return draw_token(logits, sampling, sequence.length)
+        return race(key, token_weights(logits, sampling))
     return int(logits.argmax())
 
 
-def draw_token(logits: torch.Tensor, sampling: Sampling, position: int) -> int:
-    """By temperature, then min-p, then top-k, then top-p of what is left, then a race."""
-    return race(draw_keys([sampling.seed], [position]), token_weights(logits, sampling))
-
-
 def token_weights(logits: torch.Tensor, sampling: Sampling) -> npt.NDArray[np.float64]:
-    """What each token is drawn by, `[vocab]`, not normalised; 0 for those that are not drawn. As in
-    vLLM, tokens as probable as the last of the `top_k` are among them."""
+    """What each token is drawn by, `[vocab]`, not normalised; 0 for those that are not drawn: by
+    temperature, then min-p, then top-k, then top-p of what is left. As in vLLM, tokens as probable
+    as the last of the `top_k` are among them."""
     shifted = (logits - logits.max()).numpy()
     if not 0 < sampling.top_k < len(shifted):
         return _weights(shifted, sampling)

@@ -124,6 +124,19 @@ def test_penalties_are_those_of_vllm(seed):
     assert found.numpy() == pytest.approx(scores, rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 3, 50])
+def test_tokens_as_probable_as_the_last_of_the_most_probable_are_among_them(top_k):
+    logits = torch.tensor([1.0, 3.0, 2.0, 3.0, 2.0, 2.0, -torch.inf])
+    settings = {"temperature": 0.8, "top_k": top_k}
+    weights = token_weights(logits, settings_of(settings))
+    assert weights / weights.sum() == pytest.approx(expected(logits, settings), abs=1e-9)
+
+
+def test_of_equal_tokens_those_of_the_lowest_ids_are_enough_for_top_p():
+    weights = token_weights(torch.zeros(1000), settings_of({"temperature": 1.0, "top_p": 0.3}))
+    assert np.flatnonzero(weights).tolist() == list(range(300))
+
+
 def test_temperature_zero_takes_the_largest():
     assert sample(LOGITS[None], [sequence(Sampling(max_tokens=1), 5)]) == [0]
 
