@@ -19,5 +19,7 @@ def draws(model: str, count: int, rows: int, noise: float) -> None:
     """How many sampled tokens change when logits do so by rounding alone: by the race that draws
     them, and by the place among cumulative weights. Needs transformers."""
     from hpc_distkv.bench.draws import draw_figures
+    from hpc_distkv.model.config import ModelConfig
 
+    ModelConfig.from_dir(model)  # raises UserError for what is no model
     click.echo(json.dumps(draw_figures(model, count, rows, noise), indent=2))

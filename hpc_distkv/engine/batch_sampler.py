@@ -41,8 +41,8 @@ def sample_together(
         return tokens.where(finite, NO_TOKEN)
     plain = [row for row in drawing if samplings[row].top_k == 0 and samplings[row].top_p >= 1]
     rest = sorted({*drawing}.difference(plain))
-    settings = device.upload(_settings([*plain, *rest], sequences, logits.shape[1]))
-    rows, keys, *numbers = settings
+    settings = _settings([*plain, *rest], sequences, logits.shape[1])
+    rows, keys, *numbers = device.upload(settings)
     races = Races(keys, logits.shape[1])
     for weights, first, end in (
         (_weights, 0, len(plain)),

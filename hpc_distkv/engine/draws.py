@@ -1,19 +1,19 @@
-"""How a token is drawn: by a race.
+"""How a token is drawn: by an exponential race, the Gumbel-max trick without logarithms of weights.
 
 Every candidate arrives after an exponentially distributed time, with its weight as the rate, and
-the first one is drawn: each with the probability that is its part of all weights (the Gumbel-max
-trick, said without logarithms of weights). The first of some tokens arrives after such a time too,
-with the sum of their weights as the rate. So groups of tokens race first and then the tokens of the
-first group, and few times are needed.
+the first one is drawn: each with the probability that is its part of all weights. The first of some
+tokens arrives after such a time too, with the sum of their weights as the rate. So groups of tokens
+race first and then the tokens of the first group, and few times are needed.
 
-Chance depends on the seed, the position and the number of the token or group alone. So logits that
-are rounded otherwise change the token only where two that race arrive at almost the same time. A
-place among cumulative weights would be moved by what is rounded in every token before it.
+A time depends on the weight and on noise, and this on the seed, the position and the number of the
+token or group alone. So logits that are rounded otherwise change the token only where two that race
+arrive at almost the same time. A place among cumulative weights would be moved by what is rounded
+in every token before it.
 
-Chance is a tree of SplitMix64 generators (Steele, Lea and Flood, "Fast splittable pseudorandom
-number generators", 2014), whose n-th number can be made without those before it: a seed gives each
-position a generator, and this one gives each token and group a number. That is arithmetic of 64-bit
-integers, with the same results in numpy and in torch, on every device.
+Noise comes from a tree of SplitMix64 generators (Steele, Lea and Flood, "Fast splittable
+pseudorandom number generators", 2014), whose n-th number can be made without those before it: a
+seed gives each position a generator, and this one gives each token and group a number. That is
+arithmetic of 64-bit integers, with the same results in numpy and in torch, on every device.
 """
 
 from __future__ import annotations

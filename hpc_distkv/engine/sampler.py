@@ -83,8 +83,8 @@ def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
     """The next token of each sequence, or NO_TOKEN; `logits` is float32 `[sequences, vocab]`, left
     as it is.
 
-    What chance has a part in (`draws`) follows from a row's seed and the position alone: not from
-    batch, rank, preemption or restart.
+    Noise (`draws`) follows from a row's seed and the position alone: not from batch, rank,
+    preemption or restart.
     """
     largest, best = logits.max(dim=-1)
     tokens: list[int] = best.where(largest.isfinite(), NO_TOKEN).tolist()
