@@ -5,14 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from hpc_distkv.control.requests import Sampling
-from hpc_distkv.engine.draws import draw_keys, race
+from hpc_distkv.engine.draws import Ids, Weights, draw_keys, race
 from hpc_distkv.engine.sampler import token_weights
-
-Weights = npt.NDArray[np.float64]
 
 CASES = {
     "temperature 1": {"temperature": 1.0},
@@ -46,14 +43,12 @@ def draw_figures(path: str, draws: int, rows: int, noise: float) -> dict[str, An
     return figures
 
 
-def places(weights: Weights, uniform: Weights) -> npt.NDArray[np.int64]:
+def places(weights: Weights, uniform: Weights) -> Ids:
     """The tokens at `uniform` parts of the cumulative weights: in the order of ids if all tokens
     may be drawn, else the most probable first."""
     order = np.arange(len(weights)) if weights.all() else np.argsort(-weights, kind="stable")
     cumulative = np.cumsum(weights[order])
-    tokens: npt.NDArray[np.int64] = order[
-        np.searchsorted(cumulative, uniform * cumulative[-1], side="right")
-    ]
+    tokens: Ids = order[np.searchsorted(cumulative, uniform * cumulative[-1], side="right")]
     return tokens
 
 

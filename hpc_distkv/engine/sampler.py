@@ -14,7 +14,7 @@ from hpc_distkv.comm.device import Device
 from hpc_distkv.control.logprobs import pack_logprobs
 from hpc_distkv.control.requests import Sampling
 from hpc_distkv.engine.batch_sampler import NO_TOKEN, sample_together
-from hpc_distkv.engine.draws import Ids, draw_keys, race
+from hpc_distkv.engine.draws import Ids, Weights, draw_keys, race
 from hpc_distkv.engine.penalties import adjusted
 from hpc_distkv.engine.sequence import Sequence
 
@@ -150,23 +150,23 @@ def _choose(logits: torch.Tensor, sequence: Sequence, key: Ids) -> int:
     return int(logits.argmax())
 
 
-def token_weights(logits: torch.Tensor, sampling: Sampling) -> npt.NDArray[np.float64]:
+def token_weights(logits: torch.Tensor, sampling: Sampling) -> Weights:
     """What each token is drawn by, `[vocab]`, not normalised; 0 for those that are not drawn: by
     temperature, then min-p, then top-k, then top-p of what is left. As in vLLM, tokens as probable
     as the last of the `top_k` are among them."""
-    shifted = (logits - logits.max()).numpy()
-    if not 0 < sampling.top_k < len(shifted):
-        return _weights(shifted, sampling)
+    scores = logits.numpy()
+    if not 0 < sampling.top_k < len(scores):
+        return _weights(scores, sampling)
     last = logits.topk(sampling.top_k).values[-1].numpy()
-    tokens = np.flatnonzero(logits.numpy() >= last)
-    weights = np.zeros(len(shifted))
-    weights[tokens] = _weights(shifted[tokens], sampling)
+    tokens = np.flatnonzero(scores >= last)
+    weights = np.zeros(len(scores))
+    weights[tokens] = _weights(scores[tokens], sampling)
     return weights
 
 
-def _weights(shifted: npt.NDArray[np.float32], sampling: Sampling) -> npt.NDArray[np.float64]:
-    """`token_weights` without top-k; `shifted`: logits below the largest."""
-    weights = np.divide(shifted, sampling.temperature, dtype=np.float64)
+def _weights(scores: npt.NDArray[np.float32], sampling: Sampling) -> Weights:
+    """`token_weights` of these alone, without top-k; the most probable one is among them."""
+    weights: Weights = np.divide(scores - scores.max(), sampling.temperature, dtype=np.float64)
     np.exp(weights, out=weights)
     if sampling.min_p:
         weights[weights < sampling.min_p] = 0.0  # The most probable token weighs 1.
@@ -177,7 +177,7 @@ def _weights(shifted: npt.NDArray[np.float32], sampling: Sampling) -> npt.NDArra
     return nucleus
 
 
-def _nucleus(weights: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.int64]:
+def _nucleus(weights: Weights, top_p: float) -> Ids:
     """Places of as few of the largest as weigh `top_p` of all; of equal ones the first. To sort a
     whole vocabulary would cost more than a small model's step, so most of it goes before: those
     that weigh less than the average of what may be left out are left out together."""
