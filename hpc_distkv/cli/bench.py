@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hpc_distkv.cli.bench_draws import draws
 from hpc_distkv.cli.bench_kernels import kernels
 from hpc_distkv.cli.bench_policies import policies
 from hpc_distkv.cli.bench_simulated import host, paper, rounds, scale
@@ -174,5 +175,5 @@ def prefix(**options: Any) -> None:
     measured(options, measure)
 
 
-for other in (policies, kernels, host, rounds, paper, scale):
+for other in (policies, kernels, draws, host, rounds, paper, scale):
     command.add_command(other)

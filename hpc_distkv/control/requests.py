@@ -79,6 +79,11 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     """Most probable tokens to report beside each token; None: report no log-probabilities."""
     rules: LogitRules | None = None
 
+    @property
+    def min_p(self) -> float:
+        """The least part of the most probable token's probability that a token must have."""
+        return self.rules.min_p if self.rules else 0.0
+
 
 class Request(msgspec.Struct, frozen=True, array_like=True):
     """One row to be answered. `id` is its place in the global order: lower is older."""

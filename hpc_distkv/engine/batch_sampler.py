@@ -1,8 +1,8 @@
 """The next tokens of many rows at once, on the device that has their logits.
 
-The same tokens as `sampler.sample` draws row by row, up to the rounding of sums: the same order of
-rules, the same generator, the same places in the same cumulative weights. Everything is asked for
-at once and nothing is waited for; numbers of the host go there in one copy.
+The same tokens as `sampler.sample` draws row by row, but for near ties: the same order of rules and
+the same races. Everything is asked for at once and nothing is waited for; numbers of the host go
+there in one copy.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hpc_distkv.comm.device import Device
+from hpc_distkv.engine.draws import Races, draw_keys
 from hpc_distkv.engine.penalties import TokenCounts
 from hpc_distkv.engine.sequence import Sequence
 
@@ -40,85 +41,61 @@ def sample_together(
         return tokens.where(finite, NO_TOKEN)
     plain = [row for row in drawing if samplings[row].top_k == 0 and samplings[row].top_p >= 1]
     rest = sorted({*drawing}.difference(plain))
-    settings = device.upload(_settings([*plain, *rest], sequences, logits.shape[1]))
-    for draw, first, end in (
-        (_draw, 0, len(plain)),
-        (_draw_sorted, len(plain), len(drawing)),
+    settings = _settings([*plain, *rest], sequences, logits.shape[1])
+    rows, keys, *numbers = device.upload(settings)
+    races = Races(keys, logits.shape[1])
+    for weights, first, end in (
+        (_weights, 0, len(plain)),
+        (_sorted_weights, len(plain), len(drawing)),
     ):
         for start in range(first, end, DRAWN_TOGETHER):
             part = slice(start, min(start + DRAWN_TOGETHER, end))
-            rows, *numbers = (setting[part] for setting in settings)
-            scores = logits[rows]
-            drawn = draw(scores, *numbers)
-            # Without one finite logit there is nothing to draw from.
-            some = scores.amax(dim=-1).isfinite()
-            tokens[rows] = torch.where(some, drawn, tokens[rows])
+            scores = logits[rows[part]]
+            races.add(weights(scores, *(column[part] for column in numbers)))
+    # Without one finite logit there is nothing to draw from.
+    some = logits.amax(dim=-1)[rows].isfinite()
+    tokens[rows] = torch.where(some, races.winners(), tokens[rows])
     return tokens.where(finite, NO_TOKEN)
 
 
 def _settings(rows: list[int], sequences: Rows[Sequence], vocab: int) -> list[Tensor]:
-    """int64 rows; float64 uniform numbers, temperatures, min-p and top-p, int64 top-k, all `[n, 1]`
-    but the first. All rows have `draws`."""
+    """int64 rows; int64 keys, float64 temperatures, min-p and top-p, int64 top-k, all `[n, 1]` but
+    the first."""
     samplings = [sequences[row].request.sampling for row in rows]
-    drawing = [(s.draws, s.length) for s in map(sequences.__getitem__, rows)]
-    uniforms = [draws.at(length) for draws, length in drawing if draws]
+    lengths = [sequences[row].length for row in rows]
+    keys = draw_keys([(s.seed, length) for s, length in zip(samplings, lengths, strict=True)])
     numbers = (
-        uniforms,
-        [s.temperature for s in samplings],
-        [s.rules.min_p if s.rules else 0.0 for s in samplings],
-        [s.top_p for s in samplings],
+        np.array([s.temperature for s in samplings]),
+        np.array([s.min_p for s in samplings]),
+        np.array([s.top_p for s in samplings]),
+        np.array([s.top_k or vocab for s in samplings]).clip(max=vocab),
     )
-    return [
-        torch.tensor(rows, dtype=torch.int64),
-        *(torch.tensor(values, dtype=torch.float64)[:, None] for values in numbers),
-        torch.tensor([s.top_k or vocab for s in samplings], dtype=torch.int64)[:, None],
-    ]
+    columns = (torch.from_numpy(column)[:, None] for column in numbers)
+    return [torch.tensor(rows), torch.from_numpy(keys), *columns]
 
 
-def _weights(scores: Tensor, temperature: Tensor, min_p: Tensor) -> Tensor:
-    """float64, not normalised; the most probable token weighs 1."""
+def _weights(
+    scores: Tensor, temperature: Tensor, min_p: Tensor, top_p: Tensor, top_k: Tensor
+) -> Tensor:
+    """float64 weights of all tokens, not normalised; the most probable one weighs 1."""
     shifted = (scores - scores.amax(dim=-1, keepdim=True)).double()
     weights = shifted.div_(temperature).exp_()
     return weights.masked_fill_(weights < min_p, 0.0)
 
 
-def _draw(
-    scores: Tensor,
-    uniform: Tensor,
-    temperature: Tensor,
-    min_p: Tensor,
-    top_p: Tensor,
-    top_k: Tensor,
+def _sorted_weights(
+    scores: Tensor, temperature: Tensor, min_p: Tensor, top_p: Tensor, top_k: Tensor
 ) -> Tensor:
-    """From all tokens of non-zero weight."""
-    cumulative = _weights(scores, temperature, min_p).cumsum(dim=-1)
-    return _place(cumulative, uniform, cumulative[:, -1:])[:, 0]
-
-
-def _draw_sorted(
-    scores: Tensor,
-    uniform: Tensor,
-    temperature: Tensor,
-    min_p: Tensor,
-    top_p: Tensor,
-    top_k: Tensor,
-) -> Tensor:
-    """From the most probable tokens: `top_k` of them, and of these as many as weigh `top_p`."""
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    weights = _weights(scores, temperature, min_p).gather(1, order)
-    places = torch.arange(scores.shape[1], device=scores.device)
-    cumulative = weights.masked_fill_(places >= top_k, 0.0).cumsum(dim=-1)
+    """Of the most probable tokens alone: `top_k` of them and those as probable as the last of
+    these, and of all these as many as weigh `top_p`."""
+    scores, order = scores.sort(dim=-1, descending=True, stable=True)
+    weights = _weights(scores, temperature, min_p, top_p, top_k)
+    weights.masked_fill_(scores < scores.gather(1, top_k - 1), 0.0)
+    cumulative = weights.cumsum(dim=-1)
     last = torch.searchsorted(cumulative, top_p * cumulative[:, -1:])
-    kept = cumulative.gather(1, last.clamp_(max=scores.shape[1] - 1))
-    return order.gather(1, _place(cumulative, uniform, kept))[:, 0]
-
-
-def _place(cumulative: Tensor, uniform: Tensor, total: Tensor) -> Tensor:
-    """Where a part `uniform` of `total` is reached, `[n, 1]`; never beyond the last token that has
-    any weight, should the product have been rounded up."""
-    place = torch.searchsorted(cumulative, uniform * total, right=True)
-    place = torch.minimum(place, torch.searchsorted(cumulative, total.contiguous()))
-    return place.clamp_(max=cumulative.shape[1] - 1)  # Where the weights are no numbers.
+    places = torch.arange(scores.shape[1], device=scores.device)
+    weights.masked_fill_(places > last, 0.0)
+    return cumulative.scatter_(1, order, weights)
 
 
 def _adjusted(

@@ -14,11 +14,12 @@ from hpc_distkv.comm.device import Device
 from hpc_distkv.control.logprobs import pack_logprobs
 from hpc_distkv.control.requests import Sampling
 from hpc_distkv.engine.batch_sampler import NO_TOKEN, sample_together
+from hpc_distkv.engine.draws import Ids, Weights, draw_keys, race
 from hpc_distkv.engine.penalties import adjusted
 from hpc_distkv.engine.sequence import Sequence
 
-HEAD = 1024
-"""Tokens that are sorted first for top-p: nearly always more than it keeps."""
+SORTED = 256
+"""Weights that are sorted without more ado."""
 
 
 Sampled = tuple[list[int], dict[int, bytes]]
@@ -82,15 +83,20 @@ def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
     """The next token of each sequence, or NO_TOKEN; `logits` is float32 `[sequences, vocab]`, left
     as it is.
 
-    Randomness comes from `Draws`, so a token depends on the row, its seed and its position alone:
-    not on batch, rank, preemption or restart.
+    Noise (`draws`) follows from a row's seed and the position alone: not from batch, rank,
+    preemption or restart.
     """
     largest, best = logits.max(dim=-1)
     tokens: list[int] = best.where(largest.isfinite(), NO_TOKEN).tolist()
-    for row, sequence in enumerate(sequences):
-        sampling = sequence.request.sampling
-        if tokens[row] != NO_TOKEN and (sampling.temperature > 0 or sampling.rules):
-            tokens[row] = _choose(logits[row], sequence)
+    samplings = [sequence.request.sampling for sequence in sequences]
+    rows = [
+        row
+        for row, sampling in enumerate(samplings)
+        if tokens[row] != NO_TOKEN and (sampling.temperature > 0 or sampling.rules)
+    ]
+    keys = draw_keys([(samplings[row].seed, sequences[row].length) for row in rows])
+    for row, key in zip(rows, keys, strict=True):
+        tokens[row] = _choose(logits[row], sequences[row], key)
     return tokens
 
 
@@ -131,7 +137,7 @@ def _pack(own: torch.Tensor, ids: torch.Tensor, values: torch.Tensor) -> list[by
     return pack_logprobs(own.numpy(), ids.numpy(), values.numpy())
 
 
-def _choose(logits: torch.Tensor, sequence: Sequence) -> int:
+def _choose(logits: torch.Tensor, sequence: Sequence, key: Ids) -> int:
     """The next token of one row: its rules, then a draw, or without temperature the largest."""
     sampling = sequence.request.sampling
     if sampling.rules:
@@ -139,43 +145,48 @@ def _choose(logits: torch.Tensor, sequence: Sequence) -> int:
             sequence.counts.read(sequence.tokens)
         begun = sequence.output_len >= sampling.min_tokens
         logits = adjusted(logits, sampling.rules, sequence.counts, begun)
-    if sequence.draws and logits.max().isfinite():
-        return _draw(logits, sampling, sequence.draws.at(sequence.length))
+    if sampling.temperature > 0 and logits.max().isfinite():
+        return race(key, token_weights(logits, sampling))
     return int(logits.argmax())
 
 
-def _draw(logits: torch.Tensor, sampling: Sampling, uniform: float) -> int:
-    """Temperature, then min-p, then top-k, then top-p of what is left, then one uniform number."""
-    order, weights = candidates(logits, sampling)
-    cumulative = np.cumsum(weights)
-    place = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
-    # Not beyond the last token that has any weight, should the product have been rounded up.
-    place = min(place, int(np.searchsorted(cumulative, cumulative[-1])))
-    return place if order is None else int(order[place])
+def token_weights(logits: torch.Tensor, sampling: Sampling) -> Weights:
+    """What each token is drawn by, `[vocab]`, not normalised; 0 for those that are not drawn: by
+    temperature, then min-p, then top-k, then top-p of what is left. As in vLLM, tokens as probable
+    as the last of the `top_k` are among them."""
+    scores = logits.numpy()
+    if not 0 < sampling.top_k < len(scores):
+        return _weights(scores, sampling)
+    last = logits.topk(sampling.top_k).values[-1].numpy()
+    tokens = np.flatnonzero(scores >= last)
+    weights = np.zeros(len(scores))
+    weights[tokens] = _weights(scores[tokens], sampling)
+    return weights
 
 
-def candidates(
-    logits: torch.Tensor, sampling: Sampling
-) -> tuple[npt.NDArray[np.int64] | None, npt.NDArray[np.float64]]:
-    """The tokens that may be drawn (None: all) and their weights, not normalised. Sorting the
-    whole vocabulary would cost more than a small model's step, so as little is sorted as will do.
-    """
-    vocab = len(logits)
-    weights = np.exp((logits - logits.max()).double().numpy() / sampling.temperature)
-    if sampling.rules:
-        weights[weights < sampling.rules.min_p] = 0.0  # The most probable token weighs 1.
-    if sampling.top_k == 0 and sampling.top_p >= 1:
-        return None, weights
-    count = min(sampling.top_k or HEAD, vocab)
-    total = weights.sum()
-    while True:
-        order = logits.topk(count).indices.numpy()
-        kept = weights[order]
-        cumulative = np.cumsum(kept)
-        if sampling.top_k:
-            total = cumulative[-1]
-        if count == vocab or sampling.top_k or cumulative[-1] >= sampling.top_p * total:
+def _weights(scores: npt.NDArray[np.float32], sampling: Sampling) -> Weights:
+    """`token_weights` of these alone, without top-k; the most probable one is among them."""
+    weights: Weights = np.divide(scores - scores.max(), sampling.temperature, dtype=np.float64)
+    np.exp(weights, out=weights)
+    if sampling.min_p:
+        weights[weights < sampling.min_p] = 0.0  # The most probable token weighs 1.
+    if sampling.top_p >= 1:
+        return weights
+    kept, nucleus = _nucleus(weights, sampling.top_p), np.zeros(len(weights))
+    nucleus[kept] = weights[kept]
+    return nucleus
+
+
+def _nucleus(weights: Weights, top_p: float) -> Ids:
+    """Places of as few of the largest as weigh `top_p` of all; of equal ones the first. To sort a
+    whole vocabulary would cost more than a small model's step, so most of it goes before: those
+    that weigh less than the average of what may be left out are left out together."""
+    places, wanted = np.arange(len(weights)), top_p * weights.sum()
+    while len(weights) > SORTED:
+        heavy = weights >= (weights.sum() - wanted) / len(weights)
+        if 2 * np.count_nonzero(heavy) > len(weights):
             break
-        count = min(8 * count, vocab)
-    keep = int(np.searchsorted(cumulative, sampling.top_p * total)) + 1
-    return order[:keep], kept[:keep]
+        places, weights = places[heavy], weights[heavy]
+    order = np.argsort(-weights, kind="stable")
+    count = np.searchsorted(np.cumsum(weights[order]), wanted) + 1
+    return places[order[:count]]

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from hpc_distkv.control.logprobs import record_dtype
 from hpc_distkv.control.requests import NOT_FINITE, UNREADABLE, Request, pack_tokens, unpack_tokens
 from hpc_distkv.control.work import kv_tokens
-from hpc_distkv.engine.draws import Draws
 from hpc_distkv.engine.penalties import TokenCounts
 from hpc_distkv.engine.stop import StopMatcher, TextDecoder
 from hpc_distkv.errors import ForeignError
@@ -41,8 +40,6 @@ class Sequence:
     """`control.logprobs` of the output so far, if asked for."""
     counts: TokenCounts | None = None
     """If penalties apply."""
-    draws: Draws | None = None
-    """If tokens are drawn."""
     stop: StopMatcher | None = None
     """If there are stop strings."""
 
@@ -52,8 +49,6 @@ class Sequence:
         sampling = self.request.sampling
         self.id, self.prompt_len = self.request.id, len(prompt)
         self.final_len = kv_tokens(self.prompt_len, sampling.max_tokens)
-        if sampling.temperature > 0:
-            self.draws = Draws(sampling.seed)
         if sampling.rules and sampling.rules.penalises:
             self.counts = TokenCounts(self.prompt_len)
         if sampling.logprobs is not None:

@@ -116,6 +116,17 @@ def test_rounds(tmp_path):
     assert all(0 < point["median_ms"] <= point["max_ms"] for point in points)
 
 
+@pytest.mark.parametrize(("noise", "some"), [("0", False), ("0.3", True)])
+def test_draws(tiny_model, noise, some):
+    options = ("--model", str(tiny_model), "--rows", "20", "--draws", "400", "--noise", noise)
+    ran = CliRunner().invoke(group, ["bench", "draws", *options])
+    assert ran.exit_code == 0, ran.output
+    figures = json.loads(ran.stdout)
+    for case in ("temperature 1", "temperature 0.7, top-p 0.9", "temperature 1, top-k 40"):
+        assert figures[case]["draws"] == 400
+        assert (figures[case]["race"] > 0) == (figures[case]["cumulative"] > 0) == some
+
+
 def test_host():
     options = ("--input-len", "40", "--output-len", "40", "--step-ms", "8")
     done = run_command(0, "bench", "host", "--rows", "4", "--rows", "8", *options)

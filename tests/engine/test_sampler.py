@@ -18,7 +18,7 @@ from transformers import (
 from hpc_distkv.control.logprobs import unpack_logprobs
 from hpc_distkv.control.requests import LogitRules, Request, Sampling, pack_tokens
 from hpc_distkv.engine.penalties import TokenCounts, adjusted
-from hpc_distkv.engine.sampler import candidates, sample, sample_logprobs
+from hpc_distkv.engine.sampler import sample, sample_logprobs, token_weights
 from hpc_distkv.engine.sequence import Sequence
 
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 1.9, 0.0, -3.0])
@@ -89,10 +89,8 @@ def test_the_distribution_is_that_of_transformers(seed):
         settings["top_k"] = rng.choice([1, 7, 500, VOCABULARY - 1])
     if rng.random() < 0.7:
         settings["top_p"] = rng.choice([0.01, 0.5, 0.95, 0.9999])
-    order, weights = candidates(logits, settings_of(settings))
-    found = np.zeros(VOCABULARY)
-    found[slice(None) if order is None else order] = weights / weights.sum()
-    assert found == pytest.approx(expected(logits, settings), abs=1e-9)
+    weights = token_weights(logits, settings_of(settings))
+    assert weights / weights.sum() == pytest.approx(expected(logits, settings), abs=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -124,6 +122,19 @@ def test_penalties_are_those_of_vllm(seed):
     times = np.bincount(np.array(output, int), minlength=50)
     scores -= rules.frequency_penalty * times + rules.presence_penalty * (times > 0)
     assert found.numpy() == pytest.approx(scores, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, 50])
+def test_tokens_as_probable_as_the_last_of_the_most_probable_are_among_them(top_k):
+    logits = torch.tensor([1.0, 3.0, 2.0, 3.0, 2.0, 2.0, -torch.inf])
+    settings = {"temperature": 0.8, "top_k": top_k}
+    weights = token_weights(logits, settings_of(settings))
+    assert weights / weights.sum() == pytest.approx(expected(logits, settings), abs=1e-9)
+
+
+def test_of_equal_tokens_those_of_the_lowest_ids_are_enough_for_top_p():
+    weights = token_weights(torch.zeros(1000), settings_of({"temperature": 1.0, "top_p": 0.3}))
+    assert np.flatnonzero(weights).tolist() == list(range(300))
 
 
 def test_temperature_zero_takes_the_largest():
