@@ -11,6 +11,7 @@ from typing import Any
 from hpc_distkv.api import Engine
 from hpc_distkv.batch.files import Files
 from hpc_distkv.comm.world import World
+from hpc_distkv.printable import printable
 
 MOST_HOSTS = 16
 """That are named."""
@@ -80,7 +81,7 @@ def summary(figures: dict[str, Any], output: Path) -> str:
             f"stopped   before all rows were answered; {rows['put_aside']} rows with "
             f"{figures['put_aside_tokens']} output tokens are put aside: run the same command again"
         )
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _counted(rows: dict[str, int], kind: str, called: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from hpc_distkv.cli.options import results_files
+from hpc_distkv.printable import printable
 
 
 @click.command("merge")
@@ -54,7 +55,8 @@ def command(
         of = ", ".join(f"{count} of shard {index}" for index, count in merged.left.items())
         click.echo(f"left      {merged.missing} rows: {of}")
     if merged.written:
-        click.echo(f"results   {output}")
+        click.echo(printable(f"results   {output}"))
     else:
-        click.echo(f"results   none: {output} is written when no row is left, or with --partial")
+        none = f"results   none: {output} is written when no row is left, or with --partial"
+        click.echo(printable(none))
     raise SystemExit(75 if merged.missing else 1 if merged.failed else 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hpc_distkv.errors import UserError
+from hpc_distkv.printable import printable
 
 LONGEST_MESSAGE = 1000
 """Characters; messages quote what files say."""
@@ -16,22 +17,13 @@ class ModelError(UserError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
-
-
-def printable(text: str) -> str:
-    """`text` as one line that can be shown and encoded: white space is a blank, and what is no
-    printable character is escaped. Of a long one the middle is left out."""
-    return _cut("".join(c if c.isprintable() else _escaped(c) for c in _cut(text)))
+        super().__init__(_cut(printable(_cut(message))))
 
 
 def _cut(text: str) -> str:
+    """Without the middle of a long one."""
     half = LONGEST_MESSAGE // 2
     return text if len(text) <= LONGEST_MESSAGE else f"{text[:half]} … {text[-half:]}"
-
-
-def _escaped(character: str) -> str:
-    return " " if character.isspace() else ascii(character)[1:-1]
 
 
 class TooLongError(ModelError):
