@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import sys
 
+import torch
+
 from hpc_distkv import Engine
 from hpc_distkv.cli.main import main
 from hpc_distkv.model.decoder import Decoder
@@ -14,7 +16,7 @@ RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
 
 
 def out_of_memory(*args: object, **named: object) -> None:
-    raise RuntimeError("the accelerator of this rank is out of memory")
+    raise torch.OutOfMemoryError("the accelerator of this rank is out of memory")
 
 
 if __name__ == "__main__":
