@@ -6,8 +6,6 @@ from __future__ import annotations
 import os
 import sys
 
-import torch
-
 from hpc_distkv import Engine
 from hpc_distkv.cli.main import main
 from hpc_distkv.model.decoder import Decoder
@@ -15,14 +13,14 @@ from hpc_distkv.model.decoder import Decoder
 RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
 
 
-def out_of_memory(*args: object, **named: object) -> None:
-    raise torch.OutOfMemoryError("the accelerator of this rank is out of memory")
+def lose(*args: object, **named: object) -> None:
+    raise LookupError("the accelerator of this rank is lost")
 
 
 if __name__ == "__main__":
     loads = len(sys.argv) == 2
     if any(os.environ.get(name) == "1" for name in RANK_VARIABLES):
-        setattr(Decoder, "__init__" if loads else "hidden", out_of_memory)
+        setattr(Decoder, "__init__" if loads else "hidden", lose)
     if loads:
         Engine(sys.argv[1])
     else:
