@@ -36,7 +36,7 @@ def memory_needed(script: JobScript, options: EngineOptions) -> NodeMemory | Non
     if script.kind == "mpirun" or script.model is None:
         return None
     try:
-        config = ModelConfig.from_dir(script.folder / script.model, weightless=options.dummy)
+        config = ModelConfig.from_dir(script.folder / script.model, weightless=script.dummy)
     except ModelError:
         return None
     tasks = script.tasks_per_node
