@@ -18,6 +18,7 @@ import msgspec
 from hpc_distkv.batch.errors import JournalError
 from hpc_distkv.batch.replace import create_file, real_path
 from hpc_distkv.batch.side_files import claim_path, temporary_path
+from hpc_distkv.regular import read_regular
 
 log = logging.getLogger(__name__)
 
@@ -237,7 +238,7 @@ def _taken(output: Path, owner: Owner | None) -> JournalError:
 def _read(path: Path) -> Owner | None:
     """Whose claim it is; None if there is none, or none that can be read."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Owner)
+        return msgspec.json.decode(read_regular(path), type=Owner)
     except (OSError, msgspec.DecodeError):
         return None
 

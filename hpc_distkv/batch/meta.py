@@ -13,6 +13,7 @@ import msgspec
 from hpc_distkv.batch.errors import JournalError
 from hpc_distkv.batch.replace import replace_file
 from hpc_distkv.batch.side_files import meta_path
+from hpc_distkv.regular import read_regular
 
 FORMAT = 1
 """Version of the results file and of what resuming relies on."""
@@ -111,7 +112,7 @@ def read_meta(path: Path) -> dict[str, Any]:
     OSError if there is nothing."""
     meta = meta_path(path)
     try:
-        found: dict[str, Any] = msgspec.convert(json.loads(meta.read_bytes()), dict[str, Any])
+        found: dict[str, Any] = msgspec.convert(json.loads(read_regular(meta)), dict[str, Any])
         if "format" not in found:
             raise ValueError("another program's")
     except (ValueError, RecursionError):

@@ -9,8 +9,14 @@ import secrets
 import stat
 from pathlib import Path
 
+from hpc_distkv.batch.errors import JournalError
+
 _META, _CLAIM, _UNFINISHED = ".meta.json", ".claim", ".unfinished.jsonl"
+STARTS = ".starts"
+"""How the file ends in which a job script counts starts, beside its results."""
 _TEMPORARY = re.compile(r"(.+)\.hpc-distkv-[0-9a-f]{16}\.tmp", re.DOTALL)
+_STARTS = re.compile(r"(.+)\.[0-9]+" + re.escape(STARTS), re.DOTALL)
+"""results.jsonl.418.starts: of Slurm's job 418."""
 _TEMPORARY_LENGTH = len(".hpc-distkv-.tmp") + 16
 _LONGEST_SUFFIX = len(_UNFINISHED) + _TEMPORARY_LENGTH
 _ABANDONED = 60.0
@@ -44,11 +50,13 @@ def side_files(output: Path) -> tuple[Path, Path, Path]:
 
 def is_side_file(path: Path, output: Path) -> bool:
     """Whether `path` is one of the side files of `output`, by whatever name or link, or could be
-    one of its temporary files."""
+    one of its temporary files or a job script's count of starts."""
     real = Path(os.path.realpath(output))
     given = Path(os.path.realpath(path))
     lasting = side_files(real)
     if any(same_file(given, side) for side in lasting):
+        return True
+    if (counts := _STARTS.fullmatch(given.name)) and given.with_name(counts[1]) == real:
         return True
     whose = _TEMPORARY.fullmatch(given.name)
     return whose is not None and given.with_name(whose[1]) in (real, *lasting)
@@ -88,4 +96,6 @@ def remove_leftovers(output: Path) -> None:
 
 
 def _beside(path: Path, suffix: str) -> Path:
+    if path.name in ("", ".."):
+        raise JournalError(f"'{path}' is a directory: name a file.")
     return path.with_name(path.name + suffix)

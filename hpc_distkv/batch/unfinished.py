@@ -13,6 +13,7 @@ from hpc_distkv.batch.errors import JournalError
 from hpc_distkv.batch.lines import json_line
 from hpc_distkv.batch.replace import replace_file
 from hpc_distkv.control.requests import Request, Result, unpack_tokens
+from hpc_distkv.regular import open_regular
 
 
 class Answer(NamedTuple):
@@ -78,7 +79,7 @@ def digest(request: Request) -> str:
 def read_unfinished(path: Path) -> dict[Answer, Begun]:
     """What `write_unfinished` wrote; nothing if there is no such file. Raises JournalError."""
     try:
-        with path.open("rb") as lines:
+        with open_regular(path) as lines:
             begun = [msgspec.json.decode(line, type=Begun) for line in lines]
     except FileNotFoundError:
         return {}
@@ -87,6 +88,8 @@ def read_unfinished(path: Path) -> dict[Answer, Begun]:
             f"{path} does not hold answers that were begun ({error}). Remove it to compute these "
             "rows from their start."
         ) from None
+    except OSError as error:
+        raise JournalError(f"cannot read {path}: {error.strerror}.") from error
     return {each.answer: each for each in begun}
 
 
@@ -94,7 +97,7 @@ def check_unfinished(path: Path) -> dict[Answer, Begun]:
     """Nothing, for a job to which a file there does not belong, and which removes it; but it must
     be one of this program, as its first line tells. Raises JournalError and OSError."""
     try:
-        with path.open("rb") as lines:
+        with open_regular(path) as lines:
             if first := lines.readline():
                 msgspec.json.decode(first, type=Begun)
     except FileNotFoundError:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from hpc_distkv.cli.options import Number
-from hpc_distkv.comm.launch import LaunchError, leave_together
+from hpc_distkv.comm.launch import LaunchError, first_rank, leave_together
 from hpc_distkv.observe.environment import (
     Facts,
     counted,
@@ -49,8 +49,6 @@ def command(stall_timeout: float) -> None:
     Start it as the job: under srun or mpirun with the same options, or alone. Says what looks
     wrong. For a bug report, paste all it prints.
     """
-    from hpc_distkv.cli.main import first_rank
-
     own = facts()
     try:
         from hpc_distkv.comm.mpi import open_mpi

@@ -7,12 +7,11 @@ import signal
 import sys
 
 from hpc_distkv.cli.streams import LOG_PATIENCE, close_streams, open_streams, shown
-from hpc_distkv.comm.launch import leave_together
+from hpc_distkv.comm.launch import first_rank, leave_together
 from hpc_distkv.engine.interrupt import SIGNALS, ignore_signals
 from hpc_distkv.printable import LAYOUT, printable
 
 INTERRUPTED_STATUS = 130
-RANK_VARIABLES = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 
 
 def main() -> None:
@@ -64,8 +63,3 @@ def _run(arrived: list[int]) -> int:
         print(printable(traceback.format_exc(), keep=LAYOUT), file=sys.stderr)
         return os.EX_SOFTWARE
     return 0
-
-
-def first_rank() -> bool:
-    """Whether the launcher calls this process rank 0, or nothing at all. MPI need not run."""
-    return all(os.environ.get(name, "0") == "0" for name in RANK_VARIABLES)

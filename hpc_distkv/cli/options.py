@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 import click
 
 from hpc_distkv.batch.shard import Shard
+from hpc_distkv.batch.side_files import STARTS
 from hpc_distkv.engine.options import CHOICES, MOST_THREADS, EngineOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 POSITIVE = click.IntRange(min=1)
-SIDE_FILES = (".meta.json", ".claim", ".unfinished.jsonl", ".tmp", ".log")
+SIDE_FILES = (".meta.json", ".claim", ".unfinished.jsonl", ".tmp", STARTS, ".log")
 """Ends of names that a pattern such as results.jsonl* finds as well."""
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 

@@ -20,9 +20,10 @@ from hpc_distkv.cli.options import POSITIVE
 from hpc_distkv.comm.launch import LaunchError
 from hpc_distkv.engine.options import EngineOptions
 from hpc_distkv.slurm.memory import memory_needed
-from hpc_distkv.slurm.options import MEMORY, PASSED_ON, WITHOUT_VALUE
+from hpc_distkv.slurm.options import MEMORY, PASSED_ON, WITHOUT_VALUE, instead
 from hpc_distkv.slurm.script import KINDS, MARGIN, JobScript
 from hpc_distkv.slurm.submission import check, log_file, send
+from hpc_distkv.slurm.time_limit import seconds
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -33,16 +34,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "mpirun": {"gpus_per_node": 0, "tasks_per_node": 2},
 }
 """What differs from the defaults of `JobScript`."""
-
-
-SIDE_FILES = ("--error-file", "--metrics", "--trace", "--prometheus")
+FILES_OF_A_TASK = ("--error-file", "--metrics", "--trace", "--prometheus")
 """Options of `generate` that name a file which each task of an array writes for itself."""
-_TIME = re.compile(
-    r"(?:(?P<days>\d+)-(?P<h>\d+)(?::(?P<m>\d+)(?::(?P<s>\d+))?)?"
-    r"|(?:(?P<hours>\d+):)?(?P<minutes>\d+):(?P<seconds>\d+)|(?P<only>\d+)|(?i:unlimited|infinite))",
-    re.ASCII,
-)
-"""Time limits of sbatch: minutes, [hours:]minutes:seconds, days-hours[:minutes[:seconds]]."""
 _GPUS = re.compile(r"(?:[\w.-]+:)?\d{1,4}", re.ASCII)
 _WORD = re.compile(r"[\w.,:@%+=-]+")
 
@@ -61,19 +54,6 @@ def _limit(ctx: click.Context, param: click.Parameter, value: str | None) -> str
     return value
 
 
-def seconds(limit: str) -> int | None:
-    """Of a time limit of sbatch, 0 for none; None: it is no time."""
-    if not (match := _TIME.fullmatch(limit)):
-        return None
-    part = {name: int(text or 0) for name, text in match.groupdict().items()}
-    hours = 24 * part["days"] + part["h"] + part["hours"]
-    return (
-        3600 * hours
-        + 60 * (part["m"] + part["minutes"] + part["only"])
-        + (part["s"] + part["seconds"])
-    )
-
-
 def _gpus(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """GPUs of a node: a number, with a type before it where there are several."""
     if value is not None and not _GPUS.fullmatch(value):
@@ -86,7 +66,17 @@ def _gpus(ctx: click.Context, param: click.Parameter, value: str | None) -> str 
 def generate_context(words: Sequence[str]) -> click.Context:
     """The options of `generate` among a command's words. Raises UsageError for what `generate`
     would not take: better now than when the job starts."""
-    return generate.make_context("generate", ["--model", "", "-i", "", "-o", "", *words])
+    try:
+        return generate.make_context("generate", ["--model", "", "-i", "", "-o", "", *words])
+    except click.NoSuchOption as error:
+        said = f"{error.format_message()} {instead(error.option_name)}"
+        raise click.UsageError(said) from None
+
+
+def engine_options(context: click.Context) -> EngineOptions:
+    """Those of them that are the engine's. Raises OptionError."""
+    names = EngineOptions.__dataclass_fields__.keys() & context.params
+    return EngineOptions(**{name: context.params[name] for name in names})
 
 
 def generate_options(context: click.Context) -> dict[str, Any]:
@@ -101,7 +91,7 @@ def generate_options(context: click.Context) -> dict[str, Any]:
             raise click.UsageError("--shard is given by --kind array, with --shards.")
         if name == "grace":
             found["grace"] = math.ceil(value)
-        elif parameter.opts[-1] in SIDE_FILES:
+        elif parameter.opts[-1] in FILES_OF_A_TASK:
             found["side_files"][parameter.opts[-1]] = value
         elif name not in ("model", "source", "output"):
             off = value is False and parameter.secondary_opts
@@ -232,9 +222,14 @@ def _script(options: dict[str, Any], words: Sequence[str]) -> JobScript:
         if (found := given.pop(name.replace("-", "_"), None))
     }
     context = generate_context(words)
+    engine = engine_options(context)
     script = JobScript(
         **DEFAULTS[options["kind"]]
-        | ({} if options["kind"] == "mpirun" or "mpi" in given else {"mpi": _interface(container)})
+        | (
+            {}
+            if options["kind"] == "mpirun" or "mpi" in given
+            else {"mpi": _interface(container, active and not options["lines"])}
+        )
         | given
         | _gpus_of(given)
         | generate_options(context)
@@ -242,20 +237,19 @@ def _script(options: dict[str, Any], words: Sequence[str]) -> JobScript:
             "written_by": shlex.join(["hpc-distkv", *sys.argv[1:]]),
             "passed_on": passed_on,
             "programs": _programs() if active else None,
+            "dummy": engine.dummy,
         }
     )
     if script.gpus_per_node:
         if given.get("tasks_per_node", script.gpus_per_node) != script.gpus_per_node:
             raise click.UsageError("there is one rank per GPU: give --gpus-per-node alone.")
         script = replace(script, tasks_per_node=script.gpus_per_node)
-    return _with_memory(script, context)
+    return _with_memory(script, engine)
 
 
-def _with_memory(script: JobScript, context: click.Context) -> JobScript:
+def _with_memory(script: JobScript, options: EngineOptions) -> JobScript:
     """Asks Slurm for the memory that the job needs, unless that is given, or for all of a node (0)
-    that it has for itself. Raises OptionError."""
-    names = EngineOptions.__dataclass_fields__.keys() & context.params
-    options = EngineOptions(**{name: context.params[name] for name in names})
+    that it has for itself."""
     if not (needed := memory_needed(script, options)):
         return script
     script = replace(script, needs=needed.words)
@@ -273,17 +267,21 @@ def _gpus_of(given: dict[str, Any]) -> dict[str, Any]:
     return {"gpus_per_node": int(count), "gpu_type": kind or None}
 
 
-def _interface(container: bool) -> str:
-    """srun's --mpi for the MPI library that is installed here."""
+def _interface(container: bool, ours: bool) -> str:
+    """srun's --mpi for the MPI library that is installed here. Warns where the job may have another
+    one, as in a container, or if its environment is not `ours`."""
     from hpc_distkv.comm.mpi_library import load_library
 
-    if container:
-        return JobScript.mpi
+    interface = JobScript.mpi
     try:
-        return load_library().srun_interface
+        if container:
+            raise LaunchError("the MPI library of the container is not known here.")
+        interface = load_library().srun_interface
+        if not ours:
+            raise LaunchError("with --no-activate or --line the job may have another MPI library.")
     except LaunchError as error:
-        click.echo(f"Warning: --mpi {JobScript.mpi} is a guess: {error}", err=True)
-        return JobScript.mpi
+        click.echo(f"Warning: --mpi {interface} is a guess: {error}", err=True)
+    return interface
 
 
 def _warn_of_time(script: JobScript) -> None:

@@ -19,6 +19,8 @@ RANK_COUNTS = {
 }
 """Set for each rank by the launcher nearest to it; Slurm's own counts come after these, because
 mpirun inside a Slurm job has its say last."""
+RANK_VARIABLES = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
+"""By which launchers tell each rank its number."""
 PMI = ("PMI_FD", "PMI_PORT")
 """By which a process finds a launcher that speaks PMI-1 or PMI-2."""
 PMIX = "PMIX_"
@@ -51,6 +53,18 @@ def ranks_asked_for(environ: Mapping[str, str]) -> tuple[int, str]:
     return 1, "no launcher"
 
 
+def first_rank(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether the launcher calls this process rank 0, or nothing at all. MPI need not run."""
+    return all(environ.get(name, "0") == "0" for name in RANK_VARIABLES)
+
+
+def may_be_several(environ: Mapping[str, str]) -> bool:
+    """Whether there are other ranks, as far as the environment tells: of a PMIx launcher rank 0
+    cannot know."""
+    asked, source = ranks_asked_for(environ)
+    return asked > 1 or source.startswith(PMIX_LAUNCHER)
+
+
 def prepare_launch(library: MpiLibrary, environ: MutableMapping[str, str]) -> None:
     """Look, before MPI starts, whether library and launcher can speak with each other: some
     libraries end the process if not. Raises LaunchError only where that is sure.
@@ -64,7 +78,7 @@ def prepare_launch(library: MpiLibrary, environ: MutableMapping[str, str]) -> No
     if library.vendor == "MPICH" and not library.pmix and pmix:
         if any(name in environ for name in CHOSEN):
             return
-        if not pmi and (asked > 1 or source.startswith(PMIX_LAUNCHER)):
+        if not pmi and may_be_several(environ):
             raise _mismatch(library.name, asked, source, "speaks PMI, not the launcher's PMIx")
         for name in pmix:
             del environ[name]
@@ -113,12 +127,12 @@ def no_library(reason: BaseException) -> LaunchError:
 
 
 def leave_together(environ: Mapping[str, str] = os.environ) -> bool:
-    """Before one of several ranks leaves with a status other than 0: whether there are several.
+    """Before one of several ranks leaves with a status other than 0: whether there may be several.
 
     Launchers end what is left of a job when the first process leaves so. That must not be before
     rank 0 has said why, nor take another rank's status from it.
     """
-    if ranks_asked_for(environ)[0] <= 1:
+    if not may_be_several(environ):
         return False
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(FIRST_WORDS)

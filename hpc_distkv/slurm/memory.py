@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from hpc_distkv.engine.needs import rank_memory
 from hpc_distkv.engine.options import EngineOptions
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.errors import ModelError
+from hpc_distkv.regular import open_regular
 from hpc_distkv.slurm.script import JobScript
 
 SAMPLE = 1 << 20
@@ -34,8 +36,7 @@ def memory_needed(script: JobScript, options: EngineOptions) -> NodeMemory | Non
     if script.kind == "mpirun" or script.model is None:
         return None
     try:
-        dummy = options.load_format == "dummy"
-        config = ModelConfig.from_dir(script.folder / script.model, weightless=dummy)
+        config = ModelConfig.from_dir(script.folder / script.model, weightless=script.dummy)
     except ModelError:
         return None
     tasks = script.tasks_per_node
@@ -57,8 +58,9 @@ def memory_needed(script: JobScript, options: EngineOptions) -> NodeMemory | Non
 def _rows(path: Path) -> int:
     """Rows of the input, by the mean length of its first ones; 0 if it cannot be seen."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             beginning = file.read(SAMPLE)
-        return path.stat().st_size * beginning.count(b"\n") // max(1, len(beginning))
+            size = os.fstat(file.fileno()).st_size
+        return size * beginning.count(b"\n") // max(1, len(beginning))
     except OSError:
         return 0

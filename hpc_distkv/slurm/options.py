@@ -39,7 +39,19 @@ SHORT = {
     "-N": "nodes",
     "-c": "cpus-per-task",
     "-o": "output",
+    "-e": "error",
+    "-n": "ntasks",
+    "-G": "gpus",
+    "-a": "array",
 }
+_RANKS = "Ranks are --nodes times --gpus-per-node, without GPUs times --ntasks-per-node."
+INSTEAD = {
+    "ntasks": _RANKS,
+    "gpus": _RANKS,
+    "array": "An array of shards is --kind array, with --shards.",
+    "error": "The log has standard error too; for a file of its own: --sbatch-line '--error=FILE'.",
+}
+"""What to give in the place of options of sbatch that a script here does not have."""
 MEMORY = ("mem", "mem-per-cpu", "mem-per-gpu")
 """Each says what memory the job gets; Slurm takes one of them."""
 _UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
@@ -85,24 +97,40 @@ def further(text: str, written: Iterable[str]) -> str:
     if not line.startswith("-") or not line.strip("-"):
         raise ScriptError(f"--sbatch-line {text!r} is no option of sbatch: write '--name=value'.")
     try:
-        shlex.split(line)
+        names = [name for name, _ in options_in(line)]
     except ValueError as error:
         raise ScriptError(f"--sbatch-line {text!r} cannot be read: {error}.") from None
-    name = option_name(line)
-    if name in written:
-        raise ScriptError(f"--sbatch-line {text!r}: the script has --{name} already; give --{name}")
+    for name in names:
+        if name in written:
+            raise ScriptError(
+                f"--sbatch-line {text!r}: the script has --{name} already; give --{name}"
+            )
     return line
 
 
-def option_name(line: str) -> str:
-    """The long name of the option with which a line begins."""
-    word = line.split("=")[0].split()[0]
-    return word[2:] if word.startswith("--") else SHORT.get(word[:2], word)
+def options_in(line: str) -> list[tuple[str, str]]:
+    """Long names and values of the options on a line; "" is no value. Raises ValueError where a
+    quote is not closed."""
+    found: list[tuple[str, str]] = []
+    for word in shlex.split(line):
+        if word.startswith("#"):  # Slurm reads no further
+            break
+        if word.startswith("-"):
+            value = word.partition("=")[2] if word.startswith("--") else word[2:]
+            found.append((option_name(word), value.removeprefix("=")))
+        elif found and not found[-1][1]:
+            found[-1] = (found[-1][0], word)
+    return found
 
 
-def option_value(line: str) -> str:
-    """The value of the option with which a line begins; "" if it has none."""
-    words = shlex.split(line)
-    if words[0].startswith("--"):
-        return words[0].partition("=")[2] or "".join(words[1:2])
-    return words[0][2:].removeprefix("=") or "".join(words[1:2])
+def option_name(word: str) -> str:
+    """The long name of an option, whatever value is joined to it."""
+    return word[2:].partition("=")[0] if word.startswith("--") else SHORT.get(word[:2], word)
+
+
+def instead(option: str) -> str:
+    """What to do about an option that neither `generate` nor a script has."""
+    value = "=..." if option.startswith("--") else " ..."
+    return INSTEAD.get(
+        option_name(option), f"If it is one of Slurm's: --sbatch-line '{option}{value}'."
+    )

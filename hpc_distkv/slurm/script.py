@@ -16,8 +16,7 @@ from hpc_distkv.slurm.options import (
     check_one_line,
     directive,
     further,
-    option_name,
-    option_value,
+    options_in,
 )
 
 MARGIN = 30
@@ -45,6 +44,8 @@ class JobScript:
     output: str | None = None
     arguments: Sequence[str] = ()
     """Further ones of `hpc-distkv generate`."""
+    dummy: bool = False
+    """Whether the model's directory needs no weights."""
     side_files: Mapping[str, str] = field(default_factory=dict)
     """Options of `generate` that name a file which each task of an array writes for itself."""
     grace: int = 90
@@ -127,17 +128,22 @@ class JobScript:
     @property
     def names(self) -> set[str]:
         """Long names of the options of sbatch that were asked for."""
-        return {*self.passed_on, *map(option_name, self._further())}
+        return {*self.passed_on, *(name for name, _ in self._asked())}
 
     @property
     def log(self) -> str:
         """The file that the job writes its log to, with sbatch's patterns for its number."""
-        asked = [line for line in self._further() if option_name(line) == "output"]
-        return option_value(asked[-1]) if asked else self._own_log
+        asked = [value for name, value in self._asked() if name == "output"]
+        return asked[-1] if asked else self._own_log
 
     @property
     def _own_log(self) -> str:
         return f"{self.job_name}-{'%A_%a' if self.kind == 'array' else '%j'}.log"
+
+    def _asked(self) -> Iterator[tuple[str, str]]:
+        """Names and values of the options in the further lines."""
+        for line in self._further():
+            yield from options_in(line)
 
     def _further(self) -> list[str]:
         names = ["job-name", "nodes", "ntasks-per-node", "cpus-per-task", "time", *self.passed_on]

@@ -44,7 +44,7 @@ def _check_files(script: JobScript, at: Path) -> None:
     if script.programs and not Path(script.programs, "hpc-distkv").exists():
         raise ScriptError(f"there is no hpc-distkv in {script.programs}: give --no-activate.")
     if script.model is not None:
-        ModelConfig.from_dir(at / script.model, weightless="dummy" in script.arguments)
+        ModelConfig.from_dir(at / script.model, weightless=script.dummy)
     if script.input is not None:
         Intake(at / script.input).close()
     for option, path in {"-o": script.output, **script.side_files}.items():

@@ -14,8 +14,9 @@ from click.testing import CliRunner
 from shard_runs import run_part, run_shards
 
 from hpc_distkv.batch.claim import Owner
+from hpc_distkv.batch.errors import JournalError
 from hpc_distkv.batch.shard import Shard
-from hpc_distkv.batch.side_files import claim_path
+from hpc_distkv.batch.side_files import claim_path, side_files
 from hpc_distkv.batch.status import SILENT, read_status, read_statuses
 from hpc_distkv.cli.group import group
 
@@ -116,3 +117,30 @@ def test_files_beside_the_results_are_passed_over(tmp_path: Path) -> None:
     code, said = show(*sorted(tmp_path.glob("out*")))
     assert code == 75
     assert said.startswith("done    1\n")
+
+
+@pytest.mark.parametrize("name", [".", "/", "", "..", "folder/.."])
+@pytest.mark.parametrize("words", [("status",), ("merge", "out")])
+def test_a_directory_is_refused_with_a_sentence(
+    name: str, words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = CliRunner().invoke(group, [*words, name])
+    assert (ran.exit_code, ran.output.count("\n")) == (2, 1)
+    assert ran.output.startswith("Error: ")
+    assert "director" in ran.output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_pipe_beside_the_results_is_not_waited_for(number: int, tmp_path: Path) -> None:
+    write_lines(tmp_path / "in", [completion("a")])
+    run_part(tmp_path / "in", tmp_path / "out")
+    beside = side_files(tmp_path / "out")[number]
+    beside.unlink(missing_ok=True)
+    os.mkfifo(beside)
+    if number == 1:
+        assert read_status(tmp_path / "out").owner is None, "a claim that cannot be read is none"
+    else:
+        with pytest.raises(JournalError, match=f"{beside.name}: it is not a regular file"):
+            read_status(tmp_path / "out")

@@ -53,6 +53,14 @@ def test_without_mpi_it_says_so_and_shows_the_rest():
     assert "Traceback" not in done.stderr
 
 
+def test_rank_0_of_a_launcher_that_does_not_count_them_leaves_as_the_others_do():
+    if is_open_mpi():
+        pytest.skip("Open MPI looks for the PMIx server")
+    done = run_alone(PMIX_NAMESPACE="prterun-1", PMIX_RANK="0")
+    assert done.returncode == 2, done.stderr
+    assert done.stdout.count("srun --mpi=pmix for Open MPI") == 1
+
+
 @pytest.mark.parametrize("interface", [{}, {"PMIX_NAMESPACE": "slurm.pmix.3.0", "PMIX_RANK": "0"}])
 def test_a_wrong_pmi_is_explained_beside_all_that_is_known(interface):
     step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}

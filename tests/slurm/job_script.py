@@ -15,21 +15,26 @@ ANSWER = 'while [ "$1" != -o ]; do shift; done; echo row >> "$2"'
 HERE = Path(sys.executable).parent
 STEP = {"SLURM_CPUS_PER_TASK": "8", "SLURM_JOB_ID": "77"}
 PROGRAMS = {
-    "srun": "{job}\nexit 75",
+    "srun": "{job}\nexit {status}",
     "scontrol": "exit 0",
     "squeue": "date -d '+{left} seconds' +%Y-%m-%dT%H:%M:%S",
 }
 
 
 def run_script(
-    text: str, folder: Path, job: str = ANSWER, left: int = 40_000, **environment: str
+    text: str,
+    folder: Path,
+    job: str = ANSWER,
+    left: int = 40_000,
+    status: int = 75,
+    **environment: str,
 ) -> list[str]:
-    """The words with which a script calls srun, which stands for a job that does `job` and is
-    stopped `left` seconds before its time limit, and what the script does then."""
+    """The words with which a script calls srun, which stands for a job that does `job` and ends
+    with `status` `left` seconds before its time limit, and what the script does then."""
     (folder / "calls").write_text("")
     for program, rest in PROGRAMS.items():
         path = folder / program
-        said = rest.format(job=job, left=left)
+        said = rest.format(job=job, left=left, status=status)
         heard = "" if program == "squeue" else f"printf '%s\\n' {program} \"$@\" >> calls\n"
         path.write_text(f"#!/bin/bash\n{heard}{said}\n")
         path.chmod(0o755)
@@ -40,7 +45,7 @@ def run_script(
         env={"PATH": f"{folder}:/usr/bin:/bin", **STEP, **environment},
         check=False,
     )
-    assert done.returncode == 75
+    assert done.returncode == status
     return (folder / "calls").read_text().splitlines()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -63,3 +64,10 @@ def test_the_script_says_what_takes_the_memory(
 
 def test_of_a_model_that_cannot_be_seen_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked(monkeypatch, Path("/no/where")) is None
+
+
+def test_an_input_that_is_a_pipe_is_not_waited_for(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert asked(monkeypatch, tiny_model, "-i", str(tmp_path / "pipe"))

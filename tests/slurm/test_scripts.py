@@ -10,14 +10,15 @@ import pytest
 from job_script import HERE, run_script, sbatch, status
 from mpirun import is_open_mpi
 
-from hpc_distkv.cli.sbatch import seconds
+from hpc_distkv.slurm.script import JobScript
+from hpc_distkv.slurm.time_limit import seconds
 
 JOBS = Path(__file__).parents[2] / "jobs"
 SCRIPTS = {
     "generate.sbatch": "--kind gpu --mpi pmix --no-activate",
     "generate-cpu.sbatch": "--kind cpu --mpi pmix --no-activate",
     "array.sbatch": "--kind array --mpi pmix --no-activate",
-    "generate-apptainer.sbatch": "--kind gpu --container hpc-distkv.sif",
+    "generate-apptainer.sbatch": "--kind gpu --container hpc-distkv.sif --mpi pmix",
     "generate-mpirun.sh": "--kind mpirun --no-activate",
 }
 
@@ -115,6 +116,11 @@ def test_a_task_of_an_array_answers_its_shard_and_requeues_itself_alone(
         ("--sbatch-line -N3", "the script has --nodes already; give --nodes"),
         ("-q a --sbatch-line --qos=b", "the script has --qos already; give --qos"),
         ("--sbatch-line --comment='a", "cannot be read"),
+        ("-n8", "--nodes times --gpus-per-node"),
+        ("--gpus=8", "--nodes times --gpus-per-node"),
+        ("-e err.log", "--sbatch-line '--error=FILE'"),
+        ("--array=1-4", "--kind array, with --shards"),
+        ("--switches=1", "--sbatch-line '--switches=...'"),
         ("--qos=", "it is empty"),
         ("--line #SBATCH", "give it as --sbatch-line"),
     ],
@@ -124,7 +130,7 @@ def test_what_a_job_would_not_take_is_refused_before_it_is_submitted(
 ) -> None:
     ran = sbatch(monkeypatch, *words.split())
     assert status(ran) == 2
-    assert said in (ran.output or str(ran.exception))
+    assert said in ran.output + str(ran.exception)
 
 
 def test_each_task_of_an_array_has_side_files_of_its_own(
@@ -189,3 +195,22 @@ def test_the_job_finds_the_programs_of_this_environment(
 def test_the_interface_is_that_of_the_mpi_library_here(monkeypatch: pytest.MonkeyPatch) -> None:
     interface = "pmix" if is_open_mpi() else "pmi2"
     assert f"srun --mpi={interface} " in sbatch(monkeypatch).output
+
+
+@pytest.mark.parametrize("line", ["--switches=1 --partition=b", "--switches 1 -pb", "-M c -p b"])
+def test_every_option_of_a_line_is_looked_at(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = sbatch(monkeypatch, "--sbatch-line", line, "-p", "a")
+    assert status(ran) == 2
+    assert "the script has --partition already" in str(ran.exception)
+    script = JobScript(sbatch_lines=["--switches=1 --mem=9G -o 'my log' # -p b"])
+    assert script.names == {"switches", "mem", "output"}
+    assert script.log == "my log"
+
+
+@pytest.mark.parametrize("words", [["--no-activate"], ["--line", "ml x"], ["--container", "a.sif"]])
+def test_the_interface_of_a_library_that_is_not_seen_is_said_to_be_a_guess(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "is a guess" in sbatch(monkeypatch, *words).stderr
+    assert "is a guess" not in sbatch(monkeypatch, *words, "--mpi", "pmix").stderr
+    assert "is a guess" not in sbatch(monkeypatch).stderr

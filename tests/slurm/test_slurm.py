@@ -120,12 +120,13 @@ def test_a_job_on_two_nodes_is_stopped_requeued_and_goes_on(slurm, limited, tmp_
 
 
 STOPPED_AS_IT_STARTS = """#!/bin/bash
-[ -n "$SLURM_RESTART_COUNT" ] && exit 0
-trap 'exit 75' TERM
-touch "${0%/*}/started"
+[ "$SLURM_RESTART_COUNT" = 2 ] && exit 0
+[ "$SLURM_RESTART_COUNT" = 1 ] && trap 'exit 75' TERM
+touch "${0%/*}/started${SLURM_RESTART_COUNT:-0}"
 while :; do sleep 0.1; done
 """
-"""Stands for a `generate` that is preempted while the model loads, and not when it starts again."""
+"""Stands for a `generate` that is preempted before it hears signals, then while the model loads,
+and not when it starts once more."""
 
 
 def test_a_job_that_is_preempted_while_it_starts_goes_back_into_the_queue(
@@ -136,12 +137,14 @@ def test_a_job_that_is_preempted_while_it_starts_goes_back_into_the_queue(
     (tmp_path / "hpc-distkv").chmod(0o755)
     alone = ("--kind", "cpu", "--nodes", 1, "--tasks-per-node", 1, "--no-activate")
     number = submit(slurm, job, *alone, "--line", f"export PATH={tmp_path}:$PATH", "-t", 60)
-    slurm.wait((tmp_path / "started").exists, 30, "the start")
-    slurm.run("scancel", "--signal=TERM", number)
-    slurm.wait(lambda: slurm.job(number)["Restarts"] == "1", 30, "the requeue")
+    for start in range(2):
+        slurm.wait((tmp_path / f"started{start}").exists, 60, "the start")
+        slurm.run("scancel", f"--signal={('USR2', 'TERM')[start]}", number)
+        again = str(start + 1)
+        slurm.wait(lambda again=again: slurm.job(number)["Restarts"] == again, 30, "the requeue")
     slurm.wait_for_state(number, "COMPLETED", 60)
     assert "nothing was answered" not in log(job, number)
-    assert not list(tmp_path.glob("*.starts.*"))
+    assert not list(tmp_path.glob("*.starts"))
 
 
 def test_tasks_of_an_array_answer_shards_and_each_has_a_status(

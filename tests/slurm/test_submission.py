@@ -76,3 +76,16 @@ def test_files_that_the_environment_or_a_container_names_are_left_to_the_job(
     assert submission.send("--container", "a.sif", "-i", "/data/in.jsonl").exit_code == 0
     submission.words = ["--mpi", "pmi2"]
     assert submission.send().exit_code == 0
+
+
+def test_a_model_needs_no_weights_where_they_are_random(
+    submission: Submission, tiny_model: Path
+) -> None:
+    (submission.folder / "bare").mkdir()
+    (submission.folder / "bare" / "config.json").write_bytes(
+        (tiny_model / "config.json").read_bytes()
+    )
+    submission.words[3] = "bare"
+    assert status(submission.send("--host-kv-path", "dummy")) == 2
+    assert not submission.sent
+    assert submission.send("--load-format", "dummy").exit_code == 0
