@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
 from dataclasses import dataclass, field
@@ -228,21 +229,21 @@ def read_answered(path: Path, since: float = math.inf) -> tuple[Answered, int]:
 
 def _torn(line: bytes) -> bool:
     """Whether a line is the beginning of one of ours, as a write that was cut short leaves it: also
-    without its newline alone, or with zeros for what had not reached the disk."""
+    without its newline alone, however it is spaced, or with zeros for what had not reached the
+    disk."""
     if line.endswith(b"\n"):
         return False
     line = line.rstrip(b"\0")
+    with contextlib.suppress(ValueError):
+        read_line(line)
+        return True
     if not _OURS.startswith(line[: len(_OURS)]):
         return False
     try:
         msgspec.json.decode(line)
     except (ValueError, RecursionError):
         return True
-    try:
-        read_line(line)
-    except ValueError:
-        return False  # it is whole, and no line of ours
-    return True
+    return False  # it is whole, and no line of ours
 
 
 def _twin(path: Path, line: bytes, place: int) -> int:

@@ -157,7 +157,7 @@ class _Order:
 
         with closing(Intake(source)) as intake:
             order = InputOrder(noted(intake.again()))
-            if intake.torn:
+            if intake.torn is not None:
                 raise InputError(f"{source} ends within a line: is it still being copied?")
         places = order.places(_own_lines(index, parts))
         lines = np.argsort(places, kind="stable")

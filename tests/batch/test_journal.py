@@ -177,10 +177,18 @@ def test_a_last_line_of_another_program_is_named_and_kept(tmp_path: Path, foreig
     assert path.read_bytes() == whole
 
 
-def test_a_last_line_without_newline_is_not_trusted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spaced", [False, True])
+def test_a_last_line_without_newline_is_not_trusted(spaced: bool, tmp_path: Path) -> None:
     path = started(tmp_path / "out")
-    path.write_bytes(path.read_bytes()[:-1])
-    assert open_journal(path, JOB).answered.custom_ids == {"row 0", "row 1"}
+    lines = path.read_bytes().splitlines()
+    if spaced:
+        lines = [json.dumps(json.loads(each)).encode() for each in lines]
+    path.write_bytes(b"\n".join(lines))
+    journal = open_journal(path, JOB)
+    assert journal.answered.custom_ids == {"row 0", "row 1"}
+    journal.append(line(2, "row 2"))
+    journal.close()
+    assert open_journal(path, JOB).answered.custom_ids == {"row 0", "row 1", "row 2"}
 
 
 @pytest.mark.parametrize(

@@ -162,12 +162,17 @@ def test_a_row_with_two_lines_is_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_input_that_is_still_copied_is_refused(shards: list[Path], tmp_path: Path) -> None:
-    with (tmp_path / "in").open("ab") as file:
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_input_that_is_still_copied_is_refused(
+    whole: bool, shards: list[Path], tmp_path: Path
+) -> None:
+    """Within a line after whole ones, or within its only line."""
+    with (tmp_path / "in").open("ab" if whole else "wb") as file:
         file.write(b'{"custom_id": "torn')
     code, said = run_merge(tmp_path / "out", *shards)
     assert code == 2
     assert "still being copied" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_shards_of_nothing_make_nothing(tmp_path: Path) -> None:
