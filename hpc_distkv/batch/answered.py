@@ -19,6 +19,8 @@ DUPLICATE = "duplicate_custom_id"
 """Error code of a row whose custom_id an earlier row has."""
 _OURS = b'{"id":"' + ID_PREFIX.encode()
 """How each of our lines begins."""
+_LAST = 2**63 - 1
+"""No file has so many lines."""
 _HIGHEST = 2**32 - 1
 """Numbers from here on are not told apart."""
 
@@ -86,8 +88,8 @@ def read_line(line: bytes) -> Line:
     """One line of the results file. Raises ValueError when it is not one."""
     try:
         row = msgspec.json.decode(line, type=Line)
-        if row.number < 0:
-            raise ValueError("a negative number")
+        if not 0 <= row.number <= _LAST:
+            raise ValueError("no place in a file")
     except RecursionError:
         raise ValueError("nested too deeply") from None
     return row
@@ -254,6 +256,6 @@ def _twin(path: Path, line: bytes, place: int) -> int:
             row = read_line(other)
             if row.named != known.named:
                 continue
-            if (row.custom_id == known.custom_id) if row.named else (row.id == known.id):
+            if (row.custom_id == known.custom_id) if row.named else (row.place == known.place):
                 return number
     raise AssertionError("the row had a line")

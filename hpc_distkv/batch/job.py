@@ -15,7 +15,7 @@ from hpc_distkv.batch.choice import fault_of, read_choice
 from hpc_distkv.batch.errors import RowError
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.journal import Journal
-from hpc_distkv.batch.meta import FORMER, MODEL, SERVED
+from hpc_distkv.batch.meta import FORMER, MODEL, SERVED, SHARD
 from hpc_distkv.batch.order import InputOrder
 from hpc_distkv.batch.pauses import with_pauses
 from hpc_distkv.batch.remarks import remarks
@@ -24,14 +24,12 @@ from hpc_distkv.batch.rows import Row, parse_row, which_choice
 from hpc_distkv.batch.schema import Envelope
 from hpc_distkv.batch.service import SamplingDefaults, Service
 from hpc_distkv.batch.shard import Shard
-from hpc_distkv.batch.unfinished import Answer, Begun, digest
+from hpc_distkv.batch.unfinished import Answer, Begun, begun_digest
 from hpc_distkv.control.requests import Request, Result, Unfinished
 from hpc_distkv.model.detokenizer import CONTEXT
 
 log = logging.getLogger(__name__)
 
-SHARD = "shard"
-"""Where the fingerprint says which part of the input the results answer."""
 COMMIT_INTERVAL = 1.0
 """Seconds between two times that results are written; and put on the disk, where that is fast."""
 SYNC_SHARE = 1 / 20
@@ -44,7 +42,7 @@ class _Pending:
     """Without most of its prompt."""
     prompt_tokens: int
     asked: tuple[str, ...]
-    """`digest` of the request of each of its answers."""
+    """`begun_digest` of the request of each of its answers."""
     request_digest: str
     """Of the row."""
     results: dict[int, Result] = field(default_factory=dict)
@@ -55,7 +53,7 @@ class _Pending:
         return cls(
             replace(row, prompt=row.prompt[-CONTEXT:]),
             len(row.prompt),
-            tuple(map(digest, requests)),
+            tuple(map(begun_digest, requests)),
             request_digest,
         )
 

@@ -17,9 +17,17 @@ from hpc_distkv.batch.answered import Line
 from hpc_distkv.batch.claim import Claim
 from hpc_distkv.batch.errors import InputError, JournalError
 from hpc_distkv.batch.intake import Intake
-from hpc_distkv.batch.job import SHARD
 from hpc_distkv.batch.line_index import FILE_BITS, LineIndex
-from hpc_distkv.batch.meta import ERRORS, FREE, INPUT, describe, differences, read_meta, write_meta
+from hpc_distkv.batch.meta import (
+    ERRORS,
+    FREE,
+    INPUT,
+    SHARD,
+    describe,
+    differences,
+    read_meta,
+    write_meta,
+)
 from hpc_distkv.batch.opening import check_place
 from hpc_distkv.batch.order import GONE, InputOrder
 from hpc_distkv.batch.replace import real_path, replace_file
@@ -180,7 +188,7 @@ def _own_lines(index: LineIndex, parts: Sequence[Part]) -> Iterator[Line]:
                 f"{index.paths[file]} is shard {shards[file]} and has a row of another one: "
                 f"{row.custom_id or row.id}."
             )
-        names.append(hash(row.custom_id if row.named else row.id))
+        names.append(hash(row.custom_id if row.named else row.place))
         yield row
     order = np.argsort(np.array(names, np.int64), kind="stable")
     ordered = np.array(names, np.int64)[order]

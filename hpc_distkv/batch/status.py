@@ -13,8 +13,7 @@ from hpc_distkv.batch.answered import DUPLICATE, Answered, read_answered
 from hpc_distkv.batch.claim import STALE, Owner, read_claim
 from hpc_distkv.batch.errors import InputError, JournalError
 from hpc_distkv.batch.intake import Intake
-from hpc_distkv.batch.job import SHARD
-from hpc_distkv.batch.meta import ERRORS, INPUT, read_meta
+from hpc_distkv.batch.meta import ERRORS, INPUT, SHARD, read_meta
 from hpc_distkv.batch.replace import real_path
 from hpc_distkv.batch.schema import Envelope
 from hpc_distkv.batch.shard import Shard
@@ -105,9 +104,9 @@ def _read(output: Path, source: Path | None, errors: Path | None) -> Status:
         errors = errors or (Path(meta[ERRORS]) if ERRORS in meta else None)
         if errors and errors.exists():
             answered.include(read_answered(errors)[0])
+        begun = read_unfinished(unfinished_path(path))
     except OSError as error:
         raise JournalError(f"cannot read {error.filename}: {error.strerror}.") from error
-    begun = read_unfinished(unfinished_path(path))
     open_rows = {answer: b for answer, b in begun.items()
                  if answer.custom_id not in answered.custom_ids}  # fmt: skip
     return Status(
