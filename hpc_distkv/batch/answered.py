@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from heapq import nsmallest
 from pathlib import Path
 
 import msgspec
@@ -182,6 +183,11 @@ class Answered:
         """Lines that no row has taken: once the input has been read to its end, those of rows that
         are not in it any more."""
         return len(self.custom_ids) + self.others.total()
+
+    def names_left_over(self, most: int) -> list[str]:
+        """custom_ids of such lines, the first `most` of the alphabet."""
+        repeated = {custom_id for custom_id, _ in self.others if custom_id is not None}
+        return nsmallest(most, self.custom_ids | repeated)
 
     def revision(self, number: int) -> int:
         """What tells a new line from those of other rows that had this number."""

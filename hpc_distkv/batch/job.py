@@ -18,7 +18,7 @@ from hpc_distkv.batch.journal import Journal
 from hpc_distkv.batch.meta import FORMER, MODEL, SERVED, SHARD
 from hpc_distkv.batch.order import InputOrder
 from hpc_distkv.batch.pauses import with_pauses
-from hpc_distkv.batch.remarks import remarks
+from hpc_distkv.batch.remarks import MOST_NAMED, remarks
 from hpc_distkv.batch.response import answer_line, error_line
 from hpc_distkv.batch.rows import Row, parse_row, which_choice
 from hpc_distkv.batch.schema import Envelope
@@ -265,6 +265,11 @@ class Job:
     def left_over(self) -> int | None:
         """Lines of rows that are not in the input any more; None until its last row was read."""
         return self._answered.left_over if self._intake.exhausted else None
+
+    @property
+    def names_left_over(self) -> list[str]:
+        """custom_ids of some of these rows."""
+        return self._answered.names_left_over(MOST_NAMED) if self._intake.exhausted else []
 
     @property
     def _journals(self) -> tuple[Journal, ...]:

@@ -14,6 +14,7 @@ from hpc_distkv.batch.claim import STALE, Owner, read_claim
 from hpc_distkv.batch.errors import InputError, JournalError
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.meta import ERRORS, INPUT, SHARD, read_meta
+from hpc_distkv.batch.remarks import MOST_NAMED
 from hpc_distkv.batch.replace import real_path
 from hpc_distkv.batch.schema import Envelope
 from hpc_distkv.batch.shard import Shard
@@ -47,6 +48,10 @@ class Status:
     """Rows of the input without a line; None: the input cannot be read."""
     gone: int = 0
     """Rows with a line that are not in the input any more."""
+    gone_names: Sequence[str] = ()
+    """custom_ids of some of them."""
+    torn: int | None = None
+    """Number of the last line of the input, if it ends within that: it is no row."""
 
     @property
     def done(self) -> int:
@@ -151,6 +156,8 @@ def _compare(group: Sequence[Status]) -> None:
     for index, status in by_shard.items():
         status.left = left[index]
         status.gone = status.answered.left_over
+        status.gone_names = status.answered.names_left_over(MOST_NAMED)
+        status.torn = intake.torn
 
 
 def _repeated(row: Envelope) -> bool:
