@@ -14,6 +14,7 @@ import msgspec
 from hpc_distkv.batch.compact import CompactSet
 from hpc_distkv.batch.errors import JournalError
 from hpc_distkv.batch.response import ID_PREFIX, REVISED
+from hpc_distkv.batch.schema import Envelope
 from hpc_distkv.regular import open_regular
 
 DUPLICATE = "duplicate_custom_id"
@@ -164,19 +165,20 @@ class Answered:
         self._numbers.include(other._numbers)
         self._revision = max(self._revision, other._revision)
 
-    def take(self, custom_id: str | None, repeated: bool, digest: str, number: int) -> bool:
+    def take(self, row: Envelope, repeated: bool) -> bool:
         """Whether a row of the input has a line; that one is for no other row. `repeated`: an
         earlier row has the custom_id."""
+        custom_id = row.custom_id
         if custom_id is None or repeated:
-            return self._take((custom_id, digest)) or self._take((custom_id, number))
+            return self._take((custom_id, row.digest)) or self._take((custom_id, row.number))
         found = custom_id in self.custom_ids
         self.custom_ids.discard(custom_id)
         return found
 
-    def changed(self, custom_id: str, digest: str) -> bool:
+    def changed(self, row: Envelope) -> bool:
         """Whether another request was answered under a row's custom_id, as far as is known."""
-        asked = self._requests
-        return hash((custom_id, digest)) not in asked and hash((custom_id, None)) not in asked
+        name, asked = row.custom_id, self._requests
+        return hash((name, None)) not in asked and hash((name, row.digest)) not in asked
 
     @property
     def left_over(self) -> int:

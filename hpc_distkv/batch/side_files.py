@@ -63,6 +63,11 @@ def same_file(one: Path, other: Path) -> bool:
     return False
 
 
+def has_side_name(path: Path) -> bool:
+    """Whether a name is like those of side files, whatever they lie beside."""
+    return path.name.endswith((_META, _CLAIM, _UNFINISHED)) or bool(_TEMPORARY.fullmatch(path.name))
+
+
 def excess_of_name(output: Path) -> int:
     """Bytes by which a results file's name is too long for what is to lie beside it."""
     most = 255

@@ -149,7 +149,7 @@ def _compare(group: Sequence[Status]) -> None:
                 index = Shard.dealt(row.custom_id, row.number, shard.count) if shard else 1
                 if index in by_shard:
                     answered = by_shard[index].answered
-                    done = answered.take(row.custom_id, _repeated(row), row.digest, row.number)
+                    done = answered.take(row, _repeated(row))
                     left[index] += not done
     except InputError:
         return

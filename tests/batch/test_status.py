@@ -15,9 +15,10 @@ from shard_runs import run_part, run_shards
 
 from hpc_distkv.batch.claim import Owner
 from hpc_distkv.batch.shard import Shard
-from hpc_distkv.batch.side_files import claim_path
+from hpc_distkv.batch.side_files import claim_path, side_files, temporary_path
 from hpc_distkv.batch.status import SILENT, read_status, read_statuses
 from hpc_distkv.cli.group import group
+from hpc_distkv.cli.options import results_files
 
 
 def show(*words: str | Path) -> tuple[int, str]:
@@ -135,7 +136,12 @@ def test_a_claim_of_the_version_before_has_no_rate(tmp_path: Path) -> None:
 
 def test_files_beside_the_results_are_passed_over(tmp_path: Path) -> None:
     write_lines(tmp_path / "in", [completion(str(i)) for i in range(3)])
-    run_part(tmp_path / "in", tmp_path / "out", most=1)
+    output = tmp_path / "out"
+    run_part(tmp_path / "in", output, most=1)
+    beside = [*side_files(output), temporary_path(output), tmp_path / "out.log"]
+    for path in beside:
+        path.touch()
     code, said = show(*sorted(tmp_path.glob("out*")))
     assert code == 75
     assert said.startswith("done    1\n")
+    assert results_files([output.with_name("out.tmp"), *beside]) == [output.with_name("out.tmp")]
