@@ -77,6 +77,7 @@ def test_ordered_results_stand_in_the_order_of_the_input_as_it_is_now(tmp_path: 
     job = run(tmp_path, [*y, *x[1:]], ordered=True)
     assert names(tmp_path / "out") == ["y0", "y1", "y2", "x1", "x2", "z0", "x0", "z1"]
     assert job.left_over == 3, "rows that are gone keep their lines, behind the others"
+    assert job.names_left_over == ["x0", "z0", "z1"]
     assert set(Counter(ids(tmp_path / "out")).values()) == {1}
 
 
