@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from heapq import nsmallest
 from pathlib import Path
 
 import msgspec
@@ -12,12 +14,15 @@ import msgspec
 from hpc_distkv.batch.compact import CompactSet
 from hpc_distkv.batch.errors import JournalError
 from hpc_distkv.batch.response import ID_PREFIX, REVISED
+from hpc_distkv.batch.schema import Envelope
 from hpc_distkv.regular import open_regular
 
 DUPLICATE = "duplicate_custom_id"
 """Error code of a row whose custom_id an earlier row has."""
 _OURS = b'{"id":"' + ID_PREFIX.encode()
 """How each of our lines begins."""
+_LAST = 2**63 - 1
+"""No file has so many lines."""
 _HIGHEST = 2**32 - 1
 """Numbers from here on are not told apart."""
 
@@ -85,8 +90,8 @@ def read_line(line: bytes) -> Line:
     """One line of the results file. Raises ValueError when it is not one."""
     try:
         row = msgspec.json.decode(line, type=Line)
-        if row.number < 0:
-            raise ValueError("a negative number")
+        if not 0 <= row.number <= _LAST:
+            raise ValueError("no place in a file")
     except RecursionError:
         raise ValueError("nested too deeply") from None
     return row
@@ -160,25 +165,31 @@ class Answered:
         self._numbers.include(other._numbers)
         self._revision = max(self._revision, other._revision)
 
-    def take(self, custom_id: str | None, repeated: bool, digest: str, number: int) -> bool:
+    def take(self, row: Envelope, repeated: bool) -> bool:
         """Whether a row of the input has a line; that one is for no other row. `repeated`: an
         earlier row has the custom_id."""
+        custom_id = row.custom_id
         if custom_id is None or repeated:
-            return self._take((custom_id, digest)) or self._take((custom_id, number))
+            return self._take((custom_id, row.digest)) or self._take((custom_id, row.number))
         found = custom_id in self.custom_ids
         self.custom_ids.discard(custom_id)
         return found
 
-    def changed(self, custom_id: str, digest: str) -> bool:
+    def changed(self, row: Envelope) -> bool:
         """Whether another request was answered under a row's custom_id, as far as is known."""
-        asked = self._requests
-        return hash((custom_id, digest)) not in asked and hash((custom_id, None)) not in asked
+        name, asked = row.custom_id, self._requests
+        return hash((name, None)) not in asked and hash((name, row.digest)) not in asked
 
     @property
     def left_over(self) -> int:
         """Lines that no row has taken: once the input has been read to its end, those of rows that
         are not in it any more."""
         return len(self.custom_ids) + self.others.total()
+
+    def names_left_over(self, most: int) -> list[str]:
+        """custom_ids of such lines, the first `most` of the alphabet."""
+        repeated = {custom_id for custom_id, _ in self.others if custom_id is not None}
+        return nsmallest(most, self.custom_ids | repeated)
 
     def revision(self, number: int) -> int:
         """What tells a new line from those of other rows that had this number."""
@@ -228,21 +239,21 @@ def read_answered(path: Path, since: float = math.inf) -> tuple[Answered, int]:
 
 def _torn(line: bytes) -> bool:
     """Whether a line is the beginning of one of ours, as a write that was cut short leaves it: also
-    without its newline alone, or with zeros for what had not reached the disk."""
+    without its newline alone, however it is spaced, or with zeros for what had not reached the
+    disk."""
     if line.endswith(b"\n"):
         return False
     line = line.rstrip(b"\0")
+    with contextlib.suppress(ValueError):
+        read_line(line)
+        return True
     if not _OURS.startswith(line[: len(_OURS)]):
         return False
     try:
         msgspec.json.decode(line)
     except (ValueError, RecursionError):
         return True
-    try:
-        read_line(line)
-    except ValueError:
-        return False  # it is whole, and no line of ours
-    return True
+    return False  # it is whole, and no line of ours
 
 
 def _twin(path: Path, line: bytes, place: int) -> int:
@@ -253,6 +264,6 @@ def _twin(path: Path, line: bytes, place: int) -> int:
             row = read_line(other)
             if row.named != known.named:
                 continue
-            if (row.custom_id == known.custom_id) if row.named else (row.id == known.id):
+            if (row.custom_id == known.custom_id) if row.named else (row.place == known.place):
                 return number
     raise AssertionError("the row had a line")

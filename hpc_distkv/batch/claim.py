@@ -18,7 +18,7 @@ import msgspec
 from hpc_distkv.batch.errors import JournalError
 from hpc_distkv.batch.replace import create_file, real_path
 from hpc_distkv.batch.side_files import claim_path, temporary_path
-from hpc_distkv.regular import read_regular
+from hpc_distkv.regular import open_regular, read_regular
 
 log = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ def _take_over(path: Path, owner: Owner, sleep: Callable[[float], None]) -> int 
 def _check_claim(path: Path) -> None:
     """Whether what is there is a claim, or the beginning of one. Raises JournalError."""
     try:
-        content = path.read_bytes() if path.is_file() and not path.is_symlink() else b"?"
+        content = b"?" if path.is_symlink() else read_regular(path)
     except FileNotFoundError:
         return
     if not _BEGINNING.startswith(content[: len(_BEGINNING)]) and content.strip(b"\0"):
@@ -239,14 +239,14 @@ def _read(path: Path) -> Owner | None:
     """Whose claim it is; None if there is none, or none that can be read."""
     try:
         return msgspec.json.decode(read_regular(path), type=Owner)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
 def _touched(path: Path) -> int | None:
     """When the claim was touched last, in ns of the file system's clock; None: it is gone."""
     try:
-        with path.open("rb") as file:  # opening it makes NFS ask the server
+        with open_regular(path) as file:  # opening it makes NFS ask the server
             return os.fstat(file.fileno()).st_mtime_ns
     except FileNotFoundError:
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from hpc_distkv.batch.answered import DUPLICATE, Answered
@@ -66,17 +67,17 @@ class Intake:
             if envelope is None:
                 yield None
                 continue
-            custom_id, digest = envelope.custom_id, envelope.digest
+            custom_id = envelope.custom_id
             self.rows += 1
             repeated = custom_id in seen
-            done = answered.take(custom_id, repeated, digest, envelope.number)
+            done = answered.take(envelope, repeated)
             if done:
                 self.skipped += 1
             if custom_id is not None and repeated:
                 envelope = _duplicate(envelope, custom_id)
             elif custom_id is not None:
                 seen.add(custom_id)
-                if done and answered.changed(custom_id, digest):
+                if done and answered.changed(envelope):
                     self.changed.append(custom_id)
             yield None if done else envelope
         self.exhausted = True
@@ -168,13 +169,9 @@ def _ends_within(line: bytes) -> bool:
 
 
 def _duplicate(envelope: Envelope, custom_id: str) -> Envelope:
-    return Envelope(
-        envelope.number,
-        custom_id,
-        digest=envelope.digest,
-        problem=RowError(
-            f"An earlier row has the custom_id '{custom_id}' already.",
-            code=DUPLICATE,
-            param="custom_id",
-        ),
+    problem = RowError(
+        f"An earlier row has the custom_id '{custom_id}' already.",
+        code=DUPLICATE,
+        param="custom_id",
     )
+    return replace(envelope, problem=problem)

@@ -6,63 +6,32 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import msgspec
 
 from hpc_distkv.batch.choice import fault_of, read_choice
 from hpc_distkv.batch.errors import RowError
+from hpc_distkv.batch.in_flight import InFlight, Pending
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.journal import Journal
-from hpc_distkv.batch.meta import FORMER, MODEL, SERVED
+from hpc_distkv.batch.meta import FORMER, MODEL, SERVED, SHARD
 from hpc_distkv.batch.order import InputOrder
 from hpc_distkv.batch.pauses import with_pauses
-from hpc_distkv.batch.remarks import remarks
+from hpc_distkv.batch.remarks import MOST_NAMED, remarks
 from hpc_distkv.batch.response import answer_line, error_line
 from hpc_distkv.batch.rows import Row, parse_row, which_choice
 from hpc_distkv.batch.schema import Envelope
 from hpc_distkv.batch.service import SamplingDefaults, Service
 from hpc_distkv.batch.shard import Shard
-from hpc_distkv.batch.unfinished import Answer, Begun, digest
 from hpc_distkv.control.requests import Request, Result, Unfinished
-from hpc_distkv.model.detokenizer import CONTEXT
 
 log = logging.getLogger(__name__)
 
-SHARD = "shard"
-"""Where the fingerprint says which part of the input the results answer."""
 COMMIT_INTERVAL = 1.0
 """Seconds between two times that results are written; and put on the disk, where that is fast."""
 SYNC_SHARE = 1 / 20
 """Part of the time that it may take at most: all ranks wait for it in the end."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Pending:
-    row: Row
-    """Without most of its prompt."""
-    prompt_tokens: int
-    asked: tuple[str, ...]
-    """`digest` of the request of each of its answers."""
-    request_digest: str
-    """Of the row."""
-    results: dict[int, Result] = field(default_factory=dict)
-    """By choice."""
-
-    @classmethod
-    def of(cls, row: Row, requests: Sequence[Request], request_digest: str) -> _Pending:
-        return cls(
-            replace(row, prompt=row.prompt[-CONTEXT:]),
-            len(row.prompt),
-            tuple(map(digest, requests)),
-            request_digest,
-        )
-
-    @property
-    def complete(self) -> bool:
-        """Whether all results are there: then the row is written."""
-        return len(self.results) == self.row.choices
 
 
 class Written(NamedTuple):
@@ -96,8 +65,8 @@ class Job:
     """Every row of `intake` gets exactly one line in `journal`, whatever is wrong with it; or, if
     it is an error row, in the journal `errors` where there is one.
 
-    Remembers the rows in flight, and what earlier runs have begun. Takes over what `journal` knows
-    to be answered. Owns no file's opening, but closes all.
+    Takes over what `journal` knows to be answered, and what earlier runs have begun. Owns no file's
+    opening, but closes all.
     """
 
     def __init__(
@@ -111,11 +80,10 @@ class Job:
         if errors:
             self._answered.include(errors.answered)
         done = self._answered.custom_ids
-        self._begun = {a: b for a, b in journal.unfinished.items() if a.custom_id not in done}
-        """What was begun of the rows that have no line yet."""
-        self.resumed = bool(self._answered.lines or self._begun)
+        begun = {a: b for a, b in journal.unfinished.items() if a.custom_id not in done}
+        self._in_flight = InFlight(begun)
+        self.resumed = bool(self._answered.lines or begun)
         """Whether earlier runs have done or begun anything."""
-        self._pending: dict[int, _Pending] = {}
         self._written_at = self._sync_at = time.monotonic()
         self.answered = 0
         """Rows answered in this run."""
@@ -135,14 +103,14 @@ class Job:
         """Keep what was made of a request that came from `requests` and will not be finished in
         this run."""
         number, choice = which_choice(unfinished.id)
-        if pending := self._pending.get(number):
-            self._keep(pending, choice, output=unfinished.output, logprobs=unfinished.logprobs)
+        output, logprobs = unfinished.output, unfinished.logprobs
+        self._in_flight.put_aside(number, choice, output=output, logprobs=logprobs)
 
     def finish(self, result: Result) -> Written | None:
         """Take the result of a request that came from `requests`, and write the answer of its row
         if it is the last. Raises JournalError."""
         number, choice = which_choice(result.id)
-        pending = self._pending.get(number)
+        pending = self._in_flight.get(number)
         if pending is None:
             return None  # Another request of the row was refused, and the row with it.
         if fault := fault_of(result):
@@ -155,9 +123,9 @@ class Job:
         """Write an error row for the row of a request that the engine cannot answer. Raises
         JournalError."""
         number, _ = which_choice(request_id)
-        pending = self._pending.get(number)
+        pending = self._in_flight.get(number)
         if pending is not None:
-            self._forget(number)
+            self._in_flight.leave(number)
             self._write_error(number, pending.row.custom_id, pending.request_digest, error)
 
     def commit(self, now: bool = False) -> None:
@@ -184,13 +152,11 @@ class Job:
         if there are none, the lines are put into the order of the input if `ordered`. Raises
         InputError and JournalError."""
         self._intake.look()
-        for pending in self._pending.values():
-            for choice, result in pending.results.items():
-                self._keep(pending, choice, result=result)
+        self._in_flight.put_results_aside()
         self.commit(now=True)
         order = None
         try:
-            self._journal.set_aside([] if self.complete else self._begun.values())
+            self._journal.set_aside([] if self.complete else self._in_flight.begun)
             if ordered and self.complete:
                 order = InputOrder(self._intake.again())
         finally:
@@ -208,17 +174,17 @@ class Job:
     @property
     def begun_rows(self) -> int:
         """Rows of which something is put aside."""
-        return len({answer.custom_id for answer in self._begun})
+        return self._in_flight.begun_rows
 
     @property
     def begun_tokens(self) -> int:
         """Output tokens that are put aside."""
-        return sum(begun.tokens for begun in self._begun.values())
+        return self._in_flight.begun_tokens
 
     @property
     def in_flight(self) -> int:
         """Rows handed out and not finished."""
-        return len(self._pending)
+        return len(self._in_flight)
 
     @property
     def answered_before(self) -> int:
@@ -255,18 +221,23 @@ class Job:
         """Whether every row of the input has its line, and the input is what it was."""
         intake = self._intake
         read = intake.exhausted and intake.torn is None and not intake.outdated
-        return read and not self._pending
+        return read and not self._in_flight
 
     @property
     def torn(self) -> bool:
         """Whether nothing is left but a last line of the input that has no end."""
         intake = self._intake
-        return intake.torn is not None and not (self._pending or intake.outdated)
+        return intake.torn is not None and not (self._in_flight or intake.outdated)
 
     @property
     def left_over(self) -> int | None:
         """Lines of rows that are not in the input any more; None until its last row was read."""
         return self._answered.left_over if self._intake.exhausted else None
+
+    @property
+    def names_left_over(self) -> list[str]:
+        """custom_ids of some of these rows."""
+        return self._answered.names_left_over(MOST_NAMED) if self._intake.exhausted else []
 
     @property
     def _journals(self) -> tuple[Journal, ...]:
@@ -279,7 +250,7 @@ class Job:
             if envelope is None or row is None:
                 yield None
             else:
-                yield from self._resumed(row, envelope.digest)
+                yield from self._begin(row, envelope.digest)
 
     def _parse(self, envelope: Envelope) -> Row | None:
         """A row that can be answered; the error row of any other is written."""
@@ -290,39 +261,17 @@ class Job:
             self.commit()
             return None
 
-    def _resumed(self, row: Row, request_digest: str) -> Iterator[Request]:
-        """The requests of a row, from where an earlier run left off. Writes the row if that run has
-        made all its answers, as when `n` was lowered since."""
-        requests = list(row.requests())
-        pending = self._pending[row.number] = _Pending.of(row, requests, request_digest)
-        left = []
-        for choice, request in enumerate(requests):
-            begun = self._begun.get(Answer(row.custom_id, choice))
-            if begun is None or not begun.fits(request):
-                left.append(request)
-            elif begun.result:
-                pending.results[choice] = begun.result
-            else:
-                made = {"output": begun.output, "logprobs": begun.logprobs}
-                left.append(msgspec.structs.replace(request, **made))
+    def _begin(self, row: Row, request_digest: str) -> Iterator[Request]:
+        """The requests of a row that are left. Writes the row if there are none."""
+        pending, left = self._in_flight.enter(row, request_digest)
         if pending.complete:
             self._write_answer(pending)
         yield from left
 
-    def _keep(self, pending: _Pending, choice: int, **made: Any) -> None:
-        answer = Answer(pending.row.custom_id, choice)
-        self._begun[answer] = Begun(*answer, pending.asked[choice], **made)
-
-    def _forget(self, number: int) -> None:
-        """The row has its line."""
-        row = self._pending.pop(number).row
-        for choice in range(row.choices):
-            self._begun.pop(Answer(row.custom_id, choice), None)
-
-    def _write_answer(self, pending: _Pending) -> Written | None:
+    def _write_answer(self, pending: Pending) -> Written | None:
         """The line of an answered row; an error row if its tokens cannot be turned into text."""
         row, service = pending.row, self._service
-        self._forget(row.number)
+        self._in_flight.leave(row.number)
         results = [pending.results[choice] for choice in range(row.choices)]
         try:
             choices = [read_choice(result, row, service.tokenizer) for result in results]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hpc_distkv.batch.answered import Line, read_answered, read_line
 from hpc_distkv.batch.errors import JournalError
+from hpc_distkv.regular import open_regular
 
 FILE_BITS = 16
 """Of a line's place, whose other bits are an offset."""
@@ -22,7 +23,7 @@ class LineIndex:
         self.paths = paths
         self.failed = bytearray()
         """By line: whether it is an error row."""
-        self._files = [path.open("rb") for path in paths]
+        self._files = [open_regular(path) for path in paths]
         self._places = array("q")
 
     def __len__(self) -> int:

@@ -17,11 +17,20 @@ from hpc_distkv.batch.answered import Line
 from hpc_distkv.batch.claim import Claim
 from hpc_distkv.batch.errors import InputError, JournalError
 from hpc_distkv.batch.intake import Intake
-from hpc_distkv.batch.job import SHARD
 from hpc_distkv.batch.line_index import FILE_BITS, LineIndex
-from hpc_distkv.batch.meta import ERRORS, FREE, INPUT, describe, differences, read_meta, write_meta
+from hpc_distkv.batch.meta import (
+    ERRORS,
+    FREE,
+    INPUT,
+    SHARD,
+    describe,
+    differences,
+    read_meta,
+    write_meta,
+)
 from hpc_distkv.batch.opening import check_place
 from hpc_distkv.batch.order import GONE, InputOrder
+from hpc_distkv.batch.remarks import MOST_NAMED
 from hpc_distkv.batch.replace import real_path, replace_file
 from hpc_distkv.batch.response import ID_PREFIX
 from hpc_distkv.batch.schema import Envelope
@@ -29,7 +38,8 @@ from hpc_distkv.batch.shard import Shard
 from hpc_distkv.batch.side_files import unfinished_path
 from hpc_distkv.batch.unfinished import read_unfinished, write_unfinished
 
-_ID = re.compile(rb'(\s*\{\s*"id"\s*:\s*"' + ID_PREFIX.encode() + rb")[\d.]+")
+_ID = re.compile(rb'("id"\s*:\s*"' + ID_PREFIX.encode() + rb")[\d.]+")
+"""Nothing else in a line is like it: quotation marks within a text are escaped."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,8 @@ class Merged:
     failed: int = 0
     gone: int = 0
     """Rows of the shards that are not in the input any more; they are left out."""
+    gone_names: Sequence[str] = ()
+    """custom_ids of some of them."""
     left: dict[int, int] = field(default_factory=dict)
     """Index of a shard → rows of it without a line."""
     written: bool = False
@@ -117,7 +129,9 @@ def _merge(
 ) -> Merged:
     merged, order = Merged(), _Order(index, parts, source)
     merged.left = order.left
-    merged.gone = len(index) - len(order.lines)
+    merged.gone = len(order.gone)
+    some = (index.read(line)[0].custom_id for line in order.gone[:MOST_NAMED].tolist())
+    merged.gone_names = [name for name in some if name is not None]
     merged.failed = sum(index.failed[line] for line in order.lines)
     merged.answered = len(order.lines) - merged.failed
     if merged.missing and not partial:
@@ -157,12 +171,14 @@ class _Order:
 
         with closing(Intake(source)) as intake:
             order = InputOrder(noted(intake.again()))
-            if intake.torn:
+            if intake.torn is not None:
                 raise InputError(f"{source} ends within a line: is it still being copied?")
         places = order.places(_own_lines(index, parts))
         lines = np.argsort(places, kind="stable")
         self.lines = lines[places[lines] != GONE]
         """Numbers of the lines, in `index`."""
+        self.gone = np.flatnonzero(places == GONE)
+        """Those of rows that are not in the input any more."""
         self.numbers = places[self.lines]
         """Of their rows."""
         missing = ~np.isin(np.array(numbers, np.int64), self.numbers)
@@ -180,7 +196,7 @@ def _own_lines(index: LineIndex, parts: Sequence[Part]) -> Iterator[Line]:
                 f"{index.paths[file]} is shard {shards[file]} and has a row of another one: "
                 f"{row.custom_id or row.id}."
             )
-        names.append(hash(row.custom_id if row.named else row.id))
+        names.append(hash(row.custom_id if row.named else row.place))
         yield row
     order = np.argsort(np.array(names, np.int64), kind="stable")
     ordered = np.array(names, np.int64)[order]

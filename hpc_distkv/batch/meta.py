@@ -12,6 +12,7 @@ import msgspec
 
 from hpc_distkv.batch.errors import JournalError
 from hpc_distkv.batch.replace import replace_file
+from hpc_distkv.batch.shard import Shard
 from hpc_distkv.batch.side_files import meta_path
 from hpc_distkv.regular import read_regular
 
@@ -22,6 +23,8 @@ INPUT = "input"
 """Where the meta file says which file the rows came from."""
 ERRORS = "errors"
 """Where it says which file the error rows are in, if they are in another one."""
+SHARD = "shard"
+"""Where it says which part of the input the results answer."""
 DROPPED = "dropped_by"
 """Where it says which Slurm job was the last to drop what the file held, or its error rows."""
 MODEL = "model"
@@ -113,14 +116,25 @@ def read_meta(path: Path) -> dict[str, Any]:
     meta = meta_path(path)
     try:
         found: dict[str, Any] = msgspec.convert(json.loads(read_regular(meta)), dict[str, Any])
-        if "format" not in found:
-            raise ValueError("another program's")
+        _check(found)
     except (ValueError, RecursionError):
         raise JournalError(
             f"{meta} is not readable as what this program keeps about a job. Move it away and use "
             "--overwrite to start again, or give another output."
         ) from None
     return found
+
+
+def _check(meta: Mapping[str, Any]) -> None:
+    """Whether this program wrote it. Raises ValueError."""
+    if "format" not in meta:
+        raise ValueError("another program's")
+    for name in FREE | {SHARD}:
+        text = meta.get(name, "")
+        if not isinstance(text, str) or b"\0" in os.fsencode(text):
+            raise ValueError(f"no {name}")
+    if SHARD in meta:
+        Shard.parse(meta[SHARD])
 
 
 def differences(path: Path, wanted: Mapping[str, Any]) -> list[str]:

@@ -24,7 +24,8 @@ class InputOrder:
     def __init__(self, rows: Iterable[Envelope]) -> None:
         keys, numbers = array("q"), array("q")
         for row in rows:
-            keys.append(_key(row.custom_id, row.digest, row.number))
+            digest = row.digest if row.custom_id is None else None
+            keys.append(_key(row.custom_id, digest, row.number))
             numbers.append(row.number)
         order = np.argsort(_view(keys), kind="stable")
         self._keys, self._numbers = _view(keys)[order], _view(numbers)[order]

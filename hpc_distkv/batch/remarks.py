@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from hpc_distkv.batch.intake import Intake
 
-_MOST_NAMED = 3
+MOST_NAMED = 3
+"""Rows that a sentence names."""
+
+
+def named(custom_ids: Sequence[str], count: int) -> str:
+    """The first ones of `count` rows, in brackets behind them; nothing if none has a name."""
+    if not custom_ids:
+        return ""
+    shown = custom_ids[:MOST_NAMED]
+    return f" ({', '.join(map(repr, shown))}{', …' if count > len(shown) else ''})"
 
 
 def remarks(intake: Intake) -> Iterator[str]:
     """Why the results are not what a reader of the input may think, when a run is over."""
     if edited := intake.changed:
-        named = ", ".join(map(repr, edited[:_MOST_NAMED]))
-        more = ", …" if len(edited) > _MOST_NAMED else ""
         yield (
             f"edited since they were answered, and left with their old lines: {len(edited)} rows "
-            f"of {intake.path} ({named}{more}); --retry-changed answers them again"
+            f"of {intake.path}{named(edited, len(edited))}; --retry-changed answers them again"
         )
     if intake.torn is not None:
         yield (

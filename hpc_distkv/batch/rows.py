@@ -68,6 +68,7 @@ def parse_row(envelope: Envelope, service: Service) -> Row:
     if envelope.problem is not None:
         raise envelope.problem
     assert envelope.custom_id is not None
+    assert envelope.endpoint is not None
     body: ChatBody | CompletionBody
     echo = ""
     if envelope.endpoint == CHAT:

@@ -1,7 +1,8 @@
 """The shape of a batch line and of the two request bodies, checked field by field.
 
 A line is decoded in two steps. `read_envelope` looks at the outer object only, so that a row
-whose body is wrong still has its custom_id, and an already answered row costs nothing more.
+whose body is wrong still has its custom_id, and the body of a row that is answered already is
+read for its digest alone.
 The bodies refuse unknown fields, because a silently dropped option gives silently wrong answers.
 """
 
@@ -83,18 +84,23 @@ class CompletionBody(GenerationFields, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """The outer object of one line. With a `problem`, only number and custom_id mean anything."""
+    """The outer object of one line. With a `problem` the row cannot be answered."""
 
     number: int
     """Place of the line in the input file, from 0; blank lines count."""
     custom_id: str | None = None
     """None: the line has no usable one."""
-    endpoint: Endpoint = CHAT
+    endpoint: Endpoint | None = None
+    """None: the line has no usable one."""
     body: bytes | memoryview = b""
+    """The whole line, without an endpoint; nothing of one that was not read."""
     problem: RowError | None = None
-    digest: str = ""
-    """`request_digest` of the body and its endpoint, or of the line if that has a problem; nothing
-    of one that was not read."""
+
+    @property
+    def digest(self) -> str:
+        """`request_digest` of the body and its endpoint; nothing of a line that was not read.
+        Computed when it is asked for, since most rows are only passed over."""
+        return request_digest(self.body, self.endpoint or "") if self.body else ""
 
 
 def read_envelope(line: bytes, number: int) -> Envelope:
@@ -116,10 +122,9 @@ def read_envelope(line: bytes, number: int) -> Envelope:
         endpoint = _endpoint(_line_string(fields, "url"))
         if "body" not in fields:
             raise _missing("body")
-        body = bytes(fields["body"])
-        return Envelope(number, custom_id, endpoint, body, digest=request_digest(body, endpoint))
+        return Envelope(number, custom_id, endpoint, bytes(fields["body"]))
     except RowError as problem:
-        return Envelope(number, custom_id, problem=problem, digest=request_digest(line))
+        return Envelope(number, custom_id, body=line, problem=problem)
 
 
 def decode_chat(body: bytes | memoryview) -> ChatBody:

@@ -12,11 +12,9 @@ from pathlib import Path
 from hpc_distkv.batch.errors import JournalError
 
 _META, _CLAIM, _UNFINISHED = ".meta.json", ".claim", ".unfinished.jsonl"
-STARTS = ".starts"
-"""How the file ends in which a job script counts starts, beside its results."""
 _TEMPORARY = re.compile(r"(.+)\.hpc-distkv-[0-9a-f]{16}\.tmp", re.DOTALL)
-_STARTS = re.compile(r"(.+)\.[0-9]+" + re.escape(STARTS), re.DOTALL)
-"""results.jsonl.418.starts: of Slurm's job 418."""
+_STARTS = re.compile(r"(.+)\.[0-9]+\.starts", re.DOTALL)
+"""In which a job script counts starts: results.jsonl.418.starts, of Slurm's job 418."""
 _TEMPORARY_LENGTH = len(".hpc-distkv-.tmp") + 16
 _LONGEST_SUFFIX = len(_UNFINISHED) + _TEMPORARY_LENGTH
 _ABANDONED = 60.0
@@ -69,6 +67,13 @@ def same_file(one: Path, other: Path) -> bool:
     with contextlib.suppress(OSError):
         return os.path.samefile(one, other)
     return False
+
+
+def has_side_name(path: Path) -> bool:
+    """Whether a name is like those of side files, whatever they lie beside."""
+    name = path.name
+    passing = _TEMPORARY.fullmatch(name) or _STARTS.fullmatch(name)
+    return name.endswith((_META, _CLAIM, _UNFINISHED)) or passing is not None
 
 
 def excess_of_name(output: Path) -> int:

@@ -13,8 +13,8 @@ from hpc_distkv.batch.answered import DUPLICATE, Answered, read_answered
 from hpc_distkv.batch.claim import STALE, Owner, read_claim
 from hpc_distkv.batch.errors import InputError, JournalError
 from hpc_distkv.batch.intake import Intake
-from hpc_distkv.batch.job import SHARD
-from hpc_distkv.batch.meta import ERRORS, INPUT, read_meta
+from hpc_distkv.batch.meta import ERRORS, INPUT, SHARD, read_meta
+from hpc_distkv.batch.remarks import MOST_NAMED
 from hpc_distkv.batch.replace import real_path
 from hpc_distkv.batch.schema import Envelope
 from hpc_distkv.batch.shard import Shard
@@ -48,6 +48,10 @@ class Status:
     """Rows of the input without a line; None: the input cannot be read."""
     gone: int = 0
     """Rows with a line that are not in the input any more."""
+    gone_names: Sequence[str] = ()
+    """custom_ids of some of them."""
+    torn: int | None = None
+    """Number of the last line of the input, if it ends within that: it is no row."""
 
     @property
     def done(self) -> int:
@@ -105,9 +109,9 @@ def _read(output: Path, source: Path | None, errors: Path | None) -> Status:
         errors = errors or (Path(meta[ERRORS]) if ERRORS in meta else None)
         if errors and errors.exists():
             answered.include(read_answered(errors)[0])
+        begun = read_unfinished(unfinished_path(path))
     except OSError as error:
         raise JournalError(f"cannot read {error.filename}: {error.strerror}.") from error
-    begun = read_unfinished(unfinished_path(path))
     open_rows = {answer: b for answer, b in begun.items()
                  if answer.custom_id not in answered.custom_ids}  # fmt: skip
     return Status(
@@ -145,13 +149,15 @@ def _compare(group: Sequence[Status]) -> None:
                 index = Shard.dealt(row.custom_id, row.number, shard.count) if shard else 1
                 if index in by_shard:
                     answered = by_shard[index].answered
-                    done = answered.take(row.custom_id, _repeated(row), row.digest, row.number)
+                    done = answered.take(row, _repeated(row))
                     left[index] += not done
     except InputError:
         return
     for index, status in by_shard.items():
         status.left = left[index]
         status.gone = status.answered.left_over
+        status.gone_names = status.answered.names_left_over(MOST_NAMED)
+        status.torn = intake.torn
 
 
 def _repeated(row: Envelope) -> bool:

@@ -30,7 +30,7 @@ class Begun(msgspec.Struct, frozen=True, omit_defaults=True):
     custom_id: str
     choice: int
     request: str
-    """`digest` of what was asked."""
+    """`begun_digest` of what was asked."""
     output: bytes = b""
     """`pack_tokens` of the output so far."""
     logprobs: bytes = b""
@@ -58,7 +58,7 @@ class Begun(msgspec.Struct, frozen=True, omit_defaults=True):
             fits = self.tokens == limit
         else:
             fits = self.tokens + (not _ended(self.result, request)) <= limit
-        return fits and self.request == digest(request)
+        return fits and self.request == begun_digest(request)
 
 
 def _ended(result: Result, request: Request) -> bool:
@@ -68,7 +68,7 @@ def _ended(result: Result, request: Request) -> bool:
     return result.text_end is not None or not set(last).isdisjoint(stops)
 
 
-def digest(request: Request) -> str:
+def begun_digest(request: Request) -> str:
     """What an output's beginning depends on: the prompt and all sampling fields, but not how long
     it may become."""
     sampling = msgspec.structs.replace(request.sampling, max_tokens=0)
@@ -77,13 +77,14 @@ def digest(request: Request) -> str:
 
 
 def read_unfinished(path: Path) -> dict[Answer, Begun]:
-    """What `write_unfinished` wrote; nothing if there is no such file. Raises JournalError."""
+    """What `write_unfinished` wrote; nothing if there is no such file. Raises JournalError, OSError
+    when reading fails."""
     try:
         with open_regular(path) as lines:
             begun = [msgspec.json.decode(line, type=Begun) for line in lines]
     except FileNotFoundError:
         return {}
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise JournalError(
             f"{path} does not hold answers that were begun ({error}). Remove it to compute these "
             "rows from their start."
@@ -102,7 +103,7 @@ def check_unfinished(path: Path) -> dict[Answer, Begun]:
                 msgspec.json.decode(first, type=Begun)
     except FileNotFoundError:
         pass
-    except (msgspec.DecodeError, RecursionError):
+    except (ValueError, RecursionError):
         raise JournalError(
             f"{path} is not this program's, and in its way: move it, or give another output."
         ) from None

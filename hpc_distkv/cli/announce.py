@@ -10,6 +10,7 @@ from typing import Any
 
 from hpc_distkv.api import Engine
 from hpc_distkv.batch.files import Files
+from hpc_distkv.batch.remarks import named
 from hpc_distkv.comm.world import World
 from hpc_distkv.printable import printable
 
@@ -93,7 +94,10 @@ def _counted(rows: dict[str, int], kind: str, called: str) -> str:
 
 def _gone(figures: dict[str, Any]) -> list[str]:
     gone = figures["rows_not_in_input"]
-    return [f"          {gone} of them not in the input any more"] if gone else []
+    if not gone:
+        return []
+    names = named(figures["rows_not_in_input_such_as"], gone)
+    return [f"          {gone} of them not in the input any more{names}"]
 
 
 def _sharing(counters: dict[str, Any]) -> list[str]:

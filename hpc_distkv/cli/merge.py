@@ -45,12 +45,15 @@ def command(
     without --partial.
     """  # fmt: skip
     from hpc_distkv.batch.merge import merge
+    from hpc_distkv.batch.remarks import named
 
     files = results_files(shards)
     merged = merge(output, files, source, error_file, partial)
     click.echo(f"rows      {merged.answered} answered, {merged.failed} errors")
     if merged.gone:
-        click.echo(f"gone      {merged.gone} rows are not in the input any more: left out")
+        names = named(merged.gone_names, merged.gone)
+        gone = f"gone      {merged.gone} rows are not in the input any more{names}: left out"
+        click.echo(printable(gone))
     if merged.missing:
         of = ", ".join(f"{count} of shard {index}" for index, count in merged.left.items())
         click.echo(f"left      {merged.missing} rows: {of}")

@@ -11,14 +11,12 @@ from typing import Any, TypeVar
 import click
 
 from hpc_distkv.batch.shard import Shard
-from hpc_distkv.batch.side_files import STARTS
+from hpc_distkv.batch.side_files import has_side_name
 from hpc_distkv.engine.options import CHOICES, MOST_THREADS, EngineOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 POSITIVE = click.IntRange(min=1)
-SIDE_FILES = (".meta.json", ".claim", ".unfinished.jsonl", ".tmp", STARTS, ".log")
-"""Ends of names that a pattern such as results.jsonl* finds as well."""
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
@@ -63,8 +61,9 @@ def read_shard(ctx: click.Context, param: click.Parameter, value: str | None) ->
 
 
 def results_files(paths: Sequence[Path]) -> list[Path]:
-    """The results files among what a pattern has found; if there are none, all of it."""
-    return [path for path in paths if not path.name.endswith(SIDE_FILES)] or list(paths)
+    """The results files among what a pattern such as results.jsonl* has found: neither side files
+    nor logs; if there are none, all of it."""
+    return [p for p in paths if not has_side_name(p) and p.suffix != ".log"] or list(paths)
 
 
 def added(*options: Callable[[F], F]) -> Callable[[F], F]:

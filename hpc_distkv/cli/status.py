@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import click
 
+from hpc_distkv.batch.remarks import MOST_NAMED, named
 from hpc_distkv.batch.status import Status, read_status, read_statuses
 from hpc_distkv.cli.options import results_files
+from hpc_distkv.errors import FaultError
 from hpc_distkv.observe.units import duration
 from hpc_distkv.printable import printable
 
@@ -34,7 +37,7 @@ def command(
     too; files that lie beside results, such as results.jsonl.meta.json, are passed over.
 
     Exit status: 0 all rows answered, 1 some rows are errors, 2 usage, also if the input cannot be
-    read, 75 rows are left.
+    read, 70 nothing is left but a last line of the input that has no end, 75 rows are left.
     """  # fmt: skip
     files = results_files(results)
     if error_file and len(files) > 1:
@@ -54,8 +57,11 @@ def command(
 def _code(statuses: Sequence[Status]) -> int:
     if any(status.left is None for status in statuses):
         return 2
-    failed = 1 if any(status.answered.failed for status in statuses) else 0
-    return 75 if any(status.left for status in statuses) else failed
+    if any(status.left for status in statuses):
+        return 75
+    if any(status.torn is not None for status in statuses):
+        return FaultError.exit_code
+    return 1 if any(status.answered.failed for status in statuses) else 0
 
 
 def _lines(status: Status) -> list[str]:
@@ -67,7 +73,8 @@ def _lines(status: Status) -> list[str]:
         f"tokens  {answered.prompt_tokens} in prompts, {answered.output_tokens} in outputs",
     ]
     if status.gone:
-        lines.insert(2, f"gone    {_gone(status.gone)}")
+        lines.insert(2, f"gone    {_gone(status.gone, status.gone_names)}")
+    lines += _torn([status])
     if status.begun:
         lines.append(f"begun   {status.begun} rows, {status.begun_tokens} output tokens so far")
     if status.owner:
@@ -83,10 +90,18 @@ def _unknown(status: Status) -> str:
     return f"unknown: cannot read {status.source or 'the input, give it with -i'}"
 
 
-def _gone(count: int) -> str:
-    if count == 1:
-        return "1 of these rows is not in the input any more"
-    return f"{count} of these rows are not in the input any more"
+def _gone(count: int, names: Sequence[str]) -> str:
+    what = "1 of these rows is" if count == 1 else f"{count} of these rows are"
+    return f"{what} not in the input any more{named(names, count)}"
+
+
+def _torn(statuses: Sequence[Status]) -> list[str]:
+    """Of each input that is not whole."""
+    found = {status.source: status.torn for status in statuses if status.torn is not None}
+    return [
+        f"input   {source} ends within line {torn + 1}: is it still being copied?"
+        for source, torn in found.items()
+    ]
 
 
 def _rate(rate: float, seconds_left: float | None) -> str:
@@ -125,10 +140,10 @@ def _table(statuses: Sequence[Status]) -> list[str]:
         f"tokens  {total['prompt_tokens']} in prompts, {total['output_tokens']} in outputs"
     )
     if total["gone"]:
-        lines.append(f"gone    {_gone(total['gone'])}")
+        lines.append(f"gone    {_gone(total['gone'], total['gone_such_as'])}")
     if total["rows_per_second"]:
         lines.append(f"rate    {_rate(total['rows_per_second'], time_left)}")
-    return [*lines, *_missing(statuses)]
+    return [*lines, *_torn(statuses), *_missing(statuses)]
 
 
 def _missing(statuses: Sequence[Status]) -> list[str]:
@@ -154,6 +169,10 @@ def _total(statuses: Sequence[Status]) -> dict[str, Any]:
         "failed": sum(status.answered.failed for status in statuses),
         "left": None if None in lefts else sum(left or 0 for left in lefts),
         "gone": sum(status.gone for status in statuses),
+        "gone_such_as": sorted(chain.from_iterable(status.gone_names for status in statuses))[
+            :MOST_NAMED
+        ],
+        "input_torn": any(status.torn is not None for status in statuses),
         "begun": sum(status.begun for status in statuses),
         "prompt_tokens": sum(status.answered.prompt_tokens for status in statuses),
         "output_tokens": sum(status.answered.output_tokens for status in statuses),

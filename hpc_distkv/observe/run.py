@@ -123,6 +123,7 @@ class RunRecord:
             "stopped": not job.complete,
             "put_aside_tokens": job.begun_tokens,
             "rows_not_in_input": job.left_over,
+            "rows_not_in_input_such_as": job.names_left_over,
             "input_torn": job.torn,
         }
         requests = {

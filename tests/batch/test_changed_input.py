@@ -9,18 +9,22 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from batch_fakes import answer, chat, completion, make_service, read_lines, write_lines
 from click.testing import CliRunner
 from openai.types.chat import ChatCompletion
 
+from hpc_distkv.batch import schema
 from hpc_distkv.batch.compact import CompactSet
 from hpc_distkv.batch.digests import request_digest
 from hpc_distkv.batch.files import Files
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.job import Job, job_fingerprint
+from hpc_distkv.batch.order import InputOrder
 from hpc_distkv.batch.schema import read_envelope
+from hpc_distkv.batch.shard import Shard
 from hpc_distkv.batch.status import read_status
 from hpc_distkv.cli.group import group
 
@@ -73,6 +77,7 @@ def test_ordered_results_stand_in_the_order_of_the_input_as_it_is_now(tmp_path: 
     job = run(tmp_path, [*y, *x[1:]], ordered=True)
     assert names(tmp_path / "out") == ["y0", "y1", "y2", "x1", "x2", "z0", "x0", "z1"]
     assert job.left_over == 3, "rows that are gone keep their lines, behind the others"
+    assert job.names_left_over == ["x0", "z0", "z1"]
     assert set(Counter(ids(tmp_path / "out")).values()) == {1}
 
 
@@ -140,12 +145,31 @@ def test_the_digest_is_of_the_request_and_not_of_how_it_is_written() -> None:
         json.dumps(dict(reversed(body.items())), separators=(",", ":")),
     ]
     assert len({request_digest(way.encode(), "/v1/completions") for way in ways}) == 1
+    spelled = [b"[1, 100, 0, 2.5, 10000000000000000]", b"[1.0, 1e2, -0.0, 2.50, 1E16]"]
+    assert len(set(map(request_digest, spelled))) == 1, "as JavaScript and jq write numbers"
+    large = [b"1e30", b"1e31", b"1.0000000000000002", b"1e999", b"1e998", b"null"]
+    assert len(set(map(request_digest, large))) == len(large)
     edited = [{**body, "max_tokens": 4}, {**body, "stop": ["b", "a"]}, {**body, "prompt": "e\n"}]
     digests = {request_digest(json.dumps(each).encode()) for each in (body, *edited)}
     assert len(digests) == 4
     assert request_digest(b"{}", "/v1/completions") != request_digest(b"{}", "/v1/chat/completions")
     strange = [b"", b"{", b"[" * 9999, b'{"n": 1%s}' % (b"0" * 5000), b'"\\ud800"', b"\xff"]
     assert len({request_digest(each) for each in strange}) == len(strange)
+
+
+def test_nobody_computes_a_digest_that_nobody_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where rows are known by custom_id: `status`, other shards, and the order of the input."""
+    write_lines(tmp_path / "in", rows_named("r", 40))
+    job = run(tmp_path, shard=Shard(1, 2))
+    digest = mock.Mock(side_effect=request_digest)
+    monkeypatch.setattr(schema, "request_digest", digest)
+    assert read_status(tmp_path / "out").left == 0
+    InputOrder(Intake(tmp_path / "in").again())
+    assert not digest.called
+    run(tmp_path, shard=Shard(2, 2), overwrite=True)
+    assert digest.call_count == 40 - job.answered
 
 
 def test_edited_rows_are_counted_and_answered_again_when_that_is_asked_for(

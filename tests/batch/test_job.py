@@ -25,6 +25,7 @@ from batch_fakes import (
     run_job,
     write_lines,
 )
+from panicking import PANICS, save_panicking
 
 from hpc_distkv.batch import intake as intake_module
 from hpc_distkv.batch.errors import InputError
@@ -32,6 +33,7 @@ from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.job import COMMIT_INTERVAL, SYNC_SHARE, Job, job_fingerprint
 from hpc_distkv.batch.service import SamplingDefaults
 from hpc_distkv.control.requests import UNREADABLE, Result, pack_tokens
+from hpc_distkv.model.tokenizer import Tokenizer
 
 
 def test_every_row_is_answered_once(tmp_path: Path) -> None:
@@ -120,6 +122,29 @@ def test_what_ends_the_process_is_no_fault_of_a_row(
     write_lines(tmp_path / "in", [completion("a", "x")])
     with pytest.raises(error):
         run_job(tmp_path / "in", tmp_path / "out", service)
+
+
+def test_a_real_panic_of_the_library_is_an_error_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUST_BACKTRACE", "0")
+    save_panicking(tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    service = replace(
+        make_service(),
+        tokenizer=tokenizer,
+        chat=lambda messages, most: tokenizer.encode(messages[0]["content"], most=most),
+    )
+    rows = [completion("text", PANICS), chat("chat", PANICS), completion("fine", "aa")]
+    write_lines(tmp_path / "in", rows)
+    job = run_job(tmp_path / "in", tmp_path / "out", service)
+    lines = {line["custom_id"]: line for line in read_lines(tmp_path / "out")}
+    assert lines["fine"]["error"] is None
+    for name in ("text", "chat"):
+        error = lines[name]["error"]
+        assert error["code"] == "tokenization_failed"
+        assert "PanicException: " in error["message"]
+    assert (job.answered, job.failed, job.complete) == (1, 2, True)
 
 
 def test_a_text_that_the_engine_could_not_search_is_an_error_row(tmp_path: Path) -> None:

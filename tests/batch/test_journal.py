@@ -19,9 +19,11 @@ from batch_fakes import open_journal
 
 from hpc_distkv.batch import opening
 from hpc_distkv.batch.errors import JournalError, RowError
+from hpc_distkv.batch.merge import merge
 from hpc_distkv.batch.order import InputOrder
 from hpc_distkv.batch.response import error_line
 from hpc_distkv.batch.side_files import claim_path
+from hpc_distkv.batch.status import read_status
 
 JOB = {"model": "f00d", "defaults": {"temperature": 1.0, "top_k": 0}}
 ERROR = RowError("no")
@@ -177,14 +179,29 @@ def test_a_last_line_of_another_program_is_named_and_kept(tmp_path: Path, foreig
     assert path.read_bytes() == whole
 
 
-def test_a_last_line_without_newline_is_not_trusted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spaced", [False, True])
+def test_a_last_line_without_newline_is_not_trusted(spaced: bool, tmp_path: Path) -> None:
     path = started(tmp_path / "out")
-    path.write_bytes(path.read_bytes()[:-1])
-    assert open_journal(path, JOB).answered.custom_ids == {"row 0", "row 1"}
+    lines = path.read_bytes().splitlines()
+    if spaced:
+        lines = [json.dumps(json.loads(each)).encode() for each in lines]
+    path.write_bytes(b"\n".join(lines))
+    journal = open_journal(path, JOB)
+    assert journal.answered.custom_ids == {"row 0", "row 1"}
+    journal.append(line(2, "row 2"))
+    journal.close()
+    assert open_journal(path, JOB).answered.custom_ids == {"row 0", "row 1", "row 2"}
 
 
 @pytest.mark.parametrize(
-    "corrupt", [b"", b"{", b"{}", b'{"id": "x", "custom_id": 1, "error": null}']
+    "corrupt",
+    [
+        b"",
+        b"{",
+        b"{}",
+        b'{"id": "x", "custom_id": 1, "error": null}',
+        line(1).replace(b"req_1", b"req_%d" % 2**63),
+    ],
 )
 def test_a_corrupt_line_in_the_middle_is_named(tmp_path: Path, corrupt: bytes) -> None:
     path = started(tmp_path / "out")
@@ -197,12 +214,30 @@ def test_a_corrupt_line_in_the_middle_is_named(tmp_path: Path, corrupt: bytes) -
     assert path.read_bytes() == damaged
 
 
-@pytest.mark.parametrize("meta", [b"", b"{", b"[]", b'{"a": \xff}'])
+@pytest.mark.parametrize(
+    "meta",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"a": \xff}',
+        b'{"format": 1, "shard": 5}',
+        b'{"format": 1, "shard": "x"}',
+        b'{"format": 1, "input": 7}',
+        b'{"format": 1, "input": "in\\u0000"}',
+        b'{"format": 1, "errors": ["x"]}',
+        b'{"format": 1, "errors": "\\ud800"}',
+    ],
+)
 def test_an_unreadable_fingerprint_is_refused(tmp_path: Path, meta: bytes) -> None:
     path = started(tmp_path / "out")
     (tmp_path / "out.meta.json").write_bytes(meta)
     with pytest.raises(JournalError, match=r"out\.meta\.json"):
         open_journal(path, JOB)
+    with pytest.raises(JournalError, match=r"out\.meta\.json"):
+        read_status(path)
+    with pytest.raises(JournalError, match=r"out\.meta\.json"):
+        merge(tmp_path / "merged", [path], tmp_path / "in")
 
 
 def test_places_that_cannot_hold_results(tmp_path: Path) -> None:
@@ -414,6 +449,7 @@ def test_results_that_hold_a_row_twice_are_refused_with_the_lines(tmp_path: Path
         (whole + named, "'row 1' has two lines, 2 and 6"),
         (whole + nameless, "line 4 of the input has two lines, 4 and 6"),
         (whole + repeated, "two lines, 5 and 6"),
+        (whole + repeated.replace(b"req_4", b"req_4.1"), "two lines, 5 and 6"),
         (whole + whole, r"'row 0' has two lines, 1 and 6.*sort -u"),
         (whole + line(9, "row 2") + b"\n", "'row 2' has two lines, 3 and 6"),
     ):

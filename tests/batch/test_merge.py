@@ -99,7 +99,9 @@ def test_what_stopped_shards_have_begun_goes_along(tmp_path: Path) -> None:
     assert len(read_lines(out)) == 8
 
 
-def test_a_changed_input_decides_about_rows_order_and_ids(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rewritten", [False, True])
+def test_a_changed_input_decides_about_rows_order_and_ids(rewritten: bool, tmp_path: Path) -> None:
+    """Also if another program has written the lines anew, as `jq -S` does."""
     source, out = tmp_path / "in", tmp_path / "out"
     rows = [completion(f"row {i}") for i in range(20)]
     write_lines(source, rows)
@@ -108,8 +110,12 @@ def test_a_changed_input_decides_about_rows_order_and_ids(tmp_path: Path) -> Non
     write_lines(source, rows)
     for index, shard in enumerate(shards, start=1):
         run_part(source, shard, Shard(index, 2))
+        if rewritten:
+            lines = [json.dumps(line, sort_keys=True).encode() for line in read_lines(shard)]
+            write_lines(shard, lines)
     merged = merge(out, shards)
     assert (merged.answered, merged.gone, merged.missing) == (18, 3, 0)
+    assert set(merged.gone_names) == {"row 5", "row 6", "row 7"}
     lines = read_lines(out)
     assert [line["custom_id"] for line in lines] == [row["custom_id"] for row in rows]
     assert [number(line) for line in lines] == list(range(18))
@@ -162,12 +168,17 @@ def test_a_row_with_two_lines_is_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_input_that_is_still_copied_is_refused(shards: list[Path], tmp_path: Path) -> None:
-    with (tmp_path / "in").open("ab") as file:
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_input_that_is_still_copied_is_refused(
+    whole: bool, shards: list[Path], tmp_path: Path
+) -> None:
+    """Within a line after whole ones, or within its only line."""
+    with (tmp_path / "in").open("ab" if whole else "wb") as file:
         file.write(b'{"custom_id": "torn')
     code, said = run_merge(tmp_path / "out", *shards)
     assert code == 2
     assert "still being copied" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_shards_of_nothing_make_nothing(tmp_path: Path) -> None:

@@ -224,7 +224,8 @@ def test_lines_of_earlier_versions_are_read(tmp_path: Path) -> None:
     )
     raw = written.replace(b"\\u2028", "\u2028".encode())
     assert raw != written
-    (tmp_path / "out").write_bytes(raw + b"\n" + written.replace(b"req_0", b"req_1") + b"\n")
+    other = written.replace(b"req_0", b"req_1").replace(b'"a', b'"c')
+    (tmp_path / "out").write_bytes(raw + b"\n" + other + b"\n")
     answered, sound = read_answered(tmp_path / "out")
-    assert (answered.custom_ids, answered.lines) == ({"a\u2028b"}, 2)
+    assert (answered.custom_ids, answered.lines) == ({"a\u2028b", "c\u2028b"}, 2)
     assert sound == (tmp_path / "out").stat().st_size

@@ -12,14 +12,19 @@ import pytest
 from batch_fakes import completion, make_service, run_job, write_lines
 
 from hpc_distkv.batch import claim as claim_module
+from hpc_distkv.batch.claim import Claim, read_claim
 from hpc_distkv.batch.errors import JournalError
 from hpc_distkv.batch.files import Files
 from hpc_distkv.batch.intake import Intake
 from hpc_distkv.batch.job import Job
+from hpc_distkv.batch.line_index import LineIndex
+from hpc_distkv.batch.meta import read_meta
 from hpc_distkv.batch.order import InputOrder
 from hpc_distkv.batch.replace import replace_file, replacing
 from hpc_distkv.batch.rewrite import order_lines
 from hpc_distkv.batch.side_files import is_side_file, side_files, temporary_path
+from hpc_distkv.batch.status import read_status
+from hpc_distkv.batch.unfinished import check_unfinished, read_unfinished
 
 LASTING = [".meta.json", ".claim", ".unfinished.jsonl"]
 SUFFIXES = LASTING + [lasting + ".hpc-distkv-0123456789abcdef.tmp" for lasting in ("", *LASTING)]
@@ -117,6 +122,53 @@ def test_what_another_program_left_at_a_side_file_s_place_is_kept(
             run_job(tmp_path / "in", tmp_path / "out", overwrite=overwrite)
         assert content(tmp_path) == before
         assert place.is_symlink() == (kind == "link")
+
+
+@pytest.mark.parametrize("damage", [b"\xff", b"[" * 9999])
+def test_damaged_side_files_are_named_and_end_nothing_by_surprise(
+    damage: bytes, tmp_path: Path
+) -> None:
+    write_lines(tmp_path / "in", [completion("a")])
+    run_job(tmp_path / "in", tmp_path / "out")
+    _, claim, unfinished = side_files(tmp_path / "out")
+    claim.write_bytes(b'{"host":"' + damage)
+    assert read_claim(tmp_path / "out") is None
+    assert read_status(tmp_path / "out").owner is None
+    with Claim.take(tmp_path / "out", lambda _: None) as ours:
+        claim.write_bytes(b'{"host":"' + damage)
+        with pytest.raises(JournalError, match="taken over"):
+            ours.check()
+    claim.unlink()
+    unfinished.write_bytes(b'{"custom_id":"' + damage)
+    with pytest.raises(JournalError, match=r"out\.unfinished\.jsonl does not hold"):
+        run_job(tmp_path / "in", tmp_path / "out")
+    with pytest.raises(JournalError, match=r"out\.unfinished\.jsonl does not hold"):
+        read_status(tmp_path / "out")
+    with pytest.raises(JournalError, match=r"out\.unfinished\.jsonl is not this program's"):
+        run_job(tmp_path / "in", tmp_path / "out", overwrite=True)
+
+
+def test_no_reader_waits_for_a_pipe_at_a_side_file_s_place(tmp_path: Path) -> None:
+    """Whoever looks without `check_place` before, or before the pipe came."""
+    write_lines(tmp_path / "in", [completion("a")])
+    run_job(tmp_path / "in", tmp_path / "out")
+    meta, claim, unfinished = side_files(tmp_path / "out")
+    os.mkfifo(claim)
+    assert read_claim(tmp_path / "out") is None
+    with pytest.raises(JournalError, match="not a regular file"):
+        Claim.take(tmp_path / "out")
+    os.mkfifo(unfinished)
+    for read in (read_unfinished, check_unfinished):
+        with pytest.raises(OSError, match="not a regular file"):
+            read(unfinished)
+    with pytest.raises(JournalError, match=r"out\.unfinished\.jsonl: it is not a regular file"):
+        read_status(tmp_path / "out")
+    with pytest.raises(OSError, match="not a regular file"):
+        LineIndex([unfinished])
+    meta.unlink()
+    os.mkfifo(meta)
+    with pytest.raises(OSError, match="not a regular file"):
+        read_meta(tmp_path / "out")
 
 
 def test_a_name_too_long_for_side_files_is_refused_at_once(tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ from shard_runs import run_part, run_shards
 from hpc_distkv.batch.claim import Owner
 from hpc_distkv.batch.errors import JournalError
 from hpc_distkv.batch.shard import Shard
-from hpc_distkv.batch.side_files import claim_path, side_files
+from hpc_distkv.batch.side_files import claim_path, side_files, temporary_path
 from hpc_distkv.batch.status import SILENT, read_status, read_statuses
 from hpc_distkv.cli.group import group
+from hpc_distkv.cli.options import results_files
 
 
 def show(*words: str | Path) -> tuple[int, str]:
@@ -40,7 +41,30 @@ def test_a_row_that_left_the_input_is_named_and_not_left(tmp_path: Path) -> None
     assert (found.done, found.left, found.gone) == (26, 2, 3)
     code, said = show(tmp_path / "out")
     assert code == 75
-    assert "gone    3 of these rows are not in the input any more\n" in said
+    assert "gone    3 of these rows are not in the input any more ('0', '1', '2')\n" in said
+    _, said = show("--json", tmp_path / "out")
+    assert json.loads(said)["total"]["gone_such_as"] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_an_input_that_ends_within_a_line_is_not_finished(shards: int, tmp_path: Path) -> None:
+    write_lines(tmp_path / "in", [completion(str(i)) for i in range(9)])
+    outputs = run_shards(tmp_path / "in", shards)
+    assert show(*outputs)[0] == 0
+    whole = (tmp_path / "in").read_bytes()
+    (tmp_path / "in").write_bytes(whole + b'{"custom_id": "9')
+    code, said = show(*outputs)
+    assert code == 70
+    assert said.count("ends within line 10: is it still being copied?") == 1
+    assert json.loads(show("--json", *outputs)[1])["total"]["input_torn"]
+    (tmp_path / "in").write_bytes(whole + json.dumps(completion("9")).encode())
+    code, said = show(*outputs)
+    assert code == 75
+    assert "ends within" not in said
+    outputs[0].unlink()
+    (tmp_path / "in").write_bytes(b'{"custom_id": "9')
+    run_part(tmp_path / "in", tmp_path / "new")
+    assert show(tmp_path / "new")[0] == 70, "its only line, number 0"
 
 
 def test_shards_are_counted_one_by_one_and_in_sum(tmp_path: Path) -> None:
@@ -113,10 +137,15 @@ def test_a_claim_of_the_version_before_has_no_rate(tmp_path: Path) -> None:
 
 def test_files_beside_the_results_are_passed_over(tmp_path: Path) -> None:
     write_lines(tmp_path / "in", [completion(str(i)) for i in range(3)])
-    run_part(tmp_path / "in", tmp_path / "out", most=1)
+    output = tmp_path / "out"
+    run_part(tmp_path / "in", output, most=1)
+    beside = [*side_files(output), temporary_path(output), tmp_path / "out.log"]
+    for path in beside:
+        path.touch()
     code, said = show(*sorted(tmp_path.glob("out*")))
     assert code == 75
     assert said.startswith("done    1\n")
+    assert results_files([output.with_name("out.tmp"), *beside]) == [output.with_name("out.tmp")]
 
 
 @pytest.mark.parametrize("name", [".", "/", "", "..", "folder/.."])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,13 @@ from hpc_distkv.cli.announce import header, summary
 from hpc_distkv.comm.world import World
 
 
-def figures(*, gone: int = 0, **rows: int) -> dict:
+def figures(*, gone: Sequence[str] = (), **rows: int) -> dict:
     kinds = ("answered", "failed", "answered_before", "failed_before", "put_aside")
     counted = ("cached_tokens", "blocks_to_host", "blocks_borrowed", "peak_borrowed", "preemptions")
     return {
         "rows": dict.fromkeys(kinds, 0) | rows,
-        "rows_not_in_input": gone,
+        "rows_not_in_input": len(gone),
+        "rows_not_in_input_such_as": gone,
         "seconds": 2.0,
         "output_tokens_per_second": 5.0,
         "tokens_per_second": 9.0,
@@ -37,9 +39,11 @@ def test_no_errors_are_said_only_where_the_status_is_0(failed, failed_before):
     assert first == f"rows      17 answered (5 in this run), {errors} errors ({failed} in this run)"
 
 
-def test_rows_that_left_the_input_are_counted():
-    told = summary(figures(answered_before=26, gone=1), Path("out"))
-    assert told.splitlines()[1].strip() == "1 of them not in the input any more"
+def test_rows_that_left_the_input_are_counted_and_named():
+    told = summary(figures(answered_before=26, gone=["a\n"]), Path("out"))
+    assert told.splitlines()[1].strip() == r"1 of them not in the input any more ('a\n')"
+    told = summary(figures(answered_before=26, gone=[*"abcd"]), Path("out"))
+    assert "4 of them not in the input any more ('a', 'b', 'c', …)\n" in told
     assert "any more" not in summary(figures(answered=26), Path("out"))
 
 

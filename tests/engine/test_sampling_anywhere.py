@@ -5,28 +5,23 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence as Ids
-from functools import partial
 
 import pytest
 from clusters import Outcome, run_cluster
+from decoding import Decoding
 from test_cluster import BLOCK, VOCABULARY, options, tiny_decoder
 
 from hpc_distkv.comm.schedule import SeededSchedule
 from hpc_distkv.control.logprobs import unpack_logprobs
 from hpc_distkv.control.requests import LogitRules, Request, Sampling, pack_tokens
 from hpc_distkv.model.decoder import Decoder
-from hpc_distkv.model.detokenizer import DecodingDetokenizer, Detokenizer
 
 
-class Letters:
+class Letters(Decoding):
     """Every token is one or two letters."""
 
     def decode(self, ids: Ids[int], skip_special_tokens: bool = True) -> str:
         return "".join("abcdefgh"[i % 8] + "xyz"[i % 3] * (i % 2) for i in ids)
-
-    def detokenizer(self, prompt: Ids[int] = (), skip_special_tokens: bool = True) -> Detokenizer:
-        decode = partial(self.decode, skip_special_tokens=skip_special_tokens)
-        return DecodingDetokenizer(decode, prompt)
 
 
 @pytest.fixture(scope="module")

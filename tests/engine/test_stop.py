@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Ids
-from functools import partial
 from itertools import pairwise
 
 import pytest
+from decoding import Decoding
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_distkv.control.requests import UNREADABLE, Request, Sampling, pack_tokens, unpack_tokens
 from hpc_distkv.engine.sequence import Sequence
-from hpc_distkv.model.detokenizer import DecodingDetokenizer, Detokenizer
 
 PROMPT = list(b"prompt")
 SPECIAL = 300
 
 
-class Bytes:
+class Bytes(Decoding):
     """One token a byte; 300 is special."""
 
     def decode(self, ids: Ids[int], skip_special_tokens: bool = True) -> str:
@@ -32,12 +31,8 @@ class Bytes:
         ]
         return b"".join(pieces).decode(errors="replace")
 
-    def detokenizer(self, prompt: Ids[int] = (), skip_special_tokens: bool = True) -> Detokenizer:
-        decode = partial(self.decode, skip_special_tokens=skip_special_tokens)
-        return DecodingDetokenizer(decode, prompt)
 
-
-class Pieces:
+class Pieces(Decoding):
     """Tokens are the pieces of a text, in order."""
 
     def __init__(self, pieces: Ids[str]) -> None:
@@ -45,10 +40,6 @@ class Pieces:
 
     def decode(self, ids: Ids[int], skip_special_tokens: bool = True) -> str:
         return "".join(self.pieces[i] for i in ids)
-
-    def detokenizer(self, prompt: Ids[int] = (), skip_special_tokens: bool = True) -> Detokenizer:
-        decode = partial(self.decode, skip_special_tokens=skip_special_tokens)
-        return DecodingDetokenizer(decode, prompt)
 
 
 def run(output: Ids[int], decoder=None, **sampling) -> Sequence:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, decoders, models, pre_tokenizers
+from panicking import PANICS, save_panicking
 from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models
 
 from hpc_distkv.errors import ForeignError, foreign_code
 from hpc_distkv.model.detokenizer import MOST_HELD, DecodingDetokenizer, Detokenizer
@@ -216,14 +217,11 @@ def test_any_bytes_neither_fail_nor_stall_a_decoder(byte_fallback, tokens):
 
 
 def test_a_panic_of_the_library_is_an_error_like_any_other(tmp_path, monkeypatch):
-    """As of 11 million spaces with the pattern of Llama 3: more is tried than it allows."""
     monkeypatch.setenv("RUST_BACKTRACE", "0")
-    fast = FastTokenizer(models.BPE({"a": 0}, []))
-    fast.pre_tokenizer = pre_tokenizers.Split(Regex(r"(?:a|a)+\d"), "isolated")
-    fast.save(str(tmp_path / "tokenizer.json"))
+    save_panicking(tmp_path)
     tokenizer = Tokenizer(tmp_path)
     with pytest.raises(BaseException, match="retry-limit") as panic:
-        tokenizer.encode("a" * 60)
+        tokenizer.encode(PANICS)
     assert not isinstance(panic.value, Exception)
     with pytest.raises(ForeignError, match=r"PanicException: .*retry-limit"), foreign_code():
         raise panic.value
