@@ -40,8 +40,8 @@ class ChatTemplate:
         source = find_template(Path(path), tokenizer.settings)
         self._environment = _environment()
         self._template = None if source is None else self._compiled(source)
-        self._endless: EndlessTemplateError | None = None
-        """What the template raises whatever the messages."""
+        self._endless: str | None = None
+        """Why the template cannot be used, whatever the messages."""
 
     def _compiled(self, source: str) -> Template:
         if len(source) > LARGEST:
@@ -75,14 +75,15 @@ class ChatTemplate:
         if not messages:
             raise ModelError("messages is empty: a chat needs at least one message")
         if self._endless:
-            raise self._endless
+            raise ModelError(self._endless)
         try:
             return self._run(self._template, messages)
         except TooLongError:
             raise
         except EndlessTemplateError as error:
-            self._endless = self._ends(self._template)
-            raise ModelError(f"the chat template cannot be used: {error}") from None
+            said = f"the chat template cannot be used: {error}"
+            self._endless = None if self._ends(self._template) else said
+            raise ModelError(said) from None
         except Exception as error:  # a template is foreign code: it can fail in any way
             raise ModelError(f"the chat template refused the messages: {error}") from error
 
@@ -96,16 +97,16 @@ class ChatTemplate:
                 **self._tokenizer.special_tokens,
             )
 
-    def _ends(self, template: Template) -> EndlessTemplateError | None:
-        """What `template` raises if it does not come to an end with the shortest of chats either:
-        then no row needs to wait for it again."""
+    def _ends(self, template: Template) -> bool:
+        """Whether `template` comes to an end with the shortest of chats: if it does not, no row
+        needs to wait for it again."""
         try:
             self._run(template, [{"role": "user", "content": "Hello"}])
-        except EndlessTemplateError as error:
-            return EndlessTemplateError(f"the chat template cannot be used: {error}")
+        except EndlessTemplateError:
+            return False
         except Exception:
-            return None
-        return None
+            return True
+        return True
 
 
 class _GenerationBlock(Extension):

@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from traceback import walk_tb
 
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -112,6 +113,18 @@ def test_a_template_has_so_much_time_and_no_row_waits_for_it_again(
     began = time.process_time()
     assert "did not come to an end in 0.2 s" in refused(chat)
     assert time.process_time() - began < 0.1
+
+
+def test_rows_that_are_refused_alike_leave_nothing_behind(tiny_model: Path, tmp_path: Path) -> None:
+    chat = chat_of(tiny_model, tmp_path, ENDLESS["loops"])
+    refused(chat)
+    errors = []
+    for _ in range(3):
+        with pytest.raises(ModelError) as error:
+            chat.render(HELLO)
+        errors.append(error.value)
+    assert len(set(map(id, errors))) == 3
+    assert len({len(list(walk_tb(error.__traceback__))) for error in errors}) == 1
 
 
 def test_after_a_row_that_takes_too_long_others_are_rendered(
