@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +17,7 @@ from hpc_distkv.model.errors import ModelError, TooLongError
 from hpc_distkv.model.files import has_file, read_text
 from hpc_distkv.model.special_tokens import CONFIG
 from hpc_distkv.model.template_sandbox import EndlessTemplateError, Sandbox
+from hpc_distkv.model.template_sizes import check, concatenated, spelled, written
 from hpc_distkv.model.tokenizer import Tokenizer
 
 LARGEST = 1 << 20
@@ -133,21 +135,27 @@ def _environment() -> Sandbox:
 def _tojson(
     value: Any,
     ensure_ascii: bool = False,
-    indent: int | None = None,
+    indent: int | str | None = None,
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Plain JSON: Jinja's own filter would escape HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    """Plain JSON: Jinja's own filter would escape HTML. Raises TooLongError."""
+    encoder = json.JSONEncoder(
+        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
+    check(spelled(value))
+    if indent is None and separators is None:
+        return encoder.encode(value)
+    check(sys.getrecursionlimit() * (indent if isinstance(indent, int) else len(indent or "")))
+    return concatenated(encoder.iterencode(value))
 
 
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
+def _raise_exception(message: Any) -> None:
+    raise TemplateError(written(message))
 
 
 def _strftime_now(form: str) -> str:
+    check(256 * len(form))  # the most that Python makes of it
     return datetime.now().strftime(form)
 
 
