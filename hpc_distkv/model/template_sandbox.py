@@ -21,8 +21,10 @@ from markupsafe import Markup
 
 from hpc_distkv.model.errors import ModelError, TooLongError
 from hpc_distkv.model.template_sizes import (
+    COMPARING,
     FILTERS,
     METHODS,
+    both,
     check,
     check_operation,
     concatenated,
@@ -87,9 +89,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
         del self.filters["urlize"]  # which writes its arguments at each address
 
     def bound_filters(self) -> None:
-        """Give filters that make much a limit; once all filters are there."""
+        """Give filters that make much, and tests that compare, a limit; once all filters are
+        there."""
         for name, size in FILTERS.items():
             self.filters[name] = _bounded(self.filters[name], size)
+        tests: dict[str, Any] = self.tests
+        for name in COMPARING:
+            tests[name] = _bounded(tests[name], both)
         self.filters["join"] = _join
 
     @contextmanager
@@ -104,7 +110,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def tick(self) -> bool:
         """True. Raises EndlessTemplateError if the time is over."""
-        if time.monotonic() >= self._next_look:  # quicker, and never behind the processor's time
+        if time.monotonic() >= self._next_look:  # quick, and no thread's time overtakes it
             left = self._deadline - time.thread_time()
             if left <= 0:
                 raise EndlessTemplateError(f"it did not come to an end in {SECONDS:g} s")
@@ -118,6 +124,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def joined(self, *parts: Any) -> str:
         """`a ~ b`. Raises TooLongError."""
         return concatenated(map(written, parts))
+
+    def comparable(self, value: Any) -> Any:
+        """`value`. Raises TooLongError."""
+        check(spelled(value))
+        return value
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         """Without bytes, and without what makes texts of tables."""
@@ -172,6 +183,14 @@ class _Ticking(CodeGenerator):
             node.test = nodes.And(tick, node.test, lineno=node.lineno)
         super().visit_For(node, frame)
 
+    def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:  # noqa: N802
+        """Of two values that both may be nested: with a limit."""
+        if not any(map(_is_plain, (node.expr, *(operand.expr for operand in node.ops)))):
+            node.expr = _call("comparable", [node.expr], node.lineno)
+            for operand in node.ops:
+                operand.expr = _call("comparable", [operand.expr], node.lineno)
+        super().visit_Compare(node, frame)
+
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802
         """Through the environment."""
         self.visit(_call("joined", node.nodes, node.lineno), frame)
@@ -192,6 +211,12 @@ class _Ticking(CodeGenerator):
 
 
 Sandbox.code_generator_class = _Ticking
+
+
+def _is_plain(node: nodes.Expr) -> bool:
+    """Whether it is as it stands, so that a comparison with it is short."""
+    parts = node.items if isinstance(node, nodes.List | nodes.Tuple) else [node]
+    return all(isinstance(part, nodes.Const) for part in parts)
 
 
 def _call(name: str, arguments: list[nodes.Expr], lineno: int) -> nodes.Call:

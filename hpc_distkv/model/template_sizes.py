@@ -51,6 +51,11 @@ def written(value: Any) -> str:
     return str(value)
 
 
+def both(value: Any, other: Any) -> int:
+    """The larger size of two that are compared."""
+    return max(spelled(value), spelled(other))
+
+
 def concatenated(parts: Iterable[str]) -> str:
     """All `parts` as one text. Raises TooLongError."""
     return "".join(joinable("", parts))
@@ -129,6 +134,12 @@ def _cut_up(value: Any, size: int, *_: Any, **__: Any) -> int:
 def _first(value: Any, *_: Any, **__: Any) -> int:
     return spelled(value)
 
+
+COMPARING = (
+    *("==", "eq", "equalto", "!=", "ne", "in"),
+    *("<", "lt", "lessthan", "<=", "le", ">", "gt", "greaterthan", ">=", "ge"),
+)
+"""Tests that compare what they are given."""
 
 METHODS: Mapping[str, Callable[..., int]] = {
     "replace": _replaced,

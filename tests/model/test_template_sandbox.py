@@ -23,6 +23,8 @@ LOOP = "{% for i in range(99999) %}"
 GROWS = "{% set ns = namespace(x=START) %}{% for i in range(99) %}{% set ns.x = STEP %}{% endfor %}"
 BIG = "{% set x = 'a\t' * 10_000 %}"
 NESTED = GROWS.replace("START", "'a'").replace("STEP", "[ns.x, ns.x]")
+TWICE = NESTED + "{% set x = ns.x %}{% set ns.x = 'a' %}" + NESTED.partition("%}")[2]
+"""The same value, made a second time."""
 TOO_LONG = {
     "text times": "{{ 'a' * 10**10 }}",
     "times text": "{{ 10**10 * 'a' }}",
@@ -86,6 +88,10 @@ MULTIPLIES = {
     "nested dicts": NESTED.replace("[ns.x, ns.x]", "{'a': ns.x, 'b': ns.x}") + "{{ ns.x }}",
     "nested tuples": NESTED.replace("[ns.x, ns.x]", "(ns.x, ns.x)") + "{{ ns.x | upper }}",
     "nested words": NESTED + "{{ raise_exception(ns.x) }}",
+    "nested ==": TWICE + "{{ x == ns.x }}",
+    "nested eq": TWICE + "{{ x is eq(ns.x) }}",
+    "nested in": TWICE + "{{ x in [1, ns.x] }}",
+    "nested select": TWICE + "{{ [x] | select('in', [ns.x]) | list }}",
     "time": "{{ strftime_now('%c' * 10_000_000) }}",
 }
 """Of which no part is large."""
@@ -253,6 +259,8 @@ def test_what_does_not_compile_is_found_at_the_start(
         "{{ '%(a)5.1f%%' % {'a': 2} }}{{ '%d' % 1700000000 }}{{ '%*d' % (4, 1) }}",
         "{{ 'a\nb' | indent }}{{ 'a b' | wordwrap(1) }}{{ [1, 2, 3] | batch(2, 0) | list }}",
         "{{ [[2, 'a'], [1, 'b']] | sort }}{{ messages }}{{ messages[0] ~ none }}",
+        "{% set x = [1] %}{{ x == [1] }}{{ x != x }}{{ 1 in x }}{{ x in [x] }}{{ 1 < 2 < 3 }}",
+        "{% set x = [1] %}{{ x is eq(x) }}{{ [x, 2] | select('in', [x]) | list }}{{ x[0] < 2 }}",
         "{{ 2 ** 10 }}{{ 7 % 4 }}{{ 8 % 10 ** 9 }}{{ -3 * 1.5 }}{{ 3 + 4 }}",
         "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"
         "{{ ns.n }}{% macro f(x) %}<{{ x }}>{{ caller() }}{% endmacro %}"
