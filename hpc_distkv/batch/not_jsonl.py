@@ -5,6 +5,7 @@ A file with bad rows among good ones, or of a few bad rows, is none of these.
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 from itertools import islice
@@ -12,6 +13,8 @@ from itertools import islice
 BOM = b"\xef\xbb\xbf"
 _COMPRESSED = {
     b"\x1f\x8b": "gunzip",
+    b"\x1f\x9d": "uncompress",
+    b"LZIP\x01": "lzip -d",
     b"\x28\xb5\x2f\xfd": "unzstd",
     b"\xfd7zXZ\x00": "unxz",
     b"BZh91AY&SY": "bunzip2",
@@ -58,7 +61,7 @@ def _of_bytes(head: bytes) -> str | None:
 def _of_lines(head: bytes, fd: int) -> str | None:
     lines = _lines(head.removeprefix(BOM), whole=len(head) < _LOOK)
     first, second = lines[0], lines[1] if len(lines) > 1 else b""
-    if _begins_array(lines) and _end(fd) == b"]":
+    if _is_array(lines, ended=_end(fd) == b"]"):
         return f"is a JSON array: {_NEEDED} (jq -c '.[]' FILE > NEW)"
     if first.startswith(b"{") and first.endswith(_GOES_ON) and second.startswith((b'"', b"}")):
         return f"has objects over several lines: {_NEEDED} (jq -c . FILE > NEW)"
@@ -66,7 +69,7 @@ def _of_lines(head: bytes, fd: int) -> str | None:
         return "has a comma behind each object: remove it (sed 's/,$//' FILE > NEW)"
     if not second and b"}\r{" in first:
         return "has lines that end with a carriage return: convert it (tr '\\r' '\\n')"
-    if any(b"{" in line for line in lines):
+    if any(line.startswith(b"{") for line in lines):
         return None
     if _is_table(lines):
         return f"is a table (CSV): {_NEEDED}"
@@ -74,9 +77,20 @@ def _of_lines(head: bytes, fd: int) -> str | None:
 
 
 def _is_table(lines: list[bytes]) -> bool:
-    """Whether all lines have as many columns as the first one, and more than one."""
-    counts = [[line.count(separator) for line in lines] for separator in (b",", b"\t", b";")]
-    return len(lines) > 1 and any(min(column) == max(column) > 0 for column in counts)
+    """Whether all rows have as many columns as the first one, and more than one."""
+    text = [line.decode("utf-8", "replace") for line in lines]
+    return len(lines) > 1 and any(_columns(text, separator) > 1 for separator in ",\t;")
+
+
+def _columns(lines: list[str], separator: str) -> int:
+    """How many columns all rows have; 0 if they differ. A row may go on over several lines, and the
+    last of many is left out, as it may be cut off."""
+    try:
+        rows = list(csv.reader(lines, delimiter=separator))
+    except csv.Error:
+        return 0
+    counts = {len(row) for row in (rows[:-1] if len(lines) == _LINES else rows)}
+    return counts.pop() if len(counts) == 1 else 0
 
 
 def _lines(head: bytes, whole: bool) -> list[bytes]:
@@ -88,15 +102,26 @@ def _lines(head: bytes, whole: bool) -> list[bytes]:
     return list(islice((line for line in stripped if line), _LINES)) or [b""]
 
 
-def _begins_array(lines: list[bytes]) -> bool:
-    """Whether the elements of one array seem to follow each other: beside objects that are whole
-    lines, a line that begins as an array is a bad row."""
+def _is_array(lines: list[bytes], ended: bool) -> bool:
+    """Whether the elements of one array seem to follow each other, also if its end is missing:
+    beside objects that are whole lines, a line that begins as an array is a bad row."""
     begin = b" ".join(line[:100] for line in lines[:2])
     if not begin.startswith(b"[") or not begin[1:].lstrip().startswith((b"{", b"]")):
         return False
-    if len(lines) == 1 or lines[2:] == [b"]"]:
+    behind_first = lines[2:] if lines[0] == b"[" else lines[1:]
+    if behind_first and all(line.startswith((b",", b"]")) for line in behind_first):
         return True
-    return not _is_json(lines[0]) and not _is_json(lines[1])
+    if ended:
+        whole = len(lines) == 1 or lines[2:] == [b"]"]
+        return whole or not (_is_json(lines[0]) or _is_json(lines[1]))
+    goes_on = len(lines) > 1 and lines[0].endswith(_GOES_ON)
+    return goes_on and not _has_row(lines)
+
+
+def _has_row(lines: list[bytes]) -> bool:
+    """Whether a line is an object; the last of several may also be the end of an array."""
+    looked = lines[:-1] if len(lines) > 2 else lines
+    return any(line.startswith(b"{") and _is_json(line) for line in looked)
 
 
 def _is_json(line: bytes) -> bool:

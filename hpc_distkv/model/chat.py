@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +17,7 @@ from hpc_distkv.model.errors import ModelError, TooLongError
 from hpc_distkv.model.files import has_file, read_text
 from hpc_distkv.model.special_tokens import CONFIG
 from hpc_distkv.model.template_sandbox import EndlessTemplateError, Sandbox
+from hpc_distkv.model.template_sizes import check, concatenated, spelled, written
 from hpc_distkv.model.tokenizer import Tokenizer
 
 LARGEST = 1 << 20
@@ -40,8 +42,8 @@ class ChatTemplate:
         source = find_template(Path(path), tokenizer.settings)
         self._environment = _environment()
         self._template = None if source is None else self._compiled(source)
-        self._endless: EndlessTemplateError | None = None
-        """What the template raises whatever the messages."""
+        self._endless: str | None = None
+        """Why the template cannot be used, whatever the messages."""
 
     def _compiled(self, source: str) -> Template:
         if len(source) > LARGEST:
@@ -75,14 +77,15 @@ class ChatTemplate:
         if not messages:
             raise ModelError("messages is empty: a chat needs at least one message")
         if self._endless:
-            raise self._endless
+            raise ModelError(self._endless)
         try:
             return self._run(self._template, messages)
         except TooLongError:
             raise
         except EndlessTemplateError as error:
-            self._endless = self._ends(self._template)
-            raise ModelError(f"the chat template cannot be used: {error}") from None
+            said = f"the chat template cannot be used: {error}"
+            self._endless = None if self._ends(self._template) else said
+            raise ModelError(said) from None
         except Exception as error:  # a template is foreign code: it can fail in any way
             raise ModelError(f"the chat template refused the messages: {error}") from error
 
@@ -96,16 +99,16 @@ class ChatTemplate:
                 **self._tokenizer.special_tokens,
             )
 
-    def _ends(self, template: Template) -> EndlessTemplateError | None:
-        """What `template` raises if it does not come to an end with the shortest of chats either:
-        then no row needs to wait for it again."""
+    def _ends(self, template: Template) -> bool:
+        """Whether `template` comes to an end with the shortest of chats: if it does not, no row
+        needs to wait for it again."""
         try:
             self._run(template, [{"role": "user", "content": "Hello"}])
-        except EndlessTemplateError as error:
-            return EndlessTemplateError(f"the chat template cannot be used: {error}")
+        except EndlessTemplateError:
+            return False
         except Exception:
-            return None
-        return None
+            return True
+        return True
 
 
 class _GenerationBlock(Extension):
@@ -132,21 +135,27 @@ def _environment() -> Sandbox:
 def _tojson(
     value: Any,
     ensure_ascii: bool = False,
-    indent: int | None = None,
+    indent: int | str | None = None,
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Plain JSON: Jinja's own filter would escape HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    """Plain JSON: Jinja's own filter would escape HTML. Raises TooLongError."""
+    encoder = json.JSONEncoder(
+        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
+    check(spelled(value))
+    if indent is None and separators is None:
+        return encoder.encode(value)
+    check(sys.getrecursionlimit() * (indent if isinstance(indent, int) else len(indent or "")))
+    return concatenated(encoder.iterencode(value))
 
 
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
+def _raise_exception(message: Any) -> None:
+    raise TemplateError(written(message))
 
 
 def _strftime_now(form: str) -> str:
+    check(256 * len(form))  # the most that Python makes of it
     return datetime.now().strftime(form)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Mapping
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 from hpc_distkv.model.errors import ModelError
+from hpc_distkv.regular import open_regular
 
 LARGEST_TEXT = 1 << 30
 """Bytes of a file that is read whole; tokenizer.json files have at most some 50 MB."""
@@ -20,18 +21,16 @@ def has_file(path: Path) -> bool:
     """Whether there is a file `path`. Raises ModelError for what has the name and cannot be read
     as one, such as a pipe, or a link that leads nowhere."""
     try:
-        mode = path.stat().st_mode
+        open_regular(path).close()
     except OSError as error:
         if not os.path.lexists(path):
             return False
-        if path.is_symlink():
+        if path.is_symlink() and not os.path.exists(path):
             raise ModelError(
                 f"{path} is a link to {os.readlink(path)}, which is not there: copy the directory "
                 "with what its links lead to (cp -rL)"
             ) from None
         raise ModelError(f"{path} cannot be read: {error.strerror}") from None
-    if not stat.S_ISREG(mode):
-        raise ModelError(f"{path} is no file: download it again")
     return True
 
 
@@ -42,9 +41,10 @@ def read_text(path: Path) -> str:
             f"{path} is missing: give the directory of a complete Hugging Face checkpoint"
         )
     try:
-        if path.stat().st_size > LARGEST_TEXT:
-            raise ModelError(f"{path} is larger than {LARGEST_TEXT} bytes: download it again")
-        return path.read_text(encoding="utf-8")
+        with TextIOWrapper(open_regular(path), encoding="utf-8") as file:
+            if os.fstat(file.fileno()).st_size > LARGEST_TEXT:
+                raise ModelError(f"{path} is larger than {LARGEST_TEXT} bytes: download it again")
+            return file.read()
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -23,6 +23,7 @@ from hpc_distkv.model.family import Family
 from hpc_distkv.model.files import weight_files
 from hpc_distkv.model.safetensors_header import StoredTensor, read_header
 from hpc_distkv.model.tokenizer import Tokenizer
+from hpc_distkv.regular import open_regular, read_regular
 
 SAMPLE = 4096
 """Bytes of a tensor that are read at one place."""
@@ -52,7 +53,7 @@ def model_fingerprint(
     """
     template = find_template(folder, tokenizer.settings)
     try:
-        words = _digest((folder / "tokenizer.json").read_bytes())
+        words = _digest(read_regular(folder / "tokenizer.json"))
         weights = "random" if weightless else weights_digest(weight_files(folder))
     except OSError as error:
         raise ModelError(f"{folder} cannot be read: {error}") from error
@@ -80,9 +81,8 @@ def weights_digest(files: Sequence[Path]) -> str:
     with ExitStack() as opened, ThreadPoolExecutor(_READERS) as pool:
         tensors = []
         for file in files:
-            fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-            opened.callback(os.close, fd)
-            tensors += read_header(fd, file)
+            weights = opened.enter_context(open_regular(file))
+            tensors += read_header(weights.fileno(), file)
         tensors.sort()
         looked = sorted(
             tensors, key=lambda tensor: _digest(tensor.name.encode("utf-8", "surrogatepass"))

@@ -37,7 +37,7 @@ def read_header(fd: int, file: object) -> list[StoredTensor]:
         header = json.loads(os.pread(fd, length, 8))
         header.pop("__metadata__", None)
         tensors = [_tensor(name, about, fd, start) for name, about in header.items()]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
         raise ModelError(f"{file} has a damaged header: download it again") from None
     if any(not start <= tensor.begin <= tensor.end <= size for tensor in tensors):
         raise ModelError(f"{file} is cut short: download it again")

@@ -20,7 +20,8 @@ _NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "
 """In the order in which those that are new get their ids."""
 _EXTRA = ("extra_special_tokens", "additional_special_tokens")
 """Keys of tokens without a name; the second is the older one."""
-_FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+TOKEN_FIELDS = ("content", "special", "normalized", "lstrip", "rstrip", "single_word")
+"""All that an AddedToken has."""
 _SPECIAL = {"special": True, "normalized": False}
 """Flags of a special token of which nothing but the text is known."""
 
@@ -130,7 +131,7 @@ def _token(value: Any, where: Path, flags: Mapping[str, bool] = _SPECIAL) -> Add
     """A token that is written as its text, or as an object with its own flags."""
     given = {"content": value, **flags}
     if isinstance(value, Mapping):
-        given = {name: value[name] for name in _FIELDS if name in value}
+        given = {name: value[name] for name in TOKEN_FIELDS if name in value}
         given["special"] = given.get("special", False) or flags.get("special", False)
     try:
         return AddedToken(**given)

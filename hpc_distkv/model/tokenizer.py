@@ -9,6 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 
+from hpc_distkv.errors import ForeignError, foreign_code
 from hpc_distkv.model.detokenizer import (
     CONTEXT,
     DecodingDetokenizer,
@@ -16,8 +17,8 @@ from hpc_distkv.model.detokenizer import (
     SpellingDetokenizer,
 )
 from hpc_distkv.model.errors import ModelError, TooLongError
-from hpc_distkv.model.files import has_file, read_optional_json
-from hpc_distkv.model.special_tokens import CONFIG, NamedTokens
+from hpc_distkv.model.files import has_file, read_optional_json, read_text
+from hpc_distkv.model.special_tokens import CONFIG, TOKEN_FIELDS, NamedTokens
 from hpc_distkv.model.spelling import Spelling
 
 FIRST_LOOK = 8
@@ -57,8 +58,9 @@ class Tokenizer:
         """All that is no text of the vocabulary: names of tokens; and of added tokens ids, texts,
         and how they are found."""
         added = self._fast.get_added_tokens_decoder()
-        flags = ("content", "special", "normalized", "lstrip", "rstrip", "single_word")
-        found = [(id, *(getattr(token, flag) for flag in flags)) for id, token in added.items()]
+        found = [
+            (id, *(getattr(token, field) for field in TOKEN_FIELDS)) for id, token in added.items()
+        ]
         return [*sorted(self.special_tokens.items()), *sorted(found)]
 
     def _check_vocabulary(self, file: Path, size: int) -> None:
@@ -142,15 +144,13 @@ def _fast(file: Path, named: NamedTokens) -> FastTokenizer:
             f"{file} is missing; write it with "
             "transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
         )
+    text = read_text(file)
     try:
-        fast = FastTokenizer.from_file(str(file))
-        fast.no_truncation()
-        fast.no_padding()
-        named.add_to(fast)
-    except ModelError:
-        raise
-    except BaseException as error:  # the library raises plain Exception, and what it panics with
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
+        with foreign_code():
+            fast = FastTokenizer.from_str(text)
+            fast.no_truncation()
+            fast.no_padding()
+            named.add_to(fast)
+    except ForeignError as error:
         raise ModelError(f"{file} cannot be read ({error}): download it again") from error
     return fast

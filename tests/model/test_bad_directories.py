@@ -6,18 +6,21 @@ import json
 import os
 import shutil
 import struct
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from hpc_distkv.batch.service import Limits, SamplingDefaults, Service
-from hpc_distkv.model import template_sandbox
+from hpc_distkv.model import files, template_sandbox
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.errors import ModelError
-from hpc_distkv.model.fingerprint import model_fingerprint
+from hpc_distkv.model.files import read_json, read_text
+from hpc_distkv.model.fingerprint import model_fingerprint, weights_digest
 from hpc_distkv.model.tokenizer import Tokenizer
 from hpc_distkv.model.weights import load_decoder, random_decoder
 
@@ -175,6 +178,9 @@ DAMAGES: dict[str, Damage] = {
     "weights offsets": header(
         '{"model.norm.weight": {"dtype": "F32", "shape": [64], "data_offsets": [-256, 0]}}'
     ),
+    "weights offsets beyond numbers": header(
+        '{"model.norm.weight": {"dtype": "F32", "shape": [64], "data_offsets": [0, 1e999]}}'
+    ),
     "tokenizer without model": words(model=None),
     "tokenizer of a strange type": words(model={"type": "Strange"}),
     "tokenizer merges": words(model={"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}),
@@ -244,6 +250,40 @@ def test_a_damaged_directory_is_refused_in_one_line_or_loads(
         assert message.isprintable()
         assert 20 < len(message) < 1200
     assert time.process_time() - began < SECONDS
+
+
+@pytest.mark.parametrize(
+    "read",
+    [read_text, read_json, lambda file: weights_digest([file])],
+    ids=["text", "json", "weights"],
+)
+def test_what_becomes_a_pipe_after_a_look_keeps_nobody_waiting(
+    read: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "has_file", lambda path: True)
+    os.mkfifo(tmp_path / "pipe")
+    said: list[Exception] = []
+
+    def reading() -> None:
+        try:
+            read(tmp_path / "pipe")
+        except (ModelError, OSError) as error:
+            said.append(error)
+
+    thread = threading.Thread(target=reading, daemon=True)
+    thread.start()
+    thread.join(5)
+    assert "not a regular file" in str(said)
+
+
+def test_a_file_that_cannot_be_opened_is_not_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "target").write_text("{}")
+    (tmp_path / CONFIG).symlink_to("target")
+    monkeypatch.setattr(files, "open_regular", Mock(side_effect=PermissionError(13, "denied")))
+    with pytest.raises(ModelError, match=r"config.json cannot be read: denied"):
+        files.read_config(tmp_path)
 
 
 def test_a_sound_directory_loads(model: Path) -> None:

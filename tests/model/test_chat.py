@@ -6,11 +6,13 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hpc_distkv.model import tokenizer as tokenizer_module
 from hpc_distkv.model.chat import ChatTemplate
 from hpc_distkv.model.errors import ModelError
 from hpc_distkv.model.tokenizer import Tokenizer
@@ -106,6 +108,24 @@ def test_missing_or_broken_tokenizer_is_named(tmp_path: Path) -> None:
         Tokenizer(tmp_path)
 
 
+class Panic(BaseException):
+    """As a library in Rust raises."""
+
+
+@pytest.mark.parametrize(
+    ("raised", "heard"), [(Panic, ModelError), (KeyboardInterrupt, KeyboardInterrupt)]
+)
+def test_a_tokenizer_that_panics_is_a_broken_one(
+    raised: type[BaseException],
+    heard: type[BaseException],
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tokenizer_module, "FastTokenizer", Mock(**{"from_str.side_effect": raised}))
+    with pytest.raises(heard):
+        Tokenizer(tiny_model)
+
+
 def test_the_words_of_a_refusing_template_reach_the_user(tiny_model: Path) -> None:
     with pytest.raises(ModelError, match="unknown role robot"):
         chat_of(tiny_model)([{"role": "robot", "content": "beep"}])
@@ -148,6 +168,11 @@ def test_template_file_goes_before_the_settings(writable: Path) -> None:
     [
         ("{% for m in messages %}\n  {% if m %}\nx\n  {% endif %}\n{% endfor %}\n", "x\n"),
         ("{{ ['<ä>'] | tojson }}", '["<ä>"]'),
+        (
+            "{{ {'b': [1, 'ä']} | tojson(indent=2) }}",
+            json.dumps({"b": [1, "ä"]}, indent=2, ensure_ascii=False),
+        ),
+        ("{{ [1, 2] | tojson(separators=(',', ':')) }}", "[1,2]"),
         ("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "01"),
         ("{% generation %}a{% endgeneration %}b", "ab"),
         ("{{ strftime_now('%Y') | length }}", "4"),

@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken
 
+from hpc_distkv.batch.service import end_ids
 from hpc_distkv.model import fingerprint
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.errors import ModelError
 from hpc_distkv.model.fingerprint import model_fingerprint, weights_digest
+from hpc_distkv.model.special_tokens import TOKEN_FIELDS
 from hpc_distkv.model.tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
@@ -27,8 +30,8 @@ def model(tiny_model: Path, tmp_path: Path) -> Path:
 
 
 def of(path: Path, dtype: str = "float32") -> dict[str, Any]:
-    config = ModelConfig.from_dir(path)
-    return model_fingerprint(path, config, Tokenizer(path), config.eos_token_ids, dtype)
+    config, tokenizer = ModelConfig.from_dir(path), Tokenizer(path)
+    return model_fingerprint(path, config, tokenizer, end_ids(config, tokenizer), dtype)
 
 
 def edit(file: Path, **changes: Any) -> None:
@@ -77,6 +80,28 @@ def test_what_decides_tokens_has_an_entry_of_its_own(name: str, model: Path) -> 
     CHANGES[name](model)
     after = of(model)
     assert {key for key in before if before[key] != after[key]} == {name}
+
+
+def test_an_end_that_the_tokenizer_alone_names_counts(model: Path) -> None:
+    before = of(model)
+    edit(model / "tokenizer_config.json", eos_token="<|user|>")
+    after = of(model)
+    assert set(after["eos_token_ids"]) - set(before["eos_token_ids"]) == {3}
+
+
+@pytest.mark.parametrize("field", TOKEN_FIELDS)
+def test_how_a_token_is_found_counts(field: str, model: Path) -> None:
+    token = dict.fromkeys(TOKEN_FIELDS, False) | {"content": "<|tool|>"}
+    edit(model / "tokenizer_config.json", added_tokens_decoder={"300": token})
+    before = of(model)
+    token[field] = "<|other|>" if field == "content" else True
+    edit(model / "tokenizer_config.json", added_tokens_decoder={"300": token})
+    after = of(model)
+    assert {key for key in before if before[key] != after[key]} == {"special_tokens"}
+
+
+def test_all_that_the_library_says_of_a_token_is_known() -> None:
+    assert set(AddedToken("a").__getstate__()) == set(TOKEN_FIELDS)
 
 
 def test_settings_are_named_and_those_of_their_default_are_not(model: Path) -> None:
@@ -149,9 +174,17 @@ def test_of_too_many_tensors_some_are_looked_into(
     assert weights_digest([tmp_path / WEIGHTS]) != before
 
 
+def of_header(offsets: str = "[0,4]", shape: str = "[1]") -> bytes:
+    """Weights of one number."""
+    about = f'{{"t":{{"dtype":"F32","shape":{shape},"data_offsets":{offsets}}}}}'.encode()
+    return len(about).to_bytes(8, "little") + about + bytes(4)
+
+
 @pytest.mark.parametrize(
     "content",
     [
+        *(of_header(offsets=value) for value in ("[0,1e999]", "[NaN,4]", "[-1,-1]", "[4]", "7")),
+        *(of_header(shape=value) for value in ("[1e999]", "[NaN]", '["x"]', "{}x", "null")),
         b"",
         b"never read",
         (1 << 60).to_bytes(8, "little") + b"{}",
