@@ -134,8 +134,8 @@ class Engine:
         claimed. Returns the run's figures on rank 0, None elsewhere.
 
         Raises on all ranks, after which the engine goes on: SetupError where the job cannot start;
-        what ends it on rank 0, as JournalError of a full disk or what `progress` raises, on the
-        others RankError. The rows so far are in the results, and a rerun goes on."""
+        what ends it on rank 0, as JournalError of a full disk, on the others RankError. The rows so
+        far are in the results, and a rerun goes on. A `progress` that cannot print ends nothing."""
         leader, stop = None, Interrupt(also=interrupt)
         try:
             leader = self._each(
@@ -213,7 +213,12 @@ class Engine:
             Timeline(world.instances) if files.trace else None,
             Story(progress.say, world, interrupt) if progress else None,
         )
-        return JobLeader(self.rank, self._open(files, claims), watch, interrupt)
+        job = self._open(files, claims)
+        try:
+            return JobLeader(self.rank, job, watch, interrupt)
+        except BaseException:
+            job.release()
+            raise
 
     def _gather(self, worker: Worker | Follower) -> list[RankFigures]:
         own = RankFigures(worker.counters, peak_memory(), torch.get_num_threads())
