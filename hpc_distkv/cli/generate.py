@@ -144,7 +144,7 @@ def _run(
     from hpc_distkv.api import Engine
     from hpc_distkv.cli import announce
     from hpc_distkv.cli.job import say, set_options
-    from hpc_distkv.observe.earlier import keep_earlier
+    from hpc_distkv.observe.earlier import write_anew
     from hpc_distkv.observe.metrics import write_json
     from hpc_distkv.observe.progress import ProgressReport
     from hpc_distkv.observe.units import stamped
@@ -167,11 +167,8 @@ def _run(
     if figures is None:
         return 0
     if options["metrics"]:
-        try:
-            keep_earlier(Path(options["metrics"]), figures["job"])
-            write_json(Path(options["metrics"]), figures)
-        except OSError as error:  # the answers are there all the same
-            say(comm, f"cannot write the metrics: {error}")
+        path, about = Path(options["metrics"]), figures["job"]
+        write_anew(path, about, "metrics", lambda path: write_json(path, figures))
     click.echo(announce.summary(figures, files.output))
     status = _status(figures)
     say(comm, stamped(f"this run ends with status {status}: {ENDS[status]}"))

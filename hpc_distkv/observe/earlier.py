@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator, Mapping
+import logging
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from io import TextIOWrapper
 from itertools import count
 from pathlib import Path
@@ -14,6 +16,22 @@ from hpc_distkv.batch.replace import real_path, sync_folder
 from hpc_distkv.regular import open_regular
 
 SUFFIXES = (".json.gz", ".json")
+UNREADABLE = (OSError, EOFError, ValueError, RecursionError, zlib.error)
+"""What reading a file raises that is damaged or of another kind."""
+log = logging.getLogger(__name__)
+
+
+def write_anew(
+    path: Path, about: Mapping[str, Any], what: str, write: Callable[[Path], None]
+) -> None:
+    """Have a finished run `write` to `path`, and keep what earlier runs of its job wrote there.
+    `what` it is, for people. A failure is told in the log alone: the answers are there."""
+    try:
+        keep_earlier(path, about)
+        write(path)
+    except Exception as error:
+        bug = not isinstance(error, OSError)
+        log.error("cannot write the %s %s: %s", what, path, error, exc_info=bug)
 
 
 def keep_earlier(path: Path, about: Mapping[str, Any]) -> None:
@@ -52,7 +70,7 @@ def read_about(path: Path) -> dict[str, Any]:
                 about = content["otherData"]
             else:
                 about = json.loads(first + file.read())["job"]
-    except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError):
+    except (*UNREADABLE, KeyError, TypeError):
         return {}
     return about if isinstance(about, dict) else {}
 

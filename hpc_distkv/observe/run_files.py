@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_distkv.errors import UserError
-from hpc_distkv.observe.earlier import SUFFIXES, opened, read_about
+from hpc_distkv.observe.earlier import SUFFIXES, UNREADABLE, opened, read_about
 from hpc_distkv.observe.legs import merged
 from hpc_distkv.observe.trace_names import FIRST_PROCESS, HOSTED, OWES, OWN, POOL, ROWS, TOKENS
 
@@ -192,7 +191,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         with opened(path) as file:
             content = json.load(file)
-    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
+    except UNREADABLE as error:
         raise RunFileError(f"cannot read {path}: {error}") from error
     return content if isinstance(content, dict) else {}
 

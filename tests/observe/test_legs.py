@@ -16,7 +16,7 @@ from hpc_distkv.cli.group import group
 from hpc_distkv.control.counters import Counters
 from hpc_distkv.control.percentiles import PERCENTILES
 from hpc_distkv.control.requests import Result, pack_tokens
-from hpc_distkv.observe.earlier import keep_earlier, numbered, read_about
+from hpc_distkv.observe.earlier import keep_earlier, numbered, read_about, write_anew
 from hpc_distkv.observe.legs import merged
 from hpc_distkv.observe.metrics import total, write_json
 from hpc_distkv.observe.report import page
@@ -76,6 +76,35 @@ def test_a_trace_says_whose_it_is_and_gets_a_name_that_is_read(name, tmp_path):
     stem, _, suffix = name.partition(".json")
     assert numbered(path, 1) == tmp_path / f"{stem}.1.json{suffix}"
     assert read_run([numbered(path, 1)]).history is not None
+
+
+def damaged(content: bytes) -> bytes:
+    """Compressed, with bytes in its middle that no compressor writes."""
+    packed = gzip.compress(content, mtime=0)
+    return packed[:10] + b"\xff" * 20 + packed[30:]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [damaged, lambda content: gzip.compress(content)[:40], lambda content: content, lambda _: b""],
+    ids=["damaged", "cut off", "not compressed", "empty"],
+)
+def test_a_damaged_file_of_an_earlier_run_is_replaced(spoil, tmp_path, caplog):
+    content = json.dumps({"job": about(1)}).encode()
+    path = tmp_path / "metrics.json.gz"
+    path.write_bytes(spoil(content))
+    write_anew(path, about(2), "metrics", lambda path: path.write_bytes(b"new"))
+    assert caplog.text == ""
+    assert [each.read_bytes() for each in tmp_path.iterdir()] == [b"new"]
+
+
+@pytest.mark.parametrize("error", [OSError("the disk is full"), MemoryError("no more"), KeyError()])
+def test_no_finished_run_ends_because_its_figures_cannot_be_written(error, tmp_path, caplog):
+    def fail(_: Path) -> None:
+        raise error
+
+    write_anew(tmp_path / "metrics.json", about(1), "metrics", fail)
+    assert f"cannot write the metrics {tmp_path}/metrics.json: {error}" in caplog.text
 
 
 def test_figures_of_legs_are_those_of_one_long_run():
