@@ -48,6 +48,8 @@ class Status:
     """Rows of the input without a line; None: the input cannot be read."""
     gone: int = 0
     """Rows with a line that are not in the input any more."""
+    changed: int = 0
+    """Rows with a line that were edited since, as far as is known."""
 
     @property
     def done(self) -> int:
@@ -135,7 +137,7 @@ def _compare(group: Sequence[Status]) -> None:
     rows of the input out of what is answered."""
     source, shard = group[0].source, group[0].shard
     by_shard = {status.shard.index if status.shard else 1: status for status in group}
-    left = dict.fromkeys(by_shard, 0)
+    left, changed = dict.fromkeys(by_shard, 0), dict.fromkeys(by_shard, 0)
     if source is None:
         return
     try:
@@ -147,11 +149,18 @@ def _compare(group: Sequence[Status]) -> None:
                     answered = by_shard[index].answered
                     done = answered.take(row.custom_id, _repeated(row), row.digest, row.number)
                     left[index] += not done
+                    changed[index] += done and _edited(row, answered)
     except InputError:
         return
     for index, status in by_shard.items():
-        status.left = left[index]
+        status.left, status.changed = left[index], changed[index]
         status.gone = status.answered.left_over
+
+
+def _edited(row: Envelope, answered: Answered) -> bool:
+    """Whether a row that has a line was edited since it was answered."""
+    named = row.custom_id is not None and not _repeated(row)
+    return named and answered.changed(str(row.custom_id), row.digest)
 
 
 def _repeated(row: Envelope) -> bool:

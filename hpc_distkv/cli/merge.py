@@ -51,6 +51,11 @@ def command(
     click.echo(f"rows      {merged.answered} answered, {merged.failed} errors")
     if merged.gone:
         click.echo(f"gone      {merged.gone} rows are not in the input any more: left out")
+    if merged.changed:
+        click.echo(
+            f"changed   {merged.changed} rows were edited since they were answered: these are the "
+            "old lines (`generate --retry-changed` answers them again)"
+        )
     if merged.missing:
         of = ", ".join(f"{count} of shard {index}" for index, count in merged.left.items())
         click.echo(f"left      {merged.missing} rows: {of}")

@@ -68,6 +68,8 @@ def _lines(status: Status) -> list[str]:
     ]
     if status.gone:
         lines.insert(2, f"gone    {_gone(status.gone)}")
+    if status.changed:
+        lines.insert(2, f"changed {_changed(status.changed)}")
     if status.begun:
         lines.append(f"begun   {status.begun} rows, {status.begun_tokens} output tokens so far")
     if status.owner:
@@ -87,6 +89,11 @@ def _gone(count: int) -> str:
     if count == 1:
         return "1 of these rows is not in the input any more"
     return f"{count} of these rows are not in the input any more"
+
+
+def _changed(count: int) -> str:
+    were = "row was" if count == 1 else "rows were"
+    return f"{count} {were} edited since (`generate --retry-changed` answers them again)"
 
 
 def _rate(rate: float, seconds_left: float | None) -> str:
@@ -126,6 +133,8 @@ def _table(statuses: Sequence[Status]) -> list[str]:
     )
     if total["gone"]:
         lines.append(f"gone    {_gone(total['gone'])}")
+    if total["changed"]:
+        lines.append(f"changed {_changed(total['changed'])}")
     if total["rows_per_second"]:
         lines.append(f"rate    {_rate(total['rows_per_second'], time_left)}")
     return [*lines, *_missing(statuses)]
@@ -154,6 +163,7 @@ def _total(statuses: Sequence[Status]) -> dict[str, Any]:
         "failed": sum(status.answered.failed for status in statuses),
         "left": None if None in lefts else sum(left or 0 for left in lefts),
         "gone": sum(status.gone for status in statuses),
+        "changed": sum(status.changed for status in statuses),
         "begun": sum(status.begun for status in statuses),
         "prompt_tokens": sum(status.answered.prompt_tokens for status in statuses),
         "output_tokens": sum(status.answered.output_tokens for status in statuses),
