@@ -13,13 +13,12 @@ from hpc_distkv.batch.schema import SEEDS
 from hpc_distkv.cli.options import POSITIVE, Number, engine_options, read_shard
 from hpc_distkv.engine.interrupt import GRACE, TERM_GRACE, Interrupt
 from hpc_distkv.errors import FaultError
+from hpc_distkv.exit_status import STOPPED_STATUS
 
 if TYPE_CHECKING:
     from hpc_distkv.batch.files import Claims, Files
     from hpc_distkv.comm.transport import Comm
 
-STOPPED_STATUS = 75
-"""EX_TEMPFAIL of sysexits.h: to be tried again."""
 ENDS = {
     0: "all rows are answered",
     1: "all rows are done, and some are errors",
@@ -147,7 +146,7 @@ def _run(
     from hpc_distkv.observe.earlier import write_anew
     from hpc_distkv.observe.metrics import write_json
     from hpc_distkv.observe.progress import ProgressReport
-    from hpc_distkv.observe.units import stamped
+    from hpc_distkv.units import stamped
 
     say(comm, announce.header(comm.world, files))
     if any(comm.share(interrupt.drain)):

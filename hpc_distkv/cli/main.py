@@ -9,9 +9,9 @@ import sys
 from hpc_distkv.cli.streams import LOG_PATIENCE, close_streams, open_streams, shown
 from hpc_distkv.comm.launch import leave_together
 from hpc_distkv.engine.interrupt import SIGNALS, ignore_signals
+from hpc_distkv.exit_status import INTERRUPTED_STATUS
 from hpc_distkv.printable import LAYOUT, printable
 
-INTERRUPTED_STATUS = 130
 RANK_VARIABLES = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 
 

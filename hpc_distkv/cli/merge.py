@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from hpc_distkv.cli.options import results_files
+from hpc_distkv.exit_status import STOPPED_STATUS
 from hpc_distkv.printable import printable
 
 
@@ -64,4 +65,4 @@ def command(
     else:
         none = f"results   none: {output} is written when no row is left, or with --partial"
         click.echo(printable(none))
-    raise SystemExit(75 if merged.missing else 1 if merged.failed else 0)
+    raise SystemExit(STOPPED_STATUS if merged.missing else 1 if merged.failed else 0)

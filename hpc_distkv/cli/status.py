@@ -11,8 +11,9 @@ import click
 
 from hpc_distkv.batch.status import Status, read_status, read_statuses
 from hpc_distkv.cli.options import results_files
-from hpc_distkv.observe.units import duration
+from hpc_distkv.exit_status import STOPPED_STATUS
 from hpc_distkv.printable import printable
+from hpc_distkv.units import duration
 
 
 @click.command("status")
@@ -55,7 +56,7 @@ def _code(statuses: Sequence[Status]) -> int:
     if any(status.left is None for status in statuses):
         return 2
     failed = 1 if any(status.answered.failed for status in statuses) else 0
-    return 75 if any(status.left for status in statuses) else failed
+    return STOPPED_STATUS if any(status.left for status in statuses) else failed
 
 
 def _lines(status: Status) -> list[str]:

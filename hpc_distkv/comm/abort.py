@@ -15,9 +15,9 @@ from hpc_distkv.comm.stall import agreed_words
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.comm.waiter import StallClock, StallError
 from hpc_distkv.errors import ExplainedError
+from hpc_distkv.exit_status import INTERRUPTED_STATUS
 from hpc_distkv.printable import LAYOUT, printable
 
-INTERRUPTED_STATUS = 130
 GUARD_SECONDS = 0.1
 """Between two looks at whether a call that cannot be polled takes too long."""
 WRITTEN = 5.0

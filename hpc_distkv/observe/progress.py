@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from hpc_distkv.observe.snapshot import Snapshot
-from hpc_distkv.observe.units import duration, stamped
+from hpc_distkv.units import duration, stamped
 
 LOG_INTERVAL = 10.0
 """Seconds between two lines of a log at first, ..."""

@@ -11,8 +11,8 @@ from typing import Any
 from hpc_distkv.observe import charts
 from hpc_distkv.observe.run_files import History, RunFiles, about_run
 from hpc_distkv.observe.svg import WIDTH
-from hpc_distkv.observe.units import duration, seconds_text
 from hpc_distkv.printable import printable
+from hpc_distkv.units import duration, seconds_text
 
 MOST_FRAMES = 300
 """Moments of the debt matrix."""

@@ -10,7 +10,7 @@ from hpc_distkv.batch.job import Job
 from hpc_distkv.comm.world import World
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.engine.interrupt import Asked, Interrupt
-from hpc_distkv.observe.units import short
+from hpc_distkv.units import short
 
 NOTHING_NEW = "beginning nothing new"
 
