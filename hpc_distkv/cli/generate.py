@@ -150,7 +150,7 @@ def _run(
 
     say(comm, announce.header(comm.world, files))
     if any(comm.share(interrupt.drain)):
-        say(comm, "stopped before the model was read: run the same command again")
+        say(comm, stamped("stopped before the model was read: run the same command again"))
         return STOPPED_STATUS
     engine = Engine(
         options["model"],

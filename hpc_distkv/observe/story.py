@@ -45,7 +45,7 @@ class Story:
             self._read = True
             self._tell(
                 f"all {job.total_rows:,} rows of the input are read, "
-                f"{job.in_flight:,} of them run or wait"
+                f"and {job.in_flight:,} of them are left"
             )
         for asked in dict.fromkeys(self._interrupt.asked):
             if asked in self._asked:
