@@ -9,7 +9,7 @@ from typing import Any
 
 from hpc_distkv.control.gaps import gap_bin, gap_summary
 from hpc_distkv.observe.latency import histogram
-from hpc_distkv.observe.metrics import PEAKS
+from hpc_distkv.observe.metrics import PEAKS, mean_error
 from hpc_distkv.observe.run import SLOWEST
 
 Figures = dict[str, Any]
@@ -60,7 +60,7 @@ def _counters(each: Sequence[Figures]) -> Figures:
     summed: Figures = {name: sum(counters.get(name, 0) for counters in each) for name in names}
     for peak in PEAKS:
         summed[peak] = max(counters.get(peak, 0) for counters in each)
-    summed["prediction_error"] = fmean(counters.get("prediction_error", 0.0) for counters in each)
+    summed["prediction_error"] = mean_error(c.get("prediction_error", 0.0) for c in each)
     return summed
 
 

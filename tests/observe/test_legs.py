@@ -143,6 +143,21 @@ def test_figures_of_legs_are_those_of_one_long_run():
     assert found["between_tokens_s"]["p90"] == expected["between_tokens_s"]["p90"]
 
 
+def test_the_error_of_predictions_is_the_mean_of_those_that_predicted(tmp_path):
+    errors = [0.0, 0.2, 0.0, 0.4]
+    for hour, error in enumerate(errors, start=1):
+        path = write_run(tmp_path, number=f".{hour}", **about(hour)) / f"metrics.{hour}.json"
+        figures = json.loads(path.read_text())
+        for counters in (figures["counters"], *(rank["counters"] for rank in figures["ranks"])):
+            counters["prediction_error"] = error
+        write_json(path, figures)
+    found = read_run([tmp_path]).metrics
+    of_ranks = total([Counters(prediction_error=error) for error in errors])["prediction_error"]
+    assert of_ranks == pytest.approx(0.3)
+    assert found["counters"]["prediction_error"] == of_ranks
+    assert [rank["counters"]["prediction_error"] for rank in found["ranks"]] == [of_ranks] * 2
+
+
 def test_a_page_of_several_runs_has_a_line_for_each_and_the_last_trace(tmp_path):
     for hour, number in ((1, ".1"), (2, ".2"), (3, "")):
         write_run(tmp_path, number=number, **about(hour))
