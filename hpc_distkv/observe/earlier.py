@@ -63,16 +63,23 @@ def numbered(path: Path, number: int) -> Path:
 def read_about(path: Path) -> dict[str, Any]:
     """What the run was that wrote a metrics file or a trace; nothing if that cannot be read."""
     try:
-        with opened(path) as file:
-            first = file.readline()
-            if first.startswith('{"displayTimeUnit"'):  # The rest of a trace may be large.
-                content = json.loads(first.rstrip().removesuffix(",") + "}")
-                about = content["otherData"]
-            else:
-                about = json.loads(first + file.read())["job"]
-    except (*UNREADABLE, KeyError, TypeError):
+        content = read_figures(path)
+    except UNREADABLE:
         return {}
+    about = content.get("otherData", content.get("job"))
     return about if isinstance(about, dict) else {}
+
+
+def read_figures(path: Path) -> dict[str, Any]:
+    """What a metrics file holds; of a trace what its first line says, since the rest may be large.
+    Raises UNREADABLE."""
+    with opened(path) as file:
+        first = file.readline()
+        if first.startswith('{"displayTimeUnit"'):
+            content = json.loads(first.rstrip().removesuffix(",") + "}")
+        else:
+            content = json.loads(first + file.read())
+    return content if isinstance(content, dict) else {}
 
 
 def opened(path: Path) -> IO[str]:

@@ -87,7 +87,7 @@ def _bins(legs: Sequence[Figures], name: str) -> dict[int, int]:
 def _summary(legs: Sequence[Figures], name: str) -> dict[str, float]:
     summary, bins = {}, _bins(legs, name)
     known = [leg for leg in legs if leg[name]]
-    if known and "mean" in known[0][name]:
+    if known and all("mean" in leg[name] for leg in known):
         weights = [sum(count for _, count in leg["histograms"][name]) for leg in known]
         summary["mean"] = fmean([leg[name]["mean"] for leg in known], weights)
     summary |= gap_summary(bins)
