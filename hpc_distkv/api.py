@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import tempfile
 import time
@@ -41,7 +40,7 @@ from hpc_distkv.errors import FaultError, UserError
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.fingerprint import model_fingerprint
 from hpc_distkv.model.tokenizer import Tokenizer
-from hpc_distkv.observe.earlier import keep_earlier
+from hpc_distkv.observe.earlier import write_anew
 from hpc_distkv.observe.leader import JobLeader
 from hpc_distkv.observe.metrics import RankFigures, peak_memory
 from hpc_distkv.observe.progress import ProgressReport
@@ -56,7 +55,6 @@ ROWS, RESULTS = "rows.jsonl", "results.jsonl"
 """Files of `Engine.generate`."""
 
 T = TypeVar("T")
-log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -134,8 +132,8 @@ class Engine:
         claimed. Returns the run's figures on rank 0, None elsewhere.
 
         Raises on all ranks, after which the engine goes on: SetupError where the job cannot start;
-        what ends it on rank 0, as JournalError of a full disk or what `progress` raises, on the
-        others RankError. The rows so far are in the results, and a rerun goes on."""
+        what ends it on rank 0, as JournalError of a full disk, on the others RankError. The rows so
+        far are in the results, and a rerun goes on. A `progress` that cannot print ends nothing."""
         leader, stop = None, Interrupt(also=interrupt)
         try:
             leader = self._each(
@@ -166,12 +164,8 @@ class Engine:
             closed = leader.close(ranks, self.comm.world, files.ordered)
             about = self._about(files, started, leader.resumed)
             if files.trace and trace and (timeline := leader.watch.timeline):
-                snapshots = timeline.snapshots
-                try:
-                    keep_earlier(files.trace, about)
-                    write_trace(files.trace, self.comm.world, spans, snapshots, trace.origin, about)
-                except OSError as error:  # the answers are there all the same
-                    log.error("cannot write the trace: %s", error)
+                of_run = (self.comm.world, spans, timeline.snapshots, trace.origin, about)
+                write_anew(files.trace, about, "trace", lambda path: write_trace(path, *of_run))
             return {"job": about, **closed}
 
         try:  # Others are patient: rank 0 may have millions of lines to put in order.
@@ -213,7 +207,12 @@ class Engine:
             Timeline(world.instances) if files.trace else None,
             Story(progress.say, world, interrupt) if progress else None,
         )
-        return JobLeader(self.rank, self._open(files, claims), watch, interrupt)
+        job = self._open(files, claims)
+        try:
+            return JobLeader(self.rank, job, watch, interrupt)
+        except BaseException:
+            job.release()
+            raise
 
     def _gather(self, worker: Worker | Follower) -> list[RankFigures]:
         own = RankFigures(worker.counters, peak_memory(), torch.get_num_threads())

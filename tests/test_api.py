@@ -33,6 +33,7 @@ from hpc_distkv.comm.transport import Comm
 from hpc_distkv.comm.waiter import StallClock
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.observe.progress import ProgressReport
+from hpc_distkv.observe.watch import Watch
 
 RANKS = 2
 STALL = 60.0
@@ -168,19 +169,62 @@ def a_report_that_fails(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ProgressReport, "show", show)
 
 
-class FullLog(io.StringIO):
+class FailingLog(io.StringIO):
+    """From its n-th write on."""
+
+    def __init__(self, sound: int, error: Exception, terminal: bool = False) -> None:
+        super().__init__()
+        self.sound, self.error, self.terminal = sound, error, terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
     def write(self, _: str) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        self.sound -= 1
+        if self.sound < 0:
+            raise self.error
+        return 0
 
 
-def test_a_log_that_cannot_be_written_ends_no_run(tiny_model: Path, tmp_path: Path, monkeypatch):
+FULL = OSError(errno.ENOSPC, "No space left on device")
+CLOSED = ValueError("I/O operation on closed file")
+
+
+@pytest.mark.parametrize(
+    "log",
+    [FailingLog(0, FULL), FailingLog(1, CLOSED), FailingLog(0, FULL, terminal=True)],
+)
+def test_a_log_that_cannot_be_written_ends_no_run(
+    log: FailingLog, tiny_model: Path, tmp_path: Path, monkeypatch
+):
     monkeypatch.setattr(ProgressReport, "due", True)
     files = Files(tmp_path / "in", tmp_path / "out")
     files.input.write_text(json.dumps(completion("a", [5, 6], 3)) + "\n")
     [figures] = run_local(
         open_local(1),
-        lambda comm: Engine(tiny_model, OPTIONS, comm=comm).run(files, ProgressReport(FullLog())),
+        lambda comm: Engine(tiny_model, OPTIONS, comm=comm).run(files, ProgressReport(log)),
     )
+    assert log.sound < 0
+    assert figures["rows"]["answered"] == 1
+
+
+def test_a_run_that_cannot_begin_leaves_its_files_to_the_next(
+    tiny_model: Path, tmp_path: Path, monkeypatch
+):
+    def fail(*_: object) -> None:
+        raise OddError("a bug")
+
+    files = Files(tmp_path / "in", tmp_path / "out")
+    files.input.write_text(json.dumps(completion("a", [5, 6], 3)) + "\n")
+
+    def work(comm: Comm) -> dict[str, Any] | None:
+        engine = Engine(tiny_model, OPTIONS, comm=comm)
+        with monkeypatch.context() as patch:
+            patch.setattr(Watch, "begin", fail)
+            assert isinstance(raised(lambda: engine.run(files)), OddError)
+        return engine.run(files)
+
+    [figures] = run_local(open_local(1), work)
     assert figures["rows"]["answered"] == 1
 
 

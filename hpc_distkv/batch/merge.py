@@ -38,6 +38,8 @@ from hpc_distkv.batch.shard import Shard
 from hpc_distkv.batch.side_files import unfinished_path
 from hpc_distkv.batch.unfinished import read_unfinished, write_unfinished
 
+_UNKNOWN = 0
+"""In place of the hash of what was asked: no digest says it, or the row is known by that alone."""
 _ID = re.compile(rb'("id"\s*:\s*"' + ID_PREFIX.encode() + rb")[\d.]+")
 """Nothing else in a line is like it: quotation marks within a text are escaped."""
 
@@ -76,6 +78,8 @@ class Merged:
     """Rows of the shards that are not in the input any more; they are left out."""
     gone_names: Sequence[str] = ()
     """custom_ids of some of them."""
+    changed: int = 0
+    """Rows that were edited since they were answered, as far as is known."""
     left: dict[int, int] = field(default_factory=dict)
     """Index of a shard → rows of it without a line."""
     written: bool = False
@@ -132,6 +136,7 @@ def _merge(
     merged.gone = len(order.gone)
     some = (index.read(line)[0].custom_id for line in order.gone[:MOST_NAMED].tolist())
     merged.gone_names = [name for name in some if name is not None]
+    merged.changed = order.changed
     merged.failed = sum(index.failed[line] for line in order.lines)
     merged.answered = len(order.lines) - merged.failed
     if merged.missing and not partial:
@@ -160,20 +165,27 @@ class _Order:
 
     def __init__(self, index: LineIndex, parts: Sequence[Part], source: Path) -> None:
         """Raises InputError and JournalError, OSError when reading fails."""
-        numbers, dealt = array("q"), array("q")
+        numbers, dealt, asked, answered = array("q"), array("q"), array("q"), array("q")
         count = parts[0].shard.count
 
         def noted(rows: Iterator[Envelope]) -> Iterator[Envelope]:
             for row in rows:
                 numbers.append(row.number)
                 dealt.append(Shard.dealt(row.custom_id, row.number, count))
+                asked.append(hash(row.digest))
                 yield row
+
+        def known(lines: Iterator[Line]) -> Iterator[Line]:
+            for line in lines:
+                digest = line.request_digest if line.named else None
+                answered.append(hash(digest) if digest else _UNKNOWN)
+                yield line
 
         with closing(Intake(source)) as intake:
             order = InputOrder(noted(intake.again()))
             if intake.torn is not None:
                 raise InputError(f"{source} ends within a line: is it still being copied?")
-        places = order.places(_own_lines(index, parts))
+        places = order.places(known(_own_lines(index, parts)))
         lines = np.argsort(places, kind="stable")
         self.lines = lines[places[lines] != GONE]
         """Numbers of the lines, in `index`."""
@@ -184,6 +196,11 @@ class _Order:
         missing = ~np.isin(np.array(numbers, np.int64), self.numbers)
         self.left = dict(sorted(Counter(np.array(dealt, np.int64)[missing].tolist()).items()))
         """Index of a shard → rows of it without a line."""
+        digests = np.array(answered, np.int64)[self.lines]
+        rows = np.array(numbers, np.int64).searchsorted(self.numbers[digests != _UNKNOWN])
+        edited = np.array(asked, np.int64)[rows] != digests[digests != _UNKNOWN]
+        self.changed = int(np.count_nonzero(edited))
+        """Rows that were edited since they were answered, as far as is known."""
 
 
 def _own_lines(index: LineIndex, parts: Sequence[Part]) -> Iterator[Line]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 from hpc_distkv.batch.errors import InputError
 from hpc_distkv.batch.footprint import Footprint, Pool
 from hpc_distkv.batch.rows import Row
 from hpc_distkv.engine.needs import size
+from hpc_distkv.units import duration
 
 LONGEST = 3
 """Longest rows that are shown."""
@@ -164,7 +164,7 @@ class Sizing:
             usual = min(self.most_output, self.answers * mean)
             return [
                 f"time          {_span(*speed.seconds(prompt, usual))} with outputs as long as in "
-                f"that run (a mean of {mean:.0f} tokens), {_clock(most)} at most",
+                f"that run (a mean of {mean:.0f} tokens), {duration(most)} at most",
                 "  if speed grows with the instances, and prompts share as much as there",
             ]
         least = speed.seconds(prompt, self.answers)[0]
@@ -190,10 +190,5 @@ def _pool(blocks: int, block_bytes: int) -> str:
 
 
 def _span(least: float, most: float) -> str:
-    ends = _clock(least), _clock(most)
+    ends = duration(least), duration(most)
     return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
-
-
-def _clock(seconds: float) -> str:
-    """h:mm:ss."""
-    return str(timedelta(seconds=round(seconds)))

@@ -52,6 +52,8 @@ class Status:
     """custom_ids of some of them."""
     torn: int | None = None
     """Number of the last line of the input, if it ends within that: it is no row."""
+    changed: int = 0
+    """Rows with a line that were edited since, as far as is known."""
 
     @property
     def done(self) -> int:
@@ -139,7 +141,7 @@ def _compare(group: Sequence[Status]) -> None:
     rows of the input out of what is answered."""
     source, shard = group[0].source, group[0].shard
     by_shard = {status.shard.index if status.shard else 1: status for status in group}
-    left = dict.fromkeys(by_shard, 0)
+    left, changed = dict.fromkeys(by_shard, 0), dict.fromkeys(by_shard, 0)
     if source is None:
         return
     try:
@@ -151,13 +153,19 @@ def _compare(group: Sequence[Status]) -> None:
                     answered = by_shard[index].answered
                     done = answered.take(row, _repeated(row))
                     left[index] += not done
+                    changed[index] += done and _edited(row, answered)
     except InputError:
         return
     for index, status in by_shard.items():
-        status.left = left[index]
+        status.left, status.changed = left[index], changed[index]
         status.gone = status.answered.left_over
         status.gone_names = status.answered.names_left_over(MOST_NAMED)
         status.torn = intake.torn
+
+
+def _edited(row: Envelope, answered: Answered) -> bool:
+    """Whether a row that has a line was edited since it was answered."""
+    return row.custom_id is not None and not _repeated(row) and answered.changed(row)
 
 
 def _repeated(row: Envelope) -> bool:

@@ -89,8 +89,6 @@ def read_unfinished(path: Path) -> dict[Answer, Begun]:
             f"{path} does not hold answers that were begun ({error}). Remove it to compute these "
             "rows from their start."
         ) from None
-    except OSError as error:
-        raise JournalError(f"cannot read {path}: {error.strerror}.") from error
     return {each.answer: each for each in begun}
 
 

@@ -13,13 +13,12 @@ from hpc_distkv.batch.schema import SEEDS
 from hpc_distkv.cli.options import POSITIVE, Number, engine_options, read_shard
 from hpc_distkv.engine.interrupt import GRACE, TERM_GRACE, Interrupt
 from hpc_distkv.errors import FaultError
+from hpc_distkv.exit_status import STOPPED_STATUS
 
 if TYPE_CHECKING:
     from hpc_distkv.batch.files import Claims, Files
     from hpc_distkv.comm.transport import Comm
 
-STOPPED_STATUS = 75
-"""EX_TEMPFAIL of sysexits.h: to be tried again."""
 ENDS = {
     0: "all rows are answered",
     1: "all rows are done, and some are errors",
@@ -144,14 +143,14 @@ def _run(
     from hpc_distkv.api import Engine
     from hpc_distkv.cli import announce
     from hpc_distkv.cli.job import say, set_options
-    from hpc_distkv.observe.earlier import keep_earlier
+    from hpc_distkv.observe.earlier import write_anew
     from hpc_distkv.observe.metrics import write_json
     from hpc_distkv.observe.progress import ProgressReport
-    from hpc_distkv.observe.units import stamped
+    from hpc_distkv.units import stamped
 
     say(comm, announce.header(comm.world, files))
     if any(comm.share(interrupt.drain)):
-        say(comm, "stopped before the model was read: run the same command again")
+        say(comm, stamped("stopped before the model was read: run the same command again"))
         return STOPPED_STATUS
     engine = Engine(
         options["model"],
@@ -167,11 +166,8 @@ def _run(
     if figures is None:
         return 0
     if options["metrics"]:
-        try:
-            keep_earlier(Path(options["metrics"]), figures["job"])
-            write_json(Path(options["metrics"]), figures)
-        except OSError as error:  # the answers are there all the same
-            say(comm, f"cannot write the metrics: {error}")
+        path, about = Path(options["metrics"]), figures["job"]
+        write_anew(path, about, "metrics", lambda path: write_json(path, figures))
     click.echo(announce.summary(figures, files.output))
     status = _status(figures)
     say(comm, stamped(f"this run ends with status {status}: {ENDS[status]}"))

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import click
 
-from hpc_distkv.comm.abort import aborting
+from hpc_distkv.comm.abort import aborting, last_words
 from hpc_distkv.comm.mpi import open_mpi
 from hpc_distkv.comm.together import SetupError, together
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.engine.interrupt import ignore_signals
 from hpc_distkv.engine.options import EngineOptions
 from hpc_distkv.errors import ExplainedError
-from hpc_distkv.printable import LAYOUT, PrintableFormatter, printable
+from hpc_distkv.printable import LAYOUT, printable
+from hpc_distkv.units import stamped
 
 FAREWELL = 1.0
 """Seconds that a process needs to end after MPI's farewell."""
@@ -27,10 +26,6 @@ FAREWELL = 1.0
 
 def in_world(stall_timeout: float, work: Callable[[Comm], int]) -> NoReturn:
     """Start MPI, run `work` on this rank and exit together; rank 0's status is the job's."""
-    log = logging.StreamHandler()
-    form = "%(asctime)s  %(levelname)s %(name)s: %(message)s"
-    log.setFormatter(PrintableFormatter(form, datefmt="%m-%d %H:%M:%S"))
-    logging.basicConfig(handlers=[log], level=logging.WARNING)
     with aborting(open_mpi(stall_timeout)) as comm:
         try:
             status = work(comm)
@@ -48,9 +43,9 @@ def _told(comm: Comm, error: Exception) -> int:
     """The status for what all ranks raise together: said by the first one, or by the rank that is
     at fault if it is a bug."""
     if isinstance(error, ExplainedError):
-        say(comm, f"Error: {error}")
+        say(comm, stamped(f"Error: {error}"))
         return error.exit_code
-    traceback.print_exception(error)
+    click.echo(stamped(printable(last_words(error), keep=LAYOUT)), err=True)
     return os.EX_SOFTWARE
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -9,9 +10,11 @@ import sys
 from hpc_distkv.cli.streams import LOG_PATIENCE, close_streams, open_streams, shown
 from hpc_distkv.comm.launch import first_rank, leave_together
 from hpc_distkv.engine.interrupt import SIGNALS, ignore_signals
-from hpc_distkv.printable import LAYOUT, printable
+from hpc_distkv.exit_status import INTERRUPTED_STATUS
+from hpc_distkv.printable import LAYOUT, PrintableFormatter, printable
+from hpc_distkv.units import CLOCK
 
-INTERRUPTED_STATUS = 130
+LOG_LINE = "%(asctime)s  %(levelname)s %(name)s: %(message)s"
 
 
 def main() -> None:
@@ -39,6 +42,7 @@ def _run(arrived: list[int]) -> int:
     """The status of a command. What a user gets wrong is said once, by the first rank; a fault
     leaves with its own status, since 1 means rows that are errors."""
     try:
+        _begin_log()
         import click
 
         from hpc_distkv.cli.group import group
@@ -63,3 +67,10 @@ def _run(arrived: list[int]) -> int:
         print(printable(traceback.format_exc(), keep=LAYOUT), file=sys.stderr)
         return os.EX_SOFTWARE
     return 0
+
+
+def _begin_log() -> None:
+    """What any module logs is printable, and says when."""
+    log = logging.StreamHandler()
+    log.setFormatter(PrintableFormatter(LOG_LINE, datefmt=CLOCK))
+    logging.basicConfig(handlers=[log], level=logging.WARNING)

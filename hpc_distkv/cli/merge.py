@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from hpc_distkv.cli.options import results_files
+from hpc_distkv.exit_status import STOPPED_STATUS
 from hpc_distkv.printable import printable
 
 
@@ -54,6 +55,11 @@ def command(
         names = named(merged.gone_names, merged.gone)
         gone = f"gone      {merged.gone} rows are not in the input any more{names}: left out"
         click.echo(printable(gone))
+    if merged.changed:
+        click.echo(
+            f"changed   {merged.changed} rows were edited since they were answered: these are the "
+            "old lines (`generate --retry-changed` answers them again)"
+        )
     if merged.missing:
         of = ", ".join(f"{count} of shard {index}" for index, count in merged.left.items())
         click.echo(f"left      {merged.missing} rows: {of}")
@@ -62,4 +68,4 @@ def command(
     else:
         none = f"results   none: {output} is written when no row is left, or with --partial"
         click.echo(printable(none))
-    raise SystemExit(75 if merged.missing else 1 if merged.failed else 0)
+    raise SystemExit(STOPPED_STATUS if merged.missing else 1 if merged.failed else 0)

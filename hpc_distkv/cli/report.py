@@ -44,4 +44,6 @@ def command(run: tuple[Path, ...], output: Path) -> None:
     if files.left_out:
         left_out = ", ".join(files.left_out)
         click.echo(printable(f"left out  {left_out}: the job was started anew since"))
+    for why in files.unread:
+        click.echo(printable(f"passed by {why}"))
     click.echo(printable(f"report    {output}"))

@@ -14,8 +14,9 @@ from hpc_distkv.batch.remarks import MOST_NAMED, named
 from hpc_distkv.batch.status import Status, read_status, read_statuses
 from hpc_distkv.cli.options import results_files
 from hpc_distkv.errors import FaultError
-from hpc_distkv.observe.units import duration
+from hpc_distkv.exit_status import STOPPED_STATUS
 from hpc_distkv.printable import printable
+from hpc_distkv.units import duration
 
 
 @click.command("status")
@@ -58,7 +59,7 @@ def _code(statuses: Sequence[Status]) -> int:
     if any(status.left is None for status in statuses):
         return 2
     if any(status.left for status in statuses):
-        return 75
+        return STOPPED_STATUS
     if any(status.torn is not None for status in statuses):
         return FaultError.exit_code
     return 1 if any(status.answered.failed for status in statuses) else 0
@@ -74,6 +75,8 @@ def _lines(status: Status) -> list[str]:
     ]
     if status.gone:
         lines.insert(2, f"gone    {_gone(status.gone, status.gone_names)}")
+    if status.changed:
+        lines.insert(2, f"changed {_changed(status.changed)}")
     lines += _torn([status])
     if status.begun:
         lines.append(f"begun   {status.begun} rows, {status.begun_tokens} output tokens so far")
@@ -102,6 +105,11 @@ def _torn(statuses: Sequence[Status]) -> list[str]:
         f"input   {source} ends within line {torn + 1}: is it still being copied?"
         for source, torn in found.items()
     ]
+
+
+def _changed(count: int) -> str:
+    were = "row was" if count == 1 else "rows were"
+    return f"{count} {were} edited since (`generate --retry-changed` answers them again)"
 
 
 def _rate(rate: float, seconds_left: float | None) -> str:
@@ -141,6 +149,8 @@ def _table(statuses: Sequence[Status]) -> list[str]:
     )
     if total["gone"]:
         lines.append(f"gone    {_gone(total['gone'], total['gone_such_as'])}")
+    if total["changed"]:
+        lines.append(f"changed {_changed(total['changed'])}")
     if total["rows_per_second"]:
         lines.append(f"rate    {_rate(total['rows_per_second'], time_left)}")
     return [*lines, *_torn(statuses), *_missing(statuses)]
@@ -173,6 +183,7 @@ def _total(statuses: Sequence[Status]) -> dict[str, Any]:
             :MOST_NAMED
         ],
         "input_torn": any(status.torn is not None for status in statuses),
+        "changed": sum(status.changed for status in statuses),
         "begun": sum(status.begun for status in statuses),
         "prompt_tokens": sum(status.answered.prompt_tokens for status in statuses),
         "output_tokens": sum(status.answered.output_tokens for status in statuses),

@@ -15,9 +15,10 @@ from hpc_distkv.comm.stall import agreed_words
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.comm.waiter import StallClock, StallError
 from hpc_distkv.errors import ExplainedError
+from hpc_distkv.exit_status import INTERRUPTED_STATUS
 from hpc_distkv.printable import LAYOUT, printable
+from hpc_distkv.units import stamped
 
-INTERRUPTED_STATUS = 130
 GUARD_SECONDS = 0.1
 """Between two looks at whether a call that cannot be polled takes too long."""
 WRITTEN = 5.0
@@ -104,7 +105,7 @@ def _speak(comm: Comm, error: BaseException) -> None:
     words = agreed_words(comm, error) if isinstance(error, StallError) else last_words(error)
     lines = printable(words.rstrip("\n"), keep=LAYOUT).split("\n")
     # One write, every line tagged: the ranks' lines may mix, but stay readable.
-    text = "".join(f"{tag}{line}\n" for line in lines)
+    text = "".join(f"{stamped(tag + line)}\n" for line in lines)
     # In a thread, since nobody may read what stderr leads to.
     writer = threading.Thread(target=_write, args=(text,), daemon=True)
     writer.start()

@@ -119,9 +119,8 @@ def check_loading(comm: Comm, config: ModelConfig, options: EngineOptions, room:
         dtype_of(config, options)
     )
     wanted = wanted_bytes(options, block_bytes)
-    reading = loading_memory(config, options) - (
-        wanted or block_bytes
-    )  # Steps and pool come after.
+    unused = wanted or block_bytes  # The pool comes after, and so do the steps.
+    reading = loading_memory(config, options) - unused
     Budget(memory._replace(steps=max(memory.steps, reading)), room).pool(wanted, block_bytes)
 
 

@@ -98,7 +98,7 @@ def look(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) ->
     node = _fields(root / "proc/meminfo", ":")
     available = _kibibytes(node.get("MemAvailable"))
     limits = [*_slurm_limits(environment), *_group_limits(root)]
-    alone = int(environment.get("SLURM_CPUS_ON_NODE") or 0) >= (os.cpu_count() or 1)
+    alone = _number(environment, "SLURM_CPUS_ON_NODE") >= (os.cpu_count() or 1)
     given = bool(limits) or ("SLURM_JOB_ID" in environment and alone)
     return Seen(resident, given, [*limits, Limit(NODE, NODE, available, available)])
 
@@ -116,14 +116,20 @@ def in_memory(path: Path, root: Path = Path("/")) -> bool:
 
 def _slurm_limits(environment: Mapping[str, str]) -> Iterator[Limit]:
     for name, unit in (
-        ("SLURM_MEM_PER_NODE", None),
+        ("SLURM_MEM_PER_NODE", ""),
         ("SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE"),
         ("SLURM_MEM_PER_GPU", "SLURM_GPUS_ON_NODE"),
     ):
-        mebibytes, units = environment.get(name, ""), environment.get(unit or "", "")
-        if mebibytes.isdecimal() and int(mebibytes):  # 0: all there is
-            most = (int(mebibytes) << 20) * (int(units) if units.isdecimal() else 1)
+        mebibytes = _number(environment, name)
+        if mebibytes:  # 0: all there is
+            most = (mebibytes << 20) * max(1, _number(environment, unit))
             yield Limit(name, name, most, None)
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    """What Slurm says there; 0 of what is no number."""
+    digits = environment.get(name, "")
+    return int(digits) if digits.isdecimal() else 0
 
 
 def _group_limits(root: Path) -> Iterator[Limit]:

@@ -20,7 +20,7 @@ from hpc_distkv.observe.svg import (
     rect,
     text,
 )
-from hpc_distkv.observe.units import seconds_text, short
+from hpc_distkv.units import seconds_text, short
 
 LEFT, RIGHT = 64, 24
 BINS = 80

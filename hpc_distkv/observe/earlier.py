@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator, Mapping
+import logging
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from io import TextIOWrapper
 from itertools import count
 from pathlib import Path
@@ -14,6 +16,22 @@ from hpc_distkv.batch.replace import real_path, sync_folder
 from hpc_distkv.regular import open_regular
 
 SUFFIXES = (".json.gz", ".json")
+UNREADABLE = (OSError, EOFError, ValueError, RecursionError, zlib.error)
+"""What reading a file raises that is damaged or of another kind."""
+log = logging.getLogger(__name__)
+
+
+def write_anew(
+    path: Path, about: Mapping[str, Any], what: str, write: Callable[[Path], None]
+) -> None:
+    """Have a finished run `write` to `path`, and keep what earlier runs of its job wrote there.
+    `what` it is, for people. A failure is told in the log alone: the answers are there."""
+    try:
+        keep_earlier(path, about)
+        write(path)
+    except Exception as error:
+        bug = not isinstance(error, OSError)
+        log.error("cannot write the %s %s: %s", what, path, error, exc_info=bug)
 
 
 def keep_earlier(path: Path, about: Mapping[str, Any]) -> None:
@@ -45,16 +63,23 @@ def numbered(path: Path, number: int) -> Path:
 def read_about(path: Path) -> dict[str, Any]:
     """What the run was that wrote a metrics file or a trace; nothing if that cannot be read."""
     try:
-        with opened(path) as file:
-            first = file.readline()
-            if first.startswith('{"displayTimeUnit"'):  # The rest of a trace may be large.
-                content = json.loads(first.rstrip().removesuffix(",") + "}")
-                about = content["otherData"]
-            else:
-                about = json.loads(first + file.read())["job"]
-    except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError):
+        content = read_figures(path)
+    except UNREADABLE:
         return {}
+    about = content.get("otherData", content.get("job"))
     return about if isinstance(about, dict) else {}
+
+
+def read_figures(path: Path) -> dict[str, Any]:
+    """What a metrics file holds; of a trace what its first line says, since the rest may be large.
+    Raises UNREADABLE."""
+    with opened(path) as file:
+        first = file.readline()
+        if first.startswith('{"displayTimeUnit"'):
+            content = json.loads(first.rstrip().removesuffix(",") + "}")
+        else:
+            content = json.loads(first + file.read())
+    return content if isinstance(content, dict) else {}
 
 
 def opened(path: Path) -> IO[str]:

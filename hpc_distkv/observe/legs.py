@@ -9,7 +9,7 @@ from typing import Any
 
 from hpc_distkv.control.gaps import gap_bin, gap_summary
 from hpc_distkv.observe.latency import histogram
-from hpc_distkv.observe.metrics import PEAKS
+from hpc_distkv.observe.metrics import PEAKS, mean_error
 from hpc_distkv.observe.run import SLOWEST
 
 Figures = dict[str, Any]
@@ -60,7 +60,7 @@ def _counters(each: Sequence[Figures]) -> Figures:
     summed: Figures = {name: sum(counters.get(name, 0) for counters in each) for name in names}
     for peak in PEAKS:
         summed[peak] = max(counters.get(peak, 0) for counters in each)
-    summed["prediction_error"] = fmean(counters.get("prediction_error", 0.0) for counters in each)
+    summed["prediction_error"] = mean_error(c.get("prediction_error", 0.0) for c in each)
     return summed
 
 
@@ -87,7 +87,7 @@ def _bins(legs: Sequence[Figures], name: str) -> dict[int, int]:
 def _summary(legs: Sequence[Figures], name: str) -> dict[str, float]:
     summary, bins = {}, _bins(legs, name)
     known = [leg for leg in legs if leg[name]]
-    if known and "mean" in known[0][name]:
+    if known and all("mean" in leg[name] for leg in known):
         weights = [sum(count for _, count in leg["histograms"][name]) for leg in known]
         summary["mean"] = fmean([leg[name]["mean"] for leg in known], weights)
     summary |= gap_summary(bins)

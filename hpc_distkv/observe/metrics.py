@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import resource
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import msgspec
@@ -36,12 +37,17 @@ def total(counters: Sequence[Counters]) -> dict[str, Any]:
     summed: dict[str, Any] = {name: sum(row[name] for row in rows) for name in numbers}
     for peak in PEAKS:
         summed[peak] = max((row[peak] for row in rows), default=0)
-    errors = [row["prediction_error"] for row in rows if row["prediction_error"]]
-    summed["prediction_error"] = sum(errors) / len(errors) if errors else 0.0
+    summed["prediction_error"] = mean_error(row["prediction_error"] for row in rows)
     gaps: Counter[int] = Counter()
     for row in rows:
         gaps.update(row["gaps"])
     return summed | {"gaps": dict(gaps)}
+
+
+def mean_error(errors: Iterable[float]) -> float:
+    """The mean `prediction_error` of those that have one: who predicted nothing has 0."""
+    known = [error for error in errors if error]
+    return fmean(known) if known else 0.0
 
 
 def peak_memory() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -15,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from hpc_distkv.observe.snapshot import Snapshot
-from hpc_distkv.observe.units import duration, stamped
+from hpc_distkv.units import duration, stamped
 
 LOG_INTERVAL = 10.0
 """Seconds between two lines of a log at first, ..."""
@@ -24,6 +25,8 @@ LONGEST_LOG_INTERVAL = 60.0
 BAR_INTERVAL = 0.2
 RATE_SECONDS = 10.0
 """Rates are those of the last so many seconds, or of the time since the last line."""
+_UNREAD = contextlib.suppress(OSError, ValueError)
+"""Around all writes: a stream that is full, broken or closed ends no run."""
 
 
 class Tokens(NamedTuple):
@@ -35,7 +38,8 @@ class Tokens(NamedTuple):
 
 
 class ProgressReport:
-    """Prints to stderr, from rank 0, at its own pace however often it is told."""
+    """Prints to stderr, from rank 0, at its own pace however often it is told. What cannot be
+    printed is lost."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         """`stream`: in place of stderr."""
@@ -48,7 +52,8 @@ class ProgressReport:
             )
             self._task = self._progress.add_task("starting", total=1.0)
             self._bar = Live(self._progress, console=Console(file=stream), auto_refresh=False)
-            self._bar.start()
+            with _UNREAD:
+                self._bar.start()
 
     def begin(self) -> None:
         """The run begins now: its files are open, and all times count from here."""
@@ -64,11 +69,12 @@ class ProgressReport:
 
     def say(self, text: str) -> None:
         """Print a line of its own, with the time of day."""
-        if self._bar:
-            self._bar.console.print(Text(stamped(text)), soft_wrap=True)
-        else:
-            self._stream.write(f"{stamped(text)}\n")
-            self._stream.flush()
+        with _UNREAD:
+            if self._bar:
+                self._bar.console.print(Text(stamped(text)), soft_wrap=True)
+            else:
+                self._stream.write(f"{stamped(text)}\n")
+                self._stream.flush()
 
     def show(self, now: Snapshot) -> None:
         """Print the snapshot if it is time to."""
@@ -89,14 +95,16 @@ class ProgressReport:
         if self._bar:
             times = f"{duration(passed)}, {parts[-1] or 'no row has ended yet'}"
             self._progress.update(self._task, completed=now.fraction, description=times)
-            self._bar.update(Group(self._progress, self._details(parts[:-1])), refresh=True)
+            with _UNREAD:
+                self._bar.update(Group(self._progress, self._details(parts[:-1])), refresh=True)
         else:
             self.say(f"{now.fraction:4.0%}  {'; '.join(part for part in parts if part)}")
 
     def close(self) -> None:
         """End the bar, if there is one."""
         if self._bar:
-            self._bar.stop()
+            with _UNREAD:
+                self._bar.stop()
 
     def _rates(self, now: Snapshot) -> tuple[float, float]:
         """Prompt and output tokens per second."""

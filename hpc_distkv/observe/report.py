@@ -11,13 +11,18 @@ from typing import Any
 from hpc_distkv.observe import charts
 from hpc_distkv.observe.run_files import History, RunFiles, about_run
 from hpc_distkv.observe.svg import WIDTH
-from hpc_distkv.observe.units import duration, seconds_text
 from hpc_distkv.printable import printable
+from hpc_distkv.units import duration, seconds_text
 
 MOST_FRAMES = 300
 """Moments of the debt matrix."""
 MOST_MEMBERS = 24
 """Instances in it: those that owe and lend most."""
+SHAPE = {
+    *("ranks", "nodes", "instances", "tensor_parallel_size"),
+    *("num_blocks", "block_size", "dtype"),
+}
+"""What is known of a run whose ranks are described."""
 STYLE = (Path(__file__).with_name("report.css"), Path(__file__).with_name("report.js"))
 NO_TRACE = "This needs the run's trace: give <code>--trace FILE.json</code> to the next run."
 NO_METRICS = "This needs the run's metrics: give <code>--metrics FILE.json</code> to the next run."
@@ -59,7 +64,7 @@ def page(run: RunFiles) -> str:
 
 
 def _subtitle(about: Mapping[str, Any]) -> str:
-    if "ranks" not in about:
+    if not about.keys() >= SHAPE:
         return ""
     parts = [
         _moment(about),
@@ -269,7 +274,7 @@ def _slowest(metrics: Mapping[str, Any]) -> str:
 
 def _origin(run: RunFiles) -> str:
     version = run.about.get("version", "")
-    source = f"{run.about['input']} → {run.about['output']}" if "input" in run.about else ""
+    source = f"{run.about['input']} → {run.about.get('output')}" if "input" in run.about else ""
     parts = (f"hpc-distkv {version}", source, f"from {' and '.join(run.names)}")
     return " · ".join(part for part in parts if part)
 

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import json
-import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from hpc_distkv.errors import UserError
-from hpc_distkv.observe.earlier import SUFFIXES, opened, read_about
+from hpc_distkv.observe.earlier import SUFFIXES, UNREADABLE, opened, read_figures
 from hpc_distkv.observe.legs import merged
+from hpc_distkv.observe.run_schema import as_about, as_metrics
 from hpc_distkv.observe.trace_names import FIRST_PROCESS, HOSTED, OWES, OWN, POOL, ROWS, TOKENS
 
 Series = NDArray[np.float64]
-NEEDED = (
-    *("request_counts", "rows", "stopped", "seconds", "prompt_tokens", "output_tokens"),
-    *("output_tokens_per_second", "tokens_per_second", "time_to_first_token_s"),
-    *("between_tokens_s", "latency_s", "histograms", "counters", "ranks", "slowest_rows"),
-)
-"""What a metrics file has."""
 
 
 class RunFileError(UserError):
@@ -70,6 +65,8 @@ class RunFiles:
     """Of the files."""
     left_out: list[str] = field(default_factory=list)
     """Files of runs whose answers were dropped."""
+    unread: list[str] = field(default_factory=list)
+    """Why files of a folder were passed over that may be of a run."""
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -91,18 +88,13 @@ def about_run(metrics: Mapping[str, Any]) -> dict[str, Any]:
 def read_run(paths: Sequence[Path]) -> RunFiles:
     """Read the metrics and traces of the runs of a job, or of all shards of an array, told apart by
     what they hold; a folder stands for all such files in it. Raises RunFileError."""
-    run, found = RunFiles(), []
-    for path in files_of(paths):
-        about, metrics = _look(path)
-        if about is None:
-            if path in paths:
-                raise RunFileError(f"{path} is neither a metrics file nor a trace of `generate`")
-            continue
-        found.append(Found(path, about, metrics))
+    run = RunFiles()
+    found = list(_find(paths, run.unread))
     if not found:
         listed = ", ".join(map(str, paths))
         raise RunFileError(
             f"no metrics or trace in {listed}: `generate` writes them with --metrics and --trace"
+            + "".join(f"; {why}" for why in run.unread)
         )
     found.sort(key=lambda each: str(each.about.get("started", "")))
     _check(found)
@@ -134,30 +126,52 @@ class Found(NamedTuple):
         """The results of its job."""
         return self.about.get("output")
 
+    @property
+    def input(self) -> Any:
+        """The batch file."""
+        return self.about.get("input")
+
     def dropped(self, others: Sequence[Found]) -> bool:
         """Whether a later run has started the job anew."""
         began = str(self.about.get("started", ""))
         return any(
             other.output == self.output
             and other.about.get("resumed") is False
-            and str(other.about["started"]) > began
+            and str(other.about.get("started", "")) > began
             for other in others
         )
 
 
-def _look(path: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """What the run was, if it is a file of one, and the metrics, if it has them."""
-    about = read_about(path)
-    if "format" in about:
-        return about, None
-    content = _read(path)
-    if "traceEvents" in content and "format" in content.get("otherData", {}):
-        return content["otherData"], None
-    if "request_counts" not in content:
-        return None, None
-    if missing := [name for name in NEEDED if name not in content]:
-        raise RunFileError(f"{path} has no {', '.join(missing)}: another version wrote it")
-    return about_run(content), content
+def _find(paths: Sequence[Path], unread: list[str]) -> Iterator[Found]:
+    """The files of runs. Whatever else is in a folder is passed over, if it cannot be read with a
+    word in `unread`. Raises RunFileError for a file that is given by name."""
+    for path in files_of(paths):
+        try:
+            if found := _look(path):
+                yield found
+            elif path in paths:
+                raise RunFileError(f"{path} is neither a metrics file nor a trace of `generate`")
+        except RunFileError as error:
+            if path in paths:
+                raise
+            unread.append(str(error))
+
+
+def _look(path: Path) -> Found | None:
+    """What a file holds, if it is one of a run. Raises RunFileError."""
+    try:
+        content = read_figures(path)
+        other = content.get("otherData")
+        if isinstance(other, dict) and "format" in other:
+            return Found(path, as_about(other), None)
+        if "request_counts" not in content:
+            return None
+        metrics = as_metrics(content)
+    except msgspec.ValidationError as error:
+        raise RunFileError(f"{path}: another version wrote it, or no run ({error})") from error
+    except UNREADABLE as error:
+        raise RunFileError(f"cannot read {path}: {error}") from error
+    return Found(path, about_run(metrics), metrics)
 
 
 def _check(found: Sequence[Found]) -> None:
@@ -172,7 +186,7 @@ def _check(found: Sequence[Found]) -> None:
         if None in (each.output, first.output) or each.output == first.output:
             continue
         counts = [str(one.about.get("shard")).partition("/")[2] for one in (first, each)]
-        if not counts[0] or len({*counts}) > 1 or first.about["input"] != each.about["input"]:
+        if not counts[0] or len({*counts}) > 1 or first.input != each.input:
             raise RunFileError(
                 f"{each.path} is of another job than {first.path}: name the files of one job, or "
                 "of the shards of one"
@@ -183,7 +197,10 @@ def files_of(paths: Iterable[Path]) -> Iterable[Path]:
     """What `read_run` looks at."""
     for path in paths:
         if path.is_dir():
-            yield from sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES))
+            try:
+                yield from sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES))
+            except OSError as error:
+                raise RunFileError(f"cannot read {path}: {error.strerror}") from error
         else:
             yield path
 
@@ -192,7 +209,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         with opened(path) as file:
             content = json.load(file)
-    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
+    except UNREADABLE as error:
         raise RunFileError(f"cannot read {path}: {error}") from error
     return content if isinstance(content, dict) else {}
 

@@ -10,7 +10,7 @@ from hpc_distkv.batch.job import Job
 from hpc_distkv.comm.world import World
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.engine.interrupt import Asked, Interrupt
-from hpc_distkv.observe.units import short
+from hpc_distkv.units import short
 
 NOTHING_NEW = "beginning nothing new"
 
@@ -45,7 +45,7 @@ class Story:
             self._read = True
             self._tell(
                 f"all {job.total_rows:,} rows of the input are read, "
-                f"{job.in_flight:,} of them run or wait"
+                f"and {job.in_flight:,} of them are left"
             )
         for asked in dict.fromkeys(self._interrupt.asked):
             if asked in self._asked:

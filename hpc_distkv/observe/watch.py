@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from dataclasses import dataclass
 
@@ -44,8 +43,7 @@ class Watch:
     def close(self, job: Job, manager: GManager) -> None:
         """The run is over."""
         if self.progress:
-            with contextlib.suppress(OSError):
-                self.progress.close()
+            self.progress.close()
         if manager.reports is None:
             return
         last = take_snapshot(job, manager)
@@ -56,8 +54,7 @@ class Watch:
 
     def _show(self, now: Snapshot, manager: GManager) -> None:
         if self.progress and self.progress.due:
-            with contextlib.suppress(OSError):  # the log cannot be written
-                self.progress.show(now)
+            self.progress.show(now)
         if self.prometheus and self.prometheus.due:
             self._write(self.prometheus, now, manager)
         if self.timeline and self.timeline.due:

@@ -22,6 +22,10 @@ def run_merge(*words: str | Path) -> tuple[int, str]:
     return ran.exit_code, ran.output
 
 
+def show_status(*words: str | Path) -> str:
+    return CliRunner().invoke(group, ["status", *map(str, words)]).output
+
+
 def timeless(path: Path) -> list[dict]:
     """The lines of a results file without the time at which they were written."""
     lines = read_lines(path)
@@ -97,6 +101,32 @@ def test_what_stopped_shards_have_begun_goes_along(tmp_path: Path) -> None:
     assert unfinished_path(out).read_bytes() == unfinished_path(shards[0]).read_bytes()
     run_part(source, out)
     assert len(read_lines(out)) == 8
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_rows_that_were_edited_since_are_counted_by_merge_and_status(
+    apart: bool, tmp_path: Path
+) -> None:
+    """Of those that have a line, and a name to be known by."""
+    source, out = tmp_path / "in", tmp_path / "out"
+    bad = completion("bad", temperature=9)
+    rows = [*(completion(f"row {i}") for i in range(20)), bad, completion(None), completion("x")]
+    write_lines(source, rows)
+    shards = run_shards(source, 2, apart=apart)
+    code, said = run_merge(out, *shards)
+    assert "changed" not in said + show_status(*shards)
+    out.unlink()
+    rows[3] = completion("row 3", "another prompt")
+    rows[4]["body"]["max_tokens"] = 7
+    bad["body"]["temperature"] = 1
+    write_lines(source, [completion("new"), *rows[:21], completion(None, "another"), rows[22]])
+    code, said = run_merge(out, *shards, "--partial")
+    assert (code, "changed   3 rows were edited" in said) == (75, True)
+    assert "changed 3 rows were edited since" in show_status(*shards)
+    assert "changed 3 rows were edited since" in show_status(out)
+    found = json.loads(show_status("--json", *shards))
+    assert found["total"]["changed"] == sum(each["changed"] for each in found["files"]) == 3
+    assert len(run_part(source, out)._intake.changed) == 3, "as a run counts them"
 
 
 @pytest.mark.parametrize("rewritten", [False, True])

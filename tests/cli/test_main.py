@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -158,7 +159,8 @@ def test_wrong_files_are_said_once_with_status_2(ranks, wrong, job):
     done = job.run(ranks, *options)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    (line,) = [line for line in done.stderr.splitlines() if "Error: " in line]
+    assert re.match(r"\d\d-\d\d \d\d:\d\d:\d\d  Error: ", line)
     assert said in line
     assert before == (job.output.read_bytes() if job.output.exists() else None)
 
@@ -169,6 +171,22 @@ def test_a_launcher_that_mpi_does_not_understand_is_no_row_that_failed(job, monk
     done = job.run(0)
     assert done.returncode == 2, done.stderr
     assert "launcher and library do not understand each other" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["validate", "merge", "generate"])
+def test_what_is_logged_is_printable_and_says_when_whatever_the_command(command):
+    script = (
+        "import logging, sys\n"
+        "from hpc_distkv.cli import group, main\n"
+        "log = logging.getLogger('a')\n"
+        "group.group.main = lambda **_: log.warning('\\x1b[2J')\n"
+        f"sys.argv = ['hpc-distkv', {command!r}]\n"
+        "main.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert re.fullmatch(r"[\d-]{5} [\d:]{8}  WARNING a: \\x1b\[2J\n", done.stderr), done.stderr
 
 
 def test_a_fault_leaves_with_status_70_and_a_traceback(tmp_path):

@@ -77,6 +77,8 @@ def test_a_node_without_limits_gives_what_is_available(node: Node) -> None:
         ({"SLURM_MEM_PER_CPU": "100", "SLURM_CPUS_ON_NODE": "4"}, 396),
         ({"SLURM_MEM_PER_GPU": "200", "SLURM_GPUS_ON_NODE": "3"}, 596),
         ({"SLURM_MEM_PER_NODE": "3"}, 0),
+        ({"SLURM_MEM_PER_NODE": "all", "SLURM_CPUS_ON_NODE": "4(x2)"}, 8000),  # no numbers
+        ({"SLURM_MEM_PER_CPU": "100", "SLURM_CPUS_ON_NODE": "abc"}, 96),
     ],
 )
 def test_slurm_may_allow_less_than_there_is(slurm: dict[str, str], mib: int, node: Node) -> None:

@@ -16,7 +16,7 @@ from hpc_distkv.cli.group import group
 from hpc_distkv.control.counters import Counters
 from hpc_distkv.control.percentiles import PERCENTILES
 from hpc_distkv.control.requests import Result, pack_tokens
-from hpc_distkv.observe.earlier import keep_earlier, numbered, read_about
+from hpc_distkv.observe.earlier import keep_earlier, numbered, read_about, write_anew
 from hpc_distkv.observe.legs import merged
 from hpc_distkv.observe.metrics import total, write_json
 from hpc_distkv.observe.report import page
@@ -78,6 +78,35 @@ def test_a_trace_says_whose_it_is_and_gets_a_name_that_is_read(name, tmp_path):
     assert read_run([numbered(path, 1)]).history is not None
 
 
+def damaged(content: bytes) -> bytes:
+    """Compressed, with bytes in its middle that no compressor writes."""
+    packed = gzip.compress(content, mtime=0)
+    return packed[:10] + b"\xff" * 20 + packed[30:]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [damaged, lambda content: gzip.compress(content)[:40], lambda content: content, lambda _: b""],
+    ids=["damaged", "cut off", "not compressed", "empty"],
+)
+def test_a_damaged_file_of_an_earlier_run_is_replaced(spoil, tmp_path, caplog):
+    content = json.dumps({"job": about(1)}).encode()
+    path = tmp_path / "metrics.json.gz"
+    path.write_bytes(spoil(content))
+    write_anew(path, about(2), "metrics", lambda path: path.write_bytes(b"new"))
+    assert caplog.text == ""
+    assert [each.read_bytes() for each in tmp_path.iterdir()] == [b"new"]
+
+
+@pytest.mark.parametrize("error", [OSError("the disk is full"), MemoryError("no more"), KeyError()])
+def test_no_finished_run_ends_because_its_figures_cannot_be_written(error, tmp_path, caplog):
+    def fail(_: Path) -> None:
+        raise error
+
+    write_anew(tmp_path / "metrics.json", about(1), "metrics", fail)
+    assert f"cannot write the metrics {tmp_path}/metrics.json: {error}" in caplog.text
+
+
 def test_figures_of_legs_are_those_of_one_long_run():
     """But for percentiles, which are those of bins."""
     rng, whole, legs = np.random.default_rng(5), RunRecord(), []
@@ -112,6 +141,21 @@ def test_figures_of_legs_are_those_of_one_long_run():
             close = pytest.approx(expected[name][percentile], rel=1e-3 if exact else 0.03)
             assert found[name][percentile] == close
     assert found["between_tokens_s"]["p90"] == expected["between_tokens_s"]["p90"]
+
+
+def test_the_error_of_predictions_is_the_mean_of_those_that_predicted(tmp_path):
+    errors = [0.0, 0.2, 0.0, 0.4]
+    for hour, error in enumerate(errors, start=1):
+        path = write_run(tmp_path, number=f".{hour}", **about(hour)) / f"metrics.{hour}.json"
+        figures = json.loads(path.read_text())
+        for counters in (figures["counters"], *(rank["counters"] for rank in figures["ranks"])):
+            counters["prediction_error"] = error
+        write_json(path, figures)
+    found = read_run([tmp_path]).metrics
+    of_ranks = total([Counters(prediction_error=error) for error in errors])["prediction_error"]
+    assert of_ranks == pytest.approx(0.3)
+    assert found["counters"]["prediction_error"] == of_ranks
+    assert [rank["counters"]["prediction_error"] for rank in found["ranks"]] == [of_ranks] * 2
 
 
 def test_a_page_of_several_runs_has_a_line_for_each_and_the_last_trace(tmp_path):

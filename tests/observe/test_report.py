@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 import shutil
 import subprocess
@@ -128,6 +130,69 @@ def test_files_of_no_run_are_refused_by_name(tmp_path, bad):
         (folder / name).write_text(whole)
     with pytest.raises(RunFileError, match=said):
         read_run([folder])
+
+
+def test_what_else_lies_in_a_folder_is_passed_over(tmp_path):
+    """What cannot be read is named, since it may be of the run."""
+    write_run(tmp_path)
+    others = {
+        "array.json": "[]",
+        "torn.json": "{",
+        "batch.json": '{"object": "batch", "request_counts": {"total": 5}}',
+        "packed.json.gz": "not compressed",
+    }
+    for name, content in others.items():
+        (tmp_path / name).write_text(content)
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "folder.json").mkdir()
+    run = read_run([tmp_path])
+    assert run.names == ["metrics.json", "trace.json"]
+    named = ["batch", "folder", "packed", "pipe", "torn"]
+    assert [name for name in (*named, "array") if f"/{name}.json" in str(run.unread)] == named
+    for name in others:
+        with pytest.raises(RunFileError, match=name):
+            read_run([tmp_path / "metrics.json", tmp_path / name])
+
+
+def places(value: object, *path: str | int) -> list[tuple]:
+    """Of all values in JSON."""
+    if not isinstance(value, dict | list):
+        return [path]
+    inner = value.items() if isinstance(value, dict) else enumerate(value)
+    return [path] * bool(path) + [p for key, each in inner for p in places(each, *path, key)]
+
+
+def replaced(content: dict, path: tuple, value: object) -> dict:
+    changed = json.loads(json.dumps(content))
+    place = changed
+    for key in path[:-1]:
+        place = place[key]
+    if value is None:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    return changed
+
+
+@pytest.mark.parametrize("wrong", [None, "x", [], {}, -1, math.nan], ids=repr)
+def test_figures_of_another_shape_are_shown_or_refused(tmp_path, wrong):
+    """Whatever of a file is missing or of another type: a page or one sentence."""
+    about = {"ranks": 2, "nodes": 1, "num_blocks": 9, "output": "out", "started": "2026"}
+    path = write_run(tmp_path, **about) / "metrics.json"
+    earlier = write_run(tmp_path, number=".1", output="out", started="2025") / "metrics.1.json"
+    content = json.loads(path.read_text())
+    content["slowest_rows"] = content["slowest_rows"][:1]
+    content["ranks"] = content["ranks"][:1]
+    content["histograms"] = {name: bins[:1] for name, bins in content["histograms"].items()}
+    shown = refused = 0
+    for place in places(content):
+        path.write_text(json.dumps(replaced(content, place, wrong)))
+        try:
+            shown += "<svg" in page(read_run([earlier, path]))
+        except RunFileError as error:
+            refused += str(path) in str(error)
+    assert shown + refused == len(places(content))
+    assert min(refused, shown) > 0
 
 
 def test_a_named_file_of_another_kind_is_refused(tmp_path):

@@ -47,7 +47,7 @@ def test_a_run_says_what_is_done_and_when_all_rows_are_read(job, manager):
     job.total_rows = 20
     for _ in range(3):
         story.look(job, manager)
-    assert told[1:] == ["all 20 rows of the input are read, 4 of them run or wait"]
+    assert told[1:] == ["all 20 rows of the input are read, and 4 of them are left"]
 
 
 def test_each_signal_is_told_with_its_time(job, manager):

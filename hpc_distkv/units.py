@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 
+CLOCK = "%m-%d %H:%M:%S"
+"""When a line of a log was written."""
+
 
 def stamped(text: str) -> str:
     """A line of a log, with the date and time of day where this runs: 12-31 23:59:59."""
-    return f"{time.strftime('%m-%d %H:%M:%S')}  {text}"
+    return f"{time.strftime(CLOCK)}  {text}"
 
 
 def duration(seconds: float) -> str:
