@@ -25,7 +25,7 @@ def header(world: World, files: Files) -> str:
     nodes = max(world.nodes) + 1
     parts = [
         f"{time.strftime('%Y-%m-%d %H:%M:%S %Z')}  hpc-distkv {version('hpc-distkv')}",
-        f"{world.size} ranks on {'one node' if nodes == 1 else f'{nodes} nodes'}"
+        f"{_count(world.size, 'rank')} on {_count(nodes, 'node')}"
         + (f": {named}" if named else ""),
         f"{files.input} to {files.output}" + (f", shard {files.shard}" if files.shard else ""),
     ]
@@ -44,7 +44,7 @@ def loaded(engine: Engine) -> list[str]:
     host = rank.config.host_blocks
     beside = f", {host} more in the memory of its host" if host else ""
     sampling = f"temperature {defaults.temperature:g}" if defaults.temperature else "greedy"
-    ranks = f"{world.size} ranks"
+    ranks = _count(world.size, "rank")
     if world.tp > 1:
         ranks += f" in {world.instances} instances of {world.tp}"
     return [
@@ -83,6 +83,10 @@ def summary(figures: dict[str, Any], output: Path) -> str:
             f"{figures['put_aside_tokens']} output tokens are put aside: run the same command again"
         )
     return "\n".join(map(printable, lines))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"one {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _counted(rows: dict[str, int], kind: str, called: str) -> str:
