@@ -14,11 +14,12 @@ from click.testing import CliRunner, Result
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from hpc_distkv.cli.group import group
+from hpc_distkv.control.counters import Counters
 from hpc_distkv.engine.needs import rank_memory
 from hpc_distkv.engine.options import EngineOptions
 from hpc_distkv.model import tokenizer as hpc_tokenizer
 from hpc_distkv.model.config import ModelConfig
-from hpc_distkv.observe.run_files import NEEDED
+from hpc_distkv.observe.run import RunRecord
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -221,9 +222,10 @@ def test_time_from_a_given_speed(model: Path) -> None:
 
 def figures(folder: Path, **changes: Any) -> str:
     """A file of metrics: 100 + 20 tokens of two answers in 1,000 s, on two instances."""
-    found: dict[str, Any] = dict.fromkeys(NEEDED)
-    found |= {"prompt_tokens": 100, "output_tokens": 20, "seconds": 1000.0}
-    found |= {"request_counts": {"completed": 2}, "job": {"instances": 2}}
+    found = RunRecord().summary([Counters()], [0])
+    found |= {"prompt_tokens": 100, "output_tokens": 20, "seconds": 1000.0, "stopped": False}
+    found |= {"rows": {"answered": 2, "failed": 0}, "ranks": [], "job": {"instances": 2}}
+    found["request_counts"] = {"total": 2, "completed": 2, "failed": 0}
     path = folder / "metrics.json"
     path.write_text(json.dumps(found | changes))
     return str(path)
@@ -244,7 +246,7 @@ def test_a_run_of_no_use_is_refused(model: Path, tmp_path: Path) -> None:
     for changes, words in (
         ({"output_tokens": 0}, "that run answered nothing"),
         ({"job": {}}, "no file that `generate --metrics` wrote (KeyError('instances'))"),
-        ({"request_counts": None}, "no file that"),
+        ({"request_counts": None}, "`$.request_counts`"),
     ):
         result = validate(model, [], "--metrics", figures(tmp_path, **changes))
         assert result.exit_code == 2
