@@ -6,6 +6,7 @@ import time
 
 CLOCK = "%m-%d %H:%M:%S"
 """When a line of a log was written."""
+_UNITS = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 
 
 def stamped(text: str) -> str:
@@ -34,3 +35,12 @@ def seconds_text(seconds: float) -> str:
         if seconds >= limit:
             return f"{seconds / limit:.3g} {unit}"
     return f"{seconds * 1e6:.3g} µs"
+
+
+def size(number: int) -> str:
+    """Bytes, for people, in three digits or more: 15.5 GiB, 3584 MiB."""
+    for unit, name in _UNITS:
+        if number >= 10 * unit:
+            digits = 0 if number >= 100 * unit else 1
+            return f"{number / unit:.{digits}f} {name}"
+    return f"{number} bytes"

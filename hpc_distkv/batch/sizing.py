@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 from hpc_distkv.batch.errors import InputError
 from hpc_distkv.batch.footprint import Footprint, Pool
 from hpc_distkv.batch.rows import Row
-from hpc_distkv.engine.needs import size
-from hpc_distkv.units import duration
+from hpc_distkv.units import duration, size
 
 LONGEST = 3
 """Longest rows that are shown."""

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 from hpc_distkv.engine.config import OptionError
 from hpc_distkv.engine.memory_limits import Room
-from hpc_distkv.engine.needs import Memory, size
+from hpc_distkv.engine.needs import Memory
 from hpc_distkv.engine.options import EngineOptions
+from hpc_distkv.units import size
 
 GIVEN_SHARE = 0.9
 """Part of what a rank has left beside all else that its pool takes unless told otherwise, where

@@ -10,6 +10,7 @@ from hpc_distkv.control.row_queue import LOOK_AHEAD, MOST_AHEAD, MOST_TOKENS_AHE
 from hpc_distkv.engine.largest_step import LargestStep
 from hpc_distkv.engine.options import EngineOptions
 from hpc_distkv.model.config import ModelConfig, dtype_bytes
+from hpc_distkv.units import size
 
 PROGRAM = 384 << 20
 """Bytes of Python, torch and MPI in a rank on a CPU, and of what malloc keeps: 275 MiB measured
@@ -23,7 +24,6 @@ USUAL_TOKENS = 1024
 ID_BYTES = 190
 """Of rank 0 for the custom_id of each row: what a rerun takes at most while it passes over what is
 answered."""
-_UNITS = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 
 
 class Memory(NamedTuple):
@@ -118,15 +118,6 @@ def loading_memory(config: ModelConfig, options: EngineOptions) -> int:
 def dtype_of(config: ModelConfig, options: EngineOptions) -> str:
     """Of weights and KV."""
     return config.dtype if options.dtype == "auto" else options.dtype
-
-
-def size(number: int) -> str:
-    """Bytes, for people, in three digits or more: 15.5 GiB, 3584 MiB."""
-    for unit, name in _UNITS:
-        if number >= 10 * unit:
-            digits = 0 if number >= 100 * unit else 1
-            return f"{number / unit:.{digits}f} {name}"
-    return f"{number} bytes"
 
 
 def _largest_step(options: EngineOptions, instances: int) -> LargestStep:
