@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hpc_distkv.api import Engine
-    from hpc_distkv.batch.files import Files
-    from hpc_distkv.engine.options import EngineOptions
+    from hpc_distkv.batch.results.files import Files
+    from hpc_distkv.start.options import EngineOptions
 
 __all__ = ["Engine", "EngineOptions", "Files"]
 

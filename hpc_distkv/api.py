@@ -21,35 +21,34 @@ import msgspec
 import torch
 
 from hpc_distkv.batch.errors import InputError
-from hpc_distkv.batch.files import Claims, Files
-from hpc_distkv.batch.intake import Intake
+from hpc_distkv.batch.input.intake import Intake
 from hpc_distkv.batch.job import Job, job_fingerprint
+from hpc_distkv.batch.results.files import Claims, Files
 from hpc_distkv.batch.service import Limits, SamplingDefaults, Service, end_ids, model_names
 from hpc_distkv.comm.abort import aborting, failing
-from hpc_distkv.comm.mpi import open_mpi
+from hpc_distkv.comm.mpi.start import open_mpi
 from hpc_distkv.comm.together import concluded, together
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.engine.config import OptionError
-from hpc_distkv.engine.follower import Follower
-from hpc_distkv.engine.interrupt import Interrupt
-from hpc_distkv.engine.loading import open_model
-from hpc_distkv.engine.options import EngineOptions
-from hpc_distkv.engine.rank import joined
-from hpc_distkv.engine.worker import Worker
-from hpc_distkv.errors import FaultError, UserError
+from hpc_distkv.errors import FaultError, OptionError, UserError
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.fingerprint import model_fingerprint
 from hpc_distkv.model.tokenizer import Tokenizer
-from hpc_distkv.observe.earlier import write_anew
-from hpc_distkv.observe.leader import JobLeader
-from hpc_distkv.observe.metrics import RankFigures, peak_memory
-from hpc_distkv.observe.progress import ProgressReport
-from hpc_distkv.observe.prometheus import PrometheusFile, run_labels
-from hpc_distkv.observe.story import Story
-from hpc_distkv.observe.timeline import Timeline
-from hpc_distkv.observe.trace import begin_trace, gather_traces
-from hpc_distkv.observe.trace_file import write_trace
-from hpc_distkv.observe.watch import Watch
+from hpc_distkv.observe.live.leader import JobLeader
+from hpc_distkv.observe.live.progress import ProgressReport
+from hpc_distkv.observe.live.prometheus import PrometheusFile, run_labels
+from hpc_distkv.observe.live.story import Story
+from hpc_distkv.observe.live.watch import Watch
+from hpc_distkv.observe.summary.earlier import write_anew
+from hpc_distkv.observe.summary.metrics import RankFigures, peak_memory
+from hpc_distkv.observe.summary.timeline import Timeline
+from hpc_distkv.observe.trace.spans import begin_trace, gather_traces
+from hpc_distkv.observe.trace.trace_file import write_trace
+from hpc_distkv.ranks.follower import Follower
+from hpc_distkv.ranks.interrupt import Interrupt
+from hpc_distkv.ranks.rank import joined
+from hpc_distkv.ranks.worker import Worker
+from hpc_distkv.start.loading import open_model
+from hpc_distkv.start.options import EngineOptions
 
 ROWS, RESULTS = "rows.jsonl", "results.jsonl"
 """Files of `Engine.generate`."""

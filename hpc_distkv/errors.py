@@ -19,6 +19,10 @@ class UserError(ExplainedError, ValueError):
     exit_code = 2
 
 
+class OptionError(UserError):
+    """Options that cannot work, or not together."""
+
+
 class FaultError(ExplainedError, RuntimeError):
     """What breaks a job that was started well."""
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from hpc_distkv.decide.pace import Pace, StepSeconds, StepWork
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 """Before torch is imported: tests run beside each other, and threads that spin take each other's
 cores."""
@@ -43,6 +45,19 @@ def tiny_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         except OSError:  # another test run was faster
             shutil.rmtree(scratch)
     return kept
+
+
+@pytest.fixture
+def steady_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step is taken to last as long as its work says, so that with a seeded schedule a whole
+    run depends on its seed alone."""
+    note = Pace.note
+
+    def by_work(self: Pace, work: StepWork, seconds: StepSeconds) -> None:
+        total = 1e-2 + 1e-3 * work.decodes + 1e-6 * work.kv_tokens + 1e-3 * work.prompt_work
+        note(self, work, StepSeconds(total, 1e-3 * work.exchanging, 0.0))
+
+    monkeypatch.setattr(Pace, "note", by_work)
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from hpc_distkv.comm.local import network_of
-from hpc_distkv.comm.staged import StagedTransport
+from hpc_distkv.comm.gpu.staged import StagedTransport
+from hpc_distkv.comm.local.threads import network_of
 from hpc_distkv.comm.transport import Comm
 
 POISON = 0x5A

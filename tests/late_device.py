@@ -10,7 +10,7 @@ import torch
 from deferred_copies import POISON, DeferredEvent
 
 from hpc_distkv.comm.device import Device, Fetch
-from hpc_distkv.comm.local import network_of
+from hpc_distkv.comm.local.threads import network_of
 from hpc_distkv.comm.transport import Comm
 
 

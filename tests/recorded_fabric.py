@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from hpc_distkv.comm.fabric import Message
-from hpc_distkv.comm.local import network_of
-from hpc_distkv.comm.meeting_transport import MeetingTransport
+from hpc_distkv.comm.gpu.fabric import Message
+from hpc_distkv.comm.gpu.meeting_transport import MeetingTransport
+from hpc_distkv.comm.local.threads import network_of
 from hpc_distkv.comm.transport import Comm
 
 

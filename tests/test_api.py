@@ -19,21 +19,22 @@ from batch_job import completion
 from safetensors.torch import load_file, save_file
 
 from hpc_distkv import Engine, EngineOptions
-from hpc_distkv.batch import job, journal
+from hpc_distkv.batch import job
 from hpc_distkv.batch.errors import JournalError
-from hpc_distkv.batch.files import Files
+from hpc_distkv.batch.input.order import InputOrder
 from hpc_distkv.batch.job import Job
-from hpc_distkv.batch.journal import Journal
-from hpc_distkv.batch.order import InputOrder
+from hpc_distkv.batch.results import journal
+from hpc_distkv.batch.results.files import Files
+from hpc_distkv.batch.results.journal import Journal
 from hpc_distkv.comm import binding
-from hpc_distkv.comm.local import open_local, run_local
-from hpc_distkv.comm.nccl import NcclError
+from hpc_distkv.comm.gpu.nccl import NcclError
+from hpc_distkv.comm.local.threads import open_local, run_local
 from hpc_distkv.comm.together import RankError, SetupError
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.comm.waiter import StallClock
 from hpc_distkv.model.config import ModelConfig
-from hpc_distkv.observe.progress import ProgressReport
-from hpc_distkv.observe.watch import Watch
+from hpc_distkv.observe.live.progress import ProgressReport
+from hpc_distkv.observe.live.watch import Watch
 
 RANKS = 2
 STALL = 60.0

@@ -21,7 +21,7 @@ import pytest
 from batch_job import COMMAND, BatchJob, Oracle, chat, completion, random_ids
 from mpirun import mpirun, run_mpi
 
-from hpc_distkv.observe.run_files import read_run
+from hpc_distkv.observe.summary.run_files import read_run
 
 pytestmark = pytest.mark.skipif(mpirun() is None, reason="needs mpirun")
 

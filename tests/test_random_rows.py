@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hpc_distkv import Engine, EngineOptions, Files
-from hpc_distkv.comm.local import open_local, run_local
+from hpc_distkv.comm.local.threads import open_local, run_local
 from hpc_distkv.comm.transport import Comm
 
 ROWS_AT_ONCE, EXAMPLES = 100, 20

@@ -11,7 +11,7 @@ import torch
 from batch_job import chat, completion
 
 from hpc_distkv import Engine, EngineOptions, Files
-from hpc_distkv.comm.local import open_local
+from hpc_distkv.comm.local.threads import open_local
 
 STORY = "The lighthouse stood on a"
 QUESTION = "Write one sentence about the sea."

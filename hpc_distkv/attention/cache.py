@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hpc_distkv.attention import launch, native, reference
+from hpc_distkv.attention import reference
+from hpc_distkv.attention.cpu import native
 from hpc_distkv.attention.layout import index_on, inner_contiguous
 from hpc_distkv.attention.rotation import Rotation, rotate
+from hpc_distkv.attention.triton import backend
 
 
 def rotate_and_write(
@@ -30,7 +32,7 @@ def rotate_and_write(
     compared with the cache.
     """
     _check(qk, v, rotation, k_cache, v_cache, blocks, offsets)
-    if triton := launch.kernels(k_cache.device):
+    if triton := backend.kernels(k_cache.device):
         num_blocks, _, block_size, _ = k_cache.shape
         refusal = f"blocks must lie in [0, {num_blocks}) and offsets in [0, {block_size})"
         blocks = index_on(k_cache.device, blocks, num_blocks, refusal)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hpc_distkv.attention import launch, native, reference
+from hpc_distkv.attention import reference
+from hpc_distkv.attention.cpu import native
 from hpc_distkv.attention.layout import index_on
+from hpc_distkv.attention.triton import backend
 
 
 def merge_rows(out: Tensor, lse: Tensor, rows: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
@@ -32,7 +34,7 @@ def merge_rows(out: Tensor, lse: Tensor, rows: Tensor, part_out: Tensor, part_ls
     for tensor in (out, lse, rows, part_out, part_lse):
         if not tensor.is_contiguous():
             raise ValueError("merge_rows needs contiguous tensors")
-    if triton := launch.kernels(out.device):
+    if triton := backend.kernels(out.device):
         rows = index_on(out.device, rows, len(out), f"rows must lie in [0, {len(out)})")
         triton.merge_rows(out, lse, rows, part_out, part_lse)
         return

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hpc_distkv.attention import flashinfer, launch, native, reference
+from hpc_distkv.attention import flashinfer, reference
 from hpc_distkv.attention.call import Call
+from hpc_distkv.attention.cpu import native
 from hpc_distkv.attention.layout import inner_contiguous
 from hpc_distkv.attention.paged import PagedBatch
 from hpc_distkv.attention.spec import AttentionSpec
+from hpc_distkv.attention.triton import backend
 
 STREAM_LINES = {torch.float32: 12, torch.bfloat16: 48, torch.float16: 12}
 """Up to this many lines (queries of a row x query heads per KV head) a row takes the streaming
@@ -55,7 +57,7 @@ def micro_attention(
     lse = _output(lse, q.shape[:2], q.device, "lse")
     flash = flashinfer.kernels(q.device) if spec.backend == flashinfer.BACKEND else None
     layout = flash.layout(q, k_cache, batch, spec, causal=causal) if flash else None
-    triton = launch.kernels(q.device)
+    triton = backend.kernels(q.device)
     call = Call(q, k_cache, v_cache, batch, spec, causal, out, lse)
     if flash and layout:
         flash.micro_attention(call, layout)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from hpc_distkv.batch.rows import Row
-from hpc_distkv.control.work import kv_tokens
+from hpc_distkv.batch.input.rows import Row
+from hpc_distkv.control.rows.work import kv_tokens
 
 
 class Pool(NamedTuple):

@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 
-from hpc_distkv.batch.rows import Row
-from hpc_distkv.batch.unfinished import Answer, Begun, begun_digest
-from hpc_distkv.control.requests import Request, Result
+from hpc_distkv.batch.input.rows import Row
+from hpc_distkv.batch.results.unfinished import Answer, Begun, begun_digest
+from hpc_distkv.control.messages.requests import Request, Result
 from hpc_distkv.model.detokenizer import CONTEXT
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpc_distkv.control.requests import Sampling
-from hpc_distkv.engine.draws import Ids, Weights, draw_keys, race
-from hpc_distkv.engine.sampler import token_weights
+from hpc_distkv.control.messages.requests import Sampling
+from hpc_distkv.step.draws import Ids, Weights, draw_keys, race
+from hpc_distkv.step.sampler import token_weights
 
 CASES = {
     "temperature 1": {"temperature": 1.0},

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from hpc_distkv.bench.runs import BenchLeader
-from hpc_distkv.control.requests import Request
-from hpc_distkv.engine.rank import RankEngine
+from hpc_distkv.control.messages.requests import Request
+from hpc_distkv.ranks.rank import RankEngine
 
 WAITS = (
     *("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize"),

@@ -9,12 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 from hpc_distkv.bench.runs import BenchLeader, alternate, lead, ratios, run_once, synthetic, warm_up
-from hpc_distkv.comm.local import open_local
+from hpc_distkv.comm.local.threads import open_local
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.control.requests import Request
-from hpc_distkv.engine.options import EngineOptions
-from hpc_distkv.engine.rank import RankEngine, joined
+from hpc_distkv.control.messages.requests import Request
 from hpc_distkv.model.decoder import Decoder
+from hpc_distkv.ranks.rank import RankEngine, joined
+from hpc_distkv.start.options import EngineOptions
 
 
 def remote_against_local(

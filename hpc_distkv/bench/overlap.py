@@ -14,10 +14,10 @@ import torch
 from hpc_distkv.bench.gpu import profiler_of_gpu
 from hpc_distkv.bench.runs import run_once, synthetic
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.engine.options import EngineOptions
-from hpc_distkv.engine.rank import joined
-from hpc_distkv.engine.recorder import Kind, Recorder
 from hpc_distkv.model.decoder import Decoder
+from hpc_distkv.ranks.rank import joined
+from hpc_distkv.start.options import EngineOptions
+from hpc_distkv.step.recorder import Kind, Recorder
 
 EXCHANGE = "exchange"
 """What an exchange is called among the profiler's events."""

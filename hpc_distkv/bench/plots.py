@@ -13,7 +13,7 @@ from itertools import cycle, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpc_distkv.engine.config import OptionError
+from hpc_distkv.errors import OptionError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

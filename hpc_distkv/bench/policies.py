@@ -14,16 +14,16 @@ from hpc_distkv.bench.prediction import most_rate, predicted_rate
 from hpc_distkv.bench.runs import BenchLeader, lead, ratios, run_led, warm_up
 from hpc_distkv.comm.together import together
 from hpc_distkv.comm.transport import Comm
+from hpc_distkv.control.messages.requests import Request
 from hpc_distkv.control.policy import POLICIES
-from hpc_distkv.control.requests import Request
-from hpc_distkv.control.work import kv_tokens
-from hpc_distkv.engine.config import OptionError
-from hpc_distkv.engine.loading import load_model, unite
-from hpc_distkv.engine.options import EngineOptions
-from hpc_distkv.engine.rank import RankEngine
+from hpc_distkv.control.rows.work import kv_tokens
+from hpc_distkv.errors import OptionError
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
+from hpc_distkv.ranks.rank import RankEngine
 from hpc_distkv.simulate.workload import Row
+from hpc_distkv.start.loading import load_model, unite
+from hpc_distkv.start.options import EngineOptions
 
 RATE = "output_tokens_per_second"
 LEND = POLICIES["lend"]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from statistics import mean
 
 from hpc_distkv.control.policy import POLICIES, Policy
-from hpc_distkv.engine.config import EngineConfig
+from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.simulate.cluster import Cluster, DeviceSpec, Measured
 from hpc_distkv.simulate.deployment import Deployment
@@ -28,7 +28,7 @@ def predicted_rate(
     rows: Sequence[Row],
 ) -> float:
     """Output tokens per second that the simulator predicts for `rows` on `ranks` ranks of one
-    node. `speeds`: what ranks measured (`engine.pace.Speed`); their means count."""
+    node. `speeds`: what ranks measured (`decide.pace.Speed`); their means count."""
     policy = POLICIES[policy] if isinstance(policy, str) else policy
     deployment = Deployment(
         Cluster(1, ranks, DeviceSpec("rank", 1e12, 0.0), measured=_measured(model, speeds)),

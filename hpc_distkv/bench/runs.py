@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from hpc_distkv.control.requests import Request, Result, Sampling, pack_tokens
-from hpc_distkv.engine.pace import Speed
-from hpc_distkv.engine.rank import RankEngine
-from hpc_distkv.engine.recorder import Recorder
-from hpc_distkv.engine.worker import Leader
-from hpc_distkv.observe.metrics import peak_memory
-from hpc_distkv.observe.run import RunRecord
+from hpc_distkv.control.messages.requests import Request, Result, Sampling, pack_tokens
+from hpc_distkv.decide.pace import Speed
+from hpc_distkv.observe.summary.metrics import peak_memory
+from hpc_distkv.observe.summary.run import RunRecord
+from hpc_distkv.ranks.rank import RankEngine
+from hpc_distkv.ranks.worker import Leader
+from hpc_distkv.step.recorder import Recorder
 
 
 class BenchLeader(Leader):

@@ -8,10 +8,10 @@ from typing import Any
 
 from hpc_distkv.bench.runs import run_once, warm_up
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.control.requests import Request
-from hpc_distkv.engine.options import EngineOptions
-from hpc_distkv.engine.rank import joined
+from hpc_distkv.control.messages.requests import Request
 from hpc_distkv.model.decoder import Decoder
+from hpc_distkv.ranks.rank import joined
+from hpc_distkv.start.options import EngineOptions
 
 
 def engine_throughput(

@@ -15,8 +15,8 @@ from hpc_distkv.cli.options import POSITIVE
 
 if TYPE_CHECKING:
     from hpc_distkv.comm.transport import Comm
-    from hpc_distkv.engine.options import EngineOptions
     from hpc_distkv.model.decoder import Decoder
+    from hpc_distkv.start.options import EngineOptions
 
 
 @click.group("bench")
@@ -84,7 +84,7 @@ def gpu(**options: Any) -> None:
         from hpc_distkv.bench.gpu import profile_steps
         from hpc_distkv.bench.runs import run_once
         from hpc_distkv.comm.together import SetupError
-        from hpc_distkv.engine.rank import joined
+        from hpc_distkv.ranks.rank import joined
 
         if comm.world.size > 1:
             raise SetupError("this benchmark profiles one rank: run without mpirun")

@@ -13,9 +13,9 @@ from hpc_distkv.cli.traces import load_trace, trace_options
 
 if TYPE_CHECKING:
     from hpc_distkv.comm.transport import Comm
-    from hpc_distkv.control.requests import Request
-    from hpc_distkv.engine.options import EngineOptions
+    from hpc_distkv.control.messages.requests import Request
     from hpc_distkv.model.decoder import Decoder
+    from hpc_distkv.start.options import EngineOptions
 
 
 @click.command()
@@ -39,7 +39,7 @@ def policies(**options: Any) -> None:
         from hpc_distkv.bench.plots import plot_folder
         from hpc_distkv.bench.policies import check_fit, compare, draw, engines_of
         from hpc_distkv.comm.together import SetupError, together
-        from hpc_distkv.observe.metrics import write_json
+        from hpc_distkv.observe.summary.metrics import write_json
 
         if comm.world.tp > 1:
             raise SetupError("give tensor-parallel in --against: --tensor-parallel-size must be 1")

@@ -41,7 +41,7 @@ def host(
     there."""
     from msgspec.structs import replace
 
-    from hpc_distkv.bench.host import VOCABULARY, host_figures
+    from hpc_distkv.bench.host_overhead import VOCABULARY, host_figures
     from hpc_distkv.bench.runs import synthetic
 
     figures = []
@@ -158,7 +158,7 @@ def _simulated(
 ) -> dict[str, Any]:
     """Figures that need no ranks, also written to the folder `output`. Raises UserError."""
     from hpc_distkv.bench.plots import plot_folder
-    from hpc_distkv.observe.metrics import write_json
+    from hpc_distkv.observe.summary.metrics import write_json
 
     folder = plot_folder(output) if output else None
     figures = measure()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from hpc_distkv.cli.options import Number
-from hpc_distkv.comm.launch import LaunchError, first_rank, leave_together
+from hpc_distkv.comm.mpi.launch import LaunchError, first_rank, leave_together
 from hpc_distkv.observe.environment import (
     Facts,
     counted,
@@ -25,7 +25,7 @@ from hpc_distkv.observe.environment import (
 from hpc_distkv.printable import printable
 
 if TYPE_CHECKING:
-    from hpc_distkv.comm.probe import LinkCosts
+    from hpc_distkv.comm.collective.probe import LinkCosts
     from hpc_distkv.comm.transport import Comm
 
 QUERY_BYTES, BLOCK_BYTES = 4 << 10, 4 << 20
@@ -51,7 +51,7 @@ def command(stall_timeout: float) -> None:
     """
     own = facts()
     try:
-        from hpc_distkv.comm.mpi import open_mpi
+        from hpc_distkv.comm.mpi.start import open_mpi
 
         comm = open_mpi(stall_timeout)
     except (LaunchError, ImportError) as error:
@@ -65,7 +65,7 @@ def command(stall_timeout: float) -> None:
 
 def _not_started() -> str:
     """The library that would start if the launcher were another one."""
-    from hpc_distkv.comm.mpi_library import load_library
+    from hpc_distkv.comm.mpi.library import load_library
 
     try:
         return f": {load_library().name}"
@@ -78,9 +78,9 @@ def _in_world(comm: Comm, own: Facts) -> None:
 
     from hpc_distkv.comm.abort import aborting
     from hpc_distkv.comm.binding import bind
+    from hpc_distkv.comm.collective.probe import probe
     from hpc_distkv.comm.device import DeviceError
-    from hpc_distkv.comm.mpi_library import load_library
-    from hpc_distkv.comm.probe import probe
+    from hpc_distkv.comm.mpi.library import load_library
 
     with aborting(comm):
         own.versions["MPI"] = load_library().name
@@ -120,8 +120,8 @@ def _report(
 
 
 def _way(comm: Comm) -> str:
-    from hpc_distkv.comm.meeting_transport import MeetingTransport
-    from hpc_distkv.comm.staged import StagedTransport
+    from hpc_distkv.comm.gpu.meeting_transport import MeetingTransport
+    from hpc_distkv.comm.gpu.staged import StagedTransport
 
     if isinstance(comm.transport, MeetingTransport):
         return "from GPU to GPU, by NCCL"

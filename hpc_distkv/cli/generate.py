@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hpc_distkv.batch.schema import SEEDS
+from hpc_distkv.batch.input.schema import SEEDS
 from hpc_distkv.cli.options import POSITIVE, Number, engine_options, read_shard
-from hpc_distkv.engine.interrupt import GRACE, TERM_GRACE, Interrupt
 from hpc_distkv.errors import FaultError
 from hpc_distkv.exit_status import STOPPED_STATUS
+from hpc_distkv.ranks.interrupt import GRACE, TERM_GRACE, Interrupt
 
 if TYPE_CHECKING:
-    from hpc_distkv.batch.files import Claims, Files
+    from hpc_distkv.batch.results.files import Claims, Files
     from hpc_distkv.comm.transport import Comm
 
 ENDS = {
@@ -143,9 +143,9 @@ def _run(
     from hpc_distkv.api import Engine
     from hpc_distkv.cli import announce
     from hpc_distkv.cli.job import say, set_options
-    from hpc_distkv.observe.earlier import write_anew
-    from hpc_distkv.observe.metrics import write_json
-    from hpc_distkv.observe.progress import ProgressReport
+    from hpc_distkv.observe.live.progress import ProgressReport
+    from hpc_distkv.observe.summary.earlier import write_anew
+    from hpc_distkv.observe.summary.metrics import write_json
     from hpc_distkv.units import stamped
 
     say(comm, announce.header(comm.world, files))
@@ -183,7 +183,7 @@ def _status(figures: dict[str, Any]) -> int:
 
 
 def _files(options: dict[str, Any], paths: dict[str, Path | None]) -> Files:
-    from hpc_distkv.batch.files import Files
+    from hpc_distkv.batch.results.files import Files
 
     return Files(
         Path(options["source"]),
@@ -204,8 +204,8 @@ def _files(options: dict[str, Any], paths: dict[str, Path | None]) -> Files:
 def _claim(files: Files, seeing: dict[str, Path | None], model: str) -> Claims:
     """Look at the files before the model is loaded, and claim those to be written. Raises
     InputError, JournalError and OptionError."""
-    from hpc_distkv.batch.replace import check_replaceable, real_path
-    from hpc_distkv.engine.config import OptionError
+    from hpc_distkv.batch.results.replace import check_replaceable, real_path
+    from hpc_distkv.errors import OptionError
 
     taken = set()
     for name, path in seeing.items():

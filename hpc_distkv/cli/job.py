@@ -11,13 +11,13 @@ from typing import Any, NoReturn
 import click
 
 from hpc_distkv.comm.abort import aborting, last_words
-from hpc_distkv.comm.mpi import open_mpi
+from hpc_distkv.comm.mpi.start import open_mpi
 from hpc_distkv.comm.together import SetupError, together
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.engine.interrupt import ignore_signals
-from hpc_distkv.engine.options import EngineOptions
 from hpc_distkv.errors import ExplainedError
 from hpc_distkv.printable import LAYOUT, printable
+from hpc_distkv.ranks.interrupt import ignore_signals
+from hpc_distkv.start.options import EngineOptions
 from hpc_distkv.units import stamped
 
 FAREWELL = 1.0

@@ -8,10 +8,10 @@ import signal
 import sys
 
 from hpc_distkv.cli.streams import LOG_PATIENCE, close_streams, open_streams, shown
-from hpc_distkv.comm.launch import first_rank, leave_together
-from hpc_distkv.engine.interrupt import SIGNALS, ignore_signals
+from hpc_distkv.comm.mpi.launch import first_rank, leave_together
 from hpc_distkv.exit_status import INTERRUPTED_STATUS
 from hpc_distkv.printable import LAYOUT, PrintableFormatter, printable
+from hpc_distkv.ranks.interrupt import SIGNALS, ignore_signals
 from hpc_distkv.units import CLOCK
 
 LOG_LINE = "%(asctime)s  %(levelname)s %(name)s: %(message)s"

@@ -12,9 +12,9 @@ from hpc_distkv.cli.options import POSITIVE, F, added, engine_options
 
 if TYPE_CHECKING:
     from hpc_distkv.comm.transport import Comm
-    from hpc_distkv.control.requests import Request
-    from hpc_distkv.engine.options import EngineOptions
+    from hpc_distkv.control.messages.requests import Request
     from hpc_distkv.model.decoder import Decoder
+    from hpc_distkv.start.options import EngineOptions
 
 Measure = Callable[["Comm", "Decoder", "EngineOptions"], dict[str, Any]]
 MODEL = click.option("--model", required=True, help="Model directory.")
@@ -54,8 +54,8 @@ def measured(options: dict[str, Any], measure: Measure) -> None:
 
     def work(comm: Comm) -> int:
         from hpc_distkv.comm.together import together
-        from hpc_distkv.engine.loading import open_model
         from hpc_distkv.model.config import ModelConfig
+        from hpc_distkv.start.loading import open_model
 
         settings, path = set_options(comm, options), options["model"]
         config = together(comm, lambda: ModelConfig.from_dir(path, settings.dummy))

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 import click
 
-from hpc_distkv.batch.shard import Shard
-from hpc_distkv.batch.side_files import has_side_name
-from hpc_distkv.engine.options import CHOICES, MOST_THREADS, EngineOptions
+from hpc_distkv.batch.input.shard import Shard
+from hpc_distkv.batch.results.side_files import has_side_name
+from hpc_distkv.start.options import CHOICES, MOST_THREADS, EngineOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 

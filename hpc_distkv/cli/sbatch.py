@@ -17,13 +17,13 @@ from click.core import ParameterSource
 
 from hpc_distkv.cli.generate import command as generate
 from hpc_distkv.cli.options import POSITIVE
-from hpc_distkv.comm.launch import LaunchError
-from hpc_distkv.engine.options import EngineOptions
+from hpc_distkv.comm.mpi.launch import LaunchError
 from hpc_distkv.slurm.memory import memory_needed
 from hpc_distkv.slurm.options import MEMORY, PASSED_ON, WITHOUT_VALUE, instead
 from hpc_distkv.slurm.script import KINDS, MARGIN, JobScript
 from hpc_distkv.slurm.submission import check, log_file, send
 from hpc_distkv.slurm.time_limit import seconds
+from hpc_distkv.start.options import EngineOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -270,7 +270,7 @@ def _gpus_of(given: dict[str, Any]) -> dict[str, Any]:
 def _interface(container: bool, ours: bool) -> str:
     """srun's --mpi for the MPI library that is installed here. Warns where the job may have another
     one, as in a container, or if its environment is not `ours`."""
-    from hpc_distkv.comm.mpi_library import load_library
+    from hpc_distkv.comm.mpi.library import load_library
 
     interface = JobScript.mpi
     try:

@@ -17,7 +17,7 @@ from hpc_distkv.cli.options import (
     PREFIX_CACHING,
 )
 from hpc_distkv.cli.traces import load_trace, trace_options
-from hpc_distkv.engine.options import CHOICES
+from hpc_distkv.start.options import CHOICES
 
 if TYPE_CHECKING:
     from hpc_distkv.control.policy import Policy
@@ -76,8 +76,8 @@ def command(**options: Any) -> None:
     steps, exchanges and moves are computed, from the cluster's speeds. All rows are there at the
     start.
     """
-    from hpc_distkv.engine.config import OptionError
-    from hpc_distkv.observe.metrics import write_json
+    from hpc_distkv.errors import OptionError
+    from hpc_distkv.observe.summary.metrics import write_json
     from hpc_distkv.printable import LAYOUT, printable
     from hpc_distkv.simulate.simulation import Simulation
 
@@ -95,7 +95,7 @@ def command(**options: Any) -> None:
 
 
 def _deployment(options: dict[str, Any]) -> Deployment:
-    from hpc_distkv.engine.config import EngineConfig
+    from hpc_distkv.decide.config import EngineConfig
     from hpc_distkv.simulate.cluster import Cluster
     from hpc_distkv.simulate.deployment import Deployment, usable_tp
     from hpc_distkv.simulate.models import ModelShape

@@ -9,21 +9,21 @@ from typing import Any
 
 import click
 
-from hpc_distkv.batch.answered import Answered
 from hpc_distkv.batch.errors import RowError
 from hpc_distkv.batch.footprint import Footprint, Pool
-from hpc_distkv.batch.intake import Intake
-from hpc_distkv.batch.rows import Row, parse_row
+from hpc_distkv.batch.input.intake import Intake
+from hpc_distkv.batch.input.rows import Row, parse_row
+from hpc_distkv.batch.results.answered import Answered
 from hpc_distkv.batch.service import Limits, SamplingDefaults, Service
 from hpc_distkv.batch.sizing import Measured, Shape, Sizing, Speed
 from hpc_distkv.cli.options import POSITIVE, Number, Size
-from hpc_distkv.control.percentiles import percentiles
-from hpc_distkv.engine.budget import wanted_bytes
-from hpc_distkv.engine.needs import dtype_of, rank_memory
-from hpc_distkv.engine.options import CHOICES, EngineOptions
+from hpc_distkv.control.messages.percentiles import percentiles
 from hpc_distkv.model.config import ModelConfig
-from hpc_distkv.observe.run_files import read_run
+from hpc_distkv.observe.summary.run_files import read_run
 from hpc_distkv.printable import printable
+from hpc_distkv.start.budget import wanted_bytes
+from hpc_distkv.start.needs import dtype_of, rank_memory
+from hpc_distkv.start.options import CHOICES, EngineOptions
 
 SPEED = Number(min=0, min_open=True)
 EXAMPLES = 3

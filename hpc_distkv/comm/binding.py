@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from hpc_distkv.comm import cuda, nccl
 from hpc_distkv.comm.device import DeviceError, Sight, fault, own_index
-from hpc_distkv.comm.meeting_transport import MeetingTransport
-from hpc_distkv.comm.staged import StagedTransport
+from hpc_distkv.comm.gpu import cuda, nccl
+from hpc_distkv.comm.gpu.meeting_transport import MeetingTransport
+from hpc_distkv.comm.gpu.staged import StagedTransport
 from hpc_distkv.comm.transport import Comm
 
 log = logging.getLogger(__name__)

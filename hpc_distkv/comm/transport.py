@@ -1,8 +1,9 @@
 """The three ways ranks talk, as interfaces: tensors, mail, control rounds.
 
 Each has an MPI implementation (`comm.mpi`) and one in a single process (`comm.local`). Tensors of
-GPUs travel over NCCL, by appointment (`comm.meetings`), or by way of the host (`comm.staged`).
-All of them post first and wait later, so that a step can compute while bytes travel.
+GPUs travel over NCCL, by appointment (`comm.gpu.meetings`), or by way of the host
+(`comm.gpu.staged`). All of them post first and wait later, so that a step can compute while bytes
+travel.
 
 Order is the whole protocol. The n-th tensor that rank a sends to rank b on a channel meets the
 n-th receive that b posts from a on that channel, and messages of mail arrive in the order in which

@@ -8,21 +8,21 @@ from collections.abc import Container, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_distkv.control.affinity import Affinity
-from hpc_distkv.control.answer import Answer, Answers
-from hpc_distkv.control.assign import Assignment
-from hpc_distkv.control.borrow import ANYWHERE, CANDIDATES, Grant, Need, greedy_borrow
-from hpc_distkv.control.counters import Counters
-from hpc_distkv.control.dgfm import plan_recalls
-from hpc_distkv.control.large import LargeRows
-from hpc_distkv.control.ledger import DebtLedger
-from hpc_distkv.control.links import Links
-from hpc_distkv.control.planner import Planner
+from hpc_distkv.control.lending.borrow import ANYWHERE, CANDIDATES, Grant, Need, greedy_borrow
+from hpc_distkv.control.lending.dgfm import plan_recalls
+from hpc_distkv.control.lending.ledger import DebtLedger
+from hpc_distkv.control.lending.links import Links
+from hpc_distkv.control.lending.planner import Planner
+from hpc_distkv.control.lending.reach import ExchangeSeconds, Reach
+from hpc_distkv.control.lending.victims import Victims
+from hpc_distkv.control.messages.answer import Answer, Answers
+from hpc_distkv.control.messages.counters import Counters
+from hpc_distkv.control.messages.requests import Request, Result
+from hpc_distkv.control.messages.wire import Reports
 from hpc_distkv.control.policy import POLICIES, Policy
-from hpc_distkv.control.reach import ExchangeSeconds, Reach
-from hpc_distkv.control.requests import Request, Result
-from hpc_distkv.control.victims import Victims
-from hpc_distkv.control.wire import Reports
+from hpc_distkv.control.rows.affinity import Affinity
+from hpc_distkv.control.rows.assign import Assignment
+from hpc_distkv.control.rows.large import LargeRows
 
 PLAN_EVERY = 5
 """Rounds between two plans: what the last one moved has to show in the reports."""

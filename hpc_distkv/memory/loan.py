@@ -36,7 +36,8 @@ class Split(NamedTuple):
 
 
 class News(NamedTuple):
-    """What a header tells a creditor of what it hosts or has set aside; see `control.letters`."""
+    """What a header (`control.messages.loans`) tells a creditor of what it hosts or has set
+    aside."""
 
     released: Sequence[int] = ()
     returned: int = 0

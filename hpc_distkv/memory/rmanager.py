@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from hpc_distkv.memory.host import HostSpace
+from hpc_distkv.memory.host_space import HostSpace
 from hpc_distkv.memory.integrity import check_host, check_loans, check_prefixes, check_slots
 from hpc_distkv.memory.lender import Lender
 from hpc_distkv.memory.loan import (

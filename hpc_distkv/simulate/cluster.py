@@ -7,12 +7,12 @@ from typing import Annotated
 
 import msgspec
 
-from hpc_distkv.engine.config import OptionError
+from hpc_distkv.errors import OptionError
 from hpc_distkv.simulate.models import ModelShape
 from hpc_distkv.simulate.toml import read_toml
 
 NODE, SWITCH, ELSEWHERE = 0, 1, 2
-"""Levels of distance, the classes of `control.links`: same node, same switch, farther."""
+"""Levels of distance, the classes of `control.lending.links`: same node, same switch, farther."""
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Positive = Annotated[float, msgspec.Meta(gt=0, le=1e30)]

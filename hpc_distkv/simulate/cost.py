@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from hpc_distkv.engine.config import OptionError
+from hpc_distkv.errors import OptionError
 from hpc_distkv.simulate.cluster import ELSEWHERE, NODE, SWITCH, Cluster, Link, Links
 from hpc_distkv.simulate.models import ModelShape
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from hpc_distkv.control.links import Links
+from hpc_distkv.control.lending.links import Links
 from hpc_distkv.control.policy import POLICIES
-from hpc_distkv.control.work import kv_tokens
-from hpc_distkv.engine.config import EngineConfig, OptionError
+from hpc_distkv.control.rows.work import kv_tokens
+from hpc_distkv.decide.config import EngineConfig
+from hpc_distkv.errors import OptionError
 from hpc_distkv.simulate.cluster import Cluster
 from hpc_distkv.simulate.cost import CostModel
-from hpc_distkv.simulate.host import staged_from
+from hpc_distkv.simulate.host_memory import staged_from
 from hpc_distkv.simulate.models import ModelShape
 from hpc_distkv.simulate.workload import Row
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from hpc_distkv.engine.instance import Instance
-from hpc_distkv.engine.plan import Plan
+from hpc_distkv.decide.instance import Instance
+from hpc_distkv.decide.plan import Plan
 from hpc_distkv.memory.loan import Move
 
 MOST_SERVING = 0.9

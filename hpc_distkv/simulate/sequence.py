@@ -6,9 +6,9 @@ import struct
 from collections.abc import Iterable
 from itertools import takewhile
 
-from hpc_distkv.control.requests import Request, Sampling
-from hpc_distkv.control.work import kv_tokens
-from hpc_distkv.engine.sequence import Sequence
+from hpc_distkv.control.messages.requests import Request, Sampling
+from hpc_distkv.control.rows.work import kv_tokens
+from hpc_distkv.decide.sequence import Sequence
 from hpc_distkv.simulate.workload import Row
 
 _PROMPT = struct.Struct("<IIiI")

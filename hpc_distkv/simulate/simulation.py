@@ -10,14 +10,14 @@ from typing import Any
 
 import msgspec
 
-from hpc_distkv.control.answer import Answer
 from hpc_distkv.control.gmanager import GManager
-from hpc_distkv.control.wire import encode_report
-from hpc_distkv.engine.instance import Instance
-from hpc_distkv.engine.plan import NOTHING
+from hpc_distkv.control.messages.answer import Answer
+from hpc_distkv.control.messages.wire import encode_report
+from hpc_distkv.decide.instance import Instance
+from hpc_distkv.decide.plan import NOTHING
 from hpc_distkv.simulate.deployment import Deployment
 from hpc_distkv.simulate.member import Member
-from hpc_distkv.simulate.report import Record
+from hpc_distkv.simulate.record import Record
 from hpc_distkv.simulate.sequence import SizedRequest, SizedSequence
 from hpc_distkv.simulate.step import Steps
 from hpc_distkv.simulate.workload import Row
@@ -43,7 +43,7 @@ class Rounds:
 
 
 class Simulation:
-    """Owner of the virtual clock. It is to all instances what `engine.worker.Worker` is to one:
+    """Owner of the virtual clock. It is to all instances what `ranks.worker.Worker` is to one:
 
         round      once every instance has reported, the gManager answers all of them; the answers
                    arrive together a little later

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from operator import attrgetter
 
-from hpc_distkv.control.letters import Header
-from hpc_distkv.engine.guests import host_queries
-from hpc_distkv.engine.instance import Instance
-from hpc_distkv.engine.pace import StepSeconds, StepWork
-from hpc_distkv.engine.plan import Plan
+from hpc_distkv.control.messages.loans import Header
+from hpc_distkv.decide.guests import host_queries
+from hpc_distkv.decide.instance import Instance
+from hpc_distkv.decide.pace import StepSeconds, StepWork
+from hpc_distkv.decide.plan import Plan
 from hpc_distkv.memory.loan import HOST, Move
 from hpc_distkv.simulate.deployment import Deployment
-from hpc_distkv.simulate.host import HostCost, HostTime, Leg
+from hpc_distkv.simulate.host_memory import HostCost, HostTime, Leg
 from hpc_distkv.simulate.member import Load, Member, Visit
 from hpc_distkv.simulate.models import ModelShape
 

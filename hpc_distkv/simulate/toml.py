@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from hpc_distkv.engine.config import OptionError
+from hpc_distkv.errors import OptionError
 from hpc_distkv.regular import read_regular
 
 T = TypeVar("T")

@@ -38,9 +38,9 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from hpc_distkv.control.percentiles import percentiles
-from hpc_distkv.control.requests import Request, Sampling, pack_tokens
-from hpc_distkv.engine.config import OptionError
+from hpc_distkv.control.messages.percentiles import percentiles
+from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
+from hpc_distkv.errors import OptionError
 from hpc_distkv.simulate.toml import read_toml
 
 T = TypeVar("T")

@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from hpc_distkv.engine.budget import GIVEN_SHARE
-from hpc_distkv.engine.needs import rank_memory
-from hpc_distkv.engine.options import EngineOptions
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.errors import ModelError
 from hpc_distkv.regular import open_regular
 from hpc_distkv.slurm.script import JobScript
+from hpc_distkv.start.budget import GIVEN_SHARE
+from hpc_distkv.start.needs import rank_memory
+from hpc_distkv.start.options import EngineOptions
 
 SAMPLE = 1 << 20
 """Bytes of the input by which its rows are estimated."""

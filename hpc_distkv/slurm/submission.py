@@ -6,8 +6,8 @@ import os
 import subprocess
 from pathlib import Path
 
-from hpc_distkv.batch.intake import Intake
-from hpc_distkv.batch.replace import real_path
+from hpc_distkv.batch.input.intake import Intake
+from hpc_distkv.batch.results.replace import real_path
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.slurm.options import ScriptError
 from hpc_distkv.slurm.script import JobScript

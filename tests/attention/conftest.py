@@ -6,7 +6,7 @@ import platform
 
 import pytest
 
-from hpc_distkv.attention import native
+from hpc_distkv.attention.cpu import native
 
 NARROW = {"avx2": ["cc", "-mno-avx512f"], "sse": ["cc", "-mno-avx"]}
 

@@ -6,13 +6,14 @@ import sys
 
 import pytest
 
-from hpc_distkv.attention import native
+from hpc_distkv.attention.cpu import native
 
 # Prints whether kernels were loaded, and the first lse of one query with one key of score 2.
 PROGRAM = """
 import logging, torch
 logging.basicConfig()
-from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow, micro_attention, native
+from hpc_distkv.attention.cpu import native
+from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow, micro_attention
 one = torch.zeros(1, 1, 16); one[..., 0] = 2
 batch = PagedBatch.build([PagedRow(1, 0, [0], [0], 1)])
 cache = one[None].contiguous()

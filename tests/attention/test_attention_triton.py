@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpc_distkv.attention import launch
+from hpc_distkv.attention.triton import backend
 
 CASES = Path(__file__).with_name("triton_cases.py")
 
@@ -29,16 +29,16 @@ def test_triton_kernels_are_right_in_the_interpreter():
 
 def test_only_gpus_are_served_by_triton(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert launch.kernels(torch.device("cpu")) is None
+    assert backend.kernels(torch.device("cpu")) is None
 
 
 def test_without_triton_a_gpu_falls_back_to_torch_with_a_warning(monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "hpc_distkv.attention.triton_kernels", None)
-    launch._kernels.cache_clear()
+    monkeypatch.setitem(sys.modules, "hpc_distkv.attention.triton.kernels", None)
+    backend._kernels.cache_clear()
     with caplog.at_level(logging.WARNING):
-        assert launch.kernels(torch.device("cuda", 0)) is None
-        assert launch.kernels(torch.device("cuda", 0)) is None
-    launch._kernels.cache_clear()
+        assert backend.kernels(torch.device("cuda", 0)) is None
+        assert backend.kernels(torch.device("cuda", 0)) is None
+    backend._kernels.cache_clear()
     (record,) = caplog.records
     assert "install the triton that belongs to torch" in record.getMessage()
 
@@ -53,9 +53,9 @@ def test_without_a_compiler_a_gpu_falls_back_to_torch_with_a_warning(monkeypatch
             raise RuntimeError("Failed to find C compiler")
 
     monkeypatch.setattr(runtime, "driver", Driver())
-    launch._kernels.cache_clear()
+    backend._kernels.cache_clear()
     with caplog.at_level(logging.WARNING):
-        assert launch.kernels(torch.device("cuda", 0)) is None
-    launch._kernels.cache_clear()
+        assert backend.kernels(torch.device("cuda", 0)) is None
+    backend._kernels.cache_clear()
     (record,) = caplog.records
     assert "a C compiler and Python's headers (Failed to find C" in record.getMessage()

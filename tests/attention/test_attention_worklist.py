@@ -8,8 +8,8 @@ from attention_oracle import Case, cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_distkv.attention import tuning
-from hpc_distkv.attention.worklist import KeyIndex
+from hpc_distkv.attention.triton import tuning
+from hpc_distkv.attention.triton.worklist import KeyIndex
 
 H100 = tuning.Processors(132, 232_448)
 LLAMA = tuning.Shape(group=4, kv_heads=8, dim=128, itemsize=2)

@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hpc_distkv.attention import PagedRow, flashinfer, micro_attention
-from hpc_distkv.comm.local import open_local
-from hpc_distkv.engine import capacity
-from hpc_distkv.engine.config import OptionError
-from hpc_distkv.engine.loading import bind
-from hpc_distkv.engine.options import EngineOptions
+from hpc_distkv.comm.local.threads import open_local
+from hpc_distkv.errors import OptionError
+from hpc_distkv.start import capacity
+from hpc_distkv.start.loading import bind
+from hpc_distkv.start.options import EngineOptions
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_distkv.attention.kernel_cache import KernelCache, UnsafeError, user_cache
+from hpc_distkv.attention.cpu.kernel_cache import KernelCache, UnsafeError, user_cache
 
 KEY, LIBRARY = "0123abcd", b"code"
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="gives files away")

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import pytest
 
-from hpc_distkv.attention import launch, tuning
+from hpc_distkv.attention.triton import backend, tuning
 
 triton = pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(launch.interpreted(), reason="needs the compiler")
+pytestmark = pytest.mark.skipif(backend.interpreted(), reason="needs the compiler")
 
 H100 = tuning.Processors(132, 232_448)
 INTS = ("items", "blocks", "offsets", "first_token", "merges", "rows")
@@ -20,7 +20,7 @@ def compiled(name: str, dtype: str, constants: dict, warps: int = 4, stages: int
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from hpc_distkv.attention import triton_kernels
+    from hpc_distkv.attention.triton import kernels as triton_kernels
 
     function = getattr(triton_kernels, name)
     scalars = {"scale": "fp32", "softcap": "fp32", "window": "i32"}

@@ -14,15 +14,15 @@ from hpc_distkv.attention import (
     AttentionSpec,
     PagedBatch,
     PagedRow,
-    launch,
     launch_plan,
     merge_rows,
     rotate_and_write,
     tuning,
 )
 from hpc_distkv.attention import micro_attention as attention
+from hpc_distkv.attention.triton import backend
 
-DEVICE = torch.device("cpu" if launch.interpreted() else "cuda")
+DEVICE = torch.device("cpu" if backend.interpreted() else "cuda")
 ROUNDED = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Weights are rounded to the type of V before they are multiplied; log-sum-exps are not."""
 
@@ -277,7 +277,7 @@ def test_a_roomy_plan_serves_every_batch_of_its_form():
         torch.randn(shape, generator=generator).to(DEVICE)
         for shape in ((4, 4, 32), (40, 2, 16, 32), (40, 2, 16, 32))
     )
-    kernels, spec = launch.kernels(DEVICE), AttentionSpec(scale=0.2)
+    kernels, spec = backend.kernels(DEVICE), AttentionSpec(scale=0.2)
     batches = [decodes([200, 130, 70, 1], 1), decodes([140, 150, 90, 0], 2)]
     plans = [kernels.plan(q, k_cache, batch, spec, causal=True) for batch in batches]
     assert plans[0].form == plans[1].form

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from batch_fakes import answer, make_service, open_journal
 
-from hpc_distkv.batch.intake import Intake
+from hpc_distkv.batch.input.intake import Intake
+from hpc_distkv.batch.input.shard import Shard
 from hpc_distkv.batch.job import Job, job_fingerprint
-from hpc_distkv.batch.journal import Journal
-from hpc_distkv.batch.shard import Shard
+from hpc_distkv.batch.results.journal import Journal
 
 
 def run_part(

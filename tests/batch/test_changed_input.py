@@ -16,16 +16,16 @@ from batch_fakes import answer, chat, completion, make_service, read_lines, writ
 from click.testing import CliRunner
 from openai.types.chat import ChatCompletion
 
-from hpc_distkv.batch import schema
-from hpc_distkv.batch.compact import CompactSet
-from hpc_distkv.batch.digests import request_digest
-from hpc_distkv.batch.files import Files
-from hpc_distkv.batch.intake import Intake
+from hpc_distkv.batch.input import schema
+from hpc_distkv.batch.input.digests import request_digest
+from hpc_distkv.batch.input.intake import Intake
+from hpc_distkv.batch.input.order import InputOrder
+from hpc_distkv.batch.input.schema import read_envelope
+from hpc_distkv.batch.input.shard import Shard
 from hpc_distkv.batch.job import Job, job_fingerprint
-from hpc_distkv.batch.order import InputOrder
-from hpc_distkv.batch.schema import read_envelope
-from hpc_distkv.batch.shard import Shard
-from hpc_distkv.batch.status import read_status
+from hpc_distkv.batch.results.compact import CompactSet
+from hpc_distkv.batch.results.files import Files
+from hpc_distkv.batch.results.status import read_status
 from hpc_distkv.cli.group import group
 
 

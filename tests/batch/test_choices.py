@@ -24,11 +24,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_rows import parse
 
-from hpc_distkv.batch.choice import read_choice
+from hpc_distkv.batch.answers.choice import read_choice
 from hpc_distkv.batch.errors import RowError
-from hpc_distkv.batch.intake import Intake
+from hpc_distkv.batch.input.intake import Intake
 from hpc_distkv.batch.job import Job
-from hpc_distkv.control.requests import NOT_FINITE, Result, pack_tokens
+from hpc_distkv.control.messages.requests import NOT_FINITE, Result, pack_tokens
 from hpc_distkv.model.detokenizer import DecodingDetokenizer, Detokenizer
 
 

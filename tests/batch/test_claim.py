@@ -11,10 +11,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from hpc_distkv.batch import claim as claim_module
-from hpc_distkv.batch.claim import Claim, Owner, read_claim
 from hpc_distkv.batch.errors import JournalError
-from hpc_distkv.batch.side_files import claim_path
+from hpc_distkv.batch.results import claim as claim_module
+from hpc_distkv.batch.results.claim import Claim, Owner, read_claim
+from hpc_distkv.batch.results.side_files import claim_path
 
 ELSEWHERE = "another machine"
 
@@ -51,7 +51,8 @@ def test_a_claim_is_of_the_file_whatever_it_is_called_by(tmp_path: Path) -> None
 
 def test_a_killed_run_on_this_machine_is_void_at_once(tmp_path: Path) -> None:
     script = (
-        "import os, sys; from pathlib import Path; from hpc_distkv.batch.claim import Claim;"
+        "import os, sys; from pathlib import Path;"
+        "from hpc_distkv.batch.results.claim import Claim;"
         "Claim.take(Path(sys.argv[1])); os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], check=False)

@@ -13,11 +13,11 @@ from batch_fakes import chat, completion, make_service, run_job, summaries, writ
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from hpc_distkv.batch import unsupported
 from hpc_distkv.batch.errors import RowError
-from hpc_distkv.batch.not_jsonl import problem_of
-from hpc_distkv.batch.rows import parse_row, which_choice
-from hpc_distkv.batch.schema import ChatBody, CompletionBody, read_envelope
+from hpc_distkv.batch.input import unsupported
+from hpc_distkv.batch.input.not_jsonl import problem_of
+from hpc_distkv.batch.input.rows import parse_row, which_choice
+from hpc_distkv.batch.input.schema import ChatBody, CompletionBody, read_envelope
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

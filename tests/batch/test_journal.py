@@ -17,13 +17,13 @@ from unittest import mock
 import pytest
 from batch_fakes import open_journal
 
-from hpc_distkv.batch import opening
+from hpc_distkv.batch.answers.response import error_line
 from hpc_distkv.batch.errors import JournalError, RowError
-from hpc_distkv.batch.merge import merge
-from hpc_distkv.batch.order import InputOrder
-from hpc_distkv.batch.response import error_line
-from hpc_distkv.batch.side_files import claim_path
-from hpc_distkv.batch.status import read_status
+from hpc_distkv.batch.input.order import InputOrder
+from hpc_distkv.batch.results import opening
+from hpc_distkv.batch.results.merge import merge
+from hpc_distkv.batch.results.side_files import claim_path
+from hpc_distkv.batch.results.status import read_status
 
 JOB = {"model": "f00d", "defaults": {"temperature": 1.0, "top_k": 0}}
 ERROR = RowError("no")
@@ -253,7 +253,8 @@ def test_places_that_cannot_hold_results(tmp_path: Path) -> None:
 
 def test_results_are_not_mixed_with_what_the_program_says(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from hpc_distkv.batch.opening import check_place;"
+        "import sys; from pathlib import Path;"
+        "from hpc_distkv.batch.results.opening import check_place;"
         "check_place(Path('/dev/stdout'), None)"
     )
     with (tmp_path / "words").open("wb") as words:

@@ -20,14 +20,14 @@ from batch_fakes import (
 )
 from click.testing import CliRunner
 
-from hpc_distkv.batch.claim import Claim
 from hpc_distkv.batch.errors import JournalError
-from hpc_distkv.batch.intake import Intake
+from hpc_distkv.batch.input.intake import Intake
+from hpc_distkv.batch.input.shard import Shard
 from hpc_distkv.batch.job import Job, job_fingerprint
-from hpc_distkv.batch.journal import Journal
-from hpc_distkv.batch.opening import Opening, Reuse
-from hpc_distkv.batch.shard import Shard
-from hpc_distkv.batch.status import read_status
+from hpc_distkv.batch.results.claim import Claim
+from hpc_distkv.batch.results.journal import Journal
+from hpc_distkv.batch.results.opening import Opening, Reuse
+from hpc_distkv.batch.results.status import read_status
 from hpc_distkv.cli.group import group
 
 

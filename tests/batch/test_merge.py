@@ -11,9 +11,9 @@ from batch_fakes import MIXED, MIXED_ROWS, completion, read_lines, write_lines
 from click.testing import CliRunner
 from shard_runs import run_part, run_shards
 
-from hpc_distkv.batch.merge import merge
-from hpc_distkv.batch.shard import Shard
-from hpc_distkv.batch.side_files import unfinished_path
+from hpc_distkv.batch.input.shard import Shard
+from hpc_distkv.batch.results.merge import merge
+from hpc_distkv.batch.results.side_files import unfinished_path
 from hpc_distkv.cli.group import group
 
 

@@ -15,7 +15,7 @@ import pytest
 from batch_fakes import completion, run_job
 
 from hpc_distkv.batch.errors import InputError
-from hpc_distkv.batch.intake import Intake
+from hpc_distkv.batch.input.intake import Intake
 
 ROWS = [completion(f"{i}", "x" * 30) for i in range(4)]
 LINES = [json.dumps(row) for row in ROWS]

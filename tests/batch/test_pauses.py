@@ -11,7 +11,7 @@ from batch_fakes import completion, make_service, open_journal, run_job, write_l
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_distkv.batch.intake import Intake
+from hpc_distkv.batch.input.intake import Intake
 from hpc_distkv.batch.job import Job, job_fingerprint
 from hpc_distkv.batch.pauses import with_pauses
 

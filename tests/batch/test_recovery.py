@@ -25,9 +25,9 @@ from batch_fakes import (
 )
 
 from hpc_distkv.batch.errors import JournalError, RowError
-from hpc_distkv.batch.intake import Intake
+from hpc_distkv.batch.input.intake import Intake
+from hpc_distkv.batch.input.rows import which_choice
 from hpc_distkv.batch.job import Job
-from hpc_distkv.batch.rows import which_choice
 
 
 def test_resume_after_a_cut_at_any_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from hpc_distkv.batch.answered import read_answered
 from hpc_distkv.batch.errors import InputError
-from hpc_distkv.batch.intake import Intake
-from hpc_distkv.engine.config import OptionError
-from hpc_distkv.observe.run_files import RunFileError, read_run
+from hpc_distkv.batch.input.intake import Intake
+from hpc_distkv.batch.results.answered import read_answered
+from hpc_distkv.errors import OptionError
+from hpc_distkv.observe.summary.run_files import RunFileError, read_run
 from hpc_distkv.regular import open_regular, read_regular
 from hpc_distkv.simulate.workload import Workload
 

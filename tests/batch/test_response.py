@@ -13,15 +13,15 @@ from batch_fakes import ByteTokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_distkv.batch.answered import read_answered, read_line
-from hpc_distkv.batch.choice import Choice
+from hpc_distkv.batch.answers.choice import Choice
+from hpc_distkv.batch.answers.lines import json_line
+from hpc_distkv.batch.answers.logprobs import chat_logprobs, completion_logprobs
+from hpc_distkv.batch.answers.response import answer_line, error_line
 from hpc_distkv.batch.errors import RowError
-from hpc_distkv.batch.lines import json_line
-from hpc_distkv.batch.logprobs import chat_logprobs, completion_logprobs
-from hpc_distkv.batch.response import answer_line, error_line
-from hpc_distkv.batch.schema import CHAT, COMPLETION, Endpoint
-from hpc_distkv.batch.unfinished import Begun
-from hpc_distkv.control.logprobs import TokenLogprobs, pack_logprobs, unpack_logprobs
+from hpc_distkv.batch.input.schema import CHAT, COMPLETION, Endpoint
+from hpc_distkv.batch.results.answered import read_answered, read_line
+from hpc_distkv.batch.results.unfinished import Begun
+from hpc_distkv.control.messages.token_logprobs import TokenLogprobs, pack_logprobs, unpack_logprobs
 
 ONE = (Choice("line\nbreak", "length", None, 2),)
 

@@ -10,8 +10,8 @@ import pytest
 from batch_fakes import EOS, chat, completion, make_service
 from test_rows import parse, refused, with_body
 
-from hpc_distkv.batch.rows import derive_seed, which_choice
-from hpc_distkv.control.requests import LogitRules, Sampling
+from hpc_distkv.batch.input.rows import derive_seed, which_choice
+from hpc_distkv.control.messages.requests import LogitRules, Sampling
 
 
 def sampling(service: Any = None, **fields: Any) -> Sampling:

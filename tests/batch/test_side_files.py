@@ -11,20 +11,20 @@ from typing import Any
 import pytest
 from batch_fakes import completion, make_service, run_job, write_lines
 
-from hpc_distkv.batch import claim as claim_module
-from hpc_distkv.batch.claim import Claim, read_claim
 from hpc_distkv.batch.errors import JournalError
-from hpc_distkv.batch.files import Files
-from hpc_distkv.batch.intake import Intake
+from hpc_distkv.batch.input.intake import Intake
+from hpc_distkv.batch.input.order import InputOrder
 from hpc_distkv.batch.job import Job
-from hpc_distkv.batch.line_index import LineIndex
-from hpc_distkv.batch.meta import read_meta
-from hpc_distkv.batch.order import InputOrder
-from hpc_distkv.batch.replace import replace_file, replacing
-from hpc_distkv.batch.rewrite import order_lines
-from hpc_distkv.batch.side_files import is_side_file, side_files, temporary_path
-from hpc_distkv.batch.status import read_status
-from hpc_distkv.batch.unfinished import check_unfinished, read_unfinished
+from hpc_distkv.batch.results import claim as claim_module
+from hpc_distkv.batch.results.claim import Claim, read_claim
+from hpc_distkv.batch.results.files import Files
+from hpc_distkv.batch.results.line_index import LineIndex
+from hpc_distkv.batch.results.meta import read_meta
+from hpc_distkv.batch.results.replace import replace_file, replacing
+from hpc_distkv.batch.results.rewrite import order_lines
+from hpc_distkv.batch.results.side_files import is_side_file, side_files, temporary_path
+from hpc_distkv.batch.results.status import read_status
+from hpc_distkv.batch.results.unfinished import check_unfinished, read_unfinished
 
 LASTING = [".meta.json", ".claim", ".unfinished.jsonl"]
 SUFFIXES = LASTING + [lasting + ".hpc-distkv-0123456789abcdef.tmp" for lasting in ("", *LASTING)]

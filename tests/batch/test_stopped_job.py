@@ -19,10 +19,16 @@ from batch_fakes import (
 )
 
 from hpc_distkv.batch.errors import JournalError
-from hpc_distkv.batch.intake import Intake
+from hpc_distkv.batch.input.intake import Intake
 from hpc_distkv.batch.job import Job
-from hpc_distkv.batch.side_files import unfinished_path
-from hpc_distkv.control.requests import Request, Result, Unfinished, pack_tokens, unpack_tokens
+from hpc_distkv.batch.results.side_files import unfinished_path
+from hpc_distkv.control.messages.requests import (
+    Request,
+    Result,
+    Unfinished,
+    pack_tokens,
+    unpack_tokens,
+)
 
 
 def open_job(folder: Path, **settings: int) -> Job:

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from hpc_distkv.bench.plots import POLICY_COLOURS, bars, colours_of, lines, plot_folder, spread
-from hpc_distkv.engine.config import OptionError
+from hpc_distkv.errors import OptionError
 
 RATIOS = {
     "long": {"lend": 1.8, "queue": 1.0, "isolated": 0.6},

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hpc_distkv.bench.prediction import most_rate, predicted_rate
 from hpc_distkv.control.policy import POLICIES
-from hpc_distkv.engine.config import EngineConfig
+from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.family import FAMILIES
 from hpc_distkv.simulate.workload import Row

@@ -6,7 +6,7 @@ from __future__ import annotations
 import resource
 
 from hpc_distkv.batch import job
-from hpc_distkv.batch.files import Claims, Files
+from hpc_distkv.batch.results.files import Claims, Files
 from hpc_distkv.cli.main import main
 
 MOST = 20_000

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hpc_distkv.batch.files import Files
-from hpc_distkv.batch.shard import Shard
+from hpc_distkv.batch.input.shard import Shard
+from hpc_distkv.batch.results.files import Files
 from hpc_distkv.cli.announce import header, summary
 from hpc_distkv.comm.world import World
 

@@ -23,7 +23,7 @@ from batch_job import (
 from mpirun import mpirun
 from safetensors.torch import load_file, save_file
 
-from hpc_distkv.batch.claim import Claim
+from hpc_distkv.batch.results.claim import Claim
 
 LAUNCHED = [0, pytest.param(2, marks=pytest.mark.skipif(mpirun() is None, reason="needs mpirun"))]
 FOLDER = Path(__file__).parent

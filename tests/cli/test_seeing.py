@@ -14,7 +14,7 @@ from mpirun import mpirun
 from prometheus_client.parser import text_string_to_metric_families
 from trace_format import check_schema
 
-from hpc_distkv.engine.timesheet import FIELDS
+from hpc_distkv.step.timesheet import FIELDS
 
 pytestmark = pytest.mark.skipif(mpirun() is None, reason="needs mpirun")
 

@@ -14,12 +14,12 @@ from click.testing import CliRunner, Result
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from hpc_distkv.cli.group import group
-from hpc_distkv.control.counters import Counters
-from hpc_distkv.engine.needs import rank_memory
-from hpc_distkv.engine.options import EngineOptions
+from hpc_distkv.control.messages.counters import Counters
 from hpc_distkv.model import tokenizer as hpc_tokenizer
 from hpc_distkv.model.config import ModelConfig
-from hpc_distkv.observe.run import RunRecord
+from hpc_distkv.observe.summary.run import RunRecord
+from hpc_distkv.start.needs import rank_memory
+from hpc_distkv.start.options import EngineOptions
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

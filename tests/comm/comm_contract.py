@@ -241,7 +241,7 @@ CONTRACT = (
 
 def main() -> None:
     from hpc_distkv.comm.abort import aborting
-    from hpc_distkv.comm.mpi import open_mpi
+    from hpc_distkv.comm.mpi.start import open_mpi
 
     with aborting(open_mpi(stall_timeout=20.0)) as comm:
         assert comm.world.local_size == comm.world.size == int(sys.argv[1])

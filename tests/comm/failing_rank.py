@@ -10,7 +10,7 @@ import torch
 from letters import take
 
 from hpc_distkv.comm import abort, stall
-from hpc_distkv.comm.mpi import open_mpi
+from hpc_distkv.comm.mpi.start import open_mpi
 from hpc_distkv.comm.transport import Comm
 
 

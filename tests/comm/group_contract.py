@@ -10,8 +10,8 @@ import sys
 
 import torch
 
-from hpc_distkv.comm.broadcast import LaneBroadcast
-from hpc_distkv.comm.group import DIRECT_BYTES, Group
+from hpc_distkv.comm.collective.broadcast import LaneBroadcast
+from hpc_distkv.comm.collective.group import DIRECT_BYTES, Group
 from hpc_distkv.comm.transport import Comm
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,7 +67,7 @@ CONTRACT = (
 
 def main() -> None:
     from hpc_distkv.comm.abort import aborting
-    from hpc_distkv.comm.mpi import open_mpi
+    from hpc_distkv.comm.mpi.start import open_mpi
 
     with aborting(open_mpi(stall_timeout=20.0, tp=int(sys.argv[1]))) as comm:
         for promise in CONTRACT:

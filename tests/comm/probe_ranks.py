@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 from hpc_distkv.comm.abort import aborting
-from hpc_distkv.comm.mpi import open_mpi
-from hpc_distkv.comm.probe import probe
+from hpc_distkv.comm.collective.probe import probe
+from hpc_distkv.comm.mpi.start import open_mpi
 
 
 def main() -> None:

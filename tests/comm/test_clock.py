@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from hpc_distkv.comm.clock import ROUND_TRIPS, measure_clock
-from hpc_distkv.comm.local import leftovers, open_local, run_local
-from hpc_distkv.comm.schedule import SeededSchedule
+from hpc_distkv.comm.collective.clock import ROUND_TRIPS, measure_clock
+from hpc_distkv.comm.local.schedule import SeededSchedule
+from hpc_distkv.comm.local.threads import leftovers, open_local, run_local
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 5])

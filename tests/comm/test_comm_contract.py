@@ -8,8 +8,8 @@ import pytest
 from comm_contract import CONTRACT
 from mpirun import clean_environment, mpirun, run_mpi
 
-from hpc_distkv.comm.local import leftovers, open_local, run_local
-from hpc_distkv.comm.schedule import SeededSchedule
+from hpc_distkv.comm.local.schedule import SeededSchedule
+from hpc_distkv.comm.local.threads import leftovers, open_local, run_local
 
 SCRIPT = str(Path(__file__).with_name("comm_contract.py"))
 

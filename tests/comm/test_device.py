@@ -6,7 +6,7 @@ import pytest
 
 from hpc_distkv.comm.binding import _by_nccl, bind
 from hpc_distkv.comm.device import DeviceError, Sight, fault, own_index
-from hpc_distkv.comm.local import open_local, run_local
+from hpc_distkv.comm.local.threads import open_local, run_local
 from hpc_distkv.comm.world import World
 
 TWO_NODES = World(0, (0, 0, 1, 1), hosts=("a", "a", "b", "b"))
@@ -54,7 +54,7 @@ def test_two_ranks_with_one_device_are_refused_unless_they_may_share():
 
 def test_all_ranks_hear_that_one_lacks_a_device(monkeypatch):
     sights = iter([Sight(1, "u0"), BLIND])
-    monkeypatch.setattr("hpc_distkv.comm.cuda.look", lambda wanted, local_rank: next(sights))
+    monkeypatch.setattr("hpc_distkv.comm.gpu.cuda.look", lambda wanted, local_rank: next(sights))
     heard = []
 
     def body(comm):
@@ -77,7 +77,7 @@ def test_a_world_without_devices_stays_on_the_host():
 
 def test_some_rank_without_nccl_sends_all_by_way_of_the_host_or_is_named(monkeypatch, caplog):
     found = [(22809, ""), (0, "CuPy is missing")]
-    monkeypatch.setattr("hpc_distkv.comm.nccl.usable", lambda: found[chosen.pop()])
+    monkeypatch.setattr("hpc_distkv.comm.gpu.nccl.usable", lambda: found[chosen.pop()])
 
     def way(comm, transport, sights=ALL_SEE[:2]):
         try:

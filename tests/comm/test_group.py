@@ -8,9 +8,9 @@ from group_contract import CONTRACT
 from mpirun import mpirun, run_mpi
 from recorded_fabric import connect
 
-from hpc_distkv.comm.group import Group
-from hpc_distkv.comm.local import leftovers, open_local, run_local
-from hpc_distkv.comm.schedule import SeededSchedule
+from hpc_distkv.comm.collective.group import Group
+from hpc_distkv.comm.local.schedule import SeededSchedule
+from hpc_distkv.comm.local.threads import leftovers, open_local, run_local
 from hpc_distkv.comm.transport import Comm
 
 SCRIPT = str(Path(__file__).with_name("group_contract.py"))

@@ -6,8 +6,8 @@ import sys
 import pytest
 from mpirun import clean_environment, is_open_mpi
 
-from hpc_distkv.comm.launch import LaunchError, check_launch, prepare_launch, ranks_asked_for
-from hpc_distkv.comm.mpi_library import MpiLibrary
+from hpc_distkv.comm.mpi.launch import LaunchError, check_launch, prepare_launch, ranks_asked_for
+from hpc_distkv.comm.mpi.library import MpiLibrary
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_mpi_starts_in_a_shell_that_a_pmix_launcher_started():
     if is_open_mpi():
         pytest.skip("Open MPI looks for the PMIx server")
     ran = run_python(
-        "from hpc_distkv.comm.mpi import open_mpi; comm = open_mpi(1.0); print(comm.world.size)",
+        "from hpc_distkv.comm.mpi.start import open_mpi; print(open_mpi(1.0).world.size)",
         **{**LONE_STEP, "PMIX_NAMESPACE": "slurm.pmix.1.0", "PMIX_RANK": "0", "PMIX_VERSION": "4"},
     )
     assert (ran.returncode, ran.stdout) == (0, "1\n"), ran.stderr
@@ -126,7 +126,7 @@ def test_each_library_has_its_interface_of_srun(library, interface):
 
 def test_the_library_is_known_without_starting_it():
     ran = run_python(
-        "from hpc_distkv.comm.mpi_library import load_library\n"
+        "from hpc_distkv.comm.mpi.library import load_library\n"
         "library = load_library()\n"
         "from mpi4py import MPI\n"
         "print(library.vendor, library.srun_interface, MPI.Is_initialized())"
@@ -148,7 +148,7 @@ def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 def test_opening_refuses_a_silent_singleton():
     ran = run_python(
-        "from hpc_distkv.comm.mpi import open_mpi; open_mpi(1.0)",
+        "from hpc_distkv.comm.mpi.start import open_mpi; open_mpi(1.0)",
         SLURM_STEP_ID="0",
         SLURM_STEP_NUM_TASKS="2",
     )
@@ -159,7 +159,7 @@ def test_opening_refuses_a_silent_singleton():
 
 def test_no_mpi_library_is_explained():
     ran = run_python(
-        "from hpc_distkv.comm.mpi import open_mpi; open_mpi(1.0)",
+        "from hpc_distkv.comm.mpi.start import open_mpi; open_mpi(1.0)",
         MPI4PY_LIBMPI="/nowhere/libmpi.so",
     )
     assert ran.returncode != 0
@@ -169,11 +169,12 @@ def test_no_mpi_library_is_explained():
 
 def test_import_does_not_start_mpi():
     ran = run_python(
-        "import sys, hpc_distkv.comm.mpi, hpc_distkv.comm.abort\nprint('mpi4py.MPI' in sys.modules)"
+        "import sys, hpc_distkv.comm.mpi.start, hpc_distkv.comm.abort\n"
+        "print('mpi4py.MPI' in sys.modules)"
     )
     assert ran.stdout == "False\n", ran.stderr
 
 
 def test_world_of_the_wrong_size_is_explained():
-    ran = run_python("from hpc_distkv.comm.mpi import open_mpi; open_mpi(1.0, tp=2)")
+    ran = run_python("from hpc_distkv.comm.mpi.start import open_mpi; open_mpi(1.0, tp=2)")
     assert "1 ranks cannot be cut into instances of 2" in ran.stderr

@@ -10,9 +10,9 @@ import torch
 from recorded_fabric import connect
 from test_meetings import LAYERS, answers
 
-from hpc_distkv.comm.group import Group
-from hpc_distkv.comm.local import leftovers, open_local, run_local
-from hpc_distkv.comm.schedule import SeededSchedule
+from hpc_distkv.comm.collective.group import Group
+from hpc_distkv.comm.local.schedule import SeededSchedule
+from hpc_distkv.comm.local.threads import leftovers, open_local, run_local
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.comm.waiter import StallError
 

@@ -10,8 +10,8 @@ import torch
 from recorded_fabric import connect
 from test_staged import PROMISES
 
-from hpc_distkv.comm.local import leftovers, open_local, run_local
-from hpc_distkv.comm.schedule import SeededSchedule
+from hpc_distkv.comm.local.schedule import SeededSchedule
+from hpc_distkv.comm.local.threads import leftovers, open_local, run_local
 from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR, Comm
 from hpc_distkv.comm.waiter import StallError
 

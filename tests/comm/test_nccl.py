@@ -18,10 +18,10 @@ from test_group import in_steps
 from test_meeting_transport import LOANS, step_of_instance
 from test_staged import PROMISES
 
-from hpc_distkv.comm.fabric import Message
-from hpc_distkv.comm.local import leftovers, open_local, run_local
-from hpc_distkv.comm.meeting_transport import MeetingTransport
-from hpc_distkv.comm.nccl import Nccl, NcclError, refusal, usable
+from hpc_distkv.comm.gpu.fabric import Message
+from hpc_distkv.comm.gpu.meeting_transport import MeetingTransport
+from hpc_distkv.comm.gpu.nccl import Nccl, NcclError, refusal, usable
+from hpc_distkv.comm.local.threads import leftovers, open_local, run_local
 from hpc_distkv.comm.transport import Comm
 
 LONG = 20.0
@@ -116,7 +116,7 @@ def library(monkeypatch) -> Library:
     package = SimpleNamespace(__version__="14.2.0", cuda=SimpleNamespace(nccl=found))
     monkeypatch.setitem(sys.modules, "cupy", package)
     monkeypatch.setitem(sys.modules, "cupy.cuda", package.cuda)
-    monkeypatch.setattr("hpc_distkv.comm.nccl.passed", lambda stream=None: Passed())
+    monkeypatch.setattr("hpc_distkv.comm.gpu.nccl.passed", lambda stream=None: Passed())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
     monkeypatch.setattr(Nccl, "holds", lambda self, tensor: True)
     return found

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from mpirun import mpirun, run_mpi
 
-from hpc_distkv.comm import probe as module
-from hpc_distkv.comm.local import leftovers, open_local, run_local
-from hpc_distkv.comm.probe import LinkCosts, opponent, probe, turns
-from hpc_distkv.comm.schedule import SeededSchedule
+from hpc_distkv.comm.collective import probe as module
+from hpc_distkv.comm.collective.probe import LinkCosts, opponent, probe, turns
+from hpc_distkv.comm.local.schedule import SeededSchedule
+from hpc_distkv.comm.local.threads import leftovers, open_local, run_local
 from hpc_distkv.comm.transport import TO_CREDITOR, Pending, Transport
 from hpc_distkv.comm.waiter import StallError
 

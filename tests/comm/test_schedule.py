@@ -6,8 +6,8 @@ import pytest
 import torch
 from letters import take
 
-from hpc_distkv.comm.local import leftovers, open_local, run_local
-from hpc_distkv.comm.schedule import SeededSchedule
+from hpc_distkv.comm.local.schedule import SeededSchedule
+from hpc_distkv.comm.local.threads import leftovers, open_local, run_local
 from hpc_distkv.comm.waiter import StallError
 
 SEEDS = range(30)

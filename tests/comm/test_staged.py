@@ -13,8 +13,8 @@ from comm_contract import (
 )
 from deferred_copies import stage
 
-from hpc_distkv.comm.local import leftovers, open_local, run_local
-from hpc_distkv.comm.schedule import SeededSchedule
+from hpc_distkv.comm.local.schedule import SeededSchedule
+from hpc_distkv.comm.local.threads import leftovers, open_local, run_local
 
 PROMISES = (
     exchanges_arrive_in_order,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hpc_distkv.comm.local import open_local
+from hpc_distkv.comm.local.threads import open_local
 from hpc_distkv.comm.stall import MOST_TOLD, Complaint, verdict
 
 

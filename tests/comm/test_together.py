@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from hpc_distkv.comm.local import open_local, run_local
+from hpc_distkv.comm.local.threads import open_local, run_local
 from hpc_distkv.comm.together import RankError, SetupError, concluded, together
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.model.errors import ModelError

@@ -6,7 +6,7 @@ import itertools
 
 from hypothesis import strategies as st
 
-from hpc_distkv.control.ledger import DebtLedger
+from hpc_distkv.control.lending.ledger import DebtLedger
 
 Debts = dict[tuple[int, int], int]
 """(debtor, creditor) → rBlocks."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hpc_distkv.control.report import Report
-from hpc_distkv.control.wire import Reports, encode_report
+from hpc_distkv.control.messages.report import Report
+from hpc_distkv.control.messages.wire import Reports, encode_report
 
 
 def report(number: int = 0, **fields: object) -> Report:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from hypothesis import strategies as st
 
-from hpc_distkv.control.links import Links
-from hpc_distkv.control.planner import Planner
+from hpc_distkv.control.lending.links import Links
+from hpc_distkv.control.lending.planner import Planner
 
 SIZE = 4
 """Tokens of an rBlock."""

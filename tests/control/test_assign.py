@@ -11,10 +11,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hpc_distkv.control import assign, row_queue
-from hpc_distkv.control.assign import Assignment
-from hpc_distkv.control.requests import Request, Result, Sampling, pack_tokens
-from hpc_distkv.control.row_queue import LOOK_AHEAD, READ_AT_ONCE
+from hpc_distkv.control.messages.requests import Request, Result, Sampling, pack_tokens
+from hpc_distkv.control.rows import assign, row_queue
+from hpc_distkv.control.rows.assign import Assignment
+from hpc_distkv.control.rows.row_queue import LOOK_AHEAD, READ_AT_ONCE
 
 PLENTY = 10**6
 INSTANCES = 4

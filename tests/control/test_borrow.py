@@ -7,9 +7,9 @@ from debt_graphs import MOST, Debts, graphs, ledger_of, reaches
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_distkv.control.borrow import CANDIDATES, Grant, Need, greedy_borrow
-from hpc_distkv.control.ledger import DebtLedger
-from hpc_distkv.control.links import Links
+from hpc_distkv.control.lending.borrow import CANDIDATES, Grant, Need, greedy_borrow
+from hpc_distkv.control.lending.ledger import DebtLedger
+from hpc_distkv.control.lending.links import Links
 
 needs_of_debtors = st.dictionaries(
     st.integers(0, MOST - 1), st.tuples(st.integers(0, 99), st.integers(1, 20))

@@ -9,8 +9,8 @@ from debt_graphs import MOST, Debts, graphs, has_circle, ledger_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_distkv.control.dgfm import Recall, RecallPlan, plan_recalls
-from hpc_distkv.control.links import Links
+from hpc_distkv.control.lending.dgfm import Recall, RecallPlan, plan_recalls
+from hpc_distkv.control.lending.links import Links
 
 UNLIMITED = 10**9
 NEAR = Links([0] * MOST)

@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_reports import report
 
-from hpc_distkv.control.answer import Answer
-from hpc_distkv.control.counters import Counters
 from hpc_distkv.control.gmanager import PLAN_EVERY, RECALL_STEPS
+from hpc_distkv.control.messages.answer import Answer
+from hpc_distkv.control.messages.counters import Counters
+from hpc_distkv.control.messages.report import Changes
+from hpc_distkv.control.messages.requests import Result, pack_tokens, unpack_tokens
+from hpc_distkv.control.messages.wire import ReportError, encode_report
 from hpc_distkv.control.policy import POLICIES, Policy
-from hpc_distkv.control.report import Changes
-from hpc_distkv.control.requests import Result, pack_tokens, unpack_tokens
-from hpc_distkv.control.wire import ReportError, encode_report
 
 # -- rows ---------------------------------------------------------------------------------------
 

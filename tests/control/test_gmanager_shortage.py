@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_reports import report
 
+from hpc_distkv.control.lending.victims import PATIENCE
+from hpc_distkv.control.messages.report import Changes, Report
+from hpc_distkv.control.messages.requests import NOBODY
 from hpc_distkv.control.policy import POLICIES, Policy
-from hpc_distkv.control.report import Changes, Report
-from hpc_distkv.control.requests import NOBODY
-from hpc_distkv.control.victims import PATIENCE
 
 # -- loans --------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from debt_graphs import MOST, Debts, graphs, ledger_of, reaches
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_distkv.control.ledger import DebtLedger
+from hpc_distkv.control.lending.ledger import DebtLedger
 
 instances = st.integers(0, MOST - 1)
 grants = st.tuples(instances, instances, st.integers(1, 9)).filter(lambda g: g[0] != g[1])

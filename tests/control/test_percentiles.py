@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hpc_distkv.control.percentiles import percentiles
+from hpc_distkv.control.messages.percentiles import percentiles
 
 
 def nearest_rank(values: Sequence[float], percent: int) -> float:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from made_reports import read, report
 from planner_oracle import EQUAL, SIZE, Pair, clusters, instance, planner, uneven
 
-from hpc_distkv.control.ledger import DebtLedger
-from hpc_distkv.control.planner import CONSIDERED, LEAST_GAIN, Transfer
+from hpc_distkv.control.lending.ledger import DebtLedger
+from hpc_distkv.control.lending.planner import CONSIDERED, LEAST_GAIN, Transfer
 
 
 @given(clusters, st.booleans(), st.sampled_from((0.0, 0.002)), st.sampled_from((0.0, 5.0)))

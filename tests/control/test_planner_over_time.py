@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from made_reports import read, report
 from planner_oracle import EQUAL, SIZE, planner, uneven
 
-from hpc_distkv.control.ledger import DebtLedger
-from hpc_distkv.control.planner import KEPT_PLANS
-from hpc_distkv.control.wire import Reports
+from hpc_distkv.control.lending.ledger import DebtLedger
+from hpc_distkv.control.lending.planner import KEPT_PLANS
+from hpc_distkv.control.messages.wire import Reports
 
 # -- over time --------------------------------------------------------------------------------
 

@@ -12,21 +12,21 @@ import torch
 
 from hpc_distkv.attention import AttentionSpec
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.control.answer import Answer
-from hpc_distkv.control.requests import Request, Sampling, pack_tokens
-from hpc_distkv.engine.config import EngineConfig
-from hpc_distkv.engine.creditor import Creditor
-from hpc_distkv.engine.debtor import Debtor
-from hpc_distkv.engine.events import Log
-from hpc_distkv.engine.instance import Instance
-from hpc_distkv.engine.letters import Letters
-from hpc_distkv.engine.parts import Parts
-from hpc_distkv.engine.plan import Plan, Row
-from hpc_distkv.engine.recorder import Recorder
-from hpc_distkv.engine.sequence import Sequence
-from hpc_distkv.engine.timesheet import TimeSheet
+from hpc_distkv.control.messages.answer import Answer
+from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
+from hpc_distkv.decide.config import EngineConfig
+from hpc_distkv.decide.instance import Instance
+from hpc_distkv.decide.plan import Plan, Row
+from hpc_distkv.decide.sequence import Sequence
 from hpc_distkv.memory.loan import Move
 from hpc_distkv.memory.pool import BlockPool
+from hpc_distkv.ranks.events import Log
+from hpc_distkv.ranks.mailbox import Letters
+from hpc_distkv.step.creditor import Creditor
+from hpc_distkv.step.debtor import Debtor
+from hpc_distkv.step.parts import Parts
+from hpc_distkv.step.recorder import Recorder
+from hpc_distkv.step.timesheet import TimeSheet
 
 BLOCK, LAYERS, HEAD_DIM = 4, 2, 16
 

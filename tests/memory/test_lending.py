@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from lending_nodes import BLOCK, Marks, Node
 
-from hpc_distkv.comm.local import leftovers, network_of, open_local
-from hpc_distkv.comm.schedule import SeededSchedule
-from hpc_distkv.control.answer import Answer
+from hpc_distkv.comm.local.schedule import SeededSchedule
+from hpc_distkv.comm.local.threads import leftovers, network_of, open_local
 from hpc_distkv.control.gmanager import GManager
-from hpc_distkv.control.links import Links
+from hpc_distkv.control.lending.links import Links
+from hpc_distkv.control.messages.answer import Answer
+from hpc_distkv.control.messages.report import Changes, Report
+from hpc_distkv.control.messages.requests import NOBODY
+from hpc_distkv.control.messages.wire import encode_report
 from hpc_distkv.control.policy import Policy
-from hpc_distkv.control.report import Changes, Report
-from hpc_distkv.control.requests import NOBODY
-from hpc_distkv.control.wire import encode_report
-from hpc_distkv.engine.config import EngineConfig
+from hpc_distkv.decide.config import EngineConfig
 
 choices = st.integers(0, 2**32).map(random.Random)
 """One number for all the choices of a rule: examples are long, and shrink by whole rules."""

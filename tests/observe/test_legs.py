@@ -13,15 +13,15 @@ from click.testing import CliRunner
 from test_report import write_run
 
 from hpc_distkv.cli.group import group
-from hpc_distkv.control.counters import Counters
-from hpc_distkv.control.percentiles import PERCENTILES
-from hpc_distkv.control.requests import Result, pack_tokens
-from hpc_distkv.observe.earlier import keep_earlier, numbered, read_about, write_anew
-from hpc_distkv.observe.legs import merged
-from hpc_distkv.observe.metrics import total, write_json
-from hpc_distkv.observe.report import page
-from hpc_distkv.observe.run import RunRecord
-from hpc_distkv.observe.run_files import RunFileError, read_run
+from hpc_distkv.control.messages.counters import Counters
+from hpc_distkv.control.messages.percentiles import PERCENTILES
+from hpc_distkv.control.messages.requests import Result, pack_tokens
+from hpc_distkv.observe.report.page import page
+from hpc_distkv.observe.summary.earlier import keep_earlier, numbered, read_about, write_anew
+from hpc_distkv.observe.summary.legs import merged
+from hpc_distkv.observe.summary.metrics import total, write_json
+from hpc_distkv.observe.summary.run import RunRecord
+from hpc_distkv.observe.summary.run_files import RunFileError, read_run
 
 
 def about(hour: int, output: str = "/out", **more: object) -> dict:

@@ -13,14 +13,14 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from seen_runs import snapshot
 
-from hpc_distkv.control.counters import Counters
-from hpc_distkv.control.requests import Result, pack_tokens
-from hpc_distkv.observe import progress
-from hpc_distkv.observe.latency import Latencies
-from hpc_distkv.observe.metrics import total, write_json
-from hpc_distkv.observe.prometheus import PrometheusFile
-from hpc_distkv.observe.run import RunRecord
-from hpc_distkv.observe.watch import Watch
+from hpc_distkv.control.messages.counters import Counters
+from hpc_distkv.control.messages.requests import Result, pack_tokens
+from hpc_distkv.observe.live import progress
+from hpc_distkv.observe.live.prometheus import PrometheusFile
+from hpc_distkv.observe.live.watch import Watch
+from hpc_distkv.observe.summary.latency import Latencies
+from hpc_distkv.observe.summary.metrics import total, write_json
+from hpc_distkv.observe.summary.run import RunRecord
 
 NOW = snapshot(
     0.0,

@@ -15,15 +15,15 @@ import pytest
 from seen_runs import snapshot, two_ranks
 
 from hpc_distkv.comm.world import World
-from hpc_distkv.control.counters import Counters
-from hpc_distkv.control.requests import Result, pack_tokens
-from hpc_distkv.observe.metrics import total, write_json
-from hpc_distkv.observe.report import page
-from hpc_distkv.observe.run import RunRecord
-from hpc_distkv.observe.run_files import RunFileError, read_run
-from hpc_distkv.observe.svg import clock, nice_ticks, time_step
-from hpc_distkv.observe.trace import DTYPE, RankSpans
-from hpc_distkv.observe.trace_file import write_trace
+from hpc_distkv.control.messages.counters import Counters
+from hpc_distkv.control.messages.requests import Result, pack_tokens
+from hpc_distkv.observe.report.page import page
+from hpc_distkv.observe.report.svg import clock, nice_ticks, time_step
+from hpc_distkv.observe.summary.metrics import total, write_json
+from hpc_distkv.observe.summary.run import RunRecord
+from hpc_distkv.observe.summary.run_files import RunFileError, read_run
+from hpc_distkv.observe.trace.spans import DTYPE, RankSpans
+from hpc_distkv.observe.trace.trace_file import write_trace
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 NAMES = ["</script><b>row", "row & more", "\u202erow\x1b[31m", *(f"row {n}" for n in range(30))]

@@ -11,14 +11,21 @@ import pytest
 from seen_runs import snapshot, two_ranks
 from trace_format import check_schema
 
-from hpc_distkv.comm.clock import ClockOffset
-from hpc_distkv.comm.local import open_local, run_local
+from hpc_distkv.comm.collective.clock import ClockOffset
+from hpc_distkv.comm.local.threads import open_local, run_local
 from hpc_distkv.comm.world import World
-from hpc_distkv.engine.recorder import Kind
-from hpc_distkv.observe import trace as module
-from hpc_distkv.observe.timeline import Timeline
-from hpc_distkv.observe.trace import FINE, FINE_EVERY, WINDOWS, Trace, begin_trace, gather_traces
-from hpc_distkv.observe.trace_file import write_trace
+from hpc_distkv.observe.summary.timeline import Timeline
+from hpc_distkv.observe.trace import spans as module
+from hpc_distkv.observe.trace.spans import (
+    FINE,
+    FINE_EVERY,
+    WINDOWS,
+    Trace,
+    begin_trace,
+    gather_traces,
+)
+from hpc_distkv.observe.trace.trace_file import write_trace
+from hpc_distkv.step.recorder import Kind
 
 HERE = ClockOffset(0.0, 0.0, 0.0)
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from hpc_distkv.comm.world import World
-from hpc_distkv.engine.interrupt import Interrupt
-from hpc_distkv.observe.story import Story
+from hpc_distkv.observe.live.story import Story
+from hpc_distkv.ranks.interrupt import Interrupt
 
 
 @pytest.fixture

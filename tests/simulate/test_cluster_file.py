@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_distkv.engine.config import OptionError
+from hpc_distkv.errors import OptionError
 from hpc_distkv.simulate.cluster import ELSEWHERE, NODE, SWITCH, Cluster
 from hpc_distkv.simulate.models import MODELS
 

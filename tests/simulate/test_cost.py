@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_distkv.engine.config import OptionError
+from hpc_distkv.errors import OptionError
 from hpc_distkv.simulate.cluster import (
     ELSEWHERE,
     NODE,

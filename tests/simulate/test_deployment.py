@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from hpc_distkv.control.policy import POLICIES
-from hpc_distkv.engine.config import EngineConfig, OptionError
+from hpc_distkv.decide.config import EngineConfig
+from hpc_distkv.errors import OptionError
 from hpc_distkv.simulate.cluster import ELSEWHERE, NODE, SWITCH, Cluster, DeviceSpec, Measured
 from hpc_distkv.simulate.deployment import Deployment, usable_tp
 from hpc_distkv.simulate.models import MODELS

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_distkv.engine.config import EngineConfig
+from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.simulate.cluster import Cluster, DeviceSpec, Measured
 from hpc_distkv.simulate.cost import CostModel, HostRates, Line
-from hpc_distkv.simulate.host import HostCost, HostTime, Leg, staged_from
+from hpc_distkv.simulate.host_memory import HostCost, HostTime, Leg, staged_from
 from hpc_distkv.simulate.models import MODELS
 
 A100 = Cluster.load(Path(__file__).parents[2] / "jobs" / "clusters" / "a100-4x8.toml")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_distkv.engine.config import OptionError
+from hpc_distkv.errors import OptionError
 from hpc_distkv.model.errors import ModelError
 from hpc_distkv.simulate.models import MODELS, ModelShape
 

@@ -13,9 +13,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from hpc_distkv.control.policy import POLICIES
-from hpc_distkv.engine.config import EngineConfig
-from hpc_distkv.engine.instance import Instance
-from hpc_distkv.engine.plan import Plan
+from hpc_distkv.decide.config import EngineConfig
+from hpc_distkv.decide.instance import Instance
+from hpc_distkv.decide.plan import Plan
 from hpc_distkv.simulate.cluster import Cluster, DeviceSpec, Measured
 from hpc_distkv.simulate.deployment import Deployment
 from hpc_distkv.simulate.member import Member, Visit

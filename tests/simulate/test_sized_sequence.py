@@ -6,8 +6,8 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_distkv.control.requests import Request, Sampling, pack_tokens, unpack_tokens
-from hpc_distkv.engine.sequence import Sequence
+from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens, unpack_tokens
+from hpc_distkv.decide.sequence import Sequence
 from hpc_distkv.simulate.sequence import SizedRequest, SizedSequence
 from hpc_distkv.simulate.workload import Row
 

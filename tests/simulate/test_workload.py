@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_distkv.control.requests import unpack_tokens
-from hpc_distkv.engine.config import OptionError
+from hpc_distkv.control.messages.requests import unpack_tokens
+from hpc_distkv.errors import OptionError
 from hpc_distkv.simulate.workload import Row, Workload
 
 TRACES = Path(__file__).parents[2] / "jobs" / "traces"

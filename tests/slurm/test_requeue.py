@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 from job_script import ANSWER, PROGRAMS, run_script, sbatch
 
-from hpc_distkv.batch.side_files import is_side_file
+from hpc_distkv.batch.results.side_files import is_side_file
 from hpc_distkv.cli.status import command as show_status
 from hpc_distkv.slurm.script import FRUITLESS
 

@@ -1,0 +1,1 @@
+"""MicroAttention on CPUs: kernels in C."""

@@ -1,0 +1,1 @@
+"""MicroAttention on GPUs: kernels in Triton."""

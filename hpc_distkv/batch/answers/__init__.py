@@ -1,0 +1,1 @@
+"""From an engine's result to a line of the results file."""

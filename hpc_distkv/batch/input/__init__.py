@@ -1,0 +1,1 @@
+"""From lines of a batch file to requests."""

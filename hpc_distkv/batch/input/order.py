@@ -1,0 +1,67 @@
+"""The order of an input, for results that are to stand in it."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpc_distkv.batch.input.schema import Envelope
+from hpc_distkv.batch.results.answered import Line
+
+GONE = np.iinfo(np.int64).max
+"""Place of a line whose row is not in the input any more."""
+Numbers = NDArray[np.int64]
+Flags = NDArray[np.int8]
+
+
+class InputOrder:
+    """Where each row of an input stands. Takes 16 bytes a row, of which the first 8 are a hash of
+    its name."""
+
+    def __init__(self, rows: Iterable[Envelope]) -> None:
+        keys, numbers = array("q"), array("q")
+        for row in rows:
+            digest = row.digest if row.custom_id is None else None
+            keys.append(_key(row.custom_id, digest, row.number))
+            numbers.append(row.number)
+        order = np.argsort(_view(keys), kind="stable")
+        self._keys, self._numbers = _view(keys)[order], _view(numbers)[order]
+
+    def places(self, lines: Iterable[Line]) -> Numbers:
+        """Numbers of the rows that are answered by the lines of a results file [lines]. Of those
+        that share a custom_id, or have none and are equal, the one that was answered comes first,
+        and the others as they stood when they were."""
+        keys, repeats, numbers, places = array("q"), array("b"), array("q"), array("q")
+        for line in lines:
+            keys.append(_key(line.custom_id, line.request_digest, line.number))
+            repeats.append(line.repeated)
+            numbers.append(line.number)
+            known = line.custom_id is not None or line.request_digest is not None
+            places.append(GONE if known else line.number)
+        flags = np.frombuffer(repeats, np.int8)
+        order = np.lexsort((_view(numbers), flags, _view(keys)))
+        sought, repeated = _view(keys)[order], flags[order]
+        index = self._keys.searchsorted(sought) + repeated + _ranks(sought, repeated)
+        found = index < self._keys.searchsorted(sought, "right")
+        _view(places)[order[found]] = self._numbers[index[found]]
+        return _view(places)
+
+
+def _key(custom_id: str | None, digest: str | None, number: int) -> int:
+    """Of a row or of its line: by its name, or by what `Answered` knows it by."""
+    return hash(custom_id) if custom_id is not None else hash((digest or number,))
+
+
+def _ranks(keys: Numbers, flags: Flags) -> Numbers:
+    """How many equal ones stand before each of the sorted rows [rows]."""
+    index = np.arange(len(keys))
+    new = np.zeros(len(keys), bool)
+    new[1:] = (keys[1:] != keys[:-1]) | (flags[1:] != flags[:-1])
+    return index - np.maximum.accumulate(np.where(new, index, 0))
+
+
+def _view(values: array[int]) -> Numbers:
+    return np.frombuffer(values, np.int64)

@@ -1,0 +1,171 @@
+"""The results file: appended to as rows finish, and enough to resume from after kill -9."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Collection, Mapping
+from typing import NoReturn
+
+from hpc_distkv.batch.errors import JournalError
+from hpc_distkv.batch.input.order import InputOrder
+from hpc_distkv.batch.results.answered import Answered
+from hpc_distkv.batch.results.claim import Claim
+from hpc_distkv.batch.results.replace import remove_file
+from hpc_distkv.batch.results.rewrite import order_lines
+from hpc_distkv.batch.results.side_files import unfinished_path
+from hpc_distkv.batch.results.unfinished import Answer, Begun, write_unfinished
+
+_BUFFER = 1 << 20
+"""Bytes kept in memory before they are written out of turn."""
+
+
+class Journal:
+    """Owner of the results file. Lines are safe from kill -9 once written, which `commit` does.
+
+    Beside the file lie (`side_files`)
+    `<output>.meta.json`, written before the first row: the fingerprint of the job. A rerun with
+    another fingerprint is refused, so one file never mixes two jobs;
+    `<output>.unfinished.jsonl`, after a run that was stopped early: what it had begun;
+    `<output>.claim`, during a run: see `Claim`.
+    """
+
+    def __init__(
+        self,
+        claim: Claim,
+        fd: int,
+        size: int,
+        answered: Answered,
+        unfinished: Mapping[Answer, Begun],
+    ) -> None:
+        self.path = claim.output
+        self.answered = answered
+        """What was in the file when it was opened."""
+        self.unfinished = unfinished
+        """What an earlier run has begun."""
+        self._claim = claim
+        self._fd: int | None = fd
+        self._buffer = bytearray()
+        self._written = size
+        self._synced = size
+
+    def append(self, line: bytes) -> None:
+        """Add one line, given without its newline. Raises JournalError when the disk refuses."""
+        assert self._fd is not None
+        assert b"\n" not in line
+        self._buffer += line
+        self._buffer += b"\n"
+        if len(self._buffer) >= _BUFFER:
+            self.write()
+
+    def write(self) -> None:
+        """Hand everything appended so far to the system, which outlives this process, but may lose
+        power. Raises JournalError."""
+        assert self._fd is not None
+        if not self._buffer:
+            return
+        try:
+            self._check_alone()
+            rest = memoryview(self._buffer)
+            while rest:
+                rest = rest[os.write(self._fd, rest) :]
+        except OSError as error:
+            self._fail(error, keep=self._written)
+        self._written += len(self._buffer)
+        self._buffer = bytearray()
+
+    def commit(self) -> None:
+        """Put everything appended so far on the disk (write and fsync). Raises JournalError."""
+        assert self._fd is not None
+        self.write()
+        if self._synced < self._written:
+            try:
+                os.fsync(self._fd)
+            except OSError as error:
+                self._fail(error, keep=self._synced)
+            self._synced = self._written
+
+    def set_aside(self, begun: Collection[Begun]) -> None:
+        """Keep what is begun for a rerun, instead of what was kept before. Raises JournalError."""
+        self._check_alone()
+        place = unfinished_path(self.path)
+        try:
+            if begun:
+                write_unfinished(place, begun)
+            else:
+                remove_file(place)
+        except OSError as error:
+            raise JournalError(
+                f"cannot keep what was begun in {place}: {error.strerror}. The results so far are "
+                "safe; a rerun computes the rows that were not finished from an earlier state."
+            ) from error
+
+    def close(self, order: InputOrder | None = None) -> None:
+        """Commit and close, and put the lines into an order if one is given; nothing to do after a
+        failure. Raises JournalError."""
+        if self._fd is None:
+            return
+        self.commit()
+        self._check_alone()
+        os.close(self._fd)
+        self._fd = None
+        try:
+            if order:
+                order_lines(self.path, order)
+        except OSError as error:
+            raise JournalError(
+                f"all rows are in {self.path}, but cannot be put in order: "
+                f"{error.strerror or error}."
+            ) from error
+        finally:
+            self._claim.release()
+
+    def release(self) -> None:
+        """Let other runs write, however this one ended."""
+        self._claim.release()
+
+    def _check_alone(self) -> None:
+        """Two runs on one file would answer rows twice, and what is written to a file that was
+        moved or removed would not be found. Raises JournalError."""
+        assert self._fd is not None
+        try:
+            self._check_place(self._fd)
+            self._claim.check()
+        except JournalError:
+            self._abandon()
+            raise
+
+    def _check_place(self, fd: int) -> None:
+        ours = os.fstat(fd)
+        try:
+            there = os.path.samestat(ours, self.path.stat())
+        except OSError:
+            there = False
+        if not there:
+            raise JournalError(
+                f"{self.path} was moved or removed by somebody else during the run, which ends "
+                "here. Put it back, with what lies beside it, and rerun the same command to resume."
+            )
+        if ours.st_size != self._written:
+            raise JournalError(
+                f"{self.path} was changed by somebody else during the run; is the same job running "
+                "twice? Stop the other one and rerun the same command to resume."
+            )
+
+    def _fail(self, error: OSError, keep: int) -> NoReturn:
+        assert self._fd is not None
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._fd, keep)
+        self._abandon()
+        raise JournalError(
+            f"cannot write results to {self.path}: {error.strerror}. The results so far are safe; "
+            "make room and rerun the same command to resume."
+        ) from error
+
+    def _abandon(self) -> None:
+        assert self._fd is not None
+        self._buffer = bytearray()
+        fd, self._fd = self._fd, None
+        with contextlib.suppress(OSError):
+            os.close(fd)
+        self._claim.release()

@@ -1,0 +1,167 @@
+"""The job that a results file belongs to: `<output>.meta.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from hpc_distkv.batch.errors import JournalError
+from hpc_distkv.batch.input.shard import Shard
+from hpc_distkv.batch.results.replace import replace_file
+from hpc_distkv.batch.results.side_files import meta_path
+from hpc_distkv.regular import read_regular
+
+FORMAT = 1
+"""Version of the results file and of what resuming relies on."""
+
+INPUT = "input"
+"""Where the meta file says which file the rows came from."""
+ERRORS = "errors"
+"""Where it says which file the error rows are in, if they are in another one."""
+SHARD = "shard"
+"""Where it says which part of the input the results answer."""
+DROPPED = "dropped_by"
+"""Where it says which Slurm job was the last to drop what the file held, or its error rows."""
+MODEL = "model"
+"""Where it says what of the model decides tokens."""
+FORMER = "model_fingerprint"
+"""Where it says what versions wrote under `MODEL` that knew no more than a hash of config.json and
+of the sizes of weights."""
+SERVED = "served_model"
+"""Where it says how the model is called."""
+FREE = {INPUT, ERRORS, DROPPED, FORMER, SERVED}
+"""What a rerun may change."""
+_DIFFER = {
+    f"{MODEL}.tokenizer": "tokenizer.json",
+    f"{MODEL}.special_tokens": "what is beside tokenizer.json about special tokens",
+    f"{MODEL}.chat_template": "the chat template",
+    f"{MODEL}.weights": "the content of the weights",
+}
+"""What is known by a hash."""
+_CALLED = {f"{MODEL}.dtype": "--dtype", f"{MODEL}.eos_token_ids": "eos_token_id"}
+"""Other things that have a name of their own."""
+
+_RESTART = "Use --overwrite to start again, or another output."
+
+
+def describe(
+    fingerprint: Mapping[str, Any],
+    source: str | os.PathLike[str] | None,
+    errors: Path | None,
+    job: str | None,
+) -> dict[str, Any]:
+    """What there is to know of a job: see `Opening.look`. `job`: Slurm's id of one that drops
+    something."""
+    meta: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **fingerprint}))
+    if source is not None:
+        meta[INPUT] = str(Path(source).resolve())
+    if errors is not None:
+        meta[ERRORS] = str(errors.resolve())
+    if job:
+        meta[DROPPED] = job
+    return meta
+
+
+def write_meta(path: Path, meta: Mapping[str, Any]) -> None:
+    """Replace what is known of the job of the results file at `path`. Raises OSError."""
+    # Not by msgspec, which takes no path that is not UTF-8.
+    replace_file(meta_path(path), [json.dumps(meta, indent=2).encode(), b"\n"])
+
+
+def check_meta(path: Path, wanted: Mapping[str, Any]) -> None:
+    """Refuse the results of another job, with JournalError. Raises OSError."""
+    meta = meta_path(path)
+    if not meta.exists():
+        raise JournalError(
+            f"{path} is not empty and has no {meta.name} beside it, so it is not known which job "
+            f"wrote it. {_RESTART}"
+        )
+    if found := differences(path, wanted):
+        raise JournalError(f"{path} holds results of another job: {'; '.join(found)}. {_RESTART}")
+
+
+def note_meta(path: Path, wanted: Mapping[str, Any]) -> None:
+    """Note what may change of a job that is resumed. Raises OSError."""
+    before, after = read_meta(path), dict(wanted)
+    if DROPPED in before:
+        after.setdefault(DROPPED, before[DROPPED])
+    if after != before:
+        write_meta(path, after)
+
+
+def has_meta(path: Path) -> bool:
+    """Whether anything is known of the job."""
+    return meta_path(path).exists()
+
+
+def check_errors(path: Path, wanted: Mapping[str, Any]) -> None:
+    """Refuse to go on without the file of error rows, which would be answered again. Raises
+    JournalError and OSError."""
+    before = read_meta(path).get(ERRORS) if has_meta(path) else None
+    if before and before != wanted.get(ERRORS) and Path(before).exists():
+        raise JournalError(
+            f"the error rows of {path} are in {before}: give --error-file {before}, or remove that "
+            "file to answer them again."
+        )
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """What is known of the job that wrote the results file at `path`. Raises JournalError, and
+    OSError if there is nothing."""
+    meta = meta_path(path)
+    try:
+        found: dict[str, Any] = msgspec.convert(json.loads(read_regular(meta)), dict[str, Any])
+        _check(found)
+    except (ValueError, RecursionError):
+        raise JournalError(
+            f"{meta} is not readable as what this program keeps about a job. Move it away and use "
+            "--overwrite to start again, or give another output."
+        ) from None
+    return found
+
+
+def _check(meta: Mapping[str, Any]) -> None:
+    """Whether this program wrote it. Raises ValueError."""
+    if "format" not in meta:
+        raise ValueError("another program's")
+    for name in FREE | {SHARD}:
+        text = meta.get(name, "")
+        if not isinstance(text, str) or b"\0" in os.fsencode(text):
+            raise ValueError(f"no {name}")
+    if SHARD in meta:
+        Shard.parse(meta[SHARD])
+
+
+def differences(path: Path, wanted: Mapping[str, Any]) -> list[str]:
+    """How the job that wrote the results differs from the one that is wanted."""
+    before = read_meta(path)
+    if FORMER in wanted and not isinstance(before.get(MODEL), dict):
+        wanted = {**wanted, MODEL: wanted[FORMER]}
+    old, new = _flat(before), _flat(wanted)
+    return [
+        _difference(name, old.get(name, "absent"), new.get(name, "absent"))
+        for name in sorted((old.keys() | new.keys()) - FREE)
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _difference(name: str, old: str, new: str) -> str:
+    if name in _DIFFER:
+        return f"{_DIFFER[name]} is another"
+    return f"{_CALLED.get(name, name)} was {old}, now {new}"
+
+
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested fields → {dotted name: JSON text}."""
+    flat: dict[str, str] = {}
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = json.dumps(value, ensure_ascii=False)
+    return flat

@@ -1,0 +1,166 @@
+"""How a results file is started or resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hpc_distkv.batch.errors import JournalError
+from hpc_distkv.batch.results.answered import Answered, Line, read_answered
+from hpc_distkv.batch.results.claim import Claim
+from hpc_distkv.batch.results.journal import Journal
+from hpc_distkv.batch.results.meta import (
+    DROPPED,
+    check_errors,
+    check_meta,
+    describe,
+    differences,
+    has_meta,
+    note_meta,
+    read_meta,
+    write_meta,
+)
+from hpc_distkv.batch.results.replace import check_replaceable, real_path, remove_file
+from hpc_distkv.batch.results.rewrite import drop_lines
+from hpc_distkv.batch.results.side_files import (
+    excess_of_name,
+    same_file,
+    side_files,
+    unfinished_path,
+)
+from hpc_distkv.batch.results.unfinished import Answer, Begun, check_unfinished, read_unfinished
+
+
+class Reuse(NamedTuple):
+    """What becomes of what the results file holds."""
+
+    overwrite: bool = False
+    """Drop it."""
+    retry_errors: bool = False
+    """Drop its error rows, so that these rows are answered again."""
+    job: str | None = None
+    """Slurm's job id."""
+    restarted: bool = False
+    """Whether that job was started before, and goes on where it was: it does not drop once more
+    what it has made since it dropped what was there."""
+
+    def at(self, path: Path) -> Reuse:
+        """What is still to be dropped of the file at `path`. Raises JournalError and OSError."""
+        if self.restarted and has_meta(path) and read_meta(path).get(DROPPED) == self.job:
+            return Reuse()
+        return self
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What was found where a results file is to be started or resumed. To look changes nothing,
+    `begin` does: so one file that is refused spoils no other."""
+
+    claim: Claim
+    wanted: Mapping[str, Any]
+    """What there is to know of the job."""
+    same: bool
+    """Whether what was begun belongs to this job, and is kept."""
+    empty: bool
+    """Whether no line is kept."""
+    retry_errors: bool
+    answered: Answered
+    sound: int
+    """Bytes of whole lines."""
+    unfinished: Mapping[Answer, Begun]
+
+    @classmethod
+    def look(
+        cls,
+        claim: Claim,
+        fingerprint: Mapping[str, Any],
+        reuse: Reuse,
+        source: Path | None = None,
+        errors: Path | None = None,
+    ) -> Opening:
+        """`fingerprint` is everything that must be the same for old and new rows to belong
+        together, as JSON values; `source`: the input; `errors`: the file of error rows, if they are
+        kept apart. Raises JournalError with what to do about it."""
+        path = claim.output
+        drops = reuse.overwrite or reuse.retry_errors
+        wanted = describe(fingerprint, source, errors, reuse.job if drops else None)
+        with _usable(path):
+            reuse = reuse.at(path)
+            if has_meta(path):
+                read_meta(path)
+            if not reuse.overwrite:
+                check_errors(path, wanted)
+            empty = reuse.overwrite or not path.exists() or path.stat().st_size == 0
+            if not empty:
+                check_meta(path, wanted)
+            answered, sound = (Answered(), 0) if empty else read_answered(path)
+            same = not reuse.overwrite and has_meta(path) and not differences(path, wanted)
+            begun = unfinished_path(path)
+            unfinished = read_unfinished(begun) if same else check_unfinished(begun)
+        return cls(claim, wanted, same, empty, reuse.retry_errors, answered, sound, unfinished)
+
+    def begin(self, changed: Collection[str] = ()) -> Journal:
+        """The journal, which releases the claim. The answers under the custom_ids `changed` are
+        dropped. Raises JournalError."""
+
+        def drop(line: Line) -> bool:
+            return (self.retry_errors and line.failed) or (line.named and line.custom_id in changed)
+
+        path, answered, sound = self.claim.output, self.answered, self.sound
+        with _usable(path):
+            # What is left of old rows goes before the new fingerprint comes: at no instant are they
+            # together. And what is to be dropped goes before it is noted that it was.
+            if not self.same:
+                remove_file(unfinished_path(path))
+            if self.empty:
+                _empty(path)
+                write_meta(path, self.wanted)
+            else:
+                if changed or (self.retry_errors and answered.failed):
+                    drop_lines(path, sound, drop)
+                    answered, sound = read_answered(path)
+                note_meta(path, self.wanted)
+            fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
+            os.ftruncate(fd, sound)
+            os.fsync(fd)
+        return Journal(self.claim, fd, sound, answered, self.unfinished)
+
+
+def check_place(path: Path, source: Path | None) -> None:
+    """Whether results could go to `path`, as far as a look can tell. Raises JournalError."""
+    with _usable(path):
+        real = real_path(path)
+        if not real.parent.is_dir():
+            raise OSError(errno.ENOENT, f"there is no directory {real.parent}")
+        if excess := excess_of_name(real):
+            raise OSError(errno.ENAMETOOLONG, f"shorten its name by {excess} bytes")
+        check_replaceable(path)
+        if source is not None and same_file(path, source):
+            raise JournalError(f"{path} is both the input and the output; give another output.")
+        for beside in side_files(real):
+            if beside.is_symlink() or (beside.exists() and not beside.is_file()):
+                raise OSError(errno.EINVAL, f"{beside} is in the way, and is no regular file")
+
+
+@contextlib.contextmanager
+def _usable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise JournalError(
+            f"cannot use {path} for the results: {error.strerror or error}."
+        ) from error
+
+
+def _empty(path: Path) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(path, flags, 0o666)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,1 @@
+"""What all ranks, or all lanes of an instance, do together."""

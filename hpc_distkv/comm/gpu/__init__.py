@@ -1,0 +1,1 @@
+"""Devices and tensors between them: CUDA and NCCL."""

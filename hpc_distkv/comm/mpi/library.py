@@ -1,0 +1,52 @@
+"""The MPI library that mpi4py loads, looked at before it starts."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+from hpc_distkv.comm.mpi.launch import no_library
+
+
+@dataclass(frozen=True)
+class MpiLibrary:
+    """What a library says of itself."""
+
+    name: str
+    """With its version."""
+    pmix: bool
+    """Whether a PMIx client is linked to it."""
+
+    @property
+    def vendor(self) -> str:
+        """One of "Open MPI", "Cray MPICH", "Intel MPI", "MPICH", or "" for any other."""
+        name = self.name.lower()
+        known = {"open mpi": "Open MPI", "cray": "Cray MPICH", "intel": "Intel MPI"}
+        known |= {"mpich version": "MPICH"}
+        return next((vendor for sign, vendor in known.items() if sign in name), "")
+
+    @property
+    def srun_interface(self) -> str:
+        """What srun's --mpi has to be for it, on most sites."""
+        if self.vendor == "Cray MPICH":
+            return "cray_shasta"
+        return "pmix" if self.pmix or self.vendor == "Open MPI" else "pmi2"
+
+
+def load_library() -> MpiLibrary:
+    """Load MPI without initialising it. Raises LaunchError if there is none."""
+    try:
+        import mpi4py
+
+        mpi4py.rc.initialize = False
+        mpi4py.rc.finalize = True
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise no_library(error) from error
+    # The MPI standard allows this call before MPI_Init.
+    name = MPI.Get_library_version().partition("\n")[0].partition(",")[0].strip("\0")
+    try:
+        pmix = hasattr(ctypes.CDLL(MPI.__file__), "PMIx_Init")  # finds what the module links to
+    except OSError:
+        pmix = False
+    return MpiLibrary(" ".join(name.split()), pmix)

@@ -1,0 +1,1 @@
+"""Who lends to whom, and when it pays."""

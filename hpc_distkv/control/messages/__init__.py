@@ -1,0 +1,1 @@
+"""What travels in a control round and between loan partners."""

@@ -1,0 +1,110 @@
+"""Rows that wait for an instance."""
+
+from __future__ import annotations
+
+import bisect
+from collections import deque
+from collections.abc import Callable, Iterator
+from operator import attrgetter
+
+from hpc_distkv.control.messages.requests import Request
+
+LOOK_AHEAD = 16
+"""Rows per instance that are read before they can be assigned: when these are the last ones, the
+longest of them go first."""
+MOST_AHEAD = 16_384
+"""Rows that are read ahead at most, however many instances there are."""
+MOST_TOKENS_AHEAD = 1 << 26
+"""Tokens, of 4 bytes, of rows that were read and have no instance: then no more are read."""
+READ_AT_ONCE = 8
+"""Rows read for each that is assigned, until enough are ahead: so no round takes long."""
+
+NOT_LARGE = 1 << 62
+"""Tokens that no prompt has."""
+
+
+class RowQueue:
+    """Reads rows a little ahead, and owns them until they are pulled: oldest first, and the last
+    ones longest first."""
+
+    def __init__(
+        self,
+        requests: Iterator[Request | None],
+        instances: int,
+        duration: Callable[[Request], float] | None,
+    ) -> None:
+        """`requests`: None stands for a row that may come later: the next round looks again.
+        `duration`: how long a row takes; None: the last rows come as all others."""
+        self.exhausted = False
+        """Whether all rows were read."""
+        self.large_from = NOT_LARGE
+        """Tokens from which on rows are too large for any one pool: they wait apart."""
+        self.large: list[Request] = []
+        """Oldest first."""
+        self._requests, self._duration = requests, duration
+        self._paused = False
+        """Whether nothing more is read in this round."""
+        self._tokens = 0
+        """Of all rows that were read and have no instance."""
+        self._ahead = deque[Request]()
+        self._most_ahead = min(instances * LOOK_AHEAD, MOST_AHEAD)
+        self._returned = deque[Request]()
+        """Rows that come before all others."""
+
+    def __len__(self) -> int:
+        """Rows that were read and wait."""
+        return len(self._ahead) + len(self._returned) + len(self.large)
+
+    @property
+    def over(self) -> bool:
+        """No row is left, nor will come."""
+        return self.exhausted and not len(self)
+
+    def begin_round(self) -> None:
+        """Look again whether there are more rows to read."""
+        self._paused = False
+
+    def give(self, request: Request) -> None:
+        """A row that was pulled goes to its instance."""
+        self._tokens -= request.length
+
+    def put_back(self, request: Request) -> None:
+        """A row that was given waits again."""
+        self._tokens += request.length
+        self._returned.append(request)
+
+    def pull(self) -> Request | None:
+        """The next row that may be assigned and is not too large for one pool."""
+        while (request := self._next()) is not None and request.length >= self.large_from:
+            bisect.insort(self.large, request, key=attrgetter("id"))
+        return request
+
+    def _next(self) -> Request | None:
+        if not self.exhausted and len(self.large) < self._most_ahead:
+            self._read_ahead()
+        if self._returned:
+            return self._returned.popleft()
+        return self._ahead.popleft() if self._ahead else None
+
+    def _read_ahead(self) -> None:
+        """Read on. When the last rows are in sight, those come first that take longest: one that
+        began last would be waited for at the end."""
+        for _ in range(READ_AT_ONCE):
+            if self._paused or self._enough:
+                return
+            try:
+                request = next(self._requests)
+            except StopIteration:
+                self.exhausted = True
+                if self._duration:
+                    self._ahead = deque(sorted(self._ahead, key=self._duration, reverse=True))
+                return
+            if request is None:
+                self._paused = True
+            else:
+                self._tokens += request.length
+                self._ahead.append(request)
+
+    @property
+    def _enough(self) -> bool:
+        return len(self._ahead) >= self._most_ahead or self._tokens >= MOST_TOKENS_AHEAD

@@ -1,0 +1,137 @@
+"""What memory the rows of an instance come to need, step by step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as Rows
+from operator import attrgetter
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpc_distkv.control.rows.work import MeanOutput
+from hpc_distkv.decide.config import EngineConfig
+from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.memory.rmanager import RManager
+
+Tokens = TypeVar("Tokens", float, NDArray[np.float64])
+
+
+class Claim(NamedTuple):
+    """The home rBlocks of one row over time, in steps from now. It grows by a token a step."""
+
+    start: float
+    """When it takes its first ones."""
+    end: float
+    """When it gives all back; after `start`."""
+    tokens: float
+    """Tokens at home at its start, those of its prompt that are still to be computed included."""
+
+    def at(self, start: float) -> Claim:
+        """The same row, begun at `start`."""
+        return Claim(start, start + self.end - self.start, self.tokens)
+
+
+class Foresight:
+    """Looks ahead: rows decode a token a step, and use as much of their output limits as those
+    that are finished. Owner of what is known of outputs."""
+
+    def __init__(self, rmanager: RManager, config: EngineConfig) -> None:
+        self.outputs = MeanOutput()
+        self._rm = rmanager
+        self._config = config
+
+    def missing(self, sequence: Sequence, tokens: int) -> int:
+        """rBlocks the sequence lacks for its first `tokens` tokens."""
+        table = self._rm.tables.get(sequence.id)
+        held = table.blocks if table else self._rm.prefixes.in_use(sequence.keys)
+        return max(0, self._config.blocks(min(tokens, sequence.final_len)) - held)
+
+    def expected_end(self, sequence: Sequence) -> float:
+        """Tokens of prompt and output that the sequence is expected to have at its end."""
+        output = self.outputs.expected(sequence.request.sampling.max_tokens)
+        return sequence.prompt_len + max(output, sequence.output_len + 1)
+
+    def uncomputed(self, sequence: Sequence) -> int:
+        """Tokens that the sequence has to compute before it gets the next one."""
+        if sequence.id in self._rm.tables:
+            return sequence.remaining
+        there = max(self._rm.prefixes.coming(sequence.keys), self._rm.host_space.end(sequence.id))
+        return sequence.length - there * self._config.block_size
+
+    def at_home(self, running: Rows[Sequence]) -> int:
+        """rBlocks that these rows have here, shared ones counted once."""
+        own = sum(len(self._rm.tables[sequence.id].slots) for sequence in running)
+        return own + self._rm.prefixes.at_home(sequence.id for sequence in running)
+
+    def claims(self, running: Rows[Sequence]) -> list[Claim]:
+        """What these rows need; what they share counts with the one that ends last."""
+        size, prefixes = self._config.block_size, self._rm.prefixes
+        counted: set[int] = set()
+        claims = []
+        for claim, sequence in sorted(
+            ((self.claim(sequence), sequence) for sequence in running),
+            key=lambda pair: pair[0].end,
+            reverse=True,
+        ):
+            shared = [p for p in prefixes.chain(sequence.id) if p.id not in counted]
+            if shared:
+                counted.update(prefix.id for prefix in shared)
+                tokens = size * sum(len(prefix.slots) for prefix in shared)
+                claim = claim._replace(tokens=claim.tokens + tokens)
+            claims.append(claim)
+        return claims
+
+    def claim(self, sequence: Sequence) -> Claim:
+        """What the sequence needs if it runs from now on, beside what others use too."""
+        table = self._rm.tables.get(sequence.id)
+        away = table.absent if table else self._rm.prefixes.in_use(sequence.keys)
+        tokens = sequence.length - away * self._config.block_size
+        return Claim(0, self.expected_end(sequence) - sequence.length, tokens)
+
+    def peak(self, claims: Rows[Claim], until: float = math.inf) -> float:
+        """Most rBlocks that the claims take at once before `until`, where one of them ends."""
+        # Claims grow until they end, so the most is taken just before one of them ends.
+        later = [claim for claim in claims if claim.start]
+        most = tokens = 0.0
+        begun = 0
+        for claim in sorted(claims, key=attrgetter("end"), reverse=True):
+            if not claim.start:
+                tokens, begun = tokens + claim.tokens, begun + 1
+            taken = (tokens + begun * claim.end) / self._config.block_size + 0.5 * begun
+            for other in later:
+                if other.start < claim.end <= other.end:
+                    taken += self._blocks(other.tokens + claim.end - other.start)
+            if claim.end <= until:
+                most = max(most, taken)
+        return most
+
+    def start(self, running: Rows[Claim], row: Claim, room: float) -> float:
+        """The first end of a `running` claim from which `row` fits into `room` beside the others.
+        All of them have begun, and `row` would begin now."""
+        ends = np.unique([claim.end for claim in running])
+        # Begun when a claim ends, the row takes most beside others just before one of them ends,
+        # or just before it ends itself.
+        age = ends[None, :] - ends[:, None]
+        beside = self._taken(running, ends)[None, :] + self._blocks(row.tokens + age)
+        most = np.where((age > 0) & (age <= row.end), beside, 0.0).max(axis=1)
+        others = self._taken(running, ends + row.end)
+        last = np.where(others > 0, others + self._blocks(np.array(row.tokens + row.end)), 0.0)
+        free = np.flatnonzero(np.maximum(most, last) <= room)
+        return float(ends[free[0]])
+
+    def _taken(
+        self, claims: Rows[Claim], moments: Rows[float] | NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """rBlocks that the claims take just before `moments`."""
+        start, end, tokens = np.array(claims, dtype=float).reshape(-1, 3).T
+        moment = np.asarray(moments, dtype=float)[:, None]
+        live = (start < moment) & (moment <= end)
+        blocks: NDArray[np.float64] = np.where(live, self._blocks(tokens + moment - start), 0.0)
+        taken: NDArray[np.float64] = blocks.sum(axis=1)
+        return taken
+
+    def _blocks(self, tokens: Tokens) -> Tokens:
+        """rBlocks of so many tokens: the last one is half full in the mean."""
+        return tokens / self._config.block_size + 0.5

@@ -1,0 +1,60 @@
+"""Which queries of a step go to which guests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from hpc_distkv.decide.plan import Row
+from hpc_distkv.memory.loan import HOST
+from hpc_distkv.memory.rmanager import RManager
+
+Asked = tuple[list[int], int, int]
+"""Guests, query rows and the position of the first: as a header says it."""
+
+
+class Query(NamedTuple):
+    """One row's queries to one creditor."""
+
+    guests: list[int]
+    """The row's request, its prefixes, or both."""
+    rows: int
+    position: int
+    """Of the first query in the row's sequence."""
+    first: int
+    """Of the first query among the tokens of the step."""
+
+    @property
+    def asked(self) -> Asked:
+        """As a header says it."""
+        return self.guests, self.rows, self.position
+
+
+def remote_queries(rm: RManager, rows: Iterable[Row]) -> dict[int, list[Query]]:
+    """Creditor → the queries it gets in a step, those of the same guests together."""
+    if not rm.debts:
+        return {}
+    queries = _queries(rm, rows)
+    queries.pop(HOST, None)
+    return queries
+
+
+def host_queries(rm: RManager, rows: Iterable[Row]) -> list[Query]:
+    """The queries of a step to what is in the host's memory, those of the same guests together."""
+    return _queries(rm, rows).get(HOST, []) if rm.host_space.used else []
+
+
+def _queries(rm: RManager, rows: Iterable[Row]) -> dict[int, list[Query]]:
+    queries: dict[int, list[Query]] = {}
+    first = 0
+    for sequence, count in rows:
+        guests: dict[int, list[int]] = {}
+        for key, table in rm.parts(sequence.id).items():
+            for creditor in table.remote:
+                guests.setdefault(creditor, []).append(key)
+        for creditor, keys in guests.items():
+            queries.setdefault(creditor, []).append(Query(keys, count, sequence.computed, first))
+        first += count
+    for asked in queries.values():
+        asked.sort(key=lambda query: query.guests)
+    return queries

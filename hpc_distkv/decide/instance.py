@@ -1,0 +1,284 @@
+"""What one instance decides and remembers between messages."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Container, Mapping
+from collections.abc import Sequence as Rows
+
+from hpc_distkv.control.messages.answer import Answer
+from hpc_distkv.control.messages.counters import Counters
+from hpc_distkv.control.messages.gaps import gap_bin
+from hpc_distkv.control.messages.loans import Header
+from hpc_distkv.control.messages.report import Remains, Report
+from hpc_distkv.control.messages.requests import Request, Result
+from hpc_distkv.decide.config import EngineConfig
+from hpc_distkv.decide.guests import remote_queries
+from hpc_distkv.decide.handover import Handovers, handover
+from hpc_distkv.decide.pace import Pace, StepSeconds, StepWork
+from hpc_distkv.decide.plan import Plan, Row
+from hpc_distkv.decide.reporting import Reporting
+from hpc_distkv.decide.scheduler import Scheduler
+from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.memory.loan import Move, MoveKind, ProtocolError
+from hpc_distkv.memory.rmanager import RManager
+
+log = logging.getLogger(__name__)
+
+NO_LOGPROBS: Mapping[int, bytes] = {}
+
+
+class Instance:
+    """One instance between its messages: reports out, answers in, plans, headers, tokens. Pure: the
+    worker drives it with real messages and tensors, the simulator in virtual time.
+
+        boundary:  apply(answer) → credits() to debtors → report()
+        step:      plan() → headers(plan) to creditors → compute → commit(plan) → append(tokens)
+                   append(tokens) is advance() and learn(tokens). Between the two, steps without
+                   moves may be planned and computed ahead: advance() → plan(ahead) → compute →
+                   learn(tokens of the first) → advance() → …
+        any time:  accept(header of a debtor) → serve its queries, move → commit_served
+                   open_credit(from a creditor)
+    """
+
+    def __init__(
+        self,
+        number: int,
+        config: EngineConfig,
+        sequence: Callable[[Request, float], Sequence] = Sequence,
+    ) -> None:
+        self.config = config
+        self.counters = Counters()
+        self.rm = RManager(number, config.num_blocks, config.lend_cap, config.host_blocks)
+        self.scheduler = Scheduler(self.rm, config, self.counters)
+        self.pace = Pace()
+        self.round = 0
+        self._sequence = sequence
+        self._handovers = Handovers(self.rm, self.scheduler, sequence)
+        self._reporting = Reporting(
+            config, self.rm, self.scheduler, self._handovers, self.pace, self.counters
+        )
+        self._over: set[int] = set()
+        """Finished requests that are in a step which is being computed: it uses their rBlocks."""
+
+    # -- boundaries -----------------------------------------------------------------------------
+
+    def apply(self, answer: Answer, now: float) -> None:
+        """The answer to the last report. Raises ProtocolError for any other; what goes beyond the
+        promise is refused."""
+        if answer.round != self.round:
+            raise ProtocolError(
+                f"instance {self.rm.instance} got the answer of round {answer.round} "
+                f"in round {self.round}"
+            )
+        for debtor in self.rm.settle(answer.lend):
+            self.counters.refused_grants += 1
+            log.error("refused a grant to instance %d beyond the promise: %s", debtor, answer.lend)
+        if answer.lend:
+            self._reporting.lent = (
+                None  # The ledger counts the grants by now: report what became of them.
+            )
+        for request in answer.assign:
+            self.scheduler.add(self._sequence(request, now))
+        self.scheduler.apply(answer, self._reporting.asked)
+        self._reporting.returned = self.scheduler.give_back(answer.give_back)
+        self.round += 1
+
+    def report(self, drain: bool = False, halt: bool = False) -> Report:
+        """What the gManager has to know at this boundary; `drain` and `halt` are what this rank
+        wants of the run."""
+        return self._reporting.report(self.round, drain, halt)
+
+    def remains(self) -> Remains:
+        """What is left to be told once nothing moves any more: also results that were not reported,
+        and rows with tokens that were not finished."""
+        return self._reporting.remains()
+
+    def put_aside(self) -> None:
+        """The run is over: free what still runs."""
+        self.scheduler.put_aside()
+
+    def credits(self) -> dict[int, int]:
+        """Debtor → rBlocks that it has to be told of: they are set aside for it."""
+        granted = [debtor for debtor, loan in self.rm.loans.items() if loan.unopened]
+        return {debtor: self.rm.open_credit(debtor) for debtor in granted}
+
+    def return_credit(self) -> None:
+        """Give all credit back: the next headers tell the creditors."""
+        for creditor, debt in self.rm.debts.items():
+            self.rm.return_credit(creditor, debt.credit)
+
+    # -- steps ----------------------------------------------------------------------------------
+
+    def plan(self, ahead: bool = False) -> Plan:
+        """What this step computes and moves; `ahead`: while the one before is computed."""
+        return self.scheduler.plan(ahead)
+
+    def headers(self, plan: Plan, now: float) -> dict[int, Header]:
+        """What creditors have to know of this step; those without news are left out."""
+        queries = remote_queries(self.rm, plan.rows)
+        leaving = {s.id: self.rm.copies[s.id].creditor for s in plan.leaving}
+        creditors = {move.peer for move in (*plan.moves, *plan.recalls)}
+        creditors |= {c for c, debt in self.rm.debts.items() if debt.news}
+        headers = {}
+        for creditor in sorted({*queries, *creditors, *leaving.values()}):
+            news = self.rm.settle_debt(creditor)
+            headers[creditor] = Header(
+                splits=list(news.splits),
+                released=list(news.released),
+                dropped=list(news.dropped),
+                returned=news.returned,
+                moves=[(m.request, m.block) for m in plan.moves if m.peer == creditor],
+                recalls=[(m.request, m.block) for m in plan.recalls if m.peer == creditor],
+                handovers=[handover(s, now) for s in plan.leaving if leaving[s.id] == creditor],
+                queries=[query.asked for query in queries.get(creditor, [])],
+            )
+        return headers
+
+    def commit(self, plan: Plan) -> None:
+        """The moves of this instance's own step have arrived."""
+        for move in plan.moves:
+            self.counters.blocks_borrowed += move.kind is MoveKind.LEND
+            self.counters.blocks_copied += move.kind is MoveKind.COPY
+        self.counters.blocks_returned += len(plan.recalls)
+        self.counters.blocks_to_host += len(plan.to_host)
+        self.counters.blocks_from_host += len(plan.from_host)
+        self.counters.peak_host = max(self.counters.peak_host, self.rm.host_space.used)
+        self.rm.commit((*plan.moves, *plan.to_host), (*plan.recalls, *plan.from_host))
+        self.scheduler.commit()
+        self.counters.migrations += self._handovers.leave(plan.leaving)
+        self.counters.peak_borrowed = max(self.counters.peak_borrowed, self.rm.borrowed)
+
+    def append(
+        self,
+        rows: Rows[Row],
+        tokens: Rows[int],
+        now: float,
+        logprobs: Mapping[int, bytes] = NO_LOGPROBS,
+    ) -> None:
+        """The step's rows are computed; `tokens` are the new ones of those rows that have no token
+        left to compute, in order, and `logprobs` the records of those requests that ask for
+        them."""
+        self.learn(rows, self.advance(rows), tokens, now, logprobs)
+
+    def advance(self, rows: Rows[Row]) -> list[Sequence]:
+        """The step's rows count as computed. Returns those that have no token left to compute, in
+        order: each goes on with a token that is not known yet, the n-th of what the step draws."""
+        ends: list[Sequence] = []
+        sealing = self.rm.prefixes.computing
+        for sequence, count in rows:
+            ending = sequence.remaining == count
+            if sequence.id not in self._over:
+                if count > 1 or sequence.output_len == 0:
+                    self.counters.prompt_tokens += count
+                sequence.computed += count
+                if sealing:
+                    self.rm.seal(sequence.id, sequence.computed // self.config.block_size)
+                if ending:
+                    sequence.expect(len(ends))
+            if ending:
+                ends.append(sequence)
+        return ends
+
+    def learn(
+        self,
+        rows: Rows[Row],
+        ends: Rows[Sequence],
+        tokens: Rows[int],
+        now: float,
+        logprobs: Mapping[int, bytes] = NO_LOGPROBS,
+        following: Container[int] = (),
+    ) -> None:
+        """The step of `rows` is over: its `ends` have got `tokens`. The requests in `following` are
+        in a step that is computed already, and has not advanced: what ends here has a token too
+        many there, and keeps its rBlocks until that is over too."""
+        over, self._over = self._over, set()
+        if self.config.window:
+            for sequence, _ in rows:
+                if sequence.id not in over:
+                    self._drop_unseen(sequence)
+        gaps = Counter[float]()
+        for sequence, token in zip(ends, tokens, strict=True):
+            if sequence.id in over:
+                continue
+            if sequence.last_token_at is not None:
+                gaps[now - sequence.last_token_at] += 1
+            sequence.learn(token, now, logprobs.get(sequence.id, b""))
+            if reason := sequence.finish_reason():
+                self._finish(sequence, reason, now, sequence.id in following)
+        for seconds, count in gaps.items():
+            gap = gap_bin(seconds)
+            self.counters.gaps[gap] = self.counters.gaps.get(gap, 0) + count
+        for request in over:
+            self.rm.close(request)
+        self.counters.generated_tokens += len(tokens) - len(over)
+
+    def _drop_unseen(self, sequence: Sequence) -> None:
+        """Free the rBlocks wholly behind the window of the sequence's next query."""
+        query = sequence.computed
+        if self.config.host_blocks:  # It may be put aside, and go on from what is sealed.
+            query -= query % self.config.block_size
+        unseen = (query - self.config.window + 1) // self.config.block_size
+        if unseen > self.rm.tables[sequence.id].start:
+            self.rm.drop(sequence.id, unseen)
+
+    def _finish(self, sequence: Sequence, reason: str, now: float, in_use: bool) -> None:
+        self.scheduler.finish(sequence, in_use)
+        if in_use:
+            self._over.add(sequence.id)
+        assert sequence.first_token_at is not None
+        self._reporting.results.append(
+            Result(
+                id=sequence.id,
+                tokens=sequence.packed_output,
+                finish_reason=reason,
+                first_token_time=sequence.first_token_at - sequence.assigned_at,
+                total_time=now - sequence.assigned_at,
+                logprobs=sequence.packed_logprobs,
+                text_end=sequence.text_end,
+            )
+        )
+
+    def note_step(self, work: StepWork, seconds: StepSeconds) -> None:
+        """How long a step with rows took."""
+        self.counters.steps += 1
+        self.counters.step_time += seconds.total
+        self.counters.held_block_steps += self.rm.held
+        self.counters.remote_block_steps += self.rm.borrowed
+        self.pace.note(work, seconds)
+        if prompt := self.pace.prompt:
+            if exchange := self.pace.exchange:
+                self.scheduler.demands.exchange_tokens = exchange / prompt
+            if fixed := self.pace.steps.fixed:
+                self.scheduler.step_tokens = fixed / prompt
+            if copying := self.config.host_copy_seconds:
+                self.scheduler.swaps.block_tokens = copying / prompt
+
+    # -- letters of others, at any time ---------------------------------------------------------
+
+    def accept(self, debtor: int, header: Header, now: float) -> tuple[list[Move], list[Move]]:
+        """Apply a header. Returns the moves that it asks for: out of this instance and into it.
+        A debtor's next header is accepted after `commit_served`. Raises ProtocolError."""
+        self.rm.split_guests(debtor, header.splits)
+        self.rm.evict(debtor, header.released)
+        self.rm.evict_dropped(debtor, header.dropped)
+        self.rm.take_back(debtor, header.returned)
+        incoming = self.rm.host(debtor, header.moves)
+        outgoing = self.rm.give_back(debtor, header.recalls)
+        self._handovers.arrive(debtor, header.handovers, now)
+        return outgoing, incoming
+
+    def open_credit(self, creditor: int, blocks: int) -> None:
+        """A creditor has set rBlocks aside for this instance."""
+        self.rm.credit_opened(creditor, blocks)
+
+    def commit_served(self, debtor: int, outgoing: Rows[Move], incoming: Rows[Move]) -> None:
+        """The moves of a header have arrived, and its queries have been served."""
+        self.counters.blocks_lent += len(incoming)
+        self.rm.commit(outgoing, incoming)
+        self._handovers.settle(debtor)
+
+    def check(self) -> None:
+        """Assert the bookkeeping invariants."""
+        self.rm.check()

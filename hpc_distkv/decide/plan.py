@@ -1,0 +1,46 @@
+"""What an instance computes and moves in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from typing import NamedTuple
+
+from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.memory.loan import Move
+
+
+class Row(NamedTuple):
+    """The next `tokens` tokens of a sequence."""
+
+    sequence: Sequence
+    tokens: int
+
+
+class Plan(NamedTuple):
+    """One step of one instance."""
+
+    rows: list[Row]
+    """Ascending by request."""
+    moves: list[Move]
+    """rBlocks that leave."""
+    recalls: list[Move]
+    """rBlocks that come home."""
+    leaving: list[Sequence]
+    """Sequences that are handed over after this step."""
+    to_host: Rows[Move] = ()
+    """rBlocks that go to the host's memory."""
+    from_host: Rows[Move] = ()
+    """rBlocks that come home from there."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is computed, nor copied within the rank."""
+        return not (self.rows or self.to_host or self.from_host)
+
+    @property
+    def moving(self) -> bool:
+        """Whether rBlocks travel."""
+        return bool(self.moves or self.recalls or self.to_host or self.from_host)
+
+
+NOTHING = Plan([], [], [], [])

@@ -1,0 +1,136 @@
+"""What an instance tells the gManager."""
+
+from __future__ import annotations
+
+from hpc_distkv.control.messages.counters import Counters
+from hpc_distkv.control.messages.report import Changes, Remains, Report
+from hpc_distkv.control.messages.requests import Result, Unfinished
+from hpc_distkv.control.rows.work import work
+from hpc_distkv.decide.config import EngineConfig
+from hpc_distkv.decide.handover import Handovers
+from hpc_distkv.decide.pace import Pace
+from hpc_distkv.decide.scheduler import Scheduler
+from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.memory.rmanager import RManager
+
+COUNTED_ROUNDS = 25
+"""Reports between two that carry the counters while there is work."""
+
+
+class Reporting:
+    """Makes the reports of one instance. Owner of what was reported last, and of what was not
+    reported yet. Pure."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        rmanager: RManager,
+        scheduler: Scheduler,
+        handovers: Handovers,
+        pace: Pace,
+        counters: Counters,
+    ) -> None:
+        self.asked = 0
+        """rBlocks that the last report wanted to borrow."""
+        self.results: list[Result] = []
+        """Of rows that have ended since."""
+        self.returned: list[Sequence] = []
+        """That go elsewhere."""
+        self.lent: dict[int, int] | None = {}
+        """As reported last; None: to be reported again."""
+        self._config, self._rm, self._scheduler = config, rmanager, scheduler
+        self._handovers, self._pace, self._counters = handovers, pace, counters
+
+    def report(self, round: int, drain: bool, halt: bool) -> Report:
+        """As of `Instance.report`, at the boundary of this round."""
+        scheduler, rm, counters = self._scheduler, self._rm, self._counters
+        demand, room = scheduler.demand(), scheduler.room()
+        sharing = self._config.policy.sharing
+        self.asked = demand.wanted
+        running = scheduler.running
+        youngest = running[-1] if running else None
+        speed = self._pace.speed
+        return Report(
+            round=round,
+            capacity=rm.num_blocks,
+            free=rm.free,
+            promised=rm.promise(demand.lendable if sharing else 0),
+            hosted=sum(loan.used for loan in rm.loans.values()),
+            wanted=demand.wanted if sharing else 0,
+            wanted_for=demand.wanted_for,
+            largest=demand.largest,
+            starved=demand.starved,
+            room_rows=room[0],
+            room_tokens=room[1],
+            running=len(running),
+            waiting=scheduler.fresh,
+            seats=max(0, self._config.max_num_seqs - len(running)),
+            youngest=youngest.id if youngest else -1,
+            youngest_blocks=rm.held_alone(youngest.id) if youngest else 0,
+            longest=scheduler.demands.longest if sharing else 0,
+            lacking=scheduler.demands.lacking if self._config.policy.planner else 0,
+            prompt_tokens=counters.prompt_tokens,
+            generated_tokens=counters.generated_tokens,
+            kv_tokens=self._kv_tokens(),
+            work_left=self._work_left(),
+            row_blocks=self._row_blocks(),
+            fixed=speed.fixed,
+            per_token=speed.per_token,
+            per_kv=speed.per_kv,
+            prompt_time=speed.prompt,
+            exchange=speed.exchange,
+            drain=drain,
+            halt=halt,
+            changes=self._changes(round),
+        )
+
+    def remains(self) -> Remains:
+        """As of `Instance.remains`."""
+        rows = (*self._scheduler.running, *self._scheduler.waiting)
+        unfinished = [
+            Unfinished(s.id, s.packed_output, s.packed_logprobs) for s in rows if s.output_len
+        ]
+        return Remains(self._count(), self.results, unfinished)
+
+    def _changes(self, round: int) -> Changes:
+        lent = {debtor: loan.total for debtor, loan in self._rm.loans.items()}
+        idle = not self._scheduler.running and not self._scheduler.waiting
+        changes = Changes(
+            lent=lent if lent != self.lent else None,
+            results=self.results,
+            adopted=self._handovers.adopted,
+            returned=[sequence.request for sequence in self.returned],
+            large=self._scheduler.demands.large,
+            counters=self._count() if idle or round % COUNTED_ROUNDS == 0 else None,
+        )
+        self.lent, self.results, self._handovers.adopted, self.returned = lent, [], [], []
+        return changes
+
+    def _count(self) -> Counters:
+        self._counters.prediction_error = self._pace.steps.error
+        return self._counters
+
+    def _kv_tokens(self) -> int:
+        running, size = self._scheduler.running, self._config.block_size
+        own = sum(s.computed - size * self._rm.tables[s.id].absent for s in running)
+        shared = self._rm.prefixes.at_home(s.id for s in running)
+        return own + size * (shared + sum(loan.used for loan in self._rm.loans.values()))
+
+    def _work_left(self) -> float:
+        rows = (*self._scheduler.running, *self._scheduler.waiting)
+        foresight, per_row = self._scheduler.foresight, self._config.attention_tokens
+        return sum(
+            work(s.length - foresight.uncomputed(s), foresight.expected_end(s), per_row)
+            for s in rows
+        )
+
+    def _row_blocks(self) -> float:
+        """The rows that wait say best what rows to come will need."""
+        rows = self._scheduler.waiting or self._scheduler.running
+        if not rows:
+            return 0.0
+        return (
+            sum(self._scheduler.foresight.expected_end(s) for s in rows)
+            / len(rows)
+            / self._config.block_size
+        )

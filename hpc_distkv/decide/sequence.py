@@ -1,0 +1,164 @@
+"""A request while it is being answered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hpc_distkv.control.messages.requests import (
+    NOT_FINITE,
+    UNREADABLE,
+    Request,
+    pack_tokens,
+    unpack_tokens,
+)
+from hpc_distkv.control.messages.token_logprobs import record_dtype
+from hpc_distkv.control.rows.work import kv_tokens
+from hpc_distkv.decide.stop import StopMatcher, TextDecoder
+from hpc_distkv.decide.token_counts import TokenCounts
+from hpc_distkv.errors import ForeignError
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Tokens of one request and how many of them have their KV in rBlocks.
+
+    Beside its logprobs, all that a request's sampling needs follows from its tokens.
+    """
+
+    request: Request
+    assigned_at: float
+    decoder: TextDecoder | None = None
+    """For a request with stop strings."""
+    id: int = field(init=False)
+    """Place in the global order; lower is older."""
+    prompt_len: int = field(init=False)
+    """Prompt tokens."""
+    final_len: int = field(init=False)
+    """Most tokens whose KV this request can come to need."""
+    tokens: list[int] = field(init=False)
+    """Prompt and output so far."""
+    keys: list[bytes] = field(default_factory=list)
+    """Of the rBlocks of the prompt that may be shared."""
+    computed: int = 0
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+    logprobs: bytearray | None = None
+    """`control.messages.token_logprobs` of the output so far, if asked for."""
+    counts: TokenCounts | None = None
+    """If penalties apply."""
+    stop: StopMatcher | None = None
+    """If there are stop strings."""
+
+    def __post_init__(self) -> None:
+        prompt = unpack_tokens(self.request.prompt)
+        self.tokens = prompt + unpack_tokens(self.request.output)
+        sampling = self.request.sampling
+        self.id, self.prompt_len = self.request.id, len(prompt)
+        self.final_len = kv_tokens(self.prompt_len, sampling.max_tokens)
+        if sampling.rules and sampling.rules.penalises:
+            self.counts = TokenCounts(self.prompt_len)
+        if sampling.logprobs is not None:
+            self.logprobs = bytearray(self.request.logprobs)
+        if sampling.stop:
+            if self.decoder is None:
+                raise ValueError(f"request {self.id} has stop strings, but there is no tokenizer")
+            self.stop = StopMatcher(sampling, self.decoder, prompt)
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and output so far."""
+        return len(self.tokens)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens whose KV is missing; 1 in decode."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def output_len(self) -> int:
+        """Output tokens so far."""
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def foreseeable(self) -> bool:
+        """Whether its next token can be drawn before the host knows the last one. How often tokens
+        were made is counted by the host."""
+        rules = self.request.sampling.rules
+        return not (rules and (rules.frequency_penalty or rules.presence_penalty))
+
+    @property
+    def fresh(self) -> bool:
+        """Whether it has made no token yet, in this run."""
+        return self.length == self.request.length
+
+    def expect(self, place: int) -> None:
+        """One more output token, which is not known yet: of those that its step draws, the one at
+        `place`. Until it is known, a negative number stands for it: -1 - place."""
+        self.tokens.append(-1 - place)
+
+    def learn(self, token: int, now: float, logprobs: bytes = b"") -> None:
+        """The token that was expected, and its record if the request asks for logprobs."""
+        self.tokens[-1] = token
+        if self.logprobs is not None:
+            self.logprobs += logprobs
+        self.last_token_at = now
+        if self.first_token_at is None:
+            self.first_token_at = now
+
+    def finish_reason(self) -> str | None:
+        """Why the request ends with its last token; None: it goes on. Reads the text up to there,
+        if there are stop strings."""
+        if self._failed:
+            return NOT_FINITE
+        try:
+            if self._stop_token or (self.stop and self.stop.found(self.tokens)):
+                return "stop"
+        except ForeignError:
+            return UNREADABLE
+        return "length" if self.output_len >= self.request.sampling.max_tokens else None
+
+    @property
+    def text_end(self) -> int | None:
+        """Characters of the output's text that belong to the answer, if a stop string ended it."""
+        return self.stop.text_end if self.stop else None
+
+    @property
+    def _failed(self) -> bool:
+        """Whether there was no token to draw; of a last token that is known."""
+        return self.tokens[-1] < 0
+
+    @property
+    def _stop_token(self) -> bool:
+        sampling = self.request.sampling
+        if self.tokens[-1] not in sampling.stop_token_ids:
+            return False
+        return self.output_len > 0 and self.output_len >= sampling.min_tokens
+
+    @property
+    def packed(self) -> bytes:
+        """`pack_tokens` of prompt and output so far."""
+        return pack_tokens(self.tokens)
+
+    @property
+    def packed_output(self) -> bytes:
+        """`pack_tokens` of the output so far."""
+        return pack_tokens(self.tokens[self.prompt_len : self._known])
+
+    @property
+    def packed_logprobs(self) -> bytes:
+        """The records of the tokens in `packed_output`."""
+        if not self.logprobs:
+            return b""
+        size = record_dtype(self.request.sampling.logprobs or 0).itemsize
+        return bytes(self.logprobs[: (self._known - self.prompt_len) * size])
+
+    @property
+    def _known(self) -> int:
+        """Tokens without a last one that is not there: not yet, or not at all."""
+        return self.length - self._failed
+
+    def restore(self, packed: bytes, computed: int, logprobs: bytes = b"") -> None:
+        """Go on where another instance left off."""
+        self.tokens, self.computed = unpack_tokens(packed), computed
+        if self.logprobs is not None:
+            self.logprobs[:] = logprobs

@@ -1,1 +1,0 @@
-"""Where comm, attention, memory, control and model meet: the step."""

@@ -1,0 +1,70 @@
+"""Who is shown how a run goes on."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from hpc_distkv.batch.job import Job
+from hpc_distkv.control.gmanager import GManager
+from hpc_distkv.observe.live.progress import ProgressReport
+from hpc_distkv.observe.live.prometheus import PrometheusFile
+from hpc_distkv.observe.live.story import Story
+from hpc_distkv.observe.summary.snapshot import Snapshot, take_snapshot
+from hpc_distkv.observe.summary.timeline import Timeline
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """The onlookers of a run, on rank 0; each says how often it wants to look."""
+
+    progress: ProgressReport | None = None
+    prometheus: PrometheusFile | None = None
+    timeline: Timeline | None = None
+    story: Story | None = None
+
+    def begin(self, job: Job) -> None:
+        """The run begins."""
+        if self.progress:
+            self.progress.begin()
+        if self.story:
+            self.story.begin(job)
+
+    def look(self, job: Job, manager: GManager) -> None:
+        """After a control round."""
+        if self.story:
+            self.story.look(job, manager)
+        onlookers = (self.progress, self.prometheus, self.timeline)
+        if any(onlooker is not None and onlooker.due for onlooker in onlookers):
+            self._show(take_snapshot(job, manager), manager)
+
+    def close(self, job: Job, manager: GManager) -> None:
+        """The run is over."""
+        if self.progress:
+            self.progress.close()
+        if manager.reports is None:
+            return
+        last = take_snapshot(job, manager)
+        if self.prometheus:
+            self._write(self.prometheus, last, manager, finished=True)
+        if self.timeline:
+            self.timeline.add(last)
+
+    def _show(self, now: Snapshot, manager: GManager) -> None:
+        if self.progress and self.progress.due:
+            self.progress.show(now)
+        if self.prometheus and self.prometheus.due:
+            self._write(self.prometheus, now, manager)
+        if self.timeline and self.timeline.due:
+            self.timeline.add(now)
+
+    def _write(
+        self, file: PrometheusFile, now: Snapshot, manager: GManager, finished: bool = False
+    ) -> None:
+        """No job ends because nobody can see it."""
+        try:
+            file.write(now, manager.counters, finished)
+        except OSError as error:
+            log.warning("cannot write the file for Prometheus: %s", error)

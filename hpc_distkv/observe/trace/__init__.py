@@ -1,0 +1,1 @@
+"""When a rank did what."""

@@ -1,0 +1,118 @@
+"""What changes an instance from outside, as its leader tells the other lanes."""
+
+from __future__ import annotations
+
+import zlib
+
+import msgspec
+
+from hpc_distkv.comm.transport import Comm
+from hpc_distkv.control.messages.loans import Header
+from hpc_distkv.decide.pace import StepSeconds
+from hpc_distkv.decide.plan import Plan
+
+
+class Boundary(msgspec.Struct, frozen=True, array_like=True, tag="boundary"):
+    """The answer of the current round is applied, and the next report is made."""
+
+    now: float
+
+
+class StepBegun(msgspec.Struct, frozen=True, array_like=True, tag="begun"):
+    """A step is planned and its headers are written."""
+
+    now: float
+    plan: int
+    """`fingerprint` of the plan."""
+
+
+class Advanced(msgspec.Struct, frozen=True, array_like=True, tag="advanced"):
+    """The step counts as computed: the next one is planned before it ends."""
+
+
+class StepEnded(msgspec.Struct, frozen=True, array_like=True, tag="ended"):
+    """The oldest step under way is over: it counts as computed, if it did not, and these are its
+    tokens."""
+
+    tokens: list[int]
+    now: float
+
+
+class StepTimed(msgspec.Struct, frozen=True, array_like=True, tag="timed"):
+    """How long the step took on the leader."""
+
+    seconds: StepSeconds
+
+
+class Arrived(msgspec.Struct, frozen=True, array_like=True, tag="arrived"):
+    """A debtor's header is applied, and its step is served from now on."""
+
+    debtor: int
+    header: Header
+    now: float
+
+
+class Served(msgspec.Struct, frozen=True, array_like=True, tag="served"):
+    """The step of a debtor that was being served is over."""
+
+    debtor: int
+
+
+class Opened(msgspec.Struct, frozen=True, array_like=True, tag="opened"):
+    """A creditor has set rBlocks aside for this instance."""
+
+    creditor: int
+    blocks: int
+
+
+class Returned(msgspec.Struct, frozen=True, array_like=True, tag="returned"):
+    """All credit goes back to its creditors, since the run is over."""
+
+    now: float
+
+
+class Left(msgspec.Struct, frozen=True, array_like=True, tag="left"):
+    """All loans are settled everywhere: nothing follows."""
+
+
+Event = (
+    Boundary
+    | StepBegun
+    | Advanced
+    | StepEnded
+    | StepTimed
+    | Arrived
+    | Served
+    | Opened
+    | Returned
+    | Left
+)
+
+
+def fingerprint(plan: Plan) -> int:
+    """A number that two replicas with different plans do not share, but for one in 2³²."""
+    rows = [(sequence.id, count) for sequence, count in plan.rows]
+    every = (*plan.moves, *plan.recalls, *plan.to_host, *plan.from_host)
+    moves = [(m.request, m.block, m.slot, m.peer) for m in every]
+    return zlib.crc32(repr((rows, moves, [s.id for s in plan.leaving])).encode())
+
+
+class Log:
+    """The leader's events in their order, sent to the other lanes by mail. Costs next to nothing
+    where there are none."""
+
+    def __init__(self, comm: Comm) -> None:
+        self._mail = comm.mail
+        self._followers = range(comm.world.rank + 1, comm.world.rank + comm.world.tp)
+
+    @property
+    def followed(self) -> bool:
+        """Whether anybody reads it."""
+        return bool(self._followers)
+
+    def record(self, event: Event) -> None:
+        """Tell the other lanes that `event` happens here now. Never waits."""
+        if self._followers:
+            message = msgspec.msgpack.encode(event)
+            for rank in self._followers:
+                self._mail.post(rank, message)

@@ -1,0 +1,1 @@
+"""Before the first step: options, memory, loading. What sizes a job imports no torch."""

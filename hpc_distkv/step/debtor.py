@@ -1,0 +1,117 @@
+"""A rank's own step, as far as it concerns its creditors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+import torch
+
+from hpc_distkv.attention import merge_rows
+from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR, Pending
+from hpc_distkv.decide.guests import remote_queries
+from hpc_distkv.decide.instance import Instance
+from hpc_distkv.decide.plan import Plan
+from hpc_distkv.step.parts import Parts
+from hpc_distkv.step.recorder import Kind
+
+
+@dataclass(frozen=True)
+class Leg:
+    """What goes to one creditor in every layer of a step, and what comes back."""
+
+    rank: int
+    rows: torch.Tensor
+    """int32 `[rows]`: which of the step's tokens."""
+    queries: torch.Tensor
+    """`[rows, heads, head_dim]` in the model's dtype: contiguous."""
+    out: torch.Tensor
+    """`[rows, heads, head_dim]` float32: the creditor's partial results."""
+    lse: torch.Tensor
+    """`[rows, heads]` float32."""
+
+
+class Debtor:
+    """The step of a rank that has rBlocks elsewhere. In this order, to every creditor it concerns:
+
+        header      by mail, from leader to leader
+        moves       the rBlocks of the header, posted before layer 0, awaited after the last
+        layer 0..n  queries posted → own attention runs meanwhile → partial results awaited, merged
+
+    `Creditor` on the other side knows the header, so it knows every size and the order of every
+    message. A debtor waits for its creditors and for nobody else; a creditor waits for nobody.
+    """
+
+    def __init__(self, parts: Parts, instance: Instance) -> None:
+        self._comm, self._pool, self._shape = parts.comm, parts.pool, parts.shape
+        self._time, self._instance = parts.time, instance
+        self._counters = instance.counters
+        self._legs: list[Leg] = []
+        self._moves: Pending | None = None
+        self._steps = 0
+
+    def begin(self, plan: Plan, now: float) -> bool:
+        """Tell the creditors of the step and post its moves. Returns whether its layers have
+        anything to exchange."""
+        self._steps += 1
+        world = self._comm.world
+        for creditor, header in self._instance.headers(plan, now).items():
+            if world.lane == 0:
+                self._comm.mail.post(world.rank_of(creditor), msgspec.msgpack.encode(header))
+        self._post_moves(plan)
+        queries = remote_queries(self._instance.rm, plan.rows)
+        rows = [
+            torch.tensor([q.first + i for q in each for i in range(q.rows)], dtype=torch.int32)
+            for each in queries.values()
+        ]
+        legs = zip(map(world.rank_of, queries), self._comm.device.upload(rows), strict=True)
+        self._legs = [self._leg(*leg) for leg in legs]
+        return bool(self._legs)
+
+    def post_queries(self, q: torch.Tensor) -> None:
+        """Send the rows of `q` `[tokens, heads, head_dim]` that have rBlocks elsewhere."""
+        for leg in self._legs:
+            torch.index_select(q, 0, leg.rows, out=leg.queries)
+        sends = [(leg.rank, leg.queries) for leg in self._legs]
+        partials = [(leg.rank, part) for leg in self._legs for part in (leg.out, leg.lse)]
+        self._counters.bytes_queried += sum(tensor.nbytes for _, tensor in sends)
+        self._partials = self._comm.transport.exchange(sends, partials, TO_CREDITOR, TO_DEBTOR)
+        self._time.recorder.open(Kind.EXCHANGE)
+
+    def merge(self, layer: int, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """Merge the creditors' partial results into the rank's own, in place."""
+        self._time.enter(Kind.PARTIALS)
+        self._partials.wait(f"partial results, layer {layer}, step {self._steps}")
+        self._time.leave(layer, len(self._legs))
+        self._time.recorder.close(Kind.EXCHANGE, one=layer, other=len(self._legs))
+        for leg in self._legs:
+            merge_rows(out, lse, leg.rows, leg.out, leg.lse)
+
+    def finish(self) -> None:
+        """Wait for the moves."""
+        if self._moves is not None:
+            self._time.enter(Kind.MOVES)
+            self._moves.wait(f"rBlocks, step {self._steps}")
+            self._time.leave(self._moving)
+            self._time.recorder.close(Kind.TRANSFER, one=self._moving)
+
+    def _post_moves(self, plan: Plan) -> None:
+        rank_of, rblock = self._comm.world.rank_of, self._pool.rblock
+        sends = [(rank_of(move.peer), rblock(move.slot)) for move in plan.moves]
+        recvs = [(rank_of(move.peer), rblock(move.slot)) for move in plan.recalls]
+        self._moves = None
+        if sends or recvs:
+            self._counters.bytes_moved += sum(tensor.nbytes for _, tensor in (*sends, *recvs))
+            self._moves = self._comm.transport.exchange(sends, recvs, TO_CREDITOR, TO_DEBTOR)
+            self._moving = len(sends) + len(recvs)
+            self._time.recorder.open(Kind.TRANSFER)
+
+    def _leg(self, rank: int, rows: torch.Tensor) -> Leg:
+        shape, place = (len(rows), *self._shape), self._pool.device
+        return Leg(
+            rank,
+            rows,
+            torch.empty(shape, dtype=self._pool.dtype, device=place),
+            torch.empty(shape, device=place),
+            torch.empty(shape[:2], device=place),
+        )

@@ -1,0 +1,192 @@
+"""From logits to the next token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Rows
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hpc_distkv.comm.device import Device
+from hpc_distkv.control.messages.requests import Sampling
+from hpc_distkv.control.messages.token_logprobs import pack_logprobs
+from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.step.batch_sampler import NO_TOKEN, sample_together
+from hpc_distkv.step.draws import Ids, Weights, draw_keys, race
+from hpc_distkv.step.penalties import adjusted
+
+SORTED = 256
+"""Weights that are sorted without more ado."""
+
+
+Sampled = tuple[list[int], dict[int, bytes]]
+"""The next token of each sequence, or NO_TOKEN; request → the record
+(`control.messages.token_logprobs`) of its new token, for those that ask for it."""
+
+
+NOBODY_DRAWN = torch.empty(0, dtype=torch.int64)
+
+
+class Draw(NamedTuple):
+    """The next tokens of some sequences, on their way."""
+
+    tokens: torch.Tensor
+    """int64 `[sequences]`, on a device that works by itself; any token in place of NO_TOKEN."""
+    ready: Callable[[], Sampled | None]
+    """Gives them once all that the device was asked for until the draw is done, and None until
+    then. Never blocks."""
+
+
+def begin_sampling(
+    device: Device,
+    logits: torch.Tensor,
+    sequences: Rows[Sequence],
+    before: torch.Tensor | None = None,
+) -> Draw:
+    """Ask `device` for the next tokens. `logits`: float32 `[sequences, vocab]`; `before`: the
+    tokens that the step before draws, if the host does not know them."""
+    if not sequences:
+        over = device.fetch([])
+        return Draw(NOBODY_DRAWN, lambda: None if over.ready() is None else ([], {}))
+    if not device.deferred:
+        tokens = sample(logits, sequences)
+        sampled = tokens, sample_logprobs(logits, sequences, tokens)
+        return Draw(NOBODY_DRAWN, lambda: sampled)  # the host has what it drew
+    sampled_there = sample_together(device, logits, sequences, before)
+    drawn = sampled_there.clamp(min=0)
+    groups = _asking(sequences)
+    uploaded = device.upload([torch.tensor(rows) for rows in groups.values()]) if groups else []
+    scores = [
+        part
+        for top, rows in zip(groups, uploaded, strict=True)
+        for part in _scores(logits[rows], drawn[rows], top)
+    ]
+    fetch = device.fetch([sampled_there, *scores])
+
+    def ready() -> Sampled | None:
+        if (fetched := fetch.ready()) is None:
+            return None
+        parts = iter(fetched[1:])
+        records: dict[int, bytes] = {}
+        for rows in groups.values():
+            packed = _pack(next(parts), next(parts), next(parts))
+            records.update(zip((sequences[row].id for row in rows), packed, strict=True))
+        return fetched[0].tolist(), records
+
+    return Draw(drawn, ready)
+
+
+def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
+    """The next token of each sequence, or NO_TOKEN; `logits` is float32 `[sequences, vocab]`, left
+    as it is.
+
+    Noise (`draws`) follows from a row's seed and the position alone: not from batch, rank,
+    preemption or restart.
+    """
+    largest, best = logits.max(dim=-1)
+    tokens: list[int] = best.where(largest.isfinite(), NO_TOKEN).tolist()
+    samplings = [sequence.request.sampling for sequence in sequences]
+    rows = [
+        row
+        for row, sampling in enumerate(samplings)
+        if tokens[row] != NO_TOKEN and (sampling.temperature > 0 or sampling.rules)
+    ]
+    keys = draw_keys([(samplings[row].seed, sequences[row].length) for row in rows])
+    for row, key in zip(rows, keys, strict=True):
+        tokens[row] = _choose(logits[row], sequences[row], key)
+    return tokens
+
+
+def sample_logprobs(
+    logits: torch.Tensor, sequences: Rows[Sequence], tokens: Rows[int]
+) -> dict[int, bytes]:
+    """Request → the record (`control.messages.token_logprobs`) of its new token, for those that
+    ask for it: from the logits as the model made them, before any rule or temperature."""
+    found: dict[int, bytes] = {}
+    for top, rows in _asking(sequences).items():
+        drawn = torch.tensor([tokens[row] for row in rows]).clamp(min=0)
+        records = _pack(*_scores(logits[rows], drawn, top))
+        found.update(zip((sequences[row].id for row in rows), records, strict=True))
+    return found
+
+
+def _asking(sequences: Rows[Sequence]) -> dict[int, list[int]]:
+    """Alternatives to report → the rows that ask for so many."""
+    asked: dict[int, list[int]] = {}
+    for row, sequence in enumerate(sequences):
+        if (top := sequence.request.sampling.logprobs) is not None:
+            asked.setdefault(top, []).append(row)
+    return asked
+
+
+def _scores(
+    logits: torch.Tensor, drawn: torch.Tensor, top: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The log-probabilities `[rows]` of the `drawn` tokens; the `top` most probable ones' ids and
+    log-probabilities `[rows, top]`."""
+    scores = logits.log_softmax(dim=-1)
+    own = scores.gather(1, drawn[:, None])[:, 0]
+    values, ids = scores.topk(top)
+    return own, ids, values
+
+
+def _pack(own: torch.Tensor, ids: torch.Tensor, values: torch.Tensor) -> list[bytes]:
+    return pack_logprobs(own.numpy(), ids.numpy(), values.numpy())
+
+
+def _choose(logits: torch.Tensor, sequence: Sequence, key: Ids) -> int:
+    """The next token of one row: its rules, then a draw, or without temperature the largest."""
+    sampling = sequence.request.sampling
+    if sampling.rules:
+        if sequence.counts:
+            sequence.counts.read(sequence.tokens)
+        begun = sequence.output_len >= sampling.min_tokens
+        logits = adjusted(logits, sampling.rules, sequence.counts, begun)
+    if sampling.temperature > 0 and logits.max().isfinite():
+        return race(key, token_weights(logits, sampling))
+    return int(logits.argmax())
+
+
+def token_weights(logits: torch.Tensor, sampling: Sampling) -> Weights:
+    """What each token is drawn by, `[vocab]`, not normalised; 0 for those that are not drawn: by
+    temperature, then min-p, then top-k, then top-p of what is left. As in vLLM, tokens as probable
+    as the last of the `top_k` are among them."""
+    scores = logits.numpy()
+    if not 0 < sampling.top_k < len(scores):
+        return _weights(scores, sampling)
+    last = logits.topk(sampling.top_k).values[-1].numpy()
+    tokens = np.flatnonzero(scores >= last)
+    weights = np.zeros(len(scores))
+    weights[tokens] = _weights(scores[tokens], sampling)
+    return weights
+
+
+def _weights(scores: npt.NDArray[np.float32], sampling: Sampling) -> Weights:
+    """`token_weights` of these alone, without top-k; the most probable one is among them."""
+    weights: Weights = np.divide(scores - scores.max(), sampling.temperature, dtype=np.float64)
+    np.exp(weights, out=weights)
+    if sampling.min_p:
+        weights[weights < sampling.min_p] = 0.0  # The most probable token weighs 1.
+    if sampling.top_p >= 1:
+        return weights
+    kept, nucleus = _nucleus(weights, sampling.top_p), np.zeros(len(weights))
+    nucleus[kept] = weights[kept]
+    return nucleus
+
+
+def _nucleus(weights: Weights, top_p: float) -> Ids:
+    """Places of as few of the largest as weigh `top_p` of all; of equal ones the first. To sort a
+    whole vocabulary would cost more than a small model's step, so most of it goes before: those
+    that weigh less than the average of what may be left out are left out together."""
+    places, wanted = np.arange(len(weights)), top_p * weights.sum()
+    while len(weights) > SORTED:
+        heavy = weights >= (weights.sum() - wanted) / len(weights)
+        if 2 * np.count_nonzero(heavy) > len(weights):
+            break
+        places, weights = places[heavy], weights[heavy]
+    order = np.argsort(-weights, kind="stable")
+    count = np.searchsorted(np.cumsum(weights[order]), wanted) + 1
+    return places[order[:count]]

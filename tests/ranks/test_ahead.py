@@ -1,0 +1,318 @@
+"""Steps that are planned while a device computes the ones before: the tokens of steps one by one,
+and nothing that is in use is freed."""
+
+from __future__ import annotations
+
+import random
+
+import msgspec
+import pytest
+from clusters import Outcome, run_cluster
+from families import continuation, save
+from families import prompt as tokens_of
+from late_device import be_late
+from recorded_fabric import connect
+from test_cluster import BLOCK, VOCABULARY, demand_of, options, request, tiny_decoder, unconstrained
+from test_prefix_sharing import rows_of as rows_with_a_document
+from test_sampling_anywhere import Letters, check_same
+from test_sampling_anywhere import rows as sampling_rows
+from test_tensor_parallel import shards, whole  # noqa: F401
+from test_window_clusters import crowd
+from test_window_clusters import model as windowed  # noqa: F401
+
+from hpc_distkv.comm.local.schedule import SeededSchedule
+from hpc_distkv.comm.transport import Comm
+from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
+from hpc_distkv.decide.config import EngineConfig
+from hpc_distkv.decide.instance import Instance
+from hpc_distkv.model import build
+from hpc_distkv.model.config import ModelConfig
+from hpc_distkv.model.decoder import Decoder
+from hpc_distkv.model.weights import load_decoder
+from hpc_distkv.ranks.rank import EngineOptions
+from hpc_distkv.ranks.worker import Step, Worker
+
+
+@pytest.fixture(scope="module")
+def model() -> Decoder:
+    return tiny_decoder()
+
+
+UNCOUNTED = {"frequency_penalty": 0.0, "presence_penalty": 0.0}
+
+
+def late_and_connected(comms: list[Comm]) -> None:
+    """Devices that are late over a fabric that needs both sides at once."""
+    connect(comms)
+    be_late(comms)
+
+
+class Watch:
+    """Sees how steps overlap, and what they use until the device is done with them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.steps = self.ahead = self.vain = self.exchanging = self.serving = 0
+        self._slots: dict[int, set[int]] = {}
+        begin, end, plan = Worker._begin, Worker._end, Instance.plan
+
+        def watched_plan(instance: Instance, ahead: bool = False):
+            made = plan(instance, ahead)
+            self.steps += bool(made.rows)
+            self.ahead += ahead and bool(made.rows)
+            return made
+
+        def watched_begin(worker: Worker, plan, now, drawn):
+            step = begin(worker, plan, now, drawn)
+            self.exchanging += drawn is not None and worker._replica._exchanging
+            self.serving += drawn is not None and bool(worker._instance.rm.guests)
+            self._slots[id(step.draw)] = held(worker._instance, step)
+            return step
+
+        def watched_end(worker: Worker, step: Step, following=()):
+            assert self._slots.pop(id(step.draw)) <= held(worker._instance, step)
+            self.vain += len(worker._instance._over)
+            end(worker, step, following)
+
+        monkeypatch.setattr(Instance, "plan", watched_plan)
+        monkeypatch.setattr(Worker, "_begin", watched_begin)
+        monkeypatch.setattr(Worker, "_end", watched_end)
+
+
+def held(instance: Instance, step: Step) -> set[int]:
+    """The slots that the step's rows have at home: they must stay theirs until it is over."""
+    rows = [sequence.id for sequence, _ in step.plan.rows]
+    moved = {(move.request, move.slot) for move in step.plan.moves}
+    return {
+        slot
+        for row in rows
+        for key, table in instance.rm.parts(row).items()
+        for slot in table.slots
+        if (key, slot) not in moved
+    }
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    return Watch(monkeypatch)
+
+
+def late(
+    model: Decoder, rows: list[Request], ranks: int, settings: EngineOptions, seed: int, **others
+) -> Outcome:
+    return run_cluster(
+        model, rows, ranks, settings, SeededSchedule(seed), prepare=be_late, **others
+    )
+
+
+def stopping(count: int, rng: random.Random) -> list[Request]:
+    """Rows that may end at any token."""
+    rows = []
+    for number in range(count):
+        prompt = pack_tokens([rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 90))])
+        stop = tuple(rng.sample(range(VOCABULARY), 12))
+        sampling = Sampling(
+            rng.randint(1, 40),
+            rng.choice([0.0, 0.9]),
+            rng.choice([1.0, 0.9]),
+            seed=number,
+            stop_token_ids=stop,
+            min_tokens=rng.choice([0, 0, 9]),
+            logprobs=rng.choice([None, None, 2]),
+        )
+        rows.append(Request(number, prompt, sampling))
+    return rows
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_models_with_experts_go_ahead(at_once, watch, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "grouped", lambda *_: at_once)
+    transformer = save("qwen3-moe", tmp_path)
+    model = load_decoder(tmp_path, ModelConfig.from_dir(tmp_path), "float32")
+    prompts = [tokens_of(length, seed) for seed, length in enumerate([60, 9, 31])]
+    rows = [
+        Request(number, pack_tokens(ids), Sampling(12, 0.0)) for number, ids in enumerate(prompts)
+    ]
+    outcome = late(model, rows, 1, options(200), 0)
+    want = {number: continuation(transformer, ids, 12) for number, ids in enumerate(prompts)}
+    assert outcome.tokens == want
+    assert watch.ahead > watch.steps / 2
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_end_where_they_end_step_by_step(model, watch, seed):
+    rows = stopping(40, random.Random(seed))
+    outcome = late(model, rows, 1, options(200), seed)
+    assert watch.ahead > watch.steps / 2
+    assert watch.vain > 5, "rows that end are in the next step already"
+    check_same(outcome, run_cluster(model, rows, 1, options(4000)), rows)
+    made = sum(len(tokens) for tokens in outcome.tokens.values())
+    assert sum(c.generated_tokens for c in outcome.counters) == made
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_where_memory_is_short_rows_give_way_between_steps(model, watch, seed):
+    rng = random.Random(seed)
+    rows = [request(number, rng.randint(1, 40), 80, rng) for number in range(30)]
+    most = tuple(range(0, VOCABULARY, 2))
+    for row, stop in enumerate([most] * 10):  # So short outputs are expected of the others.
+        sampling = msgspec.structs.replace(rows[row].sampling, stop_token_ids=stop)
+        rows[row] = msgspec.structs.replace(rows[row], sampling=sampling)
+    outcome = late(model, rows, 1, options(40), seed)
+    assert outcome.tokens == unconstrained(model, rows)
+    assert sum(counters.preemptions for counters in outcome.counters) > 0
+    assert 0 < watch.ahead < watch.steps
+
+
+@pytest.mark.parametrize("policy", ["lend", "lend-greedy", "migrate", "queue"])
+@pytest.mark.parametrize("seed", range(2))
+def test_ranks_that_lend(model, watch, policy, seed):
+    rng = random.Random(seed)
+    rows = demand_of(3, 24 * BLOCK, rng)
+    if policy.startswith("lend"):
+        rows.append(request(len(rows), 30 * BLOCK, 20, rng))
+    outcome = late(model, rows, 2, options(24, policy=policy), seed)
+    assert outcome.tokens == unconstrained(model, rows)
+    assert (watch.ahead == 0) == (policy == "migrate")
+    borrowed = sum(counters.blocks_borrowed for counters in outcome.counters)
+    lending = policy.startswith("lend")
+    assert (borrowed > 0) == (watch.exchanging > 0) == (watch.serving > 0) == lending
+
+
+@pytest.mark.parametrize("prepare", [be_late, late_and_connected])
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("tp", [2, 4])
+def test_lanes_go_ahead_alike(tiny_model, watch, tp, seed, prepare):
+    """What rank 0 draws is on all ranks before the host knows it."""
+    rows = stopping(24, random.Random(seed))
+    models = shards(tiny_model, tp, tp)
+    outcome = run_cluster(
+        models, rows, tp, options(200), SeededSchedule(seed), tp=tp, prepare=prepare
+    )
+    assert watch.ahead > watch.steps / 2
+    assert watch.vain > 5
+    check_same(outcome, run_cluster(models, rows, tp, options(4000), tp=tp), rows)
+
+
+@pytest.mark.parametrize("prepare", [be_late, late_and_connected])
+@pytest.mark.parametrize("seed", range(3))
+def test_instances_of_several_ranks_that_lend(
+    tiny_model,
+    whole,  # noqa: F811
+    watch,
+    seed,
+    prepare,
+):
+    rng = random.Random(seed)
+    rows = [*demand_of(3, 24 * BLOCK, rng)]
+    rows.append(request(len(rows), 30 * BLOCK, 20, rng))
+    outcome = run_cluster(
+        shards(tiny_model, 4, 2),
+        rows,
+        4,
+        options(24),
+        SeededSchedule(seed),
+        tp=2,
+        prepare=prepare,
+    )
+    assert outcome.tokens == unconstrained(whole, rows)
+    assert watch.exchanging > 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_with_all_sampling_fields(model, watch, seed):
+    rows = sampling_rows(24, 60, random.Random(seed))
+    for row in rows[8:]:
+        if row.sampling.rules:  # These penalties count tokens that are known.
+            rules = msgspec.structs.replace(row.sampling.rules, **UNCOUNTED)
+            sampling = msgspec.structs.replace(row.sampling, rules=rules)
+            rows[row.id] = msgspec.structs.replace(row, sampling=sampling)
+    outcome = late(model, rows, 1, options(80), seed, decoder=Letters())
+    check_same(outcome, run_cluster(model, rows, 1, options(4000), decoder=Letters()), rows)
+    assert watch.ahead > 0
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_rows_that_share_their_beginning(model, watch, seed):
+    rows = rows_with_a_document(3, 12, random.Random(seed))
+    outcome = late(model, rows, 1, options(60), seed)
+    assert outcome.tokens == unconstrained(model, rows)
+    assert sum(counters.cached_tokens for counters in outcome.counters) > 0
+    assert watch.ahead > 0
+
+
+def test_rows_with_windows_go_step_by_step(windowed, watch):  # noqa: F811
+    rows = crowd(0, 30 * BLOCK)
+    outcome = late(windowed, rows, 1, options(60), 0)
+    assert outcome.tokens == unconstrained(windowed, rows)
+    assert watch.ahead == 0
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_run_that_is_stopped_leaves_tokens_that_are_known(model, seed):
+    from test_interrupt import Countdown
+
+    rng = random.Random(seed)
+    rows = demand_of(2, 60 * BLOCK, rng)
+    want = unconstrained(model, rows)
+    left, stops = {row.id: row for row in rows}, 0
+    while left:
+        interrupts = {0: Countdown(at=rng.randint(8, 20), grace=rng.choice([0, 5]))}
+        outcome = late(
+            model,
+            list(left.values()),
+            1,
+            options(60),
+            seed,
+            interrupts=interrupts if stops < 4 else {},
+        )
+        stops += 1
+        for number, tokens in outcome.tokens.items():
+            assert tokens == want[number]
+            del left[number]
+        for u in outcome.unfinished:
+            assert pack_tokens(want[u.id]).startswith(u.output)
+            left[u.id] = msgspec.structs.replace(left[u.id], output=u.output)
+    assert stops > 2
+
+
+def test_a_row_that_ends_keeps_its_rblocks_while_a_step_uses_them():
+    instance = Instance(0, EngineConfig(num_blocks=100, block_size=4))
+    sampling = Sampling(max_tokens=20, stop_token_ids=(7,))
+    for number in range(2):
+        request = Request(number, pack_tokens([1, 2, 3]), sampling)
+        instance.scheduler.add(instance._sequence(request, 0.0))
+    first = instance.plan()
+    ends = instance.advance(first.rows)
+    second = instance.plan(ahead=True)
+    assert [(s.id, count) for s, count in second.rows] == [(0, 1), (1, 1)]
+    instance.learn(first.rows, ends, [7, 5], 1.0, following={0, 1})
+    assert [s.id for s in instance.scheduler.running] == [1]
+    assert sorted(instance.rm.tables) == [0, 1], "the second step writes there"
+    ends = instance.advance(second.rows)
+    third = instance.plan(ahead=True)
+    assert [s.id for s, _ in third.rows] == [1]
+    instance.learn(second.rows, ends, [9, 6], 2.0, following={1})
+    assert sorted(instance.rm.tables) == [1]
+    assert instance.scheduler.running[0].tokens == [1, 2, 3, 5, 6]
+    assert instance.counters.generated_tokens == 3
+    instance.check()
+
+
+def test_nobody_gives_way_while_a_step_is_computed():
+    instance = Instance(0, EngineConfig(num_blocks=6, block_size=4))
+    instance.scheduler.foresight.outputs.add(1, 1000)
+    for number in range(2):
+        request = Request(number, pack_tokens(range(6)), Sampling(max_tokens=15))
+        instance.scheduler.add(instance._sequence(request, 0.0))
+    step = instance.plan()
+    while not instance.scheduler.short:
+        assert len(step.rows) == 2
+        ends = instance.advance(step.rows)
+        following = instance.plan(ahead=True)
+        instance.learn(step.rows, ends, [5, 6], 1.0, following={0, 1})
+        step = following
+    assert not step.rows
+    assert instance.counters.preemptions == 0
+    assert [s.id for s, _ in instance.plan().rows] == [0]
+    assert instance.counters.preemptions == 1
+    instance.check()
