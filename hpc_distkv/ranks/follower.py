@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container
+from collections.abc import Sequence as Rows
 from typing import TypeVar
 
 import msgspec
 import torch
 
 from hpc_distkv.control.messages.answer import Answer
-from hpc_distkv.decide.pace import Speed
+from hpc_distkv.decide.pace import StepSeconds
+from hpc_distkv.decide.plan import Plan
+from hpc_distkv.decide.sequence import Sequence
 from hpc_distkv.memory.loan import ProtocolError
 from hpc_distkv.ranks.events import (
     Advanced,
@@ -27,8 +29,7 @@ from hpc_distkv.ranks.events import (
     fingerprint,
 )
 from hpc_distkv.ranks.interrupt import Interrupt
-from hpc_distkv.ranks.replica import Advance, Replica
-from hpc_distkv.ranks.worker import decode_answer
+from hpc_distkv.ranks.loop import Results, StepLoop, decode_answer
 from hpc_distkv.step.parts import Parts
 from hpc_distkv.step.recorder import Kind
 
@@ -68,110 +69,97 @@ class Follower:
         self._interrupt = interrupt
         self._comm = comm = parts.comm
         self._time = parts.time
-        self._replica = Replica(parts, self._attend, self._serve)
-        self._instance, self._creditor = self._replica.instance, self._replica.creditor
-        self.counters = self._instance.counters
+        self._loop = StepLoop(parts, self)
+        self.instance, self._creditor = self._loop.instance, self._loop.creditor
         self._leader = comm.world.rank - comm.world.lane
         self._log: deque[Event] = deque()
         """What the leader has recorded and this rank has not applied."""
         self._answer: Answer | None = None
-        self._under_way: Advance | None = None
-        """The step that ends after the next one has begun."""
+        self._begun: StepBegun | None = None
+        """The step that the leader has begun and this rank has not."""
+        self._ended: StepEnded | None = None
+        """The end of the only step that was begun."""
         self._leaving = False
 
     @torch.inference_mode()
     def run(self) -> None:
         """Follow until the gManager says stop. Raises StallError and ProtocolError."""
-        with self._comm.waiter.meanwhile(self._attend):
-            self._loop()
+        with self._comm.waiter.meanwhile(self.attend):
+            self._loop.run()
             self._leaving = True
-            if self._replica.sharing:
+            if self._loop.sharing:
                 self._comm.share(None)
                 self._next(Left)
             self._comm.gather(b"")
 
-    @property
-    def speed(self) -> Speed:
-        """What the leader's steps have shown."""
-        return self._instance.pace.speed
+    # -- steps ----------------------------------------------------------------------------------
 
-    def check(self) -> None:
-        """Assert the bookkeeping invariants."""
-        self._instance.check()
+    def begin(self, ahead: bool) -> None:
+        """Wait until the leader has begun the step, and all before it is applied."""
+        self._begun = self._begun or self._next(StepBegun)
 
-    def _loop(self) -> None:
-        self._report()
-        while True:
-            match self._next(Boundary, StepBegun):
-                case StepBegun() as begun:
-                    self._step(begun)
-                case Boundary(now):
-                    answer, self._answer = self._answer, None
-                    assert answer is not None  # see `_next`
-                    if answer.stop or answer.give_way:
-                        self._end_under_way()
-                    if answer.stop:
-                        self._instance.put_aside()
-                        return
-                    self._instance.apply(answer, now)
-                    self._instance.credits()
-                    self._report()
-
-    def _step(self, begun: StepBegun) -> None:
-        before, self._under_way = self._under_way, None
-        plan = self._instance.plan(ahead=before is not None)
+    def planned(self, plan: Plan) -> float:
+        """Compare the plan with the leader's. Returns the leader's time."""
+        begun, self._begun = self._begun, None
+        assert begun is not None  # see `begin`
         if fingerprint(plan) != begun.plan:
             world = self._comm.world
             raise ProtocolError(
                 f"{world.name(world.rank)} and {world.name(self._leader)} plan different steps of "
                 f"instance {world.instance}: do all ranks run the same version of this program?"
             )
-        self._time.enter(Kind.OTHER if plan.idle and before is None else Kind.STEP)
-        self._replica.compute(plan, begun.now, self._room_for_tokens(before))
-        if before:
-            self._end(before, self._next(StepEnded), {sequence.id for sequence, _ in plan.rows})
-            self._time.enter(Kind.STEP)
-        match self._next(Advanced, StepEnded):
-            case Advanced():
-                self._under_way = self._replica.advance(plan)
-                self._time.leave(record=False)
-            case StepEnded() as ended:
-                self._end(self._replica.advance(plan), ended)
+        return begun.now
 
-    def _end(self, step: Advance, ended: StepEnded, following: Container[int] = ()) -> None:
-        rows, ends, work = step
-        self._instance.learn(rows, ends, ended.tokens, ended.now, following=following)
-        self._time.leave(len(rows), sum(count for _, count in rows), record=bool(rows))
-        if rows:
-            self._instance.note_step(work, self._next(StepTimed).seconds)
+    def draw(
+        self, logits: torch.Tensor, ends: Rows[Sequence], before: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Room for what the leader's device draws."""
+        return torch.empty(len(ends), dtype=torch.int64, device=self._comm.device.place)
 
-    def _end_under_way(self) -> None:
-        if self._under_way:
-            self._time.enter(Kind.STEP)
-            step, self._under_way = self._under_way, None
-            self._end(step, self._next(StepEnded))
+    def goes_on(self, plan: Plan) -> bool:
+        """Whether the leader plans the next step before this one is over."""
+        event = self._next(Advanced, StepEnded)
+        self._ended = event if isinstance(event, StepEnded) else None
+        return self._ended is None
 
-    def _room_for_tokens(self, before: Advance | None) -> torch.Tensor | None:
-        """For what the leader's device has drawn in the step before, if the host does not know
-        it."""
-        if before is None:
-            return None
-        return torch.empty(len(before.ends), dtype=torch.int64, device=self._comm.device.place)
+    def results(self) -> Results:
+        """Wait for the tokens that the leader has."""
+        ended, self._ended = self._ended or self._next(StepEnded), None
+        return Results(ended.tokens, ended.now)
+
+    def seconds(self) -> StepSeconds:
+        """How long the step took on the leader."""
+        return self._next(StepTimed).seconds
 
     # -- control --------------------------------------------------------------------------------
 
-    def _report(self) -> None:
+    def boundary(self, idle: bool) -> tuple[Answer, float] | None:
+        """The answer of the round, if the leader applies it before the next step."""
+        match self._next(Boundary, StepBegun):
+            case Boundary(now):
+                answer, self._answer = self._answer, None
+                assert answer is not None  # see `_next`
+                return answer, now
+            case StepBegun() as begun:
+                self._begun = begun
+        return None
+
+    def open_credits(self) -> None:
+        """Set aside the rBlocks that are lent; the leader tells their debtors."""
+        self.instance.credits()
+
+    def report(self) -> None:
         """Take part in a round: what this rank wants of the run; the leader says all else."""
-        self._instance.report()
+        self.instance.report()
         self._comm.rounds.report(self._interrupt.wish)
 
-    def _attend(self) -> None:
+    def attend(self) -> None:
         """What goes on beside a rank's own step: the log is followed as far as it can be, debtors
         are served, and control rounds progress."""
         self._comm.transport.push()
         while (letter := self._comm.mail.poll()) is not None:
             self._log.append(self._read(*letter))
-        self._serve()
+        self.serve()
         while self._log and self._apply(self._log[0]):
             self._log.popleft()
         if self._leaving:
@@ -179,7 +167,8 @@ class Follower:
         elif self._answer is None and (message := self._comm.rounds.answer()) is not None:
             self._answer = decode_answer(message)
 
-    def _serve(self) -> None:
+    def serve(self) -> None:
+        """Push on the steps of debtors."""
         self._creditor.push()
 
     # -- the log --------------------------------------------------------------------------------
@@ -201,9 +190,9 @@ class Follower:
                     return False
                 self._creditor.commit(debtor)
             case Opened(creditor, blocks):
-                self._instance.open_credit(creditor, blocks)
+                self.instance.open_credit(creditor, blocks)
             case Returned(now):
-                self._replica.return_all(now)
+                self._loop.return_credit(now)
             case _:
                 return False
         return True
@@ -213,7 +202,7 @@ class Follower:
         until the answer is there, so that nothing that follows is applied before it."""
 
         def ready() -> E | None:
-            self._attend()
+            self.attend()
             head = self._log[0] if self._log else None
             if isinstance(head, Boundary) and self._answer is None:
                 return None
@@ -230,6 +219,6 @@ class Follower:
         names = " or ".join(kind.__name__ for kind in kinds)
         self._time.enter(Kind.CONTROL)
         event = self._comm.waiter.until(ready, f"its log ({names})", awaited)
-        self._time.leave(self._instance.round)
+        self._time.leave(self.instance.round)
         self._log.popleft()
         return event
