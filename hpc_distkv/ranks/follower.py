@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from typing import TypeVar
 
@@ -10,6 +11,7 @@ import msgspec
 import torch
 
 from hpc_distkv.control.messages.answer import Answer
+from hpc_distkv.decide.instance import NO_LOGPROBS
 from hpc_distkv.decide.pace import StepSeconds
 from hpc_distkv.decide.plan import Plan
 from hpc_distkv.decide.sequence import Sequence
@@ -29,14 +31,14 @@ from hpc_distkv.ranks.events import (
     fingerprint,
 )
 from hpc_distkv.ranks.interrupt import Interrupt
-from hpc_distkv.ranks.loop import Results, StepLoop, decode_answer
+from hpc_distkv.ranks.loop import StepLoop, decode_answer
 from hpc_distkv.step.parts import Parts
 from hpc_distkv.step.recorder import Kind
 
 E = TypeVar("E", bound=Event)
 
 
-class Follower:
+class Follower(StepLoop):
     """A rank that repeats what its instance's leader does, on its own lane's tensors.
 
     The instance is a deterministic state machine. All that its state takes from outside, the
@@ -66,75 +68,49 @@ class Follower:
     """
 
     def __init__(self, parts: Parts, interrupt: Interrupt) -> None:
+        super().__init__(parts)
         self._interrupt = interrupt
-        self._comm = comm = parts.comm
-        self._time = parts.time
-        self._loop = StepLoop(parts, self)
-        self.instance, self._creditor = self._loop.instance, self._loop.creditor
-        self._leader = comm.world.rank - comm.world.lane
+        self._leader = self._comm.world.rank - self._comm.world.lane
         self._log: deque[Event] = deque()
         """What the leader has recorded and this rank has not applied."""
-        self._answer: Answer | None = None
         self._begun: StepBegun | None = None
         """The step that the leader has begun and this rank has not."""
         self._ended: StepEnded | None = None
         """The end of the only step that was begun."""
-        self._leaving = False
-
-    @torch.inference_mode()
-    def run(self) -> None:
-        """Follow until the gManager says stop. Raises StallError and ProtocolError."""
-        with self._comm.waiter.meanwhile(self.attend):
-            self._loop.run()
-            self._leaving = True
-            if self._loop.sharing:
-                self._comm.share(None)
-                self._next(Left)
-            self._comm.gather(b"")
 
     # -- steps ----------------------------------------------------------------------------------
 
-    def begin(self, ahead: bool) -> None:
-        """Wait until the leader has begun the step, and all before it is applied."""
-        self._begun = self._begun or self._next(StepBegun)
-
-    def planned(self, plan: Plan) -> float:
-        """Compare the plan with the leader's. Returns the leader's time."""
-        begun, self._begun = self._begun, None
-        assert begun is not None  # see `begin`
+    def _plan(self, ahead: bool) -> tuple[Plan, float]:
+        begun, self._begun = self._begun or self._next(StepBegun), None
+        plan = self.instance.plan(ahead)
         if fingerprint(plan) != begun.plan:
             world = self._comm.world
             raise ProtocolError(
                 f"{world.name(world.rank)} and {world.name(self._leader)} plan different steps of "
                 f"instance {world.instance}: do all ranks run the same version of this program?"
             )
-        return begun.now
+        return plan, begun.now
 
-    def draw(
+    def _draw(
         self, logits: torch.Tensor, ends: Rows[Sequence], before: torch.Tensor | None
     ) -> torch.Tensor:
-        """Room for what the leader's device draws."""
         return torch.empty(len(ends), dtype=torch.int64, device=self._comm.device.place)
 
-    def goes_on(self, plan: Plan) -> bool:
-        """Whether the leader plans the next step before this one is over."""
+    def _goes_on(self, plan: Plan) -> bool:
         event = self._next(Advanced, StepEnded)
         self._ended = event if isinstance(event, StepEnded) else None
         return self._ended is None
 
-    def results(self) -> Results:
-        """Wait for the tokens that the leader has."""
+    def _results(self) -> tuple[Rows[int], float, Mapping[int, bytes]]:
         ended, self._ended = self._ended or self._next(StepEnded), None
-        return Results(ended.tokens, ended.now)
+        return ended.tokens, ended.now, NO_LOGPROBS
 
-    def seconds(self) -> StepSeconds:
-        """How long the step took on the leader."""
+    def _seconds(self) -> StepSeconds:
         return self._next(StepTimed).seconds
 
     # -- control --------------------------------------------------------------------------------
 
-    def boundary(self, idle: bool) -> tuple[Answer, float] | None:
-        """The answer of the round, if the leader applies it before the next step."""
+    def _boundary(self) -> tuple[Answer, float] | None:
         match self._next(Boundary, StepBegun):
             case Boundary(now):
                 answer, self._answer = self._answer, None
@@ -144,22 +120,21 @@ class Follower:
                 self._begun = begun
         return None
 
-    def open_credits(self) -> None:
-        """Set aside the rBlocks that are lent; the leader tells their debtors."""
+    def _open_credits(self) -> None:
         self.instance.credits()
 
-    def report(self) -> None:
+    def _report(self) -> None:
         """Take part in a round: what this rank wants of the run; the leader says all else."""
         self.instance.report()
         self._comm.rounds.report(self._interrupt.wish)
 
-    def attend(self) -> None:
+    def _attend(self) -> None:
         """What goes on beside a rank's own step: the log is followed as far as it can be, debtors
         are served, and control rounds progress."""
         self._comm.transport.push()
         while (letter := self._comm.mail.poll()) is not None:
             self._log.append(self._read(*letter))
-        self.serve()
+        self._serve()
         while self._log and self._apply(self._log[0]):
             self._log.popleft()
         if self._leaving:
@@ -167,9 +142,14 @@ class Follower:
         elif self._answer is None and (message := self._comm.rounds.answer()) is not None:
             self._answer = decode_answer(message)
 
-    def serve(self) -> None:
-        """Push on the steps of debtors."""
+    def _serve(self) -> None:
         self._creditor.push()
+
+    def _leave(self) -> None:
+        if self._sharing:
+            self._comm.share(None)
+            self._next(Left)
+        self._comm.gather(b"")
 
     # -- the log --------------------------------------------------------------------------------
 
@@ -192,7 +172,7 @@ class Follower:
             case Opened(creditor, blocks):
                 self.instance.open_credit(creditor, blocks)
             case Returned(now):
-                self._loop.return_credit(now)
+                self._return_credit(now)
             case _:
                 return False
         return True
@@ -202,7 +182,7 @@ class Follower:
         until the answer is there, so that nothing that follows is applied before it."""
 
         def ready() -> E | None:
-            self.attend()
+            self._attend()
             head = self._log[0] if self._log else None
             if isinstance(head, Boundary) and self._answer is None:
                 return None

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Container, Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple, Protocol
 
 import msgspec
 import torch
 
 from hpc_distkv.control.messages.answer import Answer
 from hpc_distkv.control.rows.work import work
-from hpc_distkv.decide.instance import NO_LOGPROBS, Instance
+from hpc_distkv.decide.instance import Instance
 from hpc_distkv.decide.pace import StepSeconds, StepWork
 from hpc_distkv.decide.plan import NOTHING, Plan, Row
 from hpc_distkv.decide.sequence import Sequence
@@ -24,61 +24,6 @@ from hpc_distkv.step.forward import Elsewhere, Forward
 from hpc_distkv.step.host_tier import HostTier
 from hpc_distkv.step.parts import Parts
 from hpc_distkv.step.recorder import Kind
-
-
-class Results(NamedTuple):
-    """What a step has drawn."""
-
-    tokens: Rows[int]
-    """The new token of each row that gets one, in order."""
-    now: float
-    """The leader's clock when it had them."""
-    logprobs: Mapping[int, bytes] = NO_LOGPROBS
-    """Request → the record of its new token, on the leader."""
-
-
-class Role(Protocol):
-    """What differs between the ranks of an instance. The leader (`Worker`) decides by its own clock
-    and mail, and draws the tokens on its device. A `Follower` takes all of it from the leader's
-    log."""
-
-    def attend(self) -> None:
-        """Push on all that goes on beside a step: mail, debtors, control rounds. Never blocks."""
-
-    def serve(self) -> None:
-        """Push on the steps of debtors. Never blocks, and costs next to nothing without one."""
-
-    def report(self) -> None:
-        """Begin a control round."""
-
-    def boundary(self, idle: bool) -> tuple[Answer, float] | None:
-        """The round's answer and the leader's time, if it is applied before the next step. Waits
-        for it if the last step was `idle`."""
-
-    def open_credits(self) -> None:
-        """Set aside the rBlocks that the answer lends to others."""
-
-    def begin(self, ahead: bool) -> None:
-        """A step is about to be planned; `ahead`: while the one before is computed."""
-
-    def planned(self, plan: Plan) -> float:
-        """The step is planned. Returns the leader's time. Raises ProtocolError if the leader has
-        planned another one."""
-
-    def draw(
-        self, logits: torch.Tensor, ends: Rows[Sequence], before: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Ask for the next tokens of the `ends`, int64 `[ends]` on the device. `logits` `[ends,
-        vocab]`, on the leader; `before`: tokens of the step before that the host does not know."""
-
-    def goes_on(self, plan: Plan) -> bool:
-        """True if the next step is planned before the tokens of this one are known."""
-
-    def results(self) -> Results:
-        """Wait for the oldest step that was drawn and not learnt."""
-
-    def seconds(self) -> StepSeconds:
-        """How long that step took on the leader."""
 
 
 @dataclass
@@ -94,8 +39,11 @@ class LaunchedStep:
     """What it has to compute; None until its rows count as computed."""
 
 
-class StepLoop:
-    """One rank's replica of its instance, the tensors of its steps, and the step under way.
+class StepLoop(ABC):
+    """One rank at work: its replica of its instance, the tensors of its steps, and the step under
+    way. Where the leader of an instance (`Worker`) and the other lanes (`Follower`) differ are the
+    abstract methods: the leader decides by its own clock and mail, and its device draws the tokens;
+    a follower takes all of that from the leader's log.
 
     A step is plan → compute → learn. Where the next one may be planned before the tokens of this
     one are known, it is launched first, so that the device always has a step to compute:
@@ -104,15 +52,15 @@ class StepLoop:
         overlapped  plan n → compute n → plan n + 1 → compute n + 1 → learn n → …
     """
 
-    def __init__(self, parts: Parts, role: Role) -> None:
-        self._role, self._time = role, parts.time
-        self.sharing = parts.config.policy.sharing
+    def __init__(self, parts: Parts) -> None:
+        self._comm, self._time = parts.comm, parts.time
+        self._sharing = parts.config.policy.sharing
         sequence = partial(Sequence, decoder=parts.decoder)
         self.instance = Instance(parts.comm.world.instance, parts.config, sequence)
-        self.creditor = Creditor(parts, self.instance)
+        self._creditor = Creditor(parts, self.instance)
         self._debtor = Debtor(parts, self.instance)
         self._host = HostTier(parts, parts.host_pool, self.instance.rm) if parts.host_pool else None
-        self._forward = Forward(parts, self.instance.rm, role.attend, role.serve)
+        self._forward = Forward(parts, self.instance.rm, self._attend, self._serve)
         self._lanes = parts.model.lanes
         self._block_size = parts.pool.block_size
         self._attention_tokens = parts.config.attention_tokens
@@ -121,12 +69,23 @@ class StepLoop:
         """Whether the last step had nothing to do."""
         self._under_way: LaunchedStep | None = None
         """The step that the device computes while the next one is planned."""
+        self._answer: Answer | None = None
+        """Of the current round, until it is applied."""
+        self._leaving = False
+        """Whether the run is over."""
 
+    @torch.inference_mode()
     def run(self) -> None:
-        """Rounds and steps until the gManager says stop. Raises StallError and ProtocolError."""
-        self._role.report()
+        """Work until the gManager says stop. Raises StallError and ProtocolError."""
+        with self._comm.waiter.meanwhile(self._attend):
+            self._loop()
+            self._leaving = True
+            self._leave()
+
+    def _loop(self) -> None:
+        self._report()
         while True:
-            if boundary := self._role.boundary(self._idle):
+            if boundary := self._boundary():
                 answer, now = boundary
                 if answer.stop or answer.give_way:
                     self._end_under_way()  # It uses what is freed.
@@ -134,15 +93,69 @@ class StepLoop:
                     self.instance.put_aside()
                     return
                 self.instance.apply(answer, now)
-                self._role.open_credits()
-                self._role.report()
+                self._open_credits()
+                self._report()
             before, self._under_way = self._under_way, None
             if before is None:
                 self._step()
             else:
                 self._overlapped_step(before)
 
-    def return_credit(self, now: float) -> None:
+    # -- where leader and follower differ -------------------------------------------------------
+
+    @abstractmethod
+    def _attend(self) -> None:
+        """Push on all that goes on beside a step: mail, debtors, control rounds. Never blocks."""
+
+    @abstractmethod
+    def _serve(self) -> None:
+        """Push on the steps of debtors. Never blocks, and costs next to nothing without one."""
+
+    @abstractmethod
+    def _report(self) -> None:
+        """Begin a control round."""
+
+    @abstractmethod
+    def _boundary(self) -> tuple[Answer, float] | None:
+        """The round's answer and the leader's time, if it is applied before the next step."""
+
+    @abstractmethod
+    def _open_credits(self) -> None:
+        """Set aside what the answer lends to others, of which the leader tells them."""
+
+    @abstractmethod
+    def _plan(self, ahead: bool) -> tuple[Plan, float]:
+        """The next step, and the leader's time; `ahead`: while the one before is computed."""
+
+    @abstractmethod
+    def _draw(
+        self, logits: torch.Tensor, ends: Rows[Sequence], before: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Ask for the next tokens of the `ends`, int64 `[ends]` on the device. `logits`: `[ends,
+        vocab]` on the leader; `before`: those of the step before, if the host does not know
+        them."""
+
+    @abstractmethod
+    def _goes_on(self, plan: Plan) -> bool:
+        """Whether the next step is planned before the tokens of this one are known."""
+
+    @abstractmethod
+    def _results(self) -> tuple[Rows[int], float, Mapping[int, bytes]]:
+        """Wait for the oldest step that was drawn and not learnt: its new tokens, the leader's time
+        when it had them, and on the leader request → record of its log-probabilities."""
+
+    @abstractmethod
+    def _seconds(self) -> StepSeconds:
+        """How long that step took on the leader."""
+
+    @abstractmethod
+    def _leave(self) -> None:
+        """Serve until all loans are settled everywhere, and tell rank 0 what was not reported.
+        Collective."""
+
+    # -- steps ----------------------------------------------------------------------------------
+
+    def _return_credit(self, now: float) -> None:
         """Give all credit back: the run is over."""
         self.instance.return_credit()
         self._debtor.begin(NOTHING, now)
@@ -159,25 +172,20 @@ class StepLoop:
         self._time.enter(Kind.STEP)
         self._end_or_go_on(step)
 
-    def _plan(self, ahead: bool) -> tuple[Plan, float]:
-        self._role.begin(ahead)
-        plan = self.instance.plan(ahead)
-        self._idle = plan.idle and not ahead
-        self._time.enter(Kind.OTHER if self._idle else Kind.STEP)
-        return plan, self._role.planned(plan)
-
     def _compute(self, plan: Plan, now: float, drawn: torch.Tensor | None = None) -> LaunchedStep:
         """Ask the device for the plan's layers, and for the new tokens of the rows that have all
         others computed. `now`: the leader's clock; `drawn`: as of `Forward.run`, on other lanes
         room for it."""
+        self._idle = plan.idle and drawn is None
+        self._time.enter(Kind.OTHER if self._idle else Kind.STEP)
         logits = self._run_layers(plan, now, drawn)
         ends = [sequence for sequence, count in plan.rows if sequence.remaining == count]
-        return LaunchedStep(plan, self._role.draw(logits, ends, drawn))
+        return LaunchedStep(plan, self._draw(logits, ends, drawn))
 
     def _run_layers(self, plan: Plan, now: float, drawn: torch.Tensor | None) -> torch.Tensor:
         """The plan's headers, moves and layers. Returns the logits of the rows that end, on the
         leader."""
-        self._exchanging = self.sharing and self._debtor.begin(plan, now)
+        self._exchanging = self._sharing and self._debtor.begin(plan, now)
         elsewhere: list[Elsewhere] = [self._debtor] if self._exchanging else []
         if self._host and self._host.begin(plan):
             elsewhere.append(self._host)
@@ -188,12 +196,12 @@ class StepLoop:
         logits = self._forward.run(plan.rows, elsewhere, drawn)
         if self._host:
             self._host.finish()
-        if self.sharing:
+        if self._sharing:
             self._debtor.finish()
         return logits
 
     def _end_or_go_on(self, step: LaunchedStep) -> None:
-        if self._role.goes_on(step.plan):
+        if self._goes_on(step.plan):
             self._advance(step)
             self._under_way = step
             self._time.leave(record=False)
@@ -212,12 +220,12 @@ class StepLoop:
     def _learn(self, step: LaunchedStep, following: Container[int] = ()) -> None:
         """Wait until the step is over, on the device too, and take its tokens. `following`: the
         requests in the step that the device computes next, if it was launched."""
-        tokens, now, logprobs = self._role.results()
+        tokens, now, logprobs = self._results()
         rows, done = step.plan.rows, step.work or self._advance(step)
         self.instance.learn(rows, step.ends, tokens, now, logprobs, following)
         self._time.leave(len(rows), sum(count for _, count in rows), record=bool(rows))
         if rows:
-            self.instance.note_step(done, self._role.seconds())
+            self.instance.note_step(done, self._seconds())
 
     def _end_under_way(self) -> None:
         """Nothing is computed any more when this returns."""

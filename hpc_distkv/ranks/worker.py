@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Rows
 from operator import sub
 from typing import Protocol
@@ -32,7 +32,7 @@ from hpc_distkv.ranks.events import (
     fingerprint,
 )
 from hpc_distkv.ranks.interrupt import HALT, Interrupt
-from hpc_distkv.ranks.loop import Results, StepLoop, decode_answer
+from hpc_distkv.ranks.loop import StepLoop, decode_answer
 from hpc_distkv.ranks.mailbox import Mailbox
 from hpc_distkv.step.parts import Parts
 from hpc_distkv.step.recorder import Kind
@@ -59,7 +59,7 @@ class Leader(Protocol):
 STEP_END = "the end of its step"
 
 
-class Worker:
+class Worker(StepLoop):
     """One instance at work, seen from the first of its ranks: round boundaries, steps, results. Its
     other ranks are `Follower`s, which do what the log of this one says.
 
@@ -83,52 +83,41 @@ class Worker:
 
     def __init__(self, parts: Parts, leader: Leader | None, interrupt: Interrupt) -> None:
         """`leader`: on rank 0 only."""
-        self._comm = comm = parts.comm
+        super().__init__(parts)
+        comm = parts.comm
         self._leader, self._interrupt = leader, interrupt
-        self._time = parts.time
-        self._loop = StepLoop(parts, self)
-        self.instance, self._creditor = self._loop.instance, self._loop.creditor
         self._counters = self.instance.counters
         self._log = Log(comm)
         self._mailbox = Mailbox(comm, self.instance, self._creditor, self._log)
-        self._answer: Answer | None = None
         if leader:
             comm.heard = lambda rank: leader.gmanager.last_report(rank // comm.world.tp)
-        self._leaving = False
         self._draws: deque[Callable[[], Sampled | None]] = deque()
         """Give the tokens of the steps that the device was asked for, oldest first."""
         self._since = self._clock()
         """When the device could begin the step that ends next."""
 
-    @torch.inference_mode()
-    def run(self) -> None:
-        """Work until the gManager says stop. Raises StallError and ProtocolError."""
-        with self._comm.waiter.meanwhile(self.attend):
-            self._loop.run()
-            self._leaving = True
-            if self._loop.sharing:
-                self._leave()
-            self._hand_in()
-
     # -- control --------------------------------------------------------------------------------
 
-    def boundary(self, idle: bool) -> tuple[Answer, float] | None:
-        """The answer of the round, once it is there."""
-        if not idle and self._poll_answer() is None:
+    def _boundary(self) -> tuple[Answer, float] | None:
+        if not self._idle and self._poll_answer() is None:
             return None
         answer, now = self._take_answer(), time.monotonic()
         self._log.record(Boundary(now))
         return answer, now
 
-    def open_credits(self) -> None:
-        """Tell debtors of the rBlocks that are set aside for them."""
+    def _open_credits(self) -> None:
         self._mailbox.open_credits()
 
     def _poll_answer(self) -> Answer | None:
-        self.attend()
+        self._attend()
         return self._answer
 
     def _leave(self) -> None:
+        if self._sharing:
+            self._settle()
+        self._hand_in()
+
+    def _settle(self) -> None:
         """Return what was borrowed, and serve until nobody has anything of this rank's. Credit may
         still come until everybody is here: it goes back at once."""
         rm, creditor = self.instance.rm, self._creditor
@@ -156,7 +145,7 @@ class Worker:
         if any(debt.credit or debt.news for debt in debts):
             now = time.monotonic()
             self._log.record(Returned(now))
-            self._loop.return_credit(now)
+            self._return_credit(now)
 
     def _take_answer(self) -> Answer:
         answer = self._answer
@@ -173,11 +162,11 @@ class Worker:
         self._time.turn(Kind.CONTROL if self._creditor.idle else Kind.QUERIES)
         return answer
 
-    def attend(self) -> None:
+    def _attend(self) -> None:
         """What goes on beside a rank's own step: debtors are served, and control rounds progress,
         on rank 0 the gManager's part, everywhere one's own."""
         self._comm.transport.push()
-        if self._loop.sharing:
+        if self._sharing:
             self._mailbox.attend()
         if self._leaving:
             self._return_all()
@@ -205,8 +194,7 @@ class Worker:
             leader.finish(result)
         leader.tick()
 
-    def report(self) -> None:
-        """Begin a control round with what the gManager has to know."""
+    def _report(self) -> None:
         self._time.fill(self._counters)
         self._time.recorder.open(Kind.ROUND)
         wanted = self._interrupt
@@ -214,34 +202,27 @@ class Worker:
         self._counters.bytes_reported += len(message)
         self._comm.rounds.report(message)
 
-    def serve(self) -> None:
-        """Push on the steps of debtors."""
+    def _serve(self) -> None:
         self._mailbox.serve()
 
     # -- steps ----------------------------------------------------------------------------------
 
-    def begin(self, ahead: bool) -> None:
-        """A step is about to be planned."""
+    def _plan(self, ahead: bool) -> tuple[Plan, float]:
         if not ahead:
             self._since = self._clock()
-
-    def planned(self, plan: Plan) -> float:
-        """Tell the other lanes. Returns the time."""
-        now = time.monotonic()
+        plan, now = self.instance.plan(ahead), time.monotonic()
         if self._log.followed:
             self._log.record(StepBegun(now, fingerprint(plan)))
-        return now
+        return plan, now
 
-    def draw(
+    def _draw(
         self, logits: torch.Tensor, ends: Rows[Sequence], before: torch.Tensor | None
     ) -> torch.Tensor:
-        """Ask the device for the next tokens."""
         draw = begin_sampling(self._comm.device, logits, ends, before)
         self._draws.append(draw.ready)
         return draw.tokens
 
-    def goes_on(self, plan: Plan) -> bool:
-        """Whether the next step is planned before this one is over."""
+    def _goes_on(self, plan: Plan) -> bool:
         going_on = self._may_go_on(plan)
         if going_on:
             self._log.record(Advanced())
@@ -274,16 +255,14 @@ class Worker:
             and all(sequence.foreseeable for sequence, _ in plan.rows)
         )
 
-    def results(self) -> Results:
-        """Wait until the oldest step is over, on the device too."""
+    def _results(self) -> tuple[Rows[int], float, Mapping[int, bytes]]:
         ready = self._draws.popleft()
         tokens, logprobs = self._comm.waiter.until(ready, STEP_END, self._other_lanes)
         now = time.monotonic()
         self._log.record(StepEnded(tokens, now))
-        return Results(tokens, now, logprobs)
+        return tokens, now, logprobs
 
-    def seconds(self) -> StepSeconds:
-        """How long the step took that is over now."""
+    def _seconds(self) -> StepSeconds:
         since, self._since = self._since, self._clock()
         seconds = StepSeconds(*map(sub, self._since, since))
         self._log.record(StepTimed(seconds))
