@@ -24,14 +24,14 @@ class Collect:
     """A leader that keeps the results."""
 
     def __init__(self, engine: RankEngine, requests: Sequence[Request]) -> None:
-        self.gmanager = engine.gmanager(iter(requests))
+        self.gmanager = engine.gmanager(engine.fitting(requests))
         self.results: list[Result] = []
         self.unfinished: list[Unfinished] = []
 
     def finish(self, result: Result) -> None:
         self.results.append(result)
 
-    def put_aside(self, unfinished: Unfinished) -> None:
+    def save(self, unfinished: Unfinished) -> None:
         self.unfinished.append(unfinished)
 
     def tick(self) -> None:

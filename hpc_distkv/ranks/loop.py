@@ -15,7 +15,7 @@ from hpc_distkv.control.messages.answer import Answer
 from hpc_distkv.control.rows.work import work
 from hpc_distkv.decide.instance import Instance
 from hpc_distkv.decide.pace import StepSeconds, StepWork
-from hpc_distkv.decide.plan import NOTHING, Plan, Row
+from hpc_distkv.decide.plan import NOTHING, Plan, Scheduled
 from hpc_distkv.decide.sequence import Sequence
 from hpc_distkv.memory.loan import ProtocolError
 from hpc_distkv.step.creditor import Creditor
@@ -87,10 +87,10 @@ class StepLoop(ABC):
         while True:
             if boundary := self._boundary():
                 answer, now = boundary
-                if answer.stop or answer.give_way:
+                if answer.stop or answer.preempt:
                     self._end_under_way()  # It uses what is freed.
                 if answer.stop:
-                    self.instance.put_aside()
+                    self.instance.stop()
                     return
                 self.instance.apply(answer, now)
                 self._open_credits()
@@ -168,7 +168,7 @@ class StepLoop(ABC):
         """The same while the device computes the step `before`, which ends here."""
         plan, now = self._plan(ahead=True)
         step = self._compute(plan, now, before.drawn)
-        self._learn(before, following={sequence.id for sequence, _ in plan.rows})
+        self._learn(before, following={sequence.id for sequence, _ in plan.scheduled})
         self._time.enter(Kind.STEP)
         self._end_or_go_on(step)
 
@@ -179,7 +179,7 @@ class StepLoop(ABC):
         self._idle = plan.idle and drawn is None
         self._time.enter(Kind.OTHER if self._idle else Kind.STEP)
         logits = self._run_layers(plan, now, drawn)
-        ends = [sequence for sequence, count in plan.rows if sequence.remaining == count]
+        ends = [sequence for sequence, count in plan.scheduled if sequence.remaining == count]
         return LaunchedStep(plan, self._draw(logits, ends, drawn))
 
     def _run_layers(self, plan: Plan, now: float, drawn: torch.Tensor | None) -> torch.Tensor:
@@ -189,11 +189,11 @@ class StepLoop(ABC):
         elsewhere: list[Elsewhere] = [self._debtor] if self._exchanging else []
         if self._host and self._host.begin(plan):
             elsewhere.append(self._host)
-        if plan.rows:
+        if plan.scheduled:
             self._lanes.begin(apart=not self._exchanging)
             if drawn is not None and len(drawn):
                 drawn = self._lanes.spread(drawn)
-        logits = self._forward.run(plan.rows, elsewhere, drawn)
+        logits = self._forward.run(plan.scheduled, elsewhere, drawn)
         if self._host:
             self._host.finish()
         if self._sharing:
@@ -211,7 +211,7 @@ class StepLoop(ABC):
     def _advance(self, step: LaunchedStep) -> StepWork:
         """Count the rows of a step as computed, and commit its moves: it is computed, or, if
         nothing moves in it, being computed."""
-        rows = step.plan.rows
+        rows = step.plan.scheduled
         self.instance.commit(step.plan)
         step.work = done = self._work(rows)
         step.ends = self.instance.advance(rows)
@@ -221,7 +221,7 @@ class StepLoop(ABC):
         """Wait until the step is over, on the device too, and take its tokens. `following`: the
         requests in the step that the device computes next, if it was launched."""
         tokens, now, logprobs = self._results()
-        rows, done = step.plan.rows, step.work or self._advance(step)
+        rows, done = step.plan.scheduled, step.work or self._advance(step)
         self.instance.learn(rows, step.ends, tokens, now, logprobs, following)
         self._time.leave(len(rows), sum(count for _, count in rows), record=bool(rows))
         if rows:
@@ -234,7 +234,7 @@ class StepLoop(ABC):
             step, self._under_way = self._under_way, None
             self._learn(step)
 
-    def _work(self, rows: list[Row]) -> StepWork:
+    def _work(self, rows: list[Scheduled]) -> StepWork:
         tables, size = self.instance.rm.tables, self._block_size
         decodes = [sequence for sequence, count in rows if count == 1]
         shared = self.instance.rm.prefixes.at_home(sequence.id for sequence in decodes)

@@ -47,7 +47,7 @@ class Leader(Protocol):
     def finish(self, result: Result) -> None:
         """A request has its result."""
 
-    def put_aside(self, unfinished: Unfinished) -> None:
+    def save(self, unfinished: Unfinished) -> None:
         """The run has ended before a request did. Unless told otherwise, its tokens are lost."""
         return
 
@@ -138,7 +138,7 @@ class Worker(StepLoop):
             for result in remains.results:
                 self._leader.finish(result)
             for unfinished in remains.unfinished:
-                self._leader.put_aside(unfinished)
+                self._leader.save(unfinished)
 
     def _return_all(self) -> None:
         debts = self.instance.rm.debts.values()
@@ -240,19 +240,19 @@ class Worker(StepLoop):
         * with rBlocks in the host's memory, of rows that run: they come and go between steps
         * with migration: a sequence is handed over with all its tokens
         * with windows in all layers: what falls behind them is freed between steps
-        * where memory was short: somebody may have to give way, whose rBlocks are in use
+        * where memory was short: somebody may have to be preempted, whose rBlocks are in use
         * with penalties that count all earlier tokens
         """
         instance = self.instance
         return (
             self._comm.device.deferred
-            and bool(plan.rows)
+            and bool(plan.scheduled)
             and not (self._log.followed and instance.rm.guests)
             and not (plan.moving or instance.scheduler.moving or instance.rm.host_space.serves)
             and not instance.config.policy.migrate
             and not instance.config.window
             and not instance.scheduler.short
-            and all(sequence.foreseeable for sequence, _ in plan.rows)
+            and all(sequence.foreseeable for sequence, _ in plan.scheduled)
         )
 
     def _results(self) -> tuple[Rows[int], float, Mapping[int, bytes]]:
