@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from hpc_distkv.batch.input.rows import Row
-from hpc_distkv.control.rows.work import kv_tokens
+from hpc_distkv.control.assign.work import kv_tokens
 
 
 class Pool(NamedTuple):

@@ -23,7 +23,7 @@ NOT_LARGE = 1 << 62
 """Tokens that no prompt has."""
 
 
-class RowQueue:
+class RequestQueue:
     """Reads rows a little ahead, and owns them until they are pulled: oldest first, and the last
     ones longest first."""
 
