@@ -99,12 +99,12 @@ class Job:
         """
         return with_pauses(self._read(), pause)
 
-    def put_aside(self, unfinished: Unfinished) -> None:
+    def save(self, unfinished: Unfinished) -> None:
         """Keep what was made of a request that came from `requests` and will not be finished in
         this run."""
         number, choice = which_choice(unfinished.id)
         output, logprobs = unfinished.output, unfinished.logprobs
-        self._in_flight.put_aside(number, choice, output=output, logprobs=logprobs)
+        self._in_flight.save(number, choice, output=output, logprobs=logprobs)
 
     def finish(self, result: Result) -> Written | None:
         """Take the result of a request that came from `requests`, and write the answer of its row
@@ -148,7 +148,7 @@ class Job:
             self._sync_at = ended + (ended - began) / SYNC_SHARE
 
     def close(self, ordered: bool = False) -> None:
-        """Commit and close. Rows in flight are left for a rerun, with what was put aside of them;
+        """Commit and close. Rows in flight are left for a rerun, with what was saved of them;
         if there are none, the lines are put into the order of the input if `ordered`. Raises
         InputError and JournalError."""
         self._intake.look()
@@ -173,12 +173,12 @@ class Job:
 
     @property
     def begun_rows(self) -> int:
-        """Rows of which something is put aside."""
+        """Rows of which something is saved."""
         return self._in_flight.begun_rows
 
     @property
     def begun_tokens(self) -> int:
-        """Output tokens that are put aside."""
+        """Output tokens that are saved."""
         return self._in_flight.begun_tokens
 
     @property

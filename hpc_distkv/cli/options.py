@@ -93,7 +93,7 @@ def _engine(name: str, help: str, kind: Any = None, *spellings: str) -> Callable
 HOST_KV_MEMORY = _engine(
     "host_kv_memory",
     "Memory of the host that one rank may use for rBlocks its KV cache has no room for: "
-    "of rows that give way, and of rows larger than all KV caches. [default: none]",
+    "of preempted rows, and of rows larger than all KV caches. [default: none]",
     Size(),
 )
 PREFIX_CACHING = _engine(

@@ -95,9 +95,9 @@ class Instance:
         and rows with tokens that were not finished."""
         return self._reporting.remains()
 
-    def put_aside(self) -> None:
+    def stop(self) -> None:
         """The run is over: free what still runs."""
-        self.scheduler.put_aside()
+        self.scheduler.stop()
 
     def credits(self) -> dict[int, int]:
         """Debtor → rBlocks that it has to be told of: they are set aside for it."""
@@ -217,7 +217,7 @@ class Instance:
     def _drop_unseen(self, sequence: Sequence) -> None:
         """Free the rBlocks wholly behind the window of the sequence's next query."""
         query = sequence.computed
-        if self.config.host_blocks:  # It may be put aside, and go on from what is sealed.
+        if self.config.host_blocks:  # It may be swapped out, and go on from what is sealed.
             query -= query % self.config.block_size
         unseen = (query - self.config.window + 1) // self.config.block_size
         if unseen > self.rm.tables[sequence.id].start:

@@ -36,7 +36,7 @@ class RManager(Lender):
     [creditor, from the header].
     The host's memory (`HostSpace`) is like a creditor inside the rank, without credit or messages:
         spill → bytes travel → commit → served there → bring_home → bytes travel → commit
-        put_aside → bytes travel → commit, leave → resume → bring_home …
+        swap_out → bytes travel → commit, leave → resume → bring_home …
     Every slot is free, in one block table, in one guest, or receiving; `check` proves it. Requests
     share sealed rBlocks through the tables of prefixes (`PrefixTree`); those that nobody uses are
     given up when their slots are wanted, so they count as free.
@@ -205,7 +205,7 @@ class RManager(Lender):
         self.outgoing.append(move)
         return move
 
-    def can_put_aside(self, request: int, sealed: int) -> bool:
+    def can_swap_out(self, request: int, sealed: int) -> bool:
         """Whether the host's memory has room for the first `sealed` rBlocks of a request, those
         that others use too left out. None of the rest may be at a creditor: the queries that go on
         need all."""
@@ -215,11 +215,11 @@ class RManager(Lender):
         blocks = sum(len(prefix.slots) for prefix in alone) + table.place(sealed)
         return request not in self.copies and 0 < blocks <= self.host_space.free
 
-    def put_aside(self, request: int, sealed: int) -> list[Move]:
+    def swap_out(self, request: int, sealed: int) -> list[Move]:
         """Begin to copy these rBlocks to the host's memory. When they have arrived, `leave`."""
         alone = self.prefixes.used_alone(request)[::-1]
         first = alone[0].start if alone else self.tables[request].start
-        self.host_space.aside[request] = first if self.prefixes.last(request) else 0
+        self.host_space.swapped[request] = first if self.prefixes.last(request) else 0
         moves = [
             Move(request, index, slot, HOST, MoveKind.COPY)
             for part in (*alone, self.tables[request])
@@ -232,21 +232,21 @@ class RManager(Lender):
         return moves
 
     def leave(self, request: int) -> None:
-        """Close a request, but keep what it has put aside."""
+        """Close a request, but keep what was swapped out of it."""
         table = self.tables[request]
         table.remote.pop(HOST, None)
         self.close(request)
 
     def resume(self, request: int, keys: Sequence[bytes] = ()) -> BlockTable:
-        """Open the block table of a request again: what it has put aside is in the host's memory,
+        """Open the block table of a request again: what was swapped out is in the host's memory,
         but for what is here of its prompt (`keys` as of `open`). If what it shared is not here any
         more it begins anew."""
         found = self.prefixes.find(keys, self.usable) if keys else None
         length = found[1] if found else 0
-        if length < self.host_space.aside[request]:
+        if length < self.host_space.swapped[request]:
             self.host_space.discard(request)
             return self.open(request, keys)
-        del self.host_space.aside[request]
+        del self.host_space.swapped[request]
         prefix = self._end_at(*found) if found else None
         self.prefixes.join(request, prefix, ())
         blocks = sorted(self.host_space.slots[request])

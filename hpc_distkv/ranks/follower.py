@@ -108,10 +108,10 @@ class Follower:
                 case Boundary(now):
                     answer, self._answer = self._answer, None
                     assert answer is not None  # see `_next`
-                    if answer.stop or answer.give_way:
+                    if answer.stop or answer.preempt:
                         self._end_under_way()
                     if answer.stop:
-                        self._instance.put_aside()
+                        self._instance.stop()
                         return
                     self._instance.apply(answer, now)
                     self._instance.credits()

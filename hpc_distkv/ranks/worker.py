@@ -43,7 +43,7 @@ class Leader(Protocol):
     def finish(self, result: Result) -> None:
         """A request has its result."""
 
-    def put_aside(self, unfinished: Unfinished) -> None:
+    def save(self, unfinished: Unfinished) -> None:
         """The run has ended before a request did. Unless told otherwise, its tokens are lost."""
         return
 
@@ -130,10 +130,10 @@ class Worker:
             if self._at_boundary():
                 answer, now = self._take_answer(), time.monotonic()
                 self._log.record(Boundary(now))
-                if answer.stop or answer.give_way:
+                if answer.stop or answer.preempt:
                     self._end_under_way()  # It uses what is freed.
                 if answer.stop:
-                    self._instance.put_aside()
+                    self._instance.stop()
                     return
                 self._instance.apply(answer, now)
                 self._letters.open_credits()
@@ -170,7 +170,7 @@ class Worker:
             for result in remains.results:
                 self._leader.finish(result)
             for unfinished in remains.unfinished:
-                self._leader.put_aside(unfinished)
+                self._leader.save(unfinished)
 
     def _return_all(self) -> None:
         debts = self._instance.rm.debts.values()
@@ -280,7 +280,7 @@ class Worker:
         * with rBlocks in the host's memory, of rows that run: they come and go between steps
         * with migration: a sequence is handed over with all its tokens
         * with windows in all layers: what falls behind them is freed between steps
-        * where memory was short: somebody may have to give way, whose rBlocks are in use
+        * where memory was short: somebody may have to be preempted, whose rBlocks are in use
         * with penalties that count all earlier tokens
         """
         instance = self._instance

@@ -21,7 +21,7 @@ def keys_of(prompt: str) -> list[bytes]:
 
 
 class HostTier(RuleBasedStateMachine):
-    """An instance whose requests come, grow, spill, give way, go on and end."""
+    """An instance whose requests come, grow, spill, are preempted, go on and end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,8 +30,8 @@ class HostTier(RuleBasedStateMachine):
         """Slot → what was written there last: a beginning, or a request and a place."""
         self.host: dict[int, Content] = {}
         self.prompts: dict[int, str] = {}
-        self.aside: dict[int, int] = {}
-        """Request that gave way → rBlocks it had computed."""
+        self.swapped: dict[int, int] = {}
+        """Preempted request → rBlocks it had computed."""
         self.out: list[Move] = []
         self.back: list[Move] = []
         self.going: dict[int, int] = {}
@@ -104,12 +104,12 @@ class HostTier(RuleBasedStateMachine):
 
     @precondition(lambda self: self.running and not self.out and not self.back)
     @rule(data=st.data(), unsealed=st.integers(0, 1), at_once=st.booleans())
-    def give_way(self, data: st.DataObject, unsealed: int, at_once: bool) -> None:
+    def preempt(self, data: st.DataObject, unsealed: int, at_once: bool) -> None:
         request = data.draw(st.sampled_from(self.running))
         table = self.rm.tables[request]
         sealed = max(table.start, table.blocks - unsealed)
-        if self.rm.can_put_aside(request, sealed):
-            self.out += self.rm.put_aside(request, sealed)
+        if self.rm.can_swap_out(request, sealed):
+            self.out += self.rm.swap_out(request, sealed)
             self.going[request] = sealed
             if at_once:
                 self.arrive()
@@ -125,29 +125,29 @@ class HostTier(RuleBasedStateMachine):
         self.rm.commit(self.out, self.back)
         for request in self.going:
             self.rm.leave(request)
-        self.aside.update(self.going)
+        self.swapped.update(self.going)
         self.out, self.back, self.going = [], [], {}
 
-    @precondition(lambda self: self.aside and not self.beginnings_move)
+    @precondition(lambda self: self.swapped and not self.beginnings_move)
     @rule(data=st.data())
     def go_on(self, data: st.DataObject) -> None:
-        request = data.draw(st.sampled_from(sorted(self.aside)))
-        blocks, keys = self.aside.pop(request), keys_of(self.prompts[request])
-        lost = self.rm.prefixes.match(keys) < self.rm.host_space.aside[request]
+        request = data.draw(st.sampled_from(sorted(self.swapped)))
+        blocks, keys = self.swapped.pop(request), keys_of(self.prompts[request])
+        lost = self.rm.prefixes.match(keys) < self.rm.host_space.swapped[request]
         if lost and self.rm.prefixes.awaited(keys):
-            self.aside[request] = blocks
+            self.swapped[request] = blocks
             return
         table = self.rm.resume(request, keys)
-        assert request not in self.rm.host_space.aside
+        assert request not in self.rm.host_space.swapped
         if table.blocks < blocks:  # it had shared what is gone, or there was no room to use it
             assert HOST not in table.remote
 
-    @precondition(lambda self: self.aside)
+    @precondition(lambda self: self.swapped)
     @rule(data=st.data())
     def forget(self, data: st.DataObject) -> None:
-        request = data.draw(st.sampled_from(sorted(self.aside)))
+        request = data.draw(st.sampled_from(sorted(self.swapped)))
         self.rm.host_space.discard(request)
-        del self.aside[request], self.prompts[request]
+        del self.swapped[request], self.prompts[request]
 
     @precondition(lambda self: self.running and not self.out and not self.back)
     @rule(data=st.data())
@@ -183,7 +183,7 @@ class HostTier(RuleBasedStateMachine):
                     assert self.home[slot] == self.content(request, index)
                 for index in table.remote.get(HOST, ()):
                     assert self.host[slots[key][index]] == self.content(request, index)
-        for request in self.aside:
+        for request in self.swapped:
             for index, slot in slots[request].items():
                 assert self.host[slot] == self.content(request, index)
 
@@ -192,7 +192,7 @@ class HostTier(RuleBasedStateMachine):
             self.arrive()
         for request in self.running:
             self.rm.close(request)
-        for request in self.aside:
+        for request in self.swapped:
             self.rm.host_space.discard(request)
         self.rm.check()
         assert (self.rm.usable, self.rm.host_space.free) == (8, 7)
@@ -209,7 +209,7 @@ def test_a_request_begins_anew_when_what_it_shared_is_gone():
         rm.grow(request, 2 if request == 1 else 1)
         rm.seal(request, 2)
     assert rm.tables[2].start == 2
-    moves = rm.put_aside(2, 3)
+    moves = rm.swap_out(2, 3)
     assert [move.block for move in moves] == [2], "what 1 needs too is not copied"
     rm.commit(moves, [])
     rm.leave(2)
@@ -224,17 +224,17 @@ def test_a_request_begins_anew_when_what_it_shared_is_gone():
 
 
 @pytest.mark.parametrize("lent", ["its own", "of its prefix"])
-def test_what_has_rblocks_at_a_creditor_is_not_put_aside(lent):
+def test_what_has_rblocks_at_a_creditor_is_not_swapped_out(lent):
     rm, keys = RManager(0, 8, host_blocks=5), keys_of("aa")
     rm.open(1, keys)
     rm.grow(1, 4)
     rm.seal(1, 4)
     rm.commit([rm.spill(1, 2)], [])
-    assert rm.can_put_aside(1, 4)
+    assert rm.can_swap_out(1, 4)
     rm.credit_opened(1, 1)
     (prefix,) = rm.prefixes.chain(1)
     rm.commit([rm.move_out(1, 3, 1) if lent == "its own" else rm.move_out(prefix.id, 0, 1)], [])
-    assert not rm.can_put_aside(1, 4)
+    assert not rm.can_swap_out(1, 4)
 
 
 def test_what_is_still_at_home_is_not_read_from_the_host():
@@ -242,7 +242,7 @@ def test_what_is_still_at_home_is_not_read_from_the_host():
     rm.open(1, keys)
     rm.grow(1, 4)
     rm.seal(1, 4)
-    moves = rm.put_aside(1, 4)
+    moves = rm.swap_out(1, 4)
     assert [move.block for move in moves] == [0, 1, 2, 3]
     rm.commit(moves, [])
     rm.leave(1)

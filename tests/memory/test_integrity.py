@@ -14,7 +14,7 @@ from hpc_distkv.memory.rmanager import RManager
 
 LONG, SHORT, ASIDE = 7, 8, 9
 """Requests: one with rBlocks lent, in the host's memory and on their way there; one that continues
-a prefix; one that is put aside."""
+a prefix; one that is swapped out."""
 
 
 def busy() -> RManager:
@@ -33,7 +33,7 @@ def busy() -> RManager:
     rm.commit([rm.spill(LONG, 1)], [])
     rm.spill(LONG, 2)
     request_of(rm, ASIDE, 2)
-    rm.commit(rm.put_aside(ASIDE, 1), [])
+    rm.commit(rm.swap_out(ASIDE, 1), [])
     rm.leave(ASIDE)
     with_credit(3, other, rm)
     request_of(other, 5, 2)
@@ -99,17 +99,17 @@ DAMAGE: dict[str, tuple[Callable[[RManager], object], str]] = {
         lambda rm: put_in(rm, {0: rm.host_space._free[0]}),
         "a slot of the host is nobody's",
     ),
-    "nothing where something is put aside": (
-        lambda rm: rm.host_space.aside.update({LONG: 0, 98: 0}),
+    "nothing where something is swapped out": (
+        lambda rm: rm.host_space.swapped.update({LONG: 0, 98: 0}),
         "an rBlock in the host is lost",
     ),
-    "what is put aside and served from nowhere": (
-        lambda rm: [rm.host_space.aside.update({LONG: 0}), rm.host_space.give_up(LONG, [1])],
-        "what is put aside is not there",
+    "what is swapped out and served from nowhere": (
+        lambda rm: [rm.host_space.swapped.update({LONG: 0}), rm.host_space.give_up(LONG, [1])],
+        "what is swapped out is not there",
     ),
-    "a move of what is put aside": (
+    "a move of what is swapped out": (
         lambda rm: rm.outgoing.append(rm.outgoing[0]._replace(request=ASIDE, block=0)),
-        "what is put aside still moves",
+        "what is swapped out still moves",
     ),
     "a move of what is there": (
         lambda rm: rm.outgoing.append(rm.outgoing[0]._replace(block=1)),
@@ -126,7 +126,7 @@ def test_an_instance_that_has_a_bit_of_everything_is_sound():
     assert rm.outgoing
     assert rm.incoming
     assert rm.prefixes.idle
-    assert [*rm.host_space.aside] == [ASIDE]
+    assert [*rm.host_space.swapped] == [ASIDE]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

@@ -150,7 +150,7 @@ def test_rows_end_where_they_end_step_by_step(model, watch, seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_where_memory_is_short_rows_give_way_between_steps(model, watch, seed):
+def test_where_memory_is_short_rows_are_preempted_between_steps(model, watch, seed):
     rng = random.Random(seed)
     rows = [request(number, rng.randint(1, 40), 80, rng) for number in range(30)]
     most = tuple(range(0, VOCABULARY, 2))

@@ -185,7 +185,7 @@ def test_a_row_misses_only_the_step_that_hands_it_over():
 
 
 def test_a_row_that_leaves_is_not_preempted_in_the_same_step():
-    """Row 0 is denied what it asked for, so the youngest has to give way; whoever leaves stays."""
+    """Row 0 is denied what it asked for, so the youngest is preempted; whoever leaves stays."""
     scheduler = two_rows()
     scheduler.apply(Answer(round=0), 1)
     plan = scheduler.plan()
@@ -195,7 +195,7 @@ def test_a_row_that_leaves_is_not_preempted_in_the_same_step():
 
 
 def test_credit_too_small_for_any_row_is_no_reason_to_wait():
-    """Nobody fits into it, so the youngest gives way after some patience, or it is returned."""
+    """Nobody fits into it, so the youngest is preempted after some patience, or it is returned."""
     scheduler = two_rows()
     scheduler._rm.return_credit(3, 9)
     for number in range(6):

@@ -81,7 +81,7 @@ def test_rows_that_share_get_the_tokens_of_rows_that_do_not(
     alone = apart(model, rows)
     found = run_cluster(model, rows, ranks, options(blocks), SeededSchedule(seed))
     assert found.tokens == alone.tokens
-    if blocks == 14:  # so little that rows give way, and are computed again
+    if blocks == 14:  # so little that rows are preempted, and computed again
         assert total(found, "blocks_borrowed")
     else:
         assert total(found, "prompt_tokens") < total(alone, "prompt_tokens")

@@ -284,7 +284,7 @@ def test_one_row_may_fill_all_pools_and_the_hosts_memory(policy, instances):
     assert (counters["peak_borrowed"] > 0) == (pools > 12)
 
 
-def test_rows_that_give_way_are_not_computed_again():
+def test_preempted_rows_are_not_computed_again():
     """Rows that end early let more of the others begin than there is room for."""
     rows = [Row(10, 4 if number < 8 else 22, limit=22) for number in range(16)]
     without, with_host = (

@@ -102,7 +102,7 @@ def test_one_row_may_fill_all_pools_and_the_hosts_memory(model, ranks, policy): 
 
 
 @pytest.mark.parametrize("caching", [True, False])
-def test_rows_that_give_way_are_not_computed_again(
+def test_preempted_rows_are_not_computed_again(
     model,  # noqa: F811
     steady_pace,
     caching,
@@ -129,7 +129,7 @@ def test_copies_that_cost_more_than_to_compute_again_are_not_made(
     assert total(outcome, "blocks_to_host") == 0
 
 
-def test_what_is_put_aside_makes_room_for_a_row_that_cannot_go_on():
+def test_what_is_swapped_out_makes_room_for_a_row_that_cannot_go_on():
     config = EngineConfig(num_blocks=8, block_size=BLOCK, host_blocks=4, max_num_batched_tokens=16)
     rm = RManager(0, 8, host_blocks=4)
     swaps = Swaps(rm, config, Foresight(rm, config))
@@ -147,13 +147,13 @@ def test_what_is_put_aside_makes_room_for_a_row_that_cannot_go_on():
         return [move.block for move in out]
 
     young = running(9, 5 * BLOCK, 4)
-    assert swaps.put_aside(young)
+    assert swaps.swap_out(young)
     assert (moves(), swaps.commit(), rm.host_space.free) == ([0, 1, 2, 3], [young], 0)
     long = running(3, 12 * BLOCK, 8)
     assert swaps.helps(long)
     swaps.plan([long], 3, lambda sequence: False)
     assert moves() == [0, 1, 2]
-    assert (rm.host_space.aside, rm.host_space.used, rm.usable) == ({}, 3, 3)
+    assert (rm.host_space.swapped, rm.host_space.used, rm.usable) == ({}, 3, 3)
     rm.check()
 
 
@@ -177,7 +177,7 @@ def test_peers_are_asked_for_memory_before_the_host(model, seed):  # noqa: F811
     assert total(outcome, "blocks_to_host") == 0
 
 
-def test_a_row_that_was_put_aside_goes_on_though_steps_are_planned_ahead():
+def test_a_row_that_was_swapped_out_goes_on_though_steps_are_planned_ahead():
     instance = Instance(0, EngineConfig(num_blocks=20, block_size=4, host_blocks=20))
     scheduler, swaps = instance.scheduler, instance.scheduler.swaps
     swaps.block_tokens = 0.1
@@ -189,7 +189,7 @@ def test_a_row_that_was_put_aside_goes_on_though_steps_are_planned_ahead():
     instance.learn(step.rows, ends, [5, 6], 1.0)
     scheduler._preempt(scheduler.running[1])
     instance.commit(instance.plan())
-    assert list(instance.rm.host_space.aside) == [1]
+    assert list(instance.rm.host_space.swapped) == [1]
     assert [(s.id, count) for s, count in instance.plan(ahead=True).rows] == [(0, 1)]
     assert scheduler.moving, "the next step is not planned ahead"
     step = instance.plan()
@@ -219,7 +219,7 @@ def test_any_number_of_rows_comes_back_from_the_host_in_one_step():
     for sequence in reversed(scheduler.running[:]):
         scheduler._preempt(sequence)
     instance.commit(instance.plan())
-    assert len(rm.host_space.aside) == count
+    assert len(rm.host_space.swapped) == count
     sys.setrecursionlimit(len(inspect.stack()) + 100)
     try:
         step = instance.plan()

@@ -23,7 +23,7 @@ Samples = Mapping[tuple[str, ...], float]
 """Values of further labels → value."""
 COUNTED = {
     "cached_tokens": "Tokens that rows took from rBlocks of others and did not compute again.",
-    "preemptions": "Rows that gave way to older ones, to be computed again or to go on later.",
+    "preemptions": "Rows preempted by older ones, to be computed again or to go on later.",
     "blocks_lent": "rBlocks received from debtors.",
     "blocks_returned": "rBlocks recalled from creditors.",
     "blocks_to_host": "rBlocks moved or copied to the host's memory.",
