@@ -11,19 +11,18 @@ from typing import Any, NamedTuple
 import msgspec
 
 from hpc_distkv.batch.answers.choice import fault_of, read_choice
-from hpc_distkv.batch.answers.response import answer_line, error_line
+from hpc_distkv.batch.answers.line import answer_line, error_line
 from hpc_distkv.batch.errors import RowError
 from hpc_distkv.batch.in_flight import InFlight, Pending
-from hpc_distkv.batch.input.intake import Intake
-from hpc_distkv.batch.input.order import InputOrder
-from hpc_distkv.batch.input.remarks import MOST_NAMED, remarks
+from hpc_distkv.batch.input.envelope import Envelope
+from hpc_distkv.batch.input.intake import MOST_NAMED, Intake, remarks
 from hpc_distkv.batch.input.rows import Row, parse_row, which_choice
-from hpc_distkv.batch.input.schema import Envelope
+from hpc_distkv.batch.input.service import SamplingDefaults, Service
 from hpc_distkv.batch.input.shard import Shard
 from hpc_distkv.batch.pauses import with_pauses
 from hpc_distkv.batch.results.journal import Journal
 from hpc_distkv.batch.results.meta import FORMER, MODEL, SERVED, SHARD
-from hpc_distkv.batch.service import SamplingDefaults, Service
+from hpc_distkv.batch.results.order import InputOrder
 from hpc_distkv.control.messages.requests import Request, Result, Unfinished
 
 log = logging.getLogger(__name__)

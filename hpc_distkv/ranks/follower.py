@@ -129,7 +129,9 @@ class Follower:
         self._time.enter(Kind.OTHER if plan.idle and before is None else Kind.STEP)
         self._replica.compute(plan, begun.now, self._room_for_tokens(before))
         if before:
-            self._end(before, self._next(StepEnded), {sequence.id for sequence, _ in plan.rows})
+            self._end(
+                before, self._next(StepEnded), {sequence.id for sequence, _ in plan.scheduled}
+            )
             self._time.enter(Kind.STEP)
         match self._next(Advanced, StepEnded):
             case Advanced():

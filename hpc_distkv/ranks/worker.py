@@ -252,7 +252,7 @@ class Worker:
             self._log.record(StepBegun(now, fingerprint(plan)))
         step = self._begin(plan, now, before.draw.tokens if before else None)
         if before:
-            self._end(before, {sequence.id for sequence, _ in plan.rows})
+            self._end(before, {sequence.id for sequence, _ in plan.scheduled})
             self._time.enter(Kind.STEP)
         if self._may_go_on(plan):
             self._log.record(Advanced())
@@ -265,7 +265,7 @@ class Worker:
         """Ask the device for the layers, and for the new tokens of the rows that have all others
         computed."""
         logits = self._replica.compute(plan, now, drawn)
-        ends = [row.sequence for row in plan.rows if row.sequence.remaining == row.tokens]
+        ends = [row.sequence for row in plan.scheduled if row.sequence.remaining == row.tokens]
         return Step(plan, begin_sampling(self._comm.device, logits, ends, drawn))
 
     def _may_go_on(self, plan: Plan) -> bool:
@@ -286,13 +286,13 @@ class Worker:
         instance = self._instance
         return (
             self._comm.device.deferred
-            and bool(plan.rows)
+            and bool(plan.scheduled)
             and not (self._log.followed and instance.rm.guests)
             and not (plan.moving or instance.scheduler.moving or instance.rm.host_space.serves)
             and not instance.config.policy.migrate
             and not instance.config.window
             and not instance.scheduler.short
-            and all(sequence.foreseeable for sequence, _ in plan.rows)
+            and all(sequence.foreseeable for sequence, _ in plan.scheduled)
         )
 
     def _end(self, step: Step, following: Container[int] = ()) -> None:

@@ -194,8 +194,8 @@ def test_a_step_waits_for_the_longer_of_its_own_and_its_creditors_attention(monk
         }
         seconds = begin(steps, member, now)
         moved = member.plan.moves or member.plan.recalls
-        if [count for _, count in member.plan.rows] == [1] and not moved:
-            sequence = member.plan.rows[0].sequence
+        if [count for _, count in member.plan.scheduled] == [1] and not moved:
+            sequence = member.plan.scheduled[0].sequence
             seen.append((seconds, sequence.length, sizes[sequence.id]))
         return seconds
 
@@ -233,7 +233,7 @@ def test_a_busy_creditor_answers_when_its_operator_is_done(monkeypatch):
 
     def watch(steps: Steps, member: Member, now: float) -> float:
         seconds = begin(steps, member, now)
-        if member.plan.rows:
+        if member.plan.scheduled:
             seen.append((member.load, member.computing, member.gaps))
         return seconds
 
@@ -315,7 +315,7 @@ def test_a_step_of_a_cpu_copies_and_attends_to_what_is_in_its_hosts_memory_too(m
 
     def watch(steps: Steps, member: Member, now: float) -> float:
         seconds = begin(steps, member, now)
-        ((sequence, count),) = member.plan.rows or [(None, 0)]
+        ((sequence, count),) = member.plan.scheduled or [(None, 0)]
         if count:
             moved = len(member.plan.to_host) + len(member.plan.from_host)
             away = member.instance.rm.host_space.used - len(member.plan.to_host)
@@ -343,8 +343,8 @@ def test_a_step_of_a_gpu_waits_for_the_hosts_attention_where_its_own_is_shorter(
 
     def watch(steps: Steps, member: Member, now: float) -> float:
         seconds = begin(steps, member, now)
-        if [row.tokens for row in member.plan.rows] == [1] and not member.plan.moving:
-            own = member.plan.rows[0].sequence.length
+        if [row.tokens for row in member.plan.scheduled] == [1] and not member.plan.moving:
+            own = member.plan.scheduled[0].sequence.length
             seen.append((seconds, own, member.instance.rm.host_space.used))
         return seconds
 

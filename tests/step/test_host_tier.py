@@ -185,18 +185,18 @@ def test_a_row_that_was_swapped_out_goes_on_though_steps_are_planned_ahead():
         request = Request(number, pack_tokens(range(12)), Sampling(max_tokens=20))
         scheduler.add(instance._sequence(request, 0.0))
     step = instance.plan()
-    ends = instance.advance(step.rows)
-    instance.learn(step.rows, ends, [5, 6], 1.0)
+    ends = instance.advance(step.scheduled)
+    instance.learn(step.scheduled, ends, [5, 6], 1.0)
     scheduler._preempt(scheduler.running[1])
     instance.commit(instance.plan())
     assert list(instance.rm.host_space.swapped) == [1]
-    assert [(s.id, count) for s, count in instance.plan(ahead=True).rows] == [(0, 1)]
+    assert [(s.id, count) for s, count in instance.plan(ahead=True).scheduled] == [(0, 1)]
     assert scheduler.moving, "the next step is not planned ahead"
     step = instance.plan()
     assert len(step.from_host) == 3
     assert not scheduler.moving
     instance.commit(step)
-    assert [s.id for s, _ in instance.plan(ahead=True).rows] == [0, 1]
+    assert [s.id for s, _ in instance.plan(ahead=True).scheduled] == [0, 1]
 
 
 def test_any_number_of_rows_comes_back_from_the_host_in_one_step():
@@ -215,7 +215,7 @@ def test_any_number_of_rows_comes_back_from_the_host_in_one_step():
         request = Request(number, pack_tokens([1] * 5), Sampling(max_tokens=2))
         scheduler.add(instance._sequence(request, 0.0))
     step = instance.plan()
-    instance.learn(step.rows, instance.advance(step.rows), [5] * count, 1.0)
+    instance.learn(step.scheduled, instance.advance(step.scheduled), [5] * count, 1.0)
     for sequence in reversed(scheduler.running[:]):
         scheduler._preempt(sequence)
     instance.commit(instance.plan())
@@ -225,7 +225,7 @@ def test_any_number_of_rows_comes_back_from_the_host_in_one_step():
         step = instance.plan()
     finally:
         sys.setrecursionlimit(deepest)
-    assert (len(step.from_host), step.rows) == (count, [])
+    assert (len(step.from_host), step.scheduled) == (count, [])
     assert len(scheduler.running) == count
 
 
