@@ -11,6 +11,7 @@ import torch
 from hpc_distkv.attention import AttentionSpec
 from hpc_distkv.comm.device import Device, Fetch
 from hpc_distkv.comm.local.threads import open_local
+from hpc_distkv.control.assign.source import SyncSource
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.lending.links import Links
 from hpc_distkv.control.messages.requests import Request, Result
@@ -87,7 +88,7 @@ class Rounds(Leader):
 
     def __init__(self, requests: Sequence[Request], clock: Callable[[], float]) -> None:
         links, policy = Links([0], seconds=None), POLICIES["queue"]
-        self.gmanager = GManager(iter(requests), links, 1, policy, block_size=BLOCK)
+        self.gmanager = GManager(SyncSource(requests), links, 1, policy, block_size=BLOCK)
         self.ends: list[float] = []
         self._clock = clock
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from hpc_distkv.control.assign.source import SyncSource
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.lending.links import Links
 from hpc_distkv.control.messages.answer import Answer
@@ -31,7 +32,7 @@ def round_times(instances: int, rounds: int, seed: int = 0) -> dict[str, Any]:
     prompt = pack_tokens([1] * 500)
     rows = (Request(i, prompt, Sampling(max_tokens=200)) for i in itertools.count())
     links = Links([i // RANKS_PER_NODE for i in range(instances)])
-    manager = GManager(rows, links, instances)
+    manager = GManager(SyncSource(rows), links, instances)
     running: list[list[int]] = [[] for _ in range(instances)]
     lent: list[dict[int, int]] = [{} for _ in range(instances)]
     times, sent, received = [], 0, 0

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from hpc_distkv.control.assign.source import SyncSource
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.messages.answer import Answer
 from hpc_distkv.control.messages.reports import encode_report
@@ -67,7 +68,7 @@ class Simulation:
         self.members = [Member(n, Instance(n, config, SizedSequence)) for n in range(count)]
         self._steps = Steps(deployment, self.members)
         self._gmanager = GManager(
-            self._requests(deployment, rows),
+            SyncSource(self._requests(deployment, rows)),
             deployment.links(),
             count,
             config.policy,

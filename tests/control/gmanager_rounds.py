@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from made_reports import report
 
+from hpc_distkv.control.assign.source import SyncSource
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.lending.links import Links
 from hpc_distkv.control.messages.answer import Answer
@@ -37,7 +38,7 @@ class Job:
     ) -> None:
         """All on one node but for `nodes`."""
         links = Links(nodes or [0] * instances)
-        self.manager = GManager(iter(rows), links, instances, policy, **others)
+        self.manager = GManager(SyncSource(rows), links, instances, policy, **others)
         self.results: list[Result] = []
 
     def round(self, *reports: Report) -> list[Answer]:

@@ -18,6 +18,7 @@ from lending_nodes import BLOCK, Marks, Node
 
 from hpc_distkv.comm.local.schedule import SeededSchedule
 from hpc_distkv.comm.local.threads import leftovers, network_of, open_local
+from hpc_distkv.control.assign.source import SyncSource
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.lending.links import Links
 from hpc_distkv.control.messages.answer import Answer
@@ -44,7 +45,7 @@ class Lending(RuleBasedStateMachine):
             comm.waiter.background.append(self.happen)
         self.rng = rng
         self.gmanager = GManager(
-            iter(()), Links([i % 2 for i in range(n)]), n, policy, block_size=BLOCK
+            SyncSource(()), Links([i % 2 for i in range(n)]), n, policy, block_size=BLOCK
         )
         self.reports: dict[int, bytes] = {}
         self.lent: dict[int, dict[int, int]] = {}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from hpc_distkv.control.assign.affinity import Affinity
 from hpc_distkv.control.assign.queue import LOOK_AHEAD, RequestQueue
+from hpc_distkv.control.assign.source import RequestSource
 from hpc_distkv.control.assign.work import MeanOutput, work
 from hpc_distkv.control.messages.reports import Large, ReportError, Reports
 from hpc_distkv.control.messages.requests import Request, Result
@@ -28,16 +29,16 @@ class Assignment:
 
     def __init__(
         self,
-        requests: Iterator[Request | None],
+        source: RequestSource,
         instances: int,
         queue: bool = True,
         attention_tokens: float = float("inf"),
         affinity: Affinity | None = None,
     ) -> None:
-        """`requests`: as of `RequestQueue`. `queue`: a row goes to where least work is predicted;
-        otherwise rows are dealt out in turn, as to replicas that each got their part of the
-        input. `affinity`: if instances share the beginnings of rows."""
-        self.rows = RequestQueue(requests, instances, self._duration if queue else None)
+        """`queue`: a request goes to the instance with least predicted work; otherwise requests are
+        dealt out in turn, as to replicas that each got their part of the input. `affinity`: if
+        instances share prefixes."""
+        self.rows = RequestQueue(source, instances, self._duration if queue else None)
         self.home: dict[int, int] = {}
         """Unfinished request → its home instance."""
         self._limits: dict[int, int] = {}
@@ -128,7 +129,6 @@ class Assignment:
         instance: rows and prompt tokens there is room for, work it has already. `step_tokens`:
         prompt tokens that could be computed in the time of a decode step."""
         self._step_tokens = step_tokens
-        self.rows.begin_round()
         given: dict[int, list[Request]] = {}
         if not self.waiting:
             return given
