@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -11,19 +10,17 @@ from typing import Any, NamedTuple
 import msgspec
 
 from hpc_distkv.batch.answers.choice import fault_of, read_choice
-from hpc_distkv.batch.answers.response import answer_line, error_line
+from hpc_distkv.batch.answers.line import answer_line, error_line
 from hpc_distkv.batch.errors import RowError
 from hpc_distkv.batch.in_flight import InFlight, Pending
-from hpc_distkv.batch.input.intake import Intake
-from hpc_distkv.batch.input.order import InputOrder
-from hpc_distkv.batch.input.remarks import MOST_NAMED, remarks
+from hpc_distkv.batch.input.envelope import Envelope
+from hpc_distkv.batch.input.intake import MOST_NAMED, Intake, remarks
 from hpc_distkv.batch.input.rows import Row, parse_row, which_choice
-from hpc_distkv.batch.input.schema import Envelope
+from hpc_distkv.batch.input.service import SamplingDefaults, Service
 from hpc_distkv.batch.input.shard import Shard
-from hpc_distkv.batch.pauses import with_pauses
 from hpc_distkv.batch.results.journal import Journal
 from hpc_distkv.batch.results.meta import FORMER, MODEL, SERVED, SHARD
-from hpc_distkv.batch.service import SamplingDefaults, Service
+from hpc_distkv.batch.results.order import InputOrder
 from hpc_distkv.control.messages.requests import Request, Result, Unfinished
 
 log = logging.getLogger(__name__)
@@ -90,14 +87,15 @@ class Job:
         self.failed = 0
         """Rows that became error rows in this run."""
 
-    def requests(self, pause: float = math.inf) -> Iterator[Request | None]:
-        """The rows still to be answered, oldest first; read and tokenized as they are pulled. Also
-        None, after every `pause` seconds of that: to come to the next row may take minutes.
+    def requests(self) -> Iterator[Request]:
+        """The rows still to be answered, oldest first; read and tokenized as they are pulled.
 
         Call once. Writes the error rows on its way, and passes over answered ones, millions of them
         perhaps. Raises InputError and JournalError.
         """
-        return with_pauses(self._read(), pause)
+        for envelope in self._intake.envelopes(self._answered):
+            if envelope and (row := self._parse(envelope)):
+                yield from self._begin(row, envelope.digest)
 
     def save(self, unfinished: Unfinished) -> None:
         """Keep what was made of a request that came from `requests` and will not be finished in
@@ -242,15 +240,6 @@ class Job:
     @property
     def _journals(self) -> tuple[Journal, ...]:
         return tuple(dict.fromkeys((self._journal, self._errors)))
-
-    def _read(self) -> Iterator[Request | None]:
-        """As `requests`, and None for each row of which no request is made."""
-        for envelope in self._intake.envelopes(self._answered):
-            row = self._parse(envelope) if envelope else None
-            if envelope is None or row is None:
-                yield None
-            else:
-                yield from self._begin(row, envelope.digest)
 
     def _parse(self, envelope: Envelope) -> Row | None:
         """A row that can be answered; the error row of any other is written."""

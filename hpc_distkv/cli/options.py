@@ -115,11 +115,6 @@ engine_options = added(
     _engine("allow_gpu_sharing", "Let ranks share a GPU, for trials: give --kv-memory too."),
     _engine("enforce_eager", "Never replay decode steps of a GPU as CUDA graphs."),
     _engine(
-        "attention_backend",
-        "Attention kernels on GPUs; flashinfer: its kernels where they serve, which must be "
-        "installed, and no CUDA graphs; auto: this program's own.",
-    ),
-    _engine(
         "transport",
         "How tensors go from GPU to GPU; mpi: by way of the host; auto: NCCL where it can be.",
     ),

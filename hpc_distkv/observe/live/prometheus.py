@@ -12,10 +12,10 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from hpc_distkv.batch.results.replace import replace_file
 from hpc_distkv.control.messages.counters import Counters
 from hpc_distkv.observe.summary.metrics import total
 from hpc_distkv.observe.summary.snapshot import Snapshot
+from hpc_distkv.regular import replace_file
 
 INTERVAL = 10.0
 """Seconds between two files."""
