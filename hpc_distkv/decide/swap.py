@@ -47,7 +47,7 @@ class Swaps:
         self.freeing = 0
         """rBlocks at home that what leaves now will free at the end of the step."""
         self._rm, self._config, self._foresight = rmanager, config, foresight
-        self._space = rmanager.host_space
+        self._space = rmanager.swap
         self._leaving: list[Sequence] = []
         self._returning: list[Sequence] = []
         self._out: list[Move] = []
@@ -73,7 +73,7 @@ class Swaps:
                 *self._rm.prefixes.used_alone(sequence.id),
             )
         )
-        self._out += self._rm.put_aside(sequence.id, self._sealed(sequence))
+        self._out += self._rm.swap_out(sequence.id, self._sealed(sequence))
         self._leaving.append(sequence)
         return True
 
@@ -132,7 +132,7 @@ class Swaps:
         """The step's moves have arrived. Returns the sequences that are put aside now."""
         gone, self._leaving, self._returning, self.freeing = self._leaving, [], [], 0
         for sequence in gone:
-            self._rm.leave(sequence.id)
+            self._rm.finish_swap_out(sequence.id)
         return gone
 
     def _spill(self, sequence: Sequence, short: int) -> int:
@@ -165,14 +165,16 @@ class Swaps:
         """Rows that are put aside are computed again, the youngest first, if what runs cannot go on
         otherwise. Those that are on their way there now are left alone."""
         leaving = {sequence.id for sequence in self._leaving}
-        for request in sorted(self._space.aside.keys() - leaving, reverse=True):
+        for request in sorted(self._space.swapped_out.keys() - leaving, reverse=True):
             if self._space.free >= blocks:
                 return
             self._space.discard(request)
 
     def _room(self) -> int:
         """Slots of the host's memory that what runs can have."""
-        return self._space.free + sum(len(self._space.slots[key]) for key in self._space.aside)
+        return self._space.free + sum(
+            len(self._space.slots[key]) for key in self._space.swapped_out
+        )
 
     def _outgrows(self, sequence: Sequence) -> bool:
         """Whether the sequence, as long as it is, fills what is not lent of the pool."""
@@ -197,6 +199,6 @@ class Swaps:
         """Prompt tokens computed in the time of the copies if the sequence is put aside; None: it
         cannot be."""
         sealed = self._sealed(sequence)
-        if not self._config.host_blocks or not self._rm.can_put_aside(sequence.id, sealed):
+        if not self._config.host_blocks or not self._rm.can_swap_out(sequence.id, sealed):
             return None
         return self.block_tokens * sealed

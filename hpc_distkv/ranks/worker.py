@@ -289,7 +289,7 @@ class Worker:
             self._comm.device.deferred
             and bool(plan.rows)
             and not (self._log.followed and instance.rm.guests)
-            and not (plan.moving or instance.scheduler.moving or instance.rm.host_space.serves)
+            and not (plan.moving or instance.scheduler.moving or instance.rm.swap.serves)
             and not instance.config.policy.migrate
             and not instance.config.window
             and not instance.scheduler.short

@@ -81,8 +81,8 @@ def check_loans(rm: RManager) -> None:
 
 def check_host(rm: RManager) -> None:
     """Assert that every slot in the host's memory has one owner: nobody, a block table that names
-    it, a request that is put aside, or a move there."""
-    host = rm.host_space
+    it, a request that is swapped out, or a move there."""
+    host = rm.swap
     owned = [slot for blocks in host.slots.values() for slot in blocks.values()]
     assert len(set(owned)) == len(owned) == host.used, "a slot of the host is lost or owned twice"
     arriving = {(m.request, m.block) for m in rm.outgoing if m.peer == HOST}
@@ -91,13 +91,13 @@ def check_host(rm: RManager) -> None:
         served = set(table.remote.get(HOST, ())) if table else set()
         coming = {index for request, index in arriving if request == key}
         assert not served & coming, "an rBlock goes where it is"
-        if key in host.aside:
-            assert served | coming <= blocks.keys(), "what is put aside is not there"
-            assert table or not coming, "what is put aside still moves"
+        if key in host.swapped_out:
+            assert served | coming <= blocks.keys(), "what is swapped out is not there"
+            assert table or not coming, "what is swapped out still moves"
         else:
             assert blocks.keys() == served | coming, "a slot of the host is nobody's"
     named = {key for key, table in rm.tables.items() if HOST in table.remote}
-    assert named | host.aside.keys() <= host.slots.keys(), "an rBlock in the host is lost"
+    assert named | host.swapped_out.keys() <= host.slots.keys(), "an rBlock in the host is lost"
 
 
 def _keys_before(prefix: Prefix) -> list[bytes]:

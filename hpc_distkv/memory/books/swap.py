@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
-class HostSpace:
+class SwapSpace:
     """Owner of an instance's slots in the host's memory (`HOST`). They hold rBlocks of its own
     requests and prefixes only, of two kinds:
 
     * what a block table names in `remote[HOST]` is served where it is;
-    * what a request that gave way has put aside is there for when it goes on.
+    * what a preempted request had computed waits there until the request is resumed.
 
     A slot is reserved before the copy there begins, and given up when a copy back has arrived.
     """
@@ -19,8 +19,8 @@ class HostSpace:
         self.num_blocks = num_blocks
         self.slots: dict[int, dict[int, int]] = {}
         """Request or prefix → logical index of an rBlock → its slot."""
-        self.aside: dict[int, int] = {}
-        """Request that is put aside, or on its way there → the rBlocks of the beginning that it
+        self.swapped_out: dict[int, int] = {}
+        """Request that is swapped out, or on its way there → the rBlocks of the prefix that it
         shared with others then: they are not among `slots`."""
         self._free = list(range(num_blocks - 1, -1, -1))
 
@@ -37,11 +37,11 @@ class HostSpace:
     @property
     def serves(self) -> bool:
         """Whether a block table names anything here, or something moves."""
-        return len(self.slots) > len(self.aside)
+        return len(self.slots) > len(self.swapped_out)
 
-    def end(self, request: int) -> int:
-        """How many rBlocks a request that was put aside has computed; 0: there is no such one."""
-        return max(self.slots[request]) + 1 if request in self.aside else 0
+    def computed(self, request: int) -> int:
+        """rBlocks a swapped-out request has computed; 0 if it is not swapped out."""
+        return max(self.slots[request]) + 1 if request in self.swapped_out else 0
 
     def take(self, key: int, index: int) -> None:
         """Reserve a slot for rBlock `index` of a request or prefix. The caller has looked at
@@ -58,8 +58,8 @@ class HostSpace:
             del self.slots[key]
 
     def discard(self, request: int) -> None:
-        """What the request has put aside is not kept for it any longer."""
-        if self.aside.pop(request, None) is not None:
+        """Free what is kept for a swapped-out request, if it is one."""
+        if self.swapped_out.pop(request, None) is not None:
             self._free.extend(self.slots.pop(request).values())
 
     def split(self, prefix: int, first: int, new: int) -> None:
