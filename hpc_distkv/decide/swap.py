@@ -165,7 +165,7 @@ class Swaps:
         """Rows that are put aside are computed again, the youngest first, if what runs cannot go on
         otherwise. Those that are on their way there now are left alone."""
         leaving = {sequence.id for sequence in self._leaving}
-        for request in sorted(self._space.swapped_out.keys() - leaving, reverse=True):
+        for request in sorted(self._space.swapped.keys() - leaving, reverse=True):
             if self._space.free >= blocks:
                 return
             self._space.discard(request)
@@ -173,7 +173,7 @@ class Swaps:
     def _room(self) -> int:
         """Slots of the host's memory that what runs can have."""
         return self._space.free + sum(
-            len(self._space.slots[key]) for key in self._space.swapped_out
+            len(self._space.slots[key]) for key in self._space.swapped
         )
 
     def _outgrows(self, sequence: Sequence) -> bool:

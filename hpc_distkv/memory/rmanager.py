@@ -220,7 +220,7 @@ class RManager(Lender):
         `finish_swap_out`."""
         alone = self.prefixes.used_alone(request)[::-1]
         first = alone[0].start if alone else self.tables[request].start
-        self.swap.swapped_out[request] = first if self.prefixes.last(request) else 0
+        self.swap.swapped[request] = first if self.prefixes.last(request) else 0
         moves = [
             Move(request, index, slot, HOST, MoveKind.COPY)
             for part in (*alone, self.tables[request])
@@ -244,10 +244,10 @@ class RManager(Lender):
         gone it begins anew."""
         found = self.prefixes.find(keys, self.usable) if keys else None
         length = found[1] if found else 0
-        if length < self.swap.swapped_out[request]:
+        if length < self.swap.swapped[request]:
             self.swap.discard(request)
             return self.open(request, keys)
-        del self.swap.swapped_out[request]
+        del self.swap.swapped[request]
         prefix = self._end_at(*found) if found else None
         self.prefixes.join(request, prefix, ())
         blocks = sorted(self.swap.slots[request])

@@ -30,7 +30,7 @@ class HostTier(RuleBasedStateMachine):
         """Slot → what was written there last: a prefix, or a request and a place."""
         self.host: dict[int, Content] = {}
         self.prompts: dict[int, str] = {}
-        self.swapped_out: dict[int, int] = {}
+        self.swapped: dict[int, int] = {}
         """Request that gave way → rBlocks it had computed."""
         self.out: list[Move] = []
         self.back: list[Move] = []
@@ -125,29 +125,29 @@ class HostTier(RuleBasedStateMachine):
         self.rm.commit(self.out, self.back)
         for request in self.going:
             self.rm.finish_swap_out(request)
-        self.swapped_out.update(self.going)
+        self.swapped.update(self.going)
         self.out, self.back, self.going = [], [], {}
 
-    @precondition(lambda self: self.swapped_out and not self.prefixes_move)
+    @precondition(lambda self: self.swapped and not self.prefixes_move)
     @rule(data=st.data())
     def go_on(self, data: st.DataObject) -> None:
-        request = data.draw(st.sampled_from(sorted(self.swapped_out)))
-        blocks, keys = self.swapped_out.pop(request), keys_of(self.prompts[request])
-        lost = self.rm.prefixes.match(keys) < self.rm.swap.swapped_out[request]
+        request = data.draw(st.sampled_from(sorted(self.swapped)))
+        blocks, keys = self.swapped.pop(request), keys_of(self.prompts[request])
+        lost = self.rm.prefixes.match(keys) < self.rm.swap.swapped[request]
         if lost and self.rm.prefixes.awaited(keys):
-            self.swapped_out[request] = blocks
+            self.swapped[request] = blocks
             return
         table = self.rm.resume(request, keys)
-        assert request not in self.rm.swap.swapped_out
+        assert request not in self.rm.swap.swapped
         if table.blocks < blocks:  # it had shared what is gone, or there was no room to use it
             assert HOST not in table.remote
 
-    @precondition(lambda self: self.swapped_out)
+    @precondition(lambda self: self.swapped)
     @rule(data=st.data())
     def forget(self, data: st.DataObject) -> None:
-        request = data.draw(st.sampled_from(sorted(self.swapped_out)))
+        request = data.draw(st.sampled_from(sorted(self.swapped)))
         self.rm.swap.discard(request)
-        del self.swapped_out[request], self.prompts[request]
+        del self.swapped[request], self.prompts[request]
 
     @precondition(lambda self: self.running and not self.out and not self.back)
     @rule(data=st.data())
@@ -183,7 +183,7 @@ class HostTier(RuleBasedStateMachine):
                     assert self.home[slot] == self.content(request, index)
                 for index in table.remote.get(HOST, ()):
                     assert self.host[slots[key][index]] == self.content(request, index)
-        for request in self.swapped_out:
+        for request in self.swapped:
             for index, slot in slots[request].items():
                 assert self.host[slot] == self.content(request, index)
 
@@ -192,7 +192,7 @@ class HostTier(RuleBasedStateMachine):
             self.arrive()
         for request in self.running:
             self.rm.close(request)
-        for request in self.swapped_out:
+        for request in self.swapped:
             self.rm.swap.discard(request)
         self.rm.check()
         assert (self.rm.usable, self.rm.swap.free) == (8, 7)

@@ -100,11 +100,11 @@ DAMAGE: dict[str, tuple[Callable[[RManager], object], str]] = {
         "a slot of the host is nobody's",
     ),
     "nothing where something is swapped out": (
-        lambda rm: rm.swap.swapped_out.update({LONG: 0, 98: 0}),
+        lambda rm: rm.swap.swapped.update({LONG: 0, 98: 0}),
         "an rBlock in the host is lost",
     ),
     "what is swapped out and served from nowhere": (
-        lambda rm: [rm.swap.swapped_out.update({LONG: 0}), rm.swap.give_up(LONG, [1])],
+        lambda rm: [rm.swap.swapped.update({LONG: 0}), rm.swap.give_up(LONG, [1])],
         "what is swapped out is not there",
     ),
     "a move of what is swapped out": (
@@ -126,7 +126,7 @@ def test_an_instance_that_has_a_bit_of_everything_is_sound():
     assert rm.outgoing
     assert rm.incoming
     assert rm.prefixes.idle
-    assert [*rm.swap.swapped_out] == [SWAPPED]
+    assert [*rm.swap.swapped] == [SWAPPED]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

@@ -91,13 +91,13 @@ def check_host(rm: RManager) -> None:
         served = set(table.remote.get(HOST, ())) if table else set()
         coming = {index for request, index in arriving if request == key}
         assert not served & coming, "an rBlock goes where it is"
-        if key in host.swapped_out:
+        if key in host.swapped:
             assert served | coming <= blocks.keys(), "what is swapped out is not there"
             assert table or not coming, "what is swapped out still moves"
         else:
             assert blocks.keys() == served | coming, "a slot of the host is nobody's"
     named = {key for key, table in rm.tables.items() if HOST in table.remote}
-    assert named | host.swapped_out.keys() <= host.slots.keys(), "an rBlock in the host is lost"
+    assert named | host.swapped.keys() <= host.slots.keys(), "an rBlock in the host is lost"
 
 
 def _keys_before(prefix: Prefix) -> list[bytes]:

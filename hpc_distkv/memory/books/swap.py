@@ -19,7 +19,7 @@ class SwapSpace:
         self.num_blocks = num_blocks
         self.slots: dict[int, dict[int, int]] = {}
         """Request or prefix → logical index of an rBlock → its slot."""
-        self.swapped_out: dict[int, int] = {}
+        self.swapped: dict[int, int] = {}
         """Request that is swapped out, or on its way there → the rBlocks of the prefix that it
         shared with others then: they are not among `slots`."""
         self._free = list(range(num_blocks - 1, -1, -1))
@@ -37,11 +37,11 @@ class SwapSpace:
     @property
     def serves(self) -> bool:
         """Whether a block table names anything here, or something moves."""
-        return len(self.slots) > len(self.swapped_out)
+        return len(self.slots) > len(self.swapped)
 
     def computed(self, request: int) -> int:
         """rBlocks a swapped-out request has computed; 0 if it is not swapped out."""
-        return max(self.slots[request]) + 1 if request in self.swapped_out else 0
+        return max(self.slots[request]) + 1 if request in self.swapped else 0
 
     def take(self, key: int, index: int) -> None:
         """Reserve a slot for rBlock `index` of a request or prefix. The caller has looked at
@@ -59,7 +59,7 @@ class SwapSpace:
 
     def discard(self, request: int) -> None:
         """Free what is kept for a swapped-out request, if it is one."""
-        if self.swapped_out.pop(request, None) is not None:
+        if self.swapped.pop(request, None) is not None:
             self._free.extend(self.slots.pop(request).values())
 
     def split(self, prefix: int, first: int, new: int) -> None:
