@@ -22,9 +22,9 @@ import torch
 
 from hpc_distkv.batch.errors import InputError
 from hpc_distkv.batch.input.intake import Intake
+from hpc_distkv.batch.input.service import Limits, SamplingDefaults, Service, end_ids, model_names
 from hpc_distkv.batch.job import Job, job_fingerprint
 from hpc_distkv.batch.results.files import Claims, Files
-from hpc_distkv.batch.service import Limits, SamplingDefaults, Service, end_ids, model_names
 from hpc_distkv.comm.abort import aborting, failing
 from hpc_distkv.comm.mpi.start import open_mpi
 from hpc_distkv.comm.together import concluded, together

@@ -1,12 +1,26 @@
-"""Opening what has to be a regular file: a pipe would keep whoever opens it waiting."""
+"""Regular files: opened to be read, and replaced in one piece.
+
+A pipe would keep whoever opens it waiting, so it is refused. Who reads a file while it is replaced,
+and a rerun after kill -9, sees the old one or the new one and nothing else.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import re
+import secrets
 import stat
+from collections.abc import Iterable, Iterator
 from io import BufferedReader
 from pathlib import Path
+from typing import BinaryIO
+
+TEMPORARY = re.compile(r"(.+)\.hpc-distkv-[0-9a-f]{16}\.tmp", re.DOTALL)
+"""Names of files that are to take the place of another: of `<name>`."""
+TEMPORARY_LENGTH = len(".hpc-distkv-.tmp") + 16
+"""Characters that such a name has more."""
 
 
 def open_regular(path: Path) -> BufferedReader:
@@ -25,3 +39,108 @@ def read_regular(path: Path) -> bytes:
     """What a regular file holds. Raises OSError."""
     with open_regular(path) as file:
         return file.read()
+
+
+def real_path(path: Path) -> Path:
+    """The file that `path` stands for, if it is a symbolic link: what is replaced is the file, and
+    what belongs to it lies beside it, whatever it is called by."""
+    return Path(os.path.realpath(path)) if os.path.islink(path) else path
+
+
+def check_replaceable(path: Path) -> None:
+    """Whether a file may take the place of what is at `path`, if anything is: not that of a device,
+    nor of what this process's own words go to. Raises OSError."""
+    try:
+        state = path.stat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(state.st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    for stream in (1, 2):
+        try:
+            taken = os.path.samestat(state, os.fstat(stream))
+        except OSError:  # it is closed
+            continue
+        if taken:
+            raise OSError(errno.EINVAL, "this program's own messages go there")
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one file, which need not be there."""
+    if os.path.realpath(one) == os.path.realpath(other):
+        return True
+    with contextlib.suppress(OSError):
+        return os.path.samefile(one, other)
+    return False
+
+
+def temporary_path(path: Path) -> Path:
+    """A new name beside `path` for a file that is to take its place."""
+    return path.with_name(f"{path.name}.hpc-distkv-{secrets.token_hex(8)}.tmp")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file to write. If nothing goes wrong it is put on the disk and takes the place of
+    `path`, or of what that links to, with its owner and mode; else `path` is as it was, and nothing
+    lies beside it. Raises OSError, also if there is something that is no file."""
+    check_replaceable(path)
+    path = real_path(path)
+    fresh = temporary_path(path)
+    file = os.fdopen(_create_like(fresh, path), "wb")
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def replace_file(path: Path, pieces: Iterable[bytes]) -> None:
+    """Replace `path` by `pieces`: see `replacing`."""
+    with replacing(path) as file:
+        file.writelines(pieces)
+
+
+def create_file(path: Path, mode: int = 0o666) -> int:
+    """A file that was not there, nor a link of its name, open to be written; what the umask forbids
+    is taken from its `mode`. Raises OSError."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(path, flags, mode)
+
+
+def remove_file(path: Path) -> None:
+    """Remove `path`, also from the disk, if it is there. Raises OSError."""
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk. Raises OSError."""
+    directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _create_like(fresh: Path, path: Path) -> int:
+    """A new file with the owner and the mode of `path`, if that is there."""
+    try:
+        state = path.stat()
+    except FileNotFoundError:
+        return create_file(fresh)
+    mode = stat.S_IMODE(state.st_mode) & 0o777
+    fd = create_file(fresh, mode)
+    with contextlib.suppress(OSError):  # it is another user's: the mode is as narrow all the same
+        os.fchown(fd, state.st_uid, state.st_gid)
+    with contextlib.suppress(OSError):
+        os.fchmod(fd, mode)
+    return fd

@@ -31,7 +31,7 @@ class Collect:
     def finish(self, result: Result) -> None:
         self.results.append(result)
 
-    def put_aside(self, unfinished: Unfinished) -> None:
+    def save(self, unfinished: Unfinished) -> None:
         self.unfinished.append(unfinished)
 
     def tick(self) -> None:

@@ -40,7 +40,7 @@ def step(scheduler: Scheduler) -> dict[int, int]:
     plan = scheduler.plan()
     scheduler.rm.check()
     scheduler.rm.commit(plan.moves, plan.recalls)
-    for sequence, tokens in plan.rows:
+    for sequence, tokens in plan.scheduled:
         assert 0 < tokens <= sequence.remaining
         sequence.computed += tokens
         room = scheduler.rm.tables[sequence.id].blocks * scheduler._config.block_size
@@ -51,7 +51,7 @@ def step(scheduler: Scheduler) -> dict[int, int]:
             if sequence.finish_reason():
                 scheduler.finish(sequence)
     scheduler.rm.check()
-    return {sequence.id: tokens for sequence, tokens in plan.rows}
+    return {sequence.id: tokens for sequence, tokens in plan.scheduled}
 
 
 def answer(scheduler: Scheduler, asked: int = 0, **fields: object) -> None:

@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 from hpc_distkv import Engine, EngineOptions
 from hpc_distkv.batch import job
 from hpc_distkv.batch.errors import JournalError
-from hpc_distkv.batch.input.order import InputOrder
 from hpc_distkv.batch.job import Job
 from hpc_distkv.batch.results import journal
 from hpc_distkv.batch.results.files import Files
 from hpc_distkv.batch.results.journal import Journal
+from hpc_distkv.batch.results.order import InputOrder
 from hpc_distkv.comm import binding
 from hpc_distkv.comm.gpu.nccl import NcclError
 from hpc_distkv.comm.local.threads import open_local, run_local

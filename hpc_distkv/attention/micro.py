@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hpc_distkv.attention import flashinfer, reference
+from hpc_distkv.attention import reference
 from hpc_distkv.attention.call import Call
 from hpc_distkv.attention.cpu import native
 from hpc_distkv.attention.layout import inner_contiguous
@@ -55,13 +55,9 @@ def micro_attention(
         raise ValueError(f"{spec.slopes.shape[0]} slopes do not fit the {q.shape[1]} heads of q")
     out = _output(out, q.shape, q.device, "out")
     lse = _output(lse, q.shape[:2], q.device, "lse")
-    flash = flashinfer.kernels(q.device) if spec.backend == flashinfer.BACKEND else None
-    layout = flash.layout(q, k_cache, batch, spec, causal=causal) if flash else None
     triton = backend.kernels(q.device)
     call = Call(q, k_cache, v_cache, batch, spec, causal, out, lse)
-    if flash and layout:
-        flash.micro_attention(call, layout)
-    elif triton and triton.serves(q, k_cache, spec):
+    if triton and triton.serves(q, k_cache, spec):
         triton.micro_attention(call)
     elif _native_shape(q) and (kernels := native.kernels()):
         kernels.micro_attention(call, STREAM_LINES[q.dtype])

@@ -29,8 +29,6 @@ class AttentionSpec:
     """Bound of the scaled products; 0: none."""
     slopes: Tensor | None = None
     """ALiBi's slope of each query head: float32 [H] on the CPU, contiguous; None: no bias."""
-    backend: str = "auto"
-    """"flashinfer": its kernels take the calls that they serve; "auto": they take none."""
 
     @property
     def positional(self) -> bool:

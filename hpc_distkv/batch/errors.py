@@ -6,6 +6,8 @@ from hpc_distkv.errors import UserError
 
 LONGEST_MESSAGE = 600
 """Characters. Messages quote the user's input, which may be megabytes."""
+DUPLICATE = "duplicate_custom_id"
+"""Error code of a row whose custom_id an earlier row has."""
 
 
 class RowError(Exception):

@@ -82,7 +82,7 @@ class InFlight:
         for choice in range(row.choices):
             self._begun.pop(Answer(row.custom_id, choice), None)
 
-    def put_aside(self, number: int, choice: int, **made: Any) -> None:
+    def save(self, number: int, choice: int, **made: Any) -> None:
         """Keep what was made of one answer of a row, unless that has left. `made`: fields of
         `Begun`."""
         if pending := self._pending.get(number):
@@ -93,7 +93,7 @@ class InFlight:
         """Keep the answers of rows whose others are not there."""
         for number, pending in self._pending.items():
             for choice, result in pending.results.items():
-                self.put_aside(number, choice, result=result)
+                self.save(number, choice, result=result)
 
     @property
     def begun(self) -> Collection[Begun]:

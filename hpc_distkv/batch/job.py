@@ -11,19 +11,18 @@ from typing import Any, NamedTuple
 import msgspec
 
 from hpc_distkv.batch.answers.choice import fault_of, read_choice
-from hpc_distkv.batch.answers.response import answer_line, error_line
+from hpc_distkv.batch.answers.line import answer_line, error_line
 from hpc_distkv.batch.errors import RowError
 from hpc_distkv.batch.in_flight import InFlight, Pending
-from hpc_distkv.batch.input.intake import Intake
-from hpc_distkv.batch.input.order import InputOrder
-from hpc_distkv.batch.input.remarks import MOST_NAMED, remarks
+from hpc_distkv.batch.input.envelope import Envelope
+from hpc_distkv.batch.input.intake import MOST_NAMED, Intake, remarks
 from hpc_distkv.batch.input.rows import Row, parse_row, which_choice
-from hpc_distkv.batch.input.schema import Envelope
+from hpc_distkv.batch.input.service import SamplingDefaults, Service
 from hpc_distkv.batch.input.shard import Shard
 from hpc_distkv.batch.pauses import with_pauses
 from hpc_distkv.batch.results.journal import Journal
 from hpc_distkv.batch.results.meta import FORMER, MODEL, SERVED, SHARD
-from hpc_distkv.batch.service import SamplingDefaults, Service
+from hpc_distkv.batch.results.order import InputOrder
 from hpc_distkv.control.messages.requests import Request, Result, Unfinished
 
 log = logging.getLogger(__name__)
@@ -99,12 +98,12 @@ class Job:
         """
         return with_pauses(self._read(), pause)
 
-    def put_aside(self, unfinished: Unfinished) -> None:
+    def save(self, unfinished: Unfinished) -> None:
         """Keep what was made of a request that came from `requests` and will not be finished in
         this run."""
         number, choice = which_choice(unfinished.id)
         output, logprobs = unfinished.output, unfinished.logprobs
-        self._in_flight.put_aside(number, choice, output=output, logprobs=logprobs)
+        self._in_flight.save(number, choice, output=output, logprobs=logprobs)
 
     def finish(self, result: Result) -> Written | None:
         """Take the result of a request that came from `requests`, and write the answer of its row
@@ -148,7 +147,7 @@ class Job:
             self._sync_at = ended + (ended - began) / SYNC_SHARE
 
     def close(self, ordered: bool = False) -> None:
-        """Commit and close. Rows in flight are left for a rerun, with what was put aside of them;
+        """Commit and close. Rows in flight are left for a rerun, with what was saved of them;
         if there are none, the lines are put into the order of the input if `ordered`. Raises
         InputError and JournalError."""
         self._intake.look()
@@ -173,12 +172,12 @@ class Job:
 
     @property
     def begun_rows(self) -> int:
-        """Rows of which something is put aside."""
+        """Rows of which something is saved."""
         return self._in_flight.begun_rows
 
     @property
     def begun_tokens(self) -> int:
-        """Output tokens that are put aside."""
+        """Output tokens that are saved."""
         return self._in_flight.begun_tokens
 
     @property

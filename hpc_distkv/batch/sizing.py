@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from hpc_distkv.batch.errors import InputError
-from hpc_distkv.batch.footprint import Footprint, Pool
 from hpc_distkv.batch.input.rows import Row
+from hpc_distkv.control.rows.work import kv_tokens
 from hpc_distkv.units import duration, size
 
 LONGEST = 3
@@ -17,7 +17,52 @@ SHOWN = 60
 """Characters of a custom_id that are shown."""
 
 
-class Shape(NamedTuple):
+class Pool(NamedTuple):
+    """The KV cache of one rank."""
+
+    block_size: int
+    """Tokens per rBlock."""
+    num_blocks: int | None
+    """None: not known."""
+
+    @property
+    def tokens(self) -> int | None:
+        """That it holds."""
+        return None if self.num_blocks is None else self.num_blocks * self.block_size
+
+
+class Footprint(NamedTuple):
+    """What each answer of a row comes to need."""
+
+    prompt: int
+    """Tokens."""
+    output: int | None
+    """Tokens at most; None: the row sets no limit, and `blocks` and `ranks` are of its prompt."""
+    blocks: int
+    """rBlocks."""
+    ranks: int | None
+    """Whose pools hold them; None: not known how much one holds."""
+
+    @classmethod
+    def of(cls, row: Row, pool: Pool) -> Footprint:
+        """The footprint of a row in such pools."""
+        output = None if row.open_ended else row.sampling.max_tokens
+        blocks = -(-kv_tokens(len(row.prompt), output or 1) // pool.block_size)
+        ranks = -(-blocks // pool.num_blocks) if pool.num_blocks else None
+        return cls(len(row.prompt), output, blocks, ranks)
+
+    def cells(self) -> tuple[str, ...]:
+        """Prompt, output, rBlocks and ranks as words; "+" where there may come more."""
+        more = "+" if self.output is None else ""
+        return (
+            str(self.prompt),
+            "open" if self.output is None else str(self.output),
+            f"{self.blocks}{more}",
+            "?" if self.ranks is None else f"{self.ranks}{more}",
+        )
+
+
+class JobShape(NamedTuple):
     """Of the job that is to answer the batch."""
 
     pool: Pool
@@ -29,7 +74,7 @@ class Shape(NamedTuple):
     max_num_seqs: int
 
 
-class Speed(NamedTuple):
+class AssumedSpeed(NamedTuple):
     """Of the whole job: prompts and outputs take their time one after the other, in proportion to
     their tokens."""
 
@@ -43,7 +88,7 @@ class Speed(NamedTuple):
         return time, time
 
 
-class Measured(NamedTuple):
+class MeasuredSpeed(NamedTuple):
     """An earlier run, scaled to as many instances as this job has. It says what prompts and outputs
     took together, not what part each had: so an estimate has two ends, as if either had taken all
     of it."""
@@ -56,7 +101,7 @@ class Measured(NamedTuple):
     """Seconds."""
 
     @classmethod
-    def of(cls, figures: Mapping[str, Any], instances: int) -> Measured:
+    def of(cls, figures: Mapping[str, Any], instances: int) -> MeasuredSpeed:
         """From what `generate --metrics` wrote. Raises InputError."""
         try:
             found = cls(
@@ -84,7 +129,7 @@ class Measured(NamedTuple):
 class Sizing:
     """Adds up what rows ask for."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: JobShape) -> None:
         self.shape = shape
         self.answers = 0
         self.prompt_tokens = 0
@@ -105,7 +150,7 @@ class Sizing:
             push = heapq.heappush if len(self._longest) < LONGEST else heapq.heapreplace
             push(self._longest, (*entry, _shown(row, needed)))
 
-    def lines(self, speed: Speed | Measured | None) -> list[str]:
+    def lines(self, speed: AssumedSpeed | MeasuredSpeed | None) -> list[str]:
         """Of a report; none if there are no rows."""
         if not self.answers:
             return []
@@ -154,11 +199,11 @@ class Sizing:
             lines.append(f"  given       {at_once} rows of mean length at once on a rank")
         return lines
 
-    def _time_lines(self, speed: Speed | Measured) -> list[str]:
+    def _time_lines(self, speed: AssumedSpeed | MeasuredSpeed) -> list[str]:
         """The time, and what it rests on."""
         prompt = self.prompt_tokens
         most = speed.seconds(prompt, self.most_output)[1]
-        if isinstance(speed, Measured):
+        if isinstance(speed, MeasuredSpeed):
             mean = speed.output / speed.answers
             usual = min(self.most_output, self.answers * mean)
             return [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hpc_distkv.attention import AttentionSpec, PagedBatch, flashinfer, micro_attention
+from hpc_distkv.attention import AttentionSpec, PagedBatch, micro_attention
 from hpc_distkv.model.config import dtype_name
 
 LENGTHS = (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20)
@@ -53,8 +53,7 @@ def kernel_figures(
 ) -> dict[str, Any]:
     """Decode MicroAttention for every batch and length of at most `most_tokens` tokens together, as
     a part of the speed of a large copy, then prompts; both beside torch's attention over contiguous
-    K and V and, where it is installed, FlashInfer's over the same rBlocks, and compared with
-    float64 for a few queries. Caches are read from memory: calls that
+    K and V, and compared with float64 for a few queries. Caches are read from memory: calls that
     follow each other read different rBlocks."""
     heads = heads or Heads()
     torch.manual_seed(0)
@@ -107,8 +106,6 @@ class KernelBench:
         self._pool = torch.empty(shape, dtype=heads.dtype, device=device)
         self._pool.normal_()
         self._spec = AttentionSpec(heads.dim**-0.5)
-        self._flashinfer = replace(self._spec, backend=flashinfer.BACKEND)
-        self._compared = device.type == "cuda" and flashinfer.missing() is None
         self._random = np.random.default_rng(0)
 
     def decode(self, rows: int, tokens: int, copied: float) -> dict[str, Any]:
@@ -163,35 +160,20 @@ class KernelBench:
             for part in order.reshape(count, -1)
         ]
 
-    def _measure(self, queries: int, batches: list[PagedBatch]) -> tuple[float, dict[str, Any]]:
+    def _measure(self, queries: int, batches: list[PagedBatch]) -> tuple[float, dict[str, float]]:
         heads, device = self._heads, self._device
         q = torch.randn(queries, heads.query, heads.dim, device=device).to(heads.dtype)
         out, lse = torch.empty(q.shape, device=device), torch.empty(q.shape[:2], device=device)
 
-        def call(spec: AttentionSpec, batch: PagedBatch) -> None:
+        def call(batch: PagedBatch) -> None:
             k_cache, v_cache = self._pool[:, 0], self._pool[:, 1]
-            micro_attention(q, k_cache, v_cache, batch, spec, causal=True, out=out, lse=lse)
+            micro_attention(q, k_cache, v_cache, batch, self._spec, causal=True, out=out, lse=lse)
 
-        def measured(spec: AttentionSpec) -> tuple[float, dict[str, float]]:
-            took = seconds([partial(call, spec, batch) for batch in batches], device)
-            out.fill_(torch.nan)
-            lse.fill_(torch.nan)
-            call(spec, batches[0])
-            return took, self._errors(q, out, lse, batches[0])
-
-        took, figures = measured(self._spec)
-        return took, figures | (self._beside(took, measured) if self._compared else {})
-
-    def _beside(
-        self, took: float, measured: Callable[[AttentionSpec], tuple[float, dict[str, float]]]
-    ) -> dict[str, Any]:
-        """FlashInfer's figures, and its time over ours; or what it says if it cannot be built."""
-        try:
-            other, errors = measured(self._flashinfer)
-        except (RuntimeError, flashinfer.FlashInferError) as error:
-            return {"flashinfer_error": str(error)}
-        found = {f"flashinfer_{name}": value for name, value in errors.items()}
-        return {"flashinfer_seconds": other, "over_flashinfer": other / took, **found}
+        took = seconds([partial(call, batch) for batch in batches], device)
+        out.fill_(torch.nan)
+        lse.fill_(torch.nan)
+        call(batches[0])
+        return took, self._errors(q, out, lse, batches[0])
 
     def _errors(self, q: Tensor, out: Tensor, lse: Tensor, batch: PagedBatch) -> dict[str, float]:
         """Against float64: ‖out − exact‖ / ‖exact‖ and the largest difference of lse, for queries

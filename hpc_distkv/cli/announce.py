@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_distkv.api import Engine
-from hpc_distkv.batch.input.remarks import named
+from hpc_distkv.batch.input.intake import named
 from hpc_distkv.batch.results.files import Files
 from hpc_distkv.comm.world import World
 from hpc_distkv.printable import printable

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hpc_distkv.batch.input.schema import SEEDS
+from hpc_distkv.batch.input.body import SEEDS
 from hpc_distkv.cli.options import POSITIVE, Number, engine_options, read_shard
 from hpc_distkv.errors import FaultError
 from hpc_distkv.exit_status import STOPPED_STATUS
@@ -204,8 +204,8 @@ def _files(options: dict[str, Any], paths: dict[str, Path | None]) -> Files:
 def _claim(files: Files, seeing: dict[str, Path | None], model: str) -> Claims:
     """Look at the files before the model is loaded, and claim those to be written. Raises
     InputError, JournalError and OptionError."""
-    from hpc_distkv.batch.results.replace import check_replaceable, real_path
     from hpc_distkv.errors import OptionError
+    from hpc_distkv.regular import check_replaceable, real_path
 
     taken = set()
     for name, path in seeing.items():

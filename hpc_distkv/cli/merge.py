@@ -45,8 +45,8 @@ def command(
     missing, do not belong together or have a row twice, 75 rows are left: then nothing is written
     without --partial.
     """  # fmt: skip
-    from hpc_distkv.batch.input.remarks import named
-    from hpc_distkv.batch.results.merge import merge
+    from hpc_distkv.batch.input.intake import named
+    from hpc_distkv.batch.merge import merge
 
     files = results_files(shards)
     merged = merge(output, files, source, error_file, partial)

@@ -93,7 +93,7 @@ def _engine(name: str, help: str, kind: Any = None, *spellings: str) -> Callable
 HOST_KV_MEMORY = _engine(
     "host_kv_memory",
     "Memory of the host that one rank may use for rBlocks its KV cache has no room for: "
-    "of rows that give way, and of rows larger than all KV caches. [default: none]",
+    "of preempted rows, and of rows larger than all KV caches. [default: none]",
     Size(),
 )
 PREFIX_CACHING = _engine(
@@ -114,11 +114,6 @@ engine_options = added(
     _engine("device", "What ranks compute on; auto: a GPU where there is one."),
     _engine("allow_gpu_sharing", "Let ranks share a GPU, for trials: give --kv-memory too."),
     _engine("enforce_eager", "Never replay decode steps of a GPU as CUDA graphs."),
-    _engine(
-        "attention_backend",
-        "Attention kernels on GPUs; flashinfer: its kernels where they serve, which must be "
-        "installed, and no CUDA graphs; auto: this program's own.",
-    ),
     _engine(
         "transport",
         "How tensors go from GPU to GPU; mpi: by way of the host; auto: NCCL where it can be.",

@@ -29,9 +29,9 @@ def command(run: tuple[Path, ...], output: Path) -> None:
     the shards of an array, the figures are put together and each run has a line; what is drawn over
     time is the last run that has a trace.
     """
-    from hpc_distkv.batch.results.replace import replace_file
     from hpc_distkv.observe.report.page import page
     from hpc_distkv.observe.summary.run_files import RunFileError, files_of, read_run
+    from hpc_distkv.regular import replace_file
 
     try:
         files = read_run(run)

@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from hpc_distkv.batch.input.remarks import MOST_NAMED, named
-from hpc_distkv.batch.results.status import Status, read_status, read_statuses
+from hpc_distkv.batch.input.intake import MOST_NAMED, named
+from hpc_distkv.batch.status import Status, read_status, read_statuses
 from hpc_distkv.cli.options import results_files
 from hpc_distkv.errors import FaultError
 from hpc_distkv.exit_status import STOPPED_STATUS

@@ -10,12 +10,10 @@ from typing import Any
 import click
 
 from hpc_distkv.batch.errors import RowError
-from hpc_distkv.batch.footprint import Footprint, Pool
 from hpc_distkv.batch.input.intake import Intake
 from hpc_distkv.batch.input.rows import Row, parse_row
-from hpc_distkv.batch.results.answered import Answered
-from hpc_distkv.batch.service import Limits, SamplingDefaults, Service
-from hpc_distkv.batch.sizing import Measured, Shape, Sizing, Speed
+from hpc_distkv.batch.input.service import Limits, SamplingDefaults, Service
+from hpc_distkv.batch.sizing import AssumedSpeed, Footprint, JobShape, MeasuredSpeed, Pool, Sizing
 from hpc_distkv.cli.options import POSITIVE, Number, Size
 from hpc_distkv.control.messages.percentiles import percentiles
 from hpc_distkv.model.config import ModelConfig
@@ -32,10 +30,10 @@ COLUMNS = ("line", "custom_id", "answers", "prompt", "output", "rBlocks", "ranks
 """Of the table of rows; tokens and rBlocks are those of each answer."""
 
 
-class Report:
+class ValidationReport:
     """What is counted while the rows go by."""
 
-    def __init__(self, limits: Limits, shape: Shape) -> None:
+    def __init__(self, limits: Limits, shape: JobShape) -> None:
         self.limits = limits
         self.pool = shape.pool
         self.sizing = Sizing(shape)
@@ -72,7 +70,7 @@ class Report:
         if len(examples) < EXAMPLES:
             examples.append(f"line {number + 1}: {error.message}")
 
-    def lines(self, speed: Speed | Measured | None) -> list[str]:
+    def lines(self, speed: AssumedSpeed | MeasuredSpeed | None) -> list[str]:
         """The report as text; the time it takes if a `speed` is known."""
         bad = self.bad.total()
         return [
@@ -120,14 +118,16 @@ class Report:
         ]
 
 
-def check_rows(path: str | Path, service: Service, report: Report, table: bool = False) -> None:
+def check_rows(
+    path: str | Path, service: Service, report: ValidationReport, table: bool = False
+) -> None:
     """Stream the rows of a batch file into `report`, and print each if there is to be a `table`.
     Raises InputError."""
     intake = Intake(path)
     if table:
         click.echo("\t".join(COLUMNS))
     try:
-        for envelope in intake.envelopes(Answered()):
+        for envelope in intake.envelopes():
             if envelope is None:
                 continue
             cells: tuple[str, ...]
@@ -229,7 +229,7 @@ def command(
     )
     defaults = SamplingDefaults(max_tokens=max_tokens)
     service = Service.from_dir(model, config, limits, defaults)
-    report = Report(limits, shape)
+    report = ValidationReport(limits, shape)
     check_rows(source, service, report, table)
     for line in report.lines(speed):
         click.echo(printable(line))
@@ -239,7 +239,7 @@ def command(
     raise SystemExit(1 if report.bad else 0)
 
 
-def _shape(config: ModelConfig, options: EngineOptions, ranks: int | None) -> Shape:
+def _shape(config: ModelConfig, options: EngineOptions, ranks: int | None) -> JobShape:
     """Of the job. Raises UsageError, ModelError and OptionError."""
     lanes = options.tensor_parallel_size
     if (ranks or lanes) % lanes:
@@ -250,19 +250,19 @@ def _shape(config: ModelConfig, options: EngineOptions, ranks: int | None) -> Sh
     block_bytes = options.block_size * config.shard(lanes).kv_bytes_per_token(dtype)
     wanted = wanted_bytes(options, block_bytes)
     pool = Pool(options.block_size, wanted and wanted // block_bytes)
-    return Shape(pool, block_bytes, (ranks or lanes) // lanes, options.max_num_seqs)
+    return JobShape(pool, block_bytes, (ranks or lanes) // lanes, options.max_num_seqs)
 
 
 def _speed(
     prompt: float | None, output: float | None, metrics: str | None, instances: int
-) -> Speed | Measured | None:
+) -> AssumedSpeed | MeasuredSpeed | None:
     """What is known of it. Raises UsageError, RunFileError and InputError."""
     if metrics is not None:
         if prompt or output:
             raise click.UsageError("--metrics has the speed already: give no tokens per second.")
-        return Measured.of(read_run([Path(metrics)]).metrics, instances)
+        return MeasuredSpeed.of(read_run([Path(metrics)]).metrics, instances)
     if (prompt is None) != (output is None):
         raise click.UsageError(
             "--prompt-tokens-per-second and --output-tokens-per-second go together."
         )
-    return Speed(prompt, output) if prompt and output else None
+    return AssumedSpeed(prompt, output) if prompt and output else None

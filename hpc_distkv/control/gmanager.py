@@ -42,7 +42,7 @@ class GManager:
     that pay; and back to its own instance, to bring its rBlocks home.
 
     Progress of the oldest request is guaranteed here. A request that can't go on although all
-    younger ones at its home gave way reports itself starved; then nobody younger is admitted
+    younger ones at its home were preempted reports itself starved; then nobody younger is admitted
     anywhere, any promise will do, and if the promises don't suffice, the youngest requests of the
     cluster are preempted, those with rBlocks at the starved request's home first and those nearby
     before others, until the rBlocks it wants are free. Every request fits in the whole cluster, so

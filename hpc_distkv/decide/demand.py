@@ -22,7 +22,7 @@ GROWTH_ROUNDS = 3
 LEAST_GROWTH, MOST_GROWTH = 16, 256
 """Bounds of the decode tokens per row that are foreseen when memory is asked for."""
 STARVED_GROWTH = 8
-"""A starved row asks for room to grow by 1/8 of its length: others give way, and are computed
+"""A starved row asks for room to grow by 1/8 of its length: others are preempted, and computed
 again, only as often as that pays."""
 EXCHANGE_TOKENS = 10.0
 """Prompt tokens computed in the time that remote rBlocks add to a step, until it was measured."""
@@ -144,7 +144,7 @@ class Demands:
     def worth_borrowing(self, sequence: Sequence) -> bool:
         """Whether a sequence that lacks memory had better get it elsewhere. It must if it does not
         fit here or runs alone. Otherwise, with a planner, a waiting one waits, and a running one
-        lets the youngest give way if that costs less: to compute its tokens again once, against an
+        has the youngest preempted if that costs less: to compute its tokens again once, against an
         exchange in every step that is left."""
         if not self._config.policy.planner or not self._running or self._running == [sequence]:
             return True

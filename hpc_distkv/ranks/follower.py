@@ -108,10 +108,10 @@ class Follower:
                 case Boundary(now):
                     answer, self._answer = self._answer, None
                     assert answer is not None  # see `_next`
-                    if answer.stop or answer.give_way:
+                    if answer.stop or answer.preempt:
                         self._end_under_way()
                     if answer.stop:
-                        self._instance.put_aside()
+                        self._instance.stop()
                         return
                     self._instance.apply(answer, now)
                     self._instance.credits()
@@ -129,7 +129,9 @@ class Follower:
         self._time.enter(Kind.OTHER if plan.idle and before is None else Kind.STEP)
         self._replica.compute(plan, begun.now, self._room_for_tokens(before))
         if before:
-            self._end(before, self._next(StepEnded), {sequence.id for sequence, _ in plan.rows})
+            self._end(
+                before, self._next(StepEnded), {sequence.id for sequence, _ in plan.scheduled}
+            )
             self._time.enter(Kind.STEP)
         match self._next(Advanced, StepEnded):
             case Advanced():

@@ -12,7 +12,7 @@ import torch
 from hpc_distkv.control.rows.work import work
 from hpc_distkv.decide.instance import Instance
 from hpc_distkv.decide.pace import StepWork
-from hpc_distkv.decide.plan import NOTHING, Plan, Row
+from hpc_distkv.decide.plan import NOTHING, Plan, Scheduled
 from hpc_distkv.decide.sequence import Sequence
 from hpc_distkv.step.creditor import Creditor
 from hpc_distkv.step.debtor import Debtor
@@ -24,7 +24,7 @@ from hpc_distkv.step.parts import Parts
 class Advance(NamedTuple):
     """A step that counts as computed, before its tokens are known."""
 
-    rows: list[Row]
+    rows: list[Scheduled]
     ends: list[Sequence]
     """Those that get a token, in order."""
     work: StepWork
@@ -59,11 +59,11 @@ class Replica:
         elsewhere: list[Elsewhere] = [self.debtor] if self._exchanging else []
         if self._host and self._host.begin(plan):
             elsewhere.append(self._host)
-        if plan.rows:
+        if plan.scheduled:
             self._lanes.begin(apart=not self._exchanging)
             if drawn is not None and len(drawn):
                 drawn = self._lanes.spread(drawn)
-        logits = self._forward.run(plan.rows, elsewhere, drawn)
+        logits = self._forward.run(plan.scheduled, elsewhere, drawn)
         if self._host:
             self._host.finish()
         if self.sharing:
@@ -74,15 +74,15 @@ class Replica:
         """Go on from a step that is computed, or, if nothing moves in it, being computed: commit
         its moves, and count its rows as computed."""
         self.instance.commit(plan)
-        done = self._work(plan.rows)
-        return Advance(plan.rows, self.instance.advance(plan.rows), done)
+        done = self._work(plan.scheduled)
+        return Advance(plan.scheduled, self.instance.advance(plan.scheduled), done)
 
     def return_all(self, now: float) -> None:
         """Give all credit back."""
         self.instance.return_credit()
         self.debtor.begin(NOTHING, now)
 
-    def _work(self, rows: list[Row]) -> StepWork:
+    def _work(self, rows: list[Scheduled]) -> StepWork:
         tables, size = self.instance.rm.tables, self._block_size
         decodes = [sequence for sequence, count in rows if count == 1]
         shared = self.instance.rm.prefixes.at_home(sequence.id for sequence in decodes)

@@ -44,7 +44,7 @@ class Leader(Protocol):
     def finish(self, result: Result) -> None:
         """A request has its result."""
 
-    def put_aside(self, unfinished: Unfinished) -> None:
+    def save(self, unfinished: Unfinished) -> None:
         """The run has ended before a request did. Unless told otherwise, its tokens are lost."""
         return
 
@@ -131,10 +131,10 @@ class Worker:
             if self._at_boundary():
                 answer, now = self._take_answer(), time.monotonic()
                 self._log.record(Boundary(now))
-                if answer.stop or answer.give_way:
+                if answer.stop or answer.preempt:
                     self._end_under_way()  # It uses what is freed.
                 if answer.stop:
-                    self._instance.put_aside()
+                    self._instance.stop()
                     return
                 self._instance.apply(answer, now)
                 self._letters.open_credits()
@@ -171,7 +171,7 @@ class Worker:
             for result in remains.results:
                 self._leader.finish(result)
             for unfinished in remains.unfinished:
-                self._leader.put_aside(unfinished)
+                self._leader.save(unfinished)
 
     def _return_all(self) -> None:
         debts = self._instance.rm.debts.values()
@@ -253,7 +253,7 @@ class Worker:
             self._log.record(StepBegun(now, fingerprint(plan)))
         step = self._begin(plan, now, before.draw.tokens if before else None)
         if before:
-            self._end(before, {sequence.id for sequence, _ in plan.rows})
+            self._end(before, {sequence.id for sequence, _ in plan.scheduled})
             self._time.enter(Kind.STEP)
         if self._may_go_on(plan):
             self._log.record(Advanced())
@@ -266,7 +266,7 @@ class Worker:
         """Ask the device for the layers, and for the new tokens of the rows that have all others
         computed."""
         logits = self._replica.compute(plan, now, drawn)
-        ends = [row.sequence for row in plan.rows if row.sequence.remaining == row.tokens]
+        ends = [row.sequence for row in plan.scheduled if row.sequence.remaining == row.tokens]
         return Step(plan, begin_sampling(self._comm.device, logits, ends, drawn))
 
     def _may_go_on(self, plan: Plan) -> bool:
@@ -281,19 +281,19 @@ class Worker:
         * with rBlocks in the host's memory, of rows that run: they come and go between steps
         * with migration: a sequence is handed over with all its tokens
         * with windows in all layers: what falls behind them is freed between steps
-        * where memory was short: somebody may have to give way, whose rBlocks are in use
+        * where memory was short: somebody may have to be preempted, whose rBlocks are in use
         * with penalties that count all earlier tokens
         """
         instance = self._instance
         return (
             self._comm.device.deferred
-            and bool(plan.rows)
+            and bool(plan.scheduled)
             and not (self._log.followed and instance.rm.guests)
             and not (plan.moving or instance.scheduler.moving or instance.rm.swap.serves)
             and not instance.config.policy.migrate
             and not instance.config.window
             and not instance.scheduler.short
-            and all(sequence.foreseeable for sequence, _ in plan.rows)
+            and all(sequence.foreseeable for sequence, _ in plan.scheduled)
         )
 
     def _end(self, step: Step, following: Container[int] = ()) -> None:

@@ -51,7 +51,7 @@ class Steps:
         plan = instance.plan()
         member.begin(now, plan)
         attention = 0.0
-        if plan.rows:
+        if plan.scheduled:
             member.load = load = self._load(instance, plan)
             member.computing = max(LEAST_SECONDS, self.cost.step_time(*load[:4]))
             attention = self.cost.attention_time(load.decode_kv, load.prefill_pairs)
@@ -78,9 +78,9 @@ class Steps:
         member.creditors = []
         instance.commit(plan)
         member.plan, member.gaps = None, 0.0
-        if not plan.rows:
+        if not plan.scheduled:
             return not plan.idle
-        instance.append(plan.rows, [0] * load.new_tokens, now)
+        instance.append(plan.scheduled, [0] * load.new_tokens, now)
         took, waited = now - member.began, member.partial_wait
         prompts = load.prefill_tokens + load.prefill_pairs / instance.config.attention_tokens
         work = StepWork(load.decode_rows, round(load.decode_kv), prompts, member.exchanging)
@@ -93,7 +93,7 @@ class Steps:
         kv = pairs = 0.0
         readers = Counter[int]()
         """Prefix → decode rows that it is read for, once."""
-        for sequence, count in plan.rows:
+        for sequence, count in plan.scheduled:
             table, chain = rm.tables[sequence.id], rm.prefixes.chain(sequence.id)
             new += sequence.length - sequence.computed == count
             own = sequence.computed - table.absent * size
@@ -123,7 +123,7 @@ class Steps:
         if self._host is None:
             return HostTime()
         legs = []
-        for keys, asked in groupby(host_queries(rm, plan.rows), key=attrgetter("guests")):
+        for keys, asked in groupby(host_queries(rm, plan.scheduled), key=attrgetter("guests")):
             blocks = sum(len(rm.tables[key].remote[HOST]) for key in keys)
             legs.append(Leg(sum(query.rows for query in asked), blocks * self._block_size))
         moves = len(plan.to_host) + len(plan.from_host)

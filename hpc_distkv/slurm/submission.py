@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 
 from hpc_distkv.batch.input.intake import Intake
-from hpc_distkv.batch.results.replace import real_path
 from hpc_distkv.model.config import ModelConfig
+from hpc_distkv.regular import real_path
 from hpc_distkv.slurm.options import ScriptError
 from hpc_distkv.slurm.script import JobScript
 

@@ -34,7 +34,7 @@ from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.step.largest_step import LONG_CONTEXT, MOST_SHARED, LargestStep
 from hpc_distkv.step.sampler import begin_sampling
-from hpc_distkv.step.staging import lay_out, on_device
+from hpc_distkv.step.staging import lay_out
 
 LOGPROBS = 20
 """Alternatives that a row may ask for."""
@@ -118,7 +118,7 @@ def stage(model: Decoder, step: LargestStep) -> None:
     while count:
         row = PagedRow(count, 0, blocks, range(0, kv_len, size), kv_len)
         batch = PagedBatch.build([row])
-        for spec in map(on_device, model.attention):
+        for spec in model.attention:
             micro_attention(q[:count], *buffers[0].cache, batch, spec, causal=False)
         count //= 2
 

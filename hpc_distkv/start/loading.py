@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from hpc_distkv.attention import flashinfer
 from hpc_distkv.comm import binding
 from hpc_distkv.comm.collective.broadcast import LaneBroadcast
 from hpc_distkv.comm.collective.group import Group
@@ -43,17 +41,13 @@ def bind(comm: Comm, options: EngineOptions) -> None:
     """Give every rank its device. Collective, before the model is loaded. Raises OptionError,
     DeviceError and NcclError."""
     binding.bind(comm, options.device, options.allow_gpu_sharing, options.transport)
-    by_flashinfer = options.attention_backend == flashinfer.BACKEND
     if comm.device.place.type != "cuda":
         for option, given in {
-            "--attention-backend flashinfer": by_flashinfer,
             "--transport nccl": options.transport == "nccl",
             "--allow-gpu-sharing": options.allow_gpu_sharing,
         }.items():
             if given:
                 raise OptionError(f"{option} cannot be: it needs GPUs")
-    elif by_flashinfer and (why_not := flashinfer.missing()):
-        raise OptionError(f"--attention-backend flashinfer cannot be: {why_not}")
 
 
 def unite(comm: Comm) -> None:
@@ -90,9 +84,6 @@ def load_model(
         ) from error
     if world.tp > 1:
         decoder.lanes = Group(comm)
-    if options.attention_backend != "auto":
-        backend = options.attention_backend
-        decoder.attention = [replace(spec, backend=backend) for spec in decoder.attention]
     return decoder
 
 

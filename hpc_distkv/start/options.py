@@ -14,7 +14,6 @@ MOST_THREADS = 1024
 CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "transport": ("auto", "nccl", "mpi"),
-    "attention_backend": ("auto", "flashinfer"),
     "dtype": ("auto", *DTYPE_BYTES),
     "policy": tuple(POLICIES),
     "load_format": ("auto", "broadcast", "dummy"),
@@ -35,8 +34,6 @@ class EngineOptions:
     """Between GPUs: "nccl", "mpi" (by way of the host), or "auto", NCCL where it can be."""
     gpu_memory_utilization: float = 0.9
     """Part of the GPU's memory that is free beside the weights which steps and pool may take."""
-    attention_backend: str = "auto"
-    """Attention kernels on GPUs: "flashinfer", where they serve, or "auto", our own."""
     enforce_eager: bool = False
     """Never record decode steps as CUDA graphs."""
     dtype: str = "auto"

@@ -59,7 +59,7 @@ class Debtor:
             if world.lane == 0:
                 self._comm.mail.post(world.rank_of(creditor), msgspec.msgpack.encode(header))
         self._post_moves(plan)
-        queries = remote_queries(self._instance.rm, plan.rows)
+        queries = remote_queries(self._instance.rm, plan.scheduled)
         rows = [
             torch.tensor([q.first + i for q in each for i in range(q.rows)], dtype=torch.int32)
             for each in queries.values()

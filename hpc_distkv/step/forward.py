@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from hpc_distkv.attention import PagedBatch, Rotation, micro_attention, rotate_and_write
-from hpc_distkv.decide.plan import Row
+from hpc_distkv.decide.plan import Scheduled
 from hpc_distkv.memory.rmanager import RManager
 from hpc_distkv.step.graphs import DecodeGraphs
 from hpc_distkv.step.inputs import read
@@ -65,7 +65,7 @@ class Forward:
 
     def run(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[Scheduled],
         elsewhere: Sequence[Elsewhere] = (),
         drawn: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -86,7 +86,7 @@ class Forward:
         self._recorder.layer(-1)
         return self._model.logits(hidden[step.ends]) if len(step.ends) else torch.empty((0, 0))
 
-    def _prepare(self, rows: Sequence[Row], elsewhere: Sequence[Elsewhere]) -> Step:
+    def _prepare(self, rows: Sequence[Scheduled], elsewhere: Sequence[Elsewhere]) -> Step:
         size = self._pool.block_size
         decodes = all(count == 1 for _, count in rows)
         # Guests would wait for all of a recorded step's hops (`comm.gpu.meeting_transport`).

@@ -81,7 +81,7 @@ class HostTier:
         """Ask for the plan's copies. Returns whether its layers have anything to attend to here."""
         in_place: list[list[Query]] = []
         staged: list[list[Query]] = []
-        for _, queries in groupby(host_queries(self._rm, plan.rows), key=attrgetter("guests")):
+        for _, queries in groupby(host_queries(self._rm, plan.scheduled), key=attrgetter("guests")):
             leg = list(queries)
             copied = sum(query.rows for query in leg) >= self._staged_from
             (staged if copied else in_place).append(leg)

@@ -63,12 +63,6 @@ def lay_out(
     ]
 
 
-def on_device(spec: AttentionSpec) -> AttentionSpec:
-    """How staged rBlocks are attended to: by our own kernels, for FlashInfer would make a plan for
-    each piece."""
-    return replace(spec, backend="auto")
-
-
 class Staging:
     """Owner of the buffers. The pieces of all layers of a step follow each other through them:
 
@@ -85,8 +79,7 @@ class Staging:
 
     def __init__(self, comm: Comm, host_pool: BlockPool, specs: Sequence[AttentionSpec]) -> None:
         """`specs`: one for each layer."""
-        self._comm, self._host_pool = comm, host_pool
-        self._specs = [on_device(spec) for spec in specs]
+        self._comm, self._host_pool, self._specs = comm, host_pool, specs
         _, kv_heads, size, dim = host_pool.layer(0)[0].shape
         self._free = deque(lay_out(kv_heads, size, dim, host_pool.dtype, comm.device.place))
         self._under_way: deque[tuple[Event, Buffer]] = deque()

@@ -14,13 +14,11 @@ from hpc_distkv.attention import (
     AttentionSpec,
     PagedBatch,
     PagedRow,
-    launch_plan,
     merge_rows,
     rotate_and_write,
-    tuning,
 )
 from hpc_distkv.attention import micro_attention as attention
-from hpc_distkv.attention.triton import backend
+from hpc_distkv.attention.triton import backend, launch_plan, tuning
 
 DEVICE = torch.device("cpu" if backend.interpreted() else "cuda")
 ROUNDED = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}

@@ -12,11 +12,11 @@ import numpy as np
 
 from hpc_distkv.batch.errors import JournalError
 from hpc_distkv.batch.input.intake import Intake
+from hpc_distkv.batch.input.service import Limits, SamplingDefaults, Service
 from hpc_distkv.batch.job import Job, job_fingerprint
 from hpc_distkv.batch.results.claim import Claim
 from hpc_distkv.batch.results.journal import Journal
 from hpc_distkv.batch.results.opening import Opening, Reuse, check_place
-from hpc_distkv.batch.service import Limits, SamplingDefaults, Service
 from hpc_distkv.control.messages.requests import Request, Result, pack_tokens, unpack_tokens
 from hpc_distkv.control.messages.token_logprobs import record_dtype
 from hpc_distkv.model.detokenizer import Detokenizer, SpellingDetokenizer

@@ -16,16 +16,15 @@ from batch_fakes import answer, chat, completion, make_service, read_lines, writ
 from click.testing import CliRunner
 from openai.types.chat import ChatCompletion
 
-from hpc_distkv.batch.input import schema
-from hpc_distkv.batch.input.digests import request_digest
+from hpc_distkv.batch.input import envelope
+from hpc_distkv.batch.input.envelope import read_envelope, request_digest
 from hpc_distkv.batch.input.intake import Intake
-from hpc_distkv.batch.input.order import InputOrder
-from hpc_distkv.batch.input.schema import read_envelope
 from hpc_distkv.batch.input.shard import Shard
 from hpc_distkv.batch.job import Job, job_fingerprint
-from hpc_distkv.batch.results.compact import CompactSet
+from hpc_distkv.batch.results.answered import CompactSet
 from hpc_distkv.batch.results.files import Files
-from hpc_distkv.batch.results.status import read_status
+from hpc_distkv.batch.results.order import InputOrder
+from hpc_distkv.batch.status import read_status
 from hpc_distkv.cli.group import group
 
 
@@ -164,7 +163,7 @@ def test_nobody_computes_a_digest_that_nobody_needs(
     write_lines(tmp_path / "in", rows_named("r", 40))
     job = run(tmp_path, shard=Shard(1, 2))
     digest = mock.Mock(side_effect=request_digest)
-    monkeypatch.setattr(schema, "request_digest", digest)
+    monkeypatch.setattr(envelope, "request_digest", digest)
     InputOrder(Intake(tmp_path / "in").again())
     assert not digest.called
     assert read_status(tmp_path / "out").left == 0

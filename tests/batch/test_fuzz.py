@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from hpc_distkv.batch.errors import RowError
 from hpc_distkv.batch.input import unsupported
+from hpc_distkv.batch.input.body import ChatBody, CompletionBody
+from hpc_distkv.batch.input.envelope import read_envelope
 from hpc_distkv.batch.input.not_jsonl import problem_of
 from hpc_distkv.batch.input.rows import parse_row, which_choice
-from hpc_distkv.batch.input.schema import ChatBody, CompletionBody, read_envelope
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

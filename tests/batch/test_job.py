@@ -30,8 +30,8 @@ from panicking import PANICS, save_panicking
 from hpc_distkv.batch.errors import InputError
 from hpc_distkv.batch.input import intake as intake_module
 from hpc_distkv.batch.input.intake import Intake
+from hpc_distkv.batch.input.service import SamplingDefaults
 from hpc_distkv.batch.job import COMMIT_INTERVAL, SYNC_SHARE, Job, job_fingerprint
-from hpc_distkv.batch.service import SamplingDefaults
 from hpc_distkv.control.messages.requests import UNREADABLE, Result, pack_tokens
 from hpc_distkv.model.tokenizer import Tokenizer
 

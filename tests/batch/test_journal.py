@@ -17,13 +17,13 @@ from unittest import mock
 import pytest
 from batch_fakes import open_journal
 
-from hpc_distkv.batch.answers.response import error_line
+from hpc_distkv.batch.answers.line import error_line
 from hpc_distkv.batch.errors import JournalError, RowError
-from hpc_distkv.batch.input.order import InputOrder
+from hpc_distkv.batch.merge import merge
 from hpc_distkv.batch.results import opening
-from hpc_distkv.batch.results.merge import merge
+from hpc_distkv.batch.results.order import InputOrder
 from hpc_distkv.batch.results.side_files import claim_path
-from hpc_distkv.batch.results.status import read_status
+from hpc_distkv.batch.status import read_status
 
 JOB = {"model": "f00d", "defaults": {"temperature": 1.0, "top_k": 0}}
 ERROR = RowError("no")

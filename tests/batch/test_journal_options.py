@@ -27,7 +27,7 @@ from hpc_distkv.batch.job import Job, job_fingerprint
 from hpc_distkv.batch.results.claim import Claim
 from hpc_distkv.batch.results.journal import Journal
 from hpc_distkv.batch.results.opening import Opening, Reuse
-from hpc_distkv.batch.results.status import read_status
+from hpc_distkv.batch.status import read_status
 from hpc_distkv.cli.group import group
 
 

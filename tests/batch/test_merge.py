@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from shard_runs import run_part, run_shards
 
 from hpc_distkv.batch.input.shard import Shard
-from hpc_distkv.batch.results.merge import merge
+from hpc_distkv.batch.merge import merge
 from hpc_distkv.batch.results.side_files import unfinished_path
 from hpc_distkv.cli.group import group
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from batch_fakes import open_journal
 
-from hpc_distkv.batch.answers.response import error_line
+from hpc_distkv.batch.answers.line import error_line
 from hpc_distkv.batch.errors import JournalError, RowError
+from hpc_distkv.batch.input.service import SamplingDefaults
 from hpc_distkv.batch.input.shard import Shard
 from hpc_distkv.batch.job import job_fingerprint
-from hpc_distkv.batch.service import SamplingDefaults
 
 MODEL: dict[str, Any] = {
     "config": {"family": "Llama", "rope": {"theta": 1e4}},

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_distkv.batch.results.replace import replace_file
+from hpc_distkv.regular import replace_file
 
 
 def test_the_file_takes_the_place_once_it_is_on_the_disk(

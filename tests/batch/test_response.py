@@ -14,12 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_distkv.batch.answers.choice import Choice
-from hpc_distkv.batch.answers.lines import json_line
+from hpc_distkv.batch.answers.line import answer_line, error_line, json_line, read_line
 from hpc_distkv.batch.answers.logprobs import chat_logprobs, completion_logprobs
-from hpc_distkv.batch.answers.response import answer_line, error_line
 from hpc_distkv.batch.errors import RowError
-from hpc_distkv.batch.input.schema import CHAT, COMPLETION, Endpoint
-from hpc_distkv.batch.results.answered import read_answered, read_line
+from hpc_distkv.batch.input.envelope import CHAT, COMPLETION, Endpoint
+from hpc_distkv.batch.results.answered import read_answered
 from hpc_distkv.batch.results.unfinished import Begun
 from hpc_distkv.control.messages.token_logprobs import TokenLogprobs, pack_logprobs, unpack_logprobs
 

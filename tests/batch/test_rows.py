@@ -9,11 +9,11 @@ import pytest
 from batch_fakes import EOS, chat, completion, make_service
 
 from hpc_distkv.batch.answers.choice import Choice
-from hpc_distkv.batch.answers.response import answer_line
+from hpc_distkv.batch.answers.line import answer_line
 from hpc_distkv.batch.errors import RowError
+from hpc_distkv.batch.input.envelope import CHAT, read_envelope
 from hpc_distkv.batch.input.rows import Row, derive_seed, parse_row, which_choice
-from hpc_distkv.batch.input.schema import CHAT, read_envelope
-from hpc_distkv.batch.service import Service
+from hpc_distkv.batch.input.service import Service
 from hpc_distkv.control.messages.requests import unpack_tokens
 from hpc_distkv.model.errors import ModelError
 

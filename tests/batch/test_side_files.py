@@ -13,18 +13,17 @@ from batch_fakes import completion, make_service, run_job, write_lines
 
 from hpc_distkv.batch.errors import JournalError
 from hpc_distkv.batch.input.intake import Intake
-from hpc_distkv.batch.input.order import InputOrder
 from hpc_distkv.batch.job import Job
+from hpc_distkv.batch.line_index import LineIndex
 from hpc_distkv.batch.results import claim as claim_module
 from hpc_distkv.batch.results.claim import Claim, read_claim
 from hpc_distkv.batch.results.files import Files
-from hpc_distkv.batch.results.line_index import LineIndex
 from hpc_distkv.batch.results.meta import read_meta
-from hpc_distkv.batch.results.replace import replace_file, replacing
-from hpc_distkv.batch.results.rewrite import order_lines
-from hpc_distkv.batch.results.side_files import is_side_file, side_files, temporary_path
-from hpc_distkv.batch.results.status import read_status
+from hpc_distkv.batch.results.order import InputOrder, order_lines
+from hpc_distkv.batch.results.side_files import is_side_file, side_files
 from hpc_distkv.batch.results.unfinished import check_unfinished, read_unfinished
+from hpc_distkv.batch.status import read_status
+from hpc_distkv.regular import replace_file, replacing, temporary_path
 
 LASTING = [".meta.json", ".claim", ".unfinished.jsonl"]
 SUFFIXES = LASTING + [lasting + ".hpc-distkv-0123456789abcdef.tmp" for lasting in ("", *LASTING)]

@@ -16,10 +16,11 @@ from shard_runs import run_part, run_shards
 from hpc_distkv.batch.errors import JournalError
 from hpc_distkv.batch.input.shard import Shard
 from hpc_distkv.batch.results.claim import Owner
-from hpc_distkv.batch.results.side_files import claim_path, side_files, temporary_path
-from hpc_distkv.batch.results.status import SILENT, read_status, read_statuses
+from hpc_distkv.batch.results.side_files import claim_path, side_files
+from hpc_distkv.batch.status import SILENT, read_status, read_statuses
 from hpc_distkv.cli.group import group
 from hpc_distkv.cli.options import results_files
+from hpc_distkv.regular import temporary_path
 
 
 def show(*words: str | Path) -> tuple[int, str]:

@@ -38,7 +38,7 @@ def open_job(folder: Path, **settings: int) -> Job:
 def begin(job: Job, request: Request, tokens: int) -> bytes:
     """Stop a request after so many tokens of its `answer`."""
     output = answer(request).tokens[: 4 * tokens]
-    job.put_aside(Unfinished(request.id, output, b"l" * tokens))
+    job.save(Unfinished(request.id, output, b"l" * tokens))
     return output
 
 
@@ -210,7 +210,7 @@ def test_tokens_are_bytes_on_the_way_and_text_in_the_file(tmp_path: Path) -> Non
     write_lines(tmp_path / "in", [completion("a", "hello")])
     job = open_job(tmp_path)
     request = next(job.requests())
-    job.put_aside(Unfinished(request.id, pack_tokens([0, 255, 299])))
+    job.save(Unfinished(request.id, pack_tokens([0, 255, 299])))
     job.close()
     [line] = read_lines(unfinished_path(tmp_path / "out"))
     assert (line["custom_id"], line["choice"]) == ("a", 0)

@@ -1,12 +1,8 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from hpc_distkv.attention import flashinfer, micro_attention
-from hpc_distkv.attention.call import Call
 from hpc_distkv.bench.kernels import Heads, KernelBench, kernel_figures
 
 SMALL = Heads(query=4, kv=2, dim=32, dtype=torch.float32)
@@ -50,39 +46,3 @@ def test_a_wrong_result_shows_as_an_error(monkeypatch):
     (prompt,) = [KernelBench(torch.device("cpu"), SMALL, 16, 64).prompt(1, 30, 30)]
     assert prompt["out_error"] > 1e-3
     assert prompt["lse_error"] != prompt["lse_error"]
-
-
-class Double:
-    """A backend that takes twice as long, or cannot be built."""
-
-    def __init__(self, broken: bool) -> None:
-        self.broken, self.calls = broken, 0
-
-    def layout(self, *args, **options) -> Double:
-        return self
-
-    def micro_attention(self, call: Call, layout: object) -> None:
-        if self.broken:
-            raise RuntimeError("there is no nvcc")
-        self.calls += 1
-        call = call._replace(spec=replace(call.spec, backend="auto"))
-        named = call._asdict()
-        given = [named.pop(name) for name in ("q", "k_cache", "v_cache", "batch", "spec")]
-        for _ in range(2):
-            micro_attention(*given, **named)
-
-
-@pytest.mark.parametrize("broken", [False, True])
-def test_flashinfer_is_measured_beside_where_it_is_there(monkeypatch, broken):
-    double = Double(broken)
-    monkeypatch.setattr(flashinfer, "kernels", lambda device: double)
-    bench = KernelBench(torch.device("cpu"), SMALL, 16, 64)
-    bench._compared = True
-    prompt = bench.prompt(1, 30, 30)
-    assert prompt["out_error"] < 1e-5
-    if broken:
-        assert prompt["flashinfer_error"] == "there is no nvcc"
-    else:
-        assert double.calls > 2
-        assert prompt["over_flashinfer"] == prompt["flashinfer_seconds"] / prompt["seconds"]
-        assert prompt["flashinfer_out_error"] < 1e-5

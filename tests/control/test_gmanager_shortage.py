@@ -106,9 +106,9 @@ def test_links_are_near_over_which_a_prompts_queries_take_no_longer_than_computi
 def test_victims_are_sought_where_their_room_is_of_use():
     younger = [report(youngest=3, youngest_blocks=9), report(youngest=8, youngest_blocks=9)]
     answers = Job(3, nodes=[0, 0, 1]).round(starving(3, largest=15), *younger)
-    assert [answer.give_way for answer in answers] == [0, 3, 0]
+    assert [answer.preempt for answer in answers] == [0, 3, 0]
     answers = Job(3, nodes=[0, 0, 1]).round(starving(3, largest=25), *younger)
-    assert [answer.give_way for answer in answers] == [0, 0, 3]
+    assert [answer.preempt for answer in answers] == [0, 0, 3]
 
 
 def test_a_younger_row_that_holds_the_room_nearby_gives_way_wherever_it_lives():
@@ -117,43 +117,43 @@ def test_a_younger_row_that_holds_the_room_nearby_gives_way_wherever_it_lives():
     rows = starving(3, largest=15), lends({2: 10}, free=0), guest
     far = report(youngest=10, youngest_blocks=20)
     answers = Job(4, nodes=[0, 0, 1, 1]).round(*rows, far)
-    assert [answer.give_way for answer in answers] == [0, 0, 3, 0]
+    assert [answer.preempt for answer in answers] == [0, 0, 3, 0]
 
 
 # -- starvation ---------------------------------------------------------------------------------
 
 
-def test_a_starved_request_makes_the_youngest_elsewhere_give_way_and_bars_admission():
+def test_a_starved_request_preempts_the_youngest_elsewhere_and_bars_admission():
     job = Job(3)
     for _ in range(PATIENCE):
         job.round(report(), report(), report())
     younger = [report(youngest=3, youngest_blocks=5), report(youngest=8, youngest_blocks=2)]
     answers = job.round(starving(3), *younger)
     assert [answer.admit_before for answer in answers] == [0, 0, 0]
-    assert [answer.give_way for answer in answers] == [0, 1, 2], "the youngest first"
-    assert all(answer.give_way_at == -1 for answer in answers)
+    assert [answer.preempt for answer in answers] == [0, 1, 2], "the youngest first"
+    assert all(answer.preempt_at == -1 for answer in answers)
 
 
-def test_those_with_rblocks_at_the_starved_ones_home_give_way_first():
+def test_those_with_rblocks_at_the_starved_ones_home_are_preempted_first():
     job = Job(3)
     job.round(report(), report(), report())
     younger = [report(youngest=3, youngest_blocks=5), report(youngest=8, youngest_blocks=9)]
     answers = job.round(starving(3, changes=Changes(lent={1: 4})), *younger)
-    assert [answer.give_way for answer in answers] == [0, 3, 0]
-    assert answers[1].give_way_at == 0
+    assert [answer.preempt for answer in answers] == [0, 3, 0]
+    assert answers[1].preempt_at == 0
 
 
 def test_what_they_have_there_is_all_that_they_give():
     younger = [report(youngest=8, youngest_blocks=9), report(youngest=3, youngest_blocks=9)]
     answers = Job(3).round(starving(3, changes=Changes(lent={1: 1})), *younger)
-    assert [(answer.give_way, answer.give_way_at) for answer in answers[1:]] == [(1, 0), (2, -1)]
+    assert [(answer.preempt, answer.preempt_at) for answer in answers[1:]] == [(1, 0), (2, -1)]
 
 
-def test_older_requests_never_give_way_nor_does_the_starved_one():
+def test_neither_older_requests_nor_the_starved_one_are_preempted():
     job = Job(3)
     starved = starving(3, wanted_for=5, youngest=5, youngest_blocks=9)
     answers = job.round(starved, report(youngest=4, youngest_blocks=9), report())
-    assert [answer.give_way for answer in answers] == [0, 0, 0]
+    assert [answer.preempt for answer in answers] == [0, 0, 0]
     assert [answer.admit_before for answer in answers] == [5, 5, 5]
 
 
@@ -163,7 +163,7 @@ def test_the_oldest_of_two_starved_requests_counts():
         starving(3, wanted_for=5), starving(2, wanted_for=4), report(youngest=9, youngest_blocks=9)
     )
     assert answers[0].admit_before == 4
-    assert answers[2].give_way == 2
+    assert answers[2].preempt == 2
 
 
 def test_what_was_granted_needs_no_victims():
@@ -174,13 +174,13 @@ def test_what_was_granted_needs_no_victims():
             starving(wanted), report(promised=3), report(youngest=9, youngest_blocks=9)
         )
         assert answers[0].granted == 3
-        assert answers[2].give_way == missing
+        assert answers[2].preempt == missing
 
 
 def test_victims_get_time_before_others_are_called():
     job = Job(2)
     rows = starving(1), report(youngest=3, youngest_blocks=1)
-    called = [job.round(*rows)[1].give_way for _ in range(2 * PATIENCE)]
+    called = [job.round(*rows)[1].preempt for _ in range(2 * PATIENCE)]
     assert called == [1, *[0] * (PATIENCE - 1)] * 2
 
 
@@ -196,4 +196,4 @@ def test_nobody_gives_way_to_another_instance_without_lending(policy):
     job = Job(2, policy=POLICIES[policy])
     answers = job.round(starving(3), report(youngest=9, youngest_blocks=9))
     assert [answer.admit_before for answer in answers] == [NOBODY, NOBODY]
-    assert answers[1].give_way == 0
+    assert answers[1].preempt == 0

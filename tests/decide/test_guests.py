@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 from hpc_distkv.decide.guests import Query, remote_queries
-from hpc_distkv.decide.plan import Row
+from hpc_distkv.decide.plan import Scheduled
 from hpc_distkv.decide.sequence import Sequence
 from hpc_distkv.memory.rmanager import RManager
 
 BLOCK = 4
 
 
-def row(number: int, computed: int, tokens: int) -> Row:
+def row(number: int, computed: int, tokens: int) -> Scheduled:
     request = Request(number, pack_tokens(range(computed + tokens)), Sampling(1))
     sequence = Sequence(request, 0.0)
     sequence.computed = computed
-    return Row(sequence, tokens)
+    return Scheduled(sequence, tokens)
 
 
 def test_queries_of_the_same_guests_stand_together_and_each_goes_once_to_a_creditor():

@@ -49,8 +49,8 @@ def step(instance: Instance, now: float = 0.0, token: int = 5) -> dict[int, Head
     plan = instance.plan()
     headers = instance.headers(plan, now)
     instance.commit(plan)
-    ends = [row for row in plan.rows if row.sequence.remaining == row.tokens]
-    instance.append(plan.rows, [token] * len(ends), now)
+    ends = [row for row in plan.scheduled if row.sequence.remaining == row.tokens]
+    instance.append(plan.scheduled, [token] * len(ends), now)
     instance.check()
     return headers
 

@@ -1,4 +1,4 @@
-"""Which rows run in a step, and which give way when memory is short."""
+"""Which rows run in a step, and which are preempted when memory is short."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_sizes_that_cannot_work_are_refused(sizes):
         EngineConfig(**sizes)
 
 
-# -- rows that give way -------------------------------------------------------------------------
+# -- preempted rows -----------------------------------------------------------------------------
 
 
 def test_the_youngest_gives_way_and_is_computed_again():
@@ -110,7 +110,7 @@ def three_rows(scheduler: Scheduler) -> None:
 def test_a_victim_of_another_instances_row_keeps_its_age_when_it_comes_back():
     scheduler = make(num_blocks=8)
     three_rows(scheduler)
-    answer(scheduler, give_way=5, admit_before=2)
+    answer(scheduler, preempt=5, admit_before=2)
     assert running(scheduler) == []
     answer(scheduler)
     step(scheduler)
@@ -128,12 +128,12 @@ def test_a_victim_of_another_instances_row_keeps_its_age_when_it_comes_back():
         (99, 8, [3, 5, 8]),
     ],
 )
-def test_the_youngest_give_way_until_enough_is_free_but_never_an_older_one(
+def test_the_youngest_are_preempted_until_enough_is_free_but_never_an_older_one(
     blocks, admit_before, left
 ):
     scheduler = make(num_blocks=8)
     three_rows(scheduler)
-    answer(scheduler, give_way=blocks, admit_before=admit_before)
+    answer(scheduler, preempt=blocks, admit_before=admit_before)
     assert running(scheduler) == left
 
 
@@ -142,7 +142,7 @@ def test_rblocks_at_one_instance_are_freed_only_by_those_that_have_some_there():
     three_rows(scheduler)
     scheduler.rm.credit_opened(7, 2)
     scheduler.rm.commit([scheduler.rm.move_out(3, 0, 7), scheduler.rm.move_out(5, 0, 7)], [])
-    answer(scheduler, give_way=1, give_way_at=7, admit_before=2)
+    answer(scheduler, preempt=1, preempt_at=7, admit_before=2)
     assert running(scheduler) == [3, 8]
     assert scheduler.rm.settle_debt(7)[:2] == ([5], 0)
 

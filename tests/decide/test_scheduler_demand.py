@@ -184,7 +184,7 @@ def test_a_row_too_large_that_gave_way_waits_for_the_gmanager_again():
     scheduler = large_and_small()
     answer(scheduler, begin=[0])
     step(scheduler)
-    answer(scheduler, give_way=1, admit_before=-1)
+    answer(scheduler, preempt=1, admit_before=-1)
     assert running(scheduler) == []
     answer(scheduler)
     assert 0 not in step(scheduler)

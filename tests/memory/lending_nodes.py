@@ -16,7 +16,7 @@ from hpc_distkv.control.messages.answer import Answer
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.instance import Instance
-from hpc_distkv.decide.plan import Plan, Row
+from hpc_distkv.decide.plan import Plan, Scheduled
 from hpc_distkv.decide.sequence import Sequence
 from hpc_distkv.memory.loan import Move
 from hpc_distkv.memory.pool import BlockPool
@@ -115,7 +115,7 @@ class Node:
                 moves += [self.rm.copy_out(request, creditor) for _ in range(copied, blocks)]
         recalls = list(self._recalls(rng))
         rows = [
-            Row(sequence, rng.randint(1, 3))
+            Scheduled(sequence, rng.randint(1, 3))
             for sequence in self.instance.scheduler.running
             if sequence not in leaving and rng.random() < 0.7
         ]

@@ -21,7 +21,7 @@ def keys_of(prompt: str) -> list[bytes]:
 
 
 class HostTier(RuleBasedStateMachine):
-    """An instance whose requests come, grow, spill, give way, go on and end."""
+    """An instance whose requests come, grow, spill, are preempted, go on and end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class HostTier(RuleBasedStateMachine):
 
     @precondition(lambda self: self.running and not self.out and not self.back)
     @rule(data=st.data(), unsealed=st.integers(0, 1), at_once=st.booleans())
-    def give_way(self, data: st.DataObject, unsealed: int, at_once: bool) -> None:
+    def preempt(self, data: st.DataObject, unsealed: int, at_once: bool) -> None:
         request = data.draw(st.sampled_from(self.running))
         table = self.rm.tables[request]
         sealed = max(table.start, table.blocks - unsealed)

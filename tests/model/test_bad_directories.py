@@ -15,7 +15,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from hpc_distkv.batch.service import Limits, SamplingDefaults, Service
+from hpc_distkv.batch.input.service import Limits, SamplingDefaults, Service
 from hpc_distkv.model import files, template_sandbox
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.errors import ModelError

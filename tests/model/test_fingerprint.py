@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 
-from hpc_distkv.batch.service import end_ids
+from hpc_distkv.batch.input.service import end_ids
 from hpc_distkv.model import fingerprint
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.errors import ModelError

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from hpc_distkv.batch.service import Limits, SamplingDefaults, Service
+from hpc_distkv.batch.input.service import Limits, SamplingDefaults, Service
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.errors import ModelError
 from hpc_distkv.model.tokenizer import Tokenizer

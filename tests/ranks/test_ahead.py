@@ -57,8 +57,8 @@ class Watch:
 
         def watched_plan(instance: Instance, ahead: bool = False):
             made = plan(instance, ahead)
-            self.steps += bool(made.rows)
-            self.ahead += ahead and bool(made.rows)
+            self.steps += bool(made.scheduled)
+            self.ahead += ahead and bool(made.scheduled)
             return made
 
         def watched_begin(worker: Worker, plan, now, drawn):
@@ -80,7 +80,7 @@ class Watch:
 
 def held(instance: Instance, step: Step) -> set[int]:
     """The slots that the step's rows have at home: they must stay theirs until it is over."""
-    rows = [sequence.id for sequence, _ in step.plan.rows]
+    rows = [sequence.id for sequence, _ in step.plan.scheduled]
     moved = {(move.request, move.slot) for move in step.plan.moves}
     return {
         slot
@@ -150,7 +150,7 @@ def test_rows_end_where_they_end_step_by_step(model, watch, seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_where_memory_is_short_rows_give_way_between_steps(model, watch, seed):
+def test_where_memory_is_short_rows_are_preempted_between_steps(model, watch, seed):
     rng = random.Random(seed)
     rows = [request(number, rng.randint(1, 40), 80, rng) for number in range(30)]
     most = tuple(range(0, VOCABULARY, 2))
@@ -282,16 +282,16 @@ def test_a_row_that_ends_keeps_its_rblocks_while_a_step_uses_them():
         request = Request(number, pack_tokens([1, 2, 3]), sampling)
         instance.scheduler.add(instance._sequence(request, 0.0))
     first = instance.plan()
-    ends = instance.advance(first.rows)
+    ends = instance.advance(first.scheduled)
     second = instance.plan(ahead=True)
-    assert [(s.id, count) for s, count in second.rows] == [(0, 1), (1, 1)]
-    instance.learn(first.rows, ends, [7, 5], 1.0, following={0, 1})
+    assert [(s.id, count) for s, count in second.scheduled] == [(0, 1), (1, 1)]
+    instance.learn(first.scheduled, ends, [7, 5], 1.0, following={0, 1})
     assert [s.id for s in instance.scheduler.running] == [1]
     assert sorted(instance.rm.tables) == [0, 1], "the second step writes there"
-    ends = instance.advance(second.rows)
+    ends = instance.advance(second.scheduled)
     third = instance.plan(ahead=True)
-    assert [s.id for s, _ in third.rows] == [1]
-    instance.learn(second.rows, ends, [9, 6], 2.0, following={1})
+    assert [s.id for s, _ in third.scheduled] == [1]
+    instance.learn(second.scheduled, ends, [9, 6], 2.0, following={1})
     assert sorted(instance.rm.tables) == [1]
     assert instance.scheduler.running[0].tokens == [1, 2, 3, 5, 6]
     assert instance.counters.generated_tokens == 3
@@ -306,13 +306,13 @@ def test_nobody_gives_way_while_a_step_is_computed():
         instance.scheduler.add(instance._sequence(request, 0.0))
     step = instance.plan()
     while not instance.scheduler.short:
-        assert len(step.rows) == 2
-        ends = instance.advance(step.rows)
+        assert len(step.scheduled) == 2
+        ends = instance.advance(step.scheduled)
         following = instance.plan(ahead=True)
-        instance.learn(step.rows, ends, [5, 6], 1.0, following={0, 1})
+        instance.learn(step.scheduled, ends, [5, 6], 1.0, following={0, 1})
         step = following
-    assert not step.rows
+    assert not step.scheduled
     assert instance.counters.preemptions == 0
-    assert [s.id for s, _ in instance.plan().rows] == [0]
+    assert [s.id for s, _ in instance.plan().scheduled] == [0]
     assert instance.counters.preemptions == 1
     instance.check()

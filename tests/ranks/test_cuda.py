@@ -90,7 +90,7 @@ def test_drawn_tokens_equal_those_of_the_cpu(tmp_path: Path) -> None:
 
 
 def test_recorded_steps_change_no_token(tmp_path: Path) -> None:
-    """Rows come, go and give way, so steps of many forms are recorded and replayed."""
+    """Rows come, go and are preempted, so steps of many forms are recorded and replayed."""
     save("llama-llama3", tmp_path)
     model, rng = loaded(tmp_path, "cuda"), random.Random(5)
     rows = [
@@ -156,8 +156,8 @@ def test_steps_wait_for_the_gpu_by_nothing_but_polls(name: str, dtype: str, tmp_
 def test_rblocks_in_the_hosts_memory_change_no_token(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, least: float
 ) -> None:
-    """Rows give way, and one is larger than the pool; queries of so many rows and more are attended
-    to on the GPU; torch raises where its own calls would block the host."""
+    """Rows are preempted, and one is larger than the pool; queries of so many rows and more are
+    attended to on the GPU; torch raises where its own calls would block the host."""
     monkeypatch.setattr("hpc_distkv.ranks.rank.staged_from", lambda *_: least)
     monkeypatch.setattr("hpc_distkv.step.staging.PIECE_BLOCKS", 3)
     save(name, tmp_path)

@@ -173,29 +173,29 @@ def test_a_row_misses_only_the_step_that_hands_it_over():
     scheduler = two_rows()
     scheduler._rm.close(0)
     scheduler.running.pop(0)
-    (row,), leaving = (plan := scheduler.plan()).rows, plan.leaving
+    (row,), leaving = (plan := scheduler.plan()).scheduled, plan.leaving
     assert (row.sequence.id, leaving) == (1, [])
     scheduler._rm.commit(plan.moves, [])
     row.sequence.computed += 1
     row.sequence.expect(0)
     row.sequence.learn(0, 0.0)
     plan = scheduler.plan()
-    assert plan.rows == []
+    assert plan.scheduled == []
     assert [sequence.id for sequence in plan.leaving] == [1]
 
 
 def test_a_row_that_leaves_is_not_preempted_in_the_same_step():
-    """Row 0 is denied what it asked for, so the youngest has to give way; whoever leaves stays."""
+    """Row 0 is denied what it asked for, so the youngest is preempted; whoever leaves stays."""
     scheduler = two_rows()
     scheduler.apply(Answer(round=0), 1)
     plan = scheduler.plan()
     assert [sequence.id for sequence in plan.leaving] == [0]
     assert 0 in scheduler._rm.tables
-    assert 0 not in [row.sequence.id for row in plan.rows]
+    assert 0 not in [row.sequence.id for row in plan.scheduled]
 
 
 def test_credit_too_small_for_any_row_is_no_reason_to_wait():
-    """Nobody fits into it, so the youngest gives way after some patience, or it is returned."""
+    """Nobody fits into it, so the youngest is preempted after some patience, or it is returned."""
     scheduler = two_rows()
     scheduler._rm.return_credit(3, 9)
     for number in range(6):

@@ -14,7 +14,7 @@ from test_tensor_parallel import greedy, run
 from hpc_distkv.comm.local.schedule import SeededSchedule
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 from hpc_distkv.decide.pace import StepWork
-from hpc_distkv.decide.plan import Row
+from hpc_distkv.decide.plan import Scheduled
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.model.rope import Rope
@@ -81,7 +81,7 @@ def test_rows_that_share_get_the_tokens_of_rows_that_do_not(
     alone = apart(model, rows)
     found = run_cluster(model, rows, ranks, options(blocks), SeededSchedule(seed))
     assert found.tokens == alone.tokens
-    if blocks == 14:  # so little that rows give way, and are computed again
+    if blocks == 14:  # so little that rows are preempted, and computed again
         assert total(found, "blocks_borrowed")
     else:
         assert total(found, "prompt_tokens") < total(alone, "prompt_tokens")
@@ -168,7 +168,7 @@ def test_the_work_of_a_step_is_what_its_rows_attend_to_at_home_and_compute(
     seen = []
     counted = Replica._work
 
-    def watch(replica: Replica, rows: list[Row]) -> StepWork:
+    def watch(replica: Replica, rows: list[Scheduled]) -> StepWork:
         rm, places, per_row = replica.instance.rm, {}, replica._attention_tokens
         decodes = [sequence for sequence, count in rows if count == 1]
         for sequence in decodes:

@@ -194,8 +194,8 @@ def test_a_step_waits_for_the_longer_of_its_own_and_its_creditors_attention(monk
         }
         seconds = begin(steps, member, now)
         moved = member.plan.moves or member.plan.recalls
-        if [count for _, count in member.plan.rows] == [1] and not moved:
-            sequence = member.plan.rows[0].sequence
+        if [count for _, count in member.plan.scheduled] == [1] and not moved:
+            sequence = member.plan.scheduled[0].sequence
             seen.append((seconds, sequence.length, sizes[sequence.id]))
         return seconds
 
@@ -233,7 +233,7 @@ def test_a_busy_creditor_answers_when_its_operator_is_done(monkeypatch):
 
     def watch(steps: Steps, member: Member, now: float) -> float:
         seconds = begin(steps, member, now)
-        if member.plan.rows:
+        if member.plan.scheduled:
             seen.append((member.load, member.computing, member.gaps))
         return seconds
 
@@ -284,7 +284,7 @@ def test_one_row_may_fill_all_pools_and_the_hosts_memory(policy, instances):
     assert (counters["peak_borrowed"] > 0) == (pools > 12)
 
 
-def test_rows_that_give_way_are_not_computed_again():
+def test_preempted_rows_are_not_computed_again():
     """Rows that end early let more of the others begin than there is room for."""
     rows = [Row(10, 4 if number < 8 else 22, limit=22) for number in range(16)]
     without, with_host = (
@@ -315,7 +315,7 @@ def test_a_step_of_a_cpu_copies_and_attends_to_what_is_in_its_hosts_memory_too(m
 
     def watch(steps: Steps, member: Member, now: float) -> float:
         seconds = begin(steps, member, now)
-        ((sequence, count),) = member.plan.rows or [(None, 0)]
+        ((sequence, count),) = member.plan.scheduled or [(None, 0)]
         if count:
             moved = len(member.plan.to_host) + len(member.plan.from_host)
             away = member.instance.rm.swap.used - len(member.plan.to_host)

@@ -102,7 +102,7 @@ def test_one_row_may_fill_all_pools_and_the_hosts_memory(model, ranks, policy): 
 
 
 @pytest.mark.parametrize("caching", [True, False])
-def test_rows_that_give_way_are_not_computed_again(
+def test_preempted_rows_are_not_computed_again(
     model,  # noqa: F811
     steady_pace,
     caching,
@@ -129,7 +129,7 @@ def test_copies_that_cost_more_than_to_compute_again_are_not_made(
     assert total(outcome, "blocks_to_host") == 0
 
 
-def test_what_is_put_aside_makes_room_for_a_row_that_cannot_go_on():
+def test_what_is_swapped_out_makes_room_for_a_row_that_cannot_go_on():
     config = EngineConfig(num_blocks=8, block_size=BLOCK, host_blocks=4, max_num_batched_tokens=16)
     rm = RManager(0, 8, host_blocks=4)
     swaps = Swaps(rm, config, Foresight(rm, config))
@@ -177,7 +177,7 @@ def test_peers_are_asked_for_memory_before_the_host(model, seed):  # noqa: F811
     assert total(outcome, "blocks_to_host") == 0
 
 
-def test_a_row_that_was_put_aside_goes_on_though_steps_are_planned_ahead():
+def test_a_row_that_was_swapped_out_goes_on_though_steps_are_planned_ahead():
     instance = Instance(0, EngineConfig(num_blocks=20, block_size=4, host_blocks=20))
     scheduler, swaps = instance.scheduler, instance.scheduler.swaps
     swaps.block_tokens = 0.1
@@ -185,8 +185,8 @@ def test_a_row_that_was_put_aside_goes_on_though_steps_are_planned_ahead():
         request = Request(number, pack_tokens(range(12)), Sampling(max_tokens=20))
         scheduler.add(instance._sequence(request, 0.0))
     step = instance.plan()
-    ends = instance.advance(step.rows)
-    instance.learn(step.rows, ends, [5, 6], 1.0)
+    ends = instance.advance(step.scheduled)
+    instance.learn(step.scheduled, ends, [5, 6], 1.0)
     scheduler._preempt(scheduler.running[1])
     instance.commit(instance.plan())
     assert list(instance.rm.swap.swapped) == [1]
@@ -196,7 +196,7 @@ def test_a_row_that_was_put_aside_goes_on_though_steps_are_planned_ahead():
     assert len(step.from_host) == 3
     assert not scheduler.moving
     instance.commit(step)
-    assert [s.id for s, _ in instance.plan(ahead=True).rows] == [0, 1]
+    assert [s.id for s, _ in instance.plan(ahead=True).scheduled] == [0, 1]
 
 
 def test_any_number_of_rows_comes_back_from_the_host_in_one_step():
@@ -215,7 +215,7 @@ def test_any_number_of_rows_comes_back_from_the_host_in_one_step():
         request = Request(number, pack_tokens([1] * 5), Sampling(max_tokens=2))
         scheduler.add(instance._sequence(request, 0.0))
     step = instance.plan()
-    instance.learn(step.rows, instance.advance(step.rows), [5] * count, 1.0)
+    instance.learn(step.scheduled, instance.advance(step.scheduled), [5] * count, 1.0)
     for sequence in reversed(scheduler.running[:]):
         scheduler._preempt(sequence)
     instance.commit(instance.plan())
@@ -225,7 +225,7 @@ def test_any_number_of_rows_comes_back_from_the_host_in_one_step():
         step = instance.plan()
     finally:
         sys.setrecursionlimit(deepest)
-    assert (len(step.from_host), step.rows) == (count, [])
+    assert (len(step.from_host), step.scheduled) == (count, [])
     assert len(scheduler.running) == count
 
 

@@ -12,7 +12,7 @@ from hpc_distkv.attention import AttentionSpec
 from hpc_distkv.comm.local.threads import open_local
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 from hpc_distkv.decide.config import EngineConfig
-from hpc_distkv.decide.plan import Row
+from hpc_distkv.decide.plan import Scheduled
 from hpc_distkv.decide.sequence import Sequence
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.memory.rmanager import RManager
@@ -45,7 +45,7 @@ def few_are_worth_it(monkeypatch) -> None:
     monkeypatch.setattr(shared, "LEAST_SAVED", LONG * BLOCK)
 
 
-def rows_of(rm: RManager) -> list[Row]:
+def rows_of(rm: RManager) -> list[Scheduled]:
     """A step in which every request computes its last tokens."""
     rows = []
     for number, (text, tokens) in PROMPTS.items():
@@ -57,7 +57,7 @@ def rows_of(rm: RManager) -> list[Row]:
         prompt = pack_tokens(range(len(text) * BLOCK + tokens))
         sequence = Sequence(Request(number, prompt, Sampling(4)), 0.0)
         sequence.computed = len(text) * BLOCK
-        rows.append(Row(sequence, tokens))
+        rows.append(Scheduled(sequence, tokens))
     return rows
 
 
@@ -81,7 +81,7 @@ class OneLayer:
         return hidden
 
 
-def alone(rm: RManager, pool: BlockPool, row: Row, q: torch.Tensor, spec: AttentionSpec):
+def alone(rm: RManager, pool: BlockPool, row: Scheduled, q: torch.Tensor, spec: AttentionSpec):
     """float64: the row's queries over all tokens before them, read through its block tables."""
     place = {}
     for table in rm.parts(row.sequence.id).values():

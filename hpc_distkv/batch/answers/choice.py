@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from hpc_distkv.batch.answers.logprobs import chat_logprobs, completion_logprobs
 from hpc_distkv.batch.errors import RowError
+from hpc_distkv.batch.input.envelope import CHAT
 from hpc_distkv.batch.input.rows import Row
-from hpc_distkv.batch.input.schema import CHAT
-from hpc_distkv.batch.service import TokenizerLike
+from hpc_distkv.batch.input.service import TokenizerLike
 from hpc_distkv.control.messages.requests import (
     NOT_FINITE,
     UNREADABLE,

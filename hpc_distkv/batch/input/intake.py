@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
-from hpc_distkv.batch.errors import InputError, RowError
+from hpc_distkv.batch.errors import DUPLICATE, InputError, RowError
+from hpc_distkv.batch.input.envelope import Envelope, read_envelope
 from hpc_distkv.batch.input.not_jsonl import BOM, problem_of
-from hpc_distkv.batch.input.schema import Envelope, read_envelope
 from hpc_distkv.batch.input.shard import Shard
-from hpc_distkv.batch.results.answered import DUPLICATE, Answered
 from hpc_distkv.regular import open_regular
 
+MOST_NAMED = 3
+"""Rows that a sentence names."""
 LONGEST_LINE = 256 << 20
 """Bytes. A longer line is an error row, and is not read into memory."""
+
+
+class AnsweredRows(Protocol):
+    """The rows that have a line in the results: `batch.results.answered.Answered`."""
+
+    def take(self, row: Envelope, repeated: bool) -> bool:
+        """Whether a row has a line, which then is for no other row."""
+
+    def changed(self, row: Envelope) -> bool:
+        """Whether a row that has a line was edited since it was answered."""
 
 
 class Intake:
@@ -56,7 +68,7 @@ class Intake:
         """Whether `look` has found another file, or one that grew, shrank or was written to."""
         self._version = _version(state)
 
-    def envelopes(self, answered: Answered) -> Iterator[Envelope | None]:
+    def envelopes(self, answered: AnsweredRows | None = None) -> Iterator[Envelope | None]:
         """The rows not in `answered`, in order, and None for each that is passed over; a repeated
         custom_id comes with a problem.
 
@@ -70,14 +82,14 @@ class Intake:
             custom_id = envelope.custom_id
             self.rows += 1
             repeated = custom_id in seen
-            done = answered.take(envelope, repeated)
+            done = answered is not None and answered.take(envelope, repeated)
             if done:
                 self.skipped += 1
             if custom_id is not None and repeated:
                 envelope = _duplicate(envelope, custom_id)
             elif custom_id is not None:
                 seen.add(custom_id)
-                if done and answered.changed(envelope):
+                if answered is not None and done and answered.changed(envelope):
                     self.changed.append(custom_id)
             yield None if done else envelope
         self.exhausted = True
@@ -175,3 +187,30 @@ def _duplicate(envelope: Envelope, custom_id: str) -> Envelope:
         param="custom_id",
     )
     return replace(envelope, problem=problem)
+
+
+def named(custom_ids: Sequence[str], count: int) -> str:
+    """The first ones of `count` rows, in brackets behind them; nothing if none has a name."""
+    if not custom_ids:
+        return ""
+    shown = custom_ids[:MOST_NAMED]
+    return f" ({', '.join(map(repr, shown))}{', …' if count > len(shown) else ''})"
+
+
+def remarks(intake: Intake) -> Iterator[str]:
+    """Why the results are not what a reader of the input may think, when a run is over."""
+    if edited := intake.changed:
+        yield (
+            f"edited since they were answered, and left with their old lines: {len(edited)} rows "
+            f"of {intake.path}{named(edited, len(edited))}; --retry-changed answers them again"
+        )
+    if intake.torn is not None:
+        yield (
+            f"{intake.path} ends within line {intake.torn + 1}: is it still being copied? That "
+            "line is not answered; run the same command again when it is whole"
+        )
+    if intake.outdated:
+        yield (
+            f"{intake.path} was changed while it was read: run the same command again to answer "
+            "what is new in it"
+        )

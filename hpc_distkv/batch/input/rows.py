@@ -10,20 +10,18 @@ from typing import Any
 import msgspec
 
 from hpc_distkv.batch.errors import RowError
-from hpc_distkv.batch.input.messages import plain_messages
-from hpc_distkv.batch.input.sampling import asked_tokens, check_vocabulary, read_sampling
-from hpc_distkv.batch.input.schema import (
-    CHAT,
+from hpc_distkv.batch.input.body import (
     MOST_CHOICES,
     ChatBody,
     CompletionBody,
-    Endpoint,
-    Envelope,
     decode_chat,
     decode_completion,
+    plain_messages,
     single_prompt,
 )
-from hpc_distkv.batch.service import Limits, Service
+from hpc_distkv.batch.input.envelope import CHAT, Endpoint, Envelope
+from hpc_distkv.batch.input.sampling import asked_tokens, check_vocabulary, read_sampling
+from hpc_distkv.batch.input.service import Limits, Service
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 from hpc_distkv.errors import ForeignError, foreign_code
 from hpc_distkv.model.errors import ModelError, TooLongError

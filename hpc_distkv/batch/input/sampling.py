@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from hpc_distkv.batch.errors import RowError
-from hpc_distkv.batch.input.schema import ChatBody, CompletionBody, GenerationFields
-from hpc_distkv.batch.service import Service
+from hpc_distkv.batch.input.body import ChatBody, CompletionBody, GenerationFields
+from hpc_distkv.batch.input.service import Service
 from hpc_distkv.control.messages.requests import LogitRules, Sampling
 
 GREEDY_BELOW = 1e-5

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import math
+from array import array
+from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
 from heapq import nsmallest
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
-from hpc_distkv.batch.answers.response import ID_PREFIX, REVISED
+from hpc_distkv.batch.answers.line import ID_PREFIX, ResultLine, read_line
 from hpc_distkv.batch.errors import JournalError
-from hpc_distkv.batch.input.schema import Envelope
-from hpc_distkv.batch.results.compact import CompactSet
+from hpc_distkv.batch.input.envelope import Envelope
 from hpc_distkv.regular import open_regular
 
-DUPLICATE = "duplicate_custom_id"
-"""Error code of a row whose custom_id an earlier row has."""
 _OURS = b'{"id":"' + ID_PREFIX.encode()
 """How each of our lines begins."""
-_LAST = 2**63 - 1
-"""No file has so many lines."""
 _HIGHEST = 2**32 - 1
 """Numbers from here on are not told apart."""
 
@@ -31,70 +29,30 @@ class DoubledError(Exception):
     """A line answers a row that has its line; the text says which row."""
 
 
-class _Error(msgspec.Struct, frozen=True):
-    code: str
+class CompactSet:
+    """Integers in as many bytes as the array's type `code` takes ("q": 8, "I": 4). They are sorted
+    at the first question after one was added, so add all before asking."""
 
+    def __init__(self, code: str) -> None:
+        self._values = array(code)
+        self._sorted = True
 
-class _Usage(msgspec.Struct, frozen=True):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    def add(self, value: int) -> None:
+        """Raises OverflowError for one that the type cannot hold."""
+        self._values.append(value)
+        self._sorted = False
 
+    def include(self, other: CompactSet) -> None:
+        """Add what another one of the same type holds."""
+        self._values.extend(other._values)
+        self._sorted = False
 
-class _Body(msgspec.Struct, frozen=True):
-    usage: _Usage = _Usage()
-    created: int = 0
-
-
-class Line(msgspec.Struct, frozen=True):
-    """What is read back of a line of the results."""
-
-    id: str
-    custom_id: str | None
-    error: _Error | None
-    response: _Response
-    request_digest: str | None = None
-    """`request_digest` of its row; None: an earlier version wrote it."""
-
-    @property
-    def number(self) -> int:
-        """Place of the row in the input, from 0, when it was answered."""
-        return self.place[0]
-
-    @property
-    def failed(self) -> bool:
-        """Whether it is an error row."""
-        return self.error is not None
-
-    @property
-    def repeated(self) -> bool:
-        """Whether another row has the custom_id."""
-        return self.error is not None and self.error.code == DUPLICATE
-
-    @property
-    def named(self) -> bool:
-        """Whether its row is known by its custom_id alone."""
-        return self.custom_id is not None and not self.repeated
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """Number, and revision: 1, or more if another row had that number before."""
-        number, dot, revision = self.id.removeprefix(ID_PREFIX).partition(REVISED)
-        return int(number), int(revision) if dot else 1
-
-
-class _Response(msgspec.Struct, frozen=True):
-    body: _Body
-
-
-def read_line(line: bytes) -> Line:
-    """One line of the results file. Raises ValueError when it is not one."""
-    try:
-        row = msgspec.json.decode(line, type=Line)
-        if not 0 <= row.number <= _LAST:
-            raise ValueError("no place in a file")
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    return row
+    def __contains__(self, value: int) -> bool:
+        if not self._sorted:
+            np.frombuffer(self._values, self._values.typecode).sort()
+            self._sorted = True
+        place = bisect_left(self._values, value)
+        return place < len(self._values) and self._values[place] == value
 
 
 @dataclass
@@ -141,7 +99,7 @@ class Answered:
         self.prompt_tokens += usage.prompt_tokens
         self.output_tokens += usage.completion_tokens
 
-    def _know(self, row: Line) -> None:
+    def _know(self, row: ResultLine) -> None:
         if row.custom_id is not None and row.named:
             if row.custom_id in self.custom_ids:
                 raise DoubledError(f"'{row.custom_id}'")

@@ -16,9 +16,8 @@ from types import TracebackType
 import msgspec
 
 from hpc_distkv.batch.errors import JournalError
-from hpc_distkv.batch.results.replace import create_file, real_path
-from hpc_distkv.batch.results.side_files import claim_path, temporary_path
-from hpc_distkv.regular import open_regular, read_regular
+from hpc_distkv.batch.results.side_files import claim_path
+from hpc_distkv.regular import create_file, open_regular, read_regular, real_path, temporary_path
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,8 @@ from hpc_distkv.batch.results.answered import Answered
 from hpc_distkv.batch.results.claim import Claim
 from hpc_distkv.batch.results.journal import Journal
 from hpc_distkv.batch.results.opening import Opening, Reuse, check_place
-from hpc_distkv.batch.results.side_files import is_side_file, remove_leftovers, same_file
+from hpc_distkv.batch.results.side_files import is_side_file, remove_leftovers
+from hpc_distkv.regular import same_file
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,12 @@ from collections.abc import Collection, Mapping
 from typing import NoReturn
 
 from hpc_distkv.batch.errors import JournalError
-from hpc_distkv.batch.input.order import InputOrder
 from hpc_distkv.batch.results.answered import Answered
 from hpc_distkv.batch.results.claim import Claim
-from hpc_distkv.batch.results.replace import remove_file
-from hpc_distkv.batch.results.rewrite import order_lines
+from hpc_distkv.batch.results.order import InputOrder, order_lines
 from hpc_distkv.batch.results.side_files import unfinished_path
 from hpc_distkv.batch.results.unfinished import Answer, Begun, write_unfinished
+from hpc_distkv.regular import remove_file
 
 _BUFFER = 1 << 20
 """Bytes kept in memory before they are written out of turn."""

@@ -12,9 +12,8 @@ import msgspec
 
 from hpc_distkv.batch.errors import JournalError
 from hpc_distkv.batch.input.shard import Shard
-from hpc_distkv.batch.results.replace import replace_file
 from hpc_distkv.batch.results.side_files import meta_path
-from hpc_distkv.regular import read_regular
+from hpc_distkv.regular import read_regular, replace_file
 
 FORMAT = 1
 """Version of the results file and of what resuming relies on."""

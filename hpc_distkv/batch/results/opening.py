@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hpc_distkv.batch.answers.line import ResultLine, read_line
 from hpc_distkv.batch.errors import JournalError
-from hpc_distkv.batch.results.answered import Answered, Line, read_answered
+from hpc_distkv.batch.results.answered import Answered, read_answered
 from hpc_distkv.batch.results.claim import Claim
 from hpc_distkv.batch.results.journal import Journal
 from hpc_distkv.batch.results.meta import (
@@ -25,15 +26,9 @@ from hpc_distkv.batch.results.meta import (
     read_meta,
     write_meta,
 )
-from hpc_distkv.batch.results.replace import check_replaceable, real_path, remove_file
-from hpc_distkv.batch.results.rewrite import drop_lines
-from hpc_distkv.batch.results.side_files import (
-    excess_of_name,
-    same_file,
-    side_files,
-    unfinished_path,
-)
+from hpc_distkv.batch.results.side_files import excess_of_name, side_files, unfinished_path
 from hpc_distkv.batch.results.unfinished import Answer, Begun, check_unfinished, read_unfinished
+from hpc_distkv.regular import check_replaceable, real_path, remove_file, replace_file, same_file
 
 
 class Reuse(NamedTuple):
@@ -108,7 +103,7 @@ class Opening:
         """The journal, which releases the claim. The answers under the custom_ids `changed` are
         dropped. Raises JournalError."""
 
-        def drop(line: Line) -> bool:
+        def drop(line: ResultLine) -> bool:
             return (self.retry_errors and line.failed) or (line.named and line.custom_id in changed)
 
         path, answered, sound = self.claim.output, self.answered, self.sound
@@ -164,3 +159,16 @@ def _empty(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def drop_lines(path: Path, sound: int, drop: Callable[[ResultLine], bool]) -> None:
+    """Remove lines of a results file, and what comes after its `sound` bytes. Raises OSError."""
+    replace_file(path, _kept(path, sound, drop))
+
+
+def _kept(path: Path, sound: int, drop: Callable[[ResultLine], bool]) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        for line in file:
+            sound -= len(line)
+            if sound >= 0 and not drop(read_line(line)):
+                yield line

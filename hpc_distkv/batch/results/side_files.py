@@ -5,18 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
 import stat
 from pathlib import Path
 
 from hpc_distkv.batch.errors import JournalError
+from hpc_distkv.regular import TEMPORARY, TEMPORARY_LENGTH, same_file
 
 _META, _CLAIM, _UNFINISHED = ".meta.json", ".claim", ".unfinished.jsonl"
-_TEMPORARY = re.compile(r"(.+)\.hpc-distkv-[0-9a-f]{16}\.tmp", re.DOTALL)
 _STARTS = re.compile(r"(.+)\.[0-9]+\.starts", re.DOTALL)
 """In which a job script counts starts: results.jsonl.418.starts, of Slurm's job 418."""
-_TEMPORARY_LENGTH = len(".hpc-distkv-.tmp") + 16
-_LONGEST_SUFFIX = len(_UNFINISHED) + _TEMPORARY_LENGTH
+_LONGEST_SUFFIX = len(_UNFINISHED) + TEMPORARY_LENGTH
 _ABANDONED = 60.0
 """Seconds after which nobody is about to put a claim in the place of a void one."""
 
@@ -36,11 +34,6 @@ def unfinished_path(output: Path) -> Path:
     return _beside(output, _UNFINISHED)
 
 
-def temporary_path(path: Path) -> Path:
-    """A new name for a file that is to take the place of `path`."""
-    return _beside(path, f".hpc-distkv-{secrets.token_hex(8)}.tmp")
-
-
 def side_files(output: Path) -> tuple[Path, Path, Path]:
     """What lies beside a results file, during a run or after it, but for temporary files."""
     return meta_path(output), claim_path(output), unfinished_path(output)
@@ -56,23 +49,14 @@ def is_side_file(path: Path, output: Path) -> bool:
         return True
     if (counts := _STARTS.fullmatch(given.name)) and given.with_name(counts[1]) == real:
         return True
-    whose = _TEMPORARY.fullmatch(given.name)
+    whose = TEMPORARY.fullmatch(given.name)
     return whose is not None and given.with_name(whose[1]) in (real, *lasting)
-
-
-def same_file(one: Path, other: Path) -> bool:
-    """Whether two paths lead to one file, which need not be there."""
-    if os.path.realpath(one) == os.path.realpath(other):
-        return True
-    with contextlib.suppress(OSError):
-        return os.path.samefile(one, other)
-    return False
 
 
 def has_side_name(path: Path) -> bool:
     """Whether a name is like those of side files, whatever they lie beside."""
     name = path.name
-    passing = _TEMPORARY.fullmatch(name) or _STARTS.fullmatch(name)
+    passing = TEMPORARY.fullmatch(name) or _STARTS.fullmatch(name)
     return name.endswith((_META, _CLAIM, _UNFINISHED)) or passing is not None
 
 
@@ -91,7 +75,7 @@ def remove_leftovers(output: Path) -> None:
     with contextlib.suppress(OSError):
         now = claim.stat().st_mtime
         for entry in os.scandir(output.parent):
-            whose = _TEMPORARY.fullmatch(entry.name)
+            whose = TEMPORARY.fullmatch(entry.name)
             if not whose or whose[1] not in (output.name, meta.name, claim.name, unfinished.name):
                 continue
             state = entry.stat(follow_symlinks=False)

@@ -9,11 +9,10 @@ from typing import NamedTuple
 
 import msgspec
 
-from hpc_distkv.batch.answers.lines import json_line
+from hpc_distkv.batch.answers.line import json_line
 from hpc_distkv.batch.errors import JournalError
-from hpc_distkv.batch.results.replace import replace_file
 from hpc_distkv.control.messages.requests import Request, Result, unpack_tokens
-from hpc_distkv.regular import open_regular
+from hpc_distkv.regular import open_regular, replace_file
 
 
 class Answer(NamedTuple):

@@ -1,4 +1,4 @@
-"""Who gives way to a request that is starved."""
+"""Which requests are preempted for one that is starved."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ PATIENCE = 3
 
 
 class Victims:
-    """Calls on younger requests, round by round, to give way to a starved one until it has what it
-    wants: first those that have rBlocks at its home and those nearby, then the youngest."""
+    """Has younger requests preempted, round by round, until a starved one has what it wants: first
+    those that have rBlocks at its home and those nearby, then the youngest."""
 
     def __init__(self, ledger: DebtLedger, links: Links) -> None:
         self._ledger, self._links = ledger, links
@@ -42,11 +42,11 @@ class Victims:
         for instance in [i for i in order if i in guests]:
             blocks = min(missing, guests[instance])
             if blocks > 0:
-                answers[instance].give_way, answers[instance].give_way_at = blocks, starved
+                answers[instance].preempt, answers[instance].preempt_at = blocks, starved
                 missing -= blocks
-        for instance in [i for i in order if not answers[i].give_way]:
+        for instance in [i for i in order if not answers[i].preempt]:
             if missing <= 0:
                 break
-            answers[instance].give_way = min(missing, int(reports["youngest_blocks"][instance]))
-            missing -= answers[instance].give_way
-        log.debug("request %d is starved: others give way", oldest)
+            answers[instance].preempt = min(missing, int(reports["youngest_blocks"][instance]))
+            missing -= answers[instance].preempt
+        log.debug("request %d is starved: others are preempted", oldest)

@@ -28,9 +28,9 @@ class Answer(msgspec.Struct, omit_defaults=True):
     """Rows too large for the instance that may begin with what there is, and borrow."""
     admit_before: int = NOBODY
     """No request younger than this may be admitted; NOBODY: all may."""
-    give_way: int = 0
-    """rBlocks that requests younger than `admit_before` have to free."""
-    give_way_at: int = -1
+    preempt: int = 0
+    """rBlocks to free by preempting requests younger than `admit_before`."""
+    preempt_at: int = -1
     """Where; -1: anywhere."""
     drain: bool = False
     """Begin nothing any more: the run ends before all rows are answered."""

@@ -14,8 +14,8 @@ class Counters(msgspec.Struct):
     prompt_tokens: int = 0
     """Prompt tokens computed, recomputed ones included."""
     cached_tokens: int = 0
-    """Tokens of rows that began with rBlocks of others, or of their own before they gave way: they
-    were not computed again."""
+    """Tokens of rows that began with rBlocks of others, or of their own before they were preempted:
+    they were not computed again."""
     generated_tokens: int = 0
     preemptions: int = 0
     stalls: int = 0

@@ -66,7 +66,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     largest: int = 0
     """rBlocks that the largest request that wants any may come to need in all."""
     starved: bool = False
-    """`wanted_for` cannot go on, and no younger request at home could give way."""
+    """`wanted_for` cannot go on, and no younger request at home could be preempted."""
     room_rows: int = 0
     """Rows that may be assigned now."""
     room_tokens: int = 0

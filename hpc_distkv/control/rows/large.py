@@ -43,9 +43,9 @@ class LargeRows:
     def begin(
         self, reports: Reports, reach: Callable[[int, int], int], step_tokens: float
     ) -> list[Placed]:
-        """Those that begin now: of the assignment, or at home where they gave way. `reach`: (home,
-        rBlocks of a row) → the highest link class of its creditors; `step_tokens`: prompt tokens
-        that could be computed in the time of a decode step."""
+        """Those that begin now: of the assignment, or at home where they were preempted. `reach`:
+        (home, rBlocks of a row) → the highest link class of its creditors; `step_tokens`: prompt
+        tokens that could be computed in the time of a decode step."""
         at_home = [
             Placed(i, row) for i, changes in reports.changes.items() for row in changes.large
         ]

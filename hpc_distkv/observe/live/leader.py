@@ -47,10 +47,10 @@ class JobLeader:
             if written := self._job.finish(result):
                 self._record.add(*written)
 
-    def put_aside(self, unfinished: Unfinished) -> None:
+    def save(self, unfinished: Unfinished) -> None:
         """Keep what was made of a row for the rerun."""
         with self._remembering():
-            self._job.put_aside(unfinished)
+            self._job.save(unfinished)
 
     def tick(self) -> None:
         """After every control round: make results durable and show how far the run is."""

@@ -12,10 +12,10 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from hpc_distkv.batch.results.replace import replace_file
 from hpc_distkv.control.messages.counters import Counters
 from hpc_distkv.observe.summary.metrics import total
 from hpc_distkv.observe.summary.snapshot import Snapshot
+from hpc_distkv.regular import replace_file
 
 INTERVAL = 10.0
 """Seconds between two files."""
@@ -23,7 +23,7 @@ Samples = Mapping[tuple[str, ...], float]
 """Values of further labels → value."""
 COUNTED = {
     "cached_tokens": "Tokens that rows took from rBlocks of others and did not compute again.",
-    "preemptions": "Rows that gave way to older ones, to be computed again or to go on later.",
+    "preemptions": "Rows preempted by older ones, to be computed again or to go on later.",
     "blocks_lent": "rBlocks received from debtors.",
     "blocks_returned": "rBlocks recalled from creditors.",
     "blocks_to_host": "rBlocks moved or copied to the host's memory.",

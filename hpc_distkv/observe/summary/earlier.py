@@ -12,8 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import IO, Any, cast
 
-from hpc_distkv.batch.results.replace import real_path, sync_folder
-from hpc_distkv.regular import open_regular
+from hpc_distkv.regular import open_regular, real_path, sync_folder
 
 SUFFIXES = (".json.gz", ".json")
 UNREADABLE = (OSError, EOFError, ValueError, RecursionError, zlib.error)

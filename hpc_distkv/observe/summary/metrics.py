@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
-from hpc_distkv.batch.results.replace import replace_file
 from hpc_distkv.control.messages.counters import Counters
+from hpc_distkv.regular import replace_file
 
 PEAKS = ("peak_borrowed", "peak_host")
 """Counters of which the largest counts, not the sum."""

@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from hpc_distkv.batch.results.replace import replacing
 from hpc_distkv.comm.world import World
 from hpc_distkv.observe.summary.snapshot import Snapshot
 from hpc_distkv.observe.trace.spans import FINE_EVERY, WINDOWS, RankSpans
@@ -29,6 +28,7 @@ from hpc_distkv.observe.trace.trace_names import (
     VISITS,
     WORK,
 )
+from hpc_distkv.regular import replacing
 from hpc_distkv.step.recorder import Kind
 
 Event = dict[str, Any]

@@ -1,15 +1,18 @@
-"""The order of an input, for results that are to stand in it."""
+"""The order of the input, and results that are put into it."""
 
 from __future__ import annotations
 
+import mmap
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_distkv.batch.input.schema import Envelope
-from hpc_distkv.batch.results.answered import Line
+from hpc_distkv.batch.answers.line import ResultLine, read_line
+from hpc_distkv.batch.input.envelope import Envelope
+from hpc_distkv.regular import replace_file
 
 GONE = np.iinfo(np.int64).max
 """Place of a line whose row is not in the input any more."""
@@ -30,7 +33,7 @@ class InputOrder:
         order = np.argsort(_view(keys), kind="stable")
         self._keys, self._numbers = _view(keys)[order], _view(numbers)[order]
 
-    def places(self, lines: Iterable[Line]) -> Numbers:
+    def places(self, lines: Iterable[ResultLine]) -> Numbers:
         """Numbers of the rows that are answered by the lines of a results file [lines]. Of those
         that share a custom_id, or have none and are equal, the one that was answered comes first,
         and the others as they stood when they were."""
@@ -48,6 +51,25 @@ class InputOrder:
         found = index < self._keys.searchsorted(sought, "right")
         _view(places)[order[found]] = self._numbers[index[found]]
         return _view(places)
+
+
+def order_lines(path: Path, order: InputOrder) -> None:
+    """Put the lines of a results file, all of them sound, into the order of the input as it is now,
+    and those of rows that are not in it any more behind them, by an ordered copy that is renamed.
+    Takes some 60 bytes of memory per row. Raises OSError."""
+    starts = array("q", [0])
+
+    def lines() -> Iterator[ResultLine]:
+        with path.open("rb") as file:
+            for line in file:
+                starts.append(starts[-1] + len(line))
+                yield read_line(line)
+
+    sequence = np.argsort(order.places(lines()), kind="stable")
+    if (sequence[1:] > sequence[:-1]).all():
+        return
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+        replace_file(path, (whole[starts[row] : starts[row + 1]] for row in sequence))
 
 
 def _key(custom_id: str | None, digest: str | None, number: int) -> int:

@@ -10,7 +10,7 @@ from typing import Annotated, Protocol
 import msgspec
 from msgspec import Meta
 
-from hpc_distkv.batch.input.schema import SEEDS
+from hpc_distkv.batch.input.body import SEEDS
 from hpc_distkv.model.chat import ChatTemplate
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.detokenizer import Detokenizer

@@ -9,17 +9,16 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_distkv.batch.errors import InputError, JournalError
-from hpc_distkv.batch.input.intake import Intake
-from hpc_distkv.batch.input.remarks import MOST_NAMED
-from hpc_distkv.batch.input.schema import Envelope
+from hpc_distkv.batch.errors import DUPLICATE, InputError, JournalError
+from hpc_distkv.batch.input.envelope import Envelope
+from hpc_distkv.batch.input.intake import MOST_NAMED, Intake
 from hpc_distkv.batch.input.shard import Shard
-from hpc_distkv.batch.results.answered import DUPLICATE, Answered, read_answered
+from hpc_distkv.batch.results.answered import Answered, read_answered
 from hpc_distkv.batch.results.claim import STALE, Owner, read_claim
 from hpc_distkv.batch.results.meta import ERRORS, INPUT, SHARD, read_meta
-from hpc_distkv.batch.results.replace import real_path
 from hpc_distkv.batch.results.side_files import claim_path, unfinished_path
 from hpc_distkv.batch.results.unfinished import read_unfinished
+from hpc_distkv.regular import real_path
 
 SILENT = 3 * STALE
 """Seconds without a sign of life after which a run that cannot be seen from here is said to be
@@ -146,7 +145,7 @@ def _compare(group: Sequence[Status]) -> None:
         return
     try:
         with closing(Intake(source)) as intake:
-            for row in intake.envelopes(Answered()):
+            for row in intake.envelopes():
                 assert row is not None
                 index = Shard.dealt(row.custom_id, row.number, shard.count) if shard else 1
                 if index in by_shard:

@@ -13,16 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from hpc_distkv.batch.answers.response import ID_PREFIX
+from hpc_distkv.batch.answers.line import ID_PREFIX, ResultLine
 from hpc_distkv.batch.errors import InputError, JournalError
-from hpc_distkv.batch.input.intake import Intake
-from hpc_distkv.batch.input.order import GONE, InputOrder
-from hpc_distkv.batch.input.remarks import MOST_NAMED
-from hpc_distkv.batch.input.schema import Envelope
+from hpc_distkv.batch.input.envelope import Envelope
+from hpc_distkv.batch.input.intake import MOST_NAMED, Intake
 from hpc_distkv.batch.input.shard import Shard
-from hpc_distkv.batch.results.answered import Line
+from hpc_distkv.batch.line_index import FILE_BITS, LineIndex
 from hpc_distkv.batch.results.claim import Claim
-from hpc_distkv.batch.results.line_index import FILE_BITS, LineIndex
 from hpc_distkv.batch.results.meta import (
     ERRORS,
     FREE,
@@ -34,9 +31,10 @@ from hpc_distkv.batch.results.meta import (
     write_meta,
 )
 from hpc_distkv.batch.results.opening import check_place
-from hpc_distkv.batch.results.replace import real_path, replace_file
+from hpc_distkv.batch.results.order import GONE, InputOrder
 from hpc_distkv.batch.results.side_files import unfinished_path
 from hpc_distkv.batch.results.unfinished import read_unfinished, write_unfinished
+from hpc_distkv.regular import real_path, replace_file
 
 _UNKNOWN = 0
 """In place of the hash of what was asked: no digest says it, or the row is known by that alone."""
@@ -45,7 +43,7 @@ _ID = re.compile(rb'("id"\s*:\s*"' + ID_PREFIX.encode() + rb")[\d.]+")
 
 
 @dataclass(frozen=True)
-class Part:
+class ShardResults:
     """The results file of one shard."""
 
     path: Path
@@ -53,7 +51,7 @@ class Part:
     shard: Shard
 
     @classmethod
-    def read(cls, path: Path) -> Part:
+    def read(cls, path: Path) -> ShardResults:
         """Raises JournalError, OSError."""
         path = real_path(path)
         meta = read_meta(path)
@@ -106,7 +104,7 @@ def merge(
     InputError if the input cannot be read.
     """
     try:
-        parts = [Part.read(path) for path in shards]
+        parts = [ShardResults.read(path) for path in shards]
         _check(parts, partial)
         source = source or _source(parts)
         for path in filter(None, (output, errors)):
@@ -125,7 +123,7 @@ def merge(
 
 def _merge(
     index: LineIndex,
-    parts: Sequence[Part],
+    parts: Sequence[ShardResults],
     source: Path,
     output: Path,
     errors: Path | None,
@@ -163,7 +161,7 @@ def _merge(
 class _Order:
     """The lines in the order of the input as it is now."""
 
-    def __init__(self, index: LineIndex, parts: Sequence[Part], source: Path) -> None:
+    def __init__(self, index: LineIndex, parts: Sequence[ShardResults], source: Path) -> None:
         """Raises InputError and JournalError, OSError when reading fails."""
         numbers, dealt, asked, answered = array("q"), array("q"), array("q"), array("q")
         count = parts[0].shard.count
@@ -175,7 +173,7 @@ class _Order:
                 asked.append(hash(row.digest))
                 yield row
 
-        def known(lines: Iterator[Line]) -> Iterator[Line]:
+        def known(lines: Iterator[ResultLine]) -> Iterator[ResultLine]:
             for line in lines:
                 digest = line.request_digest if line.named else None
                 answered.append(hash(digest) if digest else _UNKNOWN)
@@ -203,7 +201,7 @@ class _Order:
         """Rows that were edited since they were answered, as far as is known."""
 
 
-def _own_lines(index: LineIndex, parts: Sequence[Part]) -> Iterator[Line]:
+def _own_lines(index: LineIndex, parts: Sequence[ShardResults]) -> Iterator[ResultLine]:
     """All lines, each of a row of its shard and none twice. Raises JournalError."""
     shards = [part.shard for part in parts for _ in part.files]
     names = array("q")
@@ -225,21 +223,21 @@ def _own_lines(index: LineIndex, parts: Sequence[Part]) -> Iterator[Line]:
         )
 
 
-def _numbered(row: Line, line: bytes, number: int) -> bytes:
+def _numbered(row: ResultLine, line: bytes, number: int) -> bytes:
     """The line with the number that its row has in the input as it is now: so ids are unique."""
     if row.id == f"{ID_PREFIX}{number}":
         return line
     return _ID.sub(rb"\g<1>%d" % number, line, count=1)
 
 
-def _keep_begun(parts: Sequence[Part], output: Path) -> None:
+def _keep_begun(parts: Sequence[ShardResults], output: Path) -> None:
     """What stopped runs have begun goes along, for the rows that are left."""
     begun = [b for part in parts for b in read_unfinished(unfinished_path(part.path)).values()]
     if begun:
         write_unfinished(unfinished_path(output), begun)
 
 
-def _check(parts: Sequence[Part], partial: bool) -> None:
+def _check(parts: Sequence[ShardResults], partial: bool) -> None:
     """Whether they are all shards of one job. Raises JournalError."""
     if not parts or 2 * len(parts) > 1 << FILE_BITS:
         raise JournalError(f"{len(parts)} shards cannot be merged.")
@@ -266,7 +264,7 @@ def _check(parts: Sequence[Part], partial: bool) -> None:
         )
 
 
-def _source(parts: Sequence[Part]) -> Path:
+def _source(parts: Sequence[ShardResults]) -> Path:
     """The input of all shards. Raises JournalError."""
     sources = {part.meta.get(INPUT) for part in parts}
     found = sources.pop()

@@ -6,8 +6,9 @@ from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from hpc_distkv.batch.answers.line import ResultLine, read_line
 from hpc_distkv.batch.errors import JournalError
-from hpc_distkv.batch.results.answered import Line, read_answered, read_line
+from hpc_distkv.batch.results.answered import read_answered
 from hpc_distkv.regular import open_regular
 
 FILE_BITS = 16
@@ -29,7 +30,7 @@ class LineIndex:
     def __len__(self) -> int:
         return len(self._places)
 
-    def lines(self) -> Iterator[tuple[int, Line]]:
+    def lines(self) -> Iterator[tuple[int, ResultLine]]:
         """All lines, each with the number of its file; call once. Raises JournalError for a line
         that is none of a results file, or a row that has two in one file; a torn last line is
         passed over. Raises OSError when reading fails."""
@@ -43,7 +44,7 @@ class LineIndex:
                 yield file, row
                 start += len(line)
 
-    def read(self, index: int) -> tuple[Line, bytes]:
+    def read(self, index: int) -> tuple[ResultLine, bytes]:
         """A line. Raises JournalError if it is not there any more, OSError when reading fails."""
         start, file = divmod(self._places[index], 1 << FILE_BITS)
         self._files[file].seek(start)
@@ -55,7 +56,7 @@ class LineIndex:
         for file in self._files:
             file.close()
 
-    def _row(self, file: int, line: bytes) -> Line:
+    def _row(self, file: int, line: bytes) -> ResultLine:
         try:
             if not line.endswith(b"\n"):
                 raise ValueError("no newline")
