@@ -255,7 +255,7 @@ class Scheduler:
         """The next waiting sequence that begins, or goes on, in this step."""
         while sequence := self._admission.next(self.waiting, self.running):
             if self._ahead and sequence.id in self._rm.swap.swapped:
-                self._held_back = True  # what it has put aside would move
+                self._held_back = True  # what was swapped out would move
                 return None
             # A victim of another's starved row may be older than what runs here by now.
             self.waiting.remove(sequence)

@@ -172,9 +172,7 @@ class Swaps:
 
     def _room(self) -> int:
         """Slots of the host's memory that what runs can have."""
-        return self._space.free + sum(
-            len(self._space.slots[key]) for key in self._space.swapped
-        )
+        return self._space.free + sum(len(self._space.slots[key]) for key in self._space.swapped)
 
     def _outgrows(self, sequence: Sequence) -> bool:
         """Whether the sequence, as long as it is, fills what is not lent of the pool."""

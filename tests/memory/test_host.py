@@ -31,7 +31,7 @@ class HostTier(RuleBasedStateMachine):
         self.host: dict[int, Content] = {}
         self.prompts: dict[int, str] = {}
         self.swapped: dict[int, int] = {}
-        """Request that gave way → rBlocks it had computed."""
+        """Preempted request → rBlocks it had computed."""
         self.out: list[Move] = []
         self.back: list[Move] = []
         self.going: dict[int, int] = {}

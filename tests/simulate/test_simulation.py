@@ -343,8 +343,8 @@ def test_a_step_of_a_gpu_waits_for_the_hosts_attention_where_its_own_is_shorter(
 
     def watch(steps: Steps, member: Member, now: float) -> float:
         seconds = begin(steps, member, now)
-        if [row.tokens for row in member.plan.rows] == [1] and not member.plan.moving:
-            own = member.plan.rows[0].sequence.length
+        if [row.tokens for row in member.plan.scheduled] == [1] and not member.plan.moving:
+            own = member.plan.scheduled[0].sequence.length
             seen.append((seconds, own, member.instance.rm.swap.used))
         return seconds
 

@@ -147,7 +147,7 @@ def test_what_is_swapped_out_makes_room_for_a_row_that_cannot_go_on():
         return [move.block for move in out]
 
     young = running(9, 5 * BLOCK, 4)
-    assert swaps.put_aside(young)
+    assert swaps.swap_out(young)
     assert (moves(), swaps.commit(), rm.swap.free) == ([0, 1, 2, 3], [young], 0)
     long = running(3, 12 * BLOCK, 8)
     assert swaps.helps(long)
@@ -190,7 +190,7 @@ def test_a_row_that_was_swapped_out_goes_on_though_steps_are_planned_ahead():
     scheduler._preempt(scheduler.running[1])
     instance.commit(instance.plan())
     assert list(instance.rm.swap.swapped) == [1]
-    assert [(s.id, count) for s, count in instance.plan(ahead=True).rows] == [(0, 1)]
+    assert [(s.id, count) for s, count in instance.plan(ahead=True).scheduled] == [(0, 1)]
     assert scheduler.moving, "the next step is not planned ahead"
     step = instance.plan()
     assert len(step.from_host) == 3
