@@ -24,7 +24,7 @@ class Collect:
     """A leader that keeps the results."""
 
     def __init__(self, engine: RankEngine, requests: Sequence[Request]) -> None:
-        self.gmanager = engine.gmanager(iter(requests))
+        self.gmanager = engine.gmanager(engine.fitting(requests))
         self.results: list[Result] = []
         self.unfinished: list[Unfinished] = []
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +18,6 @@ from hpc_distkv.batch.input.intake import MOST_NAMED, Intake, remarks
 from hpc_distkv.batch.input.rows import Row, parse_row, which_choice
 from hpc_distkv.batch.input.service import SamplingDefaults, Service
 from hpc_distkv.batch.input.shard import Shard
-from hpc_distkv.batch.pauses import with_pauses
 from hpc_distkv.batch.results.journal import Journal
 from hpc_distkv.batch.results.meta import FORMER, MODEL, SERVED, SHARD
 from hpc_distkv.batch.results.order import InputOrder
@@ -89,14 +87,15 @@ class Job:
         self.failed = 0
         """Rows that became error rows in this run."""
 
-    def requests(self, pause: float = math.inf) -> Iterator[Request | None]:
-        """The rows still to be answered, oldest first; read and tokenized as they are pulled. Also
-        None, after every `pause` seconds of that: to come to the next row may take minutes.
+    def requests(self) -> Iterator[Request]:
+        """The rows still to be answered, oldest first; read and tokenized as they are pulled.
 
         Call once. Writes the error rows on its way, and passes over answered ones, millions of them
         perhaps. Raises InputError and JournalError.
         """
-        return with_pauses(self._read(), pause)
+        for envelope in self._intake.envelopes(self._answered):
+            if envelope and (row := self._parse(envelope)):
+                yield from self._begin(row, envelope.digest)
 
     def save(self, unfinished: Unfinished) -> None:
         """Keep what was made of a request that came from `requests` and will not be finished in
@@ -241,15 +240,6 @@ class Job:
     @property
     def _journals(self) -> tuple[Journal, ...]:
         return tuple(dict.fromkeys((self._journal, self._errors)))
-
-    def _read(self) -> Iterator[Request | None]:
-        """As `requests`, and None for each row of which no request is made."""
-        for envelope in self._intake.envelopes(self._answered):
-            row = self._parse(envelope) if envelope else None
-            if envelope is None or row is None:
-                yield None
-            else:
-                yield from self._begin(row, envelope.digest)
 
     def _parse(self, envelope: Envelope) -> Row | None:
         """A row that can be answered; the error row of any other is written."""

@@ -28,7 +28,7 @@ def profiler_of_gpu() -> torch.profiler.profile:
 def profile_steps(engine: RankEngine, requests: Sequence[Request]) -> dict[str, Any]:
     """Answer the requests on one rank under the profiler: what the host asked of the GPU per step,
     where it waited, and for how long the GPU was busy."""
-    leader = BenchLeader(engine, iter(requests))
+    leader = BenchLeader(engine, requests)
     with profiler_of_gpu() as profiler:
         worker = engine.run(leader)
     steps = worker.counters.steps

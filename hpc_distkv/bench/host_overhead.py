@@ -15,6 +15,7 @@ from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.lending.links import Links
 from hpc_distkv.control.messages.requests import Request, Result
 from hpc_distkv.control.policy import POLICIES
+from hpc_distkv.control.rows.source import SyncSource
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.model.decoder import Attend
@@ -87,7 +88,7 @@ class Rounds(Leader):
 
     def __init__(self, requests: Sequence[Request], clock: Callable[[], float]) -> None:
         links, policy = Links([0], seconds=None), POLICIES["queue"]
-        self.gmanager = GManager(iter(requests), links, 1, policy, block_size=BLOCK)
+        self.gmanager = GManager(SyncSource(requests), links, 1, policy, block_size=BLOCK)
         self.ends: list[float] = []
         self._clock = clock
 

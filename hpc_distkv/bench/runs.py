@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from hpc_distkv.control.messages.requests import Request, Result, Sampling, pack_tokens
@@ -20,8 +20,8 @@ from hpc_distkv.step.recorder import Recorder
 class BenchLeader(Leader):
     """Feeds synthetic requests and times them."""
 
-    def __init__(self, engine: RankEngine, requests: Iterator[Request]) -> None:
-        self.gmanager = engine.gmanager(requests)
+    def __init__(self, engine: RankEngine, requests: Iterable[Request]) -> None:
+        self.gmanager = engine.gmanager(engine.fitting(requests))
         self.record = RunRecord()
         self.tokens: dict[int, bytes] = {}
         """Request → the tokens of its answer, packed."""
@@ -53,7 +53,7 @@ def run_once(
 
 def lead(engine: RankEngine, requests: Sequence[Request]) -> BenchLeader | None:
     """What rank 0 runs with."""
-    return BenchLeader(engine, iter(requests)) if engine.comm.world.rank == 0 else None
+    return BenchLeader(engine, requests) if engine.comm.world.rank == 0 else None
 
 
 def run_led(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,12 +17,13 @@ from hpc_distkv.control.lending.reach import ExchangeSeconds, Reach
 from hpc_distkv.control.lending.victims import Victims
 from hpc_distkv.control.messages.answer import Answer, Answers
 from hpc_distkv.control.messages.counters import Counters
-from hpc_distkv.control.messages.requests import Request, Result
+from hpc_distkv.control.messages.requests import Result
 from hpc_distkv.control.messages.wire import Reports
 from hpc_distkv.control.policy import POLICIES, Policy
 from hpc_distkv.control.rows.affinity import Affinity
 from hpc_distkv.control.rows.assign import Assignment
 from hpc_distkv.control.rows.large import LargeRows
+from hpc_distkv.control.rows.source import RequestSource
 
 PLAN_EVERY = 5
 """Rounds between two plans: what the last one moved has to show in the reports."""
@@ -54,7 +55,7 @@ class GManager:
 
     def __init__(
         self,
-        requests: Iterator[Request | None],
+        source: RequestSource,
         links: Links,
         instances: int,
         policy: Policy = POLICIES["lend"],
@@ -65,13 +66,13 @@ class GManager:
         prefix_caching: bool = False,
         exchange_seconds: ExchangeSeconds = lambda link_class, rows: 0.0,
     ) -> None:
-        """`requests`: see `Assignment`; `links`: of the instances; `block_size`, `move_budget` (KV
+        """`source`: of the requests; `links`: of the instances; `block_size`, `move_budget` (KV
         tokens per step), `attention_tokens` and `prefix_caching` as the engines';
         `exchange_seconds`: (link class, query rows) → what exchanges over such a link add to a
         step."""
         self.ledger = DebtLedger(instances)
         affinity = Affinity(block_size) if prefix_caching and policy.queue else None
-        self.assignment = Assignment(requests, instances, policy.queue, attention_tokens, affinity)
+        self.assignment = Assignment(source, instances, policy.queue, attention_tokens, affinity)
         self._large_rows = LargeRows(self.assignment, links, block_size)
         self.counters = [Counters() for _ in range(instances)]
         self.reports: Reports | None = None

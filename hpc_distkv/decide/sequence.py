@@ -80,13 +80,6 @@ class Sequence:
         return len(self.tokens) - self.prompt_len
 
     @property
-    def foreseeable(self) -> bool:
-        """Whether its next token can be drawn before the host knows the last one. How often tokens
-        were made is counted by the host."""
-        rules = self.request.sampling.rules
-        return not (rules and (rules.frequency_penalty or rules.presence_penalty))
-
-    @property
     def fresh(self) -> bool:
         """Whether it has made no token yet, in this run."""
         return self.length == self.request.length

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +16,7 @@ from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.lending.links import Links
 from hpc_distkv.control.messages.requests import Request
 from hpc_distkv.control.policy import POLICIES, Policy
+from hpc_distkv.control.rows.source import RequestSource, SyncSource
 from hpc_distkv.control.rows.work import kv_tokens
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.stop import TextDecoder
@@ -183,14 +184,14 @@ class RankEngine:
         time.fill(worker.counters)
         return worker
 
-    def gmanager(self, requests: Iterator[Request | None]) -> GManager:
-        """The gManager for a run over `requests`: rank 0's leader owns one."""
+    def gmanager(self, source: RequestSource) -> GManager:
+        """The gManager for a run over the requests of `source`: rank 0's leader owns one."""
         world, config = self.comm.world, self.config
         nodes = [world.node_of(instance) for instance in range(world.instances)]
         measured = np.array(self._links.round_trip) if self._links else None
         links = Links(nodes, seconds=measured)
         return GManager(
-            self._fitting(requests),
+            source,
             links,
             len(nodes),
             config.policy,
@@ -200,6 +201,21 @@ class RankEngine:
             prefix_caching=config.prefix_caching,
             exchange_seconds=self._exchange_seconds(links),
         )
+
+    def fitting(self, requests: Iterable[Request]) -> SyncSource:
+        """A source of requests that nobody has checked. Raises OptionError, when it is taken, for
+        one that could never end."""
+        return SyncSource(map(self._fitting, requests))
+
+    def _fitting(self, request: Request) -> Request:
+        tokens = kv_tokens(request.prompt_len, request.sampling.max_tokens)
+        if tokens > self.capacity_tokens:
+            raise OptionError(
+                f"request {request.id} may come to need the KV of {tokens} tokens "
+                f"({request.prompt_len} of its prompt), but there is room for "
+                f"{self.capacity_tokens}: give more --num-blocks or --host-kv-memory, or more ranks"
+            )
+        return request
 
     def _exchange_seconds(self, links: Links) -> Callable[[int, int], float]:
         """(link class, query rows) → seconds that exchanges over such a link add to a step, from
@@ -238,22 +254,6 @@ class RankEngine:
         """One query row of one layer."""
         config = self._model.config
         return config.num_heads * config.head_dim * self._model.dtype.itemsize
-
-    def _fitting(self, requests: Iterator[Request | None]) -> Iterator[Request | None]:
-        """The requests as they are; one that could never end is refused before it starts."""
-        for request in requests:
-            if request is None:
-                yield None
-                continue
-            tokens = kv_tokens(request.prompt_len, request.sampling.max_tokens)
-            if tokens > self.capacity_tokens:
-                raise OptionError(
-                    f"request {request.id} may come to need the KV of {tokens} tokens "
-                    f"({request.prompt_len} of its prompt), but there is room for "
-                    f"{self.capacity_tokens}: give more --num-blocks or --host-kv-memory, or more "
-                    "ranks"
-                )
-            yield request
 
 
 def joined(

@@ -13,6 +13,7 @@ import msgspec
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.messages.answer import Answer
 from hpc_distkv.control.messages.wire import encode_report
+from hpc_distkv.control.rows.source import SyncSource
 from hpc_distkv.decide.instance import Instance
 from hpc_distkv.decide.plan import NOTHING
 from hpc_distkv.simulate.deployment import Deployment
@@ -67,7 +68,7 @@ class Simulation:
         self.members = [Member(n, Instance(n, config, SizedSequence)) for n in range(count)]
         self._steps = Steps(deployment, self.members)
         self._gmanager = GManager(
-            self._requests(deployment, rows),
+            SyncSource(self._requests(deployment, rows)),
             deployment.links(),
             count,
             config.policy,

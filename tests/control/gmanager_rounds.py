@@ -15,6 +15,7 @@ from hpc_distkv.control.messages.report import Changes, Report
 from hpc_distkv.control.messages.requests import Request, Result, Sampling, pack_tokens
 from hpc_distkv.control.messages.wire import encode_report
 from hpc_distkv.control.policy import POLICIES, Policy
+from hpc_distkv.control.rows.source import SyncSource
 
 GREEDY = POLICIES["lend-greedy"]
 DGFM = Policy(planner=False)
@@ -38,7 +39,7 @@ class Job:
     ) -> None:
         """All on one node but for `nodes`."""
         links = Links(nodes or [0] * instances)
-        self.manager = GManager(iter(rows), links, instances, policy, **others)
+        self.manager = GManager(SyncSource(rows), links, instances, policy, **others)
         self.results: list[Result] = []
 
     def round(self, *reports: Report) -> list[Answer]:

@@ -13,6 +13,7 @@ from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 from hpc_distkv.control.rows import affinity
 from hpc_distkv.control.rows.affinity import STEP, Affinity
 from hpc_distkv.control.rows.assign import Assignment
+from hpc_distkv.control.rows.source import SyncSource
 
 BLOCK, PLENTY = 4, 10**6
 
@@ -54,7 +55,9 @@ def test_what_was_given_longest_ago_is_forgotten(monkeypatch):
 
 def assign(rows: list[Request], instances: int, sharing: bool = True) -> dict[int, list[int]]:
     room = np.full(instances, PLENTY)
-    assignment = Assignment(iter(rows), instances, affinity=Affinity(BLOCK) if sharing else None)
+    assignment = Assignment(
+        SyncSource(rows), instances, affinity=Affinity(BLOCK) if sharing else None
+    )
     given_rows = {}
     while assignment.waiting:
         for instance, some in assignment.assign(room, room, np.zeros(instances)).items():

@@ -15,6 +15,7 @@ from hpc_distkv.control.messages.requests import Request, Result, Sampling, pack
 from hpc_distkv.control.rows import assign, row_queue
 from hpc_distkv.control.rows.assign import Assignment
 from hpc_distkv.control.rows.row_queue import LOOK_AHEAD, READ_AT_ONCE
+from hpc_distkv.control.rows.source import SyncSource
 
 PLENTY = 10**6
 INSTANCES = 4
@@ -36,6 +37,25 @@ def rows(lengths: list[tuple[int, int]]) -> list[Request]:
         Request(number, pack_tokens(range(prompt)), Sampling(max_tokens=output))
         for number, (prompt, output) in enumerate(lengths)
     ]
+
+
+class Late:
+    """A source whose rows come by and by: in each round the first so many of them are there."""
+
+    def __init__(self, requests: list[Request], there: list[int]) -> None:
+        self._requests, self.there = requests, there
+        self.round = self._taken = 0
+
+    @property
+    def ended(self) -> bool:
+        return self.round == len(self.there) and self._taken == len(self._requests)
+
+    def take(self) -> Request | None:
+        there = [*self.there, len(self._requests)][self.round]
+        if self._taken == there:
+            return None
+        self._taken += 1
+        return self._requests[self._taken - 1]
 
 
 def give(assignment: Assignment, room: Rooms, step_tokens: float = 1.0) -> dict[int, list[int]]:
@@ -84,14 +104,14 @@ def test_every_row_goes_where_least_work_is_predicted(lengths, room, attention_t
         left[chosen][0] -= 1
         left[chosen][1] -= prompt
         left[chosen][2] += sum(1 + p / attention_tokens for p in np.arange(total) + 0.5)
-    assignment = Assignment(iter(rows(lengths)), INSTANCES, attention_tokens=attention_tokens)
+    assignment = Assignment(SyncSource(rows(lengths)), INSTANCES, attention_tokens=attention_tokens)
     assert give(assignment, room) == expected
 
 
 @given(sizes, st.lists(rooms, max_size=12), st.booleans(), st.data())
 def test_no_row_is_lost_or_given_twice_or_beyond_the_room(lengths, rounds, queue, data):
     source = iter(rows(lengths))
-    assignment = Assignment(source, INSTANCES, queue)
+    assignment = Assignment(SyncSource(source), INSTANCES, queue)
     home: dict[int, int] = {}
     for room in rounds:
         for instance, numbers in give(assignment, room).items():
@@ -121,7 +141,7 @@ def test_no_row_is_lost_or_given_twice_or_beyond_the_room(lengths, rounds, queue
 
 
 def test_rows_are_given_only_while_there_is_room():
-    assignment = Assignment(iter(rows([(10, 1)] * 100)), 2)
+    assignment = Assignment(SyncSource(rows([(10, 1)] * 100)), 2)
     assert give(assignment, [(3, 1000, 0.0), (0, 1000, 0.0)]) == {0: [0, 1, 2]}
     assert give(assignment, [(0, 0, 0.0), (50, 25, 0.0)]) == {1: [3, 4, 5]}
     assert not assignment.rows.exhausted
@@ -140,7 +160,7 @@ def test_rows_are_read_ahead_only_so_far_and_by_and_by(rounds, queue, most):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_queue, "MOST_AHEAD", most)
-        assignment = Assignment(source(), INSTANCES, queue)
+        assignment = Assignment(SyncSource(source()), INSTANCES, queue)
     taken = 0
     for room in rounds:
         some = assignment.assign(*(np.array(column) for column in zip(*room, strict=True)))
@@ -151,25 +171,21 @@ def test_rows_are_read_ahead_only_so_far_and_by_and_by(rounds, queue, most):
 
 
 @given(sizes, st.data(), st.booleans())
-def test_a_pause_of_the_source_ends_the_reading_of_one_round_and_no_more(lengths, data, queue):
-    pauses = data.draw(st.lists(st.integers(0, len(lengths)), max_size=6))
-    items: list[Request | None] = list(rows(lengths))
-    for place in sorted(pauses, reverse=True):
-        items.insert(place, None)
-    paused = 0
-
-    def source() -> Iterator[Request | None]:
-        nonlocal paused
-        for item in items:
-            paused += item is None
-            yield item
-
-    assignment = Assignment(source(), INSTANCES, queue)
+def test_rows_that_are_not_there_yet_are_looked_for_again_until_the_source_has_ended(
+    lengths, data, queue
+):
+    """Each round takes what is there; only the end of the source is the end."""
+    late = st.lists(st.integers(0, len(lengths)), max_size=6)
+    source = Late(rows(lengths), sorted(data.draw(late)))
+    assignment = Assignment(source, INSTANCES, queue)
     ample: Rooms = [(PLENTY, PLENTY, 0.0)] * INSTANCES
     given_rows: list[int] = []
-    for rounds in range(len(pauses) + 1):
-        assert (paused, assignment.rows.exhausted, assignment.done) == (rounds, False, False)
+    for there in source.there:
         given_rows += itertools.chain(*give(assignment, ample).values())
+        assert sorted(given_rows) == list(range(there))
+        assert (assignment.rows.exhausted, assignment.done) == (False, False)
+        source.round += 1
+    given_rows += itertools.chain(*give(assignment, ample).values())
     assert assignment.rows.exhausted
     assert sorted(given_rows) == list(range(len(lengths)))
 
@@ -188,7 +204,7 @@ def test_no_more_tokens_are_read_ahead_than_may_be(rounds, queue, most):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_queue, "MOST_TOKENS_AHEAD", most)
-        assignment = Assignment(source(), INSTANCES, queue)
+        assignment = Assignment(SyncSource(source()), INSTANCES, queue)
         given_tokens = 0
         for room in rounds:
             some = assignment.assign(*(np.array(column) for column in zip(*room, strict=True)))
@@ -213,7 +229,7 @@ def in_order(count: int) -> int:
 @given(st.lists(lengths_of_rows, max_size=60))
 @example([(5, 1), *[(1, number) for number in range(1, 50)]])
 def test_rows_keep_their_order_until_the_last_are_in_sight_then_the_longest_come_first(lengths):
-    assignment = Assignment(iter(rows(lengths)), 1)
+    assignment = Assignment(SyncSource(rows(lengths)), 1)
     order = []
     while given_rows := give(assignment, [(1, PLENTY, 0.0)]):
         order += given_rows[0]
@@ -226,7 +242,7 @@ def test_rows_keep_their_order_until_the_last_are_in_sight_then_the_longest_come
 def test_the_longest_row_is_the_one_that_takes_most_time():
     """A step takes as long as 10 tokens of prompt, and outputs come to half of their limits."""
     lengths = [(90, 20), (1, 30), (150, 1), (1, 20)]
-    assignment = Assignment(iter(rows([(999, 2), *lengths])), 1)
+    assignment = Assignment(SyncSource(rows([(999, 2), *lengths])), 1)
     assignment.rows._most_ahead = 1
     assert give(assignment, [(1, 999, 0.0)]) == {0: [0]}
     finish(assignment, 0, tokens=1)
@@ -236,7 +252,7 @@ def test_the_longest_row_is_the_one_that_takes_most_time():
 
 def test_rows_that_come_back_are_given_before_all_others():
     given_first = rows([(1, 1)] * 3)
-    assignment = Assignment(iter([*given_first, *rows([(1, 1)] * 99)[3:]]), 1)
+    assignment = Assignment(SyncSource([*given_first, *rows([(1, 1)] * 99)[3:]]), 1)
     give(assignment, [(3, 99, 0.0)])
     assignment.take_back(given_first[2])
     assert assignment.home.keys() == {0, 1}
@@ -245,7 +261,7 @@ def test_rows_that_come_back_are_given_before_all_others():
 
 def test_prompts_are_work_for_each_token_of_output_that_is_expected():
     first, second = rows([(10, 20), (30, 20)])
-    assignment = Assignment(iter([first, second]), 1)
+    assignment = Assignment(SyncSource([first, second]), 1)
     assert assignment.prompt_work == 0.0
     give(assignment, [(2, 99, 0.0)])
     assert assignment.prompt_work == (10 + 30) / (20 + 20)
@@ -257,17 +273,17 @@ def test_prompts_are_work_for_each_token_of_output_that_is_expected():
 
 
 def test_a_long_row_counts_by_its_work_and_not_as_one():
-    assignment = Assignment(iter(rows([(900, 100), *[(50, 50)] * 9])), 2)
+    assignment = Assignment(SyncSource(rows([(900, 100), *[(50, 50)] * 9])), 2)
     given_rows = give(assignment, [(PLENTY, PLENTY, 0.0)] * 2)
     assert given_rows == {0: [0], 1: [*range(1, 10)]}
 
 
 def test_attention_makes_a_long_row_more_work_than_its_tokens_in_short_ones():
     lengths = [(900, 100), *[(50, 50)] * 30]
-    even = Assignment(iter(rows(lengths)), 2)
+    even = Assignment(SyncSource(rows(lengths)), 2)
     assert len(give(even, [(PLENTY, PLENTY, 0.0)] * 2)[1]) == 20
     # At 500 tokens attention costs as much as all else: 1000 (1 + 1) against 100 (1 + 0.1).
-    steep = Assignment(iter(rows(lengths)), 2, attention_tokens=500.0)
+    steep = Assignment(SyncSource(rows(lengths)), 2, attention_tokens=500.0)
     given_rows = give(steep, [(PLENTY, PLENTY, 0.0)] * 2)
     assert given_rows[1][:19] == [*range(1, 20)]
     assert len(given_rows[1]) == 19 + 11 // 2
@@ -275,13 +291,13 @@ def test_attention_makes_a_long_row_more_work_than_its_tokens_in_short_ones():
 
 def test_the_last_rows_spread_over_all_instances():
     lengths = [(10, 10)] * INSTANCES
-    given_rows = give(Assignment(iter(rows(lengths)), INSTANCES), [(9, 99, 0.0)] * INSTANCES)
+    given_rows = give(Assignment(SyncSource(rows(lengths)), INSTANCES), [(9, 99, 0.0)] * INSTANCES)
     assert given_rows == {i: [i] for i in range(INSTANCES)}
 
 
 def test_the_last_rows_go_to_those_that_are_done_first():
     room = [(9, 999, work) for work in (500.0, 20.0, 0.0, 90.0)]
-    given_rows = give(Assignment(iter(rows([(20, 20)] * 4)), INSTANCES), room)
+    given_rows = give(Assignment(SyncSource(rows([(20, 20)] * 4)), INSTANCES), room)
     assert given_rows == {2: [0, 2], 1: [1, 3]}
 
 
@@ -289,15 +305,15 @@ def test_outputs_are_expected_to_be_as_large_a_part_of_their_limits_as_those_see
     """Row 10 + 1000 is long as long as nothing is known, and short when outputs come to 1% of their
     limits: then the last row goes where it went."""
     lengths, room = [(10, 1000), (100, 10), (1, 1)], [(PLENTY, PLENTY, 0.0)] * 2
-    assert give(Assignment(iter(rows(lengths)), 2), room) == {0: [0], 1: [1, 2]}
-    informed = Assignment(iter(rows([(1, 5000), *lengths])), 2)
+    assert give(Assignment(SyncSource(rows(lengths)), 2), room) == {0: [0], 1: [1, 2]}
+    informed = Assignment(SyncSource(rows([(1, 5000), *lengths])), 2)
     assert give(informed, [(1, 9, 0.0), (0, 0, 0.0)]) == {0: [0]}
     finish(informed, 0, tokens=50)
     assert give(informed, room) == {0: [1, 3], 1: [2]}
 
 
 def test_a_row_that_moved_is_finished_by_its_new_home():
-    assignment = Assignment(iter(rows([(5, 5)])), 2)
+    assignment = Assignment(SyncSource(rows([(5, 5)])), 2)
     give(assignment, [(1, 9, 0.0), (0, 0, 0.0)])
     assignment.home[0] = 1
     finish(assignment, 0)
@@ -309,7 +325,7 @@ def test_a_row_that_moved_is_finished_by_its_new_home():
 
 @given(sizes, st.lists(rooms, max_size=12))
 def test_isolated_instances_get_their_rows_in_turn_whatever_their_load(lengths, rounds):
-    assignment = Assignment(iter(rows(lengths)), INSTANCES, queue=False)
+    assignment = Assignment(SyncSource(rows(lengths)), INSTANCES, queue=False)
     got: dict[int, list[int]] = {i: [] for i in range(INSTANCES)}
     for room in [*rounds, [(PLENTY, PLENTY, 0.0)] * INSTANCES]:
         for instance, numbers in give(assignment, room).items():
@@ -319,7 +335,7 @@ def test_isolated_instances_get_their_rows_in_turn_whatever_their_load(lengths, 
 
 
 def test_an_isolated_instance_takes_no_rows_of_another_though_it_idles():
-    assignment = Assignment(iter(rows([(5, 5)] * 8)), 2, queue=False)
+    assignment = Assignment(SyncSource(rows([(5, 5)] * 8)), 2, queue=False)
     assert give(assignment, [(9, 99, 0.0), (0, 0, 0.0)]) == {0: [0, 2, 4, 6]}
     assert give(assignment, [(9, 99, 0.0), (0, 0, 0.0)]) == {}
     assert assignment.waiting
@@ -329,7 +345,7 @@ def test_an_isolated_instance_takes_no_rows_of_another_though_it_idles():
 def test_rows_are_dealt_only_so_far_ahead_of_an_instance_that_has_no_room(monkeypatch):
     monkeypatch.setattr(assign, "DEALT_AHEAD", 3)
     source = iter(rows([(5, 5)] * 99))
-    assignment = Assignment(source, 2, queue=False)
+    assignment = Assignment(SyncSource(source), 2, queue=False)
     idle, busy = (PLENTY, PLENTY, 0.0), (0, 0, 0.0)
     assert give(assignment, [idle, busy]) == {0: [0, 2, 4, 6]}
     assert give(assignment, [idle, busy]) == {}
@@ -340,7 +356,7 @@ def test_rows_are_dealt_only_so_far_ahead_of_an_instance_that_has_no_room(monkey
 
 @pytest.mark.parametrize("queue", [True, False])
 def test_a_job_without_rows_is_done_when_rows_were_looked_for(queue):
-    assignment = Assignment(iter(()), 3, queue)
+    assignment = Assignment(SyncSource(()), 3, queue)
     assert not assignment.done
     assert give(assignment, [(1, 1, 0.0)] * 3) == {}
     assert assignment.done

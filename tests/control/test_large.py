@@ -15,6 +15,7 @@ from hpc_distkv.control.messages.wire import ReportError
 from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.control.rows.assign import Assignment
 from hpc_distkv.control.rows.large import SHARE, peak
+from hpc_distkv.control.rows.source import SyncSource
 
 BLOCK = 32
 STEP = 10.0
@@ -147,7 +148,7 @@ def test_a_row_too_large_gets_a_home_with_a_seat():
 
 
 def test_rows_too_large_that_wait_are_not_read_without_end():
-    assignment = Assignment(iter([prompt(n, 50) for n in range(1000)]), 2)
+    assignment = Assignment(SyncSource([prompt(n, 50) for n in range(1000)]), 2)
     assignment.rows.large_from = 40
     room = np.array([1000, 1000])
     assert assignment.assign(room, room, np.zeros(2)) == {}
@@ -159,7 +160,7 @@ def test_rows_too_large_that_wait_are_not_read_without_end():
 def test_what_is_expected_of_a_row_that_goes_on():
     """20 tokens of an earlier run, out of at most 64."""
     request = Request(0, pack_tokens([0] * 300), Sampling(max_tokens=64), pack_tokens([0] * 20))
-    assignment = Assignment(iter([request]), 1)
+    assignment = Assignment(SyncSource([request]), 1)
     assignment.rows.large_from = 100
     room = np.array([1000])
     assignment.assign(room, room, np.zeros(1))
@@ -197,7 +198,7 @@ def test_a_row_waits_for_its_beginning_unless_others_have_much_less_to_do():
 
 def test_rows_that_wait_do_not_hold_up_small_ones():
     rows = [prompt(n, 50) for n in range(40)] + [prompt(40, 10)]
-    assignment = Assignment(iter(rows), 1)
+    assignment = Assignment(SyncSource(rows), 1)
     assignment.rows.large_from = 40
     room = np.array([1000])
     given = [assignment.assign(room, room, np.zeros(1)) for _ in range(10)]

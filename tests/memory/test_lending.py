@@ -25,6 +25,7 @@ from hpc_distkv.control.messages.report import Changes, Report
 from hpc_distkv.control.messages.requests import NOBODY
 from hpc_distkv.control.messages.wire import encode_report
 from hpc_distkv.control.policy import Policy
+from hpc_distkv.control.rows.source import SyncSource
 from hpc_distkv.decide.config import EngineConfig
 
 choices = st.integers(0, 2**32).map(random.Random)
@@ -45,7 +46,7 @@ class Lending(RuleBasedStateMachine):
             comm.waiter.background.append(self.happen)
         self.rng = rng
         self.gmanager = GManager(
-            iter(()), Links([i % 2 for i in range(n)]), n, policy, block_size=BLOCK
+            SyncSource(()), Links([i % 2 for i in range(n)]), n, policy, block_size=BLOCK
         )
         self.reports: dict[int, bytes] = {}
         self.lent: dict[int, dict[int, int]] = {}

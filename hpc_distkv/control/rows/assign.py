@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from hpc_distkv.control.messages.wire import ReportError, Reports
 from hpc_distkv.control.rows.affinity import Affinity
 from hpc_distkv.control.rows.places import Place, Places
 from hpc_distkv.control.rows.row_queue import LOOK_AHEAD, RowQueue
+from hpc_distkv.control.rows.source import RequestSource
 from hpc_distkv.control.rows.work import MeanOutput, work
 
 DEALT_AHEAD = 10_000
@@ -29,16 +30,16 @@ class Assignment:
 
     def __init__(
         self,
-        requests: Iterator[Request | None],
+        source: RequestSource,
         instances: int,
         queue: bool = True,
         attention_tokens: float = float("inf"),
         affinity: Affinity | None = None,
     ) -> None:
-        """`requests`: as of `RowQueue`. `queue`: a row goes to the instance with least predicted
+        """`queue`: a row goes to the instance with least predicted
         work; otherwise rows are dealt out in turn, as to replicas that each got their part of the
         input. `affinity`: if instances share the beginnings of rows."""
-        self.rows = RowQueue(requests, instances, self._duration if queue else None)
+        self.rows = RowQueue(source, instances, self._duration if queue else None)
         self.home: dict[int, int] = {}
         """Unfinished request → its home instance."""
         self._limits: dict[int, int] = {}
@@ -129,7 +130,6 @@ class Assignment:
         instance: rows and prompt tokens there is room for, work it has already. `step_tokens`:
         prompt tokens that could be computed in the time of a decode step."""
         self._step_tokens = step_tokens
-        self.rows.begin_round()
         given: dict[int, list[Request]] = {}
         if not self.waiting:
             return given

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import bisect
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from operator import attrgetter
 
 from hpc_distkv.control.messages.requests import Request
+from hpc_distkv.control.rows.source import RequestSource
 
 LOOK_AHEAD = 16
 """Rows per instance that are read before they can be assigned: when these are the last ones, the
@@ -29,21 +30,18 @@ class RowQueue:
 
     def __init__(
         self,
-        requests: Iterator[Request | None],
+        source: RequestSource,
         instances: int,
         duration: Callable[[Request], float] | None,
     ) -> None:
-        """`requests`: None stands for a row that may come later: the next round looks again.
-        `duration`: how long a row takes; None: the last rows come as all others."""
+        """`duration`: how long a row takes; None: the last rows come as all others."""
         self.exhausted = False
         """Whether all rows were read."""
         self.large_from = NOT_LARGE
         """Tokens from which on rows are too large for any one pool: they wait apart."""
         self.large: list[Request] = []
         """Oldest first."""
-        self._requests, self._duration = requests, duration
-        self._paused = False
-        """Whether nothing more is read in this round."""
+        self._source, self._duration = source, duration
         self._tokens = 0
         """Of all rows that were read and have no instance."""
         self._ahead = deque[Request]()
@@ -59,10 +57,6 @@ class RowQueue:
     def over(self) -> bool:
         """No row is left, nor will come."""
         return self.exhausted and not len(self)
-
-    def begin_round(self) -> None:
-        """Look again whether there are more rows to read."""
-        self._paused = False
 
     def give(self, request: Request) -> None:
         """A row that was pulled goes to its instance."""
@@ -90,20 +84,15 @@ class RowQueue:
         """Read on. When the last rows are in sight, those come first that take longest: one that
         began last would be waited for at the end."""
         for _ in range(READ_AT_ONCE):
-            if self._paused or self._enough:
+            if self._enough:
                 return
-            try:
-                request = next(self._requests)
-            except StopIteration:
-                self.exhausted = True
-                if self._duration:
+            if (request := self._source.take()) is None:
+                self.exhausted = self._source.ended
+                if self.exhausted and self._duration:
                     self._ahead = deque(sorted(self._ahead, key=self._duration, reverse=True))
                 return
-            if request is None:
-                self._paused = True
-            else:
-                self._tokens += request.length
-                self._ahead.append(request)
+            self._tokens += request.length
+            self._ahead.append(request)
 
     @property
     def _enough(self) -> bool:

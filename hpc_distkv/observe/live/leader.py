@@ -9,14 +9,12 @@ from typing import Any
 from hpc_distkv.batch.job import Job
 from hpc_distkv.comm.world import World
 from hpc_distkv.control.messages.requests import Request, Result, Unfinished
+from hpc_distkv.control.rows.source import SyncSource
 from hpc_distkv.observe.live.watch import Watch
 from hpc_distkv.observe.summary.metrics import RankFigures
 from hpc_distkv.observe.summary.run import RunRecord
 from hpc_distkv.ranks.interrupt import Interrupt
 from hpc_distkv.ranks.rank import RankEngine
-
-READ_SECONDS = 0.25
-"""For which rank 0 reads and tokenizes rows in one control round: meanwhile it serves nobody."""
 
 
 class JobLeader:
@@ -39,7 +37,7 @@ class JobLeader:
         """Whether earlier runs have done or begun anything."""
         self.watch = watch
         watch.begin(job)
-        self.gmanager = engine.gmanager(self._requests())
+        self.gmanager = engine.gmanager(SyncSource(self._requests()))
 
     def finish(self, result: Result) -> None:
         """Write a row's answer."""
@@ -74,10 +72,10 @@ class JobLeader:
         """Let other runs write the files, however this one ended."""
         self._job.release()
 
-    def _requests(self) -> Iterator[Request | None]:
+    def _requests(self) -> Iterator[Request]:
         """Of the job, until that fails."""
         with self._remembering():
-            yield from self._job.requests(pause=READ_SECONDS)
+            yield from self._job.requests()
 
     @contextmanager
     def _remembering(self) -> Iterator[None]:
