@@ -9,9 +9,9 @@ from collections.abc import Sequence as Rows
 
 from hpc_distkv.control.messages.answer import Answer
 from hpc_distkv.control.messages.counters import Counters
-from hpc_distkv.control.messages.gaps import gap_bin
 from hpc_distkv.control.messages.loans import Header
-from hpc_distkv.control.messages.report import Remains, Report
+from hpc_distkv.control.messages.percentiles import gap_bin
+from hpc_distkv.control.messages.reports import Remains, Report
 from hpc_distkv.control.messages.requests import Request, Result
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.guests import remote_queries

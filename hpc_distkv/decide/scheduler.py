@@ -5,9 +5,9 @@ from __future__ import annotations
 import bisect
 import math
 
+from hpc_distkv.control.assign.work import STEP_TOKENS
 from hpc_distkv.control.messages.answer import Answer
 from hpc_distkv.control.messages.counters import Counters
-from hpc_distkv.control.rows.work import STEP_TOKENS
 from hpc_distkv.decide.admission import Admission
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.demand import Demand, Demands

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
 from itertools import islice
 
-from hpc_distkv.control.rows.work import work
+from hpc_distkv.control.assign.work import work
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.foresight import Foresight
 from hpc_distkv.decide.sequence import Sequence
