@@ -144,7 +144,7 @@ class Instance:
         self.counters.blocks_returned += len(plan.recalls)
         self.counters.blocks_to_host += len(plan.to_host)
         self.counters.blocks_from_host += len(plan.from_host)
-        self.counters.peak_host = max(self.counters.peak_host, self.rm.host_space.used)
+        self.counters.peak_host = max(self.counters.peak_host, self.rm.swap.used)
         self.rm.commit((*plan.moves, *plan.to_host), (*plan.recalls, *plan.from_host))
         self.scheduler.commit()
         self.counters.migrations += self._handovers.leave(plan.leaving)
