@@ -13,7 +13,7 @@ from hpc_distkv.control.rows.work import work
 from hpc_distkv.decide.instance import Instance
 from hpc_distkv.decide.pace import StepWork
 from hpc_distkv.decide.plan import NOTHING, Plan, Scheduled
-from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.step.creditor import Creditor
 from hpc_distkv.step.debtor import Debtor
 from hpc_distkv.step.forward import Elsewhere, Forward
@@ -24,8 +24,8 @@ from hpc_distkv.step.parts import Parts
 class Advance(NamedTuple):
     """A step that counts as computed, before its tokens are known."""
 
-    rows: list[Scheduled]
-    ends: list[Sequence]
+    rows: list[Scheduled[TokenSequence]]
+    ends: list[TokenSequence]
     """Those that get a token, in order."""
     work: StepWork
     """What the step has to compute."""
@@ -40,7 +40,7 @@ class Replica:
     ) -> None:
         """The two callables as of `Forward`."""
         self.sharing = parts.config.policy.sharing
-        sequence = partial(Sequence, decoder=parts.decoder)
+        sequence = partial(TokenSequence, decoder=parts.decoder)
         self.instance = Instance(parts.comm.world.instance, parts.config, sequence)
         self.debtor = Debtor(parts, self.instance)
         self.creditor = Creditor(parts, self.instance)
@@ -82,7 +82,7 @@ class Replica:
         self.instance.return_credit()
         self.debtor.begin(NOTHING, now)
 
-    def _work(self, rows: list[Scheduled]) -> StepWork:
+    def _work(self, rows: list[Scheduled[TokenSequence]]) -> StepWork:
         tables, size = self.instance.rm.tables, self._block_size
         decodes = [sequence for sequence, count in rows if count == 1]
         shared = self.instance.rm.prefixes.at_home(sequence.id for sequence in decodes)
