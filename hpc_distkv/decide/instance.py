@@ -9,9 +9,9 @@ from collections.abc import Sequence as Rows
 
 from hpc_distkv.control.messages.answer import Answer
 from hpc_distkv.control.messages.counters import Counters
-from hpc_distkv.control.messages.gaps import gap_bin
 from hpc_distkv.control.messages.loans import Header
-from hpc_distkv.control.messages.report import Remains, Report
+from hpc_distkv.control.messages.percentiles import gap_bin
+from hpc_distkv.control.messages.reports import Remains, Report
 from hpc_distkv.control.messages.requests import Request, Result
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.guests import remote_queries
@@ -144,7 +144,7 @@ class Instance:
         self.counters.blocks_returned += len(plan.recalls)
         self.counters.blocks_to_host += len(plan.to_host)
         self.counters.blocks_from_host += len(plan.from_host)
-        self.counters.peak_host = max(self.counters.peak_host, self.rm.host_space.used)
+        self.counters.peak_host = max(self.counters.peak_host, self.rm.swap.used)
         self.rm.commit((*plan.moves, *plan.to_host), (*plan.recalls, *plan.from_host))
         self.scheduler.commit()
         self.counters.migrations += self._handovers.leave(plan.leaving)

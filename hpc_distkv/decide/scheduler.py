@@ -5,9 +5,9 @@ from __future__ import annotations
 import bisect
 import math
 
+from hpc_distkv.control.assign.work import STEP_TOKENS
 from hpc_distkv.control.messages.answer import Answer
 from hpc_distkv.control.messages.counters import Counters
-from hpc_distkv.control.rows.work import STEP_TOKENS
 from hpc_distkv.decide.admission import Admission
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.demand import Demand, Demands
@@ -167,7 +167,7 @@ class Scheduler:
         """Whether a waiting sequence has something here: what was swapped out of it, word that it
         may begin, or, of one too large for an instance, a beginning."""
         number, prefixes = sequence.id, self._rm.prefixes
-        if number in self._rm.host_space.swapped or number in self._admission.begin:
+        if number in self._rm.swap.swapped or number in self._admission.begin:
             return True
         return self._admission.large(sequence) and prefixes.coming(sequence.keys) > 0
 
@@ -254,7 +254,7 @@ class Scheduler:
     def _admit(self) -> Sequence | None:
         """The next waiting sequence that begins, or goes on, in this step."""
         while sequence := self._admission.next(self.waiting, self.running):
-            if self._ahead and sequence.id in self._rm.host_space.swapped:
+            if self._ahead and sequence.id in self._rm.swap.swapped:
                 self._held_back = True  # what was swapped out would move
                 return None
             # A victim of another's starved row may be older than what runs here by now.
@@ -269,7 +269,7 @@ class Scheduler:
         """Give the sequence its block table. Returns whether it waits for what it has in the host's
         memory until the next step."""
         sits_out = False
-        if sequence.id in self._rm.host_space.swapped:
+        if sequence.id in self._rm.swap.swapped:
             sits_out = self.swaps.resume(sequence)
         else:
             self._rm.open(sequence.id, sequence.keys)

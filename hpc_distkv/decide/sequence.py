@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from hpc_distkv.control.assign.work import kv_tokens
 from hpc_distkv.control.messages.requests import (
     NOT_FINITE,
     UNREADABLE,
@@ -13,7 +14,6 @@ from hpc_distkv.control.messages.requests import (
     unpack_tokens,
 )
 from hpc_distkv.control.messages.token_logprobs import record_dtype
-from hpc_distkv.control.rows.work import kv_tokens
 from hpc_distkv.decide.stop import StopMatcher, TextDecoder
 from hpc_distkv.decide.token_counts import TokenCounts
 from hpc_distkv.errors import ForeignError
@@ -138,13 +138,6 @@ class TokenSequence:
     def output_len(self) -> int:
         """Output tokens so far."""
         return len(self.tokens) - self.prompt_len
-
-    @property
-    def foreseeable(self) -> bool:
-        """Whether its next token can be drawn before the host knows the last one. How often tokens
-        were made is counted by the host."""
-        rules = self.request.sampling.rules
-        return not (rules and (rules.frequency_penalty or rules.presence_penalty))
 
     @property
     def fresh(self) -> bool:

@@ -11,9 +11,9 @@ import torch
 
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.messages.answer import Answer
-from hpc_distkv.control.messages.report import Remains
+from hpc_distkv.control.messages.reports import Remains, encode_report
 from hpc_distkv.control.messages.requests import Result, Unfinished
-from hpc_distkv.control.messages.wire import encode_report
+from hpc_distkv.decide.look_ahead import may_plan_ahead
 from hpc_distkv.decide.pace import Speed, StepSeconds
 from hpc_distkv.decide.plan import Plan
 from hpc_distkv.memory.loan import ProtocolError
@@ -270,31 +270,9 @@ class Worker:
         return Step(plan, begin_sampling(self._comm.device, logits, ends, drawn))
 
     def _may_go_on(self, plan: Plan) -> bool:
-        """Whether the step after this one may be planned, and asked of the device, before this one
-        is over. Rows that get a token go on with it, though the host does not know it. Not so
-
-        * on a device that is done already
-        * where rBlocks move, or may have to in the next step: what moves has to be written, and
-          to belong to rows that go on
-        * with other lanes, for guests: their queries come in behind all hops that were asked for
-          (`comm.gpu.meeting_transport`)
-        * with rBlocks in the host's memory, of rows that run: they come and go between steps
-        * with migration: a sequence is handed over with all its tokens
-        * with windows in all layers: what falls behind them is freed between steps
-        * where memory was short: somebody may have to be preempted, whose rBlocks are in use
-        * with penalties that count all earlier tokens
-        """
-        instance = self._instance
-        return (
-            self._comm.device.deferred
-            and bool(plan.scheduled)
-            and not (self._log.followed and instance.rm.guests)
-            and not (plan.moving or instance.scheduler.moving or instance.rm.host_space.serves)
-            and not instance.config.policy.migrate
-            and not instance.config.window
-            and not instance.scheduler.short
-            and all(sequence.foreseeable for sequence, _ in plan.scheduled)
-        )
+        """True if the step after this one may be planned while the device computes this one."""
+        deferred, followed = self._comm.device.deferred, self._log.followed
+        return may_plan_ahead(self._instance, plan, deferred=deferred, followed=followed)
 
     def _end(self, step: Step, following: Container[int] = ()) -> None:
         """Wait until the step is over, on the device too: its tokens are there. `following`: the

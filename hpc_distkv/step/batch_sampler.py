@@ -29,7 +29,7 @@ def sample_together(
 ) -> Tensor:
     """int64 `[sequences]` on the device, NO_TOKEN included; `logits`: float32 `[sequences, vocab]`,
     left as it is; `before`, on the device: tokens that the host does not know yet (see
-    `TokenSequence.expect`), of sequences that are `foreseeable`."""
+    `TokenSequence.expect`), of sequences whose penalties count no tokens."""
     samplings = [sequence.request.sampling for sequence in sequences]
     largest, tokens = logits.max(dim=-1)
     if any(sampling.rules for sampling in samplings):

@@ -1,0 +1,47 @@
+"""Look-ahead: step n+1 is planned, and launched, while the device computes step n.
+
+The rows of step n+1 go on with tokens that the host has not read: `Sequence.expect` puts a
+placeholder where `Sequence.learn` will put the token. Whatever is decided between two steps is out
+of reach in this mode: a step planned ahead (`Scheduler.plan(ahead=True)`) moves no rBlock, preempts
+nobody and resumes no swapped-out sequence; where one of these is due, step n+2 is planned after
+step n+1 has ended. A sequence that ends with step n has a token too many in step n+1, and keeps its
+rBlocks until that step is over (`Instance.learn`).
+"""
+
+from __future__ import annotations
+
+from hpc_distkv.decide.instance import Instance
+from hpc_distkv.decide.plan import Plan
+from hpc_distkv.decide.sequence import Sequence
+
+
+def may_plan_ahead(instance: Instance, plan: Plan, *, deferred: bool, followed: bool) -> bool:
+    """True if step n+1 may be planned and launched while step n, of `plan`, runs. `deferred`: the
+    device runs behind the host; `followed`: the instance has other ranks. False
+
+    * on a device that is done when a launch returns, and after a step without rows
+    * with guests on an instance of several ranks: their queries come in behind all hops that were
+      launched (`comm.gpu.meeting_transport`)
+    * where rBlocks move, or may have to in step n+1: a moved rBlock must be written, and belong to
+      a row that goes on
+    * with rBlocks of running rows in the host's memory: they come and go between steps
+    * with migration: a sequence is handed over with all its tokens
+    * with windows in all layers: what falls behind them is freed between steps
+    * where memory was short: a row may have to be preempted, whose rBlocks are in use
+    * for rows whose penalties count tokens, which the host does
+    """
+    scheduler, rm, config = instance.scheduler, instance.rm, instance.config
+    return (
+        deferred
+        and bool(plan.scheduled)
+        and not (followed and rm.guests)
+        and not (plan.moving or scheduler.moving or rm.swap.serves)
+        and not (config.policy.migrate or config.window or scheduler.short)
+        and not any(counts_tokens(sequence) for sequence, _ in plan.scheduled)
+    )
+
+
+def counts_tokens(sequence: Sequence) -> bool:
+    """True if the host must know a sequence's last token before the next one can be drawn."""
+    rules = sequence.request.sampling.rules
+    return bool(rules and (rules.frequency_penalty or rules.presence_penalty))
