@@ -21,7 +21,7 @@ from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.memory.loan import Move
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.ranks.events import Log
-from hpc_distkv.ranks.mailbox import Letters
+from hpc_distkv.ranks.mailbox import Mailbox
 from hpc_distkv.step.creditor import Creditor
 from hpc_distkv.step.debtor import Debtor
 from hpc_distkv.step.parts import Parts
@@ -48,7 +48,7 @@ class Node:
         time = TimeSheet(Recorder())
         parts = Parts(comm, model, self.pool, config, (1, HEAD_DIM), None, time)
         self.debtor, self.creditor = Debtor(parts, self.instance), Creditor(parts, self.instance)
-        self.letters = Letters(comm, self.instance, self.creditor, Log(comm))
+        self.letters = Mailbox(comm, self.instance, self.creditor, Log(comm))
         self.marks = marks
         self.answer: Answer | None = Answer(round=0)
         """Of the last round, until it takes effect."""
