@@ -14,7 +14,7 @@ from hpc_distkv.control.messages.answer import Answer
 from hpc_distkv.decide.instance import NO_LOGPROBS
 from hpc_distkv.decide.pace import StepSeconds
 from hpc_distkv.decide.plan import Plan
-from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.memory.loan import ProtocolError
 from hpc_distkv.ranks.events import (
     Advanced,
@@ -92,7 +92,7 @@ class Follower(StepLoop):
         return plan, begun.now
 
     def _draw(
-        self, logits: torch.Tensor, ends: Rows[Sequence], before: torch.Tensor | None
+        self, logits: torch.Tensor, ends: Rows[TokenSequence], before: torch.Tensor | None
     ) -> torch.Tensor:
         return torch.empty(len(ends), dtype=torch.int64, device=self._comm.device.place)
 
