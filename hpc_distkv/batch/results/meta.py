@@ -72,15 +72,15 @@ def write_meta(path: Path, meta: Mapping[str, Any]) -> None:
     replace_file(meta_path(path), [json.dumps(meta, indent=2).encode(), b"\n"])
 
 
-def check_meta(path: Path, wanted: Mapping[str, Any]) -> None:
-    """Refuse the results of another job, with JournalError. Raises OSError."""
-    meta = meta_path(path)
-    if not meta.exists():
+def check_meta(path: Path, before: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> None:
+    """Refuse the results of another job than the one `wanted`: `before` is what is known of the job
+    that wrote them. Raises JournalError."""
+    if before is None:
         raise JournalError(
-            f"{path} is not empty and has no {meta.name} beside it, so it is not known which job "
-            f"wrote it. {_RESTART}"
+            f"{path} is not empty and has no {meta_path(path).name} beside it, so it is not known "
+            f"which job wrote it. {_RESTART}"
         )
-    if found := differences(path, wanted):
+    if found := differences(before, wanted):
         raise JournalError(f"{path} holds results of another job: {'; '.join(found)}. {_RESTART}")
 
 
@@ -93,18 +93,13 @@ def note_meta(path: Path, wanted: Mapping[str, Any]) -> None:
         write_meta(path, after)
 
 
-def has_meta(path: Path) -> bool:
-    """Whether anything is known of the job."""
-    return meta_path(path).exists()
-
-
-def check_errors(path: Path, wanted: Mapping[str, Any]) -> None:
+def check_errors(path: Path, before: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Refuse to go on without the file of error rows, which would be answered again. Raises
     JournalError and OSError."""
-    before = read_meta(path).get(ERRORS) if has_meta(path) else None
-    if before and before != wanted.get(ERRORS) and Path(before).exists():
+    errors = before.get(ERRORS)
+    if errors and errors != wanted.get(ERRORS) and Path(errors).exists():
         raise JournalError(
-            f"the error rows of {path} are in {before}: give --error-file {before}, or remove that "
+            f"the error rows of {path} are in {errors}: give --error-file {errors}, or remove that "
             "file to answer them again."
         )
 
@@ -136,9 +131,8 @@ def _check(meta: Mapping[str, Any]) -> None:
         Shard.parse(meta[SHARD])
 
 
-def differences(path: Path, wanted: Mapping[str, Any]) -> list[str]:
-    """How the job that wrote the results differs from the one that is wanted."""
-    before = read_meta(path)
+def differences(before: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """How the job that wrote some results differs from the one that is wanted."""
     if FORMER in wanted and not isinstance(before.get(MODEL), dict):
         wanted = {**wanted, MODEL: wanted[FORMER]}
     old, new = _flat(before), _flat(wanted)

@@ -21,12 +21,16 @@ from hpc_distkv.batch.results.meta import (
     check_meta,
     describe,
     differences,
-    has_meta,
     note_meta,
     read_meta,
     write_meta,
 )
-from hpc_distkv.batch.results.side_files import excess_of_name, side_files, unfinished_path
+from hpc_distkv.batch.results.side_files import (
+    excess_of_name,
+    meta_path,
+    side_files,
+    unfinished_path,
+)
 from hpc_distkv.batch.results.unfinished import AnswerKey, Begun, check_unfinished, read_unfinished
 from hpc_distkv.regular import check_replaceable, real_path, remove_file, replace_file, same_file
 
@@ -44,11 +48,9 @@ class Reuse(NamedTuple):
     """Whether that job was started before, and goes on where it was: it does not drop once more
     what it has made since it dropped what was there."""
 
-    def at(self, path: Path) -> Reuse:
-        """What is still to be dropped of the file at `path`. Raises JournalError and OSError."""
-        if self.restarted and has_meta(path) and read_meta(path).get(DROPPED) == self.job:
-            return Reuse()
-        return self
+    def after(self, before: Mapping[str, Any] | None) -> Reuse:
+        """What is still to be dropped, if `before` is known of the job that wrote the file."""
+        return Reuse() if self.restarted and before and before.get(DROPPED) == self.job else self
 
 
 @dataclass(frozen=True)
@@ -85,16 +87,15 @@ class Opening:
         drops = reuse.overwrite or reuse.retry_errors
         wanted = describe(fingerprint, source, errors, reuse.job if drops else None)
         with _usable(path):
-            reuse = reuse.at(path)
-            if has_meta(path):
-                read_meta(path)
-            if not reuse.overwrite:
-                check_errors(path, wanted)
+            before = read_meta(path) if meta_path(path).exists() else None
+            reuse = reuse.after(before)
+            if before and not reuse.overwrite:
+                check_errors(path, before, wanted)
             empty = reuse.overwrite or not path.exists() or path.stat().st_size == 0
             if not empty:
-                check_meta(path, wanted)
+                check_meta(path, before, wanted)
             answered, sound = (Answered(), 0) if empty else read_answered(path)
-            same = not reuse.overwrite and has_meta(path) and not differences(path, wanted)
+            same = bool(before and not reuse.overwrite and not differences(before, wanted))
             begun = unfinished_path(path)
             unfinished = read_unfinished(begun) if same else check_unfinished(begun)
         return cls(claim, wanted, same, empty, reuse.retry_errors, answered, sound, unfinished)
