@@ -165,7 +165,7 @@ def _version(state: os.stat_result) -> tuple[int, ...]:
 
 
 def _ends_within(line: bytes) -> bool:
-    """Whether a line is the beginning of one: the last of a file that is still being copied."""
+    """Whether a line is cut off: the last of a file that is still being copied."""
     if line.endswith(b"\n") or line.isspace():
         return False
     try:
