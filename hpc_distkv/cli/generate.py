@@ -11,8 +11,7 @@ import click
 
 from hpc_distkv.batch.input.body import SEEDS
 from hpc_distkv.cli.options import POSITIVE, Number, engine_options, read_shard
-from hpc_distkv.errors import FaultError
-from hpc_distkv.exit_status import STOPPED_STATUS
+from hpc_distkv.errors import STOPPED_STATUS, FaultError
 from hpc_distkv.ranks.interrupt import GRACE, TERM_GRACE, Interrupt
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from hpc_distkv.cli.options import results_files
-from hpc_distkv.exit_status import STOPPED_STATUS
+from hpc_distkv.errors import STOPPED_STATUS
 from hpc_distkv.printable import printable
 
 

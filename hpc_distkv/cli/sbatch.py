@@ -19,10 +19,9 @@ from hpc_distkv.cli.generate import command as generate
 from hpc_distkv.cli.options import POSITIVE
 from hpc_distkv.comm.mpi.launch import LaunchError
 from hpc_distkv.slurm.memory import memory_needed
-from hpc_distkv.slurm.options import MEMORY, PASSED_ON, WITHOUT_VALUE, instead
+from hpc_distkv.slurm.options import MEMORY, PASSED_ON, WITHOUT_VALUE, instead, seconds
 from hpc_distkv.slurm.script import KINDS, MARGIN, JobScript
 from hpc_distkv.slurm.submission import check, log_file, send
-from hpc_distkv.slurm.time_limit import seconds
 from hpc_distkv.start.options import EngineOptions
 
 F = TypeVar("F", bound=Callable[..., Any])

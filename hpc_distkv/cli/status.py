@@ -13,8 +13,7 @@ import click
 from hpc_distkv.batch.input.intake import MOST_NAMED, named
 from hpc_distkv.batch.status import Status, read_status, read_statuses
 from hpc_distkv.cli.options import results_files
-from hpc_distkv.errors import FaultError
-from hpc_distkv.exit_status import STOPPED_STATUS
+from hpc_distkv.errors import STOPPED_STATUS, FaultError
 from hpc_distkv.printable import printable
 from hpc_distkv.units import duration
 

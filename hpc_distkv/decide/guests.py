@@ -41,7 +41,7 @@ def remote_queries(rm: RManager, rows: Iterable[Scheduled]) -> dict[int, list[Qu
 
 def host_queries(rm: RManager, rows: Iterable[Scheduled]) -> list[Query]:
     """The queries of a step to what is in the host's memory, those of the same guests together."""
-    return _queries(rm, rows).get(HOST, []) if rm.host_space.used else []
+    return _queries(rm, rows).get(HOST, []) if rm.swap.used else []
 
 
 def _queries(rm: RManager, rows: Iterable[Scheduled]) -> dict[int, list[Query]]:

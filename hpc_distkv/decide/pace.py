@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from hpc_distkv.control.lending.step_time import StepTime
-from hpc_distkv.control.rows.work import STEP_TOKENS
+from hpc_distkv.control.assign.work import STEP_TOKENS
+from hpc_distkv.decide.step_time import StepTime
 
 EXCHANGES = 500
 """Decode steps with an exchange of which the mean counts: a wait is short or long by what the
@@ -22,7 +22,7 @@ class StepWork(NamedTuple):
     kv_tokens: int
     """KV tokens at home that they attended to."""
     prompt_work: float
-    """Of prompts, as `control.rows.work`."""
+    """Of prompts, as `control.assign.work`."""
     exchanging: bool
     """Whether rows had rBlocks elsewhere."""
 

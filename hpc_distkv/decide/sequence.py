@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from hpc_distkv.control.assign.work import kv_tokens
 from hpc_distkv.control.messages.requests import (
     NOT_FINITE,
     UNREADABLE,
@@ -12,7 +13,6 @@ from hpc_distkv.control.messages.requests import (
     unpack_tokens,
 )
 from hpc_distkv.control.messages.token_logprobs import record_dtype
-from hpc_distkv.control.rows.work import kv_tokens
 from hpc_distkv.decide.stop import StopMatcher, TextDecoder
 from hpc_distkv.decide.token_counts import TokenCounts
 from hpc_distkv.errors import ForeignError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import islice
 
-from hpc_distkv.control.rows.work import work
+from hpc_distkv.control.assign.work import work
 from hpc_distkv.decide.sequence import Sequence
 from hpc_distkv.decide.state import State
 from hpc_distkv.memory.loan import HOST, Move
@@ -49,7 +49,9 @@ class Swaps:
         It leaves when the copies have arrived (`commit`)."""
         rm, config, sealed = state.rm, state.config, _sealed(state, sequence)
         copying = _copying(state, sequence)
-        if copying is None or copying > work(0, config.block_size * sealed, config.attention_tokens):
+        if copying is None or copying > work(
+            0, config.block_size * sealed, config.attention_tokens
+        ):
             return False
         alone = rm.prefixes.used_alone(sequence.id)
         self.freeing += sum(len(table.slots) for table in (rm.tables[sequence.id], *alone))
@@ -88,7 +90,7 @@ class Swaps:
             for sequence in sorted(state.running, key=lambda s: s.length, reverse=True):
                 if short > 0 and _outgrows(state, sequence) and not may_borrow(sequence):
                     short -= self._spill(state, sequence, short)
-        elif not self._out and state.rm.host_space.used:
+        elif not self._out and state.rm.swap.used:
             self._bring_home(state)
 
     def take_plan(self) -> tuple[list[Move], list[Move]]:
@@ -104,7 +106,7 @@ class Swaps:
 
     def _spill(self, state: State, sequence: Sequence, short: int) -> int:
         """Send the oldest rBlocks of a sequence; returns how many."""
-        rm, space = state.rm, state.rm.host_space
+        rm, space = state.rm, state.rm.swap
         blocks = list(islice(_movable(state, sequence), short))
         # Swapped-out rows that are not on their way now make room, the youngest first.
         leaving = {sequence.id for sequence in self._leaving}
@@ -144,7 +146,7 @@ def preemption_cost(state: State, sequence: Sequence) -> float:
 
 def may_spill(state: State, sequence: Sequence) -> bool:
     """True if rBlocks of a running sequence that lacks memory can go to the host's."""
-    space = state.rm.host_space
+    space = state.rm.swap
     room = space.free + sum(len(space.slots[key]) for key in space.swapped)
     return _outgrows(state, sequence) and room > 0 and any(_movable(state, sequence))
 

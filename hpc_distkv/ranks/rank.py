@@ -12,12 +12,12 @@ import torch
 from hpc_distkv.comm.collective.probe import LinkCosts, probe
 from hpc_distkv.comm.together import together
 from hpc_distkv.comm.transport import Comm
+from hpc_distkv.control.assign.source import RequestSource, SyncSource
+from hpc_distkv.control.assign.work import kv_tokens
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.lending.links import Links
 from hpc_distkv.control.messages.requests import Request
 from hpc_distkv.control.policy import POLICIES, Policy
-from hpc_distkv.control.rows.source import RequestSource, SyncSource
-from hpc_distkv.control.rows.work import kv_tokens
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.stop import TextDecoder
 from hpc_distkv.errors import OptionError

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from hpc_distkv.control.rows.work import work
+from hpc_distkv.control.assign.work import work
 from hpc_distkv.decide.instance import Instance
 from hpc_distkv.decide.pace import StepWork
 from hpc_distkv.decide.plan import NOTHING, Plan, Scheduled

@@ -11,9 +11,8 @@ import torch
 
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.messages.answer import Answer
-from hpc_distkv.control.messages.report import Remains
+from hpc_distkv.control.messages.reports import Remains, encode_report
 from hpc_distkv.control.messages.requests import Result, Unfinished
-from hpc_distkv.control.messages.wire import encode_report
 from hpc_distkv.decide.look_ahead import may_plan_ahead
 from hpc_distkv.decide.pace import Speed, StepSeconds
 from hpc_distkv.decide.plan import Plan

@@ -6,8 +6,8 @@ import struct
 from collections.abc import Iterable
 from itertools import takewhile
 
+from hpc_distkv.control.assign.work import kv_tokens
 from hpc_distkv.control.messages.requests import Request, Sampling
-from hpc_distkv.control.rows.work import kv_tokens
 from hpc_distkv.decide.sequence import Sequence
 from hpc_distkv.simulate.workload import Row
 

@@ -6,9 +6,9 @@ import pytest
 
 from hpc_distkv.control.messages.answer import Answer
 from hpc_distkv.control.messages.counters import Counters
-from hpc_distkv.control.messages.gaps import gap_bin
 from hpc_distkv.control.messages.loans import Header
-from hpc_distkv.control.messages.report import Changes, Report
+from hpc_distkv.control.messages.percentiles import gap_bin
+from hpc_distkv.control.messages.reports import Changes, Report
 from hpc_distkv.control.messages.requests import (
     Request,
     Sampling,
@@ -18,8 +18,8 @@ from hpc_distkv.control.messages.requests import (
 )
 from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.decide.config import EngineConfig
-from hpc_distkv.decide.handover import handover
 from hpc_distkv.decide.instance import Instance
+from hpc_distkv.decide.migration import handover
 from hpc_distkv.decide.plan import Plan
 from hpc_distkv.decide.sequence import Sequence
 from hpc_distkv.memory.loan import Move, ProtocolError

@@ -16,9 +16,7 @@ from torch.nn import functional
 from hpc_distkv.model import build
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import nothing
-from hpc_distkv.model.experts import Experts, grouped
-from hpc_distkv.model.linear import Linear
-from hpc_distkv.model.mlp import Mlp
+from hpc_distkv.model.layers import Experts, Linear, Mlp, grouped
 from hpc_distkv.model.weights import load_decoder
 
 COUNT, PER_TOKEN, HIDDEN, INNER = 12, 4, 32, 24

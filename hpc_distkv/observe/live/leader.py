@@ -8,8 +8,8 @@ from typing import Any
 
 from hpc_distkv.batch.job import Job
 from hpc_distkv.comm.world import World
+from hpc_distkv.control.assign.source import SyncSource
 from hpc_distkv.control.messages.requests import Request, Result, Unfinished
-from hpc_distkv.control.rows.source import SyncSource
 from hpc_distkv.observe.live.watch import Watch
 from hpc_distkv.observe.summary.metrics import RankFigures
 from hpc_distkv.observe.summary.run import RunRecord
