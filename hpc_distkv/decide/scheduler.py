@@ -210,7 +210,7 @@ class Scheduler:
         self._short_steps = self._short_steps + 1 if self.short else 0
         self._starved = self.short = False
         self._steps += 1
-        planned: dict[int, Scheduled] = {}
+        planned: dict[int, Scheduled[Sequence]] = {}
         self._plan_decodes(planned)
         budget = self.config.max_num_batched_tokens
         if self.rm.guests:
@@ -232,7 +232,7 @@ class Scheduler:
             sequence.computed = 0
             self.add(sequence)
 
-    def _plan_decodes(self, planned: dict[int, Scheduled]) -> None:
+    def _plan_decodes(self, planned: dict[int, Scheduled[Sequence]]) -> None:
         tables, size = self.rm.tables, self.config.block_size
         for sequence in [s for s in self.running if s.remaining == 1]:
             if sequence.computed >= sequence.final_len:  # Its last token is on its way.
@@ -243,7 +243,7 @@ class Scheduler:
             ):
                 planned[sequence.id] = Scheduled(sequence, 1)
 
-    def _plan_prefills(self, planned: dict[int, Scheduled], budget: int) -> None:
+    def _plan_prefills(self, planned: dict[int, Scheduled[Sequence]], budget: int) -> None:
         prefills = [s for s in self.running if s.remaining > 1]
         while budget > 0:
             sequence = prefills.pop(0) if prefills else self._admit()
@@ -309,7 +309,9 @@ class Scheduler:
 
     # -- when memory is short -------------------------------------------------------------------
 
-    def _make_room(self, sequence: Sequence, count: int, planned: dict[int, Scheduled]) -> bool:
+    def _make_room(
+        self, sequence: Sequence, count: int, planned: dict[int, Scheduled[Sequence]]
+    ) -> bool:
         """Give the sequence the rBlocks for `count` tokens, preempting younger ones if need be.
         Returns False if it stalls."""
         needed = self.foresight.missing(sequence, sequence.computed + count)

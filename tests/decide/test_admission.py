@@ -14,7 +14,7 @@ from hpc_distkv.control.messages.requests import NOBODY
 from hpc_distkv.decide.admission import REFUSED_STEPS, Admission
 from hpc_distkv.decide.demand import lacking
 from hpc_distkv.decide.scheduler import Scheduler
-from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.decide.state import CANDIDATES, State
 
 ANY = 10**4
@@ -27,7 +27,7 @@ row_sizes = st.tuples(st.integers(1, 30), st.integers(1, 40))
 # -- younger ones pass ----------------------------------------------------------------------------
 
 
-def one_runs_one_waits() -> tuple[Scheduler, Sequence]:
+def one_runs_one_waits() -> tuple[Scheduler, TokenSequence]:
     """Rows 0 and 1 come to have 13 rBlocks each, and there are 20, one in reserve: row 1 has its
     place in 10 steps, when row 0 ends."""
     scheduler = make(num_blocks=20, max_num_batched_tokens=ANY)
@@ -166,7 +166,7 @@ class Watched:
         self._seen: tuple[object, ...] = ()
         self._admission.next = self.next
 
-    def next(self, state: State) -> Sequence | None:
+    def next(self, state: State) -> TokenSequence | None:
         assert state is self._scheduler
         orders, rm = state.orders, state.rm
         expected, got = Admission().next(state), self._next(state)
