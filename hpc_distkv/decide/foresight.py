@@ -57,7 +57,7 @@ class Foresight:
         """Tokens that the sequence has to compute before it gets the next one."""
         if sequence.id in self._rm.tables:
             return sequence.remaining
-        there = max(self._rm.prefixes.coming(sequence.keys), self._rm.host_space.end(sequence.id))
+        there = max(self._rm.prefixes.coming(sequence.keys), self._rm.swap.computed(sequence.id))
         return sequence.length - there * self._config.block_size
 
     def at_home(self, running: Rows[Sequence]) -> int:
