@@ -71,7 +71,7 @@ class Reporting:
             wanted_for=demand.wanted_for,
             largest=demand.largest,
             starved=demand.starved,
-            room_rows=room[0],
+            room_requests=room[0],
             room_tokens=room[1],
             running=len(running),
             waiting=scheduler.fresh,
@@ -84,7 +84,7 @@ class Reporting:
             generated_tokens=counters.generated_tokens,
             kv_tokens=self._kv_tokens(),
             work_left=self._work_left(),
-            row_blocks=self._row_blocks(),
+            request_blocks=self._request_blocks(),
             fixed=speed.fixed,
             per_token=speed.per_token,
             per_kv=speed.per_kv,
@@ -135,7 +135,7 @@ class Reporting:
             for s in rows
         )
 
-    def _row_blocks(self) -> float:
+    def _request_blocks(self) -> float:
         """The rows that wait say best what rows to come will need."""
         rows = self._scheduler.waiting or self._scheduler.running
         if not rows:
