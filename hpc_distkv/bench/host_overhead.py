@@ -63,7 +63,7 @@ class NoLayers:
     """A model without any; its logits are the same for all tokens."""
 
     attention: Sequence[AttentionSpec] = ()
-    unconditional = True
+    capturable = True
     needs_lengths = False
     lanes: Lanes = Alone()
 

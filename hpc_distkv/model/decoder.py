@@ -97,7 +97,7 @@ class Decoder:
         return self.embedding.device
 
     @property
-    def unconditional(self) -> bool:
+    def capturable(self) -> bool:
         """Whether `hidden` asks the same of a device whatever the numbers are, and waits for
         nothing: no other lanes whose sums need the host, no lengths, no experts that are computed
         one by one, as they are where `grouped` finds no kernel for all of them: not with an old

@@ -161,7 +161,7 @@ def test_at_once_the_logits_are_those_of_transformers(name, tmp_path: Path, monk
     monkeypatch.setattr(build, "grouped", lambda *_: True)
     model = save(name, tmp_path)
     decoder = load_decoder(tmp_path, ModelConfig.from_dir(tmp_path), "float32")
-    assert decoder.unconditional
+    assert decoder.capturable
     tokens = torch.tensor(prompt(90, 1))
     torch.testing.assert_close(
         logits_of(decoder, tokens, (37,)), reference_logits(model, tokens), rtol=0, atol=1e-4
