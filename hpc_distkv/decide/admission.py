@@ -135,21 +135,27 @@ class Admission:
     def large(self, sequence: Sequence) -> bool:
         """Whether the sequence can't run with this instance's memory alone, and the gManager looks
         after such."""
-        own = self._config.num_blocks - self._rm.lent - self.reserve
+        own = self._config.num_blocks - self._rm.lender.lent - self.reserve
         return self._config.policy.planner and self._config.blocks(sequence.length + 1) > own
 
     def _state(self, waiting: Rows[Sequence], running: Rows[Sequence]) -> tuple[object, ...]:
         """All that decides on who may begin, but for the growth that was foreseen."""
         rm = self._rm
-        memory = (rm.credit, rm.promised, rm.lent, rm.borrowed, rm.prefixes.computing)
+        memory = (
+            rm.borrower.credit,
+            rm.lender.promised,
+            rm.lender.lent,
+            rm.borrower.borrowed,
+            rm.prefixes.computing,
+        )
         ids = (sequence.id for sequence in (*running, *waiting[:CANDIDATES]))
         return (self.before, self.keep, len(self.begin), *memory, len(running), *ids)
 
     def _room(self, waiting: Rows[Sequence], running: Rows[Sequence]) -> Room:
         """What is the same for all that wait."""
         rm, foresight = self._rm, self._foresight
-        credit = rm.credit if self._config.policy.lending else 0
-        free = rm.usable + credit
+        credit = rm.borrower.credit if self._config.policy.lending else 0
+        free = rm.slots.usable + credit
         usual = free - self.keep
         if any(map(self.large, waiting)):
             usual -= credit

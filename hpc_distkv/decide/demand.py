@@ -75,10 +75,10 @@ class Demands:
         whether the oldest that runs cannot go on."""
         self._outlook = self._admission.outlook(self._waiting, self._running)
         credit = self._usable_credit()
-        if self._config.policy.lending and credit < self._rm.credit:
+        if self._config.policy.lending and credit < self._rm.borrower.credit:
             self._moves.forget_plans()
-            self._return_credit(self._rm.credit - credit)
-        held = self._rm.usable + (credit if self._config.policy.lending else 0)
+            self._return_credit(self._rm.borrower.credit - credit)
+        held = self._rm.slots.usable + (credit if self._config.policy.lending else 0)
         if starved and self._running:
             oldest = self._running[0]
             growth = max(self._growth, oldest.length // STARVED_GROWTH)
@@ -97,11 +97,11 @@ class Demands:
             return Demand(wanted, wanted_for, largest, False, 0)
         if self._config.policy.lending:
             shed = self._moves.sheddable() if self.movable() else {}
-            lacking = max(0, need - self._rm.usable)
-            self._return_credit(self._rm.credit - lacking - sum(shed.values()), shed)
+            lacking = max(0, need - self._rm.slots.usable)
+            self._return_credit(self._rm.borrower.credit - lacking - sum(shed.values()), shed)
         if not self._config.policy.sharing:
             return Demand(0, NOBODY, 0, False, 0)
-        rest = max(0, self._rm.usable + self._rm.credit - need)
+        rest = max(0, self._rm.slots.usable + self._rm.borrower.credit - need)
         return Demand(0, NOBODY, 0, False, min(rest, self._lendable()))
 
     @property
@@ -166,12 +166,12 @@ class Demands:
         if not keep:
             claims += self._outlook.claims
         growth = self._foresight.peak(claims) - self._foresight.at_home(self._running)
-        return max(0, int(self._rm.usable - need - max(0, growth)))
+        return max(0, int(self._rm.slots.usable - need - max(0, growth)))
 
     def _usable_credit(self) -> int:
         """Credit that can help: through it flows what is sealed at home, so without room or sealed
         rBlocks at home it is worth nothing."""
-        return self._rm.credit if self._rm.usable > 0 or self.movable() else 0
+        return self._rm.borrower.credit if self._rm.slots.usable > 0 or self.movable() else 0
 
     def movable(self) -> bool:
         """Whether any rBlock may travel."""
@@ -179,9 +179,9 @@ class Demands:
 
     def _return_credit(self, surplus: int, planned: Mapping[int, int] = NOTHING_PLANNED) -> None:
         """Give back `surplus` of the credit, but not what is `planned` to be used (by creditor)."""
-        for creditor, debt in list(self._rm.debts.items()):
+        for creditor, debt in list(self._rm.borrower.debts.items()):
             blocks = max(0, min(debt.credit - planned.get(creditor, 0), surplus))
-            self._rm.return_credit(creditor, blocks)
+            self._rm.borrower.return_credit(creditor, blocks)
             surplus -= blocks
 
     def _large(self, sequence: Sequence, counted: set[int]) -> Large:

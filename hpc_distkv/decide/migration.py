@@ -32,25 +32,26 @@ class Migrations:
         """Whether a request is on its way that has credit for all that is left of it."""
         return any(
             request in self._rm.tables
-            and creditor in self._rm.debts
-            and self._left(request) <= self._rm.debts[creditor].credit
+            and creditor in self._rm.borrower.debts
+            and self._left(request) <= self._rm.borrower.debts[creditor].credit
             for request, creditor in self._target.items()
         )
 
     def return_credit(self) -> None:
         """Give back what no request has used between two reports: its creditor has other uses."""
         targets = set(self._target.values())
-        idle = {c for c, d in self._rm.debts.items() if d.credit and c not in targets}
+        idle = {c for c, d in self._rm.borrower.debts.items() if d.credit and c not in targets}
         for creditor in idle & self._idle:
-            self._rm.return_credit(creditor, self._rm.debts[creditor].credit)
+            self._rm.borrower.return_credit(creditor, self._rm.borrower.debts[creditor].credit)
         self._idle = idle - self._idle
 
     def plan(self, running: Rows[Sequence], short: int) -> tuple[list[Move], list[Sequence]]:
         """Copies of this step, and the sequences that are handed over with it. `short`: rBlocks
         that should become free here."""
+        debts = self._rm.borrower.debts
         tables = self._rm.tables  # What is in the host's memory cannot be copied from the pool.
         self._target = {
-            r: c for r, c in self._target.items() if r in tables and not tables[r].remote
+            r: c for r, c in self._target.items() if r in tables and not tables[r].remote_blocks
         }
         self._choose(running, short)
         moves: list[Move] = []
@@ -61,12 +62,12 @@ class Migrations:
                 continue
             left = self._left(sequence.id)
             copied = self._rm.tables[sequence.id].blocks - left
-            if creditor not in self._rm.debts or self._rm.debts[creditor].credit < left:
+            if creditor not in debts or debts[creditor].credit < left:
                 continue
             sealed = sequence.computed // self._config.block_size
             last = left <= COPIED_BLOCKS
             count = left if last else min(COPIED_BLOCKS, sealed - copied)
-            moves += [self._rm.copy_out(sequence.id, creditor) for _ in range(count)]
+            moves += [self._rm.borrower.copy_out(sequence.id, creditor) for _ in range(count)]
             if last:
                 leaving.append(sequence)
                 del self._target[sequence.id]
@@ -76,7 +77,7 @@ class Migrations:
         """Send a decoding request to every creditor with credit: the smallest that frees what is
         short, or else the largest that finds room."""
         taken = set(self._target.values())
-        for creditor, debt in self._rm.debts.items():
+        for creditor, debt in self._rm.borrower.debts.items():
             if creditor in taken or debt.credit <= GROWTH_BLOCKS:
                 continue
             sizes = [
@@ -84,7 +85,7 @@ class Migrations:
                 for s in running
                 if s.remaining == 1
                 and s.id not in self._target
-                and not self._rm.tables[s.id].remote
+                and not self._rm.tables[s.id].remote_blocks
             ]
             fitting = [size for size in sizes if size[0] + GROWTH_BLOCKS <= debt.credit]
             enough = [size for size in fitting if size[0] >= short]
@@ -94,5 +95,5 @@ class Migrations:
 
     def _left(self, request: int) -> int:
         """rBlocks left to copy."""
-        copies = self._rm.copies.get(request)
+        copies = self._rm.borrower.copies.get(request)
         return self._rm.tables[request].blocks - (copies.blocks if copies else 0)

@@ -37,7 +37,7 @@ class Moves:
     @property
     def coming(self) -> bool:
         """Whether a step may have moves."""
-        return bool(self._rm.credit or any(self._recall.values()))
+        return bool(self._rm.borrower.credit or any(self._recall.values()))
 
     def forget_plans(self) -> None:
         """Credit goes back to its creditors: nothing is planned with it any more."""
@@ -51,7 +51,7 @@ class Moves:
 
     def sheddable(self) -> dict[int, int]:
         """Creditor → rBlocks that were planned to move there and have credit."""
-        debts = self._rm.debts
+        debts = self._rm.borrower.debts
         shed = {c: min(n, debts[c].credit) for c, n in self._shed.items() if c in debts}
         return {creditor: blocks for creditor, blocks in shed.items() if blocks > 0}
 
@@ -61,7 +61,7 @@ class Moves:
         """Moves of this step: out, of which `short` are waited for, and home, into room beyond the
         `growth` of what runs."""
         self._tokens = min(self._tokens, self._config.block_size) + self._config.move_budget
-        out = self._out(running, short) if self._rm.credit else []
+        out = self._out(running, short) if self._rm.borrower.credit else []
         return out, self._home(growth) if any(self._recall.values()) else []
 
     def _out(self, running: Rows[Sequence], short: int) -> list[Move]:
@@ -76,16 +76,16 @@ class Moves:
         for key in sorted(sealed, key=lambda key: sealed[key] / readers[key], reverse=True):
             table = rm.tables[key]
             for index in islice(table.indices, sealed[key]):
-                if len(moves) < short and rm.credit:
+                if len(moves) < short and rm.borrower.credit:
                     creditor = max(
-                        (c for c, debt in rm.debts.items() if debt.credit),
-                        key=lambda c: (c in table.remote, rm.debts[c].credit),
+                        (c for c, debt in rm.borrower.debts.items() if debt.credit),
+                        key=lambda c: (c in table.remote, rm.borrower.debts[c].credit),
                     )
                 elif shed and self._afford():
                     creditor = next(iter(shed))
                 else:
                     return moves
-                moves.append(rm.move_out(key, index, creditor))
+                moves.append(rm.borrower.move_out(key, index, creditor))
                 if creditor in shed:  # it serves the plan, for whatever reason it was made
                     self._shed[creditor] -= 1
                     shed = self.sheddable()
@@ -94,7 +94,7 @@ class Moves:
     def _home(self, growth: Callable[[], int]) -> list[Move]:
         """Of the requests with fewest rBlocks at the creditor first."""
         moves: list[Move] = []
-        room = self._rm.usable - growth()
+        room = self._rm.slots.usable - growth()
         for creditor in self._recall:
             hosted = [
                 (len(table.remote[creditor]), request)
@@ -109,7 +109,7 @@ class Moves:
             for request, index in blocks[: self._recall[creditor]]:
                 if room <= len(moves) or not self._afford():
                     return moves
-                moves.append(self._rm.bring_home(request, index, creditor))
+                moves.append(self._rm.borrower.bring_home(request, index, creditor))
                 self._recall[creditor] -= 1
         return moves
 

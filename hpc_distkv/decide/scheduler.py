@@ -174,7 +174,7 @@ class Scheduler:
     def room(self) -> tuple[int, int]:
         """Rows and prompt tokens that may be assigned: enough to keep the batch full until the
         next rounds, no more, so that rows stay free to go where there is time."""
-        room = self._rm.usable - self._admission.keep
+        room = self._rm.slots.usable - self._admission.keep
         if room < self._admission.first_chunk and (
             self.waiting or not self.running or self._admission.keep
         ):
@@ -196,7 +196,7 @@ class Scheduler:
         rows: dict[int, Scheduled[Sequence]] = {}
         self._plan_decodes(rows)
         budget = self._config.max_num_batched_tokens
-        if self._rm.guests:
+        if self._rm.lender.guests:
             budget = min(budget, len(rows) + max(1, int(GUEST_STEPS * self.step_tokens)))
         self._plan_prefills(rows, budget - len(rows))
         copies, leaving = self._plan_migrations()
@@ -219,7 +219,7 @@ class Scheduler:
         need = self._admission.reserve
         for sequence in (*self.running, *self.demands.next_waiting()):
             need += self.foresight.missing(sequence, self.demands.foreseen(sequence))
-        return self._migrations.plan(self.running, need - self._rm.usable)
+        return self._migrations.plan(self.running, need - self._rm.slots.usable)
 
     def _plan_decodes(self, rows: dict[int, Scheduled[Sequence]]) -> None:
         tables, size = self._rm.tables, self._config.block_size
@@ -292,7 +292,7 @@ class Scheduler:
                 for s in self.running
                 if s is not sequence and (s.remaining == 1 or s.id < sequence.id)
             )
-        spare = max(0, self._rm.usable - left)
+        spare = max(0, self._rm.slots.usable - left)
         return max(0 if yields else 1, (held + spare) * self._config.block_size - sequence.computed)
 
     def _make_room(
@@ -302,7 +302,7 @@ class Scheduler:
         needed = self.foresight.missing(sequence, sequence.computed + count)
         if not needed:
             return True
-        while needed > self._rm.usable:
+        while needed > self._rm.slots.usable:
             self.short = True
             if self._ahead:
                 return False
@@ -340,7 +340,7 @@ class Scheduler:
         """Whether rBlocks will come without a preemption."""
         if self._migrations and self._migrations.active:
             return True
-        if self._config.policy.lending and self._rm.credit and self.demands.movable():
+        if self._config.policy.lending and self._rm.borrower.credit and self.demands.movable():
             return True
         return self._may_borrow(sequence)
 
@@ -363,7 +363,7 @@ class Scheduler:
     def _plan_moves(self) -> tuple[list[Move], list[Move]]:
         """Moves out, at least those that free what the next two steps need, and moves home; what
         creditors do not take of that goes to the host's memory."""
-        lending = self._config.policy.lending and self._rm.debts
+        lending = self._config.policy.lending and self._rm.borrower.debts
         if not lending and not self._config.host_blocks:
             return [], []
         ahead = 2 * self._config.max_num_batched_tokens
@@ -372,7 +372,7 @@ class Scheduler:
             target = min(sequence.length + GROWTH_TOKENS, sequence.computed + ahead)
             return self.foresight.missing(sequence, target)
 
-        short = self._admission.reserve - self._rm.usable + sum(map(growth, self.running))
+        short = self._admission.reserve - self._rm.slots.usable + sum(map(growth, self.running))
         most = 2 * self._config.blocks(ahead)
         moves: tuple[list[Move], list[Move]] = [], []
         if lending:

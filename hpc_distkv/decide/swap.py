@@ -10,7 +10,8 @@ from hpc_distkv.control.assign.work import work
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.foresight import Foresight
 from hpc_distkv.decide.sequence import Sequence
-from hpc_distkv.memory.loan import HOST, Move
+from hpc_distkv.memory.books.swap import SwapMove
+from hpc_distkv.memory.prefix import Prefix
 from hpc_distkv.memory.rmanager import RManager
 
 SWAP_TOKENS = 1.0
@@ -50,8 +51,8 @@ class Swaps:
         self._space = rmanager.swap
         self._leaving: list[Sequence] = []
         self._returning: list[Sequence] = []
-        self._out: list[Move] = []
-        self._home: list[Move] = []
+        self._out: list[SwapMove] = []
+        self._home: list[SwapMove] = []
 
     # -- preempted rows --------------------------------------------------------------------------
 
@@ -89,11 +90,10 @@ class Swaps:
         """Open the table of a sequence that was swapped out, and begin to bring home what has room.
         Returns whether it has to sit out this step for that."""
         table = self._rm.resume(sequence.id, sequence.keys)
-        in_host = table.remote.get(HOST, [])
         tail = self._foresight.missing(sequence, sequence.length + 1)
-        room = max(0, self._rm.usable - tail)
-        home = in_host[max(0, len(in_host) - room) :]
-        self._home += [self._rm.bring_home(sequence.id, index, HOST) for index in home]
+        room = max(0, self._rm.slots.usable - tail)
+        home = table.in_host[max(0, len(table.in_host) - room) :]
+        self._home += [self._space.bring_home(sequence.id, index) for index in home]
         if home:
             self._returning.append(sequence)
         return bool(home)
@@ -122,7 +122,7 @@ class Swaps:
         elif not self._out and self._space.used:
             self._bring_home(running)
 
-    def take_plan(self) -> tuple[list[Move], list[Move]]:
+    def take_plan(self) -> tuple[list[SwapMove], list[SwapMove]]:
         """The step's moves, to the host's memory and home."""
         moves = self._out, self._home
         self._out, self._home = [], []
@@ -140,26 +140,26 @@ class Swaps:
         blocks = list(islice(self._movable(sequence), short))
         self._make_room(len(blocks))
         blocks = blocks[: self._space.free]
-        self._out += [self._rm.spill(key, index) for key, index in blocks]
+        self._out += [self._space.spill(key, index) for key, index in blocks]
         return len(blocks)
 
     def _bring_home(self, running: Rows[Sequence]) -> None:
-        room = self._rm.usable - self._config.reserve
+        room = self._rm.slots.usable - self._config.reserve
         for sequence in running:
             end = max(int(self._foresight.expected_end(sequence)), sequence.length + GROWTH_TOKENS)
             room -= self._foresight.missing(sequence, end)
-        moving = {(move.request, move.block) for move in self._home}
+        moving = {(move.key, move.block) for move in self._home}
         there = (
             (key, index)
             for sequence in running
             for key, table in self._rm.parts(sequence.id).items()
-            for index in reversed(table.remote.get(HOST, []))
+            for index in reversed(table.in_host)
         )
         for key, index in islice(
             (block for block in dict.fromkeys(there) if block not in moving),
             max(0, min(room, HOME_BLOCKS)),
         ):
-            self._home.append(self._rm.bring_home(key, index, HOST))
+            self._home.append(self._space.bring_home(key, index))
 
     def _make_room(self, blocks: int) -> None:
         """Rows that are swapped out are computed again, the youngest first, if what runs cannot go
@@ -176,19 +176,18 @@ class Swaps:
 
     def _outgrows(self, sequence: Sequence) -> bool:
         """Whether the sequence, as long as it is, fills what is not lent of the pool."""
-        own = self._config.num_blocks - self._rm.lent - self._config.reserve
+        own = self._config.num_blocks - self._rm.lender.lent - self._config.reserve
         end = min(sequence.length + self._config.block_size, sequence.final_len)
-        return self._config.blocks(end) > own and sequence.id not in self._rm.copies
+        return self._config.blocks(end) > own and sequence.id not in self._rm.borrower.copies
 
     def _movable(self, sequence: Sequence) -> Iterator[tuple[int, int]]:
         """(sequence or prefix, logical index) of its sealed rBlocks at home, the oldest first."""
-        rm, moving = self._rm, {(m.request, m.block) for m in self._rm.outgoing}
-        for key, table in reversed(rm.parts(sequence.id).items()):
-            sealed = table.indices if key < 0 else table.indices[: self._at_home(sequence)]
-            yield from ((key, index) for index in sealed if (key, index) not in moving)
-
-    def _at_home(self, sequence: Sequence) -> int:
-        return self._rm.tables[sequence.id].place(self._sealed(sequence))
+        moving = {(move.key, move.block) for move in self._rm.borrower.outgoing}
+        moving |= {(move.key, move.block) for move in self._space.outgoing}
+        for key, table in reversed(self._rm.parts(sequence.id).items()):
+            sealed = table.blocks if isinstance(table, Prefix) else self._sealed(sequence)
+            blocks = ((key, index) for index in table.indices[: table.place(sealed)])
+            yield from (block for block in blocks if block not in moving)
 
     def _sealed(self, sequence: Sequence) -> int:
         return sequence.computed // self._config.block_size

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from hpc_distkv.errors import FaultError
 
+
 class ProtocolError(FaultError):
     """A partner did what it may not do; continuing would corrupt somebody's KV cache."""
 

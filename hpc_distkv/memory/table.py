@@ -18,8 +18,9 @@ class BlockTable:
     """Logical rBlock j of a request → a slot of its home pool, the instance that hosts it, or the
     host's memory.
 
-    Only its RManager and the parts of that write it. rBlocks stay in logical order in both lists, so positions inside
-    `slots` ascend and the unsealed tail, which never travels, is always the last.
+    Only its RManager and the parts of that write it. rBlocks stay in logical order in both lists,
+    so positions inside `slots` ascend and the unsealed tail, which never travels, is always the
+    last.
     """
 
     slots: Slots = field(default_factory=no_slots)

@@ -122,7 +122,7 @@ def test_what_is_promised_delays_no_row_that_waits(first, blocked):
     place = foresight.start(claims, foresight.claim(row), 40 - 1) if claims else 0
     lendable = scheduler.demand().lendable
     event(f"fragment: {bool(lendable and claims and scheduler.demands.lacking)}")
-    scheduler.rm.settle({3: scheduler.rm.promise(lendable)})
+    scheduler.rm.lender.settle({3: scheduler.rm.lender.promise(lendable)})
     steps = 0
     while row in scheduler.waiting:
         assert steps <= place
@@ -172,7 +172,7 @@ class Watched:
         fresh.before, fresh.keep = own.before, own.keep
         expected, got = fresh.next(waiting, running), self._next(waiting, running)
         rows = [[sequence.id for sequence in some] for some in (waiting, running)]
-        seen = (own.before, own.keep, rm.credit, rm.promised, *rows)
+        seen = (own.before, own.keep, rm.borrower.credit, rm.lender.promised, *rows)
         self.hidden = self.hidden + 1 if got is not expected else 0
         if self.hidden:
             assert got is None
@@ -191,11 +191,11 @@ def happen(scheduler: Scheduler, name: str, number: int, pick: random.Random) ->
     elif name == "before":
         answer(scheduler, admit_before=pick.choice((0, number, NOBODY)))
     elif name == "credit":
-        scheduler.rm.credit_opened(3, pick.randint(1, 10))
-    elif scheduler.rm.promised:
-        scheduler.rm.settle({})
+        scheduler.rm.borrower.credit_opened(3, pick.randint(1, 10))
+    elif scheduler.rm.lender.promised:
+        scheduler.rm.lender.settle({})
     else:
-        scheduler.rm.promise(pick.randint(1, 10))
+        scheduler.rm.lender.promise(pick.randint(1, 10))
 
 
 @settings(deadline=None, max_examples=50)
@@ -220,7 +220,7 @@ def test_a_row_that_may_begin_is_seen_at_once_or_after_a_few_steps_in_which_noth
         if pick.random() < 0.1:
             happen(scheduler, pick.choice(EVENTS), number, pick)
         step(scheduler)
-        scheduler.rm.settle_debt(3)  # its header says what was released and returned
+        scheduler.rm.borrower.settle(3)  # its header says what was released and returned
 
 
 def test_a_row_is_looked_at_again_as_it_begins_later():

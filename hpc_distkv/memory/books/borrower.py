@@ -85,9 +85,7 @@ class Borrower:
 
     def moves(self, key: int) -> bool:
         """Whether rBlocks of a request or prefix are on their way to creditors or home."""
-        return any(m.key == key for m in self.outgoing) or any(
-            m.key == key for m in self.incoming
-        )
+        return any(m.key == key for m in self.outgoing) or any(m.key == key for m in self.incoming)
 
     def _send(self, move: Move) -> Move:
         """Use credit for a move."""
@@ -112,7 +110,7 @@ class Borrower:
                 debt.released[key] = blocks
 
     def drop(self, request: int, part: BlockTable, first: int) -> None:
-        """The creditors of `part`, which was cut off a request before logical rBlock `first`, are to
+        """The creditors of `part`, the rBlocks of a request before logical rBlock `first`, are to
         free it."""
         for creditor, hosted in part.remote.items():
             dropped = self.debts[creditor].dropped

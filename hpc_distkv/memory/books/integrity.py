@@ -28,9 +28,8 @@ def _check_slots(rm: RManager) -> None:
     swapped = [(m.key, m.block) for m in (*swap.outgoing, *swap.incoming)]
     for moving in (served, own, swapped):
         assert len(set(moving)) == len(moving), "an rBlock moves twice at once"
-    owned = list(rm.slots.empty)
-    for move in (*lender.incoming, *borrower.incoming, *swap.incoming):
-        owned.append(move.slot)
+    owned = [*rm.slots.empty, *(move.slot for move in swap.incoming)]
+    owned += [move.slot for move in (*lender.incoming, *borrower.incoming)]
     for table in rm.tables.values():
         owned += table.slots
         away = sum(table.remote.values(), table.in_host)
@@ -78,9 +77,7 @@ def _check_prefixes(rm: RManager) -> None:
 def _check_loans(rm: RManager) -> None:
     for creditor, debt in rm.borrower.debts.items():
         used = sum(len(table.remote.get(creditor, ())) for table in rm.tables.values())
-        used += sum(
-            m.peer == creditor and m.kind is MoveKind.LEND for m in rm.borrower.outgoing
-        )
+        used += sum(m.peer == creditor and m.kind is MoveKind.LEND for m in rm.borrower.outgoing)
         used += sum(c.blocks for c in rm.borrower.copies.values() if c.creditor == creditor)
         used += sum(debt.released.values()) + sum(d.blocks for d in debt.dropped.values())
         assert debt.used == used, "a debt differs from its tables"

@@ -34,9 +34,7 @@ class SwapSpace:
     A slot is reserved before the copy there begins, and released when a copy back has arrived.
     """
 
-    def __init__(
-        self, num_blocks: int, home: FreeSlots, tables: Mapping[int, BlockTable]
-    ) -> None:
+    def __init__(self, num_blocks: int, home: FreeSlots, tables: Mapping[int, BlockTable]) -> None:
         self.num_blocks = num_blocks
         self.slots: dict[int, dict[int, int]] = {}
         """Request or prefix → logical index of an rBlock → its slot."""
