@@ -29,6 +29,7 @@ from hpc_distkv.comm.abort import aborting, failing
 from hpc_distkv.comm.mpi.start import open_mpi
 from hpc_distkv.comm.together import concluded, together
 from hpc_distkv.comm.transport import Comm
+from hpc_distkv.decide.instance import Instance
 from hpc_distkv.errors import FaultError, OptionError, UserError
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.fingerprint import model_fingerprint
@@ -43,10 +44,8 @@ from hpc_distkv.observe.summary.metrics import RankFigures, peak_memory
 from hpc_distkv.observe.summary.timeline import Timeline
 from hpc_distkv.observe.trace.spans import begin_trace, gather_traces
 from hpc_distkv.observe.trace.trace_file import write_trace
-from hpc_distkv.ranks.follower import Follower
 from hpc_distkv.ranks.interrupt import Interrupt
 from hpc_distkv.ranks.rank import joined
-from hpc_distkv.ranks.worker import Worker
 from hpc_distkv.start.loading import open_model
 from hpc_distkv.start.options import EngineOptions
 
@@ -153,8 +152,8 @@ class Engine:
         started = time.time()
         with failing(self.comm):
             trace = begin_trace(self.comm) if files.trace else None
-            worker = self.rank.run(leader, trace, interrupt)
-            ranks = self._gather(worker)
+            instance = self.rank.run(leader, trace, interrupt)
+            ranks = self._gather(instance)
             spans = gather_traces(self.comm, trace) if trace else []
 
         def close() -> dict[str, Any] | None:
@@ -213,8 +212,8 @@ class Engine:
             job.release()
             raise
 
-    def _gather(self, worker: Worker | Follower) -> list[RankFigures]:
-        own = RankFigures(worker.counters, peak_memory(), torch.get_num_threads())
+    def _gather(self, instance: Instance) -> list[RankFigures]:
+        own = RankFigures(instance.counters, peak_memory(), torch.get_num_threads())
         messages = self.comm.gather(msgspec.msgpack.encode(own))
         return [msgspec.msgpack.decode(message, type=RankFigures) for message in messages]
 

@@ -1,9 +1,15 @@
-"""What ends a command or a job with a sentence that says everything, and without a traceback."""
+"""What ends a command or a job with a sentence that says everything, and without a traceback; and
+the statuses with which processes leave."""
 
 from __future__ import annotations
 
 import os
 from types import TracebackType
+
+STOPPED_STATUS = os.EX_TEMPFAIL
+"""Rows are left: the same command is to be run again (sysexits.h: 75)."""
+INTERRUPTED_STATUS = 130
+"""Ended by Ctrl-C, as shells have it."""
 
 
 class ExplainedError(Exception):

@@ -83,12 +83,12 @@ def run_cluster(
         engine = RankEngine(comm, own, options, decoder)
         engine.join()
         leader = Collect(engine, requests) if comm.world.rank == 0 else None
-        worker = engine.run(leader, interrupt=(interrupts or {}).get(comm.world.rank))
+        instance = engine.run(leader, interrupt=(interrupts or {}).get(comm.world.rank))
         if leader:
             results.extend(leader.results)
             unfinished.extend(leader.unfinished)
-        worker.check()
-        return worker.counters
+        instance.check()
+        return instance.counters
 
     counters = run_local(comms, work)
     assert leftovers(comms) == []

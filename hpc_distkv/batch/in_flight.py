@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from hpc_distkv.batch.input.rows import Row
-from hpc_distkv.batch.results.unfinished import Answer, Begun, begun_digest
+from hpc_distkv.batch.results.unfinished import AnswerKey, Begun, begun_digest
 from hpc_distkv.control.messages.requests import Request, Result
 from hpc_distkv.model.detokenizer import CONTEXT
 
@@ -30,7 +30,7 @@ class Pending:
 
     @classmethod
     def of(
-        cls, row: Row, request_digest: str, begun: Mapping[Answer, Begun]
+        cls, row: Row, request_digest: str, begun: Mapping[AnswerKey, Begun]
     ) -> tuple[Pending, list[Request]]:
         """A row, and its requests from where an earlier run left off (`begun`). It is complete if
         that run has made all its answers, as when `n` was lowered since."""
@@ -43,7 +43,7 @@ class Pending:
         )
         left = []
         for choice, request in enumerate(requests):
-            made = begun.get(Answer(row.custom_id, choice))
+            made = begun.get(AnswerKey(row.custom_id, choice))
             if made is None or not made.fits(request):
                 left.append(request)
             elif made.result:
@@ -62,7 +62,7 @@ class Pending:
 class InFlight:
     """Owner of both. A row leaves as it gets its line."""
 
-    def __init__(self, begun: Mapping[Answer, Begun]) -> None:
+    def __init__(self, begun: Mapping[AnswerKey, Begun]) -> None:
         """`begun`: by earlier runs, of rows that have no line."""
         self._begun = dict(begun)
         self._pending: dict[int, Pending] = {}
@@ -82,13 +82,13 @@ class InFlight:
         """The row has its line."""
         row = self._pending.pop(number).row
         for choice in range(row.choices):
-            self._begun.pop(Answer(row.custom_id, choice), None)
+            self._begun.pop(AnswerKey(row.custom_id, choice), None)
 
     def save(self, number: int, choice: int, **made: Any) -> None:
         """Keep what was made of one answer of a row, unless that has left. `made`: fields of
         `Begun`."""
         if pending := self._pending.get(number):
-            answer = Answer(pending.row.custom_id, choice)
+            answer = AnswerKey(pending.row.custom_id, choice)
             self._begun[answer] = Begun(*answer, pending.asked[choice], **made)
 
     def put_results_aside(self) -> None:

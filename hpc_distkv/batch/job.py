@@ -201,7 +201,7 @@ class Job:
         self.commit(now=True)
         order = None
         try:
-            self._journal.set_aside([] if self.complete else self._in_flight.begun)
+            self._journal.save_unfinished([] if self.complete else self._in_flight.begun)
             if ordered and self.complete:
                 order = InputOrder(self._intake.again())
         finally:

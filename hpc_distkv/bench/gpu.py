@@ -30,8 +30,8 @@ def profile_steps(engine: RankEngine, requests: Sequence[Request]) -> dict[str, 
     where it waited, and for how long the GPU was busy."""
     leader = BenchLeader(engine, requests)
     with profiler_of_gpu() as profiler:
-        worker = engine.run(leader)
-    steps = worker.counters.steps
+        counters = engine.run(leader).counters
+    steps = counters.steps
     calls: Counter[str] = Counter()
     busy: Counter[str] = Counter()
     for average in profiler.key_averages():
@@ -39,7 +39,7 @@ def profile_steps(engine: RankEngine, requests: Sequence[Request]) -> dict[str, 
         if average.self_device_time_total and not average.self_cpu_time_total:
             busy[average.key] += average.self_device_time_total
     kernels = {name: n for name, n in busy.items() if not name.startswith(("Memcpy", "Memset"))}
-    seconds = worker.counters.step_time
+    seconds = counters.step_time
     return {
         "steps": steps,
         "seconds": seconds,

@@ -11,11 +11,11 @@ import torch
 from hpc_distkv.attention import AttentionSpec
 from hpc_distkv.comm.device import Device, Fetch
 from hpc_distkv.comm.local.threads import open_local
+from hpc_distkv.control.assign.source import SyncSource
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.lending.links import Links
 from hpc_distkv.control.messages.requests import Request, Result
 from hpc_distkv.control.policy import POLICIES
-from hpc_distkv.control.rows.source import SyncSource
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.model.decoder import Attend
@@ -63,7 +63,7 @@ class NoLayers:
     """A model without any; its logits are the same for all tokens."""
 
     attention: Sequence[AttentionSpec] = ()
-    unconditional = True
+    capturable = True
     needs_lengths = False
     lanes: Lanes = Alone()
 

@@ -11,13 +11,12 @@ from typing import Any
 
 import msgspec
 
+from hpc_distkv.control.assign.source import SyncSource
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.lending.links import Links
 from hpc_distkv.control.messages.answer import Answer
-from hpc_distkv.control.messages.report import Changes, Report
+from hpc_distkv.control.messages.reports import Changes, Report, encode_report
 from hpc_distkv.control.messages.requests import Request, Result, Sampling, pack_tokens
-from hpc_distkv.control.messages.wire import encode_report
-from hpc_distkv.control.rows.source import SyncSource
 
 CAPACITY = 500
 FINISHING, SHORT, SPARE = 0.2, 0.02, 0.3

@@ -62,9 +62,9 @@ def run_led(
     """As `run_once`, for the requests of `leader`."""
     comm = engine.comm
     started = time.perf_counter()
-    worker = engine.run(leader, recorder)
+    instance = engine.run(leader, recorder)
     seconds = time.perf_counter() - started
-    shared = comm.share((peak_memory(), worker.speed))
+    shared = comm.share((peak_memory(), instance.pace.speed))
     if leader is None:
         return {"seconds": seconds}
     figures = leader.record.summary(leader.gmanager.counters, [peak for peak, _ in shared])

@@ -9,7 +9,7 @@ import sys
 
 from hpc_distkv.cli.streams import LOG_PATIENCE, close_streams, open_streams, shown
 from hpc_distkv.comm.mpi.launch import first_rank, leave_together
-from hpc_distkv.exit_status import INTERRUPTED_STATUS
+from hpc_distkv.errors import INTERRUPTED_STATUS
 from hpc_distkv.printable import LAYOUT, PrintableFormatter, printable
 from hpc_distkv.ranks.interrupt import SIGNALS, ignore_signals
 from hpc_distkv.units import CLOCK

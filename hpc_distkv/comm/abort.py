@@ -14,8 +14,7 @@ from contextlib import contextmanager
 from hpc_distkv.comm.stall import agreed_words
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.comm.waiter import StallClock, StallError
-from hpc_distkv.errors import ExplainedError
-from hpc_distkv.exit_status import INTERRUPTED_STATUS
+from hpc_distkv.errors import INTERRUPTED_STATUS, ExplainedError
 from hpc_distkv.printable import LAYOUT, printable
 from hpc_distkv.units import stamped
 

@@ -8,6 +8,10 @@ from collections.abc import Container, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from hpc_distkv.control.assign.affinity import Affinity
+from hpc_distkv.control.assign.assignment import Assignment
+from hpc_distkv.control.assign.large import LargeRequests
+from hpc_distkv.control.assign.source import RequestSource
 from hpc_distkv.control.lending.borrow import ANYWHERE, CANDIDATES, Grant, Need, greedy_borrow
 from hpc_distkv.control.lending.dgfm import plan_recalls
 from hpc_distkv.control.lending.ledger import DebtLedger
@@ -17,13 +21,9 @@ from hpc_distkv.control.lending.reach import ExchangeSeconds, Reach
 from hpc_distkv.control.lending.victims import Victims
 from hpc_distkv.control.messages.answer import Answer, Answers
 from hpc_distkv.control.messages.counters import Counters
+from hpc_distkv.control.messages.reports import Reports
 from hpc_distkv.control.messages.requests import Result
-from hpc_distkv.control.messages.wire import Reports
 from hpc_distkv.control.policy import POLICIES, Policy
-from hpc_distkv.control.rows.affinity import Affinity
-from hpc_distkv.control.rows.assign import Assignment
-from hpc_distkv.control.rows.large import LargeRows
-from hpc_distkv.control.rows.source import RequestSource
 
 PLAN_EVERY = 5
 """Rounds between two plans: what the last one moved has to show in the reports."""
@@ -73,7 +73,7 @@ class GManager:
         self.ledger = DebtLedger(instances)
         affinity = Affinity(block_size) if prefix_caching and policy.queue else None
         self.assignment = Assignment(source, instances, policy.queue, attention_tokens, affinity)
-        self._large_rows = LargeRows(self.assignment, links, block_size)
+        self._large_rows = LargeRequests(self.assignment, links, block_size)
         self.counters = [Counters() for _ in range(instances)]
         self.reports: Reports | None = None
         """Of the last round."""

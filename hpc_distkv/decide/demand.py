@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import NamedTuple
 
-from hpc_distkv.control.messages.report import Large
+from hpc_distkv.control.assign.work import work
+from hpc_distkv.control.messages.reports import Large
 from hpc_distkv.control.messages.requests import NOBODY
-from hpc_distkv.control.rows.work import work
 from hpc_distkv.decide.admission import CANDIDATES, NOTHING_WAITS, Admission
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.foresight import Foresight

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_distkv.control.rows.work import MeanOutput
+from hpc_distkv.control.assign.work import MeanOutput
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.sequence import Sequence
 from hpc_distkv.memory.rmanager import RManager
@@ -57,7 +57,7 @@ class Foresight:
         """Tokens that the sequence has to compute before it gets the next one."""
         if sequence.id in self._rm.tables:
             return sequence.remaining
-        there = max(self._rm.prefixes.coming(sequence.keys), self._rm.host_space.end(sequence.id))
+        there = max(self._rm.prefixes.coming(sequence.keys), self._rm.swap.computed(sequence.id))
         return sequence.length - there * self._config.block_size
 
     def at_home(self, running: Rows[Sequence]) -> int:

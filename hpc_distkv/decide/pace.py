@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from hpc_distkv.control.lending.step_time import StepTime
+from hpc_distkv.decide.step_time import StepTime
 
 EXCHANGES = 500
 """Decode steps with an exchange of which the mean counts: a wait is short or long by what the
@@ -21,7 +21,7 @@ class StepWork(NamedTuple):
     kv_tokens: int
     """KV tokens at home that they attended to."""
     prompt_work: float
-    """Of prompts, as `control.rows.work`."""
+    """Of prompts, as `control.assign.work`."""
     exchanging: bool
     """Whether rows had rBlocks elsewhere."""
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from hpc_distkv.control.assign.work import work
 from hpc_distkv.control.messages.counters import Counters
-from hpc_distkv.control.messages.report import Changes, Remains, Report
+from hpc_distkv.control.messages.reports import Changes, Remains, Report
 from hpc_distkv.control.messages.requests import Result, Unfinished
-from hpc_distkv.control.rows.work import work
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.handover import Handovers
 from hpc_distkv.decide.pace import Pace

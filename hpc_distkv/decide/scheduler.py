@@ -5,9 +5,9 @@ from __future__ import annotations
 import bisect
 import math
 
+from hpc_distkv.control.assign.work import STEP_TOKENS
 from hpc_distkv.control.messages.answer import Answer
 from hpc_distkv.control.messages.counters import Counters
-from hpc_distkv.control.rows.work import STEP_TOKENS
 from hpc_distkv.decide.admission import Admission
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.demand import Demand, Demands
@@ -167,7 +167,7 @@ class Scheduler:
         """Whether a waiting sequence has something here: what was swapped out of it, word that it
         may begin, or, of one too large for an instance, a beginning."""
         number, prefixes = sequence.id, self._rm.prefixes
-        if number in self._rm.host_space.swapped or number in self._admission.begin:
+        if number in self._rm.swap.swapped or number in self._admission.begin:
             return True
         return self._admission.large(sequence) and prefixes.coming(sequence.keys) > 0
 
@@ -193,7 +193,7 @@ class Scheduler:
         self._short_steps = self._short_steps + 1 if self.short else 0
         self._starved = self.short = False
         self._steps += 1
-        rows: dict[int, Scheduled] = {}
+        rows: dict[int, Scheduled[Sequence]] = {}
         self._plan_decodes(rows)
         budget = self._config.max_num_batched_tokens
         if self._rm.guests:
@@ -221,7 +221,7 @@ class Scheduler:
             need += self.foresight.missing(sequence, self.demands.foreseen(sequence))
         return self._migrations.plan(self.running, need - self._rm.usable)
 
-    def _plan_decodes(self, rows: dict[int, Scheduled]) -> None:
+    def _plan_decodes(self, rows: dict[int, Scheduled[Sequence]]) -> None:
         tables, size = self._rm.tables, self._config.block_size
         for sequence in [s for s in self.running if s.remaining == 1]:
             if sequence.computed >= sequence.final_len:  # Its last token is on its way.
@@ -232,7 +232,7 @@ class Scheduler:
             ):
                 rows[sequence.id] = Scheduled(sequence, 1)
 
-    def _plan_prefills(self, rows: dict[int, Scheduled], budget: int) -> None:
+    def _plan_prefills(self, rows: dict[int, Scheduled[Sequence]], budget: int) -> None:
         prefills = [s for s in self.running if s.remaining > 1]
         while budget > 0:
             sequence = prefills.pop(0) if prefills else self._admit()
@@ -254,7 +254,7 @@ class Scheduler:
     def _admit(self) -> Sequence | None:
         """The next waiting sequence that begins, or goes on, in this step."""
         while sequence := self._admission.next(self.waiting, self.running):
-            if self._ahead and sequence.id in self._rm.host_space.swapped:
+            if self._ahead and sequence.id in self._rm.swap.swapped:
                 self._held_back = True  # what was swapped out would move
                 return None
             # A victim of another's starved row may be older than what runs here by now.
@@ -269,7 +269,7 @@ class Scheduler:
         """Give the sequence its block table. Returns whether it waits for what it has in the host's
         memory until the next step."""
         sits_out = False
-        if sequence.id in self._rm.host_space.swapped:
+        if sequence.id in self._rm.swap.swapped:
             sits_out = self.swaps.resume(sequence)
         else:
             self._rm.open(sequence.id, sequence.keys)
@@ -295,7 +295,9 @@ class Scheduler:
         spare = max(0, self._rm.usable - left)
         return max(0 if yields else 1, (held + spare) * self._config.block_size - sequence.computed)
 
-    def _make_room(self, sequence: Sequence, count: int, rows: dict[int, Scheduled]) -> bool:
+    def _make_room(
+        self, sequence: Sequence, count: int, rows: dict[int, Scheduled[Sequence]]
+    ) -> bool:
         """Give the sequence the rBlocks for `count` tokens, preempting younger ones if need be."""
         needed = self.foresight.missing(sequence, sequence.computed + count)
         if not needed:

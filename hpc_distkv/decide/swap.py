@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
 from itertools import islice
 
-from hpc_distkv.control.rows.work import work
+from hpc_distkv.control.assign.work import work
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.foresight import Foresight
 from hpc_distkv.decide.sequence import Sequence
@@ -47,7 +47,7 @@ class Swaps:
         self.freeing = 0
         """rBlocks at home that what leaves now will free at the end of the step."""
         self._rm, self._config, self._foresight = rmanager, config, foresight
-        self._space = rmanager.host_space
+        self._space = rmanager.swap
         self._leaving: list[Sequence] = []
         self._returning: list[Sequence] = []
         self._out: list[Move] = []
@@ -132,7 +132,7 @@ class Swaps:
         """The step's moves have arrived. Returns the sequences that are swapped out now."""
         gone, self._leaving, self._returning, self.freeing = self._leaving, [], [], 0
         for sequence in gone:
-            self._rm.leave(sequence.id)
+            self._rm.finish_swap_out(sequence.id)
         return gone
 
     def _spill(self, sequence: Sequence, short: int) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from hpc_distkv.memory.host_space import HostSpace
-from hpc_distkv.memory.integrity import check_host, check_loans, check_prefixes, check_slots
+from hpc_distkv.memory.books.integrity import check_host, check_loans, check_prefixes, check_slots
+from hpc_distkv.memory.books.swap import SwapSpace
 from hpc_distkv.memory.lender import Lender
 from hpc_distkv.memory.loan import (
     HOST,
@@ -34,9 +34,9 @@ class RManager(Lender):
         or close [debtor] → released, evict [header to creditor]
     A migration is a loan of copies (`copy_out`) that ends with hand_over [debtor] / adopt
     [creditor, from the header].
-    The host's memory (`HostSpace`) is like a creditor inside the rank, without credit or messages:
+    The host's memory (`SwapSpace`) is like a creditor inside the rank, without credit or messages:
         spill → bytes travel → commit → served there → bring_home → bytes travel → commit
-        swap_out → bytes travel → commit, leave → resume → bring_home …
+        swap_out → bytes travel → commit, finish_swap_out → resume → bring_home …
     Every slot is free, in one block table, in one guest, or receiving; `check` proves it. Requests
     share sealed rBlocks through the tables of prefixes (`PrefixTree`); those that nobody uses are
     given up when their slots are wanted, so they count as free.
@@ -50,7 +50,7 @@ class RManager(Lender):
         host_blocks: int = 0,
     ) -> None:
         super().__init__(instance, num_blocks, lend_cap)
-        self.host_space = HostSpace(host_blocks)
+        self.swap = SwapSpace(host_blocks)
         self.debts: dict[int, Debt] = {}
         self.copies: dict[int, Copies] = {}
         """Migrating request → what its next home has of it."""
@@ -124,7 +124,7 @@ class RManager(Lender):
         part = self.tables[request].cut(first)
         self._free.extend(part.slots)
         if in_host := part.remote.pop(HOST, None):
-            self.host_space.give_up(request, in_host)
+            self.swap.give_up(request, in_host)
         for creditor, hosted in part.remote.items():
             dropped = self.debts[creditor].dropped
             before = dropped[request].blocks if request in dropped else 0
@@ -200,26 +200,27 @@ class RManager(Lender):
     def spill(self, request: int, index: int) -> Move:
         """Begin to move a sealed rBlock to the host's memory, which has a free slot."""
         table = self.tables[request]
-        self.host_space.take(request, index)
+        self.swap.take(request, index)
         move = Move(request, index, table.slots[table.place(index)], HOST)
         self.outgoing.append(move)
         return move
 
     def can_swap_out(self, request: int, sealed: int) -> bool:
-        """Whether the host's memory has room for the first `sealed` rBlocks of a request, those
-        that others use too left out. None of the rest may be at a creditor: the queries that go on
-        need all."""
+        """Whether the host's memory has room for the first `sealed` rBlocks of a request, without
+        those that others use too. None of the others may be at a creditor: the request will need
+        all of them when it is resumed."""
         table, alone = self.tables[request], self.prefixes.used_alone(request)
         if table.remote.keys() - {HOST} or any(prefix.remote for prefix in alone):
             return False
         blocks = sum(len(prefix.slots) for prefix in alone) + table.place(sealed)
-        return request not in self.copies and 0 < blocks <= self.host_space.free
+        return request not in self.copies and 0 < blocks <= self.swap.free
 
     def swap_out(self, request: int, sealed: int) -> list[Move]:
-        """Begin to copy these rBlocks to the host's memory. When they have arrived, `leave`."""
+        """Begin to copy these rBlocks to the host's memory. When they have arrived,
+        `finish_swap_out`."""
         alone = self.prefixes.used_alone(request)[::-1]
         first = alone[0].start if alone else self.tables[request].start
-        self.host_space.swapped[request] = first if self.prefixes.last(request) else 0
+        self.swap.swapped[request] = first if self.prefixes.last(request) else 0
         moves = [
             Move(request, index, slot, HOST, MoveKind.COPY)
             for part in (*alone, self.tables[request])
@@ -227,32 +228,32 @@ class RManager(Lender):
             if index < sealed
         ]
         for move in moves:
-            self.host_space.take(request, move.block)
+            self.swap.take(request, move.block)
         self.outgoing += moves
         return moves
 
-    def leave(self, request: int) -> None:
-        """Close a request, but keep what was swapped out of it."""
+    def finish_swap_out(self, request: int) -> None:
+        """Close a request, but keep its rBlocks in the host's memory."""
         table = self.tables[request]
         table.remote.pop(HOST, None)
         self.close(request)
 
     def resume(self, request: int, keys: Sequence[bytes] = ()) -> BlockTable:
-        """Open the block table of a request again: what was swapped out is in the host's memory,
-        but for what is here of its prompt (`keys` as of `open`). If what it shared is not here any
-        more it begins anew."""
+        """Open the block table of a swapped-out request: its rBlocks are in the host's memory, but
+        for those of its prompt that are here (`keys` as of `open`). If the prefix that it shared is
+        gone it begins anew."""
         found = self.prefixes.find(keys, self.usable) if keys else None
         length = found[1] if found else 0
-        if length < self.host_space.swapped[request]:
-            self.host_space.discard(request)
+        if length < self.swap.swapped[request]:
+            self.swap.discard(request)
             return self.open(request, keys)
-        del self.host_space.swapped[request]
+        del self.swap.swapped[request]
         prefix = self._end_at(*found) if found else None
         self.prefixes.join(request, prefix, ())
-        blocks = sorted(self.host_space.slots[request])
+        blocks = sorted(self.swap.slots[request])
         needless = [index for index in blocks if index < length]
         if needless:
-            self.host_space.give_up(request, needless)
+            self.swap.give_up(request, needless)
         kept = blocks[len(needless) :]
         table = self.tables[request] = BlockTable(start=kept[0] if kept else length)
         if kept:
@@ -274,7 +275,7 @@ class RManager(Lender):
             if move.kind is MoveKind.RECALL:
                 self.tables[move.request].to_home(move.block, move.peer, move.slot)
                 if move.peer == HOST:
-                    self.host_space.give_up(move.request, [move.block])
+                    self.swap.give_up(move.request, [move.block])
                     continue
                 self.debts[move.peer].used -= 1
                 self._forget_debt(move.peer)
@@ -297,7 +298,7 @@ class RManager(Lender):
         new = self.prefixes.split(prefix, length)
         for creditor in new.remote:
             if creditor == HOST:
-                self.host_space.split(prefix.id, length, new.id)
+                self.swap.split(prefix.id, length, new.id)
             else:
                 self.debts[creditor].splits.append(Split(prefix.id, length, new.id))
         return new
@@ -312,7 +313,7 @@ class RManager(Lender):
         assert not self._moves(request)
         self._free.extend(table.slots)
         if HOST in table.remote:
-            self.host_space.give_up(request, table.remote[HOST])
+            self.swap.give_up(request, table.remote[HOST])
         for creditor, debt in self.debts.items():
             left = debt.dropped.pop(request, Dropped(0, 0)).blocks
             if blocks := left + len(table.remote.get(creditor, ())):

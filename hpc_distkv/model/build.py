@@ -8,15 +8,12 @@ from torch import Tensor
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder, Layer
 from hpc_distkv.model.errors import ModelError
-from hpc_distkv.model.experts import Experts, grouped
-from hpc_distkv.model.linear import Linear
-from hpc_distkv.model.mlp import Mlp
-from hpc_distkv.model.norm import Norm
-from hpc_distkv.model.shard import Shard
+from hpc_distkv.model.layers import Experts, Linear, Mlp, Norm, grouped
+from hpc_distkv.model.shard import ModelShard
 
 
 def empty_decoder(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, shard: Shard
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, shard: ModelShard
 ) -> Decoder:
     """The shard of the decoder that `config` describes, its weights of `dtype` on `device`. Raises
     ModelError if the model cannot be cut so."""
@@ -33,7 +30,7 @@ def empty_decoder(
 
 class _Builder:
     def __init__(
-        self, config: ModelConfig, dtype: torch.dtype, device: torch.device, shard: Shard
+        self, config: ModelConfig, dtype: torch.dtype, device: torch.device, shard: ModelShard
     ) -> None:
         self._config, self._family = config, config.family
         self._dtype, self._device, self._shard = dtype, device, shard

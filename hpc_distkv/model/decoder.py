@@ -3,6 +3,7 @@ neither ranks nor blocks."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,15 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hpc_distkv.attention import Rotation
+from hpc_distkv.attention import AttentionSpec, Rotation
 from hpc_distkv.model.config import ModelConfig
-from hpc_distkv.model.experts import Experts
-from hpc_distkv.model.linear import Linear
-from hpc_distkv.model.mlp import Mlp, Pause
-from hpc_distkv.model.norm import Norm
+from hpc_distkv.model.layers import Experts, Linear, Mlp, Norm, Pause
 from hpc_distkv.model.rotary import Rotary
-from hpc_distkv.model.scoring import attention_specs
-from hpc_distkv.model.shard import WHOLE, Alone, Lanes, Shard
+from hpc_distkv.model.shard import WHOLE, Alone, Lanes, ModelShard
 
 Attend = Callable[[int, Tensor, Tensor, Rotation | None], Tensor]
 """(layer, qk [T, heads + kv_heads, head_dim], v [T, kv_heads, head_dim], rotation) → [T, heads,
@@ -64,7 +61,7 @@ class Decoder:
         layers: list[Layer],
         norm: Norm,
         head: Linear,
-        shard: Shard = WHOLE,
+        shard: ModelShard = WHOLE,
     ) -> None:
         """`embedding` [vocab, hidden], `positions` [max_position, hidden] if they are learned,
         `head` hidden → vocab, or the rows of `shard`, for which `config` then counts heads and
@@ -100,7 +97,7 @@ class Decoder:
         return self.embedding.device
 
     @property
-    def unconditional(self) -> bool:
+    def capturable(self) -> bool:
         """Whether `hidden` asks the same of a device whatever the numbers are, and waits for
         nothing: no other lanes whose sums need the host, no lengths, no experts that are computed
         one by one, as they are where `grouped` finds no kernel for all of them: not with an old
@@ -193,3 +190,30 @@ class Decoder:
 
 def _normed(x: Tensor, norm: Norm | None) -> Tensor:
     return x if norm is None else norm(x)
+
+
+def attention_specs(config: ModelConfig, shard: ModelShard = WHOLE) -> list[AttentionSpec]:
+    """How each layer scores queries against keys; `config` is that of `shard`."""
+    scale = (config.query_scalar or config.head_dim) ** -0.5
+    slopes = None
+    if config.family.positions == "alibi":
+        slopes = alibi_slopes(config.num_heads * shard.lanes)
+        slopes = slopes.view(shard.lanes, config.num_heads)[shard.lane]
+    return [
+        AttentionSpec(
+            scale=scale / (layer + 1 if config.scale_by_layer else 1),
+            window=config.windows[layer] if config.windows else 0,
+            softcap=config.attention_softcap,
+            slopes=slopes,
+        )
+        for layer in range(config.num_layers)
+    ]
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """float32 [heads]: for a power of two the geometric series from 2^(-8/heads) to 2^-8; else that
+    of the power below, and then every other one of the power above. Source: arXiv 2108.12409."""
+    power = 2 ** math.floor(math.log2(heads))
+    slopes = [2 ** (-8 * (head + 1) / power) for head in range(power)]
+    slopes += [2 ** (-8 * (2 * head + 1) / (2 * power)) for head in range(heads - power)]
+    return torch.tensor(slopes, dtype=torch.float32)

@@ -115,7 +115,7 @@ class Cut(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Shard:
+class ModelShard:
     """Lane `lane` of `lanes`: consecutive query heads, the KV heads these attend to (several lanes
     hold the same one where there are fewer KV heads than lanes), and equal shares of the MLP. The
     shares of the vocabulary may differ by one row."""
@@ -184,4 +184,4 @@ class Shard:
         return slice(start, start + count)
 
 
-WHOLE = Shard()
+WHOLE = ModelShard()

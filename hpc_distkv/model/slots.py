@@ -15,10 +15,7 @@ from torch import Tensor
 
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder, Layer
-from hpc_distkv.model.experts import Experts
-from hpc_distkv.model.linear import Linear
-from hpc_distkv.model.mlp import Mlp
-from hpc_distkv.model.norm import Norm
+from hpc_distkv.model.layers import Experts, Linear, Mlp, Norm
 from hpc_distkv.model.shard import Cut
 
 

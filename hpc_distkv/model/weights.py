@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from hpc_distkv.model.build import empty_decoder
 from hpc_distkv.model.config import ModelConfig, dtype_bytes, dtype_name
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.model.errors import ModelError
 from hpc_distkv.model.files import weight_files
-from hpc_distkv.model.relay import Relay, relayed
-from hpc_distkv.model.shard import WHOLE, Shard
+from hpc_distkv.model.shard import WHOLE, ModelShard
 from hpc_distkv.model.slots import Slot, slots
 
 _IGNORED_ENDINGS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
@@ -28,12 +28,23 @@ _TENSORS_PER_OPENING = 16
 """A mapped file counts as memory in use until it is closed, so it is closed now and then."""
 
 
+class Relay(Protocol):
+    """The processes that hold the same shard, of which the first one reads."""
+
+    @property
+    def reads(self) -> bool:
+        """Whether this one does."""
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """The reader's contiguous `tensor` to all, in place. Collective."""
+
+
 def load_decoder(
     path: str | Path,
     config: ModelConfig,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
-    shard: Shard = WHOLE,
+    shard: ModelShard = WHOLE,
     relay: Relay | None = None,
 ) -> Decoder:
     """The decoder of model directory `path`, in `dtype` (the checkpoint's if None) on `device`, or
@@ -51,7 +62,7 @@ def load_decoder(
     packer = _Packer(wanted)
     batches = _read(Path(path), config, wanted)
     if relay is not None:
-        batches = relayed(relay, wanted, batches)
+        batches = _relayed(relay, wanted, batches)
     for batch in batches:
         for slot in batch:
             packer.filled(slot)
@@ -77,7 +88,7 @@ def random_decoder(
     dtype: str | torch.dtype | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
-    shard: Shard = WHOLE,
+    shard: ModelShard = WHOLE,
 ) -> Decoder:
     """A decoder, or a shard of one, with random weights, for benchmarks and tests without a
     checkpoint.
@@ -103,6 +114,38 @@ def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
     dtype_bytes(name)
     found: torch.dtype = getattr(torch, name)
     return found
+
+
+def _relayed(
+    relay: Relay, wanted: dict[str, Slot], filled: Iterator[list[Slot]]
+) -> Iterator[list[Slot]]:
+    """What is `wanted`, alike in all processes, in that order, in batches: on the reader those that
+    it has `filled` and taken from `wanted`, elsewhere what it hands on. Each batch is
+
+        its size → its tensors
+
+    and a size of 0 says that the reader could not go on: then all raise ModelError, so nobody waits
+    for what will not come.
+    """
+    size = torch.zeros(1, dtype=torch.int64)
+    while wanted:
+        batch: list[Slot] = []
+        try:
+            if relay.reads:
+                batch = next(filled)
+        finally:
+            size[0] = len(batch)
+            relay.broadcast(size)
+        if not relay.reads:
+            batch = [wanted.pop(name) for name in list(islice(wanted, int(size)))]
+        if not batch:
+            raise ModelError("the rank that reads the weights for this one could not")
+        for slot in batch:
+            tensor = slot.view.contiguous()
+            relay.broadcast(tensor)
+            if tensor is not slot.view:
+                slot.view.copy_(tensor)
+        yield batch
 
 
 class _Packer:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container
+from collections.abc import Mapping
+from collections.abc import Sequence as Rows
 from typing import TypeVar
 
 import msgspec
 import torch
 
 from hpc_distkv.control.messages.answer import Answer
-from hpc_distkv.decide.pace import Speed
+from hpc_distkv.decide.instance import NO_LOGPROBS
+from hpc_distkv.decide.pace import StepSeconds
+from hpc_distkv.decide.plan import Plan
+from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.memory.loan import ProtocolError
 from hpc_distkv.ranks.events import (
     Advanced,
@@ -27,15 +31,14 @@ from hpc_distkv.ranks.events import (
     fingerprint,
 )
 from hpc_distkv.ranks.interrupt import Interrupt
-from hpc_distkv.ranks.replica import Advance, Replica
-from hpc_distkv.ranks.worker import decode_answer
+from hpc_distkv.ranks.loop import StepLoop, decode_answer
 from hpc_distkv.step.parts import Parts
 from hpc_distkv.step.recorder import Kind
 
 E = TypeVar("E", bound=Event)
 
 
-class Follower:
+class Follower(StepLoop):
     """A rank that repeats what its instance's leader does, on its own lane's tensors.
 
     The instance is a deterministic state machine. All that its state takes from outside, the
@@ -65,106 +68,64 @@ class Follower:
     """
 
     def __init__(self, parts: Parts, interrupt: Interrupt) -> None:
+        super().__init__(parts)
         self._interrupt = interrupt
-        self._comm = comm = parts.comm
-        self._time = parts.time
-        self._replica = Replica(parts, self._attend, self._serve)
-        self._instance, self._creditor = self._replica.instance, self._replica.creditor
-        self.counters = self._instance.counters
-        self._leader = comm.world.rank - comm.world.lane
+        self._leader = self._comm.world.rank - self._comm.world.lane
         self._log: deque[Event] = deque()
         """What the leader has recorded and this rank has not applied."""
-        self._answer: Answer | None = None
-        self._under_way: Advance | None = None
-        """The step that ends after the next one has begun."""
-        self._leaving = False
+        self._begun: StepBegun | None = None
+        """The step that the leader has begun and this rank has not."""
+        self._ended: StepEnded | None = None
+        """The end of the only step that was begun."""
 
-    @torch.inference_mode()
-    def run(self) -> None:
-        """Follow until the gManager says stop. Raises StallError and ProtocolError."""
-        with self._comm.waiter.meanwhile(self._attend):
-            self._loop()
-            self._leaving = True
-            if self._replica.sharing:
-                self._comm.share(None)
-                self._next(Left)
-            self._comm.gather(b"")
+    # -- steps ----------------------------------------------------------------------------------
 
-    @property
-    def speed(self) -> Speed:
-        """What the leader's steps have shown."""
-        return self._instance.pace.speed
-
-    def check(self) -> None:
-        """Assert the bookkeeping invariants."""
-        self._instance.check()
-
-    def _loop(self) -> None:
-        self._report()
-        while True:
-            match self._next(Boundary, StepBegun):
-                case StepBegun() as begun:
-                    self._step(begun)
-                case Boundary(now):
-                    answer, self._answer = self._answer, None
-                    assert answer is not None  # see `_next`
-                    if answer.stop or answer.preempt:
-                        self._end_under_way()
-                    if answer.stop:
-                        self._instance.stop()
-                        return
-                    self._instance.apply(answer, now)
-                    self._instance.credits()
-                    self._report()
-
-    def _step(self, begun: StepBegun) -> None:
-        before, self._under_way = self._under_way, None
-        plan = self._instance.plan(ahead=before is not None)
+    def _plan(self, ahead: bool) -> tuple[Plan, float]:
+        begun, self._begun = self._begun or self._next(StepBegun), None
+        plan = self.instance.plan(ahead)
         if fingerprint(plan) != begun.plan:
             world = self._comm.world
             raise ProtocolError(
                 f"{world.name(world.rank)} and {world.name(self._leader)} plan different steps of "
                 f"instance {world.instance}: do all ranks run the same version of this program?"
             )
-        self._time.enter(Kind.OTHER if plan.idle and before is None else Kind.STEP)
-        self._replica.compute(plan, begun.now, self._room_for_tokens(before))
-        if before:
-            self._end(
-                before, self._next(StepEnded), {sequence.id for sequence, _ in plan.scheduled}
-            )
-            self._time.enter(Kind.STEP)
-        match self._next(Advanced, StepEnded):
-            case Advanced():
-                self._under_way = self._replica.advance(plan)
-                self._time.leave(record=False)
-            case StepEnded() as ended:
-                self._end(self._replica.advance(plan), ended)
+        return plan, begun.now
 
-    def _end(self, step: Advance, ended: StepEnded, following: Container[int] = ()) -> None:
-        rows, ends, work = step
-        self._instance.learn(rows, ends, ended.tokens, ended.now, following=following)
-        self._time.leave(len(rows), sum(count for _, count in rows), record=bool(rows))
-        if rows:
-            self._instance.note_step(work, self._next(StepTimed).seconds)
+    def _draw(
+        self, logits: torch.Tensor, ends: Rows[TokenSequence], before: torch.Tensor | None
+    ) -> torch.Tensor:
+        return torch.empty(len(ends), dtype=torch.int64, device=self._comm.device.place)
 
-    def _end_under_way(self) -> None:
-        if self._under_way:
-            self._time.enter(Kind.STEP)
-            step, self._under_way = self._under_way, None
-            self._end(step, self._next(StepEnded))
+    def _goes_on(self, plan: Plan) -> bool:
+        event = self._next(Advanced, StepEnded)
+        self._ended = event if isinstance(event, StepEnded) else None
+        return self._ended is None
 
-    def _room_for_tokens(self, before: Advance | None) -> torch.Tensor | None:
-        """For what the leader's device has drawn in the step before, if the host does not know
-        it."""
-        if before is None:
-            return None
-        return torch.empty(len(before.ends), dtype=torch.int64, device=self._comm.device.place)
+    def _results(self) -> tuple[Rows[int], float, Mapping[int, bytes]]:
+        ended, self._ended = self._ended or self._next(StepEnded), None
+        return ended.tokens, ended.now, NO_LOGPROBS
+
+    def _seconds(self) -> StepSeconds:
+        return self._next(StepTimed).seconds
 
     # -- control --------------------------------------------------------------------------------
 
+    def _boundary(self) -> tuple[Answer, float] | None:
+        match self._next(Boundary, StepBegun):
+            case Boundary(now):
+                answer, self._answer = self._answer, None
+                assert answer is not None  # see `_next`
+                return answer, now
+            case StepBegun() as begun:
+                self._begun = begun
+        return None
+
+    def _open_credits(self) -> None:
+        self.instance.credits()
+
     def _report(self) -> None:
         """Take part in a round: what this rank wants of the run; the leader says all else."""
-        self._instance.report()
+        self.instance.report()
         self._comm.rounds.report(self._interrupt.wish)
 
     def _attend(self) -> None:
@@ -183,6 +144,12 @@ class Follower:
 
     def _serve(self) -> None:
         self._creditor.push()
+
+    def _leave(self) -> None:
+        if self._sharing:
+            self._comm.share(None)
+            self._next(Left)
+        self._comm.gather(b"")
 
     # -- the log --------------------------------------------------------------------------------
 
@@ -203,9 +170,9 @@ class Follower:
                     return False
                 self._creditor.commit(debtor)
             case Opened(creditor, blocks):
-                self._instance.open_credit(creditor, blocks)
+                self.instance.open_credit(creditor, blocks)
             case Returned(now):
-                self._replica.return_all(now)
+                self._return_credit(now)
             case _:
                 return False
         return True
@@ -232,6 +199,6 @@ class Follower:
         names = " or ".join(kind.__name__ for kind in kinds)
         self._time.enter(Kind.CONTROL)
         event = self._comm.waiter.until(ready, f"its log ({names})", awaited)
-        self._time.leave(self._instance.round)
+        self._time.leave(self.instance.round)
         self._log.popleft()
         return event

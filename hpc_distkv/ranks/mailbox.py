@@ -14,12 +14,10 @@ from hpc_distkv.memory.loan import ProtocolError
 from hpc_distkv.ranks.events import Arrived, Log, Opened, Served
 from hpc_distkv.step.creditor import Creditor
 
-Letter = Header | Credit
 
-
-class Letters:
-    """Reads the mail and decides when the step of which debtor begins and ends here: one step of
-    a debtor after another. Letters go between leaders only. Nothing here waits."""
+class Mailbox:
+    """Reads the mail of other instances' leaders and decides when the step of which debtor begins
+    and ends here: one step of a debtor after another. Nothing here waits."""
 
     def __init__(self, comm: Comm, instance: Instance, creditor: Creditor, log: Log) -> None:
         self._comm, self._log = comm, log
@@ -49,7 +47,7 @@ class Letters:
 
     def _read(self, rank: int, letter: bytes) -> None:
         try:
-            message: Letter = msgspec.msgpack.decode(letter, type=Letter)
+            message: Header | Credit = msgspec.msgpack.decode(letter, type=Header | Credit)
         except msgspec.DecodeError as error:
             raise ProtocolError(f"the mail of rank {rank} is malformed: {error}") from error
         sender = rank // self._comm.world.tp

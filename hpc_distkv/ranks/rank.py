@@ -12,13 +12,14 @@ import torch
 from hpc_distkv.comm.collective.probe import LinkCosts, probe
 from hpc_distkv.comm.together import together
 from hpc_distkv.comm.transport import Comm
+from hpc_distkv.control.assign.source import RequestSource, SyncSource
+from hpc_distkv.control.assign.work import kv_tokens
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.lending.links import Links
 from hpc_distkv.control.messages.requests import Request
 from hpc_distkv.control.policy import POLICIES, Policy
-from hpc_distkv.control.rows.source import RequestSource, SyncSource
-from hpc_distkv.control.rows.work import kv_tokens
 from hpc_distkv.decide.config import EngineConfig
+from hpc_distkv.decide.instance import Instance
 from hpc_distkv.decide.stop import TextDecoder
 from hpc_distkv.errors import OptionError
 from hpc_distkv.memory.pool import BlockPool
@@ -161,10 +162,11 @@ class RankEngine:
         leader: Leader | None = None,
         recorder: Recorder | None = None,
         interrupt: Interrupt | None = None,
-    ) -> Worker | Follower:
+    ) -> Instance:
         """Work until all requests of rank 0's leader are answered, or `interrupt` of any rank ends
-        the run. Collective; `leader` is given on rank 0 alone; `recorder`: is told when what
-        happens here. Raises StallError, ProtocolError, and what the leader raises."""
+        the run. Returns what this rank knows of its instance. Collective; `leader` is given on rank
+        0 alone; `recorder`: is told when what happens here. Raises StallError, ProtocolError, and
+        what the leader raises."""
         time = TimeSheet(recorder or Recorder())
         parts = Parts(
             self.comm,
@@ -181,8 +183,8 @@ class RankEngine:
         follows = self.comm.world.lane > 0
         worker = Follower(parts, interrupt) if follows else Worker(parts, leader, interrupt)
         worker.run()
-        time.fill(worker.counters)
-        return worker
+        time.fill(worker.instance.counters)
+        return worker.instance
 
     def gmanager(self, source: RequestSource) -> GManager:
         """The gManager for a run over the requests of `source`: rank 0's leader owns one."""

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Container
-from typing import NamedTuple, Protocol
+from collections import deque
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Rows
+from operator import sub
+from typing import Protocol
 
 import msgspec
 import torch
 
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.messages.answer import Answer
-from hpc_distkv.control.messages.report import Remains
+from hpc_distkv.control.messages.reports import Remains, encode_report
 from hpc_distkv.control.messages.requests import Result, Unfinished
-from hpc_distkv.control.messages.wire import encode_report
 from hpc_distkv.decide.look_ahead import may_plan_ahead
-from hpc_distkv.decide.pace import Speed, StepSeconds
+from hpc_distkv.decide.pace import StepSeconds
 from hpc_distkv.decide.plan import Plan
-from hpc_distkv.memory.loan import ProtocolError
+from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.ranks.events import (
     Advanced,
     Boundary,
@@ -30,11 +32,11 @@ from hpc_distkv.ranks.events import (
     fingerprint,
 )
 from hpc_distkv.ranks.interrupt import HALT, Interrupt
-from hpc_distkv.ranks.mailbox import Letters
-from hpc_distkv.ranks.replica import Advance, Replica
+from hpc_distkv.ranks.loop import StepLoop, decode_answer
+from hpc_distkv.ranks.mailbox import Mailbox
 from hpc_distkv.step.parts import Parts
 from hpc_distkv.step.recorder import Kind
-from hpc_distkv.step.sampler import Draw, begin_sampling
+from hpc_distkv.step.sampler import Sampled, begin_sampling
 
 
 class Leader(Protocol):
@@ -58,27 +60,10 @@ class Leader(Protocol):
         return
 
 
-def decode_answer(message: bytes) -> Answer:
-    """The gManager's answer. Raises ProtocolError."""
-    try:
-        return msgspec.msgpack.decode(message, type=Answer)
-    except msgspec.DecodeError as error:
-        raise ProtocolError(f"the gManager's answer is malformed: {error}") from error
-
-
 STEP_END = "the end of its step"
 
 
-class Step(NamedTuple):
-    """A step that the device was asked for."""
-
-    plan: Plan
-    draw: Draw
-    advance: Advance | None = None
-    """If the next one was planned on top of it."""
-
-
-class Worker:
+class Worker(StepLoop):
     """One instance at work, seen from the first of its ranks: round boundaries, steps, results. Its
     other ranks are `Follower`s, which do what the log of this one says.
 
@@ -102,63 +87,44 @@ class Worker:
 
     def __init__(self, parts: Parts, leader: Leader | None, interrupt: Interrupt) -> None:
         """`leader`: on rank 0 only."""
-        self._comm = comm = parts.comm
+        super().__init__(parts)
+        comm = parts.comm
         self._leader, self._interrupt = leader, interrupt
-        self._time = parts.time
-        self._replica = Replica(parts, self._attend, self._serve)
-        self._instance = self._replica.instance
-        self.counters = self._instance.counters
+        self._counters = self.instance.counters
         self._log = Log(comm)
-        self._letters = Letters(comm, self._instance, self._replica.creditor, self._log)
-        self._answer: Answer | None = None
+        self._mailbox = Mailbox(comm, self.instance, self._creditor, self._log)
         if leader:
             comm.heard = lambda rank: leader.gmanager.last_report(rank // comm.world.tp)
-        self._idle = True
-        self._leaving = False
-        self._under_way: Step | None = None
-        """The step that the device computes, if the next one is planned meanwhile."""
+        self._draws: deque[Callable[[], Sampled | None]] = deque()
+        """Give the tokens of the steps that the device was asked for, oldest first."""
         self._since = self._clock()
         """When the device could begin the step that ends next."""
 
-    @torch.inference_mode()
-    def run(self) -> None:
-        """Work until the gManager says stop. Raises StallError and ProtocolError."""
-        with self._comm.waiter.meanwhile(self._attend):
-            self._loop()
-            self._leaving = True
-            if self._replica.sharing:
-                self._leave()
-            self._hand_in()
-
-    def _loop(self) -> None:
-        self._report()
-        while True:
-            if self._at_boundary():
-                answer, now = self._take_answer(), time.monotonic()
-                self._log.record(Boundary(now))
-                if answer.stop or answer.preempt:
-                    self._end_under_way()  # It uses what is freed.
-                if answer.stop:
-                    self._instance.stop()
-                    return
-                self._instance.apply(answer, now)
-                self._letters.open_credits()
-                self._report()
-            self._step()
-
     # -- control --------------------------------------------------------------------------------
 
-    def _at_boundary(self) -> bool:
-        return self._idle or self._poll_answer() is not None
+    def _boundary(self) -> tuple[Answer, float] | None:
+        if not self._idle and self._poll_answer() is None:
+            return None
+        answer, now = self._take_answer(), time.monotonic()
+        self._log.record(Boundary(now))
+        return answer, now
+
+    def _open_credits(self) -> None:
+        self._mailbox.open_credits()
 
     def _poll_answer(self) -> Answer | None:
         self._attend()
         return self._answer
 
     def _leave(self) -> None:
+        if self._sharing:
+            self._settle()
+        self._hand_in()
+
+    def _settle(self) -> None:
         """Return what was borrowed, and serve until nobody has anything of this rank's. Credit may
         still come until everybody is here: it goes back at once."""
-        rm, creditor = self._instance.rm, self._replica.creditor
+        rm, creditor = self.instance.rm, self._creditor
         self._comm.idle(
             lambda: (not rm.loans and creditor.idle) or None, "debtors to return their loans"
         )
@@ -167,7 +133,7 @@ class Worker:
 
     def _hand_in(self) -> None:
         """Rank 0 gets all that was not reported."""
-        messages = self._comm.gather(msgspec.msgpack.encode(self._instance.remains()))
+        messages = self._comm.gather(msgspec.msgpack.encode(self.instance.remains()))
         if not self._leader:
             return
         for instance, message in enumerate(messages[:: self._comm.world.tp]):
@@ -179,33 +145,33 @@ class Worker:
                 self._leader.save(unfinished)
 
     def _return_all(self) -> None:
-        debts = self._instance.rm.debts.values()
+        debts = self.instance.rm.debts.values()
         if any(debt.credit or debt.news for debt in debts):
             now = time.monotonic()
             self._log.record(Returned(now))
-            self._replica.return_all(now)
+            self._return_credit(now)
 
     def _take_answer(self) -> Answer:
         answer = self._answer
         if answer is None:
-            what = f"the answer of round {self._instance.round}"
+            what = f"the answer of round {self.instance.round}"
             self._time.enter(Kind.CONTROL)
             answer = self._comm.idle(self._poll_idle, what)
-            self._time.leave(self._instance.round)
+            self._time.leave(self.instance.round)
         self._answer = None
         return answer
 
     def _poll_idle(self) -> Answer | None:
         answer = self._poll_answer()
-        self._time.turn(Kind.CONTROL if self._replica.creditor.idle else Kind.QUERIES)
+        self._time.turn(Kind.CONTROL if self._creditor.idle else Kind.QUERIES)
         return answer
 
     def _attend(self) -> None:
         """What goes on beside a rank's own step: debtors are served, and control rounds progress,
         on rank 0 the gManager's part, everywhere one's own."""
         self._comm.transport.push()
-        if self._replica.sharing:
-            self._letters.attend()
+        if self._sharing:
+            self._mailbox.attend()
         if self._leaving:
             self._return_all()
             self._comm.rounds.drained()
@@ -216,7 +182,7 @@ class Worker:
             self._answer_round(leader, messages)
             self._time.leave(len(messages))
         if self._answer is None and (message := self._comm.rounds.answer()) is not None:
-            self.counters.bytes_reported += len(message)
+            self._counters.bytes_reported += len(message)
             self._answer = decode_answer(message)
             self._time.recorder.close(Kind.ROUND, one=self._answer.round)
 
@@ -234,93 +200,64 @@ class Worker:
         leader.tick()
 
     def _report(self) -> None:
-        self._time.fill(self.counters)
+        self._time.fill(self._counters)
         self._time.recorder.open(Kind.ROUND)
         wanted = self._interrupt
-        message = encode_report(self._instance.report(wanted.drain, wanted.halt))
-        self.counters.bytes_reported += len(message)
+        message = encode_report(self.instance.report(wanted.drain, wanted.halt))
+        self._counters.bytes_reported += len(message)
         self._comm.rounds.report(message)
 
     def _serve(self) -> None:
-        self._letters.serve()
+        self._mailbox.serve()
 
     # -- steps ----------------------------------------------------------------------------------
 
-    def _step(self) -> None:
-        """Begin a step and end it; or, if the next one may be planned while the device computes
-        it, end the one before instead, so that the device always has a step to compute."""
-        before, self._under_way = self._under_way, None
-        if before is None:
+    def _plan(self, ahead: bool) -> tuple[Plan, float]:
+        if not ahead:
             self._since = self._clock()
-        plan, now = self._instance.plan(ahead=before is not None), time.monotonic()
-        self._idle = plan.idle and before is None
-        self._time.enter(Kind.OTHER if self._idle else Kind.STEP)
+        plan, now = self.instance.plan(ahead), time.monotonic()
         if self._log.followed:
             self._log.record(StepBegun(now, fingerprint(plan)))
-        step = self._begin(plan, now, before.draw.tokens if before else None)
-        if before:
-            self._end(before, {sequence.id for sequence, _ in plan.scheduled})
-            self._time.enter(Kind.STEP)
-        if self._may_go_on(plan):
-            self._log.record(Advanced())
-            self._under_way = step._replace(advance=self._replica.advance(plan))
-            self._time.leave(record=False)
-        else:
-            self._end(step)
+        return plan, now
 
-    def _begin(self, plan: Plan, now: float, drawn: torch.Tensor | None) -> Step:
-        """Ask the device for the layers, and for the new tokens of the rows that have all others
-        computed."""
-        logits = self._replica.compute(plan, now, drawn)
-        ends = [row.sequence for row in plan.scheduled if row.sequence.remaining == row.tokens]
-        return Step(plan, begin_sampling(self._comm.device, logits, ends, drawn))
+    def _draw(
+        self, logits: torch.Tensor, ends: Rows[TokenSequence], before: torch.Tensor | None
+    ) -> torch.Tensor:
+        draw = begin_sampling(self._comm.device, logits, ends, before)
+        self._draws.append(draw.ready)
+        return draw.tokens
+
+    def _goes_on(self, plan: Plan) -> bool:
+        going_on = self._may_go_on(plan)
+        if going_on:
+            self._log.record(Advanced())
+        return going_on
 
     def _may_go_on(self, plan: Plan) -> bool:
         """True if the step after this one may be planned while the device computes this one."""
         deferred, followed = self._comm.device.deferred, self._log.followed
-        return may_plan_ahead(self._instance, plan, deferred=deferred, followed=followed)
+        return may_plan_ahead(self.instance, plan, deferred=deferred, followed=followed)
 
-    def _end(self, step: Step, following: Container[int] = ()) -> None:
-        """Wait until the step is over, on the device too: its tokens are there. `following`: the
-        requests in the step that the device computes next, if it was begun."""
-        ready = step.draw.ready
+    def _results(self) -> tuple[Rows[int], float, Mapping[int, bytes]]:
+        ready = self._draws.popleft()
         tokens, logprobs = self._comm.waiter.until(ready, STEP_END, self._other_lanes)
         now = time.monotonic()
         self._log.record(StepEnded(tokens, now))
-        rows, ends, work = step.advance or self._replica.advance(step.plan)
-        self._instance.learn(rows, ends, tokens, now, logprobs, following)
-        self._time.leave(len(rows), sum(count for _, count in rows), record=bool(rows))
+        return tokens, now, logprobs
+
+    def _seconds(self) -> StepSeconds:
         since, self._since = self._since, self._clock()
-        if rows:
-            seconds = StepSeconds(
-                *(end - begin for begin, end in zip(since, self._since, strict=True))
-            )
-            self._log.record(StepTimed(seconds))
-            self._instance.note_step(work, seconds)
+        seconds = StepSeconds(*map(sub, self._since, since))
+        self._log.record(StepTimed(seconds))
+        return seconds
 
     def _other_lanes(self) -> list[int]:
         """Who may hold up what the device computes: in a hop it waits for all of them."""
         world = self._comm.world
         return [rank for rank in world.members if rank != world.rank]
 
-    def _end_under_way(self) -> None:
-        """Nothing is computed any more when this returns."""
-        if self._under_way:
-            self._time.enter(Kind.STEP)
-            step, self._under_way = self._under_way, None
-            self._end(step)
-
     def _clock(self) -> tuple[float, float, float]:
         """Seconds so far: all, those waiting for partial results, and those beside steps."""
         spent = self._time.spent
         beside = spent(Kind.MOVES, Kind.SERVE, Kind.HOST)
         return time.perf_counter(), spent(Kind.PARTIALS), beside
-
-    @property
-    def speed(self) -> Speed:
-        """What its steps have shown."""
-        return self._instance.pace.speed
-
-    def check(self) -> None:
-        """Assert the bookkeeping invariants."""
-        self._instance.check()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from hpc_distkv.control.assign.work import kv_tokens
 from hpc_distkv.control.lending.links import Links
 from hpc_distkv.control.policy import POLICIES
-from hpc_distkv.control.rows.work import kv_tokens
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.errors import OptionError
 from hpc_distkv.simulate.cluster import Cluster

@@ -9,8 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from hpc_distkv.control.messages.counters import Counters
-from hpc_distkv.control.messages.gaps import gap_summary
-from hpc_distkv.control.messages.percentiles import percentiles
+from hpc_distkv.control.messages.percentiles import gap_summary, percentiles
 from hpc_distkv.control.messages.requests import Result
 from hpc_distkv.observe.summary.latency import Latencies
 from hpc_distkv.observe.summary.metrics import peak_memory, total

@@ -10,10 +10,10 @@ from typing import Any
 
 import msgspec
 
+from hpc_distkv.control.assign.source import SyncSource
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.messages.answer import Answer
-from hpc_distkv.control.messages.wire import encode_report
-from hpc_distkv.control.rows.source import SyncSource
+from hpc_distkv.control.messages.reports import encode_report
 from hpc_distkv.decide.instance import Instance
 from hpc_distkv.decide.plan import NOTHING
 from hpc_distkv.simulate.deployment import Deployment

@@ -1,7 +1,9 @@
-"""Options of sbatch: those that a script has under their own names, and lines with any other."""
+"""Options of sbatch: those that a script has under their own names, and lines with any other; and
+its time limits."""
 
 from __future__ import annotations
 
+import re
 import shlex
 import unicodedata
 from collections.abc import Iterable
@@ -56,6 +58,12 @@ MEMORY = ("mem", "mem-per-cpu", "mem-per-gpu")
 """Each says what memory the job gets; Slurm takes one of them."""
 _UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
 """Unicode categories: control characters, halves of pairs, separators of lines and paragraphs."""
+_TIME = re.compile(
+    r"(?:(?P<days>\d+)-(?P<h>\d+)(?::(?P<m>\d+)(?::(?P<s>\d+))?)?"
+    r"|(?:(?P<hours>\d+):)?(?P<minutes>\d+):(?P<seconds>\d+)|(?P<only>\d+)|(?i:unlimited|infinite))",
+    re.ASCII,
+)
+"""Time limits of sbatch: minutes, [hours:]minutes:seconds, days-hours[:minutes[:seconds]]."""
 
 
 class ScriptError(UserError):
@@ -133,4 +141,17 @@ def instead(option: str) -> str:
     value = "=..." if option.startswith("--") else " ..."
     return INSTEAD.get(
         option_name(option), f"If it is one of Slurm's: --sbatch-line '{option}{value}'."
+    )
+
+
+def seconds(limit: str) -> int | None:
+    """Of a time limit of sbatch, 0 for none; None: it is no time."""
+    if not (match := _TIME.fullmatch(limit)):
+        return None
+    part = {name: int(text or 0) for name, text in match.groupdict().items()}
+    hours = 24 * part["days"] + part["h"] + part["hours"]
+    return (
+        3600 * hours
+        + 60 * (part["m"] + part["minutes"] + part["only"])
+        + (part["s"] + part["seconds"])
     )

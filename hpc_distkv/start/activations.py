@@ -28,7 +28,7 @@ from hpc_distkv.attention import (
 )
 from hpc_distkv.comm.device import Device
 from hpc_distkv.control.messages.requests import LogitRules, Request, Sampling, pack_tokens
-from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.errors import OptionError
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.model.decoder import Decoder
@@ -156,7 +156,7 @@ def _step(model: Decoder, device: Device, step: LargestStep) -> None:
         pass
 
 
-def _sequence(vocab: int) -> Sequence:
+def _sequence(vocab: int) -> TokenSequence:
     """A row with much to be known of it, that asks for all there is."""
     rules = LogitRules(1.1, 0.1, 0.1, ((0, 1.0),), (0,), 0.01)
     most = LONG_CONTEXT + 1
@@ -164,7 +164,7 @@ def _sequence(vocab: int) -> Sequence:
         most, 1.0, top_p=0.9, min_tokens=most, logprobs=min(LOGPROBS, vocab), rules=rules
     )
     tokens = pack_tokens(range(min(LONG_CONTEXT, vocab)))
-    return Sequence(Request(0, tokens, sampling, tokens), 0.0)
+    return TokenSequence(Request(0, tokens, sampling, tokens), 0.0)
 
 
 def _pool(model: Decoder, step: LargestStep) -> BlockPool:

@@ -14,7 +14,7 @@ from hpc_distkv.comm.transport import Comm
 from hpc_distkv.errors import OptionError
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
-from hpc_distkv.model.shard import Shard
+from hpc_distkv.model.shard import ModelShard
 from hpc_distkv.model.weights import load_decoder, random_decoder
 from hpc_distkv.start.capacity import check_loading, node_room
 from hpc_distkv.start.options import EngineOptions
@@ -69,7 +69,7 @@ def load_model(
         raise OptionError(f"--tensor-parallel-size: {error}") from None
     set_threads(comm, options.threads)
     world = comm.world
-    shard = Shard(world.lane, world.tp)
+    shard = ModelShard(world.lane, world.tp)
     dtype = None if options.dtype == "auto" else options.dtype
     try:
         if options.dummy:

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from hpc_distkv.control.assign.queue import LOOK_AHEAD, MOST_AHEAD, MOST_TOKENS_AHEAD
 from hpc_distkv.control.policy import POLICIES, Policy
-from hpc_distkv.control.rows.row_queue import LOOK_AHEAD, MOST_AHEAD, MOST_TOKENS_AHEAD
 from hpc_distkv.model.config import ModelConfig, dtype_bytes
 from hpc_distkv.start.options import EngineOptions
 from hpc_distkv.step.largest_step import LargestStep

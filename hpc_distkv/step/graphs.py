@@ -52,7 +52,7 @@ def recordable(model: Model, q: torch.Tensor, k_cache: torch.Tensor) -> bool:
     """Whether decode steps of a model can be recorded; `q` and `k_cache`: like its own."""
     kernels = backend.kernels(k_cache.device) if k_cache.is_cuda else None
     return kernels is not None and all(
-        model.unconditional and kernels.serves(q, k_cache, spec) for spec in model.attention
+        model.capturable and kernels.serves(q, k_cache, spec) for spec in model.attention
     )
 
 

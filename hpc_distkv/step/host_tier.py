@@ -122,7 +122,7 @@ class HostTier:
             self._time.leave(self._copying)
 
     def _copy(self, plan: Plan) -> None:
-        slots, ours, hosts = self._rm.host_space.slots, self._pool.rblock, self._host_pool.rblock
+        slots, ours, hosts = self._rm.swap.slots, self._pool.rblock, self._host_pool.rblock
         for moves, leaving in ((plan.to_host, True), (plan.from_host, False)):
             here = [ours(move.slot) for move in moves]
             there = [hosts(slots[move.request][move.block]) for move in moves]
@@ -137,7 +137,7 @@ class HostTier:
     def _hosted(self, keys: list[int]) -> tuple[list[int], list[int]]:
         """Slots of what the tables of these requests and prefixes have here, and the logical index
         of each."""
-        space, tables = self._rm.host_space, self._rm.tables
+        space, tables = self._rm.swap, self._rm.tables
         pairs = [(key, index) for key in keys for index in sorted(tables[key].remote[HOST])]
         return [space.slots[key][index] for key, index in pairs], [index for _, index in pairs]
 

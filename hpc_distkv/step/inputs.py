@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from hpc_distkv.attention import PagedBatch
 from hpc_distkv.decide.plan import Scheduled
+from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.memory.rmanager import RManager
 from hpc_distkv.memory.table import BlockTable, Slots
 
@@ -35,7 +36,7 @@ class Inputs(NamedTuple):
     batch: PagedBatch
     """What they attend to at home."""
 
-    def lengths(self, rows: Sequence[Scheduled]) -> torch.Tensor:
+    def lengths(self, rows: Sequence[Scheduled[TokenSequence]]) -> torch.Tensor:
         """int64 `[T]`, as of `Model.hidden`: a recomputed token gets the one it had when it was
         computed first."""
         prompts = [s.prompt_len for s, count in rows for _ in range(count)]
@@ -65,7 +66,10 @@ class Inputs(NamedTuple):
 
 
 def read(
-    rm: RManager, rows: Sequence[Scheduled], block_size: int, apart: Container[int] = ()
+    rm: RManager,
+    rows: Sequence[Scheduled[TokenSequence]],
+    block_size: int,
+    apart: Container[int] = (),
 ) -> Inputs:
     """The inputs of at least one row, which attends to all it has at home but the prefixes of
     `apart`."""
@@ -113,7 +117,10 @@ def read(
 
 
 def _with_prefixes(
-    rm: RManager, rows: Sequence[Scheduled], own: Sequence[BlockTable], apart: Container[int]
+    rm: RManager,
+    rows: Sequence[Scheduled[TokenSequence]],
+    own: Sequence[BlockTable],
+    apart: Container[int],
 ) -> tuple[list[BlockTable], Ints]:
     """The tables of all rows one after another, each row's own after those of its prefixes; and
     which ones are their own."""

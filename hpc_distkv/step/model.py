@@ -20,7 +20,7 @@ class Model(Protocol):
         """How each layer scores queries against keys."""
 
     @property
-    def unconditional(self) -> bool:
+    def capturable(self) -> bool:
         """Whether `hidden` asks the same of a device whatever the numbers are, and waits for
         nothing."""
 

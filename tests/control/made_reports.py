@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from hpc_distkv.control.messages.report import Report
-from hpc_distkv.control.messages.wire import Reports, encode_report
+from hpc_distkv.control.messages.reports import Report, Reports, encode_report
 
 
 def report(number: int = 0, **fields: object) -> Report:

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpc_distkv.control.assign import affinity
+from hpc_distkv.control.assign.affinity import STEP, Affinity
+from hpc_distkv.control.assign.assignment import Assignment
+from hpc_distkv.control.assign.source import SyncSource
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
-from hpc_distkv.control.rows import affinity
-from hpc_distkv.control.rows.affinity import STEP, Affinity
-from hpc_distkv.control.rows.assign import Assignment
-from hpc_distkv.control.rows.source import SyncSource
 
 BLOCK, PLENTY = 4, 10**6
 

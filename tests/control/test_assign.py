@@ -11,11 +11,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from hpc_distkv.control.assign import assignment as module
+from hpc_distkv.control.assign import queue as queue_module
+from hpc_distkv.control.assign.assignment import Assignment
+from hpc_distkv.control.assign.queue import LOOK_AHEAD, READ_AT_ONCE
+from hpc_distkv.control.assign.source import SyncSource
 from hpc_distkv.control.messages.requests import Request, Result, Sampling, pack_tokens
-from hpc_distkv.control.rows import assign, row_queue
-from hpc_distkv.control.rows.assign import Assignment
-from hpc_distkv.control.rows.row_queue import LOOK_AHEAD, READ_AT_ONCE
-from hpc_distkv.control.rows.source import SyncSource
 
 PLENTY = 10**6
 INSTANCES = 4
@@ -159,7 +160,7 @@ def test_rows_are_read_ahead_only_so_far_and_by_and_by(rounds, queue, most):
             yield rows([(1, 1)])[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(row_queue, "MOST_AHEAD", most)
+        patch.setattr(queue_module, "MOST_AHEAD", most)
         assignment = Assignment(SyncSource(source()), INSTANCES, queue)
     taken = 0
     for room in rounds:
@@ -203,7 +204,7 @@ def test_no_more_tokens_are_read_ahead_than_may_be(rounds, queue, most):
             yield msgspec.structs.replace(row, id=number)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(row_queue, "MOST_TOKENS_AHEAD", most)
+        patch.setattr(queue_module, "MOST_TOKENS_AHEAD", most)
         assignment = Assignment(SyncSource(source()), INSTANCES, queue)
         given_tokens = 0
         for room in rounds:
@@ -343,7 +344,7 @@ def test_an_isolated_instance_takes_no_rows_of_another_though_it_idles():
 
 
 def test_rows_are_dealt_only_so_far_ahead_of_an_instance_that_has_no_room(monkeypatch):
-    monkeypatch.setattr(assign, "DEALT_AHEAD", 3)
+    monkeypatch.setattr(module, "DEALT_AHEAD", 3)
     source = iter(rows([(5, 5)] * 99))
     assignment = Assignment(SyncSource(source), 2, queue=False)
     idle, busy = (PLENTY, PLENTY, 0.0), (0, 0, 0.0)

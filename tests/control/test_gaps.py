@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_percentiles import nearest_rank
 
-from hpc_distkv.control.messages.gaps import BINS_PER_OCTAVE, gap_bin, gap_summary
+from hpc_distkv.control.messages.percentiles import BINS_PER_OCTAVE, gap_bin, gap_summary
 
 HALF_A_BIN = 2 ** (0.5 / BINS_PER_OCTAVE) - 1
 seconds = st.floats(1e-3, 1e4, allow_nan=False)

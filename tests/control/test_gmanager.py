@@ -12,9 +12,8 @@ from made_reports import report
 from hpc_distkv.control.gmanager import PLAN_EVERY, RECALL_STEPS
 from hpc_distkv.control.messages.answer import Answer
 from hpc_distkv.control.messages.counters import Counters
-from hpc_distkv.control.messages.report import Changes
+from hpc_distkv.control.messages.reports import Changes, ReportError, encode_report
 from hpc_distkv.control.messages.requests import Result, pack_tokens, unpack_tokens
-from hpc_distkv.control.messages.wire import ReportError, encode_report
 from hpc_distkv.control.policy import POLICIES, Policy
 
 # -- rows ---------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from made_reports import report
 
 from hpc_distkv.control.lending.victims import PATIENCE
-from hpc_distkv.control.messages.report import Changes, Report
+from hpc_distkv.control.messages.reports import Changes, Report
 from hpc_distkv.control.messages.requests import NOBODY
 from hpc_distkv.control.policy import POLICIES, Policy
 

@@ -9,13 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_reports import report
 
-from hpc_distkv.control.messages.report import Changes, Large, Report
+from hpc_distkv.control.assign.assignment import Assignment
+from hpc_distkv.control.assign.large import SHARE, peak
+from hpc_distkv.control.assign.source import SyncSource
+from hpc_distkv.control.messages.reports import Changes, Large, Report, ReportError
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
-from hpc_distkv.control.messages.wire import ReportError
 from hpc_distkv.control.policy import POLICIES
-from hpc_distkv.control.rows.assign import Assignment
-from hpc_distkv.control.rows.large import SHARE, peak
-from hpc_distkv.control.rows.source import SyncSource
 
 BLOCK = 32
 STEP = 10.0

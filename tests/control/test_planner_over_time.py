@@ -11,7 +11,7 @@ from planner_oracle import EQUAL, SIZE, planner, uneven
 
 from hpc_distkv.control.lending.ledger import DebtLedger
 from hpc_distkv.control.lending.planner import KEPT_PLANS
-from hpc_distkv.control.messages.wire import Reports
+from hpc_distkv.control.messages.reports import Reports
 
 # -- over time --------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from schedules import add, answer, expect_short, make, running, step
 
-from hpc_distkv.control.messages.report import Large
+from hpc_distkv.control.messages.reports import Large
 from hpc_distkv.decide.scheduler import PATIENCE, Scheduler
 
 # -- what is asked for --------------------------------------------------------------------------

@@ -17,11 +17,11 @@ from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.instance import Instance
 from hpc_distkv.decide.plan import Plan, Scheduled
-from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.memory.loan import Move
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.ranks.events import Log
-from hpc_distkv.ranks.mailbox import Letters
+from hpc_distkv.ranks.mailbox import Mailbox
 from hpc_distkv.step.creditor import Creditor
 from hpc_distkv.step.debtor import Debtor
 from hpc_distkv.step.parts import Parts
@@ -48,7 +48,7 @@ class Node:
         time = TimeSheet(Recorder())
         parts = Parts(comm, model, self.pool, config, (1, HEAD_DIM), None, time)
         self.debtor, self.creditor = Debtor(parts, self.instance), Creditor(parts, self.instance)
-        self.letters = Letters(comm, self.instance, self.creditor, Log(comm))
+        self.letters = Mailbox(comm, self.instance, self.creditor, Log(comm))
         self.marks = marks
         self.answer: Answer | None = Answer(round=0)
         """Of the last round, until it takes effect."""
@@ -59,13 +59,13 @@ class Node:
     # -- requests, between steps ------------------------------------------------------------------
 
     @property
-    def sequences(self) -> dict[int, Sequence]:
+    def sequences(self) -> dict[int, TokenSequence]:
         return {sequence.id: sequence for sequence in self.instance.scheduler.running}
 
     def begin(self, number: int, blocks: int) -> None:
         request = Request(number, pack_tokens([1]), Sampling(max_tokens=9))
         self.rm.open(number)
-        self.instance.scheduler.adopt(Sequence(request, assigned_at=0.0))
+        self.instance.scheduler.adopt(TokenSequence(request, assigned_at=0.0))
         self.grow(number, blocks)
 
     def grow(self, request: int, blocks: int) -> None:
@@ -100,7 +100,7 @@ class Node:
 
     def begin_step(self, rng: random.Random) -> None:
         moves: list[Move] = []
-        leaving: list[Sequence] = []
+        leaving: list[TokenSequence] = []
         for creditor, debt in list(self.rm.debts.items()):
             act = rng.choice(("lend", "lend", "copy", "hand over"))
             if act == "lend":

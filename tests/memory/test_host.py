@@ -27,7 +27,7 @@ class HostTier(RuleBasedStateMachine):
         super().__init__()
         self.rm = RManager(0, 8, host_blocks=7)
         self.home: dict[int, Content] = {}
-        """Slot → what was written there last: a beginning, or a request and a place."""
+        """Slot → what was written there last: a prefix, or a request and a place."""
         self.host: dict[int, Content] = {}
         self.prompts: dict[int, str] = {}
         self.swapped: dict[int, int] = {}
@@ -42,7 +42,7 @@ class HostTier(RuleBasedStateMachine):
         return [r for r in self.prompts if r in self.rm.tables and r not in self.going]
 
     @property
-    def beginnings_move(self) -> bool:
+    def prefixes_move(self) -> bool:
         """Requests begin before the moves of a step are chosen, not while they are under way."""
         return any(move.request < 0 for move in (*self.out, *self.back))
 
@@ -52,7 +52,7 @@ class HostTier(RuleBasedStateMachine):
 
     # -- what happens -----------------------------------------------------------------------------
 
-    @precondition(lambda self: not self.beginnings_move and len(self.prompts) < 4)
+    @precondition(lambda self: not self.prefixes_move and len(self.prompts) < 4)
     @rule(prompt=st.sampled_from(PROMPTS))
     def begin(self, prompt: str) -> None:
         if not self.rm.prefixes.awaited(keys_of(prompt)):
@@ -71,7 +71,7 @@ class HostTier(RuleBasedStateMachine):
             self.home[table.slots[table.place(index)]] = self.content(request, index)
         self.rm.seal(request, table.blocks)
 
-    @precondition(lambda self: self.running and self.rm.host_space.free)
+    @precondition(lambda self: self.running and self.rm.swap.free)
     @rule(data=st.data(), at_once=st.booleans())
     def spill(self, data: st.DataObject, at_once: bool) -> None:
         """One rBlock of a request, or of what it shares."""
@@ -117,28 +117,28 @@ class HostTier(RuleBasedStateMachine):
     @rule()
     def arrive(self) -> None:
         """The bytes of all moves under way, and then their owners change."""
-        slots = self.rm.host_space.slots
+        slots = self.rm.swap.slots
         for move in self.out:
             self.host[slots[move.request][move.block]] = self.home[move.slot]
         for move in self.back:
             self.home[move.slot] = self.host[slots[move.request][move.block]]
         self.rm.commit(self.out, self.back)
         for request in self.going:
-            self.rm.leave(request)
+            self.rm.finish_swap_out(request)
         self.swapped.update(self.going)
         self.out, self.back, self.going = [], [], {}
 
-    @precondition(lambda self: self.swapped and not self.beginnings_move)
+    @precondition(lambda self: self.swapped and not self.prefixes_move)
     @rule(data=st.data())
     def go_on(self, data: st.DataObject) -> None:
         request = data.draw(st.sampled_from(sorted(self.swapped)))
         blocks, keys = self.swapped.pop(request), keys_of(self.prompts[request])
-        lost = self.rm.prefixes.match(keys) < self.rm.host_space.swapped[request]
+        lost = self.rm.prefixes.match(keys) < self.rm.swap.swapped[request]
         if lost and self.rm.prefixes.awaited(keys):
             self.swapped[request] = blocks
             return
         table = self.rm.resume(request, keys)
-        assert request not in self.rm.host_space.swapped
+        assert request not in self.rm.swap.swapped
         if table.blocks < blocks:  # it had shared what is gone, or there was no room to use it
             assert HOST not in table.remote
 
@@ -146,7 +146,7 @@ class HostTier(RuleBasedStateMachine):
     @rule(data=st.data())
     def forget(self, data: st.DataObject) -> None:
         request = data.draw(st.sampled_from(sorted(self.swapped)))
-        self.rm.host_space.discard(request)
+        self.rm.swap.discard(request)
         del self.swapped[request], self.prompts[request]
 
     @precondition(lambda self: self.running and not self.out and not self.back)
@@ -176,7 +176,7 @@ class HostTier(RuleBasedStateMachine):
 
     @invariant()
     def every_rblock_is_where_its_owner_says(self) -> None:
-        slots = self.rm.host_space.slots
+        slots = self.rm.swap.slots
         for request in self.running:
             for key, table in self.rm.parts(request).items():
                 for index, slot in zip(table.indices, table.slots, strict=True):
@@ -193,9 +193,9 @@ class HostTier(RuleBasedStateMachine):
         for request in self.running:
             self.rm.close(request)
         for request in self.swapped:
-            self.rm.host_space.discard(request)
+            self.rm.swap.discard(request)
         self.rm.check()
-        assert (self.rm.usable, self.rm.host_space.free) == (8, 7)
+        assert (self.rm.usable, self.rm.swap.free) == (8, 7)
 
 
 TestHostTier = HostTier.TestCase
@@ -212,14 +212,14 @@ def test_a_request_begins_anew_when_what_it_shared_is_gone():
     moves = rm.swap_out(2, 3)
     assert [move.block for move in moves] == [2], "what 1 needs too is not copied"
     rm.commit(moves, [])
-    rm.leave(2)
+    rm.finish_swap_out(2)
     rm.close(1)
     rm.open(3)
     rm.grow(3, 4)
     rm.close(3)
     assert rm.prefixes.match(keys) == 0
     table = rm.resume(2, keys)
-    assert (table.blocks, rm.host_space.free) == (0, 4)
+    assert (table.blocks, rm.swap.free) == (0, 4)
     rm.check()
 
 
@@ -245,12 +245,12 @@ def test_what_is_still_at_home_is_not_read_from_the_host():
     moves = rm.swap_out(1, 4)
     assert [move.block for move in moves] == [0, 1, 2, 3]
     rm.commit(moves, [])
-    rm.leave(1)
+    rm.finish_swap_out(1)
     rm.open(2)
     rm.grow(2, 4)
     table = rm.resume(1, keys)
     assert (table.start, table.remote) == (2, {HOST: [2, 3]})
-    assert rm.host_space.free == 2
+    assert rm.swap.free == 2
     rm.check()
 
 
@@ -261,11 +261,11 @@ def test_of_a_prefix_that_is_cut_each_part_keeps_what_it_has_in_the_host():
     rm.seal(1, 3)
     (whole,) = rm.prefixes.chain(1)
     rm.commit([rm.spill(whole.id, 0), rm.spill(whole.id, 2)], [])
-    slots = rm.host_space.slots[whole.id]
+    slots = rm.swap.slots[whole.id]
     rm.open(2, keys_of("aab"))
     first, rest = rm.prefixes.chain(1)
     assert (first.remote, rest.remote) == ({HOST: [0]}, {HOST: [2]})
-    assert rm.host_space.slots == {first.id: {0: slots[0]}, rest.id: {2: slots[2]}}
+    assert rm.swap.slots == {first.id: {0: slots[0]}, rest.id: {2: slots[2]}}
     rm.check()
 
 

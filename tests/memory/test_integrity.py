@@ -12,7 +12,7 @@ from hpc_distkv.memory.loan import HOST
 from hpc_distkv.memory.prefix import Prefix
 from hpc_distkv.memory.rmanager import RManager
 
-LONG, SHORT, ASIDE = 7, 8, 9
+LONG, SHORT, SWAPPED = 7, 8, 9
 """Requests: one with rBlocks lent, in the host's memory and on their way there; one that continues
 a prefix; one that is swapped out."""
 
@@ -32,9 +32,9 @@ def busy() -> RManager:
     lend(rm, other, LONG, 0)
     rm.commit([rm.spill(LONG, 1)], [])
     rm.spill(LONG, 2)
-    request_of(rm, ASIDE, 2)
-    rm.commit(rm.swap_out(ASIDE, 1), [])
-    rm.leave(ASIDE)
+    request_of(rm, SWAPPED, 2)
+    rm.commit(rm.swap_out(SWAPPED, 1), [])
+    rm.finish_swap_out(SWAPPED)
     with_credit(3, other, rm)
     request_of(other, 5, 2)
     lend(other, rm, 5, 0)
@@ -50,8 +50,8 @@ def lose_rblock(rm: RManager) -> None:
 
 
 def put_in(rm: RManager, blocks: dict[int, int]) -> None:
-    rm.host_space._free.remove(*blocks.values())
-    rm.host_space.slots[99] = blocks
+    rm.swap._free.remove(*blocks.values())
+    rm.swap.slots[99] = blocks
 
 
 def last_prefix(rm: RManager) -> Prefix:
@@ -88,27 +88,27 @@ DAMAGE: dict[str, tuple[Callable[[RManager], object], str]] = {
     "a debt": (lambda rm: setattr(rm.debts[1], "used", 0), "a debt differs from its tables"),
     "a loan": (lambda rm: setattr(rm.loans[1], "used", 0), "differs from its guests"),
     "a lost slot of the host": (
-        lambda rm: rm.host_space._free.pop(),
+        lambda rm: rm.swap._free.pop(),
         "a slot of the host is lost or owned twice",
     ),
     "a slot of the host of two": (
-        lambda rm: rm.host_space.slots[LONG].update({1: rm.host_space.slots[LONG][2]}),
+        lambda rm: rm.swap.slots[LONG].update({1: rm.swap.slots[LONG][2]}),
         "a slot of the host is lost or owned twice",
     ),
     "a slot of the host of nobody": (
-        lambda rm: put_in(rm, {0: rm.host_space._free[0]}),
+        lambda rm: put_in(rm, {0: rm.swap._free[0]}),
         "a slot of the host is nobody's",
     ),
     "nothing where something is swapped out": (
-        lambda rm: rm.host_space.swapped.update({LONG: 0, 98: 0}),
+        lambda rm: rm.swap.swapped.update({LONG: 0, 98: 0}),
         "an rBlock in the host is lost",
     ),
     "what is swapped out and served from nowhere": (
-        lambda rm: [rm.host_space.swapped.update({LONG: 0}), rm.host_space.give_up(LONG, [1])],
+        lambda rm: [rm.swap.swapped.update({LONG: 0}), rm.swap.give_up(LONG, [1])],
         "what is swapped out is not there",
     ),
     "a move of what is swapped out": (
-        lambda rm: rm.outgoing.append(rm.outgoing[0]._replace(request=ASIDE, block=0)),
+        lambda rm: rm.outgoing.append(rm.outgoing[0]._replace(request=SWAPPED, block=0)),
         "what is swapped out still moves",
     ),
     "a move of what is there": (
@@ -126,7 +126,7 @@ def test_an_instance_that_has_a_bit_of_everything_is_sound():
     assert rm.outgoing
     assert rm.incoming
     assert rm.prefixes.idle
-    assert [*rm.host_space.swapped] == [ASIDE]
+    assert [*rm.swap.swapped] == [SWAPPED]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

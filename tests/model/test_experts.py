@@ -16,9 +16,7 @@ from torch.nn import functional
 from hpc_distkv.model import build
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import nothing
-from hpc_distkv.model.experts import Experts, grouped
-from hpc_distkv.model.linear import Linear
-from hpc_distkv.model.mlp import Mlp
+from hpc_distkv.model.layers import Experts, Linear, Mlp, grouped
 from hpc_distkv.model.weights import load_decoder
 
 COUNT, PER_TOKEN, HIDDEN, INNER = 12, 4, 32, 24
@@ -163,7 +161,7 @@ def test_at_once_the_logits_are_those_of_transformers(name, tmp_path: Path, monk
     monkeypatch.setattr(build, "grouped", lambda *_: True)
     model = save(name, tmp_path)
     decoder = load_decoder(tmp_path, ModelConfig.from_dir(tmp_path), "float32")
-    assert decoder.unconditional
+    assert decoder.capturable
     tokens = torch.tensor(prompt(90, 1))
     torch.testing.assert_close(
         logits_of(decoder, tokens, (37,)), reference_logits(model, tokens), rtol=0, atol=1e-4

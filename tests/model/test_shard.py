@@ -22,7 +22,7 @@ from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.model.errors import ModelError
 from hpc_distkv.model.family import FAMILIES
-from hpc_distkv.model.shard import Cut, Shard
+from hpc_distkv.model.shard import Cut, ModelShard
 from hpc_distkv.model.weights import load_decoder
 
 DIM = 16
@@ -59,11 +59,11 @@ def test_sizes_that_work_and_no_others(heads, kv_heads, mlp, sizes):
     whole = config(heads, kv_heads, mlp)
     for lanes in range(1, 20):
         if lanes in sizes:
-            Shard(0, lanes).config(whole)
+            ModelShard(0, lanes).config(whole)
             continue
         named = rf"--tensor-parallel-size {lanes} .*sizes that do: {', '.join(map(str, sizes))}$"
         with pytest.raises(ModelError, match=named):
-            Shard(0, lanes).config(whole)
+            ModelShard(0, lanes).config(whole)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_every_query_head_is_held_once_beside_its_kv_head(heads, kv_heads, lanes
     whole = config(heads, kv_heads)
     held: list[int] = []
     for lane in range(lanes):
-        shard = Shard(lane, lanes)
+        shard = ModelShard(lane, lanes)
         own = shard.config(whole)
         q = shard.cut("q", torch.empty(DIM * own.num_heads, 1), whole)
         k = shard.cut("k", torch.empty(DIM * own.num_kv_heads, 1), whole)
@@ -91,14 +91,14 @@ def test_every_query_head_is_held_once_beside_its_kv_head(heads, kv_heads, lanes
 @pytest.mark.parametrize("size", [1, 5, 101, 128])
 @pytest.mark.parametrize("lanes", [1, 2, 3, 4])
 def test_the_vocabulary_is_divided_as_evenly_as_can_be(size, lanes):
-    ranges = Shard(0, lanes).vocabulary(size)
+    ranges = ModelShard(0, lanes).vocabulary(size)
     assert [token for ids in ranges for token in ids] == list(range(size))
     assert max(map(len, ranges)) - min(map(len, ranges)) <= 1
 
 
 def test_kv_bytes_shrink_with_the_number_of_lanes():
     whole = config(8, 4)
-    per_token = [Shard(0, n).config(whole).kv_bytes_per_token() for n in (1, 2, 4, 8)]
+    per_token = [ModelShard(0, n).config(whole).kv_bytes_per_token() for n in (1, 2, 4, 8)]
     assert per_token == [per_token[0] // n for n in (1, 2, 4, 4)]
 
 
@@ -158,7 +158,7 @@ def test_a_rank_reads_its_slices_and_no_more(tmp_path, monkeypatch):
     whole = ModelConfig.from_dir(tmp_path)
     load_decoder(tmp_path, whole)
     everything, reads.values = reads.values, {}
-    load_decoder(tmp_path, whole, shard=Shard(1, 2))
+    load_decoder(tmp_path, whole, shard=ModelShard(1, 2))
     layer = "model.layers.1."
     for name, values in everything.items():
         if name.endswith(("norm.weight", "layernorm.weight")):
@@ -177,7 +177,7 @@ def test_a_rank_reads_its_slices_and_no_more(tmp_path, monkeypatch):
 
 def sharded_logits(path: Path, whole: ModelConfig, tokens: Tensor, lanes: int) -> Tensor:
     def work(comm: Comm) -> Tensor:
-        decoder = load_decoder(path, whole, "float32", shard=Shard(comm.world.lane, lanes))
+        decoder = load_decoder(path, whole, "float32", shard=ModelShard(comm.world.lane, lanes))
         decoder.lanes = Group(comm)
         return logits_of(decoder, tokens, (7, 20))
 
@@ -215,12 +215,12 @@ def tensors(decoder: Decoder) -> list[Tensor]:
 def test_each_shard_is_read_once_and_handed_on(ranks, tp, tmp_path, monkeypatch):
     saved = save_llama(tmp_path, max_shard_size="60KB")
     whole = ModelConfig.from_dir(tmp_path)
-    expected = [tensors(load_decoder(tmp_path, whole, shard=Shard(n, tp))) for n in range(tp)]
+    expected = [tensors(load_decoder(tmp_path, whole, shard=ModelShard(n, tp))) for n in range(tp)]
     reads = Reads(monkeypatch)
     comms = open_local(ranks, tp=tp)
 
     def work(comm: Comm) -> list[Tensor]:
-        shard = Shard(comm.world.lane, tp)
+        shard = ModelShard(comm.world.lane, tp)
         return tensors(load_decoder(tmp_path, whole, shard=shard, relay=LaneBroadcast(comm)))
 
     for rank, found in enumerate(run_local(comms, work)):

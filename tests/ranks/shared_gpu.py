@@ -31,9 +31,9 @@ def answers(comm: Comm, model: Decoder, options: EngineOptions) -> dict[int, lis
         for number, (tokens, output) in enumerate(ROWS)
     ]
     leader = Collect(engine, rows) if comm.world.rank == 0 else None
-    worker = engine.run(leader)
-    worker.check()
-    borrowed = comm.share(worker.counters.blocks_borrowed)
+    instance = engine.run(leader)
+    instance.check()
+    borrowed = comm.share(instance.counters.blocks_borrowed)
     assert comm.world.size == 1 or sum(borrowed) > 0
     return {r.id: unpack_tokens(r.tokens) for r in leader.results} if leader else {}
 

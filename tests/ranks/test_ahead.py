@@ -29,8 +29,8 @@ from hpc_distkv.model import build
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.model.weights import load_decoder
+from hpc_distkv.ranks.loop import LaunchedStep, StepLoop
 from hpc_distkv.ranks.rank import EngineOptions
-from hpc_distkv.ranks.worker import Step, Worker
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ class Watch:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.steps = self.ahead = self.vain = self.exchanging = self.serving = 0
         self._slots: dict[int, set[int]] = {}
-        begin, end, plan = Worker._begin, Worker._end, Instance.plan
+        compute, learn, plan = StepLoop._compute, StepLoop._learn, Instance.plan
 
         def watched_plan(instance: Instance, ahead: bool = False):
             made = plan(instance, ahead)
@@ -61,24 +61,24 @@ class Watch:
             self.ahead += ahead and bool(made.scheduled)
             return made
 
-        def watched_begin(worker: Worker, plan, now, drawn):
-            step = begin(worker, plan, now, drawn)
-            self.exchanging += drawn is not None and worker._replica._exchanging
-            self.serving += drawn is not None and bool(worker._instance.rm.guests)
-            self._slots[id(step.draw)] = held(worker._instance, step)
+        def watched_compute(loop: StepLoop, plan, now, drawn=None):
+            step = compute(loop, plan, now, drawn)
+            self.exchanging += drawn is not None and loop._exchanging
+            self.serving += drawn is not None and bool(loop.instance.rm.guests)
+            self._slots[id(step)] = held(loop.instance, step)
             return step
 
-        def watched_end(worker: Worker, step: Step, following=()):
-            assert self._slots.pop(id(step.draw)) <= held(worker._instance, step)
-            self.vain += len(worker._instance._over)
-            end(worker, step, following)
+        def watched_learn(loop: StepLoop, step: LaunchedStep, following=()):
+            assert self._slots.pop(id(step)) <= held(loop.instance, step)
+            self.vain += len(loop.instance._over)
+            learn(loop, step, following)
 
         monkeypatch.setattr(Instance, "plan", watched_plan)
-        monkeypatch.setattr(Worker, "_begin", watched_begin)
-        monkeypatch.setattr(Worker, "_end", watched_end)
+        monkeypatch.setattr(StepLoop, "_compute", watched_compute)
+        monkeypatch.setattr(StepLoop, "_learn", watched_learn)
 
 
-def held(instance: Instance, step: Step) -> set[int]:
+def held(instance: Instance, step: LaunchedStep) -> set[int]:
     """The slots that the step's rows have at home: they must stay theirs until it is over."""
     rows = [sequence.id for sequence, _ in step.plan.scheduled]
     moved = {(move.request, move.slot) for move in step.plan.moves}

@@ -135,7 +135,7 @@ class Slow:
         self._model, self._delay = model, delay
         self.config, self.dtype = model.config, model.dtype
         self.attention, self.needs_lengths = model.attention, model.needs_lengths
-        self.lanes, self.unconditional = model.lanes, model.unconditional
+        self.lanes, self.capturable = model.lanes, model.capturable
 
     def hidden(self, *step):
         time.sleep(self._delay)

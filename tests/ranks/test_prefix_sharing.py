@@ -19,7 +19,7 @@ from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.model.rope import Rope
 from hpc_distkv.model.weights import load_decoder, random_decoder
-from hpc_distkv.ranks.replica import Replica
+from hpc_distkv.ranks.loop import StepLoop
 from hpc_distkv.step import shared
 
 DOCUMENT = 160
@@ -166,10 +166,10 @@ def test_the_work_of_a_step_is_what_its_rows_attend_to_at_home_and_compute(
 ):
     """Of decodes every token in their rBlocks here, once; of prompts every token and its place."""
     seen = []
-    counted = Replica._work
+    counted = StepLoop._work
 
-    def watch(replica: Replica, rows: list[Scheduled]) -> StepWork:
-        rm, places, per_row = replica.instance.rm, {}, replica._attention_tokens
+    def watch(loop: StepLoop, rows: list[Scheduled]) -> StepWork:
+        rm, places, per_row = loop.instance.rm, {}, loop._attention_tokens
         decodes = [sequence for sequence, count in rows if count == 1]
         for sequence in decodes:
             for table in (*rm.prefixes.chain(sequence.id), rm.tables[sequence.id]):
@@ -177,13 +177,13 @@ def test_the_work_of_a_step_is_what_its_rows_attend_to_at_home_and_compute(
                     places[slot] = min(BLOCK, sequence.length - BLOCK * index)
         prompts = [range(s.computed, s.computed + count) for s, count in rows if count > 1]
         work = sum(1 + (place + 0.5) / per_row for chunk in prompts for place in chunk)
-        found = counted(replica, rows)
+        found = counted(loop, rows)
         assert (found.decodes, found.kv_tokens) == (len(decodes), sum(places.values()))
         assert found.prompt_work == pytest.approx(work)
         seen.append(found)
         return found
 
-    monkeypatch.setattr(Replica, "_work", watch)
+    monkeypatch.setattr(StepLoop, "_work", watch)
     rows = rows_of(2, 8, random.Random(0))
     found = run_cluster(model, rows, 3, options(20), SeededSchedule(0))
     assert total(found, "blocks_borrowed")

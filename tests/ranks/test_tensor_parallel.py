@@ -23,7 +23,7 @@ from hpc_distkv.control.messages.requests import Request, Sampling
 from hpc_distkv.errors import OptionError
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
-from hpc_distkv.model.shard import Shard
+from hpc_distkv.model.shard import ModelShard
 from hpc_distkv.model.weights import load_decoder
 from hpc_distkv.ranks.rank import RankEngine
 from hpc_distkv.start.loading import load_model, open_model
@@ -40,7 +40,9 @@ def whole(tiny_model: Path) -> Decoder:
 def shards(path: Path, ranks: int, tp: int) -> dict[int, Decoder]:
     """4 heads, 2 KV heads."""
     config = ModelConfig.from_dir(path)
-    return {rank: load_decoder(path, config, shard=Shard(rank % tp, tp)) for rank in range(ranks)}
+    return {
+        rank: load_decoder(path, config, shard=ModelShard(rank % tp, tp)) for rank in range(ranks)
+    }
 
 
 def run(

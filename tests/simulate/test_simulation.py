@@ -137,7 +137,7 @@ def test_nobody_owes_anything_at_the_end(rows, policy, host):
         assert not rm.loans
         assert not rm.debts
         assert rm.free == rm.num_blocks
-        assert rm.host_space.used == 0
+        assert rm.swap.used == 0
 
 
 @settings(max_examples=10, deadline=None, phases=QUICK)
@@ -318,7 +318,7 @@ def test_a_step_of_a_cpu_copies_and_attends_to_what_is_in_its_hosts_memory_too(m
         ((sequence, count),) = member.plan.scheduled or [(None, 0)]
         if count:
             moved = len(member.plan.to_host) + len(member.plan.from_host)
-            away = member.instance.rm.host_space.used - len(member.plan.to_host)
+            away = member.instance.rm.swap.used - len(member.plan.to_host)
             seen.append((seconds, count, sequence.computed, moved, away))
         return seconds
 
@@ -345,7 +345,7 @@ def test_a_step_of_a_gpu_waits_for_the_hosts_attention_where_its_own_is_shorter(
         seconds = begin(steps, member, now)
         if [row.tokens for row in member.plan.scheduled] == [1] and not member.plan.moving:
             own = member.plan.scheduled[0].sequence.length
-            seen.append((seconds, own, member.instance.rm.host_space.used))
+            seen.append((seconds, own, member.instance.rm.swap.used))
         return seconds
 
     monkeypatch.setattr(Steps, "begin", watch)

@@ -10,8 +10,8 @@ import pytest
 from job_script import HERE, run_script, sbatch, status
 from mpirun import is_open_mpi
 
+from hpc_distkv.slurm.options import seconds
 from hpc_distkv.slurm.script import JobScript
-from hpc_distkv.slurm.time_limit import seconds
 
 JOBS = Path(__file__).parents[2] / "jobs"
 SCRIPTS = {

@@ -20,7 +20,7 @@ from test_tensor_parallel import whole  # noqa: F401
 from hpc_distkv.model.build import empty_decoder
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
-from hpc_distkv.model.shard import Shard
+from hpc_distkv.model.shard import ModelShard
 from hpc_distkv.model.weights import load_decoder
 from hpc_distkv.start.needs import (
     GPU_PROGRAM,
@@ -82,7 +82,7 @@ def test_weights_are_those_of_the_decoder(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("lanes", [1, 2, 4, 8, 16])
 def test_a_shard_of_a_published_model_takes_its_part(llama: ModelConfig, lanes: int) -> None:
     """Its KV heads are held twice where there are fewer of them than ranks."""
-    shard = Shard(lanes - 1, lanes)
+    shard = ModelShard(lanes - 1, lanes)
     decoder = empty_decoder(llama, torch.bfloat16, torch.device("meta"), shard)
     parts = decoder.embedding, decoder.layers, decoder.norm, decoder.head
     given = EngineOptions(tensor_parallel_size=lanes)

@@ -19,7 +19,7 @@ from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.foresight import Foresight
 from hpc_distkv.decide.instance import Instance
-from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.decide.swap import Swaps
 from hpc_distkv.errors import OptionError
 from hpc_distkv.memory.rmanager import RManager
@@ -134,8 +134,8 @@ def test_what_is_swapped_out_makes_room_for_a_row_that_cannot_go_on():
     rm = RManager(0, 8, host_blocks=4)
     swaps = Swaps(rm, config, Foresight(rm, config))
 
-    def running(number: int, length: int, blocks: int) -> Sequence:
-        sequence = Sequence(Request(number, pack_tokens([1] * length), Sampling(9)), 0.0)
+    def running(number: int, length: int, blocks: int) -> TokenSequence:
+        sequence = TokenSequence(Request(number, pack_tokens([1] * length), Sampling(9)), 0.0)
         rm.open(number)
         rm.grow(number, blocks)
         sequence.computed = blocks * BLOCK
@@ -148,12 +148,12 @@ def test_what_is_swapped_out_makes_room_for_a_row_that_cannot_go_on():
 
     young = running(9, 5 * BLOCK, 4)
     assert swaps.swap_out(young)
-    assert (moves(), swaps.commit(), rm.host_space.free) == ([0, 1, 2, 3], [young], 0)
+    assert (moves(), swaps.commit(), rm.swap.free) == ([0, 1, 2, 3], [young], 0)
     long = running(3, 12 * BLOCK, 8)
     assert swaps.helps(long)
     swaps.plan([long], 3, lambda sequence: False)
     assert moves() == [0, 1, 2]
-    assert (rm.host_space.swapped, rm.host_space.used, rm.usable) == ({}, 3, 3)
+    assert (rm.swap.swapped, rm.swap.used, rm.usable) == ({}, 3, 3)
     rm.check()
 
 
@@ -189,7 +189,7 @@ def test_a_row_that_was_swapped_out_goes_on_though_steps_are_planned_ahead():
     instance.learn(step.scheduled, ends, [5, 6], 1.0)
     scheduler._preempt(scheduler.running[1])
     instance.commit(instance.plan())
-    assert list(instance.rm.host_space.swapped) == [1]
+    assert list(instance.rm.swap.swapped) == [1]
     assert [(s.id, count) for s, count in instance.plan(ahead=True).scheduled] == [(0, 1)]
     assert scheduler.moving, "the next step is not planned ahead"
     step = instance.plan()
@@ -219,7 +219,7 @@ def test_any_number_of_rows_comes_back_from_the_host_in_one_step():
     for sequence in reversed(scheduler.running[:]):
         scheduler._preempt(sequence)
     instance.commit(instance.plan())
-    assert len(rm.host_space.swapped) == count
+    assert len(rm.swap.swapped) == count
     sys.setrecursionlimit(len(inspect.stack()) + 100)
     try:
         step = instance.plan()

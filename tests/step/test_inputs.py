@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_recorded_steps_serve_all_runs_of_an_engine(monkeypatch):
 class Ended:
     """The worker of a run without rows."""
 
-    counters = Counters()
+    instance = SimpleNamespace(counters=Counters())
 
     def run(self) -> None:
         pass

@@ -117,7 +117,7 @@ def again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(graphs, "new_stream", object)
     monkeypatch.setattr(DecodeGraph, "record", record)
-    monkeypatch.setattr(rank, "recordable", lambda model, q, k_cache: model.unconditional)
+    monkeypatch.setattr(rank, "recordable", lambda model, q, k_cache: model.capturable)
     REPLAYED.clear()
 
 

@@ -12,7 +12,7 @@ from hpc_distkv.batch.results.answered import Answered
 from hpc_distkv.batch.results.claim import Claim
 from hpc_distkv.batch.results.order import InputOrder, order_lines
 from hpc_distkv.batch.results.side_files import unfinished_path
-from hpc_distkv.batch.results.unfinished import Answer, Begun, write_unfinished
+from hpc_distkv.batch.results.unfinished import AnswerKey, Begun, write_unfinished
 from hpc_distkv.regular import remove_file
 
 _BUFFER = 1 << 20
@@ -35,7 +35,7 @@ class Journal:
         fd: int,
         size: int,
         answered: Answered,
-        unfinished: Mapping[Answer, Begun],
+        unfinished: Mapping[AnswerKey, Begun],
     ) -> None:
         self.path = claim.output
         self.answered = answered
@@ -84,7 +84,7 @@ class Journal:
                 self._fail(error, keep=self._synced)
             self._synced = self._written
 
-    def set_aside(self, begun: Collection[Begun]) -> None:
+    def save_unfinished(self, begun: Collection[Begun]) -> None:
         """Keep what is begun for a rerun, instead of what was kept before. Raises JournalError."""
         self._check_alone()
         place = unfinished_path(self.path)

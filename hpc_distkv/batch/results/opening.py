@@ -27,7 +27,7 @@ from hpc_distkv.batch.results.meta import (
     write_meta,
 )
 from hpc_distkv.batch.results.side_files import excess_of_name, side_files, unfinished_path
-from hpc_distkv.batch.results.unfinished import Answer, Begun, check_unfinished, read_unfinished
+from hpc_distkv.batch.results.unfinished import AnswerKey, Begun, check_unfinished, read_unfinished
 from hpc_distkv.regular import check_replaceable, real_path, remove_file, replace_file, same_file
 
 
@@ -67,7 +67,7 @@ class Opening:
     answered: Answered
     sound: int
     """Bytes of whole lines."""
-    unfinished: Mapping[Answer, Begun]
+    unfinished: Mapping[AnswerKey, Begun]
 
     @classmethod
     def look(

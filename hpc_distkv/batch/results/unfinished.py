@@ -15,7 +15,7 @@ from hpc_distkv.control.messages.requests import Request, Result, unpack_tokens
 from hpc_distkv.regular import open_regular, replace_file
 
 
-class Answer(NamedTuple):
+class AnswerKey(NamedTuple):
     """One answer of one row."""
 
     custom_id: str
@@ -38,9 +38,9 @@ class Begun(msgspec.Struct, frozen=True, omit_defaults=True):
     """The whole answer, when others of its row were not finished."""
 
     @property
-    def answer(self) -> Answer:
+    def answer(self) -> AnswerKey:
         """Whose beginning it is."""
-        return Answer(self.custom_id, self.choice)
+        return AnswerKey(self.custom_id, self.choice)
 
     @property
     def tokens(self) -> int:
@@ -75,7 +75,7 @@ def begun_digest(request: Request) -> str:
     return hashlib.blake2b(asked, digest_size=16).hexdigest()
 
 
-def read_unfinished(path: Path) -> dict[Answer, Begun]:
+def read_unfinished(path: Path) -> dict[AnswerKey, Begun]:
     """What `write_unfinished` wrote; nothing if there is no such file. Raises JournalError, OSError
     when reading fails."""
     try:
@@ -91,7 +91,7 @@ def read_unfinished(path: Path) -> dict[Answer, Begun]:
     return {each.answer: each for each in begun}
 
 
-def check_unfinished(path: Path) -> dict[Answer, Begun]:
+def check_unfinished(path: Path) -> dict[AnswerKey, Begun]:
     """Nothing, for a job to which a file there does not belong, and which removes it; but it must
     be one of this program, as its first line tells. Raises JournalError and OSError."""
     try:

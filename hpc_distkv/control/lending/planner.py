@@ -10,7 +10,7 @@ import numpy as np
 from hpc_distkv.control.lending.borrow import ANYWHERE
 from hpc_distkv.control.lending.ledger import DebtLedger
 from hpc_distkv.control.lending.links import Links
-from hpc_distkv.control.messages.wire import Reports
+from hpc_distkv.control.messages.reports import Reports
 
 CONSIDERED = 8
 """Debtors and creditors looked at in one plan: it costs the same in any cluster."""

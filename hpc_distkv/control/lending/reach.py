@@ -9,7 +9,7 @@ import numpy as np
 
 from hpc_distkv.control.lending.borrow import ANYWHERE
 from hpc_distkv.control.lending.links import Links
-from hpc_distkv.control.messages.wire import Reports
+from hpc_distkv.control.messages.reports import Reports
 
 ROOMY = 1.1
 """How much larger than a request the pools within its reach are together."""

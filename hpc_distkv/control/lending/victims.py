@@ -9,7 +9,7 @@ import numpy as np
 from hpc_distkv.control.lending.ledger import DebtLedger
 from hpc_distkv.control.lending.links import Links
 from hpc_distkv.control.messages.answer import Answers
-from hpc_distkv.control.messages.wire import Reports
+from hpc_distkv.control.messages.reports import Reports
 
 log = logging.getLogger(__name__)
 

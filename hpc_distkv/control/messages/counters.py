@@ -71,4 +71,4 @@ class Counters(msgspec.Struct):
     prediction_error: float = 0.0
     """Mean error of predicted decode step times, relative to the measured ones."""
     gaps: dict[int, int] = {}
-    """Times between two tokens of a row: bin of `control.messages.gaps` → count."""
+    """Times between two tokens of a row: bin of `control.messages.percentiles` → count."""

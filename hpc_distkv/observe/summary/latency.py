@@ -6,8 +6,7 @@ from array import array
 
 import numpy as np
 
-from hpc_distkv.control.messages.gaps import BINS_PER_OCTAVE, gap_bin
-from hpc_distkv.control.messages.percentiles import ranks
+from hpc_distkv.control.messages.percentiles import BINS_PER_OCTAVE, gap_bin, ranks
 
 
 class Latencies:
@@ -30,7 +29,7 @@ class Latencies:
         return {name: round(float(seconds), 4) for name, seconds in summary.items()}
 
     def bins(self) -> dict[int, int]:
-        """`control.messages.gaps.gap_bin` → answers."""
+        """`control.messages.percentiles.gap_bin` → answers."""
         bins: dict[int, int] = {}
         for seconds in self._seconds:
             at = gap_bin(seconds)

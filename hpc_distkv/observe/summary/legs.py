@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from hpc_distkv.control.messages.gaps import gap_bin, gap_summary
+from hpc_distkv.control.messages.percentiles import gap_bin, gap_summary
 from hpc_distkv.observe.summary.latency import histogram
 from hpc_distkv.observe.summary.metrics import PEAKS, mean_error
 from hpc_distkv.observe.summary.run import SLOWEST

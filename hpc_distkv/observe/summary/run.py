@@ -12,7 +12,7 @@ import numpy as np
 from hpc_distkv.batch.job import Job
 from hpc_distkv.comm.world import World
 from hpc_distkv.control.messages.counters import Counters
-from hpc_distkv.control.messages.gaps import gap_summary
+from hpc_distkv.control.messages.percentiles import gap_summary
 from hpc_distkv.control.messages.requests import Result
 from hpc_distkv.observe.summary.latency import Latencies, histogram
 from hpc_distkv.observe.summary.metrics import RankFigures, total

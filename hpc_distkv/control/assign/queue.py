@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Callable
 from operator import attrgetter
 
+from hpc_distkv.control.assign.source import RequestSource
 from hpc_distkv.control.messages.requests import Request
-from hpc_distkv.control.rows.source import RequestSource
 
 LOOK_AHEAD = 16
 """Rows per instance that are read before they can be assigned: when these are the last ones, the
@@ -24,7 +24,7 @@ NOT_LARGE = 1 << 62
 """Tokens that no prompt has."""
 
 
-class RowQueue:
+class RequestQueue:
     """Reads rows a little ahead, and owns them until they are pulled: oldest first, and the last
     ones longest first."""
 

@@ -8,10 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from hpc_distkv.control.assign.assignment import Assignment
 from hpc_distkv.control.lending.links import Links
-from hpc_distkv.control.messages.report import Large
-from hpc_distkv.control.messages.wire import Reports
-from hpc_distkv.control.rows.assign import Assignment
+from hpc_distkv.control.messages.reports import Large, Reports
 
 SHARE = 0.85
 """Part of the pools within reach that such rows may come to fill together: the others need room
@@ -27,7 +26,7 @@ class Placed(NamedTuple):
     row: Large
 
 
-class LargeRows:
+class LargeRequests:
     """Lets a row that is too large for one pool begin when all such rows, as their prompts grow and
     as they end, will have room in the pools within its reach. What it needs is not gathered before:
     it borrows as it goes on, while small rows leave what they had. Oldest first, at the instance
@@ -92,7 +91,7 @@ class LargeRows:
 def peak(rows: Sequence[Large], step_tokens: float) -> float:
     """Most rBlocks that the rows have at once if all of them go on from now, each at its own home:
     until its prompt is computed a row takes more and more, then it keeps what it has until it ends.
-    `step_tokens` as of `LargeRows.begin`."""
+    `step_tokens` as of `LargeRequests.begin`."""
     numbers = np.array([(r.held, r.blocks, r.prompt, r.output) for r in rows], dtype=np.float64)
     held, blocks, prompt, output = numbers.T
     ends = prompt + output * step_tokens

@@ -1,8 +1,8 @@
-"""A mixture of experts: the MLP of a layer of which each token meets a part."""
+"""What the layers of a decoder are made of: linear layers, norms, MLPs and mixtures of experts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -10,11 +10,91 @@ from torch import Tensor
 from torch.nn import functional
 
 from hpc_distkv.model.config import ModelConfig
-from hpc_distkv.model.linear import Linear
-from hpc_distkv.model.mlp import Mlp, Pause
 
+Pause = Callable[[], None]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+}
 MOST_GROUPS = 1023
 """Of one grouped product."""
+_PACK_ROWS = 32
+"""The batch for which oneDNN chooses the layout; the same one won from 1 to 256 rows."""
+
+
+class Linear:
+    """y = x · weightᵀ + bias. Starts in plain layout, which can be sliced; `pack` ends that."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """`weight` [out, in], `bias` [out], of one dtype and device."""
+        self.weight = weight
+        self.bias = bias
+        self._packed: Tensor | None = None
+
+    def pack(self, keep: bool = False) -> None:
+        """Reorder the weight once into oneDNN's blocked layout, on a CPU that has fast code for it.
+
+        Saves the reordering that every call would do: 1.3 to 2 times faster up to 64 rows. The
+        plain weight is given up unless `keep` (it is shared, as a tied embedding is). On other
+        devices and dtypes nothing happens.
+        """
+        if self._packed is None and _can_pack(self.weight):
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, _PACK_ROWS)
+            if not keep:
+                self.weight = self.weight.new_empty(0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [rows, in] → [rows, out]."""
+        if self._packed is None:
+            return functional.linear(x, self.weight, self.bias)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        return y
+
+
+class Norm:
+    """RMSNorm (arXiv 1910.07467) with a weight alone, LayerNorm with a weight and a bias.
+
+    A weight [heads, dim] norms each head by itself. A weight of another dtype than the activations
+    is one that may not be rounded: then the whole norm is computed in it.
+    """
+
+    def __init__(self, eps: float, weight: Tensor, bias: Tensor | None = None) -> None:
+        """`weight` [dim] or [heads, dim]; `bias` [dim]."""
+        self.eps, self.weight, self.bias = eps, weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [rows, dim] or [rows, heads, dim] → the same shape and dtype."""
+        weight = self.weight
+        if self.bias is not None:
+            return functional.layer_norm(x, weight.shape, weight, self.bias, self.eps)
+        if weight.dim() == 1 and weight.dtype == x.dtype:
+            return functional.rms_norm(x, weight.shape, weight, self.eps)
+        normed = functional.rms_norm(x.to(weight.dtype), weight.shape[-1:], None, self.eps)
+        return (normed * weight).to(x.dtype)
+
+
+class Mlp:
+    """down(act(gate(x)) · up(x)), or without a gate down(act(up(x)))."""
+
+    def __init__(self, up: Linear, down: Linear, activation: str, gated: bool) -> None:
+        """`up`: with a gate, the rows of gate and up, one after another."""
+        self.up, self.down, self._gated = up, down, gated
+        self._activate = ACTIVATIONS[activation]
+
+    def __call__(self, x: Tensor, pause: Pause) -> Tensor:
+        """x [rows, hidden] → [rows, hidden]; `pause` is called between the linear layers."""
+        wide = self.up(x)
+        pause()
+        return self.down(self.activated(wide))
+
+    def activated(self, wide: Tensor) -> Tensor:
+        """What `down` takes of what `up` gives."""
+        if not self._gated:
+            return self._activate(wide)
+        gate, up = wide.chunk(2, dim=-1)
+        return self._activate(gate).mul_(up)
 
 
 class Experts:
@@ -104,3 +184,13 @@ def grouped(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bo
         and not config.mlp_bias
         and config.num_experts <= MOST_GROUPS
     )
+
+
+def _can_pack(weight: Tensor) -> bool:
+    if weight.device.type != "cpu" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if weight.dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return weight.dtype == torch.float32

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections import deque
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpc_distkv.control.messages.report import Large
+from hpc_distkv.control.assign.affinity import Affinity
+from hpc_distkv.control.assign.queue import LOOK_AHEAD, RequestQueue
+from hpc_distkv.control.assign.source import RequestSource
+from hpc_distkv.control.assign.work import MeanOutput, work
+from hpc_distkv.control.messages.reports import Large, ReportError, Reports
 from hpc_distkv.control.messages.requests import Request, Result
-from hpc_distkv.control.messages.wire import ReportError, Reports
-from hpc_distkv.control.rows.affinity import Affinity
-from hpc_distkv.control.rows.places import Place, Places
-from hpc_distkv.control.rows.row_queue import LOOK_AHEAD, RowQueue
-from hpc_distkv.control.rows.source import RequestSource
-from hpc_distkv.control.rows.work import MeanOutput, work
 
 DEALT_AHEAD = 10_000
 """Rows dealt to one instance ahead of its room at most; then the others wait for it."""
@@ -36,10 +35,10 @@ class Assignment:
         attention_tokens: float = float("inf"),
         affinity: Affinity | None = None,
     ) -> None:
-        """`queue`: a row goes to the instance with least predicted
-        work; otherwise rows are dealt out in turn, as to replicas that each got their part of the
-        input. `affinity`: if instances share the beginnings of rows."""
-        self.rows = RowQueue(source, instances, self._duration if queue else None)
+        """`queue`: a request goes to the instance with least predicted work; otherwise requests are
+        dealt out in turn, as to replicas that each got their part of the input. `affinity`: if
+        instances share prefixes."""
+        self.rows = RequestQueue(source, instances, self._duration if queue else None)
         self.home: dict[int, int] = {}
         """Unfinished request → its home instance."""
         self._limits: dict[int, int] = {}
@@ -256,3 +255,48 @@ class Assignment:
     def _work(self, request: Request, known: int) -> float:
         output = self._outputs.expected(request.sampling.max_tokens)
         return work(known, request.prompt_len + output, self._attention_tokens)
+
+
+class Place(NamedTuple):
+    """An instance with room."""
+
+    load: float
+    """Predicted work of its rows."""
+    instance: int
+    rows: int
+    """That may still be assigned."""
+    tokens: int
+    """Prompt tokens after which no further row should be."""
+
+
+class Places:
+    """The instances that take rows, until their room is used up."""
+
+    def __init__(self, places: Iterable[Place]) -> None:
+        self._open = {place.instance: place for place in places}
+        self._heap = list(self._open.values())
+        """Also has what a place was before it took rows."""
+        heapq.heapify(self._heap)
+
+    def __bool__(self) -> bool:
+        return bool(self._open)
+
+    def least(self, instances: Iterable[int]) -> Place | None:
+        """The one with least load out of `instances`, if any of them has room."""
+        return min((self._open[i] for i in instances if i in self._open), default=None)
+
+    def least_of_all(self) -> Place:
+        """The one with least load."""
+        while self._open.get(self._heap[0].instance) is not self._heap[0]:
+            heapq.heappop(self._heap)
+        return self._heap[0]
+
+    def take(self, place: Place, work: float, tokens: int) -> None:
+        """One more row goes to `place`: so much work, with so many tokens of its prompt to
+        compute."""
+        load, instance, rows, room = place
+        del self._open[instance]
+        if rows > 1 and room > tokens:
+            taken = Place(load + work, instance, rows - 1, room - tokens)
+            self._open[instance] = taken
+            heapq.heappush(self._heap, taken)

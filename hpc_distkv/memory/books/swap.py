@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
-class HostSpace:
+class SwapSpace:
     """Owner of an instance's slots in the host's memory (`HOST`). They hold rBlocks of its own
     requests and prefixes only, of two kinds:
 
     * what a block table names in `remote[HOST]` is served where it is;
-    * what was swapped out of a preempted request is there for when it goes on.
+    * what a preempted request had computed waits there until the request is resumed.
 
     A slot is reserved before the copy there begins, and given up when a copy back has arrived.
     """
@@ -20,7 +20,7 @@ class HostSpace:
         self.slots: dict[int, dict[int, int]] = {}
         """Request or prefix → logical index of an rBlock → its slot."""
         self.swapped: dict[int, int] = {}
-        """Request that is swapped out, or being copied there → the rBlocks of the prefix that it
+        """Request that is swapped out, or on its way there → the rBlocks of the prefix that it
         shared with others then: they are not among `slots`."""
         self._free = list(range(num_blocks - 1, -1, -1))
 
@@ -39,8 +39,8 @@ class HostSpace:
         """Whether a block table names anything here, or something moves."""
         return len(self.slots) > len(self.swapped)
 
-    def end(self, request: int) -> int:
-        """rBlocks that a swapped-out request has computed; 0 if it is not swapped out."""
+    def computed(self, request: int) -> int:
+        """rBlocks a swapped-out request has computed; 0 if it is not swapped out."""
         return max(self.slots[request]) + 1 if request in self.swapped else 0
 
     def take(self, key: int, index: int) -> None:
@@ -58,7 +58,7 @@ class HostSpace:
             del self.slots[key]
 
     def discard(self, request: int) -> None:
-        """Free what is kept of a swapped-out request."""
+        """Free what is kept for a swapped-out request, if it is one."""
         if self.swapped.pop(request, None) is not None:
             self._free.extend(self.slots.pop(request).values())
 

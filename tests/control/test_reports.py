@@ -12,11 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_reports import read, report
 
+from hpc_distkv.control.assign.work import STEP_TOKENS
 from hpc_distkv.control.messages.counters import Counters
-from hpc_distkv.control.messages.report import Changes, Large, Report
+from hpc_distkv.control.messages.reports import (
+    COLUMNS,
+    SIGNED,
+    Changes,
+    Large,
+    Report,
+    ReportError,
+    Reports,
+    encode_report,
+)
 from hpc_distkv.control.messages.requests import NOBODY, Result
-from hpc_distkv.control.messages.wire import COLUMNS, SIGNED, ReportError, Reports, encode_report
-from hpc_distkv.control.rows.work import STEP_TOKENS
 
 counts = st.integers(0, 2**31 - 1)
 FORMATS = {

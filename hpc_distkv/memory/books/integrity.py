@@ -82,7 +82,7 @@ def check_loans(rm: RManager) -> None:
 def check_host(rm: RManager) -> None:
     """Assert that every slot in the host's memory has one owner: nobody, a block table that names
     it, a request that is swapped out, or a move there."""
-    host = rm.host_space
+    host = rm.swap
     owned = [slot for blocks in host.slots.values() for slot in blocks.values()]
     assert len(set(owned)) == len(owned) == host.used, "a slot of the host is lost or owned twice"
     arriving = {(m.request, m.block) for m in rm.outgoing if m.peer == HOST}

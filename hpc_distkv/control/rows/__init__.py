@@ -1,1 +1,0 @@
-"""Which instance answers which row."""
