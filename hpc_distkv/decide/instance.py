@@ -15,7 +15,7 @@ from hpc_distkv.control.messages.reports import Remains, Report
 from hpc_distkv.control.messages.requests import Request, Result
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.guests import remote_queries
-from hpc_distkv.decide.handover import Handovers, handover
+from hpc_distkv.decide.migration import Handovers, handover
 from hpc_distkv.decide.pace import Pace, StepSeconds, StepWork
 from hpc_distkv.decide.plan import Plan, S, Scheduled
 from hpc_distkv.decide.reporting import Reporting
@@ -52,10 +52,10 @@ class Instance:
         self.counters = Counters()
         self.rm = RManager(number, config.num_blocks, config.lend_cap, config.host_blocks)
         self.scheduler = Scheduler(self.rm, config, self.counters)
-        self.pace = Pace()
+        self.pace = Pace(config.host_copy_seconds)
         self.round = 0
         self._sequence = sequence
-        self._handovers = Handovers(self.rm, self.scheduler, sequence)
+        self._handovers = Handovers(self.rm, sequence)
         self._reporting = Reporting(
             config, self.rm, self.scheduler, self._handovers, self.pace, self.counters
         )
@@ -75,14 +75,11 @@ class Instance:
         for debtor in self.rm.settle(answer.lend):
             self.counters.refused_grants += 1
             log.error("refused a grant to instance %d beyond the promise: %s", debtor, answer.lend)
-        if answer.lend:
-            self._reporting.lent = (
-                None  # The ledger counts the grants by now: report what became of them.
-            )
         for request in answer.assign:
             self.scheduler.add(self._sequence(request, now))
         self.scheduler.apply(answer, self._reporting.asked)
-        self._reporting.returned = self.scheduler.give_back(answer.give_back)
+        returned = self.scheduler.give_back(answer.give_back)
+        self._reporting.applied(bool(answer.lend), returned)
         self.round += 1
 
     def report(self, drain: bool = False, halt: bool = False) -> Report:
@@ -147,7 +144,11 @@ class Instance:
         self.counters.peak_host = max(self.counters.peak_host, self.rm.swap.used)
         self.rm.commit((*plan.moves, *plan.to_host), (*plan.recalls, *plan.from_host))
         self.scheduler.commit()
-        self.counters.migrations += self._handovers.leave(plan.leaving)
+        for sequence in plan.leaving:
+            self.scheduler.hand_over(sequence)
+        for sequence in self._handovers.leave(plan.leaving):
+            self.scheduler.adopt(sequence)
+        self.counters.migrations += len(plan.leaving)
         self.counters.peak_borrowed = max(self.counters.peak_borrowed, self.rm.borrowed)
 
     def append(
@@ -228,7 +229,7 @@ class Instance:
         if in_use:
             self._over.add(sequence.id)
         assert sequence.first_token_at is not None
-        self._reporting.results.append(
+        self._reporting.finished(
             Result(
                 id=sequence.id,
                 tokens=sequence.packed_output,
@@ -247,13 +248,7 @@ class Instance:
         self.counters.held_block_steps += self.rm.held
         self.counters.remote_block_steps += self.rm.borrowed
         self.pace.note(work, seconds)
-        if prompt := self.pace.prompt:
-            if exchange := self.pace.exchange:
-                self.scheduler.demands.exchange_tokens = exchange / prompt
-            if fixed := self.pace.steps.fixed:
-                self.scheduler.step_tokens = fixed / prompt
-            if copying := self.config.host_copy_seconds:
-                self.scheduler.swaps.block_tokens = copying / prompt
+        self.scheduler.calibrate(self.pace.calibration)
 
     # -- letters of others, at any time ---------------------------------------------------------
 
@@ -277,7 +272,8 @@ class Instance:
         """The moves of a header have arrived, and its queries have been served."""
         self.counters.blocks_lent += len(incoming)
         self.rm.commit(outgoing, incoming)
-        self._handovers.settle(debtor)
+        for sequence in self._handovers.settle(debtor):
+            self.scheduler.adopt(sequence)
 
     def check(self) -> None:
         """Assert the bookkeeping invariants."""

@@ -18,8 +18,8 @@ from hpc_distkv.control.messages.requests import (
 )
 from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.decide.config import EngineConfig
-from hpc_distkv.decide.handover import handover
 from hpc_distkv.decide.instance import Instance
+from hpc_distkv.decide.migration import handover
 from hpc_distkv.decide.plan import Plan
 from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.memory.loan import Move, ProtocolError

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 
 from hpc_distkv.control.messages.answer import Answer
+from hpc_distkv.control.messages.counters import Counters
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.moves import Moves
+from hpc_distkv.decide.scheduler import Scheduler
 from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.memory.loan import MoveKind
 from hpc_distkv.memory.rmanager import RManager
@@ -23,8 +25,11 @@ class Rig:
     def __init__(self, tokens: dict[int, int], num_blocks: int = 50, budget: int = FAST) -> None:
         """`tokens`: request → tokens with KV."""
         self.rm = RManager(0, num_blocks)
-        self.moves = Moves(self.rm, EngineConfig(num_blocks, BLOCK, move_budget=budget))
-        self.running = [self._sequence(number, n) for number, n in tokens.items()]
+        self.moves = Moves()
+        config = EngineConfig(num_blocks, BLOCK, move_budget=budget)
+        self.scheduler = Scheduler(self.rm, config, Counters())
+        for number, count in tokens.items():
+            self.scheduler.adopt(self._sequence(number, count))
 
     def _sequence(self, number: int, tokens: int) -> TokenSequence:
         request = Request(number, pack_tokens(range(tokens + 1)), Sampling(max_tokens=99))
@@ -43,7 +48,7 @@ class Rig:
         self, short: int = 0, growth: int = 0
     ) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
         """(request, rBlock, creditor) of what leaves and of what comes home in one step."""
-        out, home = self.moves.plan(self.running, short, lambda: growth)
+        out, home = self.moves.plan(self.scheduler, short, lambda: growth)
         self.rm.check()
         assert all(move.kind is MoveKind.LEND for move in out)
         assert all(move.kind is MoveKind.RECALL for move in home)
@@ -137,10 +142,10 @@ def test_planned_moves_end_with_the_plan_and_go_nowhere_else():
 def test_planned_moves_wait_for_their_credit():
     rig = Rig({0: 81})
     rig.answer(shed={5: 3})
-    assert rig.moves.sheddable() == {}
+    assert rig.moves.sheddable(rig.rm) == {}
     assert rig.step()[0] == []
     rig.rm.credit_opened(5, 2)
-    assert rig.moves.sheddable() == {5: 2}
+    assert rig.moves.sheddable(rig.rm) == {5: 2}
     assert len(rig.step()[0]) == 2
     rig.rm.credit_opened(5, 2)
     assert len(rig.step()[0]) == 1
@@ -159,7 +164,7 @@ def test_what_moves_because_it_must_serves_the_plan_as_well():
     rig.rm.credit_opened(3, 20)
     rig.answer(shed={3: 4})
     assert len(rig.step(short=3)[0]) == 3
-    assert rig.moves.sheddable() == {3: 1}
+    assert rig.moves.sheddable(rig.rm) == {3: 1}
 
 
 # -- what comes home ----------------------------------------------------------------------------

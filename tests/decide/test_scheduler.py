@@ -9,6 +9,8 @@ from schedules import BLOCK, add, answer, expect_short, make, running, step
 
 from hpc_distkv.control.messages.requests import NOBODY
 from hpc_distkv.decide.config import EngineConfig
+from hpc_distkv.decide.demand import large_rows
+from hpc_distkv.decide.pace import Calibration
 from hpc_distkv.decide.scheduler import GUEST_STEPS, Scheduler
 from hpc_distkv.errors import OptionError
 
@@ -50,7 +52,7 @@ def test_prompts_come_in_smaller_chunks_while_guests_wait_to_be_served():
     assert step(scheduler) == {0: 700}
     host(scheduler, 1)
     add(scheduler, 1, prompt=700)
-    scheduler.step_tokens = 10.0
+    scheduler.calibrate(Calibration(step_tokens=10.0))
     assert step(scheduler) == {0: 1, 1: 10 * GUEST_STEPS}
 
 
@@ -168,7 +170,7 @@ def test_every_row_that_fits_alone_is_finished_and_the_oldest_never_goes_back(
         if not scheduler.running and not scheduler.waiting:
             break
         if round_number % 3 == 0:
-            begin = [row.request for row in scheduler.demands.large]
+            begin = [row.request for row in large_rows(scheduler)]
             answer(scheduler, asked=scheduler.demand().wanted, begin=begin)
         oldest = min(s.id for s in (*scheduler.running, *scheduler.waiting))
         step(scheduler)

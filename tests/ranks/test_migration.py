@@ -31,8 +31,11 @@ class Rig:
         """`blocks`: request → its rBlocks; the last has one token."""
         self.rm = RManager(0, num_blocks)
         config = EngineConfig(num_blocks, BLOCK, policy=POLICIES["migrate"])
-        self.migrations = Migrations(self.rm, config)
-        self.running = [self._sequence(number, n) for number, n in blocks.items()]
+        self.migrations = Migrations()
+        self.scheduler = Scheduler(self.rm, config, Counters())
+        for number, count in blocks.items():
+            self.scheduler.adopt(self._sequence(number, count))
+        self.running = self.scheduler.running
 
     def _sequence(self, number: int, blocks: int) -> TokenSequence:
         length = (blocks - 1) * BLOCK + 1
@@ -45,12 +48,11 @@ class Rig:
 
     def step(self, short: int = 1) -> tuple[list[tuple[int, int, int]], list[int]]:
         """(request, rBlock, creditor) of the copies of one step, and who leaves with it."""
-        moves, leaving = self.migrations.plan(self.running, short)
+        moves, leaving = self.migrations.plan(self.scheduler, short)
         assert all(move.kind is MoveKind.COPY for move in moves)
         self.rm.commit(moves, [])
         for sequence in leaving:
-            self.rm.hand_over(sequence.id)
-            self.running.remove(sequence)
+            self.scheduler.hand_over(sequence)
         self.rm.check()
         return [(m.request, m.block, m.peer) for m in moves], [s.id for s in leaving]
 
@@ -160,22 +162,22 @@ def two_rows() -> Scheduler:
         request = Request(number, pack_tokens(range(prompt)), Sampling(max_tokens=20))
         sequence = TokenSequence(request, assigned_at=0.0)
         scheduler.adopt(sequence)
-        scheduler._rm.open(number)
-        scheduler._rm.grow(number, config.blocks(prompt))
+        scheduler.rm.open(number)
+        scheduler.rm.grow(number, config.blocks(prompt))
         sequence.computed = prompt
         sequence.expect(0)
         sequence.learn(0, 0.0)
-    scheduler._rm.credit_opened(3, 10 + GROWTH_BLOCKS)
+    scheduler.rm.credit_opened(3, 10 + GROWTH_BLOCKS)
     return scheduler
 
 
 def test_a_row_misses_only_the_step_that_hands_it_over():
     scheduler = two_rows()
-    scheduler._rm.close(0)
+    scheduler.rm.close(0)
     scheduler.running.pop(0)
     (row,), leaving = (plan := scheduler.plan()).scheduled, plan.leaving
     assert (row.sequence.id, leaving) == (1, [])
-    scheduler._rm.commit(plan.moves, [])
+    scheduler.rm.commit(plan.moves, [])
     row.sequence.computed += 1
     row.sequence.expect(0)
     row.sequence.learn(0, 0.0)
@@ -190,18 +192,18 @@ def test_a_row_that_leaves_is_not_preempted_in_the_same_step():
     scheduler.apply(Answer(round=0), 1)
     plan = scheduler.plan()
     assert [sequence.id for sequence in plan.leaving] == [0]
-    assert 0 in scheduler._rm.tables
+    assert 0 in scheduler.rm.tables
     assert 0 not in [row.sequence.id for row in plan.scheduled]
 
 
 def test_credit_too_small_for_any_row_is_no_reason_to_wait():
     """Nobody fits into it, so the youngest is preempted after some patience, or it is returned."""
     scheduler = two_rows()
-    scheduler._rm.return_credit(3, 9)
+    scheduler.rm.return_credit(3, 9)
     for number in range(6):
         scheduler.apply(Answer(round=number), scheduler.demand().wanted)
         scheduler.plan()
-    assert scheduler.counters.preemptions > 0 or scheduler._rm.debts[3].returned > 9
+    assert scheduler.counters.preemptions > 0 or scheduler.rm.debts[3].returned > 9
 
 
 # -- in a cluster -------------------------------------------------------------------------------
