@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from hpc_distkv.batch.job import Job
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.messages.counters import Counters
-from hpc_distkv.control.messages.report import Reports
+from hpc_distkv.control.messages.reports import Reports
 
 Numbers = NDArray[np.int64]
 
