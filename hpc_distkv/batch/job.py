@@ -120,17 +120,21 @@ class Job:
         perhaps. Raises InputError and JournalError.
         """
         for entry, requests in self.entries():
-            if entry:
-                self.enter(entry)
+            self.enter(entry)
             yield from requests
 
-    def entries(self) -> Iterator[tuple[Entry | None, Sequence[Request]]]:
-        """Each row of the input as it is read and tokenized, oldest first: what `enter` is told of
-        it before anything else, and its requests that are left. None for a row that is passed over.
-        Call once. Raises InputError."""
+    def entries(self) -> Iterator[tuple[Entry, Sequence[Request]]]:
+        """Each row still to be answered as it is read and tokenized, oldest first: what `enter` is
+        told of it before anything else, and its requests that are left. Call once. Raises
+        InputError."""
         for envelope in self._intake.envelopes(self._answered):
-            yield self._read(envelope) if envelope else (None, ())
-        yield AllRead(self._intake.rows), ()
+            yield self._read(envelope)
+        if self._intake.exhausted:
+            yield AllRead(self._intake.rows), ()
+
+    def stop_reading(self) -> None:
+        """`entries` ends within a line; may be called from another thread than that has."""
+        self._intake.stop()
 
     def enter(self, entry: Entry) -> None:
         """A row was read. Writes its line if it has no request. Raises JournalError."""

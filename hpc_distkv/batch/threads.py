@@ -41,7 +41,7 @@ class Reader(Generic[T]):
 
     def __init__(
         self,
-        entries: Iterator[tuple[T | None, Sequence[Request]]],
+        entries: Iterator[tuple[T, Sequence[Request]]],
         tell: Callable[[T | BaseException], None],
     ) -> None:
         """`entries`: pulled in the thread; of each, `tell` gets the first part before the requests
@@ -81,7 +81,7 @@ class Reader(Generic[T]):
         return request
 
     def stop(self) -> None:
-        """End the thread, as soon as it is through with the row it reads."""
+        """End the thread, as soon as it has its next row."""
         with self._changed:
             self._stopped = True
             self._changed.notify()
@@ -95,8 +95,7 @@ class Reader(Generic[T]):
     def _read(self) -> None:
         try:
             for entry, requests in self._entries:
-                if entry is not None:
-                    self._tell(entry)
+                self._tell(entry)
                 if self._stopped or not all(map(self._put, requests)):
                     return
         except BaseException as error:

@@ -35,7 +35,7 @@ class Steps:
         """Raises OptionError for a cluster that does not say how fast it is."""
         self.cost = deployment.cost()
         self._members = members
-        self._level = deployment.links().between
+        self.links = deployment.links(self.cost)
         self._block_size = deployment.config.block_size
         self._host: HostCost | None = None
         if deployment.config.host_blocks:
@@ -145,8 +145,8 @@ class Steps:
         }
         served = {c: self._serving(self._members[c], member.number, h) for c, h in headers.items()}
         legs = [
-            (sum(rows for _, rows, _ in header.queries), self._level(member.number, creditor))
-            for creditor, header in headers.items()
+            (sum(rows for _, rows, _ in h.queries), self.links.between(member.number, c))
+            for c, h in headers.items()
         ]
         remote = max(
             (s + self._members[c].delay(member.number) for c, s in served.items() if s), default=0.0
@@ -189,7 +189,7 @@ class Steps:
     def _moving(self, number: int, moves: Iterable[Move]) -> float:
         """Seconds of moves in one direction, one behind the other."""
         blocks = Counter(move.peer for move in moves)
-        return sum(self.cost.move_time(n, self._level(number, p)) for p, n in blocks.items())
+        return sum(self.cost.move_time(n, self.links.between(number, p)) for p, n in blocks.items())
 
 
 def _unevenness(model: ModelShape) -> float:

@@ -44,9 +44,8 @@ class Lending(RuleBasedStateMachine):
             self.nodes.append(Node(comm, config, self.marks, self.nodes))
             comm.waiter.background.append(self.happen)
         self.rng = rng
-        self.gmanager = GManager(
-            SyncSource(()), Links([i % 2 for i in range(n)]), n, policy, block_size=BLOCK
-        )
+        links = Links([i % 2 for i in range(n)])
+        self.gmanager = GManager(SyncSource(()), links, config)
         self.reports: dict[int, bytes] = {}
         self.lent: dict[int, dict[int, int]] = {}
         self.ids = itertools.count()

@@ -74,7 +74,7 @@ class JobLeader:
         """After every control round: show how far the run is, and end it after a failure."""
         self._answered_at = now = time.monotonic()
         if (reports := self.gmanager.reports) is not None:
-            self._record.see_pools(reports["capacity"] - reports["free"])
+            self._record.see_pools(reports.capacity - reports.free)
         if now - self._looked_at >= LOOK_INTERVAL:
             self._looked_at = now
             self._writer.put(ControlState.of(self.gmanager))
@@ -102,6 +102,7 @@ class JobLeader:
 
     def _stop(self) -> None:
         """All that was put is handled, and no thread is left."""
+        self._job.stop_reading()
         self._reader.stop()
         self._writer.stop()
 

@@ -87,10 +87,9 @@ class ControlState(NamedTuple):
     reports: Reports | None
     """Of the round."""
     draining: bool
-    unfinished: int
-    """Requests that were read and have no result."""
+    waiting: int
     debts: list[tuple[int, int, int]]
-    """As in `Snapshot`."""
+    """Both as in `Snapshot`."""
     counters: list[Counters]
     """By instance."""
 
@@ -100,7 +99,7 @@ class ControlState(NamedTuple):
         return cls(
             manager.reports,
             manager.draining,
-            manager.assignment.unfinished,
+            max(0, manager.assignment.unfinished - manager.running),
             list(manager.ledger.pairs()),
             list(manager.counters),
         )
@@ -110,10 +109,6 @@ def take_snapshot(job: Job, state: ControlState) -> Snapshot:
     """How far the job is now, by its own books and the last control round's reports."""
     reports = state.reports
     assert reports is not None
-    columns = {
-        name: reports[name].astype(np.int64)
-        for name in ("running", "prompt_tokens", "generated_tokens", "capacity", "free", "hosted")
-    }
     return Snapshot(
         at=time.perf_counter(),
         answered=job.answered,
@@ -122,14 +117,14 @@ def take_snapshot(job: Job, state: ControlState) -> Snapshot:
         failed_before=job.failed_before,
         left=_rows_left(job),
         estimated=job.total_rows is None,
-        least_seconds=float((reports["work_left"] * reports["prompt_time"]).max()),
-        waiting=max(0, state.unfinished - int(columns["running"].sum())),
-        running=columns["running"],
-        prompt_tokens=columns["prompt_tokens"],
-        generated_tokens=columns["generated_tokens"],
-        used=columns["capacity"] - columns["free"],
-        hosted=columns["hosted"],
-        capacity=columns["capacity"],
+        least_seconds=float((reports.work_left * reports.prompt_time).max()),
+        waiting=state.waiting,
+        running=reports.running,
+        prompt_tokens=reports.prompt_tokens,
+        generated_tokens=reports.generated_tokens,
+        used=reports.capacity - reports.free,
+        hosted=reports.hosted,
+        capacity=reports.capacity,
         debts=state.debts,
     )
 
