@@ -107,9 +107,9 @@ class Simulation:
         owed, lent = {}, {}
         for member in self.members:
             member.instance.check()
-            for creditor, debt in member.instance.rm.debts.items():
+            for creditor, debt in member.instance.rm.borrower.debts.items():
                 owed[member.number, creditor] = debt.total
-            for debtor, loan in member.instance.rm.loans.items():
+            for debtor, loan in member.instance.rm.lender.loans.items():
                 lent[debtor, member.number] = loan.total
         assert owed == lent, "debts and loans differ"
 

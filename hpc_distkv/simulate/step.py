@@ -8,11 +8,10 @@ from itertools import groupby
 from operator import attrgetter
 
 from hpc_distkv.control.messages.loans import Header
-from hpc_distkv.decide.guests import host_queries
 from hpc_distkv.decide.instance import Instance
 from hpc_distkv.decide.pace import StepSeconds, StepWork
-from hpc_distkv.decide.plan import Plan
-from hpc_distkv.memory.loan import HOST, Move
+from hpc_distkv.decide.plan import Plan, host_queries
+from hpc_distkv.memory.loan import Move
 from hpc_distkv.simulate.deployment import Deployment
 from hpc_distkv.simulate.host_memory import HostCost, HostTime, Leg
 from hpc_distkv.simulate.member import Load, Member, Visit
@@ -60,7 +59,7 @@ class Steps:
         member.lasting = host.before + member.computing + host.attending
         instance.counters.move_wait += host.before
         instance.counters.host_time += host.attending
-        if instance.rm.debts:
+        if instance.rm.borrower.debts:
             self._visit_creditors(member, attention + host.attending, host.beside, now)
         else:
             self._await_moves(member, host.beside)
@@ -124,7 +123,7 @@ class Steps:
             return HostTime()
         legs = []
         for keys, asked in groupby(host_queries(rm, plan.scheduled), key=attrgetter("guests")):
-            blocks = sum(len(rm.tables[key].remote[HOST]) for key in keys)
+            blocks = sum(len(rm.tables[key].in_host) for key in keys)
             legs.append(Leg(sum(query.rows for query in asked), blocks * self._block_size))
         moves = len(plan.to_host) + len(plan.from_host)
         return self._host.time(moves, legs, attention, member.computing)
@@ -171,7 +170,7 @@ class Steps:
         kv = pairs = 0.0
         asked = Counter((tuple(keys), rows) for keys, rows, _ in header.queries)
         for (keys, rows), times in asked.items():
-            guests = (creditor.instance.rm.guests[debtor, key] for key in keys)
+            guests = (creditor.instance.rm.lender.guests[debtor, key] for key in keys)
             tokens = sum(len(guest.slots) for guest in guests) * self._block_size
             if rows == 1:
                 kv += self.cost.read_for(times, tokens)

@@ -36,7 +36,7 @@ def test_percentiles_are_nearest_ranks(values):
     assert percentiles(sorted(values)) == expected
 
 
-# -- gaps -------------------------------------------------------------------------------------------
+# -- gaps -----------------------------------------------------------------------------------------
 
 HALF_A_BIN = 2 ** (0.5 / BINS_PER_OCTAVE) - 1
 seconds = st.floats(1e-3, 1e4, allow_nan=False)
