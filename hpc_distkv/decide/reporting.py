@@ -63,10 +63,10 @@ class Reporting:
         speed = self._pace.speed
         return Report(
             round=round,
-            capacity=rm.num_blocks,
-            free=rm.free,
-            promised=rm.promise(demand.lendable if sharing else 0),
-            hosted=sum(loan.used for loan in rm.loans.values()),
+            capacity=rm.slots.num_blocks,
+            free=rm.slots.free,
+            promised=rm.lender.promise(demand.lendable if sharing else 0),
+            hosted=rm.lender.hosted,
             wanted=demand.wanted if sharing else 0,
             wanted_for=demand.wanted_for,
             largest=demand.largest,
@@ -104,7 +104,7 @@ class Reporting:
         return Remains(self._count(), self._results, unfinished)
 
     def _changes(self, round: int) -> Changes:
-        lent = {debtor: loan.total for debtor, loan in self._rm.loans.items()}
+        lent = {debtor: loan.total for debtor, loan in self._rm.lender.loans.items()}
         idle = not self._scheduler.running and not self._scheduler.waiting
         changes = Changes(
             lent=lent if lent != self._lent else None,
@@ -125,7 +125,7 @@ class Reporting:
         running, size = self._scheduler.running, self._config.block_size
         own = sum(s.computed - size * self._rm.tables[s.id].absent for s in running)
         shared = self._rm.prefixes.at_home(s.id for s in running)
-        return own + size * (shared + sum(loan.used for loan in self._rm.loans.values()))
+        return own + size * (shared + self._rm.lender.hosted)
 
     def _work_left(self) -> float:
         rows = (*self._scheduler.running, *self._scheduler.waiting)
