@@ -127,7 +127,7 @@ class Reporting:
         )
 
     def _request_blocks(self) -> float:
-        """rBlocks per request, expected; of the waiting ones, for those to come are most like them."""
+        """Mean expected rBlocks of the waiting requests: those to come are most like them."""
         rows = self._scheduler.waiting or self._scheduler.running
         if not rows:
             return 0.0
