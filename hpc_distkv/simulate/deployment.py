@@ -13,7 +13,7 @@ from hpc_distkv.simulate.cluster import Cluster
 from hpc_distkv.simulate.cost import CostModel
 from hpc_distkv.simulate.host_memory import staged_from
 from hpc_distkv.simulate.models import ModelShape
-from hpc_distkv.simulate.workload import Row
+from hpc_distkv.simulate.workload import TraceRow
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,15 @@ class Deployment:
         """Seconds of what an instance does. Raises OptionError if the cluster does not say."""
         return CostModel(self.cluster, self.model, self.tp, self.config.block_size)
 
-    def links(self) -> Links:
-        """Between the instances; a class is a level of distance."""
+    def links(self, cost: CostModel | None = None) -> Links:
+        """Between the instances; a class is a level of distance. Without `cost` exchanges over them
+        cost nothing."""
         numbers = range(self.instances)
         nodes = [self.cluster.node_of(number, self.tp) for number in numbers]
-        return Links(nodes, [self.cluster.switch_of(number, self.tp) for number in numbers])
+        switches = [self.cluster.switch_of(number, self.tp) for number in numbers]
+        return Links(nodes, switches, exchange=cost.rates.exchange if cost else ())
 
-    def fits(self, row: Row) -> bool:
+    def fits(self, row: TraceRow) -> bool:
         """Whether a row could ever end; others are refused before they start."""
         return kv_tokens(row.prompt, row.max_tokens) <= self.capacity_tokens
 
