@@ -37,7 +37,7 @@ def step(scheduler: Scheduler) -> dict[int, int]:
     """One step as the worker does it, with token 0 sampled; request → tokens computed."""
     plan = scheduler.plan()
     scheduler.rm.check()
-    scheduler.rm.commit(plan.moves, plan.recalls)
+    scheduler.rm.borrower.commit(plan.moves, plan.recalls)
     for sequence, tokens in plan.scheduled:
         assert 0 < tokens <= sequence.remaining
         sequence.computed += tokens

@@ -108,7 +108,13 @@ def outlook(state: State) -> Outlook:
 def _seen(state: State) -> tuple[object, ...]:
     """All that decides on who is admitted, but for the expected growth."""
     rm, orders, running = state.rm, state.orders, state.running
-    memory = (rm.credit, rm.promised, rm.lent, rm.borrowed, rm.prefixes.computing)
+    memory = (
+        rm.borrower.credit,
+        rm.lender.promised,
+        rm.lender.lent,
+        rm.borrower.borrowed,
+        rm.prefixes.computing,
+    )
     ids = (sequence.id for sequence in (*running, *state.waiting[:CANDIDATES]))
     return (orders.before, orders.keep, len(orders.begin), *memory, len(running), *ids)
 
@@ -116,8 +122,8 @@ def _seen(state: State) -> tuple[object, ...]:
 def _room(state: State) -> Room:
     """The room for all waiting sequences."""
     rm, config, foresight, running = state.rm, state.config, state.foresight, state.running
-    credit = rm.credit if config.policy.lending else 0
-    free = rm.usable + credit
+    credit = rm.borrower.credit if config.policy.lending else 0
+    free = rm.slots.usable + credit
     usual = free - state.orders.keep
     if any(too_large(state, sequence) for sequence in state.waiting):
         usual -= credit

@@ -1,4 +1,4 @@
-"""What an instance asks of others, and what it offers them: functions of the scheduler's state."""
+"""What an instance asks of others, and what it offers them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def weigh(state: State, starved: bool, planned: Mapping[int, int]) -> Demand:
     `planned`: creditor → credit that the gManager's plans will use."""
     rm, config, foresight, running = state.rm, state.config, state.foresight, state.running
     lending = config.policy.lending
-    held = rm.usable + (rm.credit if lending else 0)
+    held = rm.slots.usable + (rm.borrower.credit if lending else 0)
     if starved and running:
         oldest = running[0]
         growth = max(state.growth, oldest.length // STARVED_GROWTH)
@@ -62,10 +62,11 @@ def weigh(state: State, starved: bool, planned: Mapping[int, int]) -> Demand:
     surplus: Mapping[int, int] = NO_CREDIT
     if lending:
         kept = planned if planned and any(sealed(state).values()) else NO_CREDIT
-        surplus = _surplus(rm, rm.credit - max(0, need - rm.usable) - sum(kept.values()), kept)
+        short = max(0, need - rm.slots.usable)
+        surplus = _surplus(rm, rm.borrower.credit - short - sum(kept.values()), kept)
     if not config.policy.sharing:
         return Demand(surplus=surplus)
-    rest = max(0, rm.usable + rm.credit - sum(surplus.values()) - need)
+    rest = max(0, rm.slots.usable + rm.borrower.credit - sum(surplus.values()) - need)
     return Demand(lendable=min(rest, _lendable(state)), surplus=surplus)
 
 
@@ -129,13 +130,13 @@ def _lendable(state: State) -> int:
     if not orders.keep:
         expected += state.outlook.expected
     growth = foresight.peak(expected) - foresight.at_home(running)
-    return max(0, int(state.rm.usable - need - max(0, growth)))
+    return max(0, int(state.rm.slots.usable - need - max(0, growth)))
 
 
 def _surplus(rm: RManager, surplus: int, kept: Mapping[int, int]) -> dict[int, int]:
     """Creditor → its part of `surplus`, of the credit beyond what is `kept` of it."""
     parts = {}
-    for creditor, debt in rm.debts.items():
+    for creditor, debt in rm.borrower.debts.items():
         parts[creditor] = max(0, min(debt.credit - kept.get(creditor, 0), surplus))
         surplus -= parts[creditor]
     return parts

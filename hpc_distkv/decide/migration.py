@@ -32,8 +32,8 @@ class Migrations:
         """True if a request is migrating that has credit for all that is left of it."""
         return any(
             request in rm.tables
-            and creditor in rm.debts
-            and _left(rm, request) <= rm.debts[creditor].credit
+            and creditor in rm.borrower.debts
+            and _left(rm, request) <= rm.borrower.debts[creditor].credit
             for request, creditor in self._target.items()
         )
 
@@ -41,8 +41,8 @@ class Migrations:
         """Creditor → credit that no request has used between two reports, to give back: the
         creditor has other uses for it."""
         targets = set(self._target.values())
-        idle = {c for c, d in rm.debts.items() if d.credit and c not in targets}
-        surplus = {creditor: rm.debts[creditor].credit for creditor in idle & self._idle}
+        idle = {c for c, d in rm.borrower.debts.items() if d.credit and c not in targets}
+        surplus = {creditor: rm.borrower.debts[creditor].credit for creditor in idle & self._idle}
         self._idle = idle - self._idle
         return surplus
 
@@ -50,9 +50,10 @@ class Migrations:
         """Copies of this step, and the sequences that are handed over with it. `short`: rBlocks
         that should become free here."""
         rm, running = state.rm, state.running
-        tables = rm.tables  # What is in the host's memory cannot be copied from the pool.
+        debts, tables = rm.borrower.debts, rm.tables
+        # What is in the host's memory cannot be copied from the pool.
         self._target = {
-            r: c for r, c in self._target.items() if r in tables and not tables[r].remote
+            r: c for r, c in self._target.items() if r in tables and not tables[r].remote_blocks
         }
         self._choose(rm, running, short)
         moves: list[Move] = []
@@ -62,13 +63,13 @@ class Migrations:
             if creditor is None or sequence.remaining != 1:
                 continue
             left = _left(rm, sequence.id)
-            copied = rm.tables[sequence.id].blocks - left
-            if creditor not in rm.debts or rm.debts[creditor].credit < left:
+            copied = tables[sequence.id].blocks - left
+            if creditor not in debts or debts[creditor].credit < left:
                 continue
             sealed = sequence.computed // state.config.block_size
             last = left <= COPIED_BLOCKS
             count = left if last else min(COPIED_BLOCKS, sealed - copied)
-            moves += [rm.copy_out(sequence.id, creditor) for _ in range(count)]
+            moves += [rm.borrower.copy_out(sequence.id, creditor) for _ in range(count)]
             if last:
                 leaving.append(sequence)
                 del self._target[sequence.id]
@@ -77,15 +78,12 @@ class Migrations:
     def _choose(self, rm: RManager, running: Rows[Sequence], short: int) -> None:
         """Send a decoding request to every creditor with credit: the smallest that frees what is
         short, or else the largest that finds room."""
-        taken = set(self._target.values())
-        for creditor, debt in rm.debts.items():
+        tables, taken = rm.tables, set(self._target.values())
+        for creditor, debt in rm.borrower.debts.items():
             if creditor in taken or debt.credit <= GROWTH_BLOCKS:
                 continue
-            sizes = [
-                (rm.tables[s.id].blocks, s.id)
-                for s in running
-                if s.remaining == 1 and s.id not in self._target and not rm.tables[s.id].remote
-            ]
+            able = [s.id for s in running if s.remaining == 1 and s.id not in self._target]
+            sizes = [(tables[r].blocks, r) for r in able if not tables[r].remote_blocks]
             fitting = [size for size in sizes if size[0] + GROWTH_BLOCKS <= debt.credit]
             enough = [size for size in fitting if size[0] >= short]
             if fitting:
@@ -95,7 +93,7 @@ class Migrations:
 
 def _left(rm: RManager, request: int) -> int:
     """rBlocks left to copy."""
-    copies = rm.copies.get(request)
+    copies = rm.borrower.copies.get(request)
     return rm.tables[request].blocks - (copies.blocks if copies else 0)
 
 

@@ -1,4 +1,4 @@
-"""Which rBlocks move in a step."""
+"""Which rBlocks move to creditors in a step, and which come home."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ class Moves:
         """KV tokens left of the budget."""
 
     def apply(self, answer: Answer) -> None:
-        """What a control round planned."""
+        """Take what the gManager planned."""
         self._recall = dict(answer.recall)
         for creditor, blocks in answer.shed.items():
             self._shed[creditor] = self._shed.get(creditor, 0) + blocks
 
     def coming(self, rm: RManager) -> bool:
         """True if the next step may have moves."""
-        return bool(rm.credit or any(self._recall.values()))
+        return bool(rm.borrower.credit or any(self._recall.values()))
 
     def forget_plans(self) -> None:
-        """Credit goes back to its creditors: nothing is planned with it any more."""
+        """Credit goes back to its creditors: plans to use it are void."""
         self._shed.clear()
 
     def sheddable(self, rm: RManager) -> dict[int, int]:
         """Creditor → rBlocks that are planned to move there and have credit."""
-        debts = rm.debts
+        debts = rm.borrower.debts
         shed = {c: min(n, debts[c].credit) for c, n in self._shed.items() if c in debts}
         return {creditor: blocks for creditor, blocks in shed.items() if blocks > 0}
 
@@ -52,7 +52,7 @@ class Moves:
         `growth` of the running sequences, in rBlocks."""
         config = state.config
         self._tokens = min(self._tokens, config.block_size) + config.move_budget
-        out = self._out(state, short) if state.rm.credit else []
+        out = self._out(state, short) if state.rm.borrower.credit else []
         return out, self._home(state, growth()) if any(self._recall.values()) else []
 
     def _out(self, state: State, short: int) -> list[Move]:
@@ -67,16 +67,16 @@ class Moves:
         for key in sorted(movable, key=lambda key: movable[key] / readers[key], reverse=True):
             table = rm.tables[key]
             for index in islice(table.indices, movable[key]):
-                if len(moves) < short and rm.credit:
+                if len(moves) < short and rm.borrower.credit:
                     creditor = max(
-                        (c for c, debt in rm.debts.items() if debt.credit),
-                        key=lambda c: (c in table.remote, rm.debts[c].credit),
+                        (c for c, debt in rm.borrower.debts.items() if debt.credit),
+                        key=lambda c: (c in table.remote, rm.borrower.debts[c].credit),
                     )
                 elif shed and self._afford(size):
                     creditor = next(iter(shed))
                 else:
                     return moves
-                moves.append(rm.move_out(key, index, creditor))
+                moves.append(rm.borrower.move_out(key, index, creditor))
                 if creditor in shed:  # It serves the plan, whatever it was made for.
                     self._shed[creditor] -= 1
                     shed = self.sheddable(rm)
@@ -86,7 +86,7 @@ class Moves:
         """Of the requests with fewest rBlocks at the creditor first."""
         moves: list[Move] = []
         rm, size = state.rm, state.config.block_size
-        room = rm.usable - growth
+        room = rm.slots.usable - growth
         for creditor in self._recall:
             hosted = [
                 (len(table.remote[creditor]), request)
@@ -101,7 +101,7 @@ class Moves:
             for request, index in blocks[: self._recall[creditor]]:
                 if room <= len(moves) or not self._afford(size):
                     return moves
-                moves.append(rm.bring_home(request, index, creditor))
+                moves.append(rm.borrower.bring_home(request, index, creditor))
                 self._recall[creditor] -= 1
         return moves
 

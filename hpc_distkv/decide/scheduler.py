@@ -157,20 +157,22 @@ class Scheduler:
         if self._migrations:
             self._return_credit(self._migrations.surplus(rm))
         self.outlook = outlook(self)
-        if self.config.policy.lending and rm.credit and not self._credit_helps():
+        if self.config.policy.lending and rm.borrower.credit and not self._credit_helps():
             self._moves.forget_plans()
-            self._return_credit({creditor: debt.credit for creditor, debt in rm.debts.items()})
+            self._return_credit(
+                {creditor: debt.credit for creditor, debt in rm.borrower.debts.items()}
+            )
         weighed = weigh(self, self._starved, self._moves.sheddable(rm))
         self._return_credit(weighed.surplus)
         return weighed
 
     def _credit_helps(self) -> bool:
         """Credit is worth nothing without room or sealed rBlocks at home: those would use it."""
-        return self.rm.usable > 0 or any(sealed(self).values())
+        return self.rm.slots.usable > 0 or any(sealed(self).values())
 
     def _return_credit(self, surplus: Mapping[int, int]) -> None:
         for creditor, blocks in surplus.items():
-            self.rm.return_credit(creditor, blocks)
+            self.rm.borrower.return_credit(creditor, blocks)
 
     @property
     def fresh(self) -> int:
@@ -192,7 +194,7 @@ class Scheduler:
         """Rows and prompt tokens that may be assigned: enough to keep the batch full until the
         next rounds, no more, so that rows stay free to go where there is time."""
         keep = self.orders.keep
-        if self.rm.usable - keep < self.config.first_chunk and (
+        if self.rm.slots.usable - keep < self.config.first_chunk and (
             self.waiting or not self.running or keep
         ):
             return 0, 0
@@ -213,7 +215,7 @@ class Scheduler:
         planned: dict[int, Scheduled[Sequence]] = {}
         self._plan_decodes(planned)
         budget = self.config.max_num_batched_tokens
-        if self.rm.guests:
+        if self.rm.lender.guests:
             guest_budget = int(GUEST_STEPS * self.calibration.step_tokens)
             budget = min(budget, len(planned) + max(1, guest_budget))
         self._plan_prefills(planned, budget - len(planned))
@@ -304,7 +306,7 @@ class Scheduler:
                 for s in self.running
                 if s is not sequence and (s.remaining == 1 or s.id < sequence.id)
             )
-        spare = max(0, self.rm.usable - left)
+        spare = max(0, self.rm.slots.usable - left)
         return max(0 if yields else 1, (held + spare) * self.config.block_size - sequence.computed)
 
     # -- when memory is short -------------------------------------------------------------------
@@ -315,7 +317,7 @@ class Scheduler:
         """Give the sequence the rBlocks for `count` tokens, preempting younger ones if need be.
         Returns False if it stalls."""
         needed = self.foresight.missing(sequence, sequence.computed + count)
-        while needed > self.rm.usable:
+        while needed > self.rm.slots.usable:
             self.short = True
             youngest = self.running[-1]
             if self._ahead:
@@ -356,7 +358,7 @@ class Scheduler:
         """True if rBlocks will come without a preemption."""
         if self._migrations and self._migrations.active(self.rm):
             return True
-        if self.config.policy.lending and self.rm.credit and any(sealed(self).values()):
+        if self.config.policy.lending and self.rm.borrower.credit and any(sealed(self).values()):
             return True
         return self._may_borrow(sequence)
 
@@ -383,12 +385,12 @@ class Scheduler:
             return [], []
         rows = (*self.running, *next_waiting(self))
         need = self.config.reserve + sum(growth_of(self, s) for s in rows)
-        return self._migrations.plan(self, need - self.rm.usable)
+        return self._migrations.plan(self, need - self.rm.slots.usable)
 
     def _plan_moves(self) -> tuple[list[Move], list[Move]]:
         """Moves out, at least those that free what the next two steps need, and moves home; what
         creditors do not take of that goes to the host's memory."""
-        lending = self.config.policy.lending and self.rm.debts
+        lending = self.config.policy.lending and self.rm.borrower.debts
         if not lending and not self.config.host_blocks:
             return [], []
         ahead = 2 * self.config.max_num_batched_tokens
@@ -397,7 +399,7 @@ class Scheduler:
             target = min(sequence.length + GROWTH_TOKENS, sequence.computed + ahead)
             return self.foresight.missing(sequence, target)
 
-        short = self.config.reserve - self.rm.usable + sum(map(growth, self.running))
+        short = self.config.reserve - self.rm.slots.usable + sum(map(growth, self.running))
         most = 2 * self.config.blocks(ahead)
         moves: tuple[list[Move], list[Move]] = [], []
         if lending:

@@ -89,7 +89,7 @@ def too_large(state: State, sequence: Sequence) -> bool:
     """True if the sequence cannot run with this instance's memory alone and the gManager plans for
     such rows."""
     config = state.config
-    own = config.num_blocks - state.rm.lent - config.reserve
+    own = config.num_blocks - state.rm.lender.lent - config.reserve
     return config.policy.planner and config.blocks(sequence.length + 1) > own
 
 

@@ -8,7 +8,8 @@ from itertools import islice
 from hpc_distkv.control.assign.work import work
 from hpc_distkv.decide.sequence import Sequence
 from hpc_distkv.decide.state import State
-from hpc_distkv.memory.loan import HOST, Move
+from hpc_distkv.memory.books.swap import SwapMove
+from hpc_distkv.memory.prefix import Prefix
 
 GROWTH_TOKENS = 8
 """That a row in decode is sure to grow by."""
@@ -39,8 +40,8 @@ class Swaps:
         """rBlocks at home that are free at the end of the step, when the copies have left."""
         self._leaving: list[Sequence] = []
         self._returning: list[Sequence] = []
-        self._out: list[Move] = []
-        self._home: list[Move] = []
+        self._out: list[SwapMove] = []
+        self._home: list[SwapMove] = []
 
     # -- preempted rows --------------------------------------------------------------------------
 
@@ -71,11 +72,11 @@ class Swaps:
         """Open the table of a swapped-out sequence, and begin to bring home what has room. Returns
         True if the sequence has to sit out this step for that."""
         rm = state.rm
-        in_host = rm.resume(sequence.id, sequence.keys).remote.get(HOST, [])
+        in_host = rm.resume(sequence.id, sequence.keys).in_host
         tail = state.foresight.missing(sequence, sequence.length + 1)
-        room = max(0, rm.usable - tail)
+        room = max(0, rm.slots.usable - tail)
         home = in_host[max(0, len(in_host) - room) :]
-        self._home += [rm.bring_home(sequence.id, index, HOST) for index in home]
+        self._home += [rm.swap.bring_home(sequence.id, index) for index in home]
         if home:
             self._returning.append(sequence)
         return bool(home)
@@ -93,7 +94,7 @@ class Swaps:
         elif not self._out and state.rm.swap.used:
             self._bring_home(state)
 
-    def take_plan(self) -> tuple[list[Move], list[Move]]:
+    def take_plan(self) -> tuple[list[SwapMove], list[SwapMove]]:
         """The step's moves, to the host's memory and home."""
         moves = self._out, self._home
         self._out, self._home = [], []
@@ -106,7 +107,7 @@ class Swaps:
 
     def _spill(self, state: State, sequence: Sequence, short: int) -> int:
         """Send the oldest rBlocks of a sequence; returns how many."""
-        rm, space = state.rm, state.rm.swap
+        space = state.rm.swap
         blocks = list(islice(_movable(state, sequence), short))
         # Swapped-out rows that are not on their way now make room, the youngest first.
         leaving = {sequence.id for sequence in self._leaving}
@@ -115,27 +116,27 @@ class Swaps:
                 break
             space.discard(request)
         blocks = blocks[: space.free]
-        self._out += [rm.spill(key, index) for key, index in blocks]
+        self._out += [space.spill(key, index) for key, index in blocks]
         return len(blocks)
 
     def _bring_home(self, state: State) -> None:
         rm, foresight = state.rm, state.foresight
-        room = rm.usable - state.config.reserve
+        room = rm.slots.usable - state.config.reserve
         for sequence in state.running:
             end = max(int(foresight.expected_end(sequence)), sequence.length + GROWTH_TOKENS)
             room -= foresight.missing(sequence, end)
-        moving = {(move.request, move.block) for move in self._home}
+        moving = {(move.key, move.block) for move in self._home}
         there = (
             (key, index)
             for sequence in state.running
             for key, table in rm.parts(sequence.id).items()
-            for index in reversed(table.remote.get(HOST, []))
+            for index in reversed(table.in_host)
         )
         for key, index in islice(
             (block for block in dict.fromkeys(there) if block not in moving),
             max(0, min(room, HOME_BLOCKS)),
         ):
-            self._home.append(rm.bring_home(key, index, HOST))
+            self._home.append(rm.swap.bring_home(key, index))
 
 
 def preemption_cost(state: State, sequence: Sequence) -> float:
@@ -154,17 +155,19 @@ def may_spill(state: State, sequence: Sequence) -> bool:
 def _outgrows(state: State, sequence: Sequence) -> bool:
     """True if the sequence, as long as it is, fills what is not lent of the pool."""
     rm, config = state.rm, state.config
-    own = config.num_blocks - rm.lent - config.reserve
+    own = config.num_blocks - rm.lender.lent - config.reserve
     end = min(sequence.length + config.block_size, sequence.final_len)
-    return config.blocks(end) > own and sequence.id not in rm.copies
+    return config.blocks(end) > own and sequence.id not in rm.borrower.copies
 
 
 def _movable(state: State, sequence: Sequence) -> Iterator[tuple[int, int]]:
     """(sequence or prefix, logical index) of its sealed rBlocks at home, the oldest first."""
-    rm, moving = state.rm, {(m.request, m.block) for m in state.rm.outgoing}
+    rm = state.rm
+    moving = {(move.key, move.block) for move in rm.borrower.outgoing}
+    moving |= {(move.key, move.block) for move in rm.swap.outgoing}
     own = rm.tables[sequence.id].place(_sealed(state, sequence))
     for key, table in reversed(rm.parts(sequence.id).items()):
-        sealed = table.indices if key < 0 else table.indices[:own]
+        sealed = table.indices if isinstance(table, Prefix) else table.indices[:own]
         yield from ((key, index) for index in sealed if (key, index) not in moving)
 
 

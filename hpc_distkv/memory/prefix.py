@@ -1,4 +1,4 @@
-"""The beginnings that requests share: sealed rBlocks, found by what they hold."""
+"""The prefixes that requests share: sealed rBlocks, found by what they hold."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class PrefixTree:
     # -- requests come and go -------------------------------------------------------------------
 
     def find(self, keys: Sequence[bytes], idle: int) -> tuple[Prefix, int] | None:
-        """The longest beginning of a prompt that is here, of which at most `idle` rBlocks are in
+        """The longest prefix of a prompt that is here, of which at most `idle` rBlocks are in
         use by nobody: the prefix that has its last rBlock, and its length in rBlocks."""
         length = min(self.match(keys), self.in_use(keys) + idle)
         return (self._at[keys[length - 1]], length) if length else None
@@ -176,7 +176,7 @@ class PrefixTree:
             prefix.used = self._clock
             self.idle += len(prefix.slots)
             self._offer(prefix)
-            if prefix.remote:
+            if prefix.remote_blocks:
                 self._forget(prefix, gone)
             prefix = prefix.parent
         return gone

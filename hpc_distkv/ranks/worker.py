@@ -44,6 +44,10 @@ class Leader(Protocol):
 
     gmanager: GManager
 
+    def ready(self) -> bool:
+        """Whether a control round may be answered. Unless told otherwise, it may."""
+        return True
+
     def finish(self, result: Result) -> None:
         """A request has its result."""
 
@@ -122,7 +126,7 @@ class Worker(StepLoop):
         still come until everybody is here: it goes back at once."""
         rm, creditor = self.instance.rm, self._creditor
         self._comm.idle(
-            lambda: (not rm.loans and creditor.idle) or None, "debtors to return their loans"
+            lambda: (not rm.lender.loans and creditor.idle) or None, "debtors to return their loans"
         )
         self._comm.share(None)
         self._log.record(Left())
@@ -141,7 +145,7 @@ class Worker(StepLoop):
                 self._leader.save(unfinished)
 
     def _return_all(self) -> None:
-        debts = self.instance.rm.debts.values()
+        debts = self.instance.rm.borrower.debts.values()
         if any(debt.credit or debt.news for debt in debts):
             now = time.monotonic()
             self._log.record(Returned(now))
@@ -172,9 +176,10 @@ class Worker(StepLoop):
             self._return_all()
             self._comm.rounds.drained()
             return
-        if self._leader and (messages := self._comm.rounds.reports()) is not None:
+        leader = self._leader
+        if leader and leader.ready() and (messages := self._comm.rounds.reports()) is not None:
             self._time.enter(Kind.LEAD)
-            self._answer_round(self._leader, messages)
+            self._answer_round(leader, messages)
             self._time.leave(len(messages))
         if self._answer is None and (message := self._comm.rounds.answer()) is not None:
             self._counters.bytes_reported += len(message)
@@ -247,7 +252,7 @@ class Worker(StepLoop):
         return seconds
 
     def _other_lanes(self) -> list[int]:
-        """Who may hold up what the device computes: in a hop it waits for all of them."""
+        """The ranks that this one's device waits for in stream-ordered exchanges."""
         world = self._comm.world
         return [rank for rank in world.members if rank != world.rank]
 

@@ -7,7 +7,7 @@ from itertools import groupby
 from operator import itemgetter
 
 from hpc_distkv.attention import PagedRow
-from hpc_distkv.decide.guests import Asked
+from hpc_distkv.decide.plan import Asked
 
 Hosted = Callable[[list[int]], tuple[list[int], list[int]]]
 """Guests → their slots, and the logical index of each."""

@@ -124,7 +124,7 @@ def test_what_is_promised_delays_no_row_that_waits(first, blocked):
     place = foresight.start(claims, foresight.expected_kv(row), 40 - 1) if claims else 0
     lendable = scheduler.demand().lendable
     event(f"fragment: {bool(lendable and claims and lacking(scheduler))}")
-    scheduler.rm.settle({3: scheduler.rm.promise(lendable)})
+    scheduler.rm.lender.settle({3: scheduler.rm.lender.promise(lendable)})
     steps = 0
     while row in scheduler.waiting:
         assert steps <= place
@@ -171,7 +171,7 @@ class Watched:
         orders, rm = state.orders, state.rm
         expected, got = Admission().next(state), self._next(state)
         rows = [[sequence.id for sequence in some] for some in (state.waiting, state.running)]
-        seen = (orders.before, orders.keep, rm.credit, rm.promised, *rows)
+        seen = (orders.before, orders.keep, rm.borrower.credit, rm.lender.promised, *rows)
         self.hidden = self.hidden + 1 if got is not expected else 0
         if self.hidden:
             assert got is None
@@ -190,11 +190,11 @@ def happen(scheduler: Scheduler, name: str, number: int, pick: random.Random) ->
     elif name == "before":
         answer(scheduler, admit_before=pick.choice((0, number, NOBODY)))
     elif name == "credit":
-        scheduler.rm.credit_opened(3, pick.randint(1, 10))
-    elif scheduler.rm.promised:
-        scheduler.rm.settle({})
+        scheduler.rm.borrower.credit_opened(3, pick.randint(1, 10))
+    elif scheduler.rm.lender.promised:
+        scheduler.rm.lender.settle({})
     else:
-        scheduler.rm.promise(pick.randint(1, 10))
+        scheduler.rm.lender.promise(pick.randint(1, 10))
 
 
 @settings(deadline=None, max_examples=50)
@@ -219,7 +219,7 @@ def test_a_row_that_may_begin_is_seen_at_once_or_after_a_few_steps_in_which_noth
         if pick.random() < 0.1:
             happen(scheduler, pick.choice(EVENTS), number, pick)
         step(scheduler)
-        scheduler.rm.settle_debt(3)  # its header says what was released and returned
+        scheduler.rm.borrower.settle(3)  # its header says what was released and returned
 
 
 def test_a_row_is_looked_at_again_as_it_begins_later():

@@ -101,8 +101,8 @@ def test_rblocks_elsewhere_are_not_claimed_at_home():
     scheduler = make(policy="lend")
     sequence = add(scheduler, 0, prompt=11)
     step(scheduler)
-    scheduler.rm.credit_opened(3, 1)
-    scheduler.rm.commit([scheduler.rm.move_out(0, 0, 3)], [])
+    scheduler.rm.borrower.credit_opened(3, 1)
+    scheduler.rm.borrower.commit([scheduler.rm.borrower.move_out(0, 0, 3)], [])
     assert scheduler.foresight.expected_kv(sequence).tokens == 12 - BLOCK
 
 

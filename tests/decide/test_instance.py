@@ -87,7 +87,7 @@ def test_grants_beyond_the_promise_are_refused_and_counted():
     assert promised > 2
     instance.apply(Answer(round=0, lend={1: 2, 2: promised - 1, 0: 1}), 0.0)
     assert instance.counters.refused_grants == 2
-    assert {*instance.rm.loans} == {1}
+    assert {*instance.rm.lender.loans} == {1}
     instance.check()
 
 
@@ -135,7 +135,7 @@ def test_a_report_says_what_runs_and_what_is_free():
     assert (report.youngest, report.youngest_blocks) == (7, 3)
     assert report.kv_tokens == 9 + 12
     # 8 tokens of output each; the first of them is made already.
-    assert report.row_blocks == pytest.approx((17 + 20) / 2 / BLOCK)
+    assert report.request_blocks == pytest.approx((17 + 20) / 2 / BLOCK)
     assert report.work_left == pytest.approx((17 - 9) + (20 - 12))
 
 
@@ -143,8 +143,8 @@ def test_an_idle_instance_has_nothing_and_room_for_all():
     report = make(max_num_seqs=8, max_num_batched_tokens=64).report()
     assert (report.running, report.waiting, report.lacking) == (0, 0, 0)
     assert (report.youngest, report.youngest_blocks, report.longest) == (-1, 0, 0)
-    assert (report.work_left, report.row_blocks) == (0, 0)
-    assert (report.seats, report.room_rows, report.room_tokens) == (8, 8, 2 * 64)
+    assert (report.work_left, report.request_blocks) == (0, 0)
+    assert (report.seats, report.room_requests, report.room_tokens) == (8, 8, 2 * 64)
     assert (report.drain, report.halt) == (False, False)
 
 
@@ -159,7 +159,7 @@ def test_a_report_says_what_is_wanted_and_for_whom():
     assert report.wanted == 1 + (row_3 - 5) + row_7 - (12 - 5)
     assert (report.wanted_for, report.largest) == (3, 60 // BLOCK)
     assert (report.running, report.waiting, report.longest) == (1, 1, 5)
-    assert (report.seats, report.room_rows, report.room_tokens) == (7, 6, 2 * 64 - 12)
+    assert (report.seats, report.room_requests, report.room_tokens) == (7, 6, 2 * 64 - 12)
 
 
 @pytest.mark.parametrize(("policy", "lacks"), [("lend", True), ("lend-greedy", False)])
@@ -241,7 +241,7 @@ def borrowing() -> tuple[Instance, Instance]:
     boundary(one, assign=[request(0, 13, max_tokens=30)])
     step(one)
     give_credit(other, one, 5)
-    moves = [one.rm.move_out(0, index, 1) for index in (0, 1)]
+    moves = [one.rm.borrower.move_out(0, index, 1) for index in (0, 1)]
     headers = one.headers(Plan([], moves, [], []), 0.0)
     assert headers[1].moves == [(0, 0), (0, 1)]
     one.commit(Plan([], moves, [], []))
@@ -253,7 +253,7 @@ def test_only_creditors_with_news_get_a_header():
     one, _ = borrowing()
     one.open_credit(2, 3)
     assert one.headers(Plan([], [], [], []), 0.0) == {}
-    one.rm.return_credit(2, 3)
+    one.rm.borrower.return_credit(2, 3)
     headers = one.headers(Plan([], [], [], []), 0.0)
     assert headers == {2: Header([], [], [], 3, [], [], [], [])}
 
@@ -272,20 +272,20 @@ def test_a_row_that_ends_is_released_and_its_credit_is_used_again():
     (header,) = one.headers(Plan([], [], [], []), 0.0).values()
     assert header.released == [0]
     serve(other, 0, header)
-    assert not other.rm.guests
+    assert not other.rm.lender.guests
     assert one.counters.blocks_returned == other.counters.blocks_returned == 0
 
 
 def test_rblocks_come_home_by_the_same_header_on_both_sides():
     one, other = borrowing()
-    home = [one.rm.bring_home(0, 1, 1)]
+    home = [one.rm.borrower.bring_home(0, 1, 1)]
     (header,) = one.headers(Plan([], [], home, []), 0.0).values()
     assert header.recalls == [(0, 1)]
     one.commit(Plan([], [], home, []))
     outgoing, incoming = serve(other, 0, header)
-    assert [(move.request, move.block) for move in outgoing] == [(0, 1)]
+    assert [(move.key, move.block) for move in outgoing] == [(0, 1)]
     assert incoming == []
-    assert other.rm.guests[0, 0].indices == [0]
+    assert other.rm.lender.guests[0, 0].indices == [0]
     assert one.counters.blocks_returned == 1
 
 
@@ -310,7 +310,7 @@ def test_a_row_that_is_handed_over_keeps_its_tokens_and_its_ages():
     one, other, plan, header = migrating()
     one.commit(plan)
     assert one.scheduler.running == []
-    assert one.rm.usable == 40
+    assert one.rm.slots.usable == 40
     assert one.counters.migrations == 1
     serve(other, 0, header, now=1000.0)
     (sequence,) = other.scheduler.running

@@ -40,10 +40,12 @@ def test_rows_beyond_the_seats_wait():
 
 def host(scheduler: Scheduler, blocks: int) -> None:
     """Let the rBlocks of another instance's request arrive."""
-    scheduler.rm.promise(blocks)
-    scheduler.rm.settle({1: blocks})
-    scheduler.rm.open_credit(1)
-    scheduler.rm.commit([], scheduler.rm.host(1, [(99, index) for index in range(blocks)]))
+    scheduler.rm.lender.promise(blocks)
+    scheduler.rm.lender.settle({1: blocks})
+    scheduler.rm.lender.open_credit(1)
+    scheduler.rm.lender.commit(
+        [], scheduler.rm.lender.host(1, [(99, index) for index in range(blocks)])
+    )
 
 
 def test_prompts_come_in_smaller_chunks_while_guests_wait_to_be_served():
@@ -142,11 +144,12 @@ def test_the_youngest_are_preempted_until_enough_is_free_but_never_an_older_one(
 def test_rblocks_at_one_instance_are_freed_only_by_those_that_have_some_there():
     scheduler = make(num_blocks=20, policy="lend")
     three_rows(scheduler)
-    scheduler.rm.credit_opened(7, 2)
-    scheduler.rm.commit([scheduler.rm.move_out(3, 0, 7), scheduler.rm.move_out(5, 0, 7)], [])
+    scheduler.rm.borrower.credit_opened(7, 2)
+    borrower = scheduler.rm.borrower
+    borrower.commit([borrower.move_out(3, 0, 7), borrower.move_out(5, 0, 7)], [])
     answer(scheduler, preempt=1, preempt_at=7, admit_before=2)
     assert running(scheduler) == [3, 8]
-    assert scheduler.rm.settle_debt(7)[:2] == ([5], 0)
+    assert scheduler.rm.borrower.settle(7)[:2] == ([5], 0)
 
 
 @settings(deadline=None)
@@ -177,4 +180,4 @@ def test_every_row_that_fits_alone_is_finished_and_the_oldest_never_goes_back(
         assert sequences[oldest].computed >= progress.get(oldest, 0)
         progress[oldest] = sequences[oldest].computed
     assert all(sequence.finish_reason() == "length" for sequence in sequences)
-    assert scheduler.rm.usable == num_blocks
+    assert scheduler.rm.slots.usable == num_blocks

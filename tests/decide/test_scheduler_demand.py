@@ -287,8 +287,8 @@ def test_what_one_row_gives_back_before_another_needs_it_is_needed_once():
 
 def test_an_instance_whose_pool_is_full_of_guests_takes_no_rows():
     scheduler = make(num_blocks=8, policy="lend")
-    scheduler.rm.promise(8)
-    scheduler.rm.settle({1: 8})
+    scheduler.rm.lender.promise(8)
+    scheduler.rm.lender.settle({1: 8})
     assert scheduler.room() == (0, 0)
 
 
@@ -317,28 +317,28 @@ def test_credit_is_used_for_the_oldest_rblocks_of_the_longest_row():
     scheduler = make(num_blocks=6, policy="lend-greedy")
     add(scheduler, 0, prompt=40)
     step(scheduler)
-    scheduler.rm.credit_opened(3, 8)
+    scheduler.rm.borrower.credit_opened(3, 8)
     plan = scheduler.plan()
-    assert {(m.request, m.peer) for m in plan.moves} == {(0, 3)}
+    assert {(m.key, m.peer) for m in plan.moves} == {(0, 3)}
     assert [m.block for m in plan.moves] == list(range(len(plan.moves)))
     assert len(plan.moves) == 4, "all that is sealed may go"
 
 
 def test_credit_that_is_not_needed_is_returned():
     scheduler = make(num_blocks=50, policy="lend")
-    scheduler.rm.credit_opened(3, 8)
+    scheduler.rm.borrower.credit_opened(3, 8)
     assert scheduler.demand().wanted == 0
-    assert scheduler.rm.settle_debt(3)[:2] == ([], 8)
+    assert scheduler.rm.borrower.settle(3)[:2] == ([], 8)
 
 
 def test_credit_for_what_the_planner_moves_is_kept():
     scheduler = make(num_blocks=50, policy="lend")
     add(scheduler, 0, prompt=16)
     step(scheduler)
-    scheduler.rm.credit_opened(3, 8)
+    scheduler.rm.borrower.credit_opened(3, 8)
     answer(scheduler, shed={3: 2})
     scheduler.demand()
-    assert scheduler.rm.settle_debt(3)[:2] == ([], 6)
+    assert scheduler.rm.borrower.settle(3)[:2] == ([], 6)
 
 
 def test_the_longest_row_counts_by_what_is_sealed_at_home():
@@ -347,6 +347,6 @@ def test_the_longest_row_counts_by_what_is_sealed_at_home():
     add(scheduler, 0, prompt=11)
     step(scheduler)
     assert longest(scheduler) == 2
-    scheduler.rm.credit_opened(3, 1)
-    scheduler.rm.commit([scheduler.rm.move_out(0, 0, 3)], [])
+    scheduler.rm.borrower.credit_opened(3, 1)
+    scheduler.rm.borrower.commit([scheduler.rm.borrower.move_out(0, 0, 3)], [])
     assert longest(scheduler) == 1

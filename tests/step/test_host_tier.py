@@ -146,7 +146,7 @@ def test_what_is_swapped_out_makes_room_for_a_row_that_cannot_go_on():
 
     def moves() -> list[int]:
         out, home = swaps.take_plan()
-        rm.commit(out, home)
+        rm.swap.commit(out, home)
         return [move.block for move in out]
 
     young = running(9, 5 * BLOCK, 4)
@@ -158,7 +158,7 @@ def test_what_is_swapped_out_makes_room_for_a_row_that_cannot_go_on():
     scheduler.adopt(long)
     swaps.plan(scheduler, 3, lambda sequence: False)
     assert moves() == [0, 1, 2]
-    assert (rm.swap.swapped, rm.swap.used, rm.usable) == ({}, 3, 3)
+    assert (rm.swap.swapped, rm.swap.used, rm.slots.usable) == ({}, 3, 3)
     rm.check()
 
 
