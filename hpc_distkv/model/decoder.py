@@ -98,11 +98,10 @@ class Decoder:
 
     @property
     def capturable(self) -> bool:
-        """Whether `hidden` asks the same of a device whatever the numbers are, and waits for
-        nothing: no other lanes whose sums need the host, no lengths, no experts that are computed
-        one by one, as they are where `grouped` finds no kernel for all of them: not with an old
-        torch alone, but in other dtypes than bfloat16, and on GPUs that are neither Hopper nor
-        Blackwell of data centres."""
+        """True if `hidden` launches the same kernels for any input and never syncs, so it can be
+        captured. False with lanes whose sums need the host, with ropes that need `lengths`, and
+        with experts that are computed one by one: `grouped` finds a kernel for all of them only in
+        bfloat16, on Hopper and data-centre Blackwell GPUs, with a recent torch."""
         return not (
             self.needs_lengths
             or not self.lanes.recordable

@@ -32,13 +32,13 @@ class Mailbox:
             self._comm.mail.post(self._comm.world.rank_of(debtor), letter)
 
     def attend(self) -> None:
-        """Read the mail and push on every visit. Never blocks. Raises ProtocolError."""
+        """Read the mail and push on every debtor's step. Never blocks. Raises ProtocolError."""
         while (letter := self._comm.mail.poll()) is not None:
             self._read(*letter)
         self.serve()
 
     def serve(self) -> None:
-        """Push on every visit. Never blocks, and costs next to nothing if there is none."""
+        """Push on every debtor's step. Never blocks, and costs next to nothing if there is none."""
         while served := self._creditor.push():
             for debtor in served:
                 self._log.record(Served(debtor))

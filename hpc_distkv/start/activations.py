@@ -32,8 +32,8 @@ from hpc_distkv.decide.sequence import Sequence
 from hpc_distkv.errors import OptionError
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.model.decoder import Decoder
-from hpc_distkv.step.largest_step import LONG_CONTEXT, MOST_SHARED, LargestStep
 from hpc_distkv.step.sampler import begin_sampling
+from hpc_distkv.step.sizes import LONG_CONTEXT, MOST_SHARED, LargestStep
 from hpc_distkv.step.staging import lay_out
 
 LOGPROBS = 20

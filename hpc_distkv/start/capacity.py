@@ -16,11 +16,17 @@ from hpc_distkv.memory.mapped import mapped_memory
 from hpc_distkv.model.config import ModelConfig, dtype_name
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.start.activations import activation_peak, free_memory
-from hpc_distkv.start.budget import Budget, wanted_bytes
 from hpc_distkv.start.memory_limits import Limit, Room, Seen, in_memory, look, room
-from hpc_distkv.start.needs import dtype_of, loading_memory, rank_memory, shard_memory
+from hpc_distkv.start.needs import (
+    Budget,
+    dtype_of,
+    loading_memory,
+    rank_memory,
+    shard_memory,
+    wanted_bytes,
+)
 from hpc_distkv.start.options import EngineOptions
-from hpc_distkv.step.largest_step import LargestStep
+from hpc_distkv.step.sizes import LargestStep
 
 
 class KvShare(NamedTuple):

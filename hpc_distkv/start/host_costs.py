@@ -12,7 +12,7 @@ import torch
 from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow, micro_attention
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.memory.pool import BlockPool
-from hpc_distkv.step.host_pieces import PIECE_BLOCKS, QUERY_ROWS
+from hpc_distkv.step.sizes import PIECE_BLOCKS, QUERY_ROWS
 from hpc_distkv.step.staging import wait_for
 
 MEASURED_BLOCKS = 8

@@ -29,7 +29,7 @@ from hpc_distkv.start import activations
 from hpc_distkv.start.activations import rehearse, serve
 from hpc_distkv.step import creditor, debtor, shared
 from hpc_distkv.step.forward import Forward
-from hpc_distkv.step.largest_step import PROMPTS, LargestStep
+from hpc_distkv.step.sizes import PROMPTS, LargestStep
 
 TOKENS, ROWS = 96, 12
 STEP = LargestStep(TOKENS, ROWS, BLOCK, shares=True)

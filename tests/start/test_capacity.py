@@ -16,7 +16,6 @@ from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.errors import OptionError
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.start import capacity, loading
-from hpc_distkv.start.budget import FOUND_SHARE, GIVEN_SHARE, Budget, wanted_bytes
 from hpc_distkv.start.capacity import (
     KvShare,
     device_blocks,
@@ -26,9 +25,9 @@ from hpc_distkv.start.capacity import (
     tier_blocks,
 )
 from hpc_distkv.start.memory_limits import Limit, Room, Seen
-from hpc_distkv.start.needs import Memory
+from hpc_distkv.start.needs import FOUND_SHARE, GIVEN_SHARE, Budget, Memory, wanted_bytes
 from hpc_distkv.start.options import EngineOptions
-from hpc_distkv.step.largest_step import LargestStep
+from hpc_distkv.step.sizes import LargestStep
 
 MIB = 1 << 20
 

@@ -34,7 +34,7 @@ from hpc_distkv.start.activations import stage
 from hpc_distkv.start.host_costs import QUERY_ROWS, attend_seconds, staged_from
 from hpc_distkv.step import host_tier as host
 from hpc_distkv.step import staging
-from hpc_distkv.step.largest_step import LargestStep
+from hpc_distkv.step.sizes import LargestStep
 from hpc_distkv.step.staging import BUFFERS, Staging
 
 KV_HEADS, DIM = 2, 16
