@@ -1,5 +1,5 @@
-"""The host memory that a rank needs, and whether it has as much. No torch here, so that a job can be
-sized on a login node, before it is submitted."""
+"""The host memory that a rank needs, and whether it has as much. No torch here, so that a job can
+be sized on a login node, before it is submitted."""
 
 from __future__ import annotations
 

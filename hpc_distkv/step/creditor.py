@@ -15,8 +15,8 @@ from hpc_distkv.step.recorder import Kind
 
 
 class Creditor:
-    """Serves the steps of a rank's debtors. Nothing here waits: `push` does what can be done now. It
-    is called between the layers of own steps and in every wait. So a debtor never holds up its
+    """Serves the steps of a rank's debtors. Nothing here waits: `push` does what can be done now.
+    It is called between the layers of own steps and in every wait. So a debtor never holds up its
     creditor, and two ranks that are each other's debtors never deadlock: whoever waits serves.
     """
 

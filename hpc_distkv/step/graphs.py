@@ -48,8 +48,8 @@ RECORDED_AFTER = 2
 
 
 def recordable(model: Model, q: torch.Tensor, k_cache: torch.Tensor) -> bool:
-    """True if decode steps of the model can be recorded. `q` and `k_cache` have the shapes, dtype and
-    device of its own."""
+    """True if decode steps of the model can be recorded. `q` and `k_cache` have the shapes, dtype
+    and device of its own."""
     kernels = backend.kernels(k_cache.device) if k_cache.is_cuda else None
     return kernels is not None and all(
         model.capturable and kernels.serves(q, k_cache, spec) for spec in model.attention
@@ -128,7 +128,7 @@ class DecodeGraphs:
         return hidden
 
     def _drop(self, form: Hashable) -> None:
-        """Forget a form: it is recorded again only after it has come back `RECORDED_AFTER` times."""
+        """Forget a form: it is recorded again after `RECORDED_AFTER` more steps of it."""
         del self._graphs[form], self._seen[form]
 
 
@@ -169,8 +169,8 @@ class DecodeGraph:
         return self._model.hidden(tokens, positions, attend, lambda: None, None)
 
     def record(self, stream: torch.cuda.Stream, memory: Any) -> None:
-        """Capture `compute` on `stream`; nothing is computed, and the host does not wait. `memory`: a
-        handle of graph memory."""
+        """Capture `compute` on `stream`; nothing is computed, and the host does not wait. `memory`:
+        a handle of graph memory."""
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), _uncollected():
             self._graph.capture_begin(pool=memory, capture_error_mode="thread_local")
