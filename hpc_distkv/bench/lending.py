@@ -13,7 +13,7 @@ from hpc_distkv.comm.local.threads import open_local
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages.requests import Request
 from hpc_distkv.model.decoder import Decoder
-from hpc_distkv.ranks.rank import RankEngine, joined
+from hpc_distkv.ranks.rank import joined
 from hpc_distkv.start.options import EngineOptions
 
 
@@ -80,8 +80,7 @@ def lending_against_alone(
     (alone,) = open_local(1, comm.stall_timeout)
     alone.device = comm.device
     together = joined(comm, model, options)
-    single = RankEngine(alone, model, replace(options, threads=together.threads))
-    single.join()
+    single = joined(alone, model, replace(options, threads=together.threads))
     mine = requests[comm.world.rank :: comm.world.size]
     warm_up(together, requests)
 

@@ -32,8 +32,6 @@ class EngineConfig:
     attention_tokens: float = float("inf")
     """Context length at which a token costs twice what its linear layers cost."""
 
-    cuda_graphs: bool = False
-    """Whether decode steps on GPUs are recorded and replayed."""
     host_blocks: int = 0
     """rBlocks in the host's memory; 0: it is not used."""
     host_copy_seconds: float = 0.0
@@ -49,9 +47,8 @@ class EngineConfig:
 
     @property
     def prefix_caching(self) -> bool:
-        """Whether rows share rBlocks. They do not where a row alone decides on what becomes of
-        them: where they are freed behind a window, or copied with a request that migrates."""
-        return self.enable_prefix_caching and not self.window and not self.policy.migrate
+        """Whether rows share rBlocks."""
+        return shares_prefixes(self.enable_prefix_caching, self.policy, self.window)
 
     def prefix_keys(self, request: Request) -> list[bytes]:
         """Of the rBlocks of a prompt that may be shared: all before the one of its last token, for
@@ -63,11 +60,6 @@ class EngineConfig:
         return request.prefix_keys(range(self.block_size, length, self.block_size), salt)
 
     @property
-    def spare(self) -> int:
-        """rBlocks beyond the pool, that rows of recorded steps write to which are none."""
-        return int(self.cuda_graphs)
-
-    @property
     def reserve(self) -> int:
         """rBlocks that stay free when a row is admitted, for those that run to grow into."""
         chunk = self.blocks(self.max_num_batched_tokens)
@@ -76,3 +68,9 @@ class EngineConfig:
     def blocks(self, tokens: int) -> int:
         """rBlocks that hold `tokens` tokens."""
         return -(-tokens // self.block_size)
+
+
+def shares_prefixes(enabled: bool, policy: Policy, window: int) -> bool:
+    """True if rows share rBlocks. They do not where the fate of rBlocks depends on one row: where
+    they are freed behind a window, or copied with a request that migrates."""
+    return enabled and not window and not policy.migrate

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.errors import OptionError
 from hpc_distkv.memory.mapped import mapped_memory
 from hpc_distkv.model.config import ModelConfig, dtype_name
@@ -57,12 +56,12 @@ def pool_blocks(
     comm: Comm,
     model: Decoder,
     options: EngineOptions,
-    config: EngineConfig,
+    step: LargestStep,
     block_bytes: int,
     room: Room,
 ) -> int:
-    """rBlocks of the rank's pool, as many as are wanted or as there is memory for: `room` on the
-    node, or what its GPU has free. Raises OptionError."""
+    """rBlocks of the rank's pool, as many as are wanted or as there is memory for beside the
+    largest `step`: `room` on the node, or what its GPU has free. Raises OptionError."""
     world, wanted = comm.world, wanted_bytes(options, block_bytes)
     if comm.device.place.type == "cpu":
         options = replace(options, dtype=dtype_name(model.dtype))
@@ -77,20 +76,8 @@ def pool_blocks(
             "ranks that share a GPU cannot see what the others will take: give --kv-memory or "
             "--num-blocks with --allow-gpu-sharing"
         )
-    others = world.instances - 1 if config.policy.lending else 0
-    if config.host_blocks:
-        others += 1  # The host's processor attends for this rank, as a creditor does.
-    step = LargestStep(
-        tokens=config.max_num_batched_tokens,
-        rows=config.max_num_seqs,
-        block_size=config.block_size,
-        others=others,
-        shares=config.prefix_caching,
-        recorded=config.cuda_graphs,
-        stages=bool(config.host_blocks),
-    )
     peak = activation_peak(model, comm.device, step)
-    peak += config.spare * block_bytes  # beyond the pool
+    peak += step.recorded * block_bytes  # beyond the pool, for padding rows
     free = free_memory(comm.device)
     return device_blocks(
         free, peak, options.gpu_memory_utilization, wanted, block_bytes, step.tokens
@@ -110,7 +97,7 @@ def node_room(comm: Comm) -> Room:
 
 
 def lone_room(comm: Comm) -> Room:
-    """The same where no other rank is to be heard: as if all of the node had what this one has."""
+    """The same without hearing the others: as if every rank of the node had what this one has."""
     own = look()
     return room(own, [own] * comm.world.local_size)
 

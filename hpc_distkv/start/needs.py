@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from hpc_distkv.control.assign.queue import LOOK_AHEAD, MOST_AHEAD, MOST_TOKENS_AHEAD
-from hpc_distkv.control.policy import POLICIES, Policy
+from hpc_distkv.control.policy import Policy
 from hpc_distkv.errors import OptionError
 from hpc_distkv.model.config import ModelConfig, dtype_bytes
 from hpc_distkv.start.memory_limits import Room
@@ -95,7 +95,8 @@ def shard_memory(
     block = options.block_size * shard.kv_bytes_per_token(dtype_of(shard, options))
     weights = steps = kv = 0
     if not gpu:
-        step = _largest_step(options, instances)
+        policy, shares = options.policy_among(instances), options.enable_prefix_caching
+        step = largest_step(options, policy, instances, shares=shares)
         weights = itemsize * shard.num_weights(options.tensor_parallel_size, packed=True)
         steps = step.computed_on_cpu(shard) + step.exchanged(shard, itemsize) + step.tables(shard)
         kv = (options.num_blocks or 0) * block or options.kv_memory or usual_kv(options, block)
@@ -127,15 +128,25 @@ def dtype_of(config: ModelConfig, options: EngineOptions) -> str:
     return config.dtype if options.dtype == "auto" else options.dtype
 
 
-def _largest_step(options: EngineOptions, instances: int) -> LargestStep:
-    policy = options.policy
-    named = policy if isinstance(policy, Policy) else POLICIES[policy]
+def largest_step(
+    options: EngineOptions,
+    policy: Policy,
+    instances: int,
+    *,
+    shares: bool,
+    recorded: bool = False,
+    stages: bool = False,
+) -> LargestStep:
+    """The largest step of a rank, one of so many `instances`; the rest as of `LargestStep`."""
     return LargestStep(
         tokens=options.max_num_batched_tokens,
         rows=min(options.max_num_seqs, options.max_num_batched_tokens),
         block_size=options.block_size,
-        others=instances - 1 if named.lending else 0,
-        shares=options.enable_prefix_caching,
+        # The host's processor attends for this rank, as a creditor does.
+        others=(instances - 1 if policy.lending else 0) + stages,
+        shares=shares,
+        recorded=recorded,
+        stages=stages,
     )
 
 
