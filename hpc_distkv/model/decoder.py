@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +86,12 @@ class Decoder:
         self._rotary_of = [int(local and spec.window > 0) for spec in self.attention]
         scaled = config.hidden_size**0.5 if config.family.scaled_embedding else 1.0
         self._embedding_scale = torch.tensor(scaled, dtype=self.dtype).item()
+
+    def among(self, lanes: Lanes) -> Decoder:
+        """The same shard, with the same weights, whose sums go over `lanes`."""
+        decoder = copy(self)
+        decoder.lanes = lanes
+        return decoder
 
     @property
     def dtype(self) -> torch.dtype:

@@ -84,11 +84,7 @@ def _measured(device: Device, part: Callable[[], None]) -> int:
 def rehearse(model: Decoder, device: Device, step: LargestStep) -> None:
     """One step of `step.tokens` tokens: `step.rows` - 1 rows in decode, and a prompt of the rest;
     all rows draw a token, by all rules there are. Waits for no other rank."""
-    lanes, model.lanes = model.lanes, model.lanes.rehearsal()
-    try:
-        _step(model, device, step)
-    finally:
-        model.lanes = lanes
+    _step(model.among(model.lanes.rehearsal()), device, step)
 
 
 @torch.inference_mode()

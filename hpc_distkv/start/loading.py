@@ -82,9 +82,7 @@ def load_model(
             "the GPU has no room for the weights: give more ranks to a replica "
             f"(--tensor-parallel-size, now {world.tp})"
         ) from error
-    if world.tp > 1:
-        decoder.lanes = Group(comm)
-    return decoder
+    return decoder.among(Group(comm)) if world.tp > 1 else decoder
 
 
 def set_threads(comm: Comm, threads: int | None) -> None:

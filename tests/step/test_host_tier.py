@@ -123,7 +123,7 @@ def test_copies_that_cost_more_than_to_compute_again_are_not_made(
     steady_pace,
     monkeypatch,
 ):
-    monkeypatch.setattr("hpc_distkv.ranks.rank.copy_seconds", lambda *_: 1e3)
+    monkeypatch.setattr("hpc_distkv.start.layout.copy_seconds", lambda *_: 1e3)
     outcome = run_cluster(model, pressed(), 1, tier(24, 60))
     assert total(outcome, "preemptions") > 0
     assert total(outcome, "blocks_to_host") == 0
