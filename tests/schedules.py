@@ -8,7 +8,7 @@ from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.scheduler import Scheduler
-from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.memory.rmanager import RManager
 
 BLOCK = 4
@@ -28,9 +28,9 @@ def expect_short(scheduler: Scheduler) -> None:
     scheduler.foresight.outputs.add(1, 1000)
 
 
-def add(scheduler: Scheduler, number: int, prompt: int, max_tokens: int = 8) -> Sequence:
+def add(scheduler: Scheduler, number: int, prompt: int, max_tokens: int = 8) -> TokenSequence:
     request = Request(number, pack_tokens(range(prompt)), Sampling(max_tokens=max_tokens))
-    sequence = Sequence(request, assigned_at=0.0)
+    sequence = TokenSequence(request, assigned_at=0.0)
     scheduler.add(sequence)
     return sequence
 

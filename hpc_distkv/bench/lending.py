@@ -78,7 +78,7 @@ def lending_against_alone(
     """An even load that fits: ranks that could lend to each other, against each rank alone in a
     world of its own with its share of the same rows."""
     (alone,) = open_local(1, comm.stall_timeout)
-    alone.device = comm.device
+    alone.compute_on(comm.device, alone.transport)
     together = joined(comm, model, options)
     single = joined(alone, model, replace(options, threads=together.threads))
     mine = requests[comm.world.rank :: comm.world.size]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hpc_distkv.batch.input.body import SEEDS
-from hpc_distkv.cli.options import POSITIVE, Number, engine_options, read_shard
+from hpc_distkv.cli.options import INPUT, LENGTHS, MODEL, Number, engine_options, read_shard
 from hpc_distkv.errors import STOPPED_STATUS, FaultError
 from hpc_distkv.ranks.interrupt import GRACE, TERM_GRACE, Interrupt
 
@@ -33,8 +33,8 @@ SEEING = ("metrics", "prometheus", "trace")
 
 
 @click.command("generate")
-@click.option("--model", required=True, help="Model directory.")
-@click.option("-i", "--input", "source", required=True, help="Batch file (OpenAI JSONL).")
+@MODEL
+@INPUT
 @click.option("-o", "--output", required=True, help="Results file; a rerun resumes it.")
 @click.option("--overwrite", is_flag=True, help="Drop the answers that the results file holds.")
 @click.option("--retry-errors", is_flag=True, help="Answer the rows again that are error rows.")
@@ -61,12 +61,7 @@ SEEING = ("metrics", "prometheus", "trace")
     help="Seconds after SIGUSR2 in which rows that run may finish; then they are put aside for the "
     f"rerun. After SIGTERM {TERM_GRACE:g} at most.",
 )
-@click.option(
-    "--max-model-len",
-    type=POSITIVE,
-    help="Longest prompt and output together, in tokens. [default: the model's]",
-)
-@click.option("--max-tokens", type=POSITIVE, help="Output tokens of rows that give no number.")
+@LENGTHS
 @click.option(
     "--temperature",
     type=Number(0, 2),

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import click
 
+from hpc_distkv.cli.options import engine_settings
 from hpc_distkv.comm.abort import aborting, last_words
 from hpc_distkv.comm.mpi.start import open_mpi
 from hpc_distkv.comm.together import SetupError, together
@@ -69,5 +70,4 @@ def say(comm: Comm, text: str) -> None:
 
 def set_options(comm: Comm, options: dict[str, Any]) -> EngineOptions:
     """The engine options among a command's options. Collective. Raises SetupError."""
-    names = EngineOptions.__dataclass_fields__.keys() & options
-    return together(comm, lambda: EngineOptions(**{name: options[name] for name in names}))
+    return together(comm, lambda: engine_settings(options))

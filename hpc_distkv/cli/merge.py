@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from hpc_distkv.cli.options import results_files
+from hpc_distkv.cli.options import MOVED_INPUT, results_files
 from hpc_distkv.errors import STOPPED_STATUS
 from hpc_distkv.printable import printable
 
@@ -16,13 +16,7 @@ from hpc_distkv.printable import printable
 @click.argument(
     "shards", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="SHARD..."
 )
-@click.option(
-    "-i",
-    "--input",
-    "source",
-    type=click.Path(path_type=Path),
-    help="Batch file, if it is not where it was.",
-)
+@MOVED_INPUT
 @click.option(
     "--error-file",
     type=click.Path(dir_okay=False, path_type=Path),

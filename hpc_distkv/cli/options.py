@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from hpc_distkv.batch.input.shard import Shard
 from hpc_distkv.batch.results.side_files import has_side_name
 from hpc_distkv.start.options import CHOICES, MOST_THREADS, EngineOptions
+
+if TYPE_CHECKING:
+    from hpc_distkv.simulate.workload import Workload
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -77,93 +80,85 @@ def added(*options: Callable[[F], F]) -> Callable[[F], F]:
     return add
 
 
-def _engine(name: str, help: str, kind: Any = None, *spellings: str) -> Callable[[F], F]:
-    """The option of a field of EngineOptions, with its default and its choices."""
-    default = getattr(EngineOptions, name)
-    return click.option(
-        *(spellings or [f"--{name.replace('_', '-')}"]),
-        type=click.Choice(CHOICES[name]) if name in CHOICES else kind,
-        is_flag=isinstance(default, bool),
-        default=default,
-        show_default=default is not None and default is not False,
-        help=help,
-    )
+def engine_option(name: str, **changes: Any) -> Callable[[F], F]:
+    """The option of a field of EngineOptions, with its default and its choices; `changes`: what a
+    command has otherwise."""
+    default, spelling = getattr(EngineOptions, name), name.replace("_", "-")
+    settings = {
+        "type": click.Choice(CHOICES[name]) if name in CHOICES else None,
+        "is_flag": isinstance(default, bool),
+        "default": default,
+        "show_default": default is not None and default is not False,
+        **_ENGINE[name],
+        **changes,
+    }
+    return click.option(f"--{spelling}" + f"/--no-{spelling}" * (default is True), **settings)
 
 
-HOST_KV_MEMORY = _engine(
-    "host_kv_memory",
-    "Memory of the host that one rank may use for rBlocks its KV cache has no room for: "
-    "of preempted rows, and of rows larger than all KV caches. [default: none]",
-    Size(),
-)
-PREFIX_CACHING = _engine(
-    "enable_prefix_caching",
-    "Compute equal beginnings of rows once on each rank, and share their rBlocks.",
-    None,
-    "--enable-prefix-caching/--no-enable-prefix-caching",
-)
-MOVE_BUDGET = _engine(
-    "move_budget",
-    "KV tokens a rank may move per step though no row waits for them.",
-    click.IntRange(min=0),
-)
-LEND_CAP = _engine(
-    "lend_cap", "Most rBlocks a rank lends to others. [default: all]", click.IntRange(min=0)
-)
-engine_options = added(
-    _engine("device", "What ranks compute on; auto: a GPU where there is one."),
-    _engine("allow_gpu_sharing", "Let ranks share a GPU, for trials: give --kv-memory too."),
-    _engine("enforce_eager", "Never replay decode steps of a GPU as CUDA graphs."),
-    _engine(
-        "transport",
-        "How tensors go from GPU to GPU; mpi: by way of the host; auto: NCCL where it can be.",
-    ),
-    _engine(
-        "gpu_memory_utilization",
-        "Part of the memory that a GPU has free beside the weights, for steps and KV cache.",
-        Number(0, 1, min_open=True),
-    ),
-    _engine("dtype", "Of weights and KV cache; auto is the checkpoint's."),
-    _engine("num_blocks", "rBlocks in the pool of one rank.", POSITIVE),
-    _engine(
-        "kv_memory",
-        "KV cache of one rank, e.g. 4GiB, if --num-blocks is not given. "
+_ENGINE: dict[str, dict[str, Any]] = {
+    "device": {"help": "What ranks compute on; auto: a GPU where there is one."},
+    "allow_gpu_sharing": {"help": "Let ranks share a GPU, for trials: give --kv-memory too."},
+    "enforce_eager": {"help": "Never replay decode steps of a GPU as CUDA graphs."},
+    "transport": {
+        "help": "How tensors go from GPU to GPU; mpi: by way of the host; auto: NCCL where it can "
+        "be.",
+    },
+    "gpu_memory_utilization": {
+        "type": Number(0, 1, min_open=True),
+        "help": "Part of the memory that a GPU has free beside the weights, for steps and KV "
+        "cache.",
+    },
+    "dtype": {"help": "Of weights and KV cache; auto is the checkpoint's."},
+    "num_blocks": {"type": POSITIVE, "help": "rBlocks in the pool of one rank."},
+    "kv_memory": {
+        "type": Size(),
+        "help": "KV cache of one rank, e.g. 4GiB, if --num-blocks is not given. "
         "[default: 90 % of what Slurm or a control group leaves a rank beside weights and steps; "
         "without such limits, 40 % of what the node does; on a GPU, what is left]",
-        Size(),
-    ),
-    HOST_KV_MEMORY,
-    click.option(
-        "--host-kv-path",
-        metavar="DIR",
-        help="Directory on a disk of the node: --host-kv-memory is a file there. CPUs only.",
-    ),
-    _engine("block_size", "Tokens per rBlock.", POSITIVE),
-    _engine("max_num_seqs", "Rows that run at once on one rank.", POSITIVE),
-    _engine("max_num_batched_tokens", "Tokens in one step of one rank.", POSITIVE),
-    _engine(
-        "policy",
-        "How ranks share memory: lend rBlocks where it pays; only where they are short; "
+    },
+    "host_kv_memory": {
+        "type": Size(),
+        "help": "Memory of the host that one rank may use for rBlocks its KV cache has no room "
+        "for: of preempted rows, and of rows larger than all KV caches. [default: none]",
+    },
+    "host_kv_path": {
+        "metavar": "DIR",
+        "help": "Directory on a disk of the node: --host-kv-memory is a file there. CPUs only.",
+    },
+    "block_size": {"type": POSITIVE, "help": "Tokens per rBlock."},
+    "max_num_seqs": {"type": POSITIVE, "help": "Rows that run at once on one rank."},
+    "max_num_batched_tokens": {"type": POSITIVE, "help": "Tokens in one step of one rank."},
+    "policy": {
+        "help": "How ranks share memory: lend rBlocks where it pays; only where they are short; "
         "migrate whole requests; share nothing but the queue of rows; or not even that.",
-    ),
-    PREFIX_CACHING,
-    MOVE_BUDGET,
-    LEND_CAP,
-    _engine(
-        "tensor_parallel_size",
-        "Ranks, one after another, that hold one replica of the model together.",
-        POSITIVE,
-    ),
-    _engine(
-        "load_format",
-        "auto: every rank reads its weights; broadcast: only the ranks of the first replica "
-        "do, and hand them on; dummy: random weights, for benchmarks.",
-    ),
-    _engine(
-        "threads",
-        "Compute threads of one rank. [default: its share of the cores]",
-        click.IntRange(1, MOST_THREADS),
-    ),
+    },
+    "enable_prefix_caching": {
+        "help": "Compute equal beginnings of rows once on each rank, and share their rBlocks.",
+    },
+    "move_budget": {
+        "type": click.IntRange(min=0),
+        "help": "KV tokens a rank may move per step though no row waits for them.",
+    },
+    "lend_cap": {
+        "type": click.IntRange(min=0),
+        "help": "Most rBlocks a rank lends to others. [default: all]",
+    },
+    "tensor_parallel_size": {
+        "type": POSITIVE,
+        "help": "Ranks, one after another, that hold one replica of the model together.",
+    },
+    "load_format": {
+        "help": "auto: every rank reads its weights; broadcast: only the ranks of the first "
+        "replica do, and hand them on; dummy: random weights, for benchmarks.",
+    },
+    "threads": {
+        "type": click.IntRange(1, MOST_THREADS),
+        "help": "Compute threads of one rank. [default: its share of the cores]",
+    },
+}
+"""Field of EngineOptions → what its option has beside its name and default."""
+engine_options = added(
+    *map(engine_option, _ENGINE),
     click.option(
         "--stall-timeout",
         type=Number(min=0, min_open=True),
@@ -173,3 +168,55 @@ engine_options = added(
     ),
 )
 """The options of an engine, spelled as in vLLM where it has them."""
+
+
+def engine_settings(options: Mapping[str, Any]) -> EngineOptions:
+    """The engine options among a command's options. Raises OptionError."""
+    names = EngineOptions.__dataclass_fields__.keys() & options
+    return EngineOptions(**{name: options[name] for name in names})
+
+
+MODEL = click.option("--model", required=True, help="Model directory.")
+INPUT = click.option("-i", "--input", "source", required=True, help="Batch file (OpenAI JSONL).")
+MOVED_INPUT = click.option(
+    *("-i", "--input", "source"),
+    type=click.Path(path_type=Path),
+    help="Batch file, if it is not where it was.",
+)
+LENGTHS = added(
+    click.option(
+        "--max-model-len",
+        type=POSITIVE,
+        help="Longest prompt and output together, in tokens. [default: the model's]",
+    ),
+    click.option("--max-tokens", type=POSITIVE, help="Output tokens of rows that give no number."),
+)
+FOLDER = click.option(
+    "-o", "--output", type=click.Path(file_okay=False), help="Folder for JSON and plots."
+)
+trace_options = added(
+    click.option("--rows", type=POSITIVE, help="Rows of a trace. [default: the trace's]"),
+    click.option("--scale", default=1.0, show_default=True, help="Divide all prompts by this."),
+    click.option(
+        "--scale-output",
+        type=Number(min=0, min_open=True),
+        help="Divide all outputs by this. [default: --scale]",
+    ),
+    click.option(
+        "--limits",
+        default=1.0,
+        show_default=True,
+        help="Above 1, outputs are not known beforehand: rows allow for this many times as much, "
+        "and end at random.",
+    ),
+)
+"""What of a trace is run."""
+
+
+def load_trace(name: str, options: dict[str, Any]) -> Workload:
+    """What `trace_options` leave of the trace FILE.toml#NAME. Raises OptionError."""
+    from hpc_distkv.simulate.workload import Workload
+
+    trace = Workload.load(name)
+    trace = trace.head(options["rows"]) if options["rows"] else trace
+    return trace.scaled(options["scale"], options["scale_output"]).limited(options["limits"])

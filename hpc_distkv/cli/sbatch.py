@@ -9,22 +9,21 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import starmap
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from hpc_distkv.cli.generate import command as generate
-from hpc_distkv.cli.options import POSITIVE
+from hpc_distkv.cli.options import POSITIVE, F, added, engine_settings
 from hpc_distkv.comm.mpi.launch import LaunchError
 from hpc_distkv.slurm.memory import memory_needed
 from hpc_distkv.slurm.options import MEMORY, PASSED_ON, WITHOUT_VALUE, instead, seconds
 from hpc_distkv.slurm.script import KINDS, MARGIN, JobScript
 from hpc_distkv.slurm.submission import check, log_file, send
 from hpc_distkv.start.options import EngineOptions
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gpu": {},
@@ -72,12 +71,6 @@ def generate_context(words: Sequence[str]) -> click.Context:
         raise click.UsageError(said) from None
 
 
-def engine_options(context: click.Context) -> EngineOptions:
-    """Those of them that are the engine's. Raises OptionError."""
-    names = EngineOptions.__dataclass_fields__.keys() & context.params
-    return EngineOptions(**{name: context.params[name] for name in names})
-
-
 def generate_options(context: click.Context) -> dict[str, Any]:
     """What these options mean for the script, but for its files. Raises UsageError."""
     found: dict[str, Any] = {"arguments": [], "side_files": {}}
@@ -106,14 +99,15 @@ def _something(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
     return value
 
 
-def _passed_on(command: F) -> F:
-    """The options of sbatch that the script hands on."""
-    for name, short in reversed(PASSED_ON.items()):
-        spellings = [short, f"--{name}"] if short else [f"--{name}"]
-        kind: dict[str, Any] = {"is_flag": True} if name in WITHOUT_VALUE else {"type": str}
-        option = click.option(*spellings, callback=_something, help="As of sbatch.", **kind)
-        command = option(command)
-    return command
+def _passed_on(name: str, short: str | None) -> Callable[[F], F]:
+    """An option of sbatch that the script hands on."""
+    return click.option(
+        *([short] if short else []),
+        f"--{name}",
+        is_flag=name in WITHOUT_VALUE,
+        callback=_something,
+        help="As of sbatch.",
+    )
 
 
 @click.command(
@@ -154,7 +148,7 @@ def _passed_on(command: F) -> F:
 @click.option("--shards", type=POSITIVE, help="Jobs of an array.  [default: 8]")
 @click.option("-t", "--time", callback=_limit, help="Time limit.  [default: 12:00:00]")
 @click.option("-J", "--job-name", callback=_word, help="As of sbatch.  [default: hpc-distkv]")
-@_passed_on
+@added(*starmap(_passed_on, PASSED_ON.items()))
 @click.option(
     "--mpi",
     callback=_word,
@@ -221,7 +215,7 @@ def _script(options: dict[str, Any], words: Sequence[str]) -> JobScript:
         if (found := given.pop(name.replace("-", "_"), None))
     }
     context = generate_context(words)
-    engine = engine_options(context)
+    engine = engine_settings(context.params)
     script = JobScript(
         **DEFAULTS[options["kind"]]
         | (

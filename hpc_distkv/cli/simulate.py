@@ -9,14 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hpc_distkv.cli.options import (
-    HOST_KV_MEMORY,
-    LEND_CAP,
-    MOVE_BUDGET,
-    POSITIVE,
-    PREFIX_CACHING,
-)
-from hpc_distkv.cli.traces import load_trace, trace_options
+from hpc_distkv.cli.options import POSITIVE, added, engine_option, load_trace, trace_options
 from hpc_distkv.start.options import CHOICES
 
 if TYPE_CHECKING:
@@ -47,27 +40,10 @@ TENSOR_PARALLEL = "tensor-parallel"
     type=POSITIVE,
     help="GPUs of one instance. [default: as few as the model fits on]",
 )
-@click.option(
-    "--block-size", type=POSITIVE, default=256, show_default=True, help="Tokens per rBlock."
-)
-@click.option(
-    "--max-num-seqs",
-    type=POSITIVE,
-    default=256,
-    show_default=True,
-    help="Rows that run at once on one instance.",
-)
-@click.option(
-    "--max-num-batched-tokens",
-    type=POSITIVE,
-    default=8192,
-    show_default=True,
-    help="Tokens in one step of one instance.",
-)
-@PREFIX_CACHING
-@MOVE_BUDGET
-@LEND_CAP
-@HOST_KV_MEMORY
+@engine_option("block_size", default=256)
+@engine_option("max_num_seqs", default=256, help="Rows that run at once on one instance.")
+@engine_option("max_num_batched_tokens", default=8192, help="Tokens in one step of one instance.")
+@added(*map(engine_option, ("enable_prefix_caching", "move_budget", "lend_cap", "host_kv_memory")))
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write all figures (JSON).")
 def command(**options: Any) -> None:
     """Answer the rows of a trace on CLUSTER, the description of a cluster (TOML), in virtual time.

@@ -12,7 +12,7 @@ import click
 
 from hpc_distkv.batch.input.intake import MOST_NAMED, named
 from hpc_distkv.batch.status import Status, read_status, read_statuses
-from hpc_distkv.cli.options import results_files
+from hpc_distkv.cli.options import MOVED_INPUT, results_files
 from hpc_distkv.errors import STOPPED_STATUS, FaultError
 from hpc_distkv.printable import printable
 from hpc_distkv.units import duration
@@ -20,13 +20,7 @@ from hpc_distkv.units import duration
 
 @click.command("status")
 @click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
-    "-i",
-    "--input",
-    "source",
-    type=click.Path(path_type=Path),
-    help="Batch file, if it is not where it was.",
-)
+@MOVED_INPUT
 @click.option("--error-file", type=click.Path(path_type=Path), help="Where the error rows are.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(

@@ -14,13 +14,13 @@ from hpc_distkv.batch.input.intake import Intake
 from hpc_distkv.batch.input.rows import Row, parse_row
 from hpc_distkv.batch.input.service import Limits, SamplingDefaults, Service
 from hpc_distkv.batch.sizing import AssumedSpeed, Footprint, JobShape, MeasuredSpeed, Pool, Sizing
-from hpc_distkv.cli.options import POSITIVE, Number, Size
+from hpc_distkv.cli.options import INPUT, LENGTHS, MODEL, POSITIVE, Number, added, engine_option
 from hpc_distkv.control.messages.percentiles import percentiles
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.observe.summary.run_files import read_run
 from hpc_distkv.printable import printable
 from hpc_distkv.start.needs import dtype_of, rank_memory, wanted_bytes
-from hpc_distkv.start.options import CHOICES, EngineOptions
+from hpc_distkv.start.options import EngineOptions
 
 SPEED = Number(min=0, min_open=True)
 EXAMPLES = 3
@@ -148,38 +148,15 @@ def check_rows(
 
 
 @click.command("validate")
-@click.option("--model", required=True, help="Model directory.")
-@click.option("-i", "--input", "source", required=True, help="Batch file (OpenAI JSONL).")
-@click.option(
-    "--max-model-len",
-    type=POSITIVE,
-    help="Longest prompt and output together, in tokens. [default: the model's]",
-)
-@click.option("--max-tokens", type=POSITIVE, help="Output tokens of rows that give no number.")
-@click.option("--num-blocks", type=POSITIVE, help="rBlocks in the pool of one rank.")
-@click.option(
-    "--kv-memory", type=Size(), help="KV cache of one rank, if --num-blocks is not given."
-)
-@click.option("--host-kv-memory", type=Size(), help="What --host-kv-memory will be.")
-@click.option("--block-size", type=POSITIVE, default=32, show_default=True, help="Tokens.")
-@click.option(
-    "--dtype", type=click.Choice(CHOICES["dtype"]), default="auto", help="Of weights and KV cache."
-)
+@MODEL
+@INPUT
+@LENGTHS
+@engine_option("num_blocks")
+@engine_option("kv_memory", help="KV cache of one rank, if --num-blocks is not given.")
+@added(*map(engine_option, ("host_kv_memory", "block_size", "dtype")))
 @click.option("--ranks", type=POSITIVE, help="Ranks of the job.  [default: one replica's]")
-@click.option(
-    "--tensor-parallel-size",
-    type=POSITIVE,
-    default=1,
-    show_default=True,
-    help="Ranks that hold one replica of the model together.",
-)
-@click.option(
-    "--max-num-seqs",
-    type=POSITIVE,
-    default=EngineOptions.max_num_seqs,
-    show_default=True,
-    help="Rows that run at once on one rank.",
-)
+@engine_option("tensor_parallel_size")
+@engine_option("max_num_seqs")
 @click.option(
     "--prompt-tokens-per-second",
     "prompt_speed",

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from hpc_distkv.decide.plan import Scheduled
+from hpc_distkv.decide.sequence import Sequence
 from hpc_distkv.memory.loan import HOST
 from hpc_distkv.memory.rmanager import RManager
 
@@ -30,7 +31,7 @@ class Query(NamedTuple):
         return self.guests, self.rows, self.position
 
 
-def remote_queries(rm: RManager, rows: Iterable[Scheduled]) -> dict[int, list[Query]]:
+def remote_queries(rm: RManager, rows: Iterable[Scheduled[Sequence]]) -> dict[int, list[Query]]:
     """Creditor → the queries it gets in a step, those of the same guests together."""
     if not rm.debts:
         return {}
@@ -39,12 +40,12 @@ def remote_queries(rm: RManager, rows: Iterable[Scheduled]) -> dict[int, list[Qu
     return queries
 
 
-def host_queries(rm: RManager, rows: Iterable[Scheduled]) -> list[Query]:
+def host_queries(rm: RManager, rows: Iterable[Scheduled[Sequence]]) -> list[Query]:
     """The queries of a step to what is in the host's memory, those of the same guests together."""
     return _queries(rm, rows).get(HOST, []) if rm.swap.used else []
 
 
-def _queries(rm: RManager, rows: Iterable[Scheduled]) -> dict[int, list[Query]]:
+def _queries(rm: RManager, rows: Iterable[Scheduled[Sequence]]) -> dict[int, list[Query]]:
     queries: dict[int, list[Query]] = {}
     first = 0
     for sequence, count in rows:

@@ -84,5 +84,5 @@ def handover(sequence: Sequence, now: float) -> Handover:
         assigned_age=now - sequence.assigned_at,
         first_token_age=age(sequence.first_token_at),
         last_token_age=age(sequence.last_token_at),
-        logprobs=bytes(sequence.logprobs or b""),
+        logprobs=sequence.packed_logprobs,
     )

@@ -17,10 +17,10 @@ from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.guests import remote_queries
 from hpc_distkv.decide.handover import Handovers, handover
 from hpc_distkv.decide.pace import Pace, StepSeconds, StepWork
-from hpc_distkv.decide.plan import Plan, Scheduled
+from hpc_distkv.decide.plan import Plan, S, Scheduled
 from hpc_distkv.decide.reporting import Reporting
 from hpc_distkv.decide.scheduler import Scheduler
-from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.decide.sequence import Sequence, TokenSequence
 from hpc_distkv.memory.loan import Move, MoveKind, ProtocolError
 from hpc_distkv.memory.rmanager import RManager
 
@@ -46,7 +46,7 @@ class Instance:
         self,
         number: int,
         config: EngineConfig,
-        sequence: Callable[[Request, float], Sequence] = Sequence,
+        sequence: Callable[[Request, float], Sequence] = TokenSequence,
     ) -> None:
         self.config = config
         self.counters = Counters()
@@ -152,7 +152,7 @@ class Instance:
 
     def append(
         self,
-        rows: Rows[Scheduled],
+        rows: Rows[Scheduled[Sequence]],
         tokens: Rows[int],
         now: float,
         logprobs: Mapping[int, bytes] = NO_LOGPROBS,
@@ -162,10 +162,10 @@ class Instance:
         them."""
         self.learn(rows, self.advance(rows), tokens, now, logprobs)
 
-    def advance(self, rows: Rows[Scheduled]) -> list[Sequence]:
+    def advance(self, rows: Rows[Scheduled[S]]) -> list[S]:
         """The step's rows count as computed. Returns those that have no token left to compute, in
         order: each goes on with a token that is not known yet, the n-th of what the step draws."""
-        ends: list[Sequence] = []
+        ends: list[S] = []
         sealing = self.rm.prefixes.computing
         for sequence, count in rows:
             ending = sequence.remaining == count
@@ -183,7 +183,7 @@ class Instance:
 
     def learn(
         self,
-        rows: Rows[Scheduled],
+        rows: Rows[Scheduled[Sequence]],
         ends: Rows[Sequence],
         tokens: Rows[int],
         now: float,

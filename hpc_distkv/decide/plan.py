@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from hpc_distkv.decide.sequence import Sequence
 from hpc_distkv.memory.loan import Move
 
+S = TypeVar("S", bound=Sequence, covariant=True)
 
-class Scheduled(NamedTuple):
+
+class Scheduled(NamedTuple, Generic[S]):
     """The next `tokens` tokens of a sequence."""
 
-    sequence: Sequence
+    sequence: S
     tokens: int
 
 
 class Plan(NamedTuple):
     """One step of one instance."""
 
-    scheduled: list[Scheduled]
-    """Ascending by request."""
+    scheduled: list[Scheduled[Any]]
+    """Ascending by request; sequences of the kind that the instance makes."""
     moves: list[Move]
     """rBlocks that leave."""
     recalls: list[Move]

@@ -193,7 +193,7 @@ class Scheduler:
         self._short_steps = self._short_steps + 1 if self.short else 0
         self._starved = self.short = False
         self._steps += 1
-        rows: dict[int, Scheduled] = {}
+        rows: dict[int, Scheduled[Sequence]] = {}
         self._plan_decodes(rows)
         budget = self._config.max_num_batched_tokens
         if self._rm.guests:
@@ -221,7 +221,7 @@ class Scheduler:
             need += self.foresight.missing(sequence, self.demands.foreseen(sequence))
         return self._migrations.plan(self.running, need - self._rm.usable)
 
-    def _plan_decodes(self, rows: dict[int, Scheduled]) -> None:
+    def _plan_decodes(self, rows: dict[int, Scheduled[Sequence]]) -> None:
         tables, size = self._rm.tables, self._config.block_size
         for sequence in [s for s in self.running if s.remaining == 1]:
             if sequence.computed >= sequence.final_len:  # Its last token is on its way.
@@ -232,7 +232,7 @@ class Scheduler:
             ):
                 rows[sequence.id] = Scheduled(sequence, 1)
 
-    def _plan_prefills(self, rows: dict[int, Scheduled], budget: int) -> None:
+    def _plan_prefills(self, rows: dict[int, Scheduled[Sequence]], budget: int) -> None:
         prefills = [s for s in self.running if s.remaining > 1]
         while budget > 0:
             sequence = prefills.pop(0) if prefills else self._admit()
@@ -295,7 +295,9 @@ class Scheduler:
         spare = max(0, self._rm.usable - left)
         return max(0 if yields else 1, (held + spare) * self._config.block_size - sequence.computed)
 
-    def _make_room(self, sequence: Sequence, count: int, rows: dict[int, Scheduled]) -> bool:
+    def _make_room(
+        self, sequence: Sequence, count: int, rows: dict[int, Scheduled[Sequence]]
+    ) -> bool:
         """Give the sequence the rBlocks for `count` tokens, preempting younger ones if need be."""
         needed = self.foresight.missing(sequence, sequence.computed + count)
         if not needed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from hpc_distkv.control.assign.work import kv_tokens
 from hpc_distkv.control.messages.requests import (
@@ -18,27 +19,86 @@ from hpc_distkv.decide.token_counts import TokenCounts
 from hpc_distkv.errors import ForeignError
 
 
-@dataclass(eq=False)
-class Sequence:
-    """Tokens of one request and how many of them have their KV in rBlocks.
+class Sequence(Protocol):
+    """A request while it runs: what the scheduler and the instance need of it. None of that depends
+    on which tokens it has, only on how many."""
 
-    Beside its logprobs, all that a request's sampling needs follows from its tokens.
-    """
+    request: Request
+    assigned_at: float
+    id: int
+    """Place in the global order; lower is older."""
+    prompt_len: int
+    """Prompt tokens."""
+    final_len: int
+    """Most tokens whose KV this request can come to need."""
+    keys: list[bytes]
+    """Of the rBlocks of the prompt that may be shared."""
+    computed: int
+    """Tokens that have their KV in rBlocks."""
+    first_token_at: float | None
+    last_token_at: float | None
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and output so far."""
+
+    @property
+    def remaining(self) -> int:
+        """Tokens whose KV is missing; 1 in decode."""
+
+    @property
+    def output_len(self) -> int:
+        """Output tokens so far."""
+
+    @property
+    def fresh(self) -> bool:
+        """Whether it has made no token yet, in this run."""
+
+    def expect(self, place: int) -> None:
+        """One more output token, which is not known yet: of those that its step draws, the one at
+        `place`."""
+
+    def learn(self, token: int, now: float, logprobs: bytes = b"") -> None:
+        """The token that was expected, and its record if the request asks for logprobs."""
+
+    def finish_reason(self) -> str | None:
+        """Why the request ends with its last token; None: it goes on."""
+
+    @property
+    def text_end(self) -> int | None:
+        """Characters of the output's text that belong to the answer, if a stop string ended it."""
+
+    @property
+    def packed(self) -> bytes:
+        """Prompt and output so far, for `restore`."""
+
+    @property
+    def packed_output(self) -> bytes:
+        """`pack_tokens` of the output so far."""
+
+    @property
+    def packed_logprobs(self) -> bytes:
+        """The records of the tokens in `packed_output`, if the request asks for logprobs."""
+
+    def restore(self, packed: bytes, computed: int, logprobs: bytes = b"") -> None:
+        """Go on where another instance left off."""
+
+
+@dataclass(eq=False)
+class TokenSequence:
+    """A `Sequence` with its tokens. Beside its logprobs, all that a request's sampling needs
+    follows from these."""
 
     request: Request
     assigned_at: float
     decoder: TextDecoder | None = None
     """For a request with stop strings."""
     id: int = field(init=False)
-    """Place in the global order; lower is older."""
     prompt_len: int = field(init=False)
-    """Prompt tokens."""
     final_len: int = field(init=False)
-    """Most tokens whose KV this request can come to need."""
     tokens: list[int] = field(init=False)
     """Prompt and output so far."""
     keys: list[bytes] = field(default_factory=list)
-    """Of the rBlocks of the prompt that may be shared."""
     computed: int = 0
     first_token_at: float | None = None
     last_token_at: float | None = None

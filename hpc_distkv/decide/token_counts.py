@@ -21,7 +21,7 @@ class TokenCounts:
 
     def read(self, tokens: Sequence[int]) -> None:
         """`tokens`: of prompt and output so far, more or as many as in the last call; a last one
-        that is not known yet (see `Sequence.expect`) is left for the next call."""
+        that is not known yet (see `TokenSequence.expect`) is left for the next call."""
         end = len(tokens) - (tokens[-1] < 0)
         self._seen.update(tokens[self._read : end])
         self._output.update(tokens[max(self._read, self._prompt_len) : end])

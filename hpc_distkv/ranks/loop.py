@@ -16,7 +16,7 @@ from hpc_distkv.control.messages.answer import Answer
 from hpc_distkv.decide.instance import Instance
 from hpc_distkv.decide.pace import StepSeconds, StepWork
 from hpc_distkv.decide.plan import NOTHING, Plan, Scheduled
-from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.memory.loan import ProtocolError
 from hpc_distkv.step.creditor import Creditor
 from hpc_distkv.step.debtor import Debtor
@@ -33,7 +33,7 @@ class LaunchedStep:
     plan: Plan
     drawn: torch.Tensor
     """int64 `[ends]`: its new tokens, on the device."""
-    ends: list[Sequence] = field(default_factory=list)
+    ends: list[TokenSequence] = field(default_factory=list)
     """The sequences that get a token, in order, once the rows count as computed."""
     work: StepWork | None = None
     """What it has to compute; None until its rows count as computed."""
@@ -55,7 +55,7 @@ class StepLoop(ABC):
     def __init__(self, parts: Parts) -> None:
         self._comm, self._time = parts.comm, parts.time
         self._sharing = parts.config.policy.sharing
-        sequence = partial(Sequence, decoder=parts.decoder)
+        sequence = partial(TokenSequence, decoder=parts.decoder)
         self.instance = Instance(parts.comm.world.instance, parts.config, sequence)
         self._creditor = Creditor(parts, self.instance)
         self._debtor = Debtor(parts, self.instance)
@@ -129,7 +129,7 @@ class StepLoop(ABC):
 
     @abstractmethod
     def _draw(
-        self, logits: torch.Tensor, ends: Rows[Sequence], before: torch.Tensor | None
+        self, logits: torch.Tensor, ends: Rows[TokenSequence], before: torch.Tensor | None
     ) -> torch.Tensor:
         """Ask for the next tokens of the `ends`, int64 `[ends]` on the device. `logits`: `[ends,
         vocab]` on the leader; `before`: those of the step before, if the host does not know
@@ -234,7 +234,7 @@ class StepLoop(ABC):
             step, self._under_way = self._under_way, None
             self._learn(step)
 
-    def _work(self, rows: list[Scheduled]) -> StepWork:
+    def _work(self, rows: list[Scheduled[TokenSequence]]) -> StepWork:
         tables, size = self.instance.rm.tables, self._block_size
         decodes = [sequence for sequence, count in rows if count == 1]
         shared = self.instance.rm.prefixes.at_home(sequence.id for sequence in decodes)

@@ -1,4 +1,4 @@
-"""The mail of other instances, read by an instance's leader."""
+"""Mail between the leaders of instances: headers of debtors' steps, and credit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Mailbox:
         """Debtor → its headers that were not begun."""
 
     def open_credits(self) -> None:
-        """Tell debtors of the rBlocks that are set aside for them."""
+        """Set rBlocks aside for debtors, as the answer grants, and tell them."""
         for debtor, blocks in self._instance.credits().items():
             letter = msgspec.msgpack.encode(Credit(blocks))
             self._comm.mail.post(self._comm.world.rank_of(debtor), letter)

@@ -1,4 +1,4 @@
-"""The loop of the rank that leads an instance."""
+"""The rank that leads an instance."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hpc_distkv.control.messages.requests import Result, Unfinished
 from hpc_distkv.decide.look_ahead import may_plan_ahead
 from hpc_distkv.decide.pace import StepSeconds
 from hpc_distkv.decide.plan import Plan
-from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.ranks.events import (
     Advanced,
     Boundary,
@@ -163,8 +163,8 @@ class Worker(StepLoop):
         return answer
 
     def _attend(self) -> None:
-        """What goes on beside a rank's own step: debtors are served, and control rounds progress,
-        on rank 0 the gManager's part, everywhere one's own."""
+        """Read the mail, serve debtors, and push on the control round, on rank 0 the gManager's
+        part too."""
         self._comm.transport.push()
         if self._sharing:
             self._mailbox.attend()
@@ -216,7 +216,7 @@ class Worker(StepLoop):
         return plan, now
 
     def _draw(
-        self, logits: torch.Tensor, ends: Rows[Sequence], before: torch.Tensor | None
+        self, logits: torch.Tensor, ends: Rows[TokenSequence], before: torch.Tensor | None
     ) -> torch.Tensor:
         draw = begin_sampling(self._comm.device, logits, ends, before)
         self._draws.append(draw.ready)

@@ -8,7 +8,6 @@ from itertools import takewhile
 
 from hpc_distkv.control.assign.work import kv_tokens
 from hpc_distkv.control.messages.requests import Request, Sampling
-from hpc_distkv.decide.sequence import Sequence
 from hpc_distkv.simulate.workload import Row
 
 _PROMPT = struct.Struct("<IIiI")
@@ -42,9 +41,8 @@ class SizedRequest(Request, frozen=True, array_like=True):
         return [_KEY.pack(prefix, end) + salt for end in takewhile(shared.__ge__, ends)]
 
 
-class SizedSequence(Sequence):
-    """A sequence that counts tokens. What is derived in `Sequence` and asked for in every step is
-    kept here."""
+class SizedSequence:
+    """A `decide.sequence.Sequence` that counts tokens and has none."""
 
     __slots__ = (
         "_output",
@@ -60,20 +58,15 @@ class SizedSequence(Sequence):
         "prompt_len",
         "request",
     )
-    request: Request
-    assigned_at: float
-    computed: int
     first_token_at: float | None
     last_token_at: float | None
-    id: int
-    length: int
-    output_len: int
-    prompt_len: int
-    final_len: int
+    text_end = None
+    packed_logprobs = b""
 
     def __init__(self, request: Request, assigned_at: float) -> None:
         """`request`: a `SizedRequest`, or what the wire made of it."""
-        self.request = sized = SizedRequest(request.id, request.prompt, request.sampling)
+        sized = SizedRequest(request.id, request.prompt, request.sampling)
+        self.request: Request = sized
         self.assigned_at = assigned_at
         self.computed = 0
         self.first_token_at = self.last_token_at = None
@@ -91,6 +84,11 @@ class SizedSequence(Sequence):
     def remaining(self) -> int:
         """Tokens whose KV is missing."""
         return self.length - self.computed
+
+    @property
+    def fresh(self) -> bool:
+        """Whether it has made no token yet."""
+        return self.output_len == 0
 
     def expect(self, place: int) -> None:
         """One more output token, whichever."""

@@ -29,23 +29,23 @@ from hpc_distkv.step.sizes import LargestStep
 
 
 class KvShare(NamedTuple):
-    """What one rank, or all ranks of an instance alike, have for KV."""
+    """What a rank, or every rank of an instance, has for KV."""
 
     blocks: int
     """rBlocks of the pool."""
     lendable: int
-    """Most of them that others may borrow."""
+    """Of these, at most so many may be lent."""
     host_blocks: int
     """rBlocks in the host's memory."""
     copy_seconds: float
-    """In which an rBlock goes there and comes back."""
+    """Seconds to copy an rBlock there and back."""
     staged_from: float
-    """Query rows from which rBlocks there are copied to be attended to."""
+    """Query rows from which the device attends to copies of rBlocks there (`host_costs`)."""
 
 
 def merged(ranks: Iterable[KvShare]) -> KvShare:
-    """Of the ranks of an instance, which hold the same rBlocks and do the same with them: the
-    smallest pools and the dearest copies."""
+    """The share of an instance: the smallest pools and the slowest copies of its ranks, which all
+    hold the same rBlocks."""
     blocks, lendable, host_blocks, copy_seconds, staged_from = zip(*ranks, strict=True)
     return KvShare(
         min(blocks), min(lendable), min(host_blocks), max(copy_seconds), max(staged_from)
@@ -85,7 +85,7 @@ def pool_blocks(
 
 
 def node_room(comm: Comm) -> Room:
-    """What this rank may have of its node's memory, beside the other ranks there. Collective."""
+    """This rank's part of its node's memory, beside the other ranks there. Collective."""
     world = comm.world
     ranks = [
         Seen(resident, given, [Limit(*limit) for limit in limits])
@@ -103,8 +103,8 @@ def lone_room(comm: Comm) -> Room:
 
 
 def check_loading(comm: Comm, config: ModelConfig, options: EngineOptions, room: Room) -> None:
-    """Before the weights of the whole model `config` are read: whether this rank has room for them
-    and all else. Raises OptionError."""
+    """Check, before the weights are read, that this rank has room for its shard of the model
+    `config` and all else. Raises OptionError if not."""
     if comm.device.place.type != "cpu":
         return
     world, lanes = comm.world, options.tensor_parallel_size

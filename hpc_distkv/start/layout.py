@@ -101,7 +101,9 @@ def lay_out(comm: Comm, model: Decoder, options: EngineOptions, room: Room) -> L
     instances, config = comm.world.instances, model.config
     policy = options.policy_among(instances)
     block_bytes = options.block_size * config.kv_bytes_per_token(dtype_name(model.dtype))
-    recorded = not options.enforce_eager and _recordable(model, options.block_size)
+    recorded = not options.enforce_eager and _recordable(
+        model, comm.device.place, options.block_size
+    )
     host_blocks = tier_blocks(comm, options.host_kv_memory, options.host_kv_path, block_bytes, room)
     window = _window(model, policy)
     step = largest_step(
@@ -133,9 +135,9 @@ def _window(model: Decoder, policy: Policy) -> int:
     return 0 if policy.migrate else model.config.widest_window
 
 
-def _recordable(model: Decoder, block_size: int) -> bool:
+def _recordable(model: Decoder, place: torch.device, block_size: int) -> bool:
     config = model.config
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-    q = torch.empty((1, heads, dim), dtype=model.dtype, device=model.device)
-    k_cache = torch.empty((1, kv_heads, block_size, dim), dtype=model.dtype, device=model.device)
+    q = torch.empty((1, heads, dim), dtype=model.dtype, device=place)
+    k_cache = torch.empty((1, kv_heads, block_size, dim), dtype=model.dtype, device=place)
     return recordable(model, q, k_cache)

@@ -34,7 +34,7 @@ FOUND_SHARE = 0.4
 
 
 class Memory(NamedTuple):
-    """Bytes of the host's memory that a rank needs, by what takes them."""
+    """Bytes of host memory that a rank needs, by use."""
 
     weights: int
     steps: int
@@ -44,13 +44,13 @@ class Memory(NamedTuple):
     host: int
     """`--host-kv-memory`, unless it is a file."""
     input: int
-    """On rank 0: rows that were read ahead, and their ids."""
+    """On rank 0: rows that are read ahead, and their ids."""
     program: int
     """Python, its libraries and the tokenizer."""
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum."""
         return sum(self)
 
     def words(self) -> str:
@@ -157,20 +157,20 @@ def _input(config: ModelConfig, instances: int) -> int:
 
 
 class Budget(NamedTuple):
-    """What a rank on a CPU needs, and what it may have."""
+    """The memory that a rank on a CPU needs, and what it may use."""
 
     memory: Memory
-    """But for the pool."""
+    """Without the pool."""
     room: Room
 
     @property
     def taken(self) -> int:
-        """Bytes of weights and program: what is resident, or will be."""
+        """Bytes of weights and program, resident or to come."""
         return max(self.room.resident, self.memory.weights + self.memory.program)
 
     @property
     def rest(self) -> int:
-        """Bytes that there are for a pool."""
+        """Bytes that are left for a pool."""
         others = self.memory.steps + self.memory.host + self.memory.input
         return max(0, self.room.most - self.taken - others)
 
@@ -207,7 +207,8 @@ class Budget(NamedTuple):
 
 
 def wanted_bytes(options: EngineOptions, block_bytes: int) -> int | None:
-    """Of the pool of a rank, if it is given. Raises OptionError if they hold no rBlock."""
+    """Bytes of a rank's pool as the options give them; None if they do not. Raises OptionError if
+    they hold no rBlock."""
     wanted = options.num_blocks * block_bytes if options.num_blocks else options.kv_memory
     if wanted is not None and wanted < block_bytes:
         raise OptionError(

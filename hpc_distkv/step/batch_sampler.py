@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hpc_distkv.comm.device import Device
-from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.decide.token_counts import TokenCounts
 from hpc_distkv.step.draws import Races, draw_keys
 
@@ -25,11 +25,11 @@ DRAWN_TOGETHER = 32
 
 
 def sample_together(
-    device: Device, logits: Tensor, sequences: Rows[Sequence], before: Tensor | None = None
+    device: Device, logits: Tensor, sequences: Rows[TokenSequence], before: Tensor | None = None
 ) -> Tensor:
     """int64 `[sequences]` on the device, NO_TOKEN included; `logits`: float32 `[sequences, vocab]`,
     left as it is; `before`, on the device: tokens that the host does not know yet (see
-    `Sequence.expect`), of sequences whose penalties count no tokens."""
+    `TokenSequence.expect`), of sequences whose penalties count no tokens."""
     samplings = [sequence.request.sampling for sequence in sequences]
     largest, tokens = logits.max(dim=-1)
     if any(sampling.rules for sampling in samplings):
@@ -58,7 +58,7 @@ def sample_together(
     return tokens.where(finite, NO_TOKEN)
 
 
-def _settings(rows: list[int], sequences: Rows[Sequence], vocab: int) -> list[Tensor]:
+def _settings(rows: list[int], sequences: Rows[TokenSequence], vocab: int) -> list[Tensor]:
     """int64 rows; int64 keys, float64 temperatures, min-p and top-p, int64 top-k, all `[n, 1]` but
     the first."""
     samplings = [sequences[row].request.sampling for row in rows]
@@ -99,7 +99,7 @@ def _sorted_weights(
 
 
 def _adjusted(
-    device: Device, logits: Tensor, sequences: Rows[Sequence], before: Tensor | None
+    device: Device, logits: Tensor, sequences: Rows[TokenSequence], before: Tensor | None
 ) -> Tensor:
     """As `sampler.adjusted`, for all rows."""
     edits = _edits(sequences, logits.shape[1])
@@ -125,7 +125,7 @@ def _adjusted(
     return logits
 
 
-def _edits(sequences: Rows[Sequence], vocab: int) -> list[_Edits]:
+def _edits(sequences: Rows[TokenSequence], vocab: int) -> list[_Edits]:
     """In the order in which rules apply: biases; tokens that are withheld; those that are there,
     with the penalty for repetition; likewise the first places of rows whose last token is not known
     yet, with its place among the tokens before; and those in outputs, with what frequency and

@@ -10,6 +10,7 @@ import torch
 
 from hpc_distkv.attention import PagedBatch, Rotation, micro_attention, rotate_and_write
 from hpc_distkv.decide.plan import Scheduled
+from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.memory.rmanager import RManager
 from hpc_distkv.step.graphs import DecodeGraphs
 from hpc_distkv.step.inputs import read
@@ -65,7 +66,7 @@ class Forward:
 
     def run(
         self,
-        rows: Sequence[Scheduled],
+        rows: Sequence[Scheduled[TokenSequence]],
         elsewhere: Sequence[Elsewhere] = (),
         drawn: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -73,7 +74,7 @@ class Forward:
         `[sampled rows, vocab]` of the rows that have no token left to compute, in order.
         `elsewhere`: where rows have rBlocks outside the pool; queries are sent in this order, to
         the slowest to answer first. `drawn`: int64, on the device, the tokens that the step before
-        has drawn and the host has not read (`Sequence.expect`)."""
+        has drawn and the host has not read (`TokenSequence.expect`)."""
         if not rows:
             return torch.empty((0, 0))
         step = self._prepare(rows, elsewhere)
@@ -86,7 +87,9 @@ class Forward:
         self._recorder.layer(-1)
         return self._model.logits(hidden[step.ends]) if len(step.ends) else torch.empty((0, 0))
 
-    def _prepare(self, rows: Sequence[Scheduled], elsewhere: Sequence[Elsewhere]) -> StepInputs:
+    def _prepare(
+        self, rows: Sequence[Scheduled[TokenSequence]], elsewhere: Sequence[Elsewhere]
+    ) -> StepInputs:
         size = self._pool.block_size
         decodes = all(count == 1 for _, count in rows)
         # Guests would wait for all of a recorded step's hops (`comm.gpu.meeting_transport`).
@@ -141,5 +144,5 @@ class Forward:
 
 
 def _known(tokens: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-    """`tokens` with placeholders -1 - n replaced by `drawn[n]` (`Sequence.expect`)."""
+    """`tokens` with placeholders -1 - n replaced by `drawn[n]` (`TokenSequence.expect`)."""
     return torch.where(tokens < 0, drawn[(-1 - tokens).clamp_(min=0)], tokens)

@@ -1,4 +1,4 @@
-"""A rank's own step, as far as it concerns the host's memory."""
+"""rBlocks in the host's memory: a step's attention to them, and copies to and from there."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from hpc_distkv.step.staging import Staging, wait_for
 
 
 class InPlace:
-    """rBlocks that the host's processor attends to where they are."""
+    """Attention of the host's processor to rBlocks in the host's memory, in place."""
 
     def __init__(self, comm: Comm, host_pool: BlockPool, specs: Sequence[AttentionSpec]) -> None:
         """`specs`: one for each layer."""
         self._comm, self._host_pool, self._specs = comm, host_pool, specs
 
     def begin(self, rows: list[PagedRow], tokens: list[int]) -> None:
-        """A step with these rows: at least one. `tokens`: the step's tokens whose queries they
-        are, in order."""
+        """Begin a step. `rows`: at least one; `tokens`: the step's tokens whose queries they are,
+        in order."""
         self._batch = PagedBatch.build(rows)
         (self._tokens,) = self._comm.device.upload([torch.tensor(tokens, dtype=torch.int32)])
 
     def post_queries(self, q: torch.Tensor) -> None:
-        """Ask for the rows of `q` `[tokens, heads, head_dim]`."""
+        """Fetch the rows of `q` `[tokens, heads, head_dim]` that ask."""
         self._queries = self._comm.device.fetch([q.index_select(0, self._tokens)])
 
     def merge(self, layer: int, out: torch.Tensor, lse: torch.Tensor) -> None:
@@ -78,7 +78,7 @@ class HostTier:
         self._staging = Staging(*ours) if self._staged_from < math.inf else None
 
     def begin(self, plan: Plan) -> bool:
-        """Ask for the plan's copies. Returns whether its layers have anything to attend to here."""
+        """Launch the plan's copies. True if its layers attend to anything here."""
         in_place: list[list[Query]] = []
         staged: list[list[Query]] = []
         for _, queries in groupby(host_queries(self._rm, plan.scheduled), key=attrgetter("guests")):

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from hpc_distkv.attention import PagedBatch, PagedRow
 from hpc_distkv.decide.guests import Asked
 from hpc_distkv.decide.plan import Scheduled
+from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.memory.rmanager import RManager
 from hpc_distkv.memory.table import BlockTable, Slots
 
@@ -41,7 +42,7 @@ class Inputs(NamedTuple):
     batch: PagedBatch
     """What they attend to at home."""
 
-    def lengths(self, rows: Sequence[Scheduled]) -> torch.Tensor:
+    def lengths(self, rows: Sequence[Scheduled[TokenSequence]]) -> torch.Tensor:
         """int64 `[T]`, as of `Model.hidden`: a recomputed token gets the one it had when it was
         computed first."""
         prompts = [s.prompt_len for s, count in rows for _ in range(count)]
@@ -71,7 +72,10 @@ class Inputs(NamedTuple):
 
 
 def read(
-    rm: RManager, rows: Sequence[Scheduled], block_size: int, apart: Container[int] = ()
+    rm: RManager,
+    rows: Sequence[Scheduled[TokenSequence]],
+    block_size: int,
+    apart: Container[int] = (),
 ) -> Inputs:
     """The inputs of at least one row, which attends to all it has at home but the prefixes of
     `apart`."""
@@ -135,7 +139,10 @@ def guest_rows(
 
 
 def _with_prefixes(
-    rm: RManager, rows: Sequence[Scheduled], own: Sequence[BlockTable], apart: Container[int]
+    rm: RManager,
+    rows: Sequence[Scheduled[TokenSequence]],
+    own: Sequence[BlockTable],
+    apart: Container[int],
 ) -> tuple[list[BlockTable], Ints]:
     """The tables of all rows one after another, each row's own after those of its prefixes; and
     which ones are their own."""

@@ -13,7 +13,7 @@ import torch
 from hpc_distkv.comm.device import Device
 from hpc_distkv.control.messages.requests import LogitRules, Sampling
 from hpc_distkv.control.messages.token_logprobs import pack_logprobs
-from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.decide.token_counts import TokenCounts
 from hpc_distkv.step.batch_sampler import NO_TOKEN, sample_together
 from hpc_distkv.step.draws import Ids, Weights, draw_keys, race
@@ -42,7 +42,7 @@ class Draw(NamedTuple):
 def begin_sampling(
     device: Device,
     logits: torch.Tensor,
-    sequences: Rows[Sequence],
+    sequences: Rows[TokenSequence],
     before: torch.Tensor | None = None,
 ) -> Draw:
     """Ask `device` for the next tokens. `logits`: float32 `[sequences, vocab]`; `before`: the
@@ -78,7 +78,7 @@ def begin_sampling(
     return Draw(drawn, ready)
 
 
-def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
+def sample(logits: torch.Tensor, sequences: Rows[TokenSequence]) -> list[int]:
     """The next token of each sequence, or NO_TOKEN; `logits` is float32 `[sequences, vocab]`, left
     as it is.
 
@@ -100,7 +100,7 @@ def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
 
 
 def sample_logprobs(
-    logits: torch.Tensor, sequences: Rows[Sequence], tokens: Rows[int]
+    logits: torch.Tensor, sequences: Rows[TokenSequence], tokens: Rows[int]
 ) -> dict[int, bytes]:
     """Request → the record (`control.messages.token_logprobs`) of its new token, for those that
     ask for it: from the logits as the model made them, before any rule or temperature."""
@@ -112,7 +112,7 @@ def sample_logprobs(
     return found
 
 
-def _asking(sequences: Rows[Sequence]) -> dict[int, list[int]]:
+def _asking(sequences: Rows[TokenSequence]) -> dict[int, list[int]]:
     """Alternatives to report → the rows that ask for so many."""
     asked: dict[int, list[int]] = {}
     for row, sequence in enumerate(sequences):
@@ -136,7 +136,7 @@ def _pack(own: torch.Tensor, ids: torch.Tensor, values: torch.Tensor) -> list[by
     return pack_logprobs(own.numpy(), ids.numpy(), values.numpy())
 
 
-def _choose(logits: torch.Tensor, sequence: Sequence, key: Ids) -> int:
+def _choose(logits: torch.Tensor, sequence: TokenSequence, key: Ids) -> int:
     """The next token of one row: its rules, then a draw, or without temperature the largest."""
     sampling = sequence.request.sampling
     if sampling.rules:

@@ -10,6 +10,7 @@ import torch
 from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow, merge_rows, micro_attention
 from hpc_distkv.comm.device import Device
 from hpc_distkv.decide.plan import Scheduled
+from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.memory.prefix import Prefix
 from hpc_distkv.memory.rmanager import RManager
 from hpc_distkv.step.sizes import MOST_SHARED
@@ -26,7 +27,10 @@ Groups = dict[tuple[int, ...], list[Prefix]]
 
 
 def groups_of(
-    rm: RManager, rows: Sequence[Scheduled], block_size: int, replayable: bool = False
+    rm: RManager,
+    rows: Sequence[Scheduled[TokenSequence]],
+    block_size: int,
+    replayable: bool = False,
 ) -> Groups:
     """Prefixes worth one shared attention call; `replayable`: in a step that would be replayed
     without."""
@@ -61,7 +65,11 @@ class SharedAttention:
     of them, so there is no causal mask, and their positions do not matter."""
 
     def __init__(
-        self, groups: Groups, rows: Sequence[Scheduled], block_size: int, device: Device
+        self,
+        groups: Groups,
+        rows: Sequence[Scheduled[TokenSequence]],
+        block_size: int,
+        device: Device,
     ) -> None:
         """`groups`: at least one."""
         starts = [0]

@@ -36,7 +36,7 @@ arithmetic. One alone costs more, for it is bound by memory, and is seldom worth
 
 @dataclass(frozen=True)
 class LargestStep:
-    """The most that a step of a rank may have."""
+    """The most that one step of a rank may compute."""
 
     tokens: int
     rows: int

@@ -1,4 +1,4 @@
-"""rBlocks in the host's memory that the rank's device attends to, a piece at a time."""
+"""Attention of the device to rBlocks in the host's memory, copied to it piece by piece."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.step.sizes import BUFFERS, PIECE_BLOCKS
 
 QueryGroup = list[PagedRow]
-"""Rows that attend to the same rBlocks in the host's memory."""
+"""Rows of queries to the same rBlocks in the host's memory."""
 
 
 class Piece(NamedTuple):
-    """Some rBlocks of one group, in a layer."""
+    """Some rBlocks of one group in a layer, copied at once."""
 
     queries: slice
     """The group's, among all that are staged."""
@@ -32,7 +32,7 @@ class Piece(NamedTuple):
 
 
 class Buffer(NamedTuple):
-    """Where a piece is on the device."""
+    """Room for one piece on the device."""
 
     rblocks: list[torch.Tensor]
     """[2, kv_heads, block_size, head_dim] each."""
@@ -41,7 +41,7 @@ class Buffer(NamedTuple):
 
 
 def wait_for(comm: Comm, copies: Sequence[Event]) -> None:
-    """Until these copies have arrived."""
+    """Wait until these copies have arrived."""
     comm.waiter.until(
         lambda: all(copy.query() for copy in copies) or None,
         "rBlocks on their way to or from the host's memory",
@@ -51,7 +51,7 @@ def wait_for(comm: Comm, copies: Sequence[Event]) -> None:
 def lay_out(
     kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype, place: torch.device
 ) -> list[Buffer]:
-    """The memory of the device that staging takes, whatever is staged."""
+    """Allocate the buffers of the device: the same memory whatever is staged."""
     pool = BlockPool(BUFFERS * PIECE_BLOCKS, 1, kv_heads, block_size, head_dim, dtype, place)
     k, v = pool.layer(0)
     return [
@@ -120,7 +120,8 @@ class Staging:
         return micro_attention(q, *buffer.cache, batch, spec, causal=False)
 
     def _ask(self) -> None:
-        """For the copy of the next piece, if there is one, behind what reads its buffer."""
+        """Launch the copy of the next piece, if there is one, behind the kernels that read its
+        buffer."""
         following = next(self._ahead, None)
         if following:
             layer, piece = following
@@ -131,7 +132,7 @@ class Staging:
             self._under_way.append((copied, buffer))
 
     def _pieces(self, layer: int) -> list[Piece]:
-        """In layers that see alike they are the same."""
+        """The pieces of a layer; layers with equal windows share them."""
         spec = self._specs[layer]
         key = spec.window, spec.positional
         if key not in self._cut:
@@ -147,8 +148,8 @@ class Staging:
 
 
 def cut(group: QueryGroup, queries: slice, spec: AttentionSpec, block_size: int) -> Iterator[Piece]:
-    """The rBlocks of a group that a layer's queries see, oldest first. Pieces that only positions
-    tell apart share their batch where positions do not matter, so kernels plan it once."""
+    """The rBlocks of a group that a layer's queries see, oldest first. Where positions do not
+    matter, pieces of one size share their batch, so kernels plan it once."""
     behind = min(row.query_position for row in group) - spec.window
     blocks = sorted(zip(group[0].first_token, group[0].blocks, strict=True))
     seen = [(at, slot) for at, slot in blocks if not spec.window or at + block_size > behind + 1]

@@ -13,7 +13,7 @@ from schedules import BLOCK, add, answer, expect_short, make, running, step
 from hpc_distkv.control.messages.requests import NOBODY
 from hpc_distkv.decide.admission import CANDIDATES, REFUSED_STEPS, Admission
 from hpc_distkv.decide.scheduler import Scheduler
-from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.decide.sequence import TokenSequence
 
 ANY = 10**4
 """Prompt tokens in a step: every prompt is computed in one."""
@@ -25,7 +25,7 @@ row_sizes = st.tuples(st.integers(1, 30), st.integers(1, 40))
 # -- younger ones pass ----------------------------------------------------------------------------
 
 
-def one_runs_one_waits() -> tuple[Scheduler, Sequence]:
+def one_runs_one_waits() -> tuple[Scheduler, TokenSequence]:
     """Rows 0 and 1 come to have 13 rBlocks each, and there are 20, one in reserve: row 1 has its
     place in 10 steps, when row 0 ends."""
     scheduler = make(num_blocks=20, max_num_batched_tokens=ANY)
@@ -164,7 +164,9 @@ class Watched:
         self._seen: tuple[object, ...] = ()
         self._admission.next = self.next
 
-    def next(self, waiting: list[Sequence], running: list[Sequence]) -> Sequence | None:
+    def next(
+        self, waiting: list[TokenSequence], running: list[TokenSequence]
+    ) -> TokenSequence | None:
         own, rm = self._admission, self._scheduler.rm
         fresh = Admission(rm, self._scheduler._config, self._scheduler.foresight)
         fresh.before, fresh.keep = own.before, own.keep

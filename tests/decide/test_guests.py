@@ -5,7 +5,7 @@ from __future__ import annotations
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 from hpc_distkv.decide.guests import Query, remote_queries
 from hpc_distkv.decide.plan import Scheduled
-from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.memory.rmanager import RManager
 
 BLOCK = 4
@@ -13,7 +13,7 @@ BLOCK = 4
 
 def row(number: int, computed: int, tokens: int) -> Scheduled:
     request = Request(number, pack_tokens(range(computed + tokens)), Sampling(1))
-    sequence = Sequence(request, 0.0)
+    sequence = TokenSequence(request, 0.0)
     sequence.computed = computed
     return Scheduled(sequence, tokens)
 

@@ -21,7 +21,7 @@ from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.handover import handover
 from hpc_distkv.decide.instance import Instance
 from hpc_distkv.decide.plan import Plan
-from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.memory.loan import Move, ProtocolError
 
 BLOCK = 4
@@ -326,7 +326,7 @@ def test_a_row_that_is_handed_over_keeps_its_tokens_and_its_ages():
 
 
 def test_a_row_without_a_token_has_no_age_of_one():
-    letter = handover(Sequence(request(0, 5), assigned_at=10.0), now=20.0)
+    letter = handover(TokenSequence(request(0, 5), assigned_at=10.0), now=20.0)
     assert letter.assigned_age == 10.0
     assert (letter.first_token_age, letter.last_token_age) == (None, None)
 

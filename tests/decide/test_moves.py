@@ -8,7 +8,7 @@ from hpc_distkv.control.messages.answer import Answer
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.moves import Moves
-from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.memory.loan import MoveKind
 from hpc_distkv.memory.rmanager import RManager
 
@@ -26,9 +26,9 @@ class Rig:
         self.moves = Moves(self.rm, EngineConfig(num_blocks, BLOCK, move_budget=budget))
         self.running = [self._sequence(number, n) for number, n in tokens.items()]
 
-    def _sequence(self, number: int, tokens: int) -> Sequence:
+    def _sequence(self, number: int, tokens: int) -> TokenSequence:
         request = Request(number, pack_tokens(range(tokens + 1)), Sampling(max_tokens=99))
-        sequence = Sequence(request, assigned_at=0.0)
+        sequence = TokenSequence(request, assigned_at=0.0)
         sequence.computed = tokens
         self.rm.open(number)
         self.rm.grow(number, -(-tokens // BLOCK))

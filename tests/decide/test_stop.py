@@ -17,7 +17,7 @@ from hpc_distkv.control.messages.requests import (
     pack_tokens,
     unpack_tokens,
 )
-from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.decide.sequence import TokenSequence
 
 PROMPT = list(b"prompt")
 SPECIAL = 300
@@ -48,11 +48,11 @@ class Pieces(Decoding):
         return "".join(self.pieces[i] for i in ids)
 
 
-def run(output: Ids[int], decoder=None, **sampling) -> Sequence:
+def run(output: Ids[int], decoder=None, **sampling) -> TokenSequence:
     """A sequence that makes `output`, until it ends."""
     settings = Sampling(**({"max_tokens": 99} | sampling))
     prompt = PROMPT if isinstance(decoder, Bytes) else [0]
-    made = Sequence(Request(0, pack_tokens(prompt), settings), 0.0, decoder or Bytes())
+    made = TokenSequence(Request(0, pack_tokens(prompt), settings), 0.0, decoder or Bytes())
     for token in output:
         made.expect(0)
         made.learn(token, 0.0)
@@ -148,7 +148,7 @@ def test_stop_tokens_count_as_output():
 
 def test_logprobs_go_with_the_tokens_of_the_output():
     settings = Sampling(9, stop_token_ids=(7,), logprobs=0)
-    made = Sequence(Request(0, pack_tokens([1]), settings), 0.0)
+    made = TokenSequence(Request(0, pack_tokens([1]), settings), 0.0)
     for token in (5, 6, 7):
         made.expect(0)
         made.learn(token, 0.0, bytes([token] * 4))
@@ -171,7 +171,7 @@ def test_a_tokenizer_that_fails_ends_the_request_and_nothing_else(error):
     made = run(b"abcd", Failing(), stop=("x",))
     assert (made.finish_reason(), unpack_tokens(made.packed_output)) == (UNREADABLE, [*b"abc"])
     prompt = Request(0, pack_tokens(b"c"), Sampling(9, stop=("x",)))
-    made = Sequence(prompt, 0.0, Failing())
+    made = TokenSequence(prompt, 0.0, Failing())
     made.expect(0)
     made.learn(97, 0.0)
     assert made.finish_reason() == UNREADABLE
@@ -190,9 +190,9 @@ def test_what_ends_the_process_is_no_fault_of_a_tokenizer(error):
 def test_a_sequence_that_moves_goes_on_as_if_it_had_stayed():
     settings = Sampling(99, stop=("xyz",), min_tokens=2, logprobs=0)
     request = Request(0, pack_tokens(PROMPT), settings)
-    stayed = Sequence(request, 0.0, Bytes())
+    stayed = TokenSequence(request, 0.0, Bytes())
     for place, token in enumerate(b"a xxyzb"):
-        moved = Sequence(request, 0.0, Bytes())
+        moved = TokenSequence(request, 0.0, Bytes())
         moved.restore(stayed.packed, 3, bytes(stayed.logprobs or b""))
         for each in (stayed, moved):
             each.expect(0)
@@ -207,4 +207,4 @@ def test_a_sequence_that_moves_goes_on_as_if_it_had_stayed():
 
 def test_stop_strings_need_a_tokenizer():
     with pytest.raises(ValueError, match="no tokenizer"):
-        Sequence(Request(0, pack_tokens([1]), Sampling(9, stop=("x",))), 0.0)
+        TokenSequence(Request(0, pack_tokens([1]), Sampling(9, stop=("x",))), 0.0)

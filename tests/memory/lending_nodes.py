@@ -17,7 +17,7 @@ from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.instance import Instance
 from hpc_distkv.decide.plan import Plan, Scheduled
-from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.memory.loan import Move
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.ranks.events import Log
@@ -59,13 +59,13 @@ class Node:
     # -- requests, between steps ------------------------------------------------------------------
 
     @property
-    def sequences(self) -> dict[int, Sequence]:
+    def sequences(self) -> dict[int, TokenSequence]:
         return {sequence.id: sequence for sequence in self.instance.scheduler.running}
 
     def begin(self, number: int, blocks: int) -> None:
         request = Request(number, pack_tokens([1]), Sampling(max_tokens=9))
         self.rm.open(number)
-        self.instance.scheduler.adopt(Sequence(request, assigned_at=0.0))
+        self.instance.scheduler.adopt(TokenSequence(request, assigned_at=0.0))
         self.grow(number, blocks)
 
     def grow(self, request: int, blocks: int) -> None:
@@ -100,7 +100,7 @@ class Node:
 
     def begin_step(self, rng: random.Random) -> None:
         moves: list[Move] = []
-        leaving: list[Sequence] = []
+        leaving: list[TokenSequence] = []
         for creditor, debt in list(self.rm.debts.items()):
             act = rng.choice(("lend", "lend", "copy", "hand over"))
             if act == "lend":

@@ -158,7 +158,7 @@ def test_rblocks_in_the_hosts_memory_change_no_token(
 ) -> None:
     """Rows are preempted, and one is larger than the pool; queries of so many rows and more are
     attended to on the GPU; torch raises where its own calls would block the host."""
-    monkeypatch.setattr("hpc_distkv.ranks.rank.staged_from", lambda *_: least)
+    monkeypatch.setattr("hpc_distkv.start.layout.staged_from", lambda *_: least)
     monkeypatch.setattr("hpc_distkv.step.staging.PIECE_BLOCKS", 3)
     save(name, tmp_path)
     model, rng = loaded(tmp_path, "cuda"), random.Random(5)

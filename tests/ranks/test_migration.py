@@ -16,7 +16,7 @@ from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.migration import COPIED_BLOCKS, GROWTH_BLOCKS, Migrations
 from hpc_distkv.decide.scheduler import Scheduler
-from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.memory.loan import MoveKind
 from hpc_distkv.memory.rmanager import RManager
 from hpc_distkv.model.decoder import Decoder
@@ -34,10 +34,10 @@ class Rig:
         self.migrations = Migrations(self.rm, config)
         self.running = [self._sequence(number, n) for number, n in blocks.items()]
 
-    def _sequence(self, number: int, blocks: int) -> Sequence:
+    def _sequence(self, number: int, blocks: int) -> TokenSequence:
         length = (blocks - 1) * BLOCK + 1
         request = Request(number, pack_tokens(range(length)), Sampling(max_tokens=99))
-        sequence = Sequence(request, assigned_at=0.0)
+        sequence = TokenSequence(request, assigned_at=0.0)
         sequence.computed = length - 1
         self.rm.open(number)
         self.rm.grow(number, blocks)
@@ -158,7 +158,7 @@ def two_rows() -> Scheduler:
     scheduler = Scheduler(RManager(0, 15), config, Counters())
     for number, prompt in ((0, 20), (1, 38)):
         request = Request(number, pack_tokens(range(prompt)), Sampling(max_tokens=20))
-        sequence = Sequence(request, assigned_at=0.0)
+        sequence = TokenSequence(request, assigned_at=0.0)
         scheduler.adopt(sequence)
         scheduler._rm.open(number)
         scheduler._rm.grow(number, config.blocks(prompt))

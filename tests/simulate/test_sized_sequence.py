@@ -7,23 +7,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens, unpack_tokens
-from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.simulate.sequence import SizedRequest, SizedSequence
 from hpc_distkv.simulate.workload import Row
 
 
-def both(prompt: int, output: int) -> tuple[Sequence, SizedSequence]:
+def both(prompt: int, output: int) -> tuple[TokenSequence, SizedSequence]:
     real = Request(7, pack_tokens(range(prompt)), Sampling(max_tokens=output))
-    return Sequence(real, 1.5), SizedSequence(SizedRequest.of(7, Row(prompt, output)), 1.5)
+    return TokenSequence(real, 1.5), SizedSequence(SizedRequest.of(7, Row(prompt, output)), 1.5)
 
 
-def make(sequence: Sequence, token: int, now: float) -> None:
+def make(sequence: TokenSequence, token: int, now: float) -> None:
     """One more output token."""
     sequence.expect(0)
     sequence.learn(token, now)
 
 
-def state(sequence: Sequence) -> dict[str, object]:
+def state(sequence: TokenSequence) -> dict[str, object]:
     names = ("id", "length", "remaining", "computed", "output_len", "final_len", "assigned_at")
     shown = {name: getattr(sequence, name) for name in names}
     shown["output_bytes"] = len(sequence.packed_output)

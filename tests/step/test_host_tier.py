@@ -19,7 +19,7 @@ from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.foresight import Foresight
 from hpc_distkv.decide.instance import Instance
-from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.decide.swap import Swaps
 from hpc_distkv.errors import OptionError
 from hpc_distkv.memory.rmanager import RManager
@@ -134,8 +134,8 @@ def test_what_is_swapped_out_makes_room_for_a_row_that_cannot_go_on():
     rm = RManager(0, 8, host_blocks=4)
     swaps = Swaps(rm, config, Foresight(rm, config))
 
-    def running(number: int, length: int, blocks: int) -> Sequence:
-        sequence = Sequence(Request(number, pack_tokens([1] * length), Sampling(9)), 0.0)
+    def running(number: int, length: int, blocks: int) -> TokenSequence:
+        sequence = TokenSequence(Request(number, pack_tokens([1] * length), Sampling(9)), 0.0)
         rm.open(number)
         rm.grow(number, blocks)
         sequence.computed = blocks * BLOCK

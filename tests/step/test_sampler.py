@@ -17,7 +17,7 @@ from transformers import (
 
 from hpc_distkv.control.messages.requests import LogitRules, Request, Sampling, pack_tokens
 from hpc_distkv.control.messages.token_logprobs import unpack_logprobs
-from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.decide.token_counts import TokenCounts
 from hpc_distkv.step.sampler import adjusted, sample, sample_logprobs, token_weights
 
@@ -36,10 +36,10 @@ DRAWN = [
 
 def sequence(
     sampling: Sampling, position: int = 1, output: tuple[int, ...] = (), number: int = 0
-) -> Sequence:
+) -> TokenSequence:
     """A sequence whose next token is its `position`-th."""
     prompt = [0] * (position - len(output))
-    made = Sequence(Request(number, pack_tokens(prompt), sampling), assigned_at=0.0)
+    made = TokenSequence(Request(number, pack_tokens(prompt), sampling), assigned_at=0.0)
     for token in output:
         made.expect(0)
         made.learn(token, 0.0)

@@ -13,7 +13,7 @@ from hpc_distkv.comm.local.threads import open_local
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.plan import Scheduled
-from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.memory.rmanager import RManager
 from hpc_distkv.model.shard import Alone
@@ -55,7 +55,7 @@ def rows_of(rm: RManager) -> list[Scheduled]:
         rm.seal(number, len(text))
         rm.grow(number, -(-tokens // BLOCK))
         prompt = pack_tokens(range(len(text) * BLOCK + tokens))
-        sequence = Sequence(Request(number, prompt, Sampling(4)), 0.0)
+        sequence = TokenSequence(Request(number, prompt, Sampling(4)), 0.0)
         sequence.computed = len(text) * BLOCK
         rows.append(Scheduled(sequence, tokens))
     return rows

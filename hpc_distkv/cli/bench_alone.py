@@ -1,5 +1,4 @@
-"""The benchmarks that need no ranks: the gManager and the host's work alone, and simulated
-clusters."""
+"""The benchmarks that need no ranks: parts of a job alone, and simulated clusters."""
 
 from __future__ import annotations
 
@@ -10,7 +9,58 @@ from typing import Any
 
 import click
 
-from hpc_distkv.cli.options import POSITIVE
+from hpc_distkv.cli.options import FOLDER, MODEL, POSITIVE
+
+
+@click.command()
+@click.option("--device", default="cuda", show_default=True, help="cuda, cuda:1, … or cpu.")
+@click.option("--length", "lengths", multiple=True, type=POSITIVE, help="Tokens of decoded rows.")
+@click.option("--batch", "batches", multiple=True, type=POSITIVE, help="Rows decoded together.")
+@click.option("--most-tokens", type=POSITIVE, default=4_194_304, show_default=True)
+@click.option("--block-size", type=POSITIVE, default=32, show_default=True)
+def kernels(
+    device: str,
+    lengths: tuple[int, ...],
+    batches: tuple[int, ...],
+    most_tokens: int,
+    block_size: int,
+) -> None:
+    """Attention kernels alone, with the heads of Llama 3 8B: bandwidth of decodes against that of a
+    copy, operations per second of prompts, errors against float64, and torch's attention."""
+    import torch
+
+    from hpc_distkv.bench import kernels as bench
+
+    try:
+        where = torch.device(device)
+        torch.empty(1, device=where)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise click.BadParameter(f"{device}: {reason}", param_hint="--device") from error
+    prompts = tuple(
+        (rows, queries, tokens)
+        for rows, queries, tokens in bench.PROMPTS
+        if rows * tokens <= most_tokens
+    )
+    figures = bench.kernel_figures(
+        where, lengths or bench.LENGTHS, batches or bench.BATCHES, prompts, most_tokens, block_size
+    )
+    click.echo(json.dumps(figures, indent=2))
+
+
+@click.command()
+@MODEL
+@click.option("--draws", "count", type=POSITIVE, default=100_000, show_default=True)
+@click.option("--rows", type=POSITIVE, default=1000, show_default=True, help="Rows of logits.")
+@click.option("--noise", default=1e-6, show_default=True, help="Standard deviation.")
+def draws(model: str, count: int, rows: int, noise: float) -> None:
+    """How many sampled tokens change when logits do so by rounding alone: by the race that draws
+    them, and by the place among cumulative weights. Needs transformers."""
+    from hpc_distkv.bench.draws import draw_figures
+    from hpc_distkv.model.config import ModelConfig
+
+    ModelConfig.from_dir(model)  # raises UserError for what is no model
+    click.echo(json.dumps(draw_figures(model, count, rows, noise), indent=2))
 
 
 @click.command()
@@ -59,7 +109,7 @@ def host(
 @click.option("--model", default="llama2-7b", show_default=True)
 @click.option("--traces", default="jobs/traces", show_default=True, help="Folder of trace files.")
 @click.option("--rows", type=POSITIVE, default=300, show_default=True, help="Rows of each trace.")
-@click.option("-o", "--output", type=click.Path(file_okay=False), help="Folder for JSON and plots.")
+@FOLDER
 def paper(cluster: str, model: str, traces: str, rows: int, output: str | None) -> None:
     """The published tables, from the simulator, beside the published numbers."""
     from hpc_distkv.simulate import paper as published
@@ -108,7 +158,7 @@ def paper(cluster: str, model: str, traces: str, rows: int, output: str | None) 
     "--gpus", multiple=True, type=POSITIVE, default=(8, 64, 512, 2048, 10_000), show_default=True
 )
 @click.option("--rows-per-gpu", type=POSITIVE, default=10, show_default=True)
-@click.option("-o", "--output", type=click.Path(file_okay=False), help="Folder for JSON and plots.")
+@FOLDER
 def scale(
     cluster: str,
     model: str,
