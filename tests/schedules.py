@@ -17,9 +17,7 @@ BLOCK = 4
 def make(num_blocks: int = 100, policy: str = "queue", **limits: int) -> Scheduler:
     sizes = {"block_size": BLOCK, "max_num_seqs": 8, "max_num_batched_tokens": 16} | limits
     config = EngineConfig(num_blocks, policy=POLICIES[policy], **sizes)
-    scheduler = Scheduler(RManager(0, num_blocks), config, Counters())
-    scheduler.rm = scheduler._rm
-    return scheduler
+    return Scheduler(RManager(0, num_blocks), config, Counters())
 
 
 def expect_short(scheduler: Scheduler) -> None:
@@ -39,11 +37,11 @@ def step(scheduler: Scheduler) -> dict[int, int]:
     """One step as the worker does it, with token 0 sampled; request → tokens computed."""
     plan = scheduler.plan()
     scheduler.rm.check()
-    scheduler.rm.commit(plan.moves, plan.recalls)
+    scheduler.rm.borrower.commit(plan.moves, plan.recalls)
     for sequence, tokens in plan.scheduled:
         assert 0 < tokens <= sequence.remaining
         sequence.computed += tokens
-        room = scheduler.rm.tables[sequence.id].blocks * scheduler._config.block_size
+        room = scheduler.rm.tables[sequence.id].blocks * scheduler.config.block_size
         assert sequence.computed <= room, "a token has no rBlock"
         if not sequence.remaining:
             sequence.expect(0)

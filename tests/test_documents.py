@@ -17,6 +17,8 @@ PAGES = sorted([REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")])
 PLACES = [REPOSITORY / place for place in (".", "hpc_distkv", "jobs", "jobs/traces", "tests")]
 MOST_BYTES = 10_000
 """Of the README: it is also the package's description."""
+MOST_FILES = 25
+"""From a row's line in the batch file to its answer."""
 FOREIGN = {"--array", "--bind-to", "--gpu-bind", "--help"}
 """Options of sbatch, srun, mpirun and click that pages name."""
 
@@ -50,6 +52,13 @@ def test_named_files_and_functions_exist(page: Path) -> None:
         files = [place / path for place in PLACES if (place / path).is_file()]
         assert files, path
         assert not name or name in names_of(files[0]), f"{path}:{name}"
+
+
+def test_the_life_of_a_row_names_few_files() -> None:
+    steps = re.findall(r"^\| [1-8] \|.*$", (REPOSITORY / "docs" / "design.md").read_text(), re.M)
+    files = {path for step in steps for path in re.findall(r"`([\w/]+\.py)", step)}
+    assert len(steps) == 8
+    assert len(files) <= MOST_FILES
 
 
 @each_page

@@ -94,7 +94,7 @@ class Job:
         perhaps. Raises InputError and JournalError.
         """
         for envelope in self._intake.envelopes(self._answered):
-            if envelope and (row := self._parse(envelope)):
+            if row := self._parse(envelope):
                 yield from self._begin(row, envelope.digest)
 
     def save(self, unfinished: Unfinished) -> None:

@@ -251,7 +251,7 @@ def _check(parts: Sequence[ShardResults], partial: bool) -> None:
         if part.shard in seen:
             raise JournalError(f"{seen[part.shard]} and {part.path} are both shard {part.shard}.")
         seen[part.shard] = part.path
-        if found := differences(part.path, {**first.meta, SHARD: str(part.shard)}):
+        if found := differences(part.meta, {**first.meta, SHARD: str(part.shard)}):
             raise JournalError(
                 f"{part.path} holds results of another job than {first.path}: {'; '.join(found)}."
             )

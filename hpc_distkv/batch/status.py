@@ -146,7 +146,6 @@ def _compare(group: Sequence[Status]) -> None:
     try:
         with closing(Intake(source)) as intake:
             for row in intake.envelopes():
-                assert row is not None
                 index = Shard.dealt(row.custom_id, row.number, shard.count) if shard else 1
                 if index in by_shard:
                     answered = by_shard[index].answered

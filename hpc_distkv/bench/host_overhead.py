@@ -86,9 +86,10 @@ class NoLayers:
 class Rounds(Leader):
     """A leader that notes when a control round has ended: here there is one in every step."""
 
-    def __init__(self, requests: Sequence[Request], clock: Callable[[], float]) -> None:
-        links, policy = Links([0], seconds=None), POLICIES["queue"]
-        self.gmanager = GManager(SyncSource(requests), links, 1, policy, block_size=BLOCK)
+    def __init__(
+        self, requests: Sequence[Request], config: EngineConfig, clock: Callable[[], float]
+    ) -> None:
+        self.gmanager = GManager(SyncSource(requests), Links([0]), config)
         self.ends: list[float] = []
         self._clock = clock
 
@@ -127,7 +128,7 @@ def _per_step(
     )
     (comm,) = open_local(1)
     comm.compute_on(Metronome(step_seconds), comm.transport, eager=1.0)
-    leader = Rounds(requests, clock)
+    leader = Rounds(requests, config, clock)
     pool = BlockPool(blocks, 1, 1, BLOCK, 1, torch.float32)
     parts = Parts(comm, NoLayers(), pool, config, (1, 1), None, TimeSheet(Recorder()))
     Worker(parts, leader, Interrupt()).run()

@@ -17,6 +17,7 @@ from hpc_distkv.control.lending.links import Links
 from hpc_distkv.control.messages.answer import Answer
 from hpc_distkv.control.messages.reports import Changes, Report, encode_report
 from hpc_distkv.control.messages.requests import Request, Result, Sampling, pack_tokens
+from hpc_distkv.decide.config import EngineConfig
 
 CAPACITY = 500
 FINISHING, SHORT, SPARE = 0.2, 0.02, 0.3
@@ -32,7 +33,7 @@ def round_times(instances: int, rounds: int, seed: int = 0) -> dict[str, Any]:
     prompt = pack_tokens([1] * 500)
     rows = (Request(i, prompt, Sampling(max_tokens=200)) for i in itertools.count())
     links = Links([i // RANKS_PER_NODE for i in range(instances)])
-    manager = GManager(SyncSource(rows), links, instances)
+    manager = GManager(SyncSource(rows), links, EngineConfig(num_blocks=CAPACITY))
     running: list[list[int]] = [[] for _ in range(instances)]
     lent: list[dict[int, int]] = [{} for _ in range(instances)]
     times, sent, received = [], 0, 0

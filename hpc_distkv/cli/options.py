@@ -133,7 +133,7 @@ _ENGINE: dict[str, dict[str, Any]] = {
         "migrate whole requests; share nothing but the queue of rows; or not even that.",
     },
     "enable_prefix_caching": {
-        "help": "Compute equal beginnings of rows once on each rank, and share their rBlocks.",
+        "help": "Compute equal prefixes of rows once on each rank, and share their rBlocks.",
     },
     "move_budget": {
         "type": click.IntRange(min=0),

@@ -127,8 +127,6 @@ def check_rows(
         click.echo("\t".join(COLUMNS))
     try:
         for envelope in intake.envelopes():
-            if envelope is None:
-                continue
             cells: tuple[str, ...]
             try:
                 row = parse_row(envelope, service)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from hpc_distkv.control.messages.requests import Request
 from hpc_distkv.control.policy import POLICIES, Policy
@@ -59,11 +60,18 @@ class EngineConfig:
         salt = length.to_bytes(8, "little") if self.keys_by_length else b""
         return request.prefix_keys(range(self.block_size, length, self.block_size), salt)
 
-    @property
+    @cached_property
     def reserve(self) -> int:
         """rBlocks that stay free when a row is admitted, for those that run to grow into."""
         chunk = self.blocks(self.max_num_batched_tokens)
         return min(chunk, max(1, self.num_blocks // 100))
+
+    @cached_property
+    def first_chunk(self) -> int:
+        """rBlocks that are not lent unless a row starves, at least `reserve`: rows assigned here
+        begin in them."""
+        chunk = self.blocks(self.max_num_batched_tokens)
+        return min(chunk, max(1, self.num_blocks // 8))
 
     def blocks(self, tokens: int) -> int:
         """rBlocks that hold `tokens` tokens."""

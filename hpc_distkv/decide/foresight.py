@@ -1,4 +1,4 @@
-"""What memory the rows of an instance come to need, step by step."""
+"""The KV that sequences are expected to need, step by step."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from hpc_distkv.memory.rmanager import RManager
 Tokens = TypeVar("Tokens", float, NDArray[np.float64])
 
 
-class Claim(NamedTuple):
-    """The home rBlocks of one row over time, in steps from now. It grows by a token a step."""
+class ExpectedKv(NamedTuple):
+    """The KV that one sequence is expected to have at home from `start` to `end`, in steps from
+    now. It grows by a token a step."""
 
     start: float
     """When it takes its first ones."""
@@ -28,14 +29,14 @@ class Claim(NamedTuple):
     tokens: float
     """Tokens at home at its start, those of its prompt that are still to be computed included."""
 
-    def at(self, start: float) -> Claim:
-        """The same row, begun at `start`."""
-        return Claim(start, start + self.end - self.start, self.tokens)
+    def at(self, start: float) -> ExpectedKv:
+        """The same, begun at `start`."""
+        return ExpectedKv(start, start + self.end - self.start, self.tokens)
 
 
 class Foresight:
-    """Looks ahead: rows decode a token a step, and use as much of their output limits as those
-    that are finished. Owner of what is known of outputs."""
+    """Expects that sequences decode a token a step, and use as much of their output limits as those
+    that have finished. Owner of what is known of outputs."""
 
     def __init__(self, rmanager: RManager, config: EngineConfig) -> None:
         self.outputs = MeanOutput()
@@ -65,13 +66,13 @@ class Foresight:
         own = sum(len(self._rm.tables[sequence.id].slots) for sequence in running)
         return own + self._rm.prefixes.at_home(sequence.id for sequence in running)
 
-    def claims(self, running: Rows[Sequence]) -> list[Claim]:
-        """What these rows need; what they share counts with the one that ends last."""
+    def expected_kvs(self, running: Rows[Sequence]) -> list[ExpectedKv]:
+        """Of these sequences; what they share counts with the one that ends last."""
         size, prefixes = self._config.block_size, self._rm.prefixes
         counted: set[int] = set()
-        claims = []
-        for claim, sequence in sorted(
-            ((self.claim(sequence), sequence) for sequence in running),
+        expected = []
+        for kv, sequence in sorted(
+            ((self.expected_kv(sequence), sequence) for sequence in running),
             key=lambda pair: pair[0].end,
             reverse=True,
         ):
@@ -79,38 +80,38 @@ class Foresight:
             if shared:
                 counted.update(prefix.id for prefix in shared)
                 tokens = size * sum(len(prefix.slots) for prefix in shared)
-                claim = claim._replace(tokens=claim.tokens + tokens)
-            claims.append(claim)
-        return claims
+                kv = kv._replace(tokens=kv.tokens + tokens)
+            expected.append(kv)
+        return expected
 
-    def claim(self, sequence: Sequence) -> Claim:
+    def expected_kv(self, sequence: Sequence) -> ExpectedKv:
         """What the sequence needs if it runs from now on, beside what others use too."""
         table = self._rm.tables.get(sequence.id)
         away = table.absent if table else self._rm.prefixes.in_use(sequence.keys)
         tokens = sequence.length - away * self._config.block_size
-        return Claim(0, self.expected_end(sequence) - sequence.length, tokens)
+        return ExpectedKv(0, self.expected_end(sequence) - sequence.length, tokens)
 
-    def peak(self, claims: Rows[Claim], until: float = math.inf) -> float:
-        """Most rBlocks that the claims take at once before `until`, where one of them ends."""
-        # Claims grow until they end, so the most is taken just before one of them ends.
-        later = [claim for claim in claims if claim.start]
+    def peak(self, expected: Rows[ExpectedKv], until: float = math.inf) -> float:
+        """Most rBlocks that all of it takes at once before `until`, where one of them ends."""
+        # Each grows until it ends, so the most is taken just before one of them ends.
+        later = [kv for kv in expected if kv.start]
         most = tokens = 0.0
         begun = 0
-        for claim in sorted(claims, key=attrgetter("end"), reverse=True):
-            if not claim.start:
-                tokens, begun = tokens + claim.tokens, begun + 1
-            taken = (tokens + begun * claim.end) / self._config.block_size + 0.5 * begun
+        for kv in sorted(expected, key=attrgetter("end"), reverse=True):
+            if not kv.start:
+                tokens, begun = tokens + kv.tokens, begun + 1
+            taken = (tokens + begun * kv.end) / self._config.block_size + 0.5 * begun
             for other in later:
-                if other.start < claim.end <= other.end:
-                    taken += self._blocks(other.tokens + claim.end - other.start)
-            if claim.end <= until:
+                if other.start < kv.end <= other.end:
+                    taken += self._blocks(other.tokens + kv.end - other.start)
+            if kv.end <= until:
                 most = max(most, taken)
         return most
 
-    def start(self, running: Rows[Claim], row: Claim, room: float) -> float:
-        """The first end of a `running` claim from which `row` fits into `room` beside the others.
+    def start(self, running: Rows[ExpectedKv], row: ExpectedKv, room: float) -> float:
+        """The first end of one of `running` from which `row` fits into `room` beside the others.
         All of them have begun, and `row` would begin now."""
-        ends = np.unique([claim.end for claim in running])
+        ends = np.unique([kv.end for kv in running])
         # Begun when a claim ends, the row takes most beside others just before one of them ends,
         # or just before it ends itself.
         age = ends[None, :] - ends[:, None]
@@ -122,10 +123,10 @@ class Foresight:
         return float(ends[free[0]])
 
     def _taken(
-        self, claims: Rows[Claim], moments: Rows[float] | NDArray[np.float64]
+        self, expected: Rows[ExpectedKv], moments: Rows[float] | NDArray[np.float64]
     ) -> NDArray[np.float64]:
-        """rBlocks that the claims take just before `moments`."""
-        start, end, tokens = np.array(claims, dtype=float).reshape(-1, 3).T
+        """float64: the rBlocks that all of it takes just before each of `moments`."""
+        start, end, tokens = np.array(expected, dtype=float).reshape(-1, 3).T
         moment = np.asarray(moments, dtype=float)[:, None]
         live = (start < moment) & (moment <= end)
         blocks: NDArray[np.float64] = np.where(live, self._blocks(tokens + moment - start), 0.0)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import attrgetter
 from typing import NamedTuple
 
 from hpc_distkv.decide.plan import Scheduled
 from hpc_distkv.decide.sequence import Sequence
-from hpc_distkv.memory.loan import HOST
 from hpc_distkv.memory.rmanager import RManager
 
 Asked = tuple[list[int], int, int]
@@ -33,20 +33,9 @@ class Query(NamedTuple):
 
 def remote_queries(rm: RManager, rows: Iterable[Scheduled[Sequence]]) -> dict[int, list[Query]]:
     """Creditor → the queries it gets in a step, those of the same guests together."""
-    if not rm.debts:
-        return {}
-    queries = _queries(rm, rows)
-    queries.pop(HOST, None)
-    return queries
-
-
-def host_queries(rm: RManager, rows: Iterable[Scheduled[Sequence]]) -> list[Query]:
-    """The queries of a step to what is in the host's memory, those of the same guests together."""
-    return _queries(rm, rows).get(HOST, []) if rm.swap.used else []
-
-
-def _queries(rm: RManager, rows: Iterable[Scheduled[Sequence]]) -> dict[int, list[Query]]:
     queries: dict[int, list[Query]] = {}
+    if not rm.borrower.debts:
+        return queries
     first = 0
     for sequence, count in rows:
         guests: dict[int, list[int]] = {}
@@ -57,5 +46,18 @@ def _queries(rm: RManager, rows: Iterable[Scheduled[Sequence]]) -> dict[int, lis
             queries.setdefault(creditor, []).append(Query(keys, count, sequence.computed, first))
         first += count
     for asked in queries.values():
-        asked.sort(key=lambda query: query.guests)
+        asked.sort(key=attrgetter("guests"))
     return queries
+
+
+def host_queries(rm: RManager, rows: Iterable[Scheduled[Sequence]]) -> list[Query]:
+    """The queries of a step to what is in the host's memory, those of the same guests together."""
+    queries: list[Query] = []
+    if not rm.swap.used:
+        return queries
+    first = 0
+    for sequence, count in rows:
+        if keys := [key for key, table in rm.parts(sequence.id).items() if table.in_host]:
+            queries.append(Query(keys, count, sequence.computed, first))
+        first += count
+    return sorted(queries, key=attrgetter("guests"))

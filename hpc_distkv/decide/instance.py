@@ -15,7 +15,7 @@ from hpc_distkv.control.messages.reports import Remains, Report
 from hpc_distkv.control.messages.requests import Request, Result
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.guests import remote_queries
-from hpc_distkv.decide.handover import Handovers, handover
+from hpc_distkv.decide.migration import Handovers, handover
 from hpc_distkv.decide.pace import Pace, StepSeconds, StepWork
 from hpc_distkv.decide.plan import Plan, S, Scheduled
 from hpc_distkv.decide.reporting import Reporting
@@ -52,10 +52,10 @@ class Instance:
         self.counters = Counters()
         self.rm = RManager(number, config.num_blocks, config.lend_cap, config.host_blocks)
         self.scheduler = Scheduler(self.rm, config, self.counters)
-        self.pace = Pace()
+        self.pace = Pace(config.host_copy_seconds)
         self.round = 0
         self._sequence = sequence
-        self._handovers = Handovers(self.rm, self.scheduler, sequence)
+        self._handovers = Handovers(self.rm, sequence)
         self._reporting = Reporting(
             config, self.rm, self.scheduler, self._handovers, self.pace, self.counters
         )
@@ -72,17 +72,14 @@ class Instance:
                 f"instance {self.rm.instance} got the answer of round {answer.round} "
                 f"in round {self.round}"
             )
-        for debtor in self.rm.settle(answer.lend):
+        for debtor in self.rm.lender.settle(answer.lend):
             self.counters.refused_grants += 1
             log.error("refused a grant to instance %d beyond the promise: %s", debtor, answer.lend)
-        if answer.lend:
-            self._reporting.lent = (
-                None  # The ledger counts the grants by now: report what became of them.
-            )
         for request in answer.assign:
             self.scheduler.add(self._sequence(request, now))
         self.scheduler.apply(answer, self._reporting.asked)
-        self._reporting.returned = self.scheduler.give_back(answer.give_back)
+        returned = self.scheduler.give_back(answer.give_back)
+        self._reporting.applied(bool(answer.lend), returned)
         self.round += 1
 
     def report(self, drain: bool = False, halt: bool = False) -> Report:
@@ -101,13 +98,13 @@ class Instance:
 
     def credits(self) -> dict[int, int]:
         """Debtor → rBlocks that it has to be told of: they are set aside for it."""
-        granted = [debtor for debtor, loan in self.rm.loans.items() if loan.unopened]
-        return {debtor: self.rm.open_credit(debtor) for debtor in granted}
+        granted = [debtor for debtor, loan in self.rm.lender.loans.items() if loan.unopened]
+        return {debtor: self.rm.lender.open_credit(debtor) for debtor in granted}
 
     def return_credit(self) -> None:
         """Give all credit back: the next headers tell the creditors."""
-        for creditor, debt in self.rm.debts.items():
-            self.rm.return_credit(creditor, debt.credit)
+        for creditor, debt in self.rm.borrower.debts.items():
+            self.rm.borrower.return_credit(creditor, debt.credit)
 
     # -- steps ----------------------------------------------------------------------------------
 
@@ -118,19 +115,19 @@ class Instance:
     def headers(self, plan: Plan, now: float) -> dict[int, Header]:
         """What creditors have to know of this step; those without news are left out."""
         queries = remote_queries(self.rm, plan.scheduled)
-        leaving = {s.id: self.rm.copies[s.id].creditor for s in plan.leaving}
+        leaving = {s.id: self.rm.borrower.copies[s.id].creditor for s in plan.leaving}
         creditors = {move.peer for move in (*plan.moves, *plan.recalls)}
-        creditors |= {c for c, debt in self.rm.debts.items() if debt.news}
+        creditors |= {c for c, debt in self.rm.borrower.debts.items() if debt.news}
         headers = {}
         for creditor in sorted({*queries, *creditors, *leaving.values()}):
-            news = self.rm.settle_debt(creditor)
+            news = self.rm.borrower.settle(creditor)
             headers[creditor] = Header(
                 splits=list(news.splits),
                 released=list(news.released),
                 dropped=list(news.dropped),
                 returned=news.returned,
-                moves=[(m.request, m.block) for m in plan.moves if m.peer == creditor],
-                recalls=[(m.request, m.block) for m in plan.recalls if m.peer == creditor],
+                moves=[(m.key, m.block) for m in plan.moves if m.peer == creditor],
+                recalls=[(m.key, m.block) for m in plan.recalls if m.peer == creditor],
                 handovers=[handover(s, now) for s in plan.leaving if leaving[s.id] == creditor],
                 queries=[query.asked for query in queries.get(creditor, [])],
             )
@@ -145,10 +142,15 @@ class Instance:
         self.counters.blocks_to_host += len(plan.to_host)
         self.counters.blocks_from_host += len(plan.from_host)
         self.counters.peak_host = max(self.counters.peak_host, self.rm.swap.used)
-        self.rm.commit((*plan.moves, *plan.to_host), (*plan.recalls, *plan.from_host))
+        self.rm.borrower.commit(plan.moves, plan.recalls)
+        self.rm.swap.commit(plan.to_host, plan.from_host)
         self.scheduler.commit()
-        self.counters.migrations += self._handovers.leave(plan.leaving)
-        self.counters.peak_borrowed = max(self.counters.peak_borrowed, self.rm.borrowed)
+        for sequence in plan.leaving:
+            self.scheduler.hand_over(sequence)
+        for sequence in self._handovers.leave(plan.leaving):
+            self.scheduler.adopt(sequence)
+        self.counters.migrations += len(plan.leaving)
+        self.counters.peak_borrowed = max(self.counters.peak_borrowed, self.rm.borrower.borrowed)
 
     def append(
         self,
@@ -174,7 +176,7 @@ class Instance:
                     self.counters.prompt_tokens += count
                 sequence.computed += count
                 if sealing:
-                    self.rm.seal(sequence.id, sequence.computed // self.config.block_size)
+                    self.rm.prefixes.seal(sequence.id, sequence.computed // self.config.block_size)
                 if ending:
                     sequence.expect(len(ends))
             if ending:
@@ -228,7 +230,7 @@ class Instance:
         if in_use:
             self._over.add(sequence.id)
         assert sequence.first_token_at is not None
-        self._reporting.results.append(
+        self._reporting.finished(
             Result(
                 id=sequence.id,
                 tokens=sequence.packed_output,
@@ -245,39 +247,34 @@ class Instance:
         self.counters.steps += 1
         self.counters.step_time += seconds.total
         self.counters.held_block_steps += self.rm.held
-        self.counters.remote_block_steps += self.rm.borrowed
+        self.counters.remote_block_steps += self.rm.borrower.borrowed
         self.pace.note(work, seconds)
-        if prompt := self.pace.prompt:
-            if exchange := self.pace.exchange:
-                self.scheduler.demands.exchange_tokens = exchange / prompt
-            if fixed := self.pace.steps.fixed:
-                self.scheduler.step_tokens = fixed / prompt
-            if copying := self.config.host_copy_seconds:
-                self.scheduler.swaps.block_tokens = copying / prompt
+        self.scheduler.calibrate(self.pace.calibration)
 
     # -- letters of others, at any time ---------------------------------------------------------
 
     def accept(self, debtor: int, header: Header, now: float) -> tuple[list[Move], list[Move]]:
         """Apply a header. Returns the moves that it asks for: out of this instance and into it.
         A debtor's next header is accepted after `commit_served`. Raises ProtocolError."""
-        self.rm.split_guests(debtor, header.splits)
-        self.rm.evict(debtor, header.released)
-        self.rm.evict_dropped(debtor, header.dropped)
-        self.rm.take_back(debtor, header.returned)
-        incoming = self.rm.host(debtor, header.moves)
-        outgoing = self.rm.give_back(debtor, header.recalls)
+        self.rm.lender.split(debtor, header.splits)
+        self.rm.lender.evict(debtor, header.released)
+        self.rm.lender.evict_dropped(debtor, header.dropped)
+        self.rm.lender.take_back(debtor, header.returned)
+        incoming = self.rm.lender.host(debtor, header.moves)
+        outgoing = self.rm.lender.give_back(debtor, header.recalls)
         self._handovers.arrive(debtor, header.handovers, now)
         return outgoing, incoming
 
     def open_credit(self, creditor: int, blocks: int) -> None:
         """A creditor has set rBlocks aside for this instance."""
-        self.rm.credit_opened(creditor, blocks)
+        self.rm.borrower.credit_opened(creditor, blocks)
 
     def commit_served(self, debtor: int, outgoing: Rows[Move], incoming: Rows[Move]) -> None:
         """The moves of a header have arrived, and its queries have been served."""
         self.counters.blocks_lent += len(incoming)
-        self.rm.commit(outgoing, incoming)
-        self._handovers.settle(debtor)
+        self.rm.lender.commit(outgoing, incoming)
+        for sequence in self._handovers.settle(debtor):
+            self.scheduler.adopt(sequence)
 
     def check(self) -> None:
         """Assert the bookkeeping invariants."""

@@ -34,7 +34,7 @@ def may_plan_ahead(instance: Instance, plan: Plan, *, deferred: bool, followed: 
     return (
         deferred
         and bool(plan.scheduled)
-        and not (followed and rm.guests)
+        and not (followed and rm.lender.guests)
         and not (plan.moving or scheduler.moving or rm.swap.serves)
         and not (config.policy.migrate or config.window or scheduler.short)
         and not any(counts_tokens(sequence) for sequence, _ in plan.scheduled)

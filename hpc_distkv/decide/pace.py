@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from hpc_distkv.control.assign.work import STEP_TOKENS
 from hpc_distkv.decide.step_time import StepTime
 
 EXCHANGES = 500
@@ -51,16 +52,31 @@ class StepSeconds(NamedTuple):
     """Of that, waiting for moves, serving debtors, and attending in the host's memory."""
 
 
-class Pace:
-    """Owner of what steps have shown. Pure: it is told how long they took."""
+class Calibration(NamedTuple):
+    """Costs in prompt tokens: how many are computed in the same time. Defaults until measured."""
 
-    def __init__(self) -> None:
+    step_tokens: float = STEP_TOKENS
+    """The fixed time of a step."""
+    exchange_tokens: float = 10.0
+    """What remote rBlocks add to a step."""
+    block_tokens: float = 1.0
+    """An rBlock's way to the host's memory and back."""
+
+
+class Pace:
+    """Owner of what steps have shown. It is told how long they took."""
+
+    def __init__(self, host_copy_seconds: float = 0.0) -> None:
+        """`host_copy_seconds`: in which an rBlock goes to the host's memory and back; 0: none
+        does."""
         self.steps = StepTime()
         """Of decodes."""
         self.prompt = 0.0
-        """Measured seconds per prompt token, and ..."""
+        """Measured seconds per prompt token; 0 where nothing was measured."""
         self.exchange = 0.0
-        """... that remote rBlocks add to a decode step; 0 where nothing was measured."""
+        """Measured seconds that remote rBlocks add to a decode step; 0 likewise."""
+        self.calibration = Calibration()
+        self._host_copy_seconds = host_copy_seconds
         self._exchanges = 0
         """Decode steps that had any."""
 
@@ -84,6 +100,13 @@ class Pace:
                 self._exchanges += 1
                 weight = 1 / min(self._exchanges, EXCHANGES)
                 self.exchange += weight * (seconds.partial_wait - self.exchange)
+        if prompt := self.prompt:
+            known = self.calibration
+            self.calibration = Calibration(
+                self.steps.fixed / prompt or known.step_tokens,
+                self.exchange / prompt or known.exchange_tokens,
+                self._host_copy_seconds / prompt or known.block_tokens,
+            )
 
 
 def smoothed(average: float, value: float) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Sequence as Rows
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.memory.books.swap import SwapMove
 from hpc_distkv.memory.loan import Move
 
 S = TypeVar("S", bound=Sequence, covariant=True)
@@ -29,9 +30,9 @@ class Plan(NamedTuple):
     """rBlocks that come home."""
     leaving: list[Sequence]
     """Sequences that are handed over after this step."""
-    to_host: Rows[Move] = ()
+    to_host: Rows[SwapMove] = ()
     """rBlocks that go to the host's memory."""
-    from_host: Rows[Move] = ()
+    from_host: Rows[SwapMove] = ()
     """rBlocks that come home from there."""
 
     @property

@@ -7,7 +7,8 @@ from hpc_distkv.control.messages.counters import Counters
 from hpc_distkv.control.messages.reports import Changes, Remains, Report
 from hpc_distkv.control.messages.requests import Result, Unfinished
 from hpc_distkv.decide.config import EngineConfig
-from hpc_distkv.decide.handover import Handovers
+from hpc_distkv.decide.demand import lacking, large_rows, longest
+from hpc_distkv.decide.migration import Handovers
 from hpc_distkv.decide.pace import Pace
 from hpc_distkv.decide.scheduler import Scheduler
 from hpc_distkv.decide.sequence import Sequence
@@ -19,7 +20,7 @@ COUNTED_ROUNDS = 25
 
 class Reporting:
     """Makes the reports of one instance. Owner of what was reported last, and of what was not
-    reported yet. Pure."""
+    reported yet."""
 
     def __init__(
         self,
@@ -32,14 +33,24 @@ class Reporting:
     ) -> None:
         self.asked = 0
         """rBlocks that the last report wanted to borrow."""
-        self.results: list[Result] = []
-        """Of rows that have ended since."""
-        self.returned: list[Sequence] = []
-        """That go elsewhere."""
-        self.lent: dict[int, int] | None = {}
+        self._results: list[Result] = []
+        """Of requests that have finished since the last report."""
+        self._returned: list[Sequence] = []
+        """Those that go elsewhere."""
+        self._lent: dict[int, int] | None = {}
         """As reported last; None: to be reported again."""
         self._config, self._rm, self._scheduler = config, rmanager, scheduler
         self._handovers, self._pace, self._counters = handovers, pace, counters
+
+    def finished(self, result: Result) -> None:
+        """A request has its result."""
+        self._results.append(result)
+
+    def applied(self, granted: bool, returned: list[Sequence]) -> None:
+        """An answer was applied: whether it `granted` loans, and the sequences that it took."""
+        self._returned = returned
+        if granted:  # The ledger counts the grants by now: report what became of them.
+            self._lent = None
 
     def report(self, round: int, drain: bool, halt: bool) -> Report:
         """As of `Instance.report`, at the boundary of this round."""
@@ -52,10 +63,10 @@ class Reporting:
         speed = self._pace.speed
         return Report(
             round=round,
-            capacity=rm.num_blocks,
-            free=rm.free,
-            promised=rm.promise(demand.lendable if sharing else 0),
-            hosted=sum(loan.used for loan in rm.loans.values()),
+            capacity=rm.slots.num_blocks,
+            free=rm.slots.free,
+            promised=rm.lender.promise(demand.lendable if sharing else 0),
+            hosted=rm.lender.hosted,
             wanted=demand.wanted if sharing else 0,
             wanted_for=demand.wanted_for,
             largest=demand.largest,
@@ -67,8 +78,8 @@ class Reporting:
             seats=max(0, self._config.max_num_seqs - len(running)),
             youngest=youngest.id if youngest else -1,
             youngest_blocks=rm.held_alone(youngest.id) if youngest else 0,
-            longest=scheduler.demands.longest if sharing else 0,
-            lacking=scheduler.demands.lacking if self._config.policy.planner else 0,
+            longest=longest(scheduler) if sharing else 0,
+            lacking=lacking(scheduler) if self._config.policy.planner else 0,
             prompt_tokens=counters.prompt_tokens,
             generated_tokens=counters.generated_tokens,
             kv_tokens=self._kv_tokens(),
@@ -90,20 +101,20 @@ class Reporting:
         unfinished = [
             Unfinished(s.id, s.packed_output, s.packed_logprobs) for s in rows if s.output_len
         ]
-        return Remains(self._count(), self.results, unfinished)
+        return Remains(self._count(), self._results, unfinished)
 
     def _changes(self, round: int) -> Changes:
-        lent = {debtor: loan.total for debtor, loan in self._rm.loans.items()}
+        lent = {debtor: loan.total for debtor, loan in self._rm.lender.loans.items()}
         idle = not self._scheduler.running and not self._scheduler.waiting
         changes = Changes(
-            lent=lent if lent != self.lent else None,
-            results=self.results,
-            adopted=self._handovers.adopted,
-            returned=[sequence.request for sequence in self.returned],
-            large=self._scheduler.demands.large,
+            lent=lent if lent != self._lent else None,
+            results=self._results,
+            adopted=self._handovers.take_adopted(),
+            returned=[sequence.request for sequence in self._returned],
+            large=large_rows(self._scheduler),
             counters=self._count() if idle or round % COUNTED_ROUNDS == 0 else None,
         )
-        self.lent, self.results, self._handovers.adopted, self.returned = lent, [], [], []
+        self._lent, self._results, self._returned = lent, [], []
         return changes
 
     def _count(self) -> Counters:
@@ -114,7 +125,7 @@ class Reporting:
         running, size = self._scheduler.running, self._config.block_size
         own = sum(s.computed - size * self._rm.tables[s.id].absent for s in running)
         shared = self._rm.prefixes.at_home(s.id for s in running)
-        return own + size * (shared + sum(loan.used for loan in self._rm.loans.values()))
+        return own + size * (shared + self._rm.lender.hosted)
 
     def _work_left(self) -> float:
         rows = (*self._scheduler.running, *self._scheduler.waiting)

@@ -9,9 +9,6 @@ from typing import NamedTuple
 
 from hpc_distkv.errors import FaultError
 
-HOST = -1
-"""Where a creditor's number stands: the host's memory, which is like a creditor inside the rank."""
-
 
 class ProtocolError(FaultError):
     """A partner did what it may not do; continuing would corrupt somebody's KV cache."""
@@ -125,16 +122,15 @@ class MoveKind(Enum):
     RECALL = "recall"
     """The rBlock is at home again, the creditor's slot is free."""
     COPY = "copy"
-    """The creditor has it too, to own it when the request is handed over; or the host's memory, for
-    a preempted request."""
+    """The creditor has the rBlock too, and owns it when the request is handed over."""
 
 
 class Move(NamedTuple):
-    """An rBlock on its way between a debtor and a creditor, or the host's memory. Until `commit` it
-    is served from where it was."""
+    """An rBlock on its way between a debtor and a creditor. Until `commit` it is served from where
+    it was."""
 
-    request: int
-    """Or the prefix."""
+    key: int
+    """Request or prefix."""
     block: int
     """Logical index."""
     slot: int

@@ -176,7 +176,7 @@ class PrefixTree:
             prefix.used = self._clock
             self.idle += len(prefix.slots)
             self._offer(prefix)
-            if prefix.remote:
+            if prefix.remote_blocks:
                 self._forget(prefix, gone)
             prefix = prefix.parent
         return gone

@@ -1,4 +1,18 @@
-"""The model families the decoder can be configured for: one row each, never a new class."""
+"""The model families that the decoder can be configured for: one row of `FAMILIES` each.
+
+To add a family:
+
+1. Add its row: the names of its tensors (`names`), what its config.json calls keys (`aliases`) and
+   what missing keys mean (`defaults`), and the values that are supported of keys which change the
+   maths (`required`); then what it computes otherwise than Llama (`norm`, `positions`, ...).
+2. If it computes something that no field of `Family` says, add a field. `config.py` reads what
+   config.json says of it, `build.py` allocates the weights, `slots.py` says which tensor goes
+   where, and `decoder.py` computes it.
+3. Add it to tests/families.py: its logits are compared with those of transformers.
+
+The way from a directory to a decoder: `ModelConfig.from_dir` → `build.empty_decoder` →
+`slots.slots` → `weights.load_decoder`.
+"""
 
 from __future__ import annotations
 
@@ -7,31 +21,31 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Names = Mapping[str, str]
-"""Slot of the decoder (`slots.py`) → what a checkpoint calls the tensor, without prefix and ending;
-{layer} and {expert} stand for numbers. Where a checkpoint keeps parts fused, the row names the
-fused slot ("qkv", "gate_up"), else the parts."""
+"""Slot of the decoder (`slots.py`) → name of the tensor in a checkpoint, without prefix and ending;
+{layer} and {expert} stand for numbers. A checkpoint that keeps parts fused has the fused slot
+("qkv", "gate_up"), another one the parts."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """One row: what a family fixes, and what its checkpoints and their config.json call things."""
+    """One row: the settings of a family, and its names for tensors and for keys of config.json."""
 
     architecture: str
     names: Names = field(repr=False, hash=False)
     prefix: str = "model."
     """Before every name but the head's; checkpoints of the bare model leave it out."""
     required: Mapping[str, tuple[Any, ...]] = field(default_factory=dict, repr=False, hash=False)
-    """Keys of config.json that change the maths, and the values this decoder computes for them, or
-    that the keys may have without meaning. Missing keys are allowed."""
+    """Keys of config.json that change the maths → the values that are supported. A key may be
+    missing."""
     defaults: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
-    """What missing keys mean, where that is not what it means for most families."""
+    """Values of missing keys, where they differ from those of most families."""
     aliases: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
-    """Our name of a key (Llama's) → the family's own."""
+    """Name of a key in Llama's config.json → the family's name for it."""
     positions: Literal["rope", "learned", "alibi"] = "rope"
     local_rope: bool = False
-    """Layers with a window have a rope of their own."""
+    """Layers with a window have another rope than those without."""
     partial_rotary: bool = False
-    """A part of each head may stay as it is."""
+    """Rope may turn only a part of each head."""
     norm: Literal["rms", "layer"] = "rms"
     norm_offset: float = 0.0
     """Added to the stored weights of norms."""

@@ -21,7 +21,7 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
     fd: int
     begin: int
-    """Its first byte, from the beginning of the file; `end` is behind its last one."""
+    """Offset of its first byte in the file; `end` is behind its last one."""
     end: int
 
 

@@ -24,7 +24,7 @@ from hpc_distkv.model.spelling import Spelling
 FIRST_LOOK = 8
 """Characters per token that one looks at first, to see whether a text is too long."""
 MARGIN = 1024
-"""Tokens by which the beginning of a text may have more than the same characters within it: the
+"""Tokens that a prefix of a text may have more than the same characters within the text, since its
 last word is cut."""
 
 

@@ -92,9 +92,9 @@ Event = (
 def fingerprint(plan: Plan) -> int:
     """A CRC-32 of the plan: replicas with different plans differ in it, but for one in 2³²."""
     rows = [(sequence.id, count) for sequence, count in plan.scheduled]
-    every = (*plan.moves, *plan.recalls, *plan.to_host, *plan.from_host)
-    moves = [(m.request, m.block, m.slot, m.peer) for m in every]
-    return zlib.crc32(repr((rows, moves, [s.id for s in plan.leaving])).encode())
+    moves = [(m.key, m.block, m.slot, m.peer) for m in (*plan.moves, *plan.recalls)]
+    swaps = [(m.key, m.block, m.slot) for m in (*plan.to_host, *plan.from_host)]
+    return zlib.crc32(repr((rows, moves, swaps, [s.id for s in plan.leaving])).encode())
 
 
 class Log:

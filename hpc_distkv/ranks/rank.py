@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -105,21 +105,7 @@ class RankEngine:
 
     def gmanager(self, source: RequestSource) -> GManager:
         """The gManager for a run over the requests of `source`: rank 0's leader owns one."""
-        world, config = self.comm.world, self.config
-        nodes = [world.node_of(instance) for instance in range(world.instances)]
-        measured = np.array(self._links.round_trip) if self._links else None
-        links = Links(nodes, seconds=measured)
-        return GManager(
-            source,
-            links,
-            len(nodes),
-            config.policy,
-            block_size=config.block_size,
-            move_budget=config.move_budget,
-            attention_tokens=config.attention_tokens,
-            prefix_caching=config.prefix_caching,
-            exchange_seconds=self._exchange_seconds(links),
-        )
+        return GManager(source, self._instance_links(), self.config)
 
     def fitting(self, requests: Iterable[Request]) -> SyncSource:
         """A source of requests that nobody has checked. Raises OptionError, when it is taken, for
@@ -136,16 +122,18 @@ class RankEngine:
             )
         return request
 
-    def _exchange_seconds(self, links: Links) -> Callable[[int, int], float]:
-        """(link class, query rows) → seconds that exchanges over such a link add to a step, from
-        the probe: every layer a round trip, and the bytes of queries and partial results."""
-        if self._links is None or len(self._links.round_trip) < 2:
-            return lambda link_class, rows: 0.0
-        config = self._layout.model.config
+    def _instance_links(self) -> Links:
+        """Between the instances, with the costs of the probe if there was one: an exchange takes a
+        round trip in every layer, and the bytes of its queries and partial results."""
+        world, config = self.comm.world, self._layout.model.config
+        nodes = [world.node_of(instance) for instance in range(world.instances)]
+        if self._links is None:
+            return Links(nodes)
         row_bytes = self._layout.query_bytes + 4 * config.num_heads * (config.head_dim + 1)
-        slowest = self._links.slowest(links.between, row_bytes)
-        return lambda link_class, rows: (
-            config.num_layers * (slowest[link_class][0] + rows * slowest[link_class][1])
+        return Links(
+            nodes,
+            seconds=config.num_layers * np.array(self._links.round_trip),
+            row_seconds=config.num_layers * row_bytes / np.array(self._links.bandwidth),
         )
 
 

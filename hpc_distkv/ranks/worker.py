@@ -122,7 +122,7 @@ class Worker(StepLoop):
         still come until everybody is here: it goes back at once."""
         rm, creditor = self.instance.rm, self._creditor
         self._comm.idle(
-            lambda: (not rm.loans and creditor.idle) or None, "debtors to return their loans"
+            lambda: (not rm.lender.loans and creditor.idle) or None, "debtors to return their loans"
         )
         self._comm.share(None)
         self._log.record(Left())
@@ -141,7 +141,7 @@ class Worker(StepLoop):
                 self._leader.save(unfinished)
 
     def _return_all(self) -> None:
-        debts = self.instance.rm.debts.values()
+        debts = self.instance.rm.borrower.debts.values()
         if any(debt.credit or debt.news for debt in debts):
             now = time.monotonic()
             self._log.record(Returned(now))

@@ -93,11 +93,13 @@ class Deployment:
         """Seconds of what an instance does. Raises OptionError if the cluster does not say."""
         return CostModel(self.cluster, self.model, self.tp, self.config.block_size)
 
-    def links(self) -> Links:
-        """Between the instances; a class is a level of distance."""
+    def links(self, cost: CostModel | None = None) -> Links:
+        """Between the instances; a class is a level of distance. Without `cost` exchanges over them
+        cost nothing."""
         numbers = range(self.instances)
         nodes = [self.cluster.node_of(number, self.tp) for number in numbers]
-        return Links(nodes, [self.cluster.switch_of(number, self.tp) for number in numbers])
+        switches = [self.cluster.switch_of(number, self.tp) for number in numbers]
+        return Links(nodes, switches, exchange=cost.rates.exchange if cost else ())
 
     def fits(self, row: Row) -> bool:
         """Whether a row could ever end; others are refused before they start."""

@@ -69,14 +69,8 @@ class Simulation:
         self._steps = Steps(deployment, self.members)
         self._gmanager = GManager(
             SyncSource(self._requests(deployment, rows)),
-            deployment.links(),
-            count,
-            config.policy,
-            block_size=config.block_size,
-            move_budget=config.move_budget,
-            attention_tokens=config.attention_tokens,
-            prefix_caching=config.prefix_caching,
-            exchange_seconds=lambda level, rows: self._steps.cost.exchange_time(rows, level),
+            self._steps.links,
+            config,
         )
         self._events: list[tuple[float, int, Callable[[Any], None], Any]] = []
         self._scheduled = 0
@@ -113,9 +107,9 @@ class Simulation:
         owed, lent = {}, {}
         for member in self.members:
             member.instance.check()
-            for creditor, debt in member.instance.rm.debts.items():
+            for creditor, debt in member.instance.rm.borrower.debts.items():
                 owed[member.number, creditor] = debt.total
-            for debtor, loan in member.instance.rm.loans.items():
+            for debtor, loan in member.instance.rm.lender.loans.items():
                 lent[debtor, member.number] = loan.total
         assert owed == lent, "debts and loans differ"
 

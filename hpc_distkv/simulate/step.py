@@ -12,7 +12,7 @@ from hpc_distkv.decide.guests import host_queries
 from hpc_distkv.decide.instance import Instance
 from hpc_distkv.decide.pace import StepSeconds, StepWork
 from hpc_distkv.decide.plan import Plan
-from hpc_distkv.memory.loan import HOST, Move
+from hpc_distkv.memory.loan import Move
 from hpc_distkv.simulate.deployment import Deployment
 from hpc_distkv.simulate.host_memory import HostCost, HostTime, Leg
 from hpc_distkv.simulate.member import Load, Member, Visit
@@ -35,7 +35,7 @@ class Steps:
         """Raises OptionError for a cluster that does not say how fast it is."""
         self.cost = deployment.cost()
         self._members = members
-        self._level = deployment.links().between
+        self.links = deployment.links(self.cost)
         self._block_size = deployment.config.block_size
         self._host: HostCost | None = None
         if deployment.config.host_blocks:
@@ -60,7 +60,7 @@ class Steps:
         member.lasting = host.before + member.computing + host.attending
         instance.counters.move_wait += host.before
         instance.counters.host_time += host.attending
-        if instance.rm.debts:
+        if instance.rm.borrower.debts:
             self._visit_creditors(member, attention + host.attending, host.beside, now)
         else:
             self._await_moves(member, host.beside)
@@ -124,7 +124,7 @@ class Steps:
             return HostTime()
         legs = []
         for keys, asked in groupby(host_queries(rm, plan.scheduled), key=attrgetter("guests")):
-            blocks = sum(len(rm.tables[key].remote[HOST]) for key in keys)
+            blocks = sum(len(rm.tables[key].in_host) for key in keys)
             legs.append(Leg(sum(query.rows for query in asked), blocks * self._block_size))
         moves = len(plan.to_host) + len(plan.from_host)
         return self._host.time(moves, legs, attention, member.computing)
@@ -145,8 +145,8 @@ class Steps:
         }
         served = {c: self._serving(self._members[c], member.number, h) for c, h in headers.items()}
         legs = [
-            (sum(rows for _, rows, _ in header.queries), self._level(member.number, creditor))
-            for creditor, header in headers.items()
+            (sum(rows for _, rows, _ in h.queries), self.links.between(member.number, c))
+            for c, h in headers.items()
         ]
         remote = max(
             (s + self._members[c].delay(member.number) for c, s in served.items() if s), default=0.0
@@ -171,7 +171,7 @@ class Steps:
         kv = pairs = 0.0
         asked = Counter((tuple(keys), rows) for keys, rows, _ in header.queries)
         for (keys, rows), times in asked.items():
-            guests = (creditor.instance.rm.guests[debtor, key] for key in keys)
+            guests = (creditor.instance.rm.lender.guests[debtor, key] for key in keys)
             tokens = sum(len(guest.slots) for guest in guests) * self._block_size
             if rows == 1:
                 kv += self.cost.read_for(times, tokens)
@@ -189,7 +189,7 @@ class Steps:
     def _moving(self, number: int, moves: Iterable[Move]) -> float:
         """Seconds of moves in one direction, one behind the other."""
         blocks = Counter(move.peer for move in moves)
-        return sum(self.cost.move_time(n, self._level(number, p)) for p, n in blocks.items())
+        return sum(self.cost.move_time(n, self.links.between(number, p)) for p, n in blocks.items())
 
 
 def _unevenness(model: ModelShape) -> float:

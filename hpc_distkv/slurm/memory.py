@@ -58,8 +58,8 @@ def _rows(path: Path) -> int:
     """Rows of the input, by the mean length of its first ones; 0 if it cannot be seen."""
     try:
         with open_regular(path) as file:
-            beginning = file.read(SAMPLE)
+            sample = file.read(SAMPLE)
             size = os.fstat(file.fileno()).st_size
-        return size * beginning.count(b"\n") // max(1, len(beginning))
+        return size * sample.count(b"\n") // max(1, len(sample))
     except OSError:
         return 0

@@ -152,7 +152,7 @@ class DebtorStep:
         slots: list[int] = []
         indices: list[int] = []
         for key in guests:
-            guest = self._instance.rm.guests.get((self._debtor, key))
+            guest = self._instance.rm.lender.guests.get((self._debtor, key))
             if guest is None:
                 raise ProtocolError(
                     f"instance {self._debtor} sends queries of request {key}, of which instance "

@@ -93,7 +93,7 @@ class Forward:
         size = self._pool.block_size
         decodes = all(count == 1 for _, count in rows)
         # Guests would wait for all of a recorded step's hops (`comm.gpu.meeting_transport`).
-        free = self._model.lanes.alone or not self._rm.guests
+        free = self._model.lanes.alone or not self._rm.lender.guests
         graphs = self._graphs if decodes and free and not elsewhere else None
         replayable = graphs is not None
         groups = {} if self._positional else groups_of(self._rm, rows, size, replayable)

@@ -14,7 +14,6 @@ from hpc_distkv.comm.device import Event
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.decide.guests import Query, host_queries
 from hpc_distkv.decide.plan import Plan
-from hpc_distkv.memory.loan import HOST
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.memory.rmanager import RManager
 from hpc_distkv.step.forward import Elsewhere
@@ -125,7 +124,7 @@ class HostTier:
         slots, ours, hosts = self._rm.swap.slots, self._pool.rblock, self._host_pool.rblock
         for moves, leaving in ((plan.to_host, True), (plan.from_host, False)):
             here = [ours(move.slot) for move in moves]
-            there = [hosts(slots[move.request][move.block]) for move in moves]
+            there = [hosts(slots[move.key][move.block]) for move in moves]
             if moves:
                 pair = (here, there) if leaving else (there, here)
                 self._copies.append(self._comm.device.copy_beside(*pair))
@@ -138,7 +137,7 @@ class HostTier:
         """Slots of what the tables of these requests and prefixes have here, and the logical index
         of each."""
         space, tables = self._rm.swap, self._rm.tables
-        pairs = [(key, index) for key in keys for index in sorted(tables[key].remote[HOST])]
+        pairs = [(key, index) for key in keys for index in sorted(tables[key].in_host)]
         return [space.slots[key][index] for key, index in pairs], [index for _, index in pairs]
 
 

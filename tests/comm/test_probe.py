@@ -13,7 +13,7 @@ import pytest
 from mpirun import mpirun, run_mpi
 
 from hpc_distkv.comm.collective import probe as module
-from hpc_distkv.comm.collective.probe import LinkCosts, opponent, probe, turns
+from hpc_distkv.comm.collective.probe import opponent, probe, turns
 from hpc_distkv.comm.local.schedule import SeededSchedule
 from hpc_distkv.comm.local.threads import leftovers, open_local, run_local
 from hpc_distkv.comm.transport import TO_CREDITOR, Pending, Transport
@@ -179,9 +179,3 @@ def test_mpi_ranks_are_measured():
     costs, *others = json.loads(ran.stdout)
     assert_plausible((costs["round_trip"], costs["bandwidth"]), 3)
     assert others == [None, None]
-
-
-def test_links_of_a_class_cost_what_the_slowest_of_them_cost():
-    costs = LinkCosts([[0, 1, 7], [1, 0, 3], [7, 3, 0]], [[0, 50, 20], [50, 0, 10], [20, 10, 0]])
-    apart = {(1, 0): 0, (2, 0): 1, (2, 1): 1}
-    assert costs.slowest(lambda a, b: apart[a, b], size=100) == {0: (1, 2.0), 1: (7, 10.0)}

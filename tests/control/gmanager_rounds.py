@@ -8,13 +8,15 @@ from typing import Any
 import msgspec
 from made_reports import report
 
-from hpc_distkv.control.assign.source import SyncSource
+from hpc_distkv.control.assign.assignment import Assignment
+from hpc_distkv.control.assign.source import RequestSource, SyncSource
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.lending.links import Links
 from hpc_distkv.control.messages.answer import Answer
 from hpc_distkv.control.messages.reports import Changes, Report, encode_report
 from hpc_distkv.control.messages.requests import Request, Result, Sampling, pack_tokens
 from hpc_distkv.control.policy import POLICIES, Policy
+from hpc_distkv.decide.config import EngineConfig
 
 GREEDY = POLICIES["lend-greedy"]
 DGFM = Policy(planner=False)
@@ -23,6 +25,14 @@ DGFM = Policy(planner=False)
 def requests(count: int, prompt: int = 4, max_tokens: int = 4) -> list[Request]:
     sampling = Sampling(max_tokens=max_tokens)
     return [Request(number, pack_tokens(range(prompt)), sampling) for number in range(count)]
+
+
+def assignment_of(
+    source: RequestSource, instances: int, queue: bool = True, **others: Any
+) -> Assignment:
+    """`queue`: whether all share one; `others`: of the instances' config."""
+    policy = POLICIES["queue" if queue else "isolated"]
+    return Assignment(source, instances, EngineConfig(num_blocks=10, policy=policy, **others))
 
 
 class Job:
@@ -34,11 +44,13 @@ class Job:
         rows: Iterable[Request] = (),
         policy: Policy = GREEDY,
         nodes: Sequence[int] = (),
+        exchange: Sequence[tuple[float, float]] = (),
         **others: Any,
     ) -> None:
-        """All on one node but for `nodes`."""
-        links = Links(nodes or [0] * instances)
-        self.manager = GManager(SyncSource(rows), links, instances, policy, **others)
+        """All on one node but for `nodes`; `others`: of the instances' config."""
+        links = Links(nodes or [0] * instances, exchange=exchange)
+        config = EngineConfig(num_blocks=10, policy=policy, **others)
+        self.manager = GManager(SyncSource(rows), links, config)
         self.results: list[Result] = []
 
     def round(self, *reports: Report) -> list[Answer]:

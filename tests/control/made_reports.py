@@ -13,4 +13,4 @@ def report(number: int = 0, **fields: object) -> Report:
 
 def read(*given: Report) -> Reports:
     """What arrives of them."""
-    return Reports([encode_report(each) for each in given])
+    return Reports.decode([encode_report(each) for each in given])

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from hypothesis import strategies as st
 
+from hpc_distkv.control.lending.ledger import DebtLedger
 from hpc_distkv.control.lending.links import Links
 from hpc_distkv.control.lending.planner import Planner
+from hpc_distkv.control.messages.reports import Reports
+from hpc_distkv.control.round import Round
 
 SIZE = 4
 """Tokens of an rBlock."""
 EQUAL = {"fixed": 0.01, "per_token": 0.001, "per_kv": 1e-4}
 
 
-def free(link_class: int) -> float:
-    return 0.0
+def planner() -> Planner:
+    return Planner(SIZE)
 
 
-def planner(instances: int, exchange: Callable[[int], float] = free) -> Planner:
-    return Planner(SIZE, Links([0] * instances), exchange)
+def round_of(reports: Reports, ledger: DebtLedger | None = None, exchange: float = 0.0) -> Round:
+    """All on one node, with nothing lent but for `ledger`; `exchange`: seconds that one adds to a
+    step."""
+    links = Links([0] * len(reports), exchange=[(exchange, 0.0)])
+    return Round(reports, ledger or DebtLedger(len(reports)), links)
 
 
 @st.composite

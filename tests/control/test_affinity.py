@@ -6,12 +6,12 @@ import random
 
 import numpy as np
 import pytest
+from gmanager_rounds import assignment_of
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_distkv.control.assign import affinity
 from hpc_distkv.control.assign.affinity import STEP, Affinity
-from hpc_distkv.control.assign.assignment import Assignment
 from hpc_distkv.control.assign.source import SyncSource
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 
@@ -55,8 +55,8 @@ def test_what_was_given_longest_ago_is_forgotten(monkeypatch):
 
 def assign(rows: list[Request], instances: int, sharing: bool = True) -> dict[int, list[int]]:
     room = np.full(instances, PLENTY)
-    assignment = Assignment(
-        SyncSource(rows), instances, affinity=Affinity(BLOCK) if sharing else None
+    assignment = assignment_of(
+        SyncSource(rows), instances, block_size=BLOCK, enable_prefix_caching=sharing
     )
     given_rows = {}
     while assignment.waiting:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import msgspec
 import numpy as np
 import pytest
+from gmanager_rounds import assignment_of
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -105,21 +106,23 @@ def test_every_row_goes_where_least_work_is_predicted(lengths, room, attention_t
         left[chosen][0] -= 1
         left[chosen][1] -= prompt
         left[chosen][2] += sum(1 + p / attention_tokens for p in np.arange(total) + 0.5)
-    assignment = Assignment(SyncSource(rows(lengths)), INSTANCES, attention_tokens=attention_tokens)
+    assignment = assignment_of(
+        SyncSource(rows(lengths)), INSTANCES, attention_tokens=attention_tokens
+    )
     assert give(assignment, room) == expected
 
 
 @given(sizes, st.lists(rooms, max_size=12), st.booleans(), st.data())
 def test_no_row_is_lost_or_given_twice_or_beyond_the_room(lengths, rounds, queue, data):
     source = iter(rows(lengths))
-    assignment = Assignment(SyncSource(source), INSTANCES, queue)
+    assignment = assignment_of(SyncSource(source), INSTANCES, queue)
     home: dict[int, int] = {}
     for room in rounds:
         for instance, numbers in give(assignment, room).items():
             seats, tokens, _ = room[instance]
             assert 0 < len(numbers) <= seats
             assert sum(lengths[n][0] for n in numbers[:-1]) < tokens
-            assert numbers == sorted(numbers) or (queue and assignment.rows.exhausted)
+            assert numbers == sorted(numbers) or (queue and assignment.queue.exhausted)
             assert not home.keys() & set(numbers)
             home |= dict.fromkeys(numbers, instance)
         assert assignment.home == {n: i for n, i in home.items() if i >= 0}
@@ -142,10 +145,10 @@ def test_no_row_is_lost_or_given_twice_or_beyond_the_room(lengths, rounds, queue
 
 
 def test_rows_are_given_only_while_there_is_room():
-    assignment = Assignment(SyncSource(rows([(10, 1)] * 100)), 2)
+    assignment = assignment_of(SyncSource(rows([(10, 1)] * 100)), 2)
     assert give(assignment, [(3, 1000, 0.0), (0, 1000, 0.0)]) == {0: [0, 1, 2]}
     assert give(assignment, [(0, 0, 0.0), (50, 25, 0.0)]) == {1: [3, 4, 5]}
-    assert not assignment.rows.exhausted
+    assert not assignment.queue.exhausted
 
 
 @given(st.lists(rooms, max_size=12), st.booleans(), st.sampled_from((3, PLENTY)))
@@ -161,7 +164,7 @@ def test_rows_are_read_ahead_only_so_far_and_by_and_by(rounds, queue, most):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(queue_module, "MOST_AHEAD", most)
-        assignment = Assignment(SyncSource(source()), INSTANCES, queue)
+        assignment = assignment_of(SyncSource(source()), INSTANCES, queue)
     taken = 0
     for room in rounds:
         some = assignment.assign(*(np.array(column) for column in zip(*room, strict=True)))
@@ -178,16 +181,16 @@ def test_rows_that_are_not_there_yet_are_looked_for_again_until_the_source_has_e
     """Each round takes what is there; only the end of the source is the end."""
     late = st.lists(st.integers(0, len(lengths)), max_size=6)
     source = Late(rows(lengths), sorted(data.draw(late)))
-    assignment = Assignment(source, INSTANCES, queue)
+    assignment = assignment_of(source, INSTANCES, queue)
     ample: Rooms = [(PLENTY, PLENTY, 0.0)] * INSTANCES
     given_rows: list[int] = []
     for there in source.there:
         given_rows += itertools.chain(*give(assignment, ample).values())
         assert sorted(given_rows) == list(range(there))
-        assert (assignment.rows.exhausted, assignment.done) == (False, False)
+        assert (assignment.queue.exhausted, assignment.done) == (False, False)
         source.round += 1
     given_rows += itertools.chain(*give(assignment, ample).values())
-    assert assignment.rows.exhausted
+    assert assignment.queue.exhausted
     assert sorted(given_rows) == list(range(len(lengths)))
 
 
@@ -205,7 +208,7 @@ def test_no_more_tokens_are_read_ahead_than_may_be(rounds, queue, most):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(queue_module, "MOST_TOKENS_AHEAD", most)
-        assignment = Assignment(SyncSource(source()), INSTANCES, queue)
+        assignment = assignment_of(SyncSource(source()), INSTANCES, queue)
         given_tokens = 0
         for room in rounds:
             some = assignment.assign(*(np.array(column) for column in zip(*room, strict=True)))
@@ -230,7 +233,7 @@ def in_order(count: int) -> int:
 @given(st.lists(lengths_of_rows, max_size=60))
 @example([(5, 1), *[(1, number) for number in range(1, 50)]])
 def test_rows_keep_their_order_until_the_last_are_in_sight_then_the_longest_come_first(lengths):
-    assignment = Assignment(SyncSource(rows(lengths)), 1)
+    assignment = assignment_of(SyncSource(rows(lengths)), 1)
     order = []
     while given_rows := give(assignment, [(1, PLENTY, 0.0)]):
         order += given_rows[0]
@@ -243,17 +246,17 @@ def test_rows_keep_their_order_until_the_last_are_in_sight_then_the_longest_come
 def test_the_longest_row_is_the_one_that_takes_most_time():
     """A step takes as long as 10 tokens of prompt, and outputs come to half of their limits."""
     lengths = [(90, 20), (1, 30), (150, 1), (1, 20)]
-    assignment = Assignment(SyncSource(rows([(999, 2), *lengths])), 1)
-    assignment.rows._most_ahead = 1
+    assignment = assignment_of(SyncSource(rows([(999, 2), *lengths])), 1)
+    assignment.queue._most_ahead = 1
     assert give(assignment, [(1, 999, 0.0)]) == {0: [0]}
     finish(assignment, 0, tokens=1)
-    assignment.rows._most_ahead = PLENTY
+    assignment.queue._most_ahead = PLENTY
     assert give(assignment, [(9, 999, 0.0)], step_tokens=10.0) == {0: [1, 3, 2, 4]}
 
 
 def test_rows_that_come_back_are_given_before_all_others():
     given_first = rows([(1, 1)] * 3)
-    assignment = Assignment(SyncSource([*given_first, *rows([(1, 1)] * 99)[3:]]), 1)
+    assignment = assignment_of(SyncSource([*given_first, *rows([(1, 1)] * 99)[3:]]), 1)
     give(assignment, [(3, 99, 0.0)])
     assignment.take_back(given_first[2])
     assert assignment.home.keys() == {0, 1}
@@ -262,7 +265,7 @@ def test_rows_that_come_back_are_given_before_all_others():
 
 def test_prompts_are_work_for_each_token_of_output_that_is_expected():
     first, second = rows([(10, 20), (30, 20)])
-    assignment = Assignment(SyncSource([first, second]), 1)
+    assignment = assignment_of(SyncSource([first, second]), 1)
     assert assignment.prompt_work == 0.0
     give(assignment, [(2, 99, 0.0)])
     assert assignment.prompt_work == (10 + 30) / (20 + 20)
@@ -274,17 +277,17 @@ def test_prompts_are_work_for_each_token_of_output_that_is_expected():
 
 
 def test_a_long_row_counts_by_its_work_and_not_as_one():
-    assignment = Assignment(SyncSource(rows([(900, 100), *[(50, 50)] * 9])), 2)
+    assignment = assignment_of(SyncSource(rows([(900, 100), *[(50, 50)] * 9])), 2)
     given_rows = give(assignment, [(PLENTY, PLENTY, 0.0)] * 2)
     assert given_rows == {0: [0], 1: [*range(1, 10)]}
 
 
 def test_attention_makes_a_long_row_more_work_than_its_tokens_in_short_ones():
     lengths = [(900, 100), *[(50, 50)] * 30]
-    even = Assignment(SyncSource(rows(lengths)), 2)
+    even = assignment_of(SyncSource(rows(lengths)), 2)
     assert len(give(even, [(PLENTY, PLENTY, 0.0)] * 2)[1]) == 20
     # At 500 tokens attention costs as much as all else: 1000 (1 + 1) against 100 (1 + 0.1).
-    steep = Assignment(SyncSource(rows(lengths)), 2, attention_tokens=500.0)
+    steep = assignment_of(SyncSource(rows(lengths)), 2, attention_tokens=500.0)
     given_rows = give(steep, [(PLENTY, PLENTY, 0.0)] * 2)
     assert given_rows[1][:19] == [*range(1, 20)]
     assert len(given_rows[1]) == 19 + 11 // 2
@@ -292,13 +295,15 @@ def test_attention_makes_a_long_row_more_work_than_its_tokens_in_short_ones():
 
 def test_the_last_rows_spread_over_all_instances():
     lengths = [(10, 10)] * INSTANCES
-    given_rows = give(Assignment(SyncSource(rows(lengths)), INSTANCES), [(9, 99, 0.0)] * INSTANCES)
+    given_rows = give(
+        assignment_of(SyncSource(rows(lengths)), INSTANCES), [(9, 99, 0.0)] * INSTANCES
+    )
     assert given_rows == {i: [i] for i in range(INSTANCES)}
 
 
 def test_the_last_rows_go_to_those_that_are_done_first():
     room = [(9, 999, work) for work in (500.0, 20.0, 0.0, 90.0)]
-    given_rows = give(Assignment(SyncSource(rows([(20, 20)] * 4)), INSTANCES), room)
+    given_rows = give(assignment_of(SyncSource(rows([(20, 20)] * 4)), INSTANCES), room)
     assert given_rows == {2: [0, 2], 1: [1, 3]}
 
 
@@ -306,15 +311,15 @@ def test_outputs_are_expected_to_be_as_large_a_part_of_their_limits_as_those_see
     """Row 10 + 1000 is long as long as nothing is known, and short when outputs come to 1% of their
     limits: then the last row goes where it went."""
     lengths, room = [(10, 1000), (100, 10), (1, 1)], [(PLENTY, PLENTY, 0.0)] * 2
-    assert give(Assignment(SyncSource(rows(lengths)), 2), room) == {0: [0], 1: [1, 2]}
-    informed = Assignment(SyncSource(rows([(1, 5000), *lengths])), 2)
+    assert give(assignment_of(SyncSource(rows(lengths)), 2), room) == {0: [0], 1: [1, 2]}
+    informed = assignment_of(SyncSource(rows([(1, 5000), *lengths])), 2)
     assert give(informed, [(1, 9, 0.0), (0, 0, 0.0)]) == {0: [0]}
     finish(informed, 0, tokens=50)
     assert give(informed, room) == {0: [1, 3], 1: [2]}
 
 
 def test_a_row_that_moved_is_finished_by_its_new_home():
-    assignment = Assignment(SyncSource(rows([(5, 5)])), 2)
+    assignment = assignment_of(SyncSource(rows([(5, 5)])), 2)
     give(assignment, [(1, 9, 0.0), (0, 0, 0.0)])
     assignment.home[0] = 1
     finish(assignment, 0)
@@ -326,7 +331,7 @@ def test_a_row_that_moved_is_finished_by_its_new_home():
 
 @given(sizes, st.lists(rooms, max_size=12))
 def test_isolated_instances_get_their_rows_in_turn_whatever_their_load(lengths, rounds):
-    assignment = Assignment(SyncSource(rows(lengths)), INSTANCES, queue=False)
+    assignment = assignment_of(SyncSource(rows(lengths)), INSTANCES, queue=False)
     got: dict[int, list[int]] = {i: [] for i in range(INSTANCES)}
     for room in [*rounds, [(PLENTY, PLENTY, 0.0)] * INSTANCES]:
         for instance, numbers in give(assignment, room).items():
@@ -336,7 +341,7 @@ def test_isolated_instances_get_their_rows_in_turn_whatever_their_load(lengths, 
 
 
 def test_an_isolated_instance_takes_no_rows_of_another_though_it_idles():
-    assignment = Assignment(SyncSource(rows([(5, 5)] * 8)), 2, queue=False)
+    assignment = assignment_of(SyncSource(rows([(5, 5)] * 8)), 2, queue=False)
     assert give(assignment, [(9, 99, 0.0), (0, 0, 0.0)]) == {0: [0, 2, 4, 6]}
     assert give(assignment, [(9, 99, 0.0), (0, 0, 0.0)]) == {}
     assert assignment.waiting
@@ -346,7 +351,7 @@ def test_an_isolated_instance_takes_no_rows_of_another_though_it_idles():
 def test_rows_are_dealt_only_so_far_ahead_of_an_instance_that_has_no_room(monkeypatch):
     monkeypatch.setattr(module, "DEALT_AHEAD", 3)
     source = iter(rows([(5, 5)] * 99))
-    assignment = Assignment(SyncSource(source), 2, queue=False)
+    assignment = assignment_of(SyncSource(source), 2, queue=False)
     idle, busy = (PLENTY, PLENTY, 0.0), (0, 0, 0.0)
     assert give(assignment, [idle, busy]) == {0: [0, 2, 4, 6]}
     assert give(assignment, [idle, busy]) == {}
@@ -357,7 +362,7 @@ def test_rows_are_dealt_only_so_far_ahead_of_an_instance_that_has_no_room(monkey
 
 @pytest.mark.parametrize("queue", [True, False])
 def test_a_job_without_rows_is_done_when_rows_were_looked_for(queue):
-    assignment = Assignment(SyncSource(()), 3, queue)
+    assignment = assignment_of(SyncSource(()), 3, queue)
     assert not assignment.done
     assert give(assignment, [(1, 1, 0.0)] * 3) == {}
     assert assignment.done

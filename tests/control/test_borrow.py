@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from debt_graphs import MOST, Debts, graphs, ledger_of, reaches
 from hypothesis import given
 from hypothesis import strategies as st
+from made_reports import read, report
 
-from hpc_distkv.control.lending.borrow import CANDIDATES, Grant, Need, greedy_borrow
+from hpc_distkv.control.lending.borrow import CANDIDATES, Need, greedy_borrow
 from hpc_distkv.control.lending.ledger import DebtLedger
 from hpc_distkv.control.lending.links import Links
+from hpc_distkv.control.round import Round
+
+
+class Grant(NamedTuple):
+    debtor: int
+    creditor: int
+    blocks: int
+
+
+class Noted(Round):
+    """A round that notes what it grants, out of promises of so many rBlocks."""
+
+    def __init__(self, promised: list[int], ledger: DebtLedger, links: Links) -> None:
+        reports = read(*[report(capacity=n, free=n, promised=n) for n in promised])
+        super().__init__(reports, ledger, links)
+        self.grants: list[Grant] = []
+
+    def grant(self, debtor: int, creditor: int, blocks: int) -> None:
+        super().grant(debtor, creditor, blocks)
+        self.grants.append(Grant(debtor, creditor, blocks))
+
 
 needs_of_debtors = st.dictionaries(
     st.integers(0, MOST - 1), st.tuples(st.integers(0, 99), st.integers(1, 20))
@@ -48,19 +72,21 @@ def test_grants_are_those_of_a_sort_of_all_creditors(graph, wishes, promised, no
     n, debts = graph
     needs = [Need(age, debtor, blocks) for debtor, (age, blocks) in wishes.items() if debtor < n]
     nodes, switches = nodes[:n], [node // 2 for node in nodes[:n]]
-    ledger, left = ledger_of(n, debts), np.array(promised[:n])
-    grants = greedy_borrow(needs, left, ledger, Links(nodes, switches))
-    assert grants == by_sorting(needs, promised[:n], debts, nodes, switches)
-    for debtor, creditor, blocks in grants:
+    ledger = ledger_of(n, debts)
+    round = Noted(promised[:n], ledger, Links(nodes, switches))
+    greedy_borrow(needs, round)
+    assert round.grants == by_sorting(needs, promised[:n], debts, nodes, switches)
+    for debtor, creditor, blocks in round.grants:
         debts[debtor, creditor] = debts.get((debtor, creditor), 0) + blocks
         promised[creditor] -= blocks
     assert {(d, c): w for d, c, w in ledger.pairs()} == debts
-    assert left.tolist() == promised[:n]
+    assert round.promised.tolist() == promised[:n]
 
 
 def borrow(needs: list[Need], promised: list[int], nodes: list[int], debts: Debts) -> list[Grant]:
-    ledger = ledger_of(len(nodes), debts)
-    return greedy_borrow(needs, np.array(promised), ledger, Links(nodes))
+    round = Noted(promised, ledger_of(len(nodes), debts), Links(nodes))
+    greedy_borrow(needs, round)
+    return round.grants
 
 
 def test_a_debtor_is_sent_to_its_own_node_first_then_to_where_most_is_promised():
@@ -86,5 +112,6 @@ def test_the_oldest_request_is_served_first():
 def test_a_measurement_overrules_the_nodes():
     seconds = np.array([[0, 8e-6, 2e-6], [8e-6, 0, 8e-6], [2e-6, 8e-6, 0]])
     links = Links([0, 0, 1], seconds=seconds)
-    grants = greedy_borrow([Need(0, 0, 4)], np.array([0, 9, 9]), DebtLedger(3), links)
-    assert [g.creditor for g in grants] == [2]
+    round = Noted([0, 9, 9], DebtLedger(3), links)
+    greedy_borrow([Need(0, 0, 4)], round)
+    assert [g.creditor for g in round.grants] == [2]

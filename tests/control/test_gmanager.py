@@ -207,7 +207,7 @@ def test_debtors_that_are_short_come_before_transfers_that_pay():
 
 @pytest.mark.parametrize(("seconds", "pays"), [(0.0, True), (100.0, False)])
 def test_what_a_row_exchanges_in_a_step_counts_against_a_transfer(seconds, pays):
-    job = Job(2, requests(1), Policy(dgfm=False), exchange_seconds=lambda c, rows: seconds * rows)
+    job = Job(2, requests(1), Policy(dgfm=False), exchange=[(0.0, seconds)])
     assert bool(job.round(*uneven())[0].shed) == pays
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from gmanager_rounds import Job
+from gmanager_rounds import Job, assignment_of
 from hypothesis import given
 from hypothesis import strategies as st
 from made_reports import report
 
-from hpc_distkv.control.assign.assignment import Assignment
 from hpc_distkv.control.assign.large import SHARE, peak
 from hpc_distkv.control.assign.source import SyncSource
 from hpc_distkv.control.messages.reports import Changes, Large, Report, ReportError
@@ -147,11 +146,11 @@ def test_a_row_too_large_gets_a_home_with_a_seat():
 
 
 def test_rows_too_large_that_wait_are_not_read_without_end():
-    assignment = Assignment(SyncSource([prompt(n, 50) for n in range(1000)]), 2)
-    assignment.rows.large_from = 40
+    assignment = assignment_of(SyncSource([prompt(n, 50) for n in range(1000)]), 2)
+    assignment.queue.large_from = 40
     room = np.array([1000, 1000])
     assert assignment.assign(room, room, np.zeros(2)) == {}
-    assert len(assignment.large_rows(1000, BLOCK, np.zeros(2))) < 100
+    assert len(assignment.large(1000, np.zeros(2))) < 100
     assert assignment.waiting
     assert assignment.unfinished < 200
 
@@ -159,18 +158,18 @@ def test_rows_too_large_that_wait_are_not_read_without_end():
 def test_what_is_expected_of_a_row_that_goes_on():
     """20 tokens of an earlier run, out of at most 64."""
     request = Request(0, pack_tokens([0] * 300), Sampling(max_tokens=64), pack_tokens([0] * 20))
-    assignment = Assignment(SyncSource([request]), 1)
-    assignment.rows.large_from = 100
+    assignment = assignment_of(SyncSource([request]), 1)
+    assignment.queue.large_from = 100
     room = np.array([1000])
     assignment.assign(room, room, np.zeros(1))
-    assert assignment.large_rows(5, BLOCK, np.zeros(1)) == [Large(0, False, 0, 12, 320.0, 44.0)]
+    assert assignment.large(5, np.zeros(1)) == [Large(0, False, 0, 12, 320.0, 44.0)]
 
 
 def test_a_row_too_large_whose_beginning_is_somewhere_is_like_any_other():
     """It goes where that is."""
     document = pack_tokens(range(150 * BLOCK))
     rows = [Request(n, document + pack_tokens([n] * 9), Sampling(max_tokens=8)) for n in range(3)]
-    job = Job(3, rows, POLICIES["lend"], block_size=BLOCK, prefix_caching=True)
+    job = Job(3, rows, POLICIES["lend"], block_size=BLOCK, enable_prefix_caching=True)
     room = {"room_rows": 8, "room_tokens": 9999}
     answers = job.round(
         with_large(**room), with_large(capacity=101, free=101, **room), with_large(**room)
@@ -185,7 +184,7 @@ def test_a_row_waits_for_its_beginning_unless_others_have_much_less_to_do():
     rows = [Request(n, document + pack_tokens([n] * 9), Sampling(max_tokens=8)) for n in range(3)]
 
     def homes(work_left: float) -> list[list[int]]:
-        job = Job(3, rows, POLICIES["lend"], block_size=BLOCK, prefix_caching=True)
+        job = Job(3, rows, POLICIES["lend"], block_size=BLOCK, enable_prefix_caching=True)
         assert [len(answer.assign) for answer in job.round(*[with_large()] * 3)] == [1, 0, 0]
         ending = Large(0, True, 152, 152, 0.0, 0.1)
         full = with_large(ending, work_left=work_left, room_rows=0)
@@ -197,12 +196,12 @@ def test_a_row_waits_for_its_beginning_unless_others_have_much_less_to_do():
 
 def test_rows_that_wait_do_not_hold_up_small_ones():
     rows = [prompt(n, 50) for n in range(40)] + [prompt(40, 10)]
-    assignment = Assignment(SyncSource(rows), 1)
-    assignment.rows.large_from = 40
+    assignment = assignment_of(SyncSource(rows), 1)
+    assignment.queue.large_from = 40
     room = np.array([1000])
     given = [assignment.assign(room, room, np.zeros(1)) for _ in range(10)]
     assert [r.id for some in given for r in some.get(0, [])] == []
-    for row in assignment.large_rows(30, BLOCK, np.zeros(1)):
+    for row in assignment.large(30, np.zeros(1)):
         assignment.give_large(row.request, 0)
     given = [assignment.assign(room, room, np.zeros(1)) for _ in range(10)]
     assert [r.id for some in given for r in some.get(0, [])] == [40]

@@ -30,7 +30,7 @@ def test_reports_replace_a_creditors_row_and_grants_add_to_it(changes):
             debts[debtor, creditor] = debts.get((debtor, creditor), 0) + blocks
         else:
             creditor, lent = change
-            ledger.set_row(creditor, lent)
+            ledger.set_lent(creditor, lent)
             debts = {pair: w for pair, w in debts.items() if pair[1] != creditor}
             debts |= {(debtor, creditor): w for debtor, w in lent.items() if w}
     assert {(d, c): w for d, c, w in ledger.pairs()} == debts

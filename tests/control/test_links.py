@@ -74,3 +74,20 @@ def test_what_does_not_fit_is_refused():
     for bad in (0.0, -1.0, np.nan, np.inf):
         with pytest.raises(ValueError, match="positive and finite"):
             Links([0, 1], seconds=np.full((2, 2), bad))
+
+
+def test_links_of_a_class_cost_what_the_slowest_of_them_cost():
+    seconds = np.array([[0, 1, 5], [1, 0, 3], [5, 3, 0]], dtype=float)
+    row_seconds = 100 / np.array([[1, 50, 20], [50, 1, 10], [20, 10, 1]])
+    links = Links([0] * 3, seconds=seconds, row_seconds=row_seconds)
+    assert [links.between(a, b) for a, b in ((1, 0), (2, 0), (2, 1))] == [0, 2, 2]
+    for rows in (0, 1, 7):
+        assert links.exchange_seconds(0, rows) == 1 + rows * 2.0
+        assert links.exchange_seconds(2, rows) == 5 + rows * 10.0
+        assert links.exchange_seconds(1, rows) == 0.0, "there are none"
+
+
+def test_without_a_measurement_links_cost_what_their_class_does():
+    links = Links([0, 0, 1], exchange=[(0.5, 0.25)])
+    assert links.exchange_seconds(0, 3) == 0.5 + 3 * 0.25
+    assert links.exchange_seconds(2, 3) == 0.0

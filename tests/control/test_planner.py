@@ -7,7 +7,7 @@ from debt_graphs import MOST, debts_of, has_circle, ledger_of, reaches
 from hypothesis import given
 from hypothesis import strategies as st
 from made_reports import read, report
-from planner_oracle import EQUAL, SIZE, Pair, clusters, instance, planner, uneven
+from planner_oracle import EQUAL, SIZE, Pair, clusters, instance, planner, round_of, uneven
 
 from hpc_distkv.control.lending.ledger import DebtLedger
 from hpc_distkv.control.lending.planner import CONSIDERED, LEAST_GAIN, Transfer
@@ -19,9 +19,8 @@ def test_the_first_debtors_transfer_is_about_as_good_as_any(rows, waiting, excha
     lacks: no transfer of another size promises more than 2.5 times as much. Prompts, of a
     millisecond a token, are to be computed only while rows wait."""
     reports = read(*[report(**row, prompt_time=0.001) for row in rows])
-    transfers = planner(len(rows), lambda _: exchange).plan(
-        reports, DebtLedger(len(rows)), waiting, prompt_work=prompt_work
-    )
+    round = round_of(reports, exchange=exchange)
+    transfers = planner().plan(round, waiting, prompt_work=prompt_work)
     prompts = 0.001 * prompt_work if waiting else 0.0
     able = [i for i, row in enumerate(rows) if row["longest"]]
     if not able:
@@ -50,9 +49,7 @@ def test_the_first_debtors_transfer_is_about_as_good_as_any(rows, waiting, excha
 @given(clusters, st.booleans())
 def test_transfers_hide_behind_the_debtors_step(rows, waiting):
     """A debtor gives once in a plan, and before it takes anything its step is as reported."""
-    transfers = planner(len(rows)).plan(
-        read(*[report(**row) for row in rows]), DebtLedger(len(rows)), waiting
-    )
+    transfers = planner().plan(round_of(read(*[report(**row) for row in rows])), waiting)
     assert len({t.debtor for t in transfers}) == len(transfers)
     for number, row in enumerate(rows):
         assert sum(t.blocks for t in transfers if t.creditor == number) <= row["promised"]
@@ -67,7 +64,7 @@ def test_transfers_hide_behind_the_debtors_step(rows, waiting):
 @given(st.lists(instance(), min_size=MOST, max_size=MOST), debts_of(MOST), st.booleans())
 def test_no_transfer_closes_a_circle(rows, debts, waiting):
     reports = read(*[report(**row) for row in rows])
-    transfers = planner(MOST).plan(reports, ledger_of(MOST, debts), waiting)
+    transfers = planner().plan(round_of(reports, ledger_of(MOST, debts)), waiting)
     assert not any(reaches({*debts}, t.creditor, t.debtor) for t in transfers)
     pairs = {(t.debtor, t.creditor) for t in transfers}
     assert not any((creditor, debtor) in pairs for debtor, creditor in pairs)
@@ -80,7 +77,7 @@ def test_no_plan_is_a_circle_of_its_own():
         report(**same, promised=8, kv_tokens=12, longest=3, row_blocks=1),
         report(**same, kv_tokens=120, longest=30, row_blocks=1),
     ]
-    transfers = planner(3).plan(read(*rows), DebtLedger(3), waiting=True)
+    transfers = planner().plan(round_of(read(*rows)), waiting=True)
     assert not has_circle({(t.debtor, t.creditor) for t in transfers})
 
 
@@ -92,14 +89,14 @@ def plan(
     waiting: bool = True,
     prompt_work: float = 0.0,
     lent: int = 0,
-    **others,
+    exchange: float = 0.0,
 ) -> list[Transfer]:
     """`lent`: what instance 1 lends instance 0 before."""
     given = {"row_blocks": 2.5, "prompt_time": 0.001} | EQUAL
     reports = read(*[report(**given | row) for row in rows])
     ledger = DebtLedger(len(rows))
     ledger.grant(0, 1, lent)
-    return planner(len(rows), **others).plan(reports, ledger, waiting, prompt_work=prompt_work)
+    return planner().plan(round_of(reports, ledger, exchange), waiting, prompt_work=prompt_work)
 
 
 def test_an_uneven_pair_moves_the_long_row_to_where_there_is_room():
@@ -167,9 +164,9 @@ def test_a_debtor_without_free_seats_gains_nothing_by_room():
 
 
 def test_an_exchange_that_costs_more_than_it_brings_is_not_made():
-    assert plan(uneven(), exchange=lambda _: 0.0) != []
-    assert plan(uneven(), exchange=lambda _: 1.0) == []
-    assert plan(uneven(), exchange=lambda _: 1.0, lent=1) != [], "it is made anyhow"
+    assert plan(uneven(), exchange=0.0) != []
+    assert plan(uneven(), exchange=1.0) == []
+    assert plan(uneven(), exchange=1.0, lent=1) != [], "it is made anyhow"
 
 
 @pytest.mark.parametrize("where", [0, 2])

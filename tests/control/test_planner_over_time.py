@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 from made_reports import read, report
-from planner_oracle import EQUAL, SIZE, planner, uneven
+from planner_oracle import EQUAL, SIZE, planner, round_of, uneven
 
 from hpc_distkv.control.lending.ledger import DebtLedger
 from hpc_distkv.control.lending.planner import KEPT_PLANS
@@ -81,10 +81,10 @@ def test_plans_come_to_an_end_never_turn_back_and_leave_the_cluster_no_slower(cl
     for site in cluster:
         site.fill()
     before = sum(site.rate for site in cluster)
-    ledger, under_test, moved = DebtLedger(len(cluster)), planner(len(cluster)), set()
+    ledger, under_test, moved = DebtLedger(len(cluster)), planner(), set()
     for _ in range(5 * KEPT_PLANS):
         reports = read(*[report(**site.fields() | EQUAL) for site in cluster])
-        transfers = under_test.plan(reports, ledger, waiting=True)
+        transfers = under_test.plan(round_of(reports, ledger), waiting=True)
         for debtor, creditor, blocks in transfers:
             cluster[creditor].host(blocks)
             cluster[debtor].long -= blocks
@@ -111,19 +111,19 @@ def test_a_loan_pays_while_it_frees_the_larger_batch():
     that is more than the exchange takes; the other way round it is less."""
     many, few = {"running": 10, "kv_tokens": 100}, {"running": 1, "kv_tokens": 180}
     ledger, reports = lent([many, few])
-    assert planner(2).pays(0, ledger, reports)
-    assert not planner(2, lambda _: 0.1).pays(0, ledger, reports)
+    assert planner().pays(round_of(reports, ledger), 0)
+    assert not planner().pays(round_of(reports, ledger, exchange=0.1), 0)
     ledger, reports = lent([few | {"kv_tokens": 100}, many | {"kv_tokens": 180}])
-    assert not planner(2).pays(0, ledger, reports)
+    assert not planner().pays(round_of(reports, ledger), 0)
 
 
 def test_a_loan_that_was_just_planned_is_left_alone():
-    under_test = planner(2)
+    under_test = planner()
     reports = read(*[report(**{"row_blocks": 2.5} | EQUAL | row) for row in uneven()])
-    assert under_test.plan(reports, DebtLedger(2), waiting=True)
+    assert under_test.plan(round_of(reports), waiting=True)
     few_and_many = [{"running": 1, "kv_tokens": 100}, {"running": 10, "kv_tokens": 180}]
     ledger, later = lent(few_and_many)
     for _ in range(KEPT_PLANS):
-        assert under_test.pays(0, ledger, later)
-        under_test.plan(read(report(), report()), DebtLedger(2), waiting=False)
-    assert not under_test.pays(0, ledger, later)
+        assert under_test.pays(round_of(later, ledger), 0)
+        under_test.plan(round_of(read(report(), report())), waiting=False)
+    assert not under_test.pays(round_of(later, ledger), 0)

@@ -53,7 +53,7 @@ def test_columns_hold_what_was_reported(sent):
     received = read(*sent)
     assert len(received) == len(sent)
     for name in CODES:
-        assert received[name].tolist() == [getattr(each, name) for each in sent]
+        assert getattr(received, name).tolist() == [getattr(each, name) for each in sent]
     said = {i: each.changes for i, each in enumerate(sent) if each.changes != Changes()}
     assert received.changes == said
 
@@ -66,7 +66,7 @@ def test_a_report_without_changes_is_only_its_numbers():
 
 def test_columns_are_read_only():
     with pytest.raises(ValueError, match="read-only"):
-        read(report(), report())["free"][0] = 1
+        read(report(), report()).free[0] = 1
 
 
 def test_a_steps_time_in_prompt_tokens_is_that_of_those_who_know():
@@ -149,7 +149,7 @@ def test_the_first_bad_instance_is_named():
 def test_a_message_that_is_too_short_is_refused(missing):
     whole = encode_report(report())
     with pytest.raises(ReportError, match=r"instance 1 sent \d+ bytes, no report"):
-        Reports([whole, whole[:-missing]])
+        Reports.decode([whole, whole[:-missing]])
 
 
 @pytest.mark.parametrize(
@@ -167,13 +167,13 @@ def test_a_message_that_is_too_short_is_refused(missing):
 def test_malformed_changes_are_refused(tail):
     whole = encode_report(report())
     with pytest.raises(ReportError, match="instance 1 is malformed"):
-        Reports([whole, whole + tail])
+        Reports.decode([whole, whole + tail])
 
 
 @given(st.binary(max_size=200))
 def test_no_bytes_do_anything_but_be_read_or_refused(noise):
     with contextlib.suppress(ReportError):
-        Reports([noise]).check(0)
+        Reports.decode([noise]).check(0)
 
 
 def test_a_number_beyond_its_column_does_not_wrap_around():

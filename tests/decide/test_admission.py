@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from schedules import BLOCK, add, answer, expect_short, make, running, step
 
 from hpc_distkv.control.messages.requests import NOBODY
-from hpc_distkv.decide.admission import CANDIDATES, REFUSED_STEPS, Admission
+from hpc_distkv.decide.admission import REFUSED_STEPS, Admission
+from hpc_distkv.decide.demand import lacking
 from hpc_distkv.decide.scheduler import Scheduler
 from hpc_distkv.decide.sequence import TokenSequence
+from hpc_distkv.decide.state import CANDIDATES, State
 
 ANY = 10**4
 """Prompt tokens in a step: every prompt is computed in one."""
@@ -90,10 +92,10 @@ def test_a_blocked_row_begins_at_its_place_whatever_comes_after_it(first, blocke
     while scheduler.waiting:
         step(scheduler)
     foresight, row = scheduler.foresight, add(scheduler, len(first), *blocked)
-    claims = [foresight.claim(other) for other in scheduler.running]
+    claims = [foresight.expected_kv(other) for other in scheduler.running]
     room = 40 - 1  # in reserve
-    place = foresight.start(claims, foresight.claim(row), room) if claims else 0
-    event("blocked" if foresight.peak([*claims, foresight.claim(row)]) > room else "begins")
+    place = foresight.start(claims, foresight.expected_kv(row), room) if claims else 0
+    event("blocked" if foresight.peak([*claims, foresight.expected_kv(row)]) > room else "begins")
     younger = zip(itertools.count(len(first) + 1), itertools.cycle(stream), strict=False)
     steps = 0
     while row in scheduler.waiting:
@@ -118,11 +120,11 @@ def test_what_is_promised_delays_no_row_that_waits(first, blocked):
     while scheduler.waiting:
         step(scheduler)
     foresight, row = scheduler.foresight, add(scheduler, len(first), *blocked)
-    claims = [foresight.claim(other) for other in scheduler.running]
-    place = foresight.start(claims, foresight.claim(row), 40 - 1) if claims else 0
+    claims = [foresight.expected_kv(other) for other in scheduler.running]
+    place = foresight.start(claims, foresight.expected_kv(row), 40 - 1) if claims else 0
     lendable = scheduler.demand().lendable
-    event(f"fragment: {bool(lendable and claims and scheduler.demands.lacking)}")
-    scheduler.rm.settle({3: scheduler.rm.promise(lendable)})
+    event(f"fragment: {bool(lendable and claims and lacking(scheduler))}")
+    scheduler.rm.lender.settle({3: scheduler.rm.lender.promise(lendable)})
     steps = 0
     while row in scheduler.waiting:
         assert steps <= place
@@ -164,15 +166,12 @@ class Watched:
         self._seen: tuple[object, ...] = ()
         self._admission.next = self.next
 
-    def next(
-        self, waiting: list[TokenSequence], running: list[TokenSequence]
-    ) -> TokenSequence | None:
-        own, rm = self._admission, self._scheduler.rm
-        fresh = Admission(rm, self._scheduler._config, self._scheduler.foresight)
-        fresh.before, fresh.keep = own.before, own.keep
-        expected, got = fresh.next(waiting, running), self._next(waiting, running)
-        rows = [[sequence.id for sequence in some] for some in (waiting, running)]
-        seen = (own.before, own.keep, rm.credit, rm.promised, *rows)
+    def next(self, state: State) -> TokenSequence | None:
+        assert state is self._scheduler
+        orders, rm = state.orders, state.rm
+        expected, got = Admission().next(state), self._next(state)
+        rows = [[sequence.id for sequence in some] for some in (state.waiting, state.running)]
+        seen = (orders.before, orders.keep, rm.borrower.credit, rm.lender.promised, *rows)
         self.hidden = self.hidden + 1 if got is not expected else 0
         if self.hidden:
             assert got is None
@@ -191,11 +190,11 @@ def happen(scheduler: Scheduler, name: str, number: int, pick: random.Random) ->
     elif name == "before":
         answer(scheduler, admit_before=pick.choice((0, number, NOBODY)))
     elif name == "credit":
-        scheduler.rm.credit_opened(3, pick.randint(1, 10))
-    elif scheduler.rm.promised:
-        scheduler.rm.settle({})
+        scheduler.rm.borrower.credit_opened(3, pick.randint(1, 10))
+    elif scheduler.rm.lender.promised:
+        scheduler.rm.lender.settle({})
     else:
-        scheduler.rm.promise(pick.randint(1, 10))
+        scheduler.rm.lender.promise(pick.randint(1, 10))
 
 
 @settings(deadline=None, max_examples=50)
@@ -220,7 +219,7 @@ def test_a_row_that_may_begin_is_seen_at_once_or_after_a_few_steps_in_which_noth
         if pick.random() < 0.1:
             happen(scheduler, pick.choice(EVENTS), number, pick)
         step(scheduler)
-        scheduler.rm.settle_debt(3)  # its header says what was released and returned
+        scheduler.rm.borrower.settle(3)  # its header says what was released and returned
 
 
 def test_a_row_is_looked_at_again_as_it_begins_later():

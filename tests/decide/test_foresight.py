@@ -1,4 +1,4 @@
-"""What rows come to need, against counting step by step."""
+"""The KV that rows are expected to need, against counting step by step."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from schedules import BLOCK, add, make, step
 
-from hpc_distkv.decide.foresight import Claim, Foresight
+from hpc_distkv.decide.foresight import ExpectedKv, Foresight
 
 lengths = st.integers(1, 30)
-begun = st.builds(Claim, st.just(0), lengths, st.integers(0, 60))
+begun = st.builds(ExpectedKv, st.just(0), lengths, st.integers(0, 60))
 """Rows that run, or would from now on."""
 later = st.builds(
-    lambda start, length, tokens: Claim(start, start + length, tokens),
+    lambda start, length, tokens: ExpectedKv(start, start + length, tokens),
     st.integers(0, 40),
     lengths,
     st.integers(0, 60),
@@ -24,7 +24,7 @@ def foresight() -> Foresight:
     return make().foresight
 
 
-def blocks_at(step_number: int, claims: list[Claim]) -> float:
+def blocks_at(step_number: int, claims: list[ExpectedKv]) -> float:
     """rBlocks after so many steps, of those that do not end before: a row has all its tokens in its
     last step, and the last rBlock of each is half full in the mean."""
     return sum(
@@ -34,11 +34,11 @@ def blocks_at(step_number: int, claims: list[Claim]) -> float:
     )
 
 
-def most(claims: list[Claim], until: int = 100) -> float:
+def most(claims: list[ExpectedKv], until: int = 100) -> float:
     return max((blocks_at(number, claims) for number in range(1, until + 1)), default=0.0)
 
 
-def fits_beside(running: list[Claim], row: Claim, room: float) -> bool:
+def fits_beside(running: list[ExpectedKv], row: ExpectedKv, room: float) -> bool:
     """In every step in which others run: alone, a row may be as large as it is."""
     return all(
         blocks_at(number, [*running, row]) <= room
@@ -67,12 +67,12 @@ def test_a_row_has_its_place_at_the_first_end_of_another_from_which_it_fits(runn
 
 def test_a_row_that_ends_before_another_has_grown_does_not_wait_for_it():
     """The long one will come to 25 rBlocks, but has 6 when the short one, of 10, is done."""
-    long, ends_soon, short = Claim(0, 80, 18), Claim(0, 2, 40), Claim(0, 2, 36)
+    long, ends_soon, short = ExpectedKv(0, 80, 18), ExpectedKv(0, 2, 40), ExpectedKv(0, 2, 36)
     assert foresight().start([long, ends_soon], short, room=17) == 2
 
 
 def test_a_place_in_time_moves_the_whole_claim():
-    assert Claim(0, 7, 20).at(30) == Claim(30, 37, 20)
+    assert ExpectedKv(0, 7, 20).at(30) == ExpectedKv(30, 37, 20)
 
 
 # -- claims of sequences --------------------------------------------------------------------------
@@ -81,9 +81,9 @@ def test_a_place_in_time_moves_the_whole_claim():
 def test_a_row_claims_its_prompt_and_a_token_a_step_for_its_output():
     scheduler = make()
     sequence = add(scheduler, 0, prompt=10, max_tokens=6)
-    assert scheduler.foresight.claim(sequence) == Claim(0, 6, 10)
+    assert scheduler.foresight.expected_kv(sequence) == ExpectedKv(0, 6, 10)
     step(scheduler)
-    assert scheduler.foresight.claim(sequence) == Claim(0, 5, 11)
+    assert scheduler.foresight.expected_kv(sequence) == ExpectedKv(0, 5, 11)
 
 
 @pytest.mark.parametrize(("made", "left"), [(1, 4), (4, 1), (5, 1), (7, 1)])
@@ -94,16 +94,16 @@ def test_a_row_that_outlives_what_was_expected_ends_with_its_next_token(made, le
     sequence = add(scheduler, 0, prompt=3, max_tokens=10)
     for _ in range(made):
         step(scheduler)
-    assert scheduler.foresight.claim(sequence) == Claim(0, left, 3 + made)
+    assert scheduler.foresight.expected_kv(sequence) == ExpectedKv(0, left, 3 + made)
 
 
 def test_rblocks_elsewhere_are_not_claimed_at_home():
     scheduler = make(policy="lend")
     sequence = add(scheduler, 0, prompt=11)
     step(scheduler)
-    scheduler.rm.credit_opened(3, 1)
-    scheduler.rm.commit([scheduler.rm.move_out(0, 0, 3)], [])
-    assert scheduler.foresight.claim(sequence).tokens == 12 - BLOCK
+    scheduler.rm.borrower.credit_opened(3, 1)
+    scheduler.rm.borrower.commit([scheduler.rm.borrower.move_out(0, 0, 3)], [])
+    assert scheduler.foresight.expected_kv(sequence).tokens == 12 - BLOCK
 
 
 def test_what_a_row_lacks_ends_with_the_last_token_that_needs_any():

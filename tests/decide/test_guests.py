@@ -21,14 +21,18 @@ def row(number: int, computed: int, tokens: int) -> Scheduled:
 def test_queries_of_the_same_guests_stand_together_and_each_goes_once_to_a_creditor():
     rm = RManager(0, 20)
     for creditor in (5, 6):
-        rm.credit_opened(creditor, 3)
+        rm.borrower.credit_opened(creditor, 3)
     for number in range(4):
         rm.open(number, [b"a", b"ab"])
         rm.grow(number, 4 if number == 0 else 2)
-        rm.seal(number, 4)
+        rm.prefixes.seal(number, 4)
     (trunk,) = rm.prefixes.chain(0)
-    moves = [rm.move_out(trunk.id, 0, 5), rm.move_out(1, 2, 5), rm.move_out(2, 2, 6)]
-    rm.commit(moves, [])
+    moves = [
+        rm.borrower.move_out(trunk.id, 0, 5),
+        rm.borrower.move_out(1, 2, 5),
+        rm.borrower.move_out(2, 2, 6),
+    ]
+    rm.borrower.commit(moves, [])
     rows = [row(0, 15, 1), row(1, 15, 1), row(2, 12, 3), row(3, 14, 2)]
     assert remote_queries(rm, rows) == {
         5: [

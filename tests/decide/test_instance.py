@@ -18,8 +18,8 @@ from hpc_distkv.control.messages.requests import (
 )
 from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.decide.config import EngineConfig
-from hpc_distkv.decide.handover import handover
 from hpc_distkv.decide.instance import Instance
+from hpc_distkv.decide.migration import handover
 from hpc_distkv.decide.plan import Plan
 from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.memory.loan import Move, ProtocolError
@@ -87,7 +87,7 @@ def test_grants_beyond_the_promise_are_refused_and_counted():
     assert promised > 2
     instance.apply(Answer(round=0, lend={1: 2, 2: promised - 1, 0: 1}), 0.0)
     assert instance.counters.refused_grants == 2
-    assert {*instance.rm.loans} == {1}
+    assert {*instance.rm.lender.loans} == {1}
     instance.check()
 
 
@@ -241,7 +241,7 @@ def borrowing() -> tuple[Instance, Instance]:
     boundary(one, assign=[request(0, 13, max_tokens=30)])
     step(one)
     give_credit(other, one, 5)
-    moves = [one.rm.move_out(0, index, 1) for index in (0, 1)]
+    moves = [one.rm.borrower.move_out(0, index, 1) for index in (0, 1)]
     headers = one.headers(Plan([], moves, [], []), 0.0)
     assert headers[1].moves == [(0, 0), (0, 1)]
     one.commit(Plan([], moves, [], []))
@@ -253,7 +253,7 @@ def test_only_creditors_with_news_get_a_header():
     one, _ = borrowing()
     one.open_credit(2, 3)
     assert one.headers(Plan([], [], [], []), 0.0) == {}
-    one.rm.return_credit(2, 3)
+    one.rm.borrower.return_credit(2, 3)
     headers = one.headers(Plan([], [], [], []), 0.0)
     assert headers == {2: Header([], [], [], 3, [], [], [], [])}
 
@@ -272,20 +272,20 @@ def test_a_row_that_ends_is_released_and_its_credit_is_used_again():
     (header,) = one.headers(Plan([], [], [], []), 0.0).values()
     assert header.released == [0]
     serve(other, 0, header)
-    assert not other.rm.guests
+    assert not other.rm.lender.guests
     assert one.counters.blocks_returned == other.counters.blocks_returned == 0
 
 
 def test_rblocks_come_home_by_the_same_header_on_both_sides():
     one, other = borrowing()
-    home = [one.rm.bring_home(0, 1, 1)]
+    home = [one.rm.borrower.bring_home(0, 1, 1)]
     (header,) = one.headers(Plan([], [], home, []), 0.0).values()
     assert header.recalls == [(0, 1)]
     one.commit(Plan([], [], home, []))
     outgoing, incoming = serve(other, 0, header)
-    assert [(move.request, move.block) for move in outgoing] == [(0, 1)]
+    assert [(move.key, move.block) for move in outgoing] == [(0, 1)]
     assert incoming == []
-    assert other.rm.guests[0, 0].indices == [0]
+    assert other.rm.lender.guests[0, 0].indices == [0]
     assert one.counters.blocks_returned == 1
 
 
@@ -310,7 +310,7 @@ def test_a_row_that_is_handed_over_keeps_its_tokens_and_its_ages():
     one, other, plan, header = migrating()
     one.commit(plan)
     assert one.scheduler.running == []
-    assert one.rm.usable == 40
+    assert one.rm.slots.usable == 40
     assert one.counters.migrations == 1
     serve(other, 0, header, now=1000.0)
     (sequence,) = other.scheduler.running

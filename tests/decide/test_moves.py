@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 
 from hpc_distkv.control.messages.answer import Answer
+from hpc_distkv.control.messages.counters import Counters
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.moves import Moves
+from hpc_distkv.decide.scheduler import Scheduler
 from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.memory.loan import MoveKind
 from hpc_distkv.memory.rmanager import RManager
@@ -23,8 +25,11 @@ class Rig:
     def __init__(self, tokens: dict[int, int], num_blocks: int = 50, budget: int = FAST) -> None:
         """`tokens`: request → tokens with KV."""
         self.rm = RManager(0, num_blocks)
-        self.moves = Moves(self.rm, EngineConfig(num_blocks, BLOCK, move_budget=budget))
-        self.running = [self._sequence(number, n) for number, n in tokens.items()]
+        self.moves = Moves()
+        config = EngineConfig(num_blocks, BLOCK, move_budget=budget)
+        self.scheduler = Scheduler(self.rm, config, Counters())
+        for number, count in tokens.items():
+            self.scheduler.adopt(self._sequence(number, count))
 
     def _sequence(self, number: int, tokens: int) -> TokenSequence:
         request = Request(number, pack_tokens(range(tokens + 1)), Sampling(max_tokens=99))
@@ -36,22 +41,24 @@ class Rig:
 
     def lend(self, creditor: int, *rblocks: tuple[int, int]) -> None:
         """Have some rBlocks there already."""
-        self.rm.credit_opened(creditor, len(rblocks))
-        self.rm.commit([self.rm.move_out(*rblock, creditor) for rblock in rblocks], [])
+        self.rm.borrower.credit_opened(creditor, len(rblocks))
+        self.rm.borrower.commit(
+            [self.rm.borrower.move_out(*rblock, creditor) for rblock in rblocks], []
+        )
 
     def step(
         self, short: int = 0, growth: int = 0
     ) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
         """(request, rBlock, creditor) of what leaves and of what comes home in one step."""
-        out, home = self.moves.plan(self.running, short, lambda: growth)
+        out, home = self.moves.plan(self.scheduler, short, lambda: growth)
         self.rm.check()
         assert all(move.kind is MoveKind.LEND for move in out)
         assert all(move.kind is MoveKind.RECALL for move in home)
-        self.rm.commit(out, home)
+        self.rm.borrower.commit(out, home)
         self.rm.check()
         return (
-            [(move.request, move.block, move.peer) for move in out],
-            [(move.request, move.block, move.peer) for move in home],
+            [(move.key, move.block, move.peer) for move in out],
+            [(move.key, move.block, move.peer) for move in home],
         )
 
     def answer(self, **fields: object) -> None:
@@ -68,25 +75,25 @@ def steps(rig: Rig, count: int) -> list[tuple[int, int]]:
 
 def test_what_rows_wait_for_moves_at_once_whatever_the_budget():
     rig = Rig({0: 41}, budget=0)
-    rig.rm.credit_opened(3, 8)
+    rig.rm.borrower.credit_opened(3, 8)
     out, _ = rig.step(short=6)
     assert out == [(0, index, 3) for index in range(6)]
 
 
 def test_no_more_moves_than_there_is_credit_and_never_the_tail():
     rig = Rig({0: 11, 1: 3})
-    rig.rm.credit_opened(3, 8)
+    rig.rm.borrower.credit_opened(3, 8)
     out, _ = rig.step(short=6)
     assert out == [(0, 0, 3), (0, 1, 3)], "the third rBlock is not full"
     rig = Rig({0: 41})
-    rig.rm.credit_opened(3, 2)
+    rig.rm.borrower.credit_opened(3, 2)
     out, _ = rig.step(short=6)
     assert len(out) == 2
 
 
 def test_the_longest_rows_give_first():
     rig = Rig({0: 9, 1: 17, 2: 13})
-    rig.rm.credit_opened(3, 20)
+    rig.rm.borrower.credit_opened(3, 20)
     out, _ = rig.step(short=8)
     assert [request for request, *_ in out] == [1] * 4 + [2] * 3 + [0]
 
@@ -94,8 +101,8 @@ def test_the_longest_rows_give_first():
 def test_a_row_goes_on_where_it_is_hosted_already_and_else_where_most_credit_is():
     rig = Rig({0: 41, 1: 21})
     rig.lend(3, (0, 0))
-    rig.rm.credit_opened(3, 2)
-    rig.rm.credit_opened(5, 4)
+    rig.rm.borrower.credit_opened(3, 2)
+    rig.rm.borrower.credit_opened(5, 4)
     out, _ = rig.step(short=3)
     assert [creditor for *_, creditor in out] == [3, 3, 5]
     out, _ = rig.step(short=2)
@@ -111,7 +118,7 @@ def test_a_row_goes_on_where_it_is_hosted_already_and_else_where_most_credit_is(
 )
 def test_planned_moves_keep_to_the_budget_of_every_step(budget, expected):
     rig = Rig({0: 81}, budget=budget)
-    rig.rm.credit_opened(3, 20)
+    rig.rm.borrower.credit_opened(3, 20)
     rig.answer(shed={3: 20})
     assert [out for out, _ in steps(rig, 6)] == expected
 
@@ -119,15 +126,15 @@ def test_planned_moves_keep_to_the_budget_of_every_step(budget, expected):
 def test_an_unused_budget_is_not_saved_up():
     rig = Rig({0: 81}, budget=BLOCK)
     steps(rig, 50)
-    rig.rm.credit_opened(3, 20)
+    rig.rm.borrower.credit_opened(3, 20)
     rig.answer(shed={3: 20})
     assert [out for out, _ in steps(rig, 4)] == [2, 1, 1, 1], "one rBlock of it at most"
 
 
 def test_planned_moves_end_with_the_plan_and_go_nowhere_else():
     rig = Rig({0: 81})
-    rig.rm.credit_opened(3, 20)
-    rig.rm.credit_opened(5, 20)
+    rig.rm.borrower.credit_opened(3, 20)
+    rig.rm.borrower.credit_opened(5, 20)
     rig.answer(shed={5: 3})
     out, _ = rig.step()
     assert out == [(0, index, 5) for index in range(3)]
@@ -137,18 +144,18 @@ def test_planned_moves_end_with_the_plan_and_go_nowhere_else():
 def test_planned_moves_wait_for_their_credit():
     rig = Rig({0: 81})
     rig.answer(shed={5: 3})
-    assert rig.moves.sheddable() == {}
+    assert rig.moves.sheddable(rig.rm) == {}
     assert rig.step()[0] == []
-    rig.rm.credit_opened(5, 2)
-    assert rig.moves.sheddable() == {5: 2}
+    rig.rm.borrower.credit_opened(5, 2)
+    assert rig.moves.sheddable(rig.rm) == {5: 2}
     assert len(rig.step()[0]) == 2
-    rig.rm.credit_opened(5, 2)
+    rig.rm.borrower.credit_opened(5, 2)
     assert len(rig.step()[0]) == 1
 
 
 def test_plans_of_several_rounds_add_up():
     rig = Rig({0: 81})
-    rig.rm.credit_opened(3, 20)
+    rig.rm.borrower.credit_opened(3, 20)
     rig.answer(shed={3: 2})
     rig.answer(shed={3: 3})
     assert len(rig.step()[0]) == 5
@@ -156,10 +163,10 @@ def test_plans_of_several_rounds_add_up():
 
 def test_what_moves_because_it_must_serves_the_plan_as_well():
     rig = Rig({0: 81}, budget=0)
-    rig.rm.credit_opened(3, 20)
+    rig.rm.borrower.credit_opened(3, 20)
     rig.answer(shed={3: 4})
     assert len(rig.step(short=3)[0]) == 3
-    assert rig.moves.sheddable() == {3: 1}
+    assert rig.moves.sheddable(rig.rm) == {3: 1}
 
 
 # -- what comes home ----------------------------------------------------------------------------
@@ -192,7 +199,7 @@ def test_requests_with_fewest_rblocks_there_come_home_first():
 def test_the_budget_counts_both_ways_together():
     rig = Rig({0: 81}, budget=2 * BLOCK)
     rig.lend(3, (0, 0), (0, 1), (0, 2))
-    rig.rm.credit_opened(5, 1)
+    rig.rm.borrower.credit_opened(5, 1)
     rig.answer(recall={3: 3}, shed={5: 1})
     assert steps(rig, 3) == [(1, 1), (0, 2), (0, 0)]
 
@@ -202,7 +209,7 @@ def test_into_a_full_pool_only_as_many_come_home_as_there_is_room():
     rig.lend(3, *[(0, index) for index in range(6)])
     rig.rm.open(9)
     rig.rm.grow(9, 5)
-    assert rig.rm.usable == 1
+    assert rig.rm.slots.usable == 1
     rig.answer(recall={3: 6})
     assert steps(rig, 2) == [(0, 1), (0, 0)]
 
@@ -211,7 +218,7 @@ def test_into_a_full_pool_only_as_many_come_home_as_there_is_room():
 def test_nothing_comes_home_into_room_that_those_who_run_will_take(growth, home):
     rig = Rig({0: 40}, num_blocks=12)
     rig.lend(3, *[(0, index) for index in range(6)])
-    assert rig.rm.usable == 8
+    assert rig.rm.slots.usable == 8
     rig.answer(recall={3: 6})
     assert len(rig.step(growth=growth)[1]) == home
 

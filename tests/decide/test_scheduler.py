@@ -9,6 +9,8 @@ from schedules import BLOCK, add, answer, expect_short, make, running, step
 
 from hpc_distkv.control.messages.requests import NOBODY
 from hpc_distkv.decide.config import EngineConfig
+from hpc_distkv.decide.demand import large_rows
+from hpc_distkv.decide.pace import Calibration
 from hpc_distkv.decide.scheduler import GUEST_STEPS, Scheduler
 from hpc_distkv.errors import OptionError
 
@@ -38,10 +40,12 @@ def test_rows_beyond_the_seats_wait():
 
 def host(scheduler: Scheduler, blocks: int) -> None:
     """Let the rBlocks of another instance's request arrive."""
-    scheduler.rm.promise(blocks)
-    scheduler.rm.settle({1: blocks})
-    scheduler.rm.open_credit(1)
-    scheduler.rm.commit([], scheduler.rm.host(1, [(99, index) for index in range(blocks)]))
+    scheduler.rm.lender.promise(blocks)
+    scheduler.rm.lender.settle({1: blocks})
+    scheduler.rm.lender.open_credit(1)
+    scheduler.rm.lender.commit(
+        [], scheduler.rm.lender.host(1, [(99, index) for index in range(blocks)])
+    )
 
 
 def test_prompts_come_in_smaller_chunks_while_guests_wait_to_be_served():
@@ -50,7 +54,7 @@ def test_prompts_come_in_smaller_chunks_while_guests_wait_to_be_served():
     assert step(scheduler) == {0: 700}
     host(scheduler, 1)
     add(scheduler, 1, prompt=700)
-    scheduler.step_tokens = 10.0
+    scheduler.calibrate(Calibration(step_tokens=10.0))
     assert step(scheduler) == {0: 1, 1: 10 * GUEST_STEPS}
 
 
@@ -140,11 +144,12 @@ def test_the_youngest_are_preempted_until_enough_is_free_but_never_an_older_one(
 def test_rblocks_at_one_instance_are_freed_only_by_those_that_have_some_there():
     scheduler = make(num_blocks=20, policy="lend")
     three_rows(scheduler)
-    scheduler.rm.credit_opened(7, 2)
-    scheduler.rm.commit([scheduler.rm.move_out(3, 0, 7), scheduler.rm.move_out(5, 0, 7)], [])
+    scheduler.rm.borrower.credit_opened(7, 2)
+    borrower = scheduler.rm.borrower
+    borrower.commit([borrower.move_out(3, 0, 7), borrower.move_out(5, 0, 7)], [])
     answer(scheduler, preempt=1, preempt_at=7, admit_before=2)
     assert running(scheduler) == [3, 8]
-    assert scheduler.rm.settle_debt(7)[:2] == ([5], 0)
+    assert scheduler.rm.borrower.settle(7)[:2] == ([5], 0)
 
 
 @settings(deadline=None)
@@ -168,11 +173,11 @@ def test_every_row_that_fits_alone_is_finished_and_the_oldest_never_goes_back(
         if not scheduler.running and not scheduler.waiting:
             break
         if round_number % 3 == 0:
-            begin = [row.request for row in scheduler.demands.large]
+            begin = [row.request for row in large_rows(scheduler)]
             answer(scheduler, asked=scheduler.demand().wanted, begin=begin)
         oldest = min(s.id for s in (*scheduler.running, *scheduler.waiting))
         step(scheduler)
         assert sequences[oldest].computed >= progress.get(oldest, 0)
         progress[oldest] = sequences[oldest].computed
     assert all(sequence.finish_reason() == "length" for sequence in sequences)
-    assert scheduler.rm.usable == num_blocks
+    assert scheduler.rm.slots.usable == num_blocks

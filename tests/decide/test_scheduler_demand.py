@@ -6,6 +6,8 @@ import pytest
 from schedules import add, answer, expect_short, make, running, step
 
 from hpc_distkv.control.messages.reports import Large
+from hpc_distkv.decide.demand import lacking, large_rows, longest
+from hpc_distkv.decide.pace import Calibration
 from hpc_distkv.decide.scheduler import PATIENCE, Scheduler
 
 # -- what is asked for --------------------------------------------------------------------------
@@ -88,16 +90,16 @@ def test_without_a_planner_any_shortage_is_borrowed_against():
 def test_a_row_borrows_if_that_costs_less_than_to_compute_the_youngest_again():
     """18 steps with an exchange each, against 21 tokens computed again."""
     scheduler = two_that_fill("lend")
-    scheduler.demands.exchange_tokens = 0.5
+    scheduler.calibrate(Calibration(exchange_tokens=0.5))
     assert scheduler.demand().wanted > 0
-    scheduler.demands.exchange_tokens = 2.0
+    scheduler.calibrate(Calibration(exchange_tokens=2.0))
     assert scheduler.demand().wanted == 0
 
 
 @pytest.mark.parametrize("policy", ["lend", "lend-greedy"])
 def test_a_row_waits_for_no_loan_that_does_not_pay(policy):
     scheduler = two_that_fill(policy)
-    scheduler.demands.exchange_tokens = scheduler.step_tokens = 100.0
+    scheduler.calibrate(Calibration(step_tokens=100.0, exchange_tokens=100.0))
     goes_on = [0 in step(scheduler) for _ in range(8)]
     assert all(goes_on) == (policy == "lend")
     assert (scheduler.counters.preemptions == 1) == (policy == "lend")
@@ -127,24 +129,24 @@ def test_room_that_a_waiting_row_cannot_use_yet_is_lendable():
     scheduler = a_fragment(second=36)
     demand = scheduler.demand()
     assert (demand.wanted, demand.lendable) == (0, 20 - 2 - 11 - 1)
-    assert scheduler.demands.lacking == 4
+    assert lacking(scheduler) == 4
 
 
 def test_room_that_a_waiting_row_begins_with_is_not_lendable():
     scheduler = a_fragment(second=20)
     assert scheduler.demand().lendable == 0
-    assert scheduler.demands.lacking == 0
+    assert lacking(scheduler) == 0
 
 
 def test_two_rows_do_not_begin_in_the_same_room():
     """When row 0 ends it has 11.5 rBlocks and row 1 has 5.25, and row 2 would have as many: 22 of
     20, with one in reserve."""
     scheduler = a_fragment(second=12)
-    assert scheduler.demands.lacking == 0
+    assert lacking(scheduler) == 0
     add(scheduler, 2, prompt=12)
-    assert scheduler.demands.lacking == 0
+    assert lacking(scheduler) == 0
     scheduler.demand()
-    assert scheduler.demands.lacking == 3
+    assert lacking(scheduler) == 3
 
 
 # -- with a planner, a row too large for its instance begins on the gManager's word ---------------
@@ -160,15 +162,15 @@ def large_and_small() -> Scheduler:
 
 def test_a_row_too_large_waits_for_the_gmanager_and_others_pass_it():
     scheduler = large_and_small()
-    assert scheduler.demands.large == [Large(0, False, 0, 15, 59.0, 2.0)]
+    assert large_rows(scheduler) == [Large(0, False, 0, 15, 59.0, 2.0)]
     assert step(scheduler) == {1: 7}
     assert scheduler.demand().wanted == 0
     assert scheduler.fresh == 1, "it may go elsewhere"
     answer(scheduler, begin=[0])
     assert scheduler.fresh == 0
-    assert scheduler.demands.large[0].begun
+    assert large_rows(scheduler)[0].begun
     assert step(scheduler) == {0: 15, 1: 1}
-    assert scheduler.demands.large == [Large(0, True, 4, 15, 44.0, 2.0)]
+    assert large_rows(scheduler) == [Large(0, True, 4, 15, 44.0, 2.0)]
 
 
 def test_a_row_too_large_asks_for_all_its_prompt_as_soon_as_it_runs():
@@ -188,7 +190,7 @@ def test_a_row_too_large_that_gave_way_waits_for_the_gmanager_again():
     assert running(scheduler) == []
     answer(scheduler)
     assert 0 not in step(scheduler)
-    assert not scheduler.demands.large[0].begun
+    assert not large_rows(scheduler)[0].begun
 
 
 @pytest.mark.parametrize(("begin", "given"), [([], [0, 1]), ([0], [1])])
@@ -204,7 +206,7 @@ def test_word_of_a_row_that_does_not_wait_any_more_is_forgotten():
     answer(scheduler, begin=[1, 7])
     scheduler.running[0].computed = 0
     add(scheduler, 7, prompt=59)
-    assert not any(row.begun for row in scheduler.demands.large)
+    assert not any(row.begun for row in large_rows(scheduler))
 
 
 def test_a_step_ahead_that_has_memory_ends_a_shortage():
@@ -238,7 +240,7 @@ def test_a_row_gives_way_only_after_the_time_that_it_would_take_again(step_token
     expect_short(scheduler)
     for number, prompt in enumerate((5, 3, 27)):
         add(scheduler, number, prompt, max_tokens=40)
-    scheduler.step_tokens, scheduler.demands.exchange_tokens = step_tokens, 100.0
+    scheduler.calibrate(Calibration(step_tokens, exchange_tokens=100.0))
     ran = []
     while not scheduler.counters.preemptions:
         ran.append(0 in step(scheduler))
@@ -285,8 +287,8 @@ def test_what_one_row_gives_back_before_another_needs_it_is_needed_once():
 
 def test_an_instance_whose_pool_is_full_of_guests_takes_no_rows():
     scheduler = make(num_blocks=8, policy="lend")
-    scheduler.rm.promise(8)
-    scheduler.rm.settle({1: 8})
+    scheduler.rm.lender.promise(8)
+    scheduler.rm.lender.settle({1: 8})
     assert scheduler.room() == (0, 0)
 
 
@@ -315,36 +317,36 @@ def test_credit_is_used_for_the_oldest_rblocks_of_the_longest_row():
     scheduler = make(num_blocks=6, policy="lend-greedy")
     add(scheduler, 0, prompt=40)
     step(scheduler)
-    scheduler.rm.credit_opened(3, 8)
+    scheduler.rm.borrower.credit_opened(3, 8)
     plan = scheduler.plan()
-    assert {(m.request, m.peer) for m in plan.moves} == {(0, 3)}
+    assert {(m.key, m.peer) for m in plan.moves} == {(0, 3)}
     assert [m.block for m in plan.moves] == list(range(len(plan.moves)))
     assert len(plan.moves) == 4, "all that is sealed may go"
 
 
 def test_credit_that_is_not_needed_is_returned():
     scheduler = make(num_blocks=50, policy="lend")
-    scheduler.rm.credit_opened(3, 8)
+    scheduler.rm.borrower.credit_opened(3, 8)
     assert scheduler.demand().wanted == 0
-    assert scheduler.rm.settle_debt(3)[:2] == ([], 8)
+    assert scheduler.rm.borrower.settle(3)[:2] == ([], 8)
 
 
 def test_credit_for_what_the_planner_moves_is_kept():
     scheduler = make(num_blocks=50, policy="lend")
     add(scheduler, 0, prompt=16)
     step(scheduler)
-    scheduler.rm.credit_opened(3, 8)
+    scheduler.rm.borrower.credit_opened(3, 8)
     answer(scheduler, shed={3: 2})
     scheduler.demand()
-    assert scheduler.rm.settle_debt(3)[:2] == ([], 6)
+    assert scheduler.rm.borrower.settle(3)[:2] == ([], 6)
 
 
 def test_the_longest_row_counts_by_what_is_sealed_at_home():
     scheduler = make(num_blocks=50, policy="lend")
-    assert scheduler.demands.longest == 0
+    assert longest(scheduler) == 0
     add(scheduler, 0, prompt=11)
     step(scheduler)
-    assert scheduler.demands.longest == 2
-    scheduler.rm.credit_opened(3, 1)
-    scheduler.rm.commit([scheduler.rm.move_out(0, 0, 3)], [])
-    assert scheduler.demands.longest == 1
+    assert longest(scheduler) == 2
+    scheduler.rm.borrower.credit_opened(3, 1)
+    scheduler.rm.borrower.commit([scheduler.rm.borrower.move_out(0, 0, 3)], [])
+    assert longest(scheduler) == 1

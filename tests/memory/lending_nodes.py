@@ -93,15 +93,17 @@ class Node:
         self.instance.scheduler.finish(self.sequences[request])
 
     def return_credit(self, rng: random.Random | None = None) -> None:
-        for creditor, debt in list(self.rm.debts.items()):
-            self.rm.return_credit(creditor, rng.randint(0, debt.credit) if rng else debt.credit)
+        for creditor, debt in list(self.rm.borrower.debts.items()):
+            self.rm.borrower.return_credit(
+                creditor, rng.randint(0, debt.credit) if rng else debt.credit
+            )
 
     # -- steps ------------------------------------------------------------------------------------
 
     def begin_step(self, rng: random.Random) -> None:
         moves: list[Move] = []
         leaving: list[TokenSequence] = []
-        for creditor, debt in list(self.rm.debts.items()):
+        for creditor, debt in list(self.rm.borrower.debts.items()):
             act = rng.choice(("lend", "lend", "copy", "hand over"))
             if act == "lend":
                 moves += self._lend(creditor, rng.choice((debt.credit, debt.credit // 2)), rng)
@@ -112,7 +114,9 @@ class Node:
                     leaving.append(self.sequences[request])
                 else:
                     blocks = min(debt.credit + copied, blocks - 1)
-                moves += [self.rm.copy_out(request, creditor) for _ in range(copied, blocks)]
+                moves += [
+                    self.rm.borrower.copy_out(request, creditor) for _ in range(copied, blocks)
+                ]
         recalls = list(self._recalls(rng))
         rows = [
             Scheduled(sequence, rng.randint(1, 3))
@@ -150,26 +154,26 @@ class Node:
 
     def _lend(self, creditor: int, count: int, rng: random.Random) -> Iterator[Move]:
         for _ in range(count):
-            going = {(move.request, move.block) for move in self.rm.outgoing}
+            going = {(move.key, move.block) for move in self.rm.borrower.outgoing}
             sealed = [
                 (request, index)
                 for request, table in self.rm.tables.items()
-                if request not in self.rm.copies and not self._just_came(request, creditor)
+                if request not in self.rm.borrower.copies and not self._just_came(request, creditor)
                 for index in table.indices
                 if index < table.blocks - 1 and (request, index) not in going
             ]
             if sealed:
-                yield self.rm.move_out(*rng.choice(sealed), creditor)
+                yield self.rm.borrower.move_out(*rng.choice(sealed), creditor)
 
     def _migrants(self, creditor: int, whole: bool) -> list[int]:
         """Requests that can be copied to `creditor`, in this step with all that is left of them
         if `whole`."""
-        going = {move.request for move in self.rm.outgoing}
+        going = {move.key for move in self.rm.borrower.outgoing}
         able = []
         for request, table in self.rm.tables.items():
             copied, blocks = self._copied(request)
-            copies = self.rm.copies.get(request)
-            fits = not whole or blocks - copied <= self.rm.debts[creditor].credit
+            copies = self.rm.borrower.copies.get(request)
+            fits = not whole or blocks - copied <= self.rm.borrower.debts[creditor].credit
             there = not copies or copies.creditor == creditor
             there &= not self._just_came(request, creditor)
             if fits and there and not table.remote and request not in going:
@@ -181,12 +185,12 @@ class Node:
         return request in self.nodes[creditor].rm.tables
 
     def _copied(self, request: int) -> tuple[int, int]:
-        copies = self.rm.copies.get(request)
+        copies = self.rm.borrower.copies.get(request)
         return copies.blocks if copies else 0, self.rm.tables[request].blocks
 
     def _recalls(self, rng: random.Random) -> Iterator[Move]:
         """What DGFM planned, or anything."""
-        for creditor in list(self.rm.debts):
+        for creditor in list(self.rm.borrower.debts):
             hosted = [
                 (request, index)
                 for request, table in self.rm.tables.items()
@@ -194,9 +198,9 @@ class Node:
             ]
             planned = self.recall.pop(creditor, 0)
             for _ in range(min(rng.choice((planned, planned, 1, len(hosted))), len(hosted))):
-                if self.rm.usable > 0:
+                if self.rm.slots.usable > 0:
                     hosted.remove(chosen := rng.choice(hosted))
-                    yield self.rm.bring_home(*chosen, creditor)
+                    yield self.rm.borrower.bring_home(*chosen, creditor)
 
     # -- what must hold at every instant ----------------------------------------------------------
 
@@ -208,7 +212,7 @@ class Node:
             table = self.rm.tables[request]
             for index, slot in zip(table.indices, table.slots, strict=True):
                 assert self.holds(slot, self.marks[request, index])
-        for (debtor, request), guest in self.rm.guests.items():
+        for (debtor, request), guest in self.rm.lender.guests.items():
             table = self.nodes[debtor].rm.tables.get(request)  # None: it waits to be evicted
             for index, slot in zip(guest.indices, guest.slots, strict=True):
                 if table and index in table.remote.get(self.number, ()):

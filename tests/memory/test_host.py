@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from hpc_distkv.memory.loan import HOST, Move
+from hpc_distkv.memory.books.swap import SwapMove
 from hpc_distkv.memory.mapped import mapped_memory
 from hpc_distkv.memory.rmanager import RManager
 
@@ -32,8 +32,8 @@ class HostTier(RuleBasedStateMachine):
         self.prompts: dict[int, str] = {}
         self.swapped: dict[int, int] = {}
         """Preempted request → rBlocks it had computed."""
-        self.out: list[Move] = []
-        self.back: list[Move] = []
+        self.out: list[SwapMove] = []
+        self.back: list[SwapMove] = []
         self.going: dict[int, int] = {}
         self.newest = 0
 
@@ -44,7 +44,7 @@ class HostTier(RuleBasedStateMachine):
     @property
     def prefixes_move(self) -> bool:
         """Requests begin before the moves of a step are chosen, not while they are under way."""
-        return any(move.request < 0 for move in (*self.out, *self.back))
+        return any(move.key < 0 for move in (*self.out, *self.back))
 
     def content(self, request: int, index: int) -> Content:
         prompt = self.prompts[request]
@@ -64,18 +64,18 @@ class HostTier(RuleBasedStateMachine):
     @rule(data=st.data(), blocks=st.integers(1, 3))
     def compute(self, data: st.DataObject, blocks: int) -> None:
         request = data.draw(st.sampled_from(self.running))
-        blocks = min(blocks, max(0, self.rm.usable))
+        blocks = min(blocks, max(0, self.rm.slots.usable))
         self.rm.grow(request, blocks)
         table = self.rm.tables[request]
         for index in range(table.blocks - blocks, table.blocks):
             self.home[table.slots[table.place(index)]] = self.content(request, index)
-        self.rm.seal(request, table.blocks)
+        self.rm.prefixes.seal(request, table.blocks)
 
     @precondition(lambda self: self.running and self.rm.swap.free)
     @rule(data=st.data(), at_once=st.booleans())
     def spill(self, data: st.DataObject, at_once: bool) -> None:
         """One rBlock of a request, or of what it shares."""
-        moving = {(move.request, move.block) for move in self.out}
+        moving = {(move.key, move.block) for move in self.out}
         blocks = [
             (key, index)
             for request in self.running
@@ -84,23 +84,23 @@ class HostTier(RuleBasedStateMachine):
             if (key, index) not in moving
         ]
         if blocks:
-            self.out.append(self.rm.spill(*data.draw(st.sampled_from(blocks))))
+            self.out.append(self.rm.swap.spill(*data.draw(st.sampled_from(blocks))))
             if at_once:
                 self.arrive()
 
-    @precondition(lambda self: self.running and self.rm.usable > 0)
+    @precondition(lambda self: self.running and self.rm.slots.usable > 0)
     @rule(data=st.data())
     def bring_home(self, data: st.DataObject) -> None:
-        moving = {(move.request, move.block) for move in self.back}
+        moving = {(move.key, move.block) for move in self.back}
         blocks = [
             (key, index)
             for request in self.running
             for key, table in self.rm.parts(request).items()
-            for index in table.remote.get(HOST, ())
+            for index in table.in_host
             if (key, index) not in moving
         ]
         if blocks:
-            self.back.append(self.rm.bring_home(*data.draw(st.sampled_from(blocks)), HOST))
+            self.back.append(self.rm.swap.bring_home(*data.draw(st.sampled_from(blocks))))
 
     @precondition(lambda self: self.running and not self.out and not self.back)
     @rule(data=st.data(), unsealed=st.integers(0, 1), at_once=st.booleans())
@@ -119,10 +119,10 @@ class HostTier(RuleBasedStateMachine):
         """The bytes of all moves under way, and then their owners change."""
         slots = self.rm.swap.slots
         for move in self.out:
-            self.host[slots[move.request][move.block]] = self.home[move.slot]
+            self.host[slots[move.key][move.block]] = self.home[move.slot]
         for move in self.back:
-            self.home[move.slot] = self.host[slots[move.request][move.block]]
-        self.rm.commit(self.out, self.back)
+            self.home[move.slot] = self.host[slots[move.key][move.block]]
+        self.rm.swap.commit(self.out, self.back)
         for request in self.going:
             self.rm.finish_swap_out(request)
         self.swapped.update(self.going)
@@ -140,7 +140,7 @@ class HostTier(RuleBasedStateMachine):
         table = self.rm.resume(request, keys)
         assert request not in self.rm.swap.swapped
         if table.blocks < blocks:  # it had shared what is gone, or there was no room to use it
-            assert HOST not in table.remote
+            assert not table.in_host
 
     @precondition(lambda self: self.swapped)
     @rule(data=st.data())
@@ -181,7 +181,7 @@ class HostTier(RuleBasedStateMachine):
             for key, table in self.rm.parts(request).items():
                 for index, slot in zip(table.indices, table.slots, strict=True):
                     assert self.home[slot] == self.content(request, index)
-                for index in table.remote.get(HOST, ()):
+                for index in table.in_host:
                     assert self.host[slots[key][index]] == self.content(request, index)
         for request in self.swapped:
             for index, slot in slots[request].items():
@@ -195,7 +195,7 @@ class HostTier(RuleBasedStateMachine):
         for request in self.swapped:
             self.rm.swap.discard(request)
         self.rm.check()
-        assert (self.rm.usable, self.rm.swap.free) == (8, 7)
+        assert (self.rm.slots.usable, self.rm.swap.free) == (8, 7)
 
 
 TestHostTier = HostTier.TestCase
@@ -207,11 +207,11 @@ def test_a_request_begins_anew_when_what_it_shared_is_gone():
     for request in (1, 2):
         rm.open(request, keys)
         rm.grow(request, 2 if request == 1 else 1)
-        rm.seal(request, 2)
+        rm.prefixes.seal(request, 2)
     assert rm.tables[2].start == 2
     moves = rm.swap_out(2, 3)
     assert [move.block for move in moves] == [2], "what 1 needs too is not copied"
-    rm.commit(moves, [])
+    rm.swap.commit(moves, [])
     rm.finish_swap_out(2)
     rm.close(1)
     rm.open(3)
@@ -228,12 +228,13 @@ def test_what_has_rblocks_at_a_creditor_is_not_swapped_out(lent):
     rm, keys = RManager(0, 8, host_blocks=5), keys_of("aa")
     rm.open(1, keys)
     rm.grow(1, 4)
-    rm.seal(1, 4)
-    rm.commit([rm.spill(1, 2)], [])
+    rm.prefixes.seal(1, 4)
+    rm.swap.commit([rm.swap.spill(1, 2)], [])
     assert rm.can_swap_out(1, 4)
-    rm.credit_opened(1, 1)
+    rm.borrower.credit_opened(1, 1)
     (prefix,) = rm.prefixes.chain(1)
-    rm.commit([rm.move_out(1, 3, 1) if lent == "its own" else rm.move_out(prefix.id, 0, 1)], [])
+    key, index = (1, 3) if lent == "its own" else (prefix.id, 0)
+    rm.borrower.commit([rm.borrower.move_out(key, index, 1)], [])
     assert not rm.can_swap_out(1, 4)
 
 
@@ -241,15 +242,15 @@ def test_what_is_still_at_home_is_not_read_from_the_host():
     rm, keys = RManager(0, 6, host_blocks=4), keys_of("aaa")
     rm.open(1, keys)
     rm.grow(1, 4)
-    rm.seal(1, 4)
+    rm.prefixes.seal(1, 4)
     moves = rm.swap_out(1, 4)
     assert [move.block for move in moves] == [0, 1, 2, 3]
-    rm.commit(moves, [])
+    rm.swap.commit(moves, [])
     rm.finish_swap_out(1)
     rm.open(2)
     rm.grow(2, 4)
     table = rm.resume(1, keys)
-    assert (table.start, table.remote) == (2, {HOST: [2, 3]})
+    assert (table.start, table.in_host) == (2, [2, 3])
     assert rm.swap.free == 2
     rm.check()
 
@@ -258,13 +259,13 @@ def test_of_a_prefix_that_is_cut_each_part_keeps_what_it_has_in_the_host():
     rm = RManager(0, 8, host_blocks=4)
     rm.open(1, keys_of("aaa"))
     rm.grow(1, 3)
-    rm.seal(1, 3)
+    rm.prefixes.seal(1, 3)
     (whole,) = rm.prefixes.chain(1)
-    rm.commit([rm.spill(whole.id, 0), rm.spill(whole.id, 2)], [])
+    rm.swap.commit([rm.swap.spill(whole.id, 0), rm.swap.spill(whole.id, 2)], [])
     slots = rm.swap.slots[whole.id]
     rm.open(2, keys_of("aab"))
     first, rest = rm.prefixes.chain(1)
-    assert (first.remote, rest.remote) == ({HOST: [0]}, {HOST: [2]})
+    assert (first.in_host, rest.in_host) == ([0], [2])
     assert rm.swap.slots == {first.id: {0: slots[0]}, rest.id: {2: slots[2]}}
     rm.check()
 

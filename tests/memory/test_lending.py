@@ -44,9 +44,8 @@ class Lending(RuleBasedStateMachine):
             self.nodes.append(Node(comm, config, self.marks, self.nodes))
             comm.waiter.background.append(self.happen)
         self.rng = rng
-        self.gmanager = GManager(
-            SyncSource(()), Links([i % 2 for i in range(n)]), n, policy, block_size=BLOCK
-        )
+        links = Links([i % 2 for i in range(n)])
+        self.gmanager = GManager(SyncSource(()), links, config)
         self.reports: dict[int, bytes] = {}
         self.lent: dict[int, dict[int, int]] = {}
         self.ids = itertools.count()
@@ -65,12 +64,12 @@ class Lending(RuleBasedStateMachine):
     @rule(rng=choices)
     def requests_begin_grow_and_end(self, rng: random.Random) -> None:
         for node in self.idle(rng):
-            if node.rm.usable > 0 and rng.random() < 0.6:
-                node.begin(next(self.ids), rng.randint(1, min(4, node.rm.usable)))
+            if node.rm.slots.usable > 0 and rng.random() < 0.6:
+                node.begin(next(self.ids), rng.randint(1, min(4, node.rm.slots.usable)))
             for request in rng.sample(sorted(node.rm.tables), len(node.rm.tables)):
                 if rng.random() < 0.15:
                     node.end(request)
-                elif rng.random() < 0.5 and node.rm.usable > 0:
+                elif rng.random() < 0.5 and node.rm.slots.usable > 0:
                     node.grow(request, 1)
             if rng.random() < 0.1:
                 node.return_credit(rng)
@@ -80,7 +79,7 @@ class Lending(RuleBasedStateMachine):
         """Answers take effect, and the next round is planned when the last report is there."""
         for node in self.idle(rng):
             if node.answer:
-                assert node.rm.settle(node.answer.lend) == []
+                assert node.rm.lender.settle(node.answer.lend) == []
                 node.recall, node.answer = dict(node.answer.recall), None
                 node.letters.open_credits()
                 self.reports[node.number] = self.report(node, rng)
@@ -96,13 +95,13 @@ class Lending(RuleBasedStateMachine):
     def report(self, node: Node, rng: random.Random) -> bytes:
         """An instance may promise although it wants something itself: so circles of debts come
         about more often."""
-        self.lent[node.number] = {d: loan.total for d, loan in node.rm.loans.items()}
+        self.lent[node.number] = {d: loan.total for d, loan in node.rm.lender.loans.items()}
         wanted = rng.choice((0, 2, 5))
         report = Report(
             round=self.round,
-            capacity=node.rm.num_blocks,
-            free=node.rm.free,
-            promised=node.rm.promise(rng.choice((0, node.rm.usable))),
+            capacity=node.rm.slots.num_blocks,
+            free=node.rm.slots.free,
+            promised=node.rm.lender.promise(rng.choice((0, node.rm.slots.usable))),
             wanted=wanted,
             wanted_for=0 if wanted else NOBODY,
             changes=Changes(lent=self.lent[node.number]),
@@ -142,12 +141,15 @@ class Lending(RuleBasedStateMachine):
         self.rng = rng
         self.settle()
         for one, other in itertools.permutations(self.nodes, 2):
-            debt, loan = one.rm.debts.get(other.number), other.rm.loans.get(one.number)
+            debt, loan = (
+                one.rm.borrower.debts.get(other.number),
+                other.rm.lender.loans.get(one.number),
+            )
             assert (debt.used if debt else 0) == (loan.used if loan else 0)
             assert (debt.credit + debt.returned if debt else 0) == (loan.credit if loan else 0)
             for request, table in one.rm.tables.items():
-                guest = other.rm.guests.get((one.number, request))
-                copies = one.rm.copies.get(request)
+                guest = other.rm.lender.guests.get((one.number, request))
+                copies = one.rm.borrower.copies.get(request)
                 if copies and copies.creditor == other.number and copies.blocks:
                     assert guest.indices == [*range(copies.blocks)]
                 else:
@@ -188,7 +190,7 @@ class Lending(RuleBasedStateMachine):
         for _ in range(3):
             for node in self.nodes:
                 if node.answer:
-                    node.rm.settle(node.answer.lend)
+                    node.rm.lender.settle(node.answer.lend)
                     node.answer = None
                 node.letters.open_credits()
                 for request in list(node.rm.tables):
@@ -197,10 +199,10 @@ class Lending(RuleBasedStateMachine):
                 node.begin_step(self.rng)
             self.settle()
         for node in self.nodes:
-            node.rm.settle({})
-            assert not node.rm.loans
-            assert not node.rm.debts
-            assert node.rm.usable == node.rm.num_blocks
+            node.rm.lender.settle({})
+            assert not node.rm.lender.loans
+            assert not node.rm.borrower.debts
+            assert node.rm.slots.usable == node.rm.slots.num_blocks
         assert leftovers(self.comms) == []
 
 

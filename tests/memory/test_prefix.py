@@ -46,10 +46,10 @@ class Sharing(RuleBasedStateMachine):
         self.newest += 1
         in_use = max((self.in_use(prompt, r) for r in self.prompts), default=0)
         assert self.rm.prefixes.in_use(keys) == in_use
-        usable = self.rm.usable
+        usable = self.rm.slots.usable
         table = self.rm.open(self.newest, keys)
         assert in_use <= table.start <= self.rm.prefixes.match(keys)
-        assert self.rm.usable == usable - (table.start - in_use)
+        assert self.rm.slots.usable == usable - (table.start - in_use)
         self.prompts[self.newest], self.filled[self.newest] = prompt, table.start
         self.tell()
 
@@ -58,7 +58,7 @@ class Sharing(RuleBasedStateMachine):
     def compute(self, data: st.DataObject, blocks: int) -> None:
         """A step that fills rBlocks; the request's output takes private ones after its prompt."""
         request = data.draw(st.sampled_from(sorted(self.prompts)))
-        blocks = min(blocks, max(0, self.rm.usable))
+        blocks = min(blocks, max(0, self.rm.slots.usable))
         self.rm.grow(request, blocks)
         table, prompt = self.rm.tables[request], self.prompts[request]
         for index in range(table.blocks - blocks, table.blocks):
@@ -66,7 +66,7 @@ class Sharing(RuleBasedStateMachine):
             own = prompt[: index + 1] if index < len(prompt) else str(request)
             self.bytes[HOME, slot] = own, index
         self.filled[request] += blocks
-        self.rm.seal(request, self.filled[request])
+        self.rm.prefixes.seal(request, self.filled[request])
 
     @precondition(lambda self: self.prompts)
     @rule(data=st.data())
@@ -77,11 +77,11 @@ class Sharing(RuleBasedStateMachine):
 
     @rule(blocks=st.integers(1, 3))
     def borrow(self, blocks: int) -> None:
-        self.other.promise(blocks)
-        self.other.settle({HOME: self.other.promised})
-        self.rm.credit_opened(CREDITOR, self.other.open_credit(HOME))
+        self.other.lender.promise(blocks)
+        self.other.lender.settle({HOME: self.other.lender.promised})
+        self.rm.borrower.credit_opened(CREDITOR, self.other.lender.open_credit(HOME))
 
-    @precondition(lambda self: self.prompts and self.rm.credit)
+    @precondition(lambda self: self.prompts and self.rm.borrower.credit)
     @rule(data=st.data())
     def lend(self, data: st.DataObject) -> None:
         parts = self.rm.parts(data.draw(st.sampled_from(sorted(self.prompts))))
@@ -89,42 +89,42 @@ class Sharing(RuleBasedStateMachine):
         if not at_home:
             return
         self.tell()
-        move = self.rm.move_out(*data.draw(st.sampled_from(at_home)), CREDITOR)
-        (hosted,) = self.other.host(HOME, [(move.request, move.block)])
+        move = self.rm.borrower.move_out(*data.draw(st.sampled_from(at_home)), CREDITOR)
+        (hosted,) = self.other.lender.host(HOME, [(move.key, move.block)])
         self.bytes[CREDITOR, hosted.slot] = self.bytes[HOME, move.slot]
-        self.rm.commit([move], [])
-        self.other.commit([], [hosted])
+        self.rm.borrower.commit([move], [])
+        self.other.lender.commit([], [hosted])
 
     @rule(data=st.data())
     def recall(self, data: st.DataObject) -> None:
         lent = [(k, i) for k, t in self.rm.tables.items() for i in t.remote.get(CREDITOR, ())]
-        if not lent or self.rm.usable <= 0:
+        if not lent or self.rm.slots.usable <= 0:
             return
         self.tell()
-        move = self.rm.bring_home(*data.draw(st.sampled_from(lent)), CREDITOR)
-        (back,) = self.other.give_back(HOME, [(move.request, move.block)])
+        move = self.rm.borrower.bring_home(*data.draw(st.sampled_from(lent)), CREDITOR)
+        (back,) = self.other.lender.give_back(HOME, [(move.key, move.block)])
         self.bytes[HOME, move.slot] = self.bytes[CREDITOR, back.slot]
-        self.rm.commit([], [move])
-        self.other.commit([back], [])
+        self.rm.borrower.commit([], [move])
+        self.other.lender.commit([back], [])
 
     @rule()
     def tell(self) -> None:
         """A header goes to the creditor."""
-        news = self.rm.settle_debt(CREDITOR)
-        self.other.split_guests(HOME, news.splits)
-        self.other.evict(HOME, news.released)
-        self.other.take_back(HOME, news.returned)
+        news = self.rm.borrower.settle(CREDITOR)
+        self.other.lender.split(HOME, news.splits)
+        self.other.lender.evict(HOME, news.released)
+        self.other.lender.take_back(HOME, news.returned)
 
-    @precondition(lambda self: self.rm.usable > 0)
+    @precondition(lambda self: self.rm.slots.usable > 0)
     @rule()
     def host(self) -> None:
         """Somebody else's rBlock comes, and stays."""
-        if self.rm.lent < 2 and self.rm.promise(1):
-            self.rm.settle({2: 1})
-            self.rm.open_credit(2)
-            (hosted,) = self.rm.host(2, [(99, self.rm.lent)])
+        if self.rm.lender.lent < 2 and self.rm.lender.promise(1):
+            self.rm.lender.settle({2: 1})
+            self.rm.lender.open_credit(2)
+            (hosted,) = self.rm.lender.host(2, [(99, self.rm.lender.lent)])
             self.bytes[HOME, hosted.slot] = "guest", 0
-            self.rm.commit([], [hosted])
+            self.rm.lender.commit([], [hosted])
 
     # -- what must hold ---------------------------------------------------------------------------
 
@@ -154,7 +154,7 @@ class Sharing(RuleBasedStateMachine):
             for key, table in self.rm.parts(request).items():
                 for index, slot in zip(table.indices, table.slots, strict=True):
                     seen[index] = self.bytes[HOME, slot]
-                guest = self.other.guests.get((HOME, key), Guest())
+                guest = self.other.lender.guests.get((HOME, key), Guest())
                 assert sorted(guest.indices) == sorted(table.remote.get(CREDITOR, ()))
                 for index, slot in zip(guest.indices, guest.slots, strict=True):
                     seen[index] = self.bytes[CREDITOR, slot]
@@ -170,7 +170,7 @@ class Sharing(RuleBasedStateMachine):
             for table in self.rm.parts(request).values()
             for slot in table.slots
         }
-        assert self.rm.usable == self.rm.num_blocks - len(read) - self.rm.lent
+        assert self.rm.slots.usable == self.rm.slots.num_blocks - len(read) - self.rm.lender.lent
 
     @invariant()
     def equal_beginnings_that_are_sealed_are_there_once(self) -> None:
@@ -193,7 +193,7 @@ def run(rm: RManager, request: int, prompt: str) -> int:
     """Begin and compute a request; returns how many rBlocks it found."""
     found = rm.open(request, keys_of(prompt)).start
     rm.grow(request, len(prompt) - found)
-    rm.seal(request, len(prompt))
+    rm.prefixes.seal(request, len(prompt))
     rm.check()
     return found
 
@@ -203,7 +203,7 @@ def test_what_was_unused_longest_goes_first_and_its_last_rblocks_before_its_firs
     for request, prompt in enumerate(["aaa", "bbb", "aa"]):
         run(rm, request, prompt)
         rm.close(request)
-    assert rm.free == 6
+    assert rm.slots.free == 6
     run(rm, 9, "c")
     assert [rm.prefixes.match(keys_of(prompt)) for prompt in ("aaa", "bbb")] == [2, 3]
     run(rm, 10, "dd")
@@ -216,9 +216,9 @@ def test_a_request_takes_no_more_of_the_cache_than_it_may_use():
     rm = RManager(HOME, 4)
     run(rm, 1, "aaaa")
     rm.close(1)
-    assert rm.promise(3) == 3
+    assert rm.lender.promise(3) == 3
     assert run(rm, 2, "a") == 1
-    assert rm.usable == 0
+    assert rm.slots.usable == 0
     assert rm.open(3, keys_of("aaaa")).start == 1
     rm.check()
 
@@ -229,7 +229,7 @@ def test_a_request_waits_for_the_rblock_that_another_computes():
     assert rm.prefixes.awaited(keys_of("aa"))
     assert not rm.prefixes.awaited(keys_of("b"))
     rm.grow(1, 2)
-    rm.seal(1, 2)
+    rm.prefixes.seal(1, 2)
     assert not rm.prefixes.awaited(keys_of("aa"))
     assert not rm.prefixes.awaited(keys_of("aac"))
     assert rm.prefixes.awaited(keys_of("aabc"))
@@ -240,32 +240,32 @@ def test_a_request_waits_for_the_rblock_that_another_computes():
 
 def test_what_is_lent_goes_as_soon_as_nobody_uses_it_with_all_that_continues_it():
     rm, other = RManager(HOME, 8), RManager(CREDITOR, 4)
-    other.promise(1)
-    other.settle({HOME: 1})
-    rm.credit_opened(CREDITOR, other.open_credit(HOME))
+    other.lender.promise(1)
+    other.lender.settle({HOME: 1})
+    rm.borrower.credit_opened(CREDITOR, other.lender.open_credit(HOME))
     run(rm, 1, "aab")
     run(rm, 2, "aac")
     trunk = rm.prefixes.chain(1)[0]
-    move = rm.move_out(trunk.id, 0, CREDITOR)
-    rm.commit([move], [])
+    move = rm.borrower.move_out(trunk.id, 0, CREDITOR)
+    rm.borrower.commit([move], [])
     rm.close(1)
     assert rm.prefixes.match(keys_of("aab")) == 3
     rm.close(2)
     assert rm.prefixes.match(keys_of("aab")) == 0
-    assert rm.settle_debt(CREDITOR).released == [trunk.id]
-    assert rm.free == 8
+    assert rm.borrower.settle(CREDITOR).released == [trunk.id]
+    assert rm.slots.free == 8
     rm.check()
 
 
 @pytest.mark.parametrize("split", [Split(-1, 2, -2), Split(-3, 0, -4), Split(-3, 1, -3)])
 def test_a_split_of_what_is_not_there_is_refused(split):
     rm = RManager(CREDITOR, 4)
-    rm.promise(2)
-    rm.settle({HOME: 2})
-    rm.open_credit(HOME)
-    rm.commit([], rm.host(HOME, [(-3, 0), (-3, 1)]))
+    rm.lender.promise(2)
+    rm.lender.settle({HOME: 2})
+    rm.lender.open_credit(HOME)
+    rm.lender.commit([], rm.lender.host(HOME, [(-3, 0), (-3, 1)]))
     with pytest.raises(ProtocolError, match="instance 0 split prefix"):
-        rm.split_guests(HOME, [split])
+        rm.lender.split(HOME, [split])
 
 
 def test_what_was_used_last_stays_longest_however_often_it_was_used():
@@ -273,7 +273,7 @@ def test_what_was_used_last_stays_longest_however_often_it_was_used():
     for request, prompt in enumerate("ab"):
         rm.open(request, keys_of(prompt))
         rm.grow(request, 1)
-        rm.seal(request, 1)
+        rm.prefixes.seal(request, 1)
     rm.close(0)
     rm.close(1)
     for request in range(2, 500):

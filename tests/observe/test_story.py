@@ -27,7 +27,7 @@ def job():
 
 @pytest.fixture
 def manager():
-    return SimpleNamespace(draining=False, reports={"drain": np.array([False, False])})
+    return SimpleNamespace(draining=False, reports=SimpleNamespace(drain=np.array([False, False])))
 
 
 def told_by(interrupt: Interrupt) -> tuple[Story, list[str]]:
@@ -70,7 +70,7 @@ def test_each_signal_is_told_with_its_time(job, manager):
 )
 def test_rank_0_tells_of_a_signal_that_another_rank_got(job, manager, asking, who):
     story, told = told_by(Interrupt())
-    manager.draining, manager.reports["drain"] = True, np.array(asking)
+    manager.draining, manager.reports.drain = True, np.array(asking)
     for _ in range(2):
         story.look(job, manager)
     assert told == [f"{who} was asked to stop: beginning nothing new"]

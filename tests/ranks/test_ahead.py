@@ -64,7 +64,7 @@ class Watch:
         def watched_compute(loop: StepLoop, plan, now, drawn=None):
             step = compute(loop, plan, now, drawn)
             self.exchanging += drawn is not None and loop._exchanging
-            self.serving += drawn is not None and bool(loop.instance.rm.guests)
+            self.serving += drawn is not None and bool(loop.instance.rm.lender.guests)
             self._slots[id(step)] = held(loop.instance, step)
             return step
 
@@ -81,7 +81,7 @@ class Watch:
 def held(instance: Instance, step: LaunchedStep) -> set[int]:
     """The slots that the step's rows have at home: they must stay theirs until it is over."""
     rows = [sequence.id for sequence, _ in step.plan.scheduled]
-    moved = {(move.request, move.slot) for move in step.plan.moves}
+    moved = {(move.key, move.slot) for move in step.plan.moves}
     return {
         slot
         for row in rows

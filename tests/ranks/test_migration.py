@@ -31,8 +31,11 @@ class Rig:
         """`blocks`: request → its rBlocks; the last has one token."""
         self.rm = RManager(0, num_blocks)
         config = EngineConfig(num_blocks, BLOCK, policy=POLICIES["migrate"])
-        self.migrations = Migrations(self.rm, config)
-        self.running = [self._sequence(number, n) for number, n in blocks.items()]
+        self.migrations = Migrations()
+        self.scheduler = Scheduler(self.rm, config, Counters())
+        for number, count in blocks.items():
+            self.scheduler.adopt(self._sequence(number, count))
+        self.running = self.scheduler.running
 
     def _sequence(self, number: int, blocks: int) -> TokenSequence:
         length = (blocks - 1) * BLOCK + 1
@@ -45,19 +48,18 @@ class Rig:
 
     def step(self, short: int = 1) -> tuple[list[tuple[int, int, int]], list[int]]:
         """(request, rBlock, creditor) of the copies of one step, and who leaves with it."""
-        moves, leaving = self.migrations.plan(self.running, short)
+        moves, leaving = self.migrations.plan(self.scheduler, short)
         assert all(move.kind is MoveKind.COPY for move in moves)
-        self.rm.commit(moves, [])
+        self.rm.borrower.commit(moves, [])
         for sequence in leaving:
-            self.rm.hand_over(sequence.id)
-            self.running.remove(sequence)
+            self.scheduler.hand_over(sequence)
         self.rm.check()
-        return [(m.request, m.block, m.peer) for m in moves], [s.id for s in leaving]
+        return [(m.key, m.block, m.peer) for m in moves], [s.id for s in leaving]
 
 
 def chosen(blocks: dict[int, int], credit: int, short: int) -> set[int]:
     rig = Rig(blocks)
-    rig.rm.credit_opened(3, credit)
+    rig.rm.borrower.credit_opened(3, credit)
     copies, _ = rig.step(short)
     return {request for request, *_ in copies}
 
@@ -83,7 +85,7 @@ def test_if_none_frees_enough_the_largest_that_finds_room_leaves():
 def test_a_row_that_computes_its_prompt_stays():
     rig = Rig({0: 9, 1: 5})
     rig.running[0].computed -= 7
-    rig.rm.credit_opened(3, 40)
+    rig.rm.borrower.credit_opened(3, 40)
     copies, leaving = rig.step(short=9)
     assert {request for request, *_ in copies} == {1}
     assert leaving == [1]
@@ -91,8 +93,8 @@ def test_a_row_that_computes_its_prompt_stays():
 
 def test_every_creditor_takes_one_row_at_a_time():
     rig = Rig({0: 12, 1: 13, 2: 14})
-    rig.rm.credit_opened(3, 40)
-    rig.rm.credit_opened(5, 40)
+    rig.rm.borrower.credit_opened(3, 40)
+    rig.rm.borrower.credit_opened(5, 40)
     copies, _ = rig.step(short=12)
     assert {(request, creditor) for request, _, creditor in copies} == {(0, 3), (1, 5)}
     _, leaving = rig.step(short=1)
@@ -106,18 +108,18 @@ def test_every_creditor_takes_one_row_at_a_time():
 
 def test_sealed_rblocks_are_copied_in_order_and_the_tail_with_the_last_step():
     rig = Rig({0: 2 * COPIED_BLOCKS + 3})
-    rig.rm.credit_opened(3, 40)
+    rig.rm.borrower.credit_opened(3, 40)
     steps = [rig.step() for _ in range(3)]
     assert [leaving for _, leaving in steps] == [[], [], [0]]
     assert [len(copies) for copies, _ in steps] == [COPIED_BLOCKS, COPIED_BLOCKS, 3]
     copied = [index for copies, _ in steps for _, index, _ in copies]
     assert copied == list(range(2 * COPIED_BLOCKS + 3))
-    assert rig.rm.usable == 60
+    assert rig.rm.slots.usable == 60
 
 
 def test_a_row_goes_on_growing_while_it_is_copied():
     rig = Rig({0: 2 * COPIED_BLOCKS})
-    rig.rm.credit_opened(3, 40)
+    rig.rm.borrower.credit_opened(3, 40)
     rig.step()
     for _ in range(BLOCK):
         rig.running[0].expect(0)
@@ -132,17 +134,17 @@ def test_a_row_goes_on_growing_while_it_is_copied():
 
 def test_a_row_stays_until_there_is_credit_for_all_of_it():
     rig = Rig({0: COPIED_BLOCKS + 2})
-    rig.rm.credit_opened(3, COPIED_BLOCKS + 2 + GROWTH_BLOCKS)
+    rig.rm.borrower.credit_opened(3, COPIED_BLOCKS + 2 + GROWTH_BLOCKS)
     rig.step()
-    rig.rm.return_credit(3, 5)
+    rig.rm.borrower.return_credit(3, 5)
     assert rig.step() == ([], [])
-    rig.rm.credit_opened(3, 1)
+    rig.rm.borrower.credit_opened(3, 1)
     assert rig.step()[1] == [0]
 
 
 def test_a_row_that_ends_on_the_way_makes_room_for_another():
     rig = Rig({0: 12, 1: 13})
-    rig.rm.credit_opened(3, 40)
+    rig.rm.borrower.credit_opened(3, 40)
     assert {request for request, *_ in rig.step(short=12)[0]} == {0}
     rig.rm.close(0)
     rig.running.pop(0)
@@ -160,22 +162,22 @@ def two_rows() -> Scheduler:
         request = Request(number, pack_tokens(range(prompt)), Sampling(max_tokens=20))
         sequence = TokenSequence(request, assigned_at=0.0)
         scheduler.adopt(sequence)
-        scheduler._rm.open(number)
-        scheduler._rm.grow(number, config.blocks(prompt))
+        scheduler.rm.open(number)
+        scheduler.rm.grow(number, config.blocks(prompt))
         sequence.computed = prompt
         sequence.expect(0)
         sequence.learn(0, 0.0)
-    scheduler._rm.credit_opened(3, 10 + GROWTH_BLOCKS)
+    scheduler.rm.borrower.credit_opened(3, 10 + GROWTH_BLOCKS)
     return scheduler
 
 
 def test_a_row_misses_only_the_step_that_hands_it_over():
     scheduler = two_rows()
-    scheduler._rm.close(0)
+    scheduler.rm.close(0)
     scheduler.running.pop(0)
     (row,), leaving = (plan := scheduler.plan()).scheduled, plan.leaving
     assert (row.sequence.id, leaving) == (1, [])
-    scheduler._rm.commit(plan.moves, [])
+    scheduler.rm.borrower.commit(plan.moves, [])
     row.sequence.computed += 1
     row.sequence.expect(0)
     row.sequence.learn(0, 0.0)
@@ -190,18 +192,18 @@ def test_a_row_that_leaves_is_not_preempted_in_the_same_step():
     scheduler.apply(Answer(round=0), 1)
     plan = scheduler.plan()
     assert [sequence.id for sequence in plan.leaving] == [0]
-    assert 0 in scheduler._rm.tables
+    assert 0 in scheduler.rm.tables
     assert 0 not in [row.sequence.id for row in plan.scheduled]
 
 
 def test_credit_too_small_for_any_row_is_no_reason_to_wait():
     """Nobody fits into it, so the youngest is preempted after some patience, or it is returned."""
     scheduler = two_rows()
-    scheduler._rm.return_credit(3, 9)
+    scheduler.rm.borrower.return_credit(3, 9)
     for number in range(6):
         scheduler.apply(Answer(round=number), scheduler.demand().wanted)
         scheduler.plan()
-    assert scheduler.counters.preemptions > 0 or scheduler._rm.debts[3].returned > 9
+    assert scheduler.counters.preemptions > 0 or scheduler.rm.borrower.debts[3].returned > 9
 
 
 # -- in a cluster -------------------------------------------------------------------------------

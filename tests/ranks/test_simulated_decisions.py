@@ -28,7 +28,7 @@ ANY = Measured(1e-2, 1e-3, 1e-3, 1e-6, 1e-6, 1e-4, 1e9)
 
 
 def shown(plan: Plan) -> list[Any]:
-    copies = [sorted((m.request, m.block) for m in p) for p in (plan.to_host, plan.from_host)]
+    copies = [sorted((m.key, m.block) for m in p) for p in (plan.to_host, plan.from_host)]
     return [[(row.sequence.id, row.tokens) for row in plan.scheduled], *copies]
 
 

@@ -134,9 +134,9 @@ def test_nobody_owes_anything_at_the_end(rows, policy, host):
     ended = run(deployment(policy=policy, host=host), rows)[1]
     for member in ended.members:
         rm = member.instance.rm
-        assert not rm.loans
-        assert not rm.debts
-        assert rm.free == rm.num_blocks
+        assert not rm.lender.loans
+        assert not rm.borrower.debts
+        assert rm.slots.free == rm.slots.num_blocks
         assert rm.swap.used == 0
 
 

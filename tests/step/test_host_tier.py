@@ -15,12 +15,14 @@ from test_tensor_parallel import run, whole  # noqa: F401
 
 from hpc_distkv.comm.local.schedule import SeededSchedule
 from hpc_distkv.comm.local.threads import open_local
+from hpc_distkv.control.messages.counters import Counters
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 from hpc_distkv.decide.config import EngineConfig
-from hpc_distkv.decide.foresight import Foresight
 from hpc_distkv.decide.instance import Instance
+from hpc_distkv.decide.pace import Calibration
+from hpc_distkv.decide.scheduler import Scheduler
 from hpc_distkv.decide.sequence import TokenSequence
-from hpc_distkv.decide.swap import Swaps
+from hpc_distkv.decide.swap import Swaps, may_spill
 from hpc_distkv.errors import OptionError
 from hpc_distkv.memory.rmanager import RManager
 from hpc_distkv.model.config import ModelConfig
@@ -132,7 +134,8 @@ def test_copies_that_cost_more_than_to_compute_again_are_not_made(
 def test_what_is_swapped_out_makes_room_for_a_row_that_cannot_go_on():
     config = EngineConfig(num_blocks=8, block_size=BLOCK, host_blocks=4, max_num_batched_tokens=16)
     rm = RManager(0, 8, host_blocks=4)
-    swaps = Swaps(rm, config, Foresight(rm, config))
+    scheduler = Scheduler(rm, config, Counters())
+    swaps = Swaps()
 
     def running(number: int, length: int, blocks: int) -> TokenSequence:
         sequence = TokenSequence(Request(number, pack_tokens([1] * length), Sampling(9)), 0.0)
@@ -143,17 +146,19 @@ def test_what_is_swapped_out_makes_room_for_a_row_that_cannot_go_on():
 
     def moves() -> list[int]:
         out, home = swaps.take_plan()
-        rm.commit(out, home)
+        rm.swap.commit(out, home)
         return [move.block for move in out]
 
     young = running(9, 5 * BLOCK, 4)
-    assert swaps.swap_out(young)
+    assert swaps.swap_out(scheduler, young)
     assert (moves(), swaps.commit(), rm.swap.free) == ([0, 1, 2, 3], [young], 0)
+    rm.finish_swap_out(young.id)
     long = running(3, 12 * BLOCK, 8)
-    assert swaps.helps(long)
-    swaps.plan([long], 3, lambda sequence: False)
+    assert may_spill(scheduler, long)
+    scheduler.adopt(long)
+    swaps.plan(scheduler, 3, lambda sequence: False)
     assert moves() == [0, 1, 2]
-    assert (rm.swap.swapped, rm.swap.used, rm.usable) == ({}, 3, 3)
+    assert (rm.swap.swapped, rm.swap.used, rm.slots.usable) == ({}, 3, 3)
     rm.check()
 
 
@@ -179,8 +184,8 @@ def test_peers_are_asked_for_memory_before_the_host(model, seed):  # noqa: F811
 
 def test_a_row_that_was_swapped_out_goes_on_though_steps_are_planned_ahead():
     instance = Instance(0, EngineConfig(num_blocks=20, block_size=4, host_blocks=20))
-    scheduler, swaps = instance.scheduler, instance.scheduler.swaps
-    swaps.block_tokens = 0.1
+    scheduler = instance.scheduler
+    scheduler.calibrate(Calibration(block_tokens=0.1))
     for number in range(2):
         request = Request(number, pack_tokens(range(12)), Sampling(max_tokens=20))
         scheduler.add(instance._sequence(request, 0.0))
@@ -210,7 +215,7 @@ def test_any_number_of_rows_comes_back_from_the_host_in_one_step():
     )
     instance = Instance(0, config)
     scheduler, rm = instance.scheduler, instance.rm
-    scheduler.swaps.block_tokens = 0.1
+    scheduler.calibrate(Calibration(block_tokens=0.1))
     for number in range(count):
         request = Request(number, pack_tokens([1] * 5), Sampling(max_tokens=2))
         scheduler.add(instance._sequence(request, 0.0))

@@ -173,7 +173,7 @@ def test_steps_of_creditors_of_several_ranks_are_not_replayed(
     run = Forward.run
 
     def watched(forward: Forward, *arguments: object) -> torch.Tensor:
-        guests, before = bool(forward._rm.guests), len(REPLAYED)
+        guests, before = bool(forward._rm.lender.guests), len(REPLAYED)
         result = run(forward, *arguments)
         models = [model for _, model in REPLAYED[before:]]
         steps.append((guests, forward._model in models))

@@ -52,7 +52,7 @@ def rows_of(rm: RManager) -> list[Scheduled]:
         keys = [text[: end + 1].encode() for end in range(len(text))]
         table = rm.open(number, keys)
         rm.grow(number, len(text) - table.start)
-        rm.seal(number, len(text))
+        rm.prefixes.seal(number, len(text))
         rm.grow(number, -(-tokens // BLOCK))
         prompt = pack_tokens(range(len(text) * BLOCK + tokens))
         sequence = TokenSequence(Request(number, prompt, Sampling(4)), 0.0)

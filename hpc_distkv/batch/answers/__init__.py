@@ -1,1 +1,1 @@
-"""From an engine's result to a line of the results file."""
+"""From an engine's result to a text (choice), and to a line of the results file (line)."""

@@ -1,1 +1,1 @@
-"""From lines of a batch file to requests."""
+"""The batch file: its lines (intake), each as an envelope around a body, checked, to a row."""

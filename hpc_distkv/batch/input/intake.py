@@ -68,17 +68,13 @@ class Intake:
         """Whether `look` has found another file, or one that grew, shrank or was written to."""
         self._version = _version(state)
 
-    def envelopes(self, answered: AnsweredRows | None = None) -> Iterator[Envelope | None]:
-        """The rows not in `answered`, in order, and None for each that is passed over; a repeated
-        custom_id comes with a problem.
+    def envelopes(self, answered: AnsweredRows | None = None) -> Iterator[Envelope]:
+        """The rows not in `answered`, in order; a repeated custom_id comes with a problem.
 
         Takes the rows out of `answered`. Raises InputError when reading fails.
         """
         seen: set[str] = set()
         for envelope in self._envelopes():
-            if envelope is None:
-                yield None
-                continue
             custom_id = envelope.custom_id
             self.rows += 1
             repeated = custom_id in seen
@@ -91,7 +87,8 @@ class Intake:
                 seen.add(custom_id)
                 if answered is not None and done and answered.changed(envelope):
                     self.changed.append(custom_id)
-            yield None if done else envelope
+            if not done:
+                yield envelope
         self.exhausted = True
 
     def again(self) -> Iterator[Envelope]:
@@ -99,7 +96,7 @@ class Intake:
         InputError."""
         self._file.seek(0)
         self.bytes_read = 0
-        return filter(None, self._envelopes())
+        return self._envelopes()
 
     def look(self) -> None:
         """See whether the file is still what was opened."""
@@ -113,12 +110,12 @@ class Intake:
         """Close the file."""
         self._file.close()
 
-    def _envelopes(self) -> Iterator[Envelope | None]:
-        """The rows, and None for each of another shard."""
+    def _envelopes(self) -> Iterator[Envelope]:
+        """The rows of the shard."""
         for number, line in self._lines():
             envelope = _too_long(number) if line is None else read_envelope(line, number)
-            mine = self._shard is None or self._shard.has(envelope.custom_id, number)
-            yield envelope if mine else None
+            if self._shard is None or self._shard.has(envelope.custom_id, number):
+                yield envelope
 
     def _lines(self) -> Iterator[tuple[int, bytes | None]]:
         number = 0
@@ -168,7 +165,7 @@ def _version(state: os.stat_result) -> tuple[int, ...]:
 
 
 def _ends_within(line: bytes) -> bool:
-    """Whether a line is the beginning of one: the last of a file that is still being copied."""
+    """Whether a line is cut off: the last of a file that is still being copied."""
     if line.endswith(b"\n") or line.isspace():
         return False
     try:

@@ -33,9 +33,9 @@ _UTF16 = (b"\xff\xfe", b"\xfe\xff", b"{\x00", b"\x00{", b"[\x00", b"\x00[")
 _GOES_ON = (b"{", b",", b"[")
 """How a line of an object over several lines ends."""
 _LOOK = 1 << 20
-"""Bytes at the beginning that are looked at."""
+"""Bytes of the file that are looked at, from its start."""
 _LINES = 20
-"""Beginning lines that are looked at. Fewer, if they are no JSON, are taken for rows."""
+"""First lines that are looked at. Fewer that are no JSON are taken for rows."""
 _NEEDED = 'the input must be JSON Lines, one object like {"custom_id": …} a line'
 
 

@@ -20,7 +20,7 @@ from hpc_distkv.batch.input.envelope import Envelope
 from hpc_distkv.regular import open_regular
 
 _OURS = b'{"id":"' + ID_PREFIX.encode()
-"""How each of our lines begins."""
+"""First bytes of a line that this program has written."""
 _HIGHEST = 2**32 - 1
 """Numbers from here on are not told apart."""
 
@@ -196,8 +196,8 @@ def read_answered(path: Path, since: float = math.inf) -> tuple[Answered, int]:
 
 
 def _torn(line: bytes) -> bool:
-    """Whether a line is the beginning of one of ours, as a write that was cut short leaves it: also
-    without its newline alone, however it is spaced, or with zeros for what had not reached the
+    """Whether a line is cut off, as the last one of a killed run may be: a prefix of a line of this
+    program, or all of it but the newline, perhaps with zeros for bytes that had not reached the
     disk."""
     if line.endswith(b"\n"):
         return False
@@ -211,7 +211,7 @@ def _torn(line: bytes) -> bool:
         msgspec.json.decode(line)
     except (ValueError, RecursionError):
         return True
-    return False  # it is whole, and no line of ours
+    return False  # it is whole, and no line of this program
 
 
 def _twin(path: Path, line: bytes, place: int) -> int:

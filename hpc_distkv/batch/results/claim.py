@@ -29,8 +29,8 @@ SETTLE = 0.5
 """Seconds in which several runs that take over the same void claim see who was last."""
 
 
-_BEGINNING = b'{"host":'
-"""Of what a claim's file holds: the first field of its owner."""
+_PREFIX = b'{"host":'
+"""First bytes of a claim file: those of the first field of its owner."""
 
 
 class Owner(msgspec.Struct, frozen=True):
@@ -216,12 +216,12 @@ def _take_over(path: Path, owner: Owner, sleep: Callable[[float], None]) -> int 
 
 
 def _check_claim(path: Path) -> None:
-    """Whether what is there is a claim, or the beginning of one. Raises JournalError."""
+    """Raise JournalError if the file there is neither a claim nor the prefix of one."""
     try:
         content = b"?" if path.is_symlink() else read_regular(path)
     except FileNotFoundError:
         return
-    if not _BEGINNING.startswith(content[: len(_BEGINNING)]) and content.strip(b"\0"):
+    if not _PREFIX.startswith(content[: len(_PREFIX)]) and content.strip(b"\0"):
         raise JournalError(
             f"{path} is not this program's, and in its way: move it, or give another output."
         )

@@ -19,20 +19,19 @@ FORMAT = 1
 """Version of the results file and of what resuming relies on."""
 
 INPUT = "input"
-"""Where the meta file says which file the rows came from."""
+"""Field of the meta file: the batch file."""
 ERRORS = "errors"
-"""Where it says which file the error rows are in, if they are in another one."""
+"""The file of the error rows, if they are not among the results."""
 SHARD = "shard"
-"""Where it says which part of the input the results answer."""
+"""The part of the input that the results answer."""
 DROPPED = "dropped_by"
-"""Where it says which Slurm job was the last to drop what the file held, or its error rows."""
+"""The last Slurm job that dropped what the file held, or its error rows."""
 MODEL = "model"
-"""Where it says what of the model decides tokens."""
+"""All of the model that decides tokens."""
 FORMER = "model_fingerprint"
-"""Where it says what versions wrote under `MODEL` that knew no more than a hash of config.json and
-of the sizes of weights."""
+"""What earlier versions wrote under `MODEL`: a hash of config.json and of the sizes of weights."""
 SERVED = "served_model"
-"""Where it says how the model is called."""
+"""The name of the model."""
 FREE = {INPUT, ERRORS, DROPPED, FORMER, SERVED}
 """What a rerun may change."""
 _DIFFER = {
@@ -41,9 +40,9 @@ _DIFFER = {
     f"{MODEL}.chat_template": "the chat template",
     f"{MODEL}.weights": "the content of the weights",
 }
-"""What is known by a hash."""
+"""Fields that are hashes → what has changed if they differ."""
 _CALLED = {f"{MODEL}.dtype": "--dtype", f"{MODEL}.eos_token_ids": "eos_token_id"}
-"""Other things that have a name of their own."""
+"""Fields that users know under another name."""
 
 _RESTART = "Use --overwrite to start again, or another output."
 
@@ -54,8 +53,8 @@ def describe(
     errors: Path | None,
     job: str | None,
 ) -> dict[str, Any]:
-    """What there is to know of a job: see `Opening.look`. `job`: Slurm's id of one that drops
-    something."""
+    """The record of a job; the arguments are those of `Opening.look`. `job`: Slurm's id of a job
+    that drops lines."""
     meta: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **fingerprint}))
     if source is not None:
         meta[INPUT] = str(Path(source).resolve())
@@ -67,25 +66,25 @@ def describe(
 
 
 def write_meta(path: Path, meta: Mapping[str, Any]) -> None:
-    """Replace what is known of the job of the results file at `path`. Raises OSError."""
+    """Replace the record of the job of the results file at `path`. Raises OSError."""
     # Not by msgspec, which takes no path that is not UTF-8.
     replace_file(meta_path(path), [json.dumps(meta, indent=2).encode(), b"\n"])
 
 
-def check_meta(path: Path, wanted: Mapping[str, Any]) -> None:
-    """Refuse the results of another job, with JournalError. Raises OSError."""
-    meta = meta_path(path)
-    if not meta.exists():
+def check_meta(path: Path, before: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> None:
+    """Raise JournalError if `before`, the record of the job that wrote the results, is none, or
+    differs from the one that is `wanted`."""
+    if before is None:
         raise JournalError(
-            f"{path} is not empty and has no {meta.name} beside it, so it is not known which job "
-            f"wrote it. {_RESTART}"
+            f"{path} is not empty and has no {meta_path(path).name} beside it, so it is not known "
+            f"which job wrote it. {_RESTART}"
         )
-    if found := differences(path, wanted):
+    if found := differences(before, wanted):
         raise JournalError(f"{path} holds results of another job: {'; '.join(found)}. {_RESTART}")
 
 
 def note_meta(path: Path, wanted: Mapping[str, Any]) -> None:
-    """Note what may change of a job that is resumed. Raises OSError."""
+    """Bring the record of a resumed job up to date. Raises OSError."""
     before, after = read_meta(path), dict(wanted)
     if DROPPED in before:
         after.setdefault(DROPPED, before[DROPPED])
@@ -93,25 +92,20 @@ def note_meta(path: Path, wanted: Mapping[str, Any]) -> None:
         write_meta(path, after)
 
 
-def has_meta(path: Path) -> bool:
-    """Whether anything is known of the job."""
-    return meta_path(path).exists()
-
-
-def check_errors(path: Path, wanted: Mapping[str, Any]) -> None:
+def check_errors(path: Path, before: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Refuse to go on without the file of error rows, which would be answered again. Raises
     JournalError and OSError."""
-    before = read_meta(path).get(ERRORS) if has_meta(path) else None
-    if before and before != wanted.get(ERRORS) and Path(before).exists():
+    errors = before.get(ERRORS)
+    if errors and errors != wanted.get(ERRORS) and Path(errors).exists():
         raise JournalError(
-            f"the error rows of {path} are in {before}: give --error-file {before}, or remove that "
+            f"the error rows of {path} are in {errors}: give --error-file {errors}, or remove that "
             "file to answer them again."
         )
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """What is known of the job that wrote the results file at `path`. Raises JournalError, and
-    OSError if there is nothing."""
+    """The record of the job that wrote the results file at `path`. Raises JournalError, and OSError
+    if there is none."""
     meta = meta_path(path)
     try:
         found: dict[str, Any] = msgspec.convert(json.loads(read_regular(meta)), dict[str, Any])
@@ -125,7 +119,7 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def _check(meta: Mapping[str, Any]) -> None:
-    """Whether this program wrote it. Raises ValueError."""
+    """Raise ValueError if this program has not written it."""
     if "format" not in meta:
         raise ValueError("another program's")
     for name in FREE | {SHARD}:
@@ -136,9 +130,8 @@ def _check(meta: Mapping[str, Any]) -> None:
         Shard.parse(meta[SHARD])
 
 
-def differences(path: Path, wanted: Mapping[str, Any]) -> list[str]:
-    """How the job that wrote the results differs from the one that is wanted."""
-    before = read_meta(path)
+def differences(before: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """How the job that wrote some results differs from the one that is wanted."""
     if FORMER in wanted and not isinstance(before.get(MODEL), dict):
         wanted = {**wanted, MODEL: wanted[FORMER]}
     old, new = _flat(before), _flat(wanted)

@@ -1,4 +1,4 @@
-"""How a results file is started or resumed."""
+"""Opening a results file: started anew, or resumed."""
 
 from __future__ import annotations
 
@@ -21,48 +21,50 @@ from hpc_distkv.batch.results.meta import (
     check_meta,
     describe,
     differences,
-    has_meta,
     note_meta,
     read_meta,
     write_meta,
 )
-from hpc_distkv.batch.results.side_files import excess_of_name, side_files, unfinished_path
+from hpc_distkv.batch.results.side_files import (
+    excess_of_name,
+    meta_path,
+    side_files,
+    unfinished_path,
+)
 from hpc_distkv.batch.results.unfinished import AnswerKey, Begun, check_unfinished, read_unfinished
 from hpc_distkv.regular import check_replaceable, real_path, remove_file, replace_file, same_file
 
 
 class Reuse(NamedTuple):
-    """What becomes of what the results file holds."""
+    """Which of the lines in a results file are dropped."""
 
     overwrite: bool = False
-    """Drop it."""
+    """All."""
     retry_errors: bool = False
-    """Drop its error rows, so that these rows are answered again."""
+    """Error rows, so that these rows are answered again."""
     job: str | None = None
     """Slurm's job id."""
     restarted: bool = False
-    """Whether that job was started before, and goes on where it was: it does not drop once more
-    what it has made since it dropped what was there."""
+    """Whether that job was started before. It drops lines at its first start only: it has made the
+    others itself."""
 
-    def at(self, path: Path) -> Reuse:
-        """What is still to be dropped of the file at `path`. Raises JournalError and OSError."""
-        if self.restarted and has_meta(path) and read_meta(path).get(DROPPED) == self.job:
-            return Reuse()
-        return self
+    def after(self, before: Mapping[str, Any] | None) -> Reuse:
+        """What is left to be dropped; `before`: the record of the job that wrote the file."""
+        return Reuse() if self.restarted and before and before.get(DROPPED) == self.job else self
 
 
 @dataclass(frozen=True)
 class Opening:
-    """What was found where a results file is to be started or resumed. To look changes nothing,
-    `begin` does: so one file that is refused spoils no other."""
+    """A results file that was looked at. `look` changes nothing, `begin` does; so if one of a job's
+    files is refused, the others are as they were."""
 
     claim: Claim
     wanted: Mapping[str, Any]
-    """What there is to know of the job."""
+    """The record of this job."""
     same: bool
-    """Whether what was begun belongs to this job, and is kept."""
+    """Whether this job wrote the file, and unfinished answers are kept."""
     empty: bool
-    """Whether no line is kept."""
+    """Whether the file starts empty."""
     retry_errors: bool
     answered: Answered
     sound: int
@@ -78,38 +80,37 @@ class Opening:
         source: Path | None = None,
         errors: Path | None = None,
     ) -> Opening:
-        """`fingerprint` is everything that must be the same for old and new rows to belong
-        together, as JSON values; `source`: the input; `errors`: the file of error rows, if they are
-        kept apart. Raises JournalError with what to do about it."""
+        """`fingerprint`: all that must be the same in the runs of a job, as JSON values; `source`:
+        the input; `errors`: the file of error rows, if they are not among the results. Raises
+        JournalError, which says what to do."""
         path = claim.output
         drops = reuse.overwrite or reuse.retry_errors
         wanted = describe(fingerprint, source, errors, reuse.job if drops else None)
         with _usable(path):
-            reuse = reuse.at(path)
-            if has_meta(path):
-                read_meta(path)
-            if not reuse.overwrite:
-                check_errors(path, wanted)
+            before = read_meta(path) if meta_path(path).exists() else None
+            reuse = reuse.after(before)
+            if before and not reuse.overwrite:
+                check_errors(path, before, wanted)
             empty = reuse.overwrite or not path.exists() or path.stat().st_size == 0
             if not empty:
-                check_meta(path, wanted)
+                check_meta(path, before, wanted)
             answered, sound = (Answered(), 0) if empty else read_answered(path)
-            same = not reuse.overwrite and has_meta(path) and not differences(path, wanted)
+            same = bool(before and not reuse.overwrite and not differences(before, wanted))
             begun = unfinished_path(path)
             unfinished = read_unfinished(begun) if same else check_unfinished(begun)
         return cls(claim, wanted, same, empty, reuse.retry_errors, answered, sound, unfinished)
 
     def begin(self, changed: Collection[str] = ()) -> Journal:
-        """The journal, which releases the claim. The answers under the custom_ids `changed` are
-        dropped. Raises JournalError."""
+        """The journal, which releases the claim. Lines of the custom_ids `changed` are dropped.
+        Raises JournalError."""
 
         def drop(line: ResultLine) -> bool:
             return (self.retry_errors and line.failed) or (line.named and line.custom_id in changed)
 
         path, answered, sound = self.claim.output, self.answered, self.sound
         with _usable(path):
-            # What is left of old rows goes before the new fingerprint comes: at no instant are they
-            # together. And what is to be dropped goes before it is noted that it was.
+            # Old rows go before the new fingerprint is written, and dropped lines before it is
+            # written that they were: a kill between the two loses no row and mixes no jobs.
             if not self.same:
                 remove_file(unfinished_path(path))
             if self.empty:
@@ -127,7 +128,7 @@ class Opening:
 
 
 def check_place(path: Path, source: Path | None) -> None:
-    """Whether results could go to `path`, as far as a look can tell. Raises JournalError."""
+    """Raise JournalError if results cannot be written to `path`, as far as a look can tell."""
     with _usable(path):
         real = real_path(path)
         if not real.parent.is_dir():

@@ -1,4 +1,4 @@
-"""What lies beside a file that this program writes: all names, in one place."""
+"""The names of the files beside a results file."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ _ABANDONED = 60.0
 
 
 def meta_path(output: Path) -> Path:
-    """Where lies what is known of the job of a results file."""
+    """The record of the job of a results file."""
     return _beside(output, _META)
 
 
 def claim_path(output: Path) -> Path:
-    """Where the claim of a results file lies."""
+    """The claim of a results file."""
     return _beside(output, _CLAIM)
 
 
 def unfinished_path(output: Path) -> Path:
-    """Where lies what an earlier run of a results file has begun."""
+    """The unfinished answers of an earlier run."""
     return _beside(output, _UNFINISHED)
 
 
 def side_files(output: Path) -> tuple[Path, Path, Path]:
-    """What lies beside a results file, during a run or after it, but for temporary files."""
+    """The files beside a results file, during a run or after it, without temporary ones."""
     return meta_path(output), claim_path(output), unfinished_path(output)
 
 
@@ -69,8 +69,8 @@ def excess_of_name(output: Path) -> int:
 
 
 def remove_leftovers(output: Path) -> None:
-    """Remove the temporary files that killed runs have left beside a results file, for who holds
-    its claim: nobody else makes any meanwhile, but those who would like to have the claim."""
+    """Remove the temporary files that killed runs have left beside a results file. Only the holder
+    of its claim may call it; others then make no temporary files but those of a claim."""
     meta, claim, unfinished = side_files(output)
     with contextlib.suppress(OSError):
         now = claim.stat().st_mtime

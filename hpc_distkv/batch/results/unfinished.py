@@ -24,7 +24,7 @@ class AnswerKey(NamedTuple):
 
 
 class Begun(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What an earlier run has made of one answer."""
+    """What an earlier run has made of one answer: tokens so far, or the whole result."""
 
     custom_id: str
     choice: int
@@ -38,8 +38,8 @@ class Begun(msgspec.Struct, frozen=True, omit_defaults=True):
     """The whole answer, when others of its row were not finished."""
 
     @property
-    def answer(self) -> AnswerKey:
-        """Whose beginning it is."""
+    def key(self) -> AnswerKey:
+        """Which answer it is."""
         return AnswerKey(self.custom_id, self.choice)
 
     @property
@@ -48,8 +48,8 @@ class Begun(msgspec.Struct, frozen=True, omit_defaults=True):
         return len(self.result.tokens if self.result else self.output) // 4
 
     def fits(self, request: Request) -> bool:
-        """Whether `request` asks for the same, and begins like this: for more tokens than there
-        are, or for just as many if an end goes with them."""
+        """True if the answer to `request` starts with these tokens: it asks for the same, and for
+        more tokens than there are, or for just as many if the result has ended with them."""
         limit = request.sampling.max_tokens
         if self.result is None:
             fits = self.tokens < limit
@@ -61,15 +61,15 @@ class Begun(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def _ended(result: Result, request: Request) -> bool:
-    """Whether what ended a result is part of it. Earlier versions left the stop token out."""
+    """Whether a result includes the stop token that ended it. Earlier versions left that out."""
     last = unpack_tokens(result.tokens[-4:])
     stops = request.sampling.stop_token_ids
     return result.text_end is not None or not set(last).isdisjoint(stops)
 
 
 def begun_digest(request: Request) -> str:
-    """What an output's beginning depends on: the prompt and all sampling fields, but not how long
-    it may become."""
+    """Hash of all that decides the tokens of an output: the prompt, and all sampling fields but
+    `max_tokens`."""
     sampling = msgspec.structs.replace(request.sampling, max_tokens=0)
     asked = msgspec.msgpack.encode((request.prompt, sampling))
     return hashlib.blake2b(asked, digest_size=16).hexdigest()
@@ -88,12 +88,12 @@ def read_unfinished(path: Path) -> dict[AnswerKey, Begun]:
             f"{path} does not hold answers that were begun ({error}). Remove it to compute these "
             "rows from their start."
         ) from None
-    return {each.answer: each for each in begun}
+    return {each.key: each for each in begun}
 
 
 def check_unfinished(path: Path) -> dict[AnswerKey, Begun]:
-    """Nothing, for a job to which a file there does not belong, and which removes it; but it must
-    be one of this program, as its first line tells. Raises JournalError and OSError."""
+    """An empty dict, for a job that will remove the file of another one. Raises JournalError if the
+    first line there is not of this program, and OSError."""
     try:
         with open_regular(path) as lines:
             if first := lines.readline():

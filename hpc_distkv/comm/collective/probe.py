@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,18 +32,6 @@ class LinkCosts(NamedTuple):
     """Seconds from posting a query until as many bytes have come back; 0 on the diagonal."""
     bandwidth: list[list[float]]
     """Bytes per second of a block, its latency included; infinite on the diagonal."""
-
-    def slowest(
-        self, link_class: Callable[[int, int], int], size: int
-    ) -> dict[int, tuple[float, float]]:
-        """Class of links → seconds of a round trip, and of `size` bytes, over the slowest ones."""
-        slowest: dict[int, tuple[float, float]] = {}
-        for a, times in enumerate(self.round_trip):
-            for b, seconds in enumerate(times[:a]):
-                carrying = size / self.bandwidth[a][b]
-                worst = slowest.get(link_class(a, b), (0.0, 0.0))
-                slowest[link_class(a, b)] = max(worst[0], seconds), max(worst[1], carrying)
-        return slowest
 
 
 def probe(comm: Comm, query_bytes: int, block_bytes: int, repeats: int = 5) -> LinkCosts | None:

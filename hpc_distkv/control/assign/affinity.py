@@ -1,4 +1,4 @@
-"""Which instances were given which beginnings of prompts."""
+"""Which instances were given which prefixes of prompts."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from collections.abc import Iterator
 from hpc_distkv.control.messages.requests import Request
 
 STEP = 32
-"""Beginnings of a prompt are looked at whose lengths are 1/32 apart: few, however long it is."""
+"""Prefixes of a prompt are looked at whose lengths are 1/32 apart: few, however long it is."""
 MOST_KEYS = 1 << 17
-"""Beginnings that are remembered; those given longest ago are forgotten first."""
+"""Prefixes that are remembered; those given longest ago are forgotten first."""
 MOST_HOLDERS = 8
 """Instances that are remembered for each, the last ones."""
 
 
 class Affinity:
-    """The gManager's guess of which instance has the rBlocks of which beginnings: those that were
-    given a row with it last. Whether they still have them only they know."""
+    """The gManager's guess of which instances have the rBlocks of which prefixes: those that were
+    given a request with it last. Whether they still have them only they know."""
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
         self._holders: OrderedDict[bytes, list[int]] = OrderedDict()
-        """Key of a beginning → the instances."""
+        """Key of a prefix → the instances."""
 
     def find(self, request: Request) -> tuple[list[int], int]:
-        """The instances that have the longest beginning of the request's prompt, and its tokens."""
+        """The instances that have the longest prefix of the request's prompt, and its tokens."""
         lengths = list(self._lengths(request))
         keys = request.prefix_keys(lengths)
         for key, tokens in zip(reversed(keys), reversed(lengths[: len(keys)]), strict=True):

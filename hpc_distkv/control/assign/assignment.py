@@ -1,4 +1,4 @@
-"""Which instance answers which row."""
+"""Which instance answers which request."""
 
 from __future__ import annotations
 
@@ -16,81 +16,82 @@ from hpc_distkv.control.assign.source import RequestSource
 from hpc_distkv.control.assign.work import MeanOutput, work
 from hpc_distkv.control.messages.reports import Large, ReportError, Reports
 from hpc_distkv.control.messages.requests import Request, Result
+from hpc_distkv.control.policy import ControlConfig
 
 DEALT_AHEAD = 10_000
-"""Rows dealt to one instance ahead of its room at most; then the others wait for it."""
+"""Requests dealt to one instance ahead of its room at most; then the others wait for it."""
 
-Numbers = np.ndarray[Any, Any]
+Column = np.ndarray[Any, Any]
+"""One number per instance."""
 
 
 class Assignment:
-    """Gives waiting rows to instances, oldest first; owner of every unfinished row's whereabouts.
-    Pulls rows only as fast as instances have room for them."""
+    """Gives waiting requests to instances, oldest first; owner of every unfinished request's
+    whereabouts. Pulls requests only as fast as instances have room for them.
 
-    def __init__(
-        self,
-        source: RequestSource,
-        instances: int,
-        queue: bool = True,
-        attention_tokens: float = float("inf"),
-        affinity: Affinity | None = None,
-    ) -> None:
-        """`queue`: a request goes to the instance with least predicted work; otherwise requests are
-        dealt out in turn, as to replicas that each got their part of the input. `affinity`: if
-        instances share prefixes."""
-        self.rows = RequestQueue(source, instances, self._duration if queue else None)
+    By the policy `queue` a request goes to the instance with least predicted work, or to one that
+    has computed a prefix of it. Otherwise requests are dealt out in turn, as to replicas that each
+    got their part of the input.
+    """
+
+    def __init__(self, source: RequestSource, instances: int, config: ControlConfig) -> None:
+        queue = config.policy.queue
+        self.queue = RequestQueue(source, instances, self._duration if queue else None)
         self.home: dict[int, int] = {}
         """Unfinished request → its home instance."""
         self._limits: dict[int, int] = {}
         """Unfinished request → output tokens that it may make."""
         self._given_work, self._given_limits = 0.0, 0
-        """Of all rows given so far and not taken back: work of their prompts, and output limits."""
-        self._attention_tokens = attention_tokens
+        """Of all requests given so far and not taken back: work of their prompts, and output
+        limits."""
+        self._block_size, self._attention_tokens = config.block_size, config.attention_tokens
         self._outputs = MeanOutput()
-        self._beginnings: dict[int, tuple[list[int], int]] = {}
-        """One of the large rows → what `Affinity.find` says, until one is given."""
+        self._prefixes: dict[int, tuple[list[int], int]] = {}
+        """One of the large requests → what `Affinity.find` says, until one is given."""
         self._step_tokens = 1.0
         """Prompt tokens in the time of a decode step, as told last."""
         self._levelled: set[int] = set()
-        """Rows that were given back once, wherever their beginnings are: to who has least to do."""
+        """Requests that were given back once: they go to who has least to do, wherever their
+        prefixes are."""
         self._dealt = None if queue else [deque[Request]() for _ in range(instances)]
         self._next = 0
-        self._affinity = affinity
+        """Who is dealt the next request."""
+        self._affinity = Affinity(config.block_size) if config.prefix_caching and queue else None
 
     @property
     def prompt_work(self) -> float:
-        """Work of prompts for each output token, of all rows assigned so far."""
+        """Work of prompts for each output token, of all requests assigned so far."""
         outputs = self._outputs.expected(self._given_limits)
         return self._given_work / outputs if outputs else 0.0
 
     @property
     def done(self) -> bool:
-        """Every row was assigned and has its result."""
+        """Every request was assigned and has its result."""
         return not self.waiting and not self.home
 
     @property
     def waiting(self) -> bool:
-        """Whether there may be rows that no instance has yet."""
-        return not self.rows.over or any(self._dealt or ())
+        """Whether there may be requests that no instance has yet."""
+        return not self.queue.over or any(self._dealt or ())
 
     @property
     def unfinished(self) -> int:
-        """Rows that were read and have no result."""
-        return len(self.home) + len(self.rows) + sum(map(len, self._dealt or ()))
+        """Requests that were read and have no result."""
+        return len(self.home) + len(self.queue) + sum(map(len, self._dealt or ()))
 
     def check(self, reports: Reports, migrating: bool) -> None:
-        """Refuse news of rows that are not there. `migrating`: rows may change their homes. Raises
-        ReportError."""
+        """Refuse news of requests that are not there. `migrating`: requests may change their homes.
+        Raises ReportError."""
         gone: set[int] = set()
         for instance, changes in reports.changes.items():
-            for row in changes.large:
-                if self.home.get(row.request) != instance:
+            for large in changes.large:
+                if self.home.get(large.request) != instance:
                     raise ReportError(
-                        f"instance {instance} reports request {row.request}, which is not there"
+                        f"instance {instance} reports request {large.request}, which is not there"
                     )
-            rows = [result.id for result in changes.results]
-            rows += [request.id for request in changes.returned]
-            for request in (*changes.adopted, *rows):
+            left = [result.id for result in changes.results]
+            left += [request.id for request in changes.returned]
+            for request in (*changes.adopted, *left):
                 home = self.home.get(request)
                 if home is None or request in gone:
                     raise ReportError(
@@ -100,34 +101,35 @@ class Assignment:
                     raise ReportError(
                         f"instance {instance} reports request {request}, which is at {home}"
                     )
-            gone.update(rows)
-            if len(set(rows)) < len(rows):
+            gone.update(left)
+            if len(set(left)) < len(left):
                 raise ReportError(f"instance {instance} reports a request twice")
 
     def take_back(self, request: Request) -> None:
-        """An instance returns a row that it has not begun."""
+        """An instance returns a request that it has not begun."""
         del self.home[request.id], self._limits[request.id]
         self._given_work -= self._prompt_work(request)
         self._given_limits -= request.sampling.max_tokens
-        self.rows.put_back(request)
+        self.queue.put_back(request)
         self._levelled.add(request.id)
 
     def finish(self, result: Result) -> None:
-        """A row has its result."""
+        """A request has its result."""
         del self.home[result.id]
         self._levelled.discard(result.id)
         self._outputs.add(len(result.tokens) // 4, self._limits.pop(result.id))
 
     def assign(
         self,
-        room_rows: Numbers,
-        room_tokens: Numbers,
-        work_left: Numbers,
+        room_rows: Column,
+        room_tokens: Column,
+        work_left: Column,
         step_tokens: float = 1.0,
     ) -> dict[int, list[Request]]:
-        """New rows by instance; instances without any are left out. Numbers have one value per
-        instance: rows and prompt tokens there is room for, work it has already. `step_tokens`:
-        prompt tokens that could be computed in the time of a decode step."""
+        """New requests by instance; instances without any are left out. `room_rows`,
+        `room_tokens`: requests and prompt tokens that there is room for; `work_left`: work there is
+        already; `step_tokens`: prompt tokens that could be computed in the time of a decode
+        step."""
         self._step_tokens = step_tokens
         given: dict[int, list[Request]] = {}
         if not self.waiting:
@@ -136,65 +138,64 @@ class Assignment:
         if self._dealt is not None:
             self._deal(ready.tolist(), room_rows, room_tokens, given)
             return given
-        columns = (work_left, room_rows, room_tokens)
-        loads, rows, tokens = (column[ready].tolist() for column in columns)
-        places = Places(map(Place, loads, ready.tolist(), rows, tokens))
+        columns = (work_left[ready], ready, room_rows[ready], room_tokens[ready])
+        places = Places(map(Place, *(column.tolist() for column in columns)))
         if self._affinity:
-            self._go_on(places, given)
-        while places and (request := self.rows.pull()) is not None:
+            self._give_large_to_holders(places, given)
+        while places and (request := self.queue.pull()) is not None:
             place, known = self._choose(request, places)
             self._give(request, place.instance, given)
             places.take(place, self._work(request, known), request.length - known)
         return given
 
-    def _go_on(self, places: Places, given: dict[int, list[Request]]) -> None:
-        """Rows too large for any pool, but for a beginning that is likely to be somewhere, go where
-        that is."""
-        for request in self.rows.large[:LOOK_AHEAD]:
-            holders, known = self._beginning(request)
+    def _give_large_to_holders(self, places: Places, given: dict[int, list[Request]]) -> None:
+        """Requests that are too large for any pool, but would not be without a prefix, go where
+        that is likely to be."""
+        for request in self.queue.large[:LOOK_AHEAD]:
+            holders, known = self._prefix(request)
             if place := places.least(holders):
-                self.rows.large.remove(request)
+                self.queue.large.remove(request)
                 self._give(request, place.instance, given)
                 places.take(place, self._work(request, known), request.length - known)
 
-    def _beginning(self, request: Request) -> tuple[list[int], int]:
-        """The instances that are likely to have so much of a row too large for any pool that the
-        rest is not, and the tokens of that."""
+    def _prefix(self, request: Request) -> tuple[list[int], int]:
+        """The instances that are likely to have so long a prefix of a large request that the rest
+        is not too large for a pool, and its tokens; ([], 0) if there are none."""
         if not self._affinity or request.id in self._levelled:
             return [], 0
-        if request.id not in self._beginnings:
-            self._beginnings[request.id] = self._affinity.find(request)
-        holders, known = self._beginnings[request.id]
-        return (holders, known) if request.length - known < self.rows.large_from else ([], 0)
+        if request.id not in self._prefixes:
+            self._prefixes[request.id] = self._affinity.find(request)
+        holders, known = self._prefixes[request.id]
+        return (holders, known) if request.length - known < self.queue.large_from else ([], 0)
 
-    def large_rows(self, count: int, block_size: int, work_left: Numbers) -> list[Large]:
-        """Out of the oldest `count` rows too large for any one pool that have no instance, those
-        that need not wait for one with a beginning of theirs: what it saves is less than the work
-        it has beyond others. `work_left` as of `assign`."""
-        rows = []
-        for request in self.rows.large[:count]:
-            holders, known = self._beginning(request)
+    def large(self, count: int, work_left: Column) -> list[Large]:
+        """Out of the oldest `count` requests too large for any one pool that have no instance,
+        those that need not wait for one with a prefix of theirs: what that saves is less than the
+        work there beyond others'. `work_left` as of `assign`."""
+        large = []
+        for request in self.queue.large[:count]:
+            holders, known = self._prefix(request)
             load = min((float(work_left[holder]) for holder in holders), default=math.inf)
             if load - work(0, known, self._attention_tokens) <= work_left.min():
                 continue
             output = self._outputs.expected(request.sampling.max_tokens)
             output = max(1.0, output - (request.length - request.prompt_len))
-            blocks = math.ceil((request.length + output) / block_size)
+            blocks = math.ceil((request.length + output) / self._block_size)
             prompt = self._prompt_work(request)
-            rows.append(Large(request.id, False, 0, blocks, prompt, output))
-        return rows
+            large.append(Large(request.id, False, 0, blocks, prompt, output))
+        return large
 
     def give_large(self, number: int, instance: int) -> Request:
-        """Request `number` out of `large_rows` goes to `instance`."""
-        request = next(request for request in self.rows.large if request.id == number)
-        self.rows.large.remove(request)
+        """Request `number` out of `large` goes to `instance`."""
+        request = next(request for request in self.queue.large if request.id == number)
+        self.queue.large.remove(request)
         self._give(request, instance, {})
         return request
 
     def _choose(self, request: Request, places: Places) -> tuple[Place, int]:
-        """The instance where the row is done first, and the tokens of its prompt that are likely to
-        be there: one with a beginning of it, if what that saves is more than the work it has
-        beyond others."""
+        """The instance where the request is done first, and the tokens of its prompt that are
+        likely to be there: one with a prefix of it, if what that saves is more than the work there
+        beyond others'."""
         least = places.least_of_all()
         if self._affinity and request.id not in self._levelled:
             holders, known = self._affinity.find(request)
@@ -206,10 +207,11 @@ class Assignment:
     def _deal(
         self,
         ready: Sequence[int],
-        room_rows: Numbers,
-        room_tokens: Numbers,
+        room_rows: Column,
+        room_tokens: Column,
         given: dict[int, list[Request]],
     ) -> None:
+        """Give each instance that is `ready` what it was dealt."""
         assert self._dealt is not None
         for instance in ready:
             rows, tokens = int(room_rows[instance]), int(room_tokens[instance])
@@ -220,12 +222,12 @@ class Assignment:
                 rows, tokens = rows - 1, tokens - request.length
 
     def _deal_until(self, instance: int) -> bool:
-        """Deal rows until `instance` gets one."""
+        """Deal requests until `instance` gets one. Returns False if there is none for it."""
         assert self._dealt is not None
         while not self._dealt[instance]:
             if len(self._dealt[self._next]) >= DEALT_AHEAD:
                 return False
-            request = self.rows.pull()
+            request = self.queue.pull()
             if request is None:
                 return False
             self._dealt[self._next].append(request)
@@ -233,7 +235,7 @@ class Assignment:
         return True
 
     def _duration(self, request: Request) -> float:
-        """How long a row takes, in prompt tokens."""
+        """How long a request takes, in prompt tokens."""
         output = self._outputs.expected(request.sampling.max_tokens)
         return self._prompt_work(request) + self._step_tokens * output
 
@@ -245,12 +247,12 @@ class Assignment:
         self._limits[request.id] = request.sampling.max_tokens
         self._given_work += self._prompt_work(request)
         self._given_limits += request.sampling.max_tokens
-        self.rows.give(request)
+        self.queue.give(request)
         given.setdefault(instance, []).append(request)
         if self._affinity:
             self._affinity.give(request, instance)
-            if request.length >= self.rows.large_from:
-                self._beginnings.clear()
+            if request.length >= self.queue.large_from:
+                self._prefixes.clear()
 
     def _work(self, request: Request, known: int) -> float:
         output = self._outputs.expected(request.sampling.max_tokens)
@@ -261,21 +263,21 @@ class Place(NamedTuple):
     """An instance with room."""
 
     load: float
-    """Predicted work of its rows."""
+    """Predicted work of its requests."""
     instance: int
     rows: int
-    """That may still be assigned."""
+    """Requests that may still be assigned."""
     tokens: int
-    """Prompt tokens after which no further row should be."""
+    """Prompt tokens after which no further request should be."""
 
 
 class Places:
-    """The instances that take rows, until their room is used up."""
+    """The instances that take requests, until their room is used up."""
 
     def __init__(self, places: Iterable[Place]) -> None:
         self._open = {place.instance: place for place in places}
         self._heap = list(self._open.values())
-        """Also has what a place was before it took rows."""
+        """Also has what a place was before it took requests."""
         heapq.heapify(self._heap)
 
     def __bool__(self) -> bool:
@@ -292,7 +294,7 @@ class Places:
         return self._heap[0]
 
     def take(self, place: Place, work: float, tokens: int) -> None:
-        """One more row goes to `place`: so much work, with so many tokens of its prompt to
+        """One more request goes to `place`: so much work, with so many tokens of its prompt to
         compute."""
         load, instance, rows, room = place
         del self._open[instance]

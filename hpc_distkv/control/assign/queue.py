@@ -1,4 +1,4 @@
-"""Rows that wait for an instance."""
+"""Requests that wait for an instance."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from hpc_distkv.control.assign.source import RequestSource
 from hpc_distkv.control.messages.requests import Request
 
 LOOK_AHEAD = 16
-"""Rows per instance that are read before they can be assigned: when these are the last ones, the
-longest of them go first."""
+"""Requests per instance that are read before they can be assigned: when these are the last ones,
+the longest of them go first."""
 MOST_AHEAD = 16_384
-"""Rows that are read ahead at most, however many instances there are."""
+"""Requests that are read ahead at most, however many instances there are."""
 MOST_TOKENS_AHEAD = 1 << 26
-"""Tokens, of 4 bytes, of rows that were read and have no instance: then no more are read."""
+"""Tokens, of 4 bytes, of requests that were read and have no instance: then no more are read."""
 READ_AT_ONCE = 8
-"""Rows read for each that is assigned, until enough are ahead: so no round takes long."""
+"""Requests read for each that is assigned, until enough are ahead: so no round takes long."""
 
 NOT_LARGE = 1 << 62
 """Tokens that no prompt has."""
 
 
 class RequestQueue:
-    """Reads rows a little ahead, and owns them until they are pulled: oldest first, and the last
-    ones longest first."""
+    """Reads requests a little ahead, and owns them until they are pulled: oldest first, and the
+    last ones longest first."""
 
     def __init__(
         self,
@@ -34,41 +34,41 @@ class RequestQueue:
         instances: int,
         duration: Callable[[Request], float] | None,
     ) -> None:
-        """`duration`: how long a row takes; None: the last rows come as all others."""
+        """`duration`: how long a request takes; None: the last ones come as all others."""
         self.exhausted = False
-        """Whether all rows were read."""
+        """Whether all requests were read."""
         self.large_from = NOT_LARGE
-        """Tokens from which on rows are too large for any one pool: they wait apart."""
+        """Tokens from which on requests are too large for any one pool: they wait apart."""
         self.large: list[Request] = []
         """Oldest first."""
         self._source, self._duration = source, duration
         self._tokens = 0
-        """Of all rows that were read and have no instance."""
+        """Of all requests that were read and have no instance."""
         self._ahead = deque[Request]()
         self._most_ahead = min(instances * LOOK_AHEAD, MOST_AHEAD)
         self._returned = deque[Request]()
-        """Rows that come before all others."""
+        """Requests that come before all others."""
 
     def __len__(self) -> int:
-        """Rows that were read and wait."""
+        """Requests that were read and wait."""
         return len(self._ahead) + len(self._returned) + len(self.large)
 
     @property
     def over(self) -> bool:
-        """No row is left, nor will come."""
+        """No request is left, nor will come."""
         return self.exhausted and not len(self)
 
     def give(self, request: Request) -> None:
-        """A row that was pulled goes to its instance."""
+        """A request that was pulled goes to its instance."""
         self._tokens -= request.length
 
     def put_back(self, request: Request) -> None:
-        """A row that was given waits again."""
+        """A request that was given waits again."""
         self._tokens += request.length
         self._returned.append(request)
 
     def pull(self) -> Request | None:
-        """The next row that may be assigned and is not too large for one pool."""
+        """The next request that may be assigned and is not too large for one pool."""
         while (request := self._next()) is not None and request.length >= self.large_from:
             bisect.insort(self.large, request, key=attrgetter("id"))
         return request
@@ -81,8 +81,8 @@ class RequestQueue:
         return self._ahead.popleft() if self._ahead else None
 
     def _read_ahead(self) -> None:
-        """Read on. When the last rows are in sight, those come first that take longest: one that
-        began last would be waited for at the end."""
+        """Read on. When the last requests are in sight, the longest come first: one that began last
+        would be waited for at the end."""
         for _ in range(READ_AT_ONCE):
             if self._enough:
                 return

@@ -8,19 +8,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_distkv.control.lending.ledger import DebtLedger
-from hpc_distkv.control.lending.links import Classes, Links
+from hpc_distkv.control.lending.links import ANYWHERE, Classes
+from hpc_distkv.control.round import Round
 
 CANDIDATES = 3
 """Creditors one debtor may be sent to in one round (DistKV-LLM)."""
 
 
-ANYWHERE = np.iinfo(np.int8).max
-"""A link class that includes all."""
-
-
 class Need(NamedTuple):
-    """A debtor's wish."""
+    """What a debtor wants to borrow."""
 
     request: int
     """The oldest request that wants the rBlocks: its age decides who is served first."""
@@ -32,32 +28,21 @@ class Need(NamedTuple):
     """Most that may share in it."""
 
 
-class Grant(NamedTuple):
-    """`creditor` sets `blocks` rBlocks of its promise aside for `debtor`."""
-
-    debtor: int
-    creditor: int
-    blocks: int
-
-
-def greedy_borrow(
-    needs: Sequence[Need], promised: NDArray[np.int64], ledger: DebtLedger, links: Links
-) -> list[Grant]:
-    """Serve `needs` oldest first out of `promised` rBlocks [instances]. The grants are entered in
-    `ledger` and taken out of `promised`, in place: what it holds afterwards is left.
+def greedy_borrow(needs: Sequence[Need], round: Round) -> None:
+    """Serve `needs` oldest first out of what the round's instances have promised.
 
     Out of all creditors a debtor gets those first that close no circle of debts, then those behind
     the cheapest links, then those with most rBlocks left.
     """
-    grants = []
+    promised = round.promised
     left = int(promised.sum())
     for _, debtor, wanted, reach, creditors in sorted(needs):
         if left == 0:
             break
-        classes = links.classes(debtor)
+        classes = round.links.classes(debtor)
         able = np.flatnonzero((promised > 0) & (classes <= reach))
         able = able[able != debtor]
-        ranks = _ranks(able, classes, promised, ledger.owing(debtor))
+        ranks = _ranks(able, classes, promised, round.ledger.owing(debtor))
         for _ in range(min(creditors, len(able))):
             if wanted == 0:
                 break
@@ -66,10 +51,7 @@ def greedy_borrow(
             blocks = min(wanted, int(promised[creditor]))
             wanted -= blocks
             left -= blocks
-            promised[creditor] -= blocks
-            ledger.grant(debtor, creditor, blocks)
-            grants.append(Grant(debtor, creditor, blocks))
-    return grants
+            round.grant(debtor, creditor, blocks)
 
 
 # A rank is one integer: circle, link class, rBlocks, from the highest bits to the lowest.

@@ -21,7 +21,7 @@ class DebtLedger:
         self._owed: list[dict[int, int]] = [{} for _ in range(instances)]
         self._members: set[int] = set()
 
-    def set_row(self, creditor: int, lent: Mapping[int, int]) -> None:
+    def set_lent(self, creditor: int, lent: Mapping[int, int]) -> None:
         """What `creditor` reports to lend: debtor → rBlocks."""
         for debtor in self._lent[creditor].keys() - lent.keys():
             self._put(debtor, creditor, 0)

@@ -6,10 +6,7 @@ import logging
 
 import numpy as np
 
-from hpc_distkv.control.lending.ledger import DebtLedger
-from hpc_distkv.control.lending.links import Links
-from hpc_distkv.control.messages.answer import Answers
-from hpc_distkv.control.messages.reports import Reports
+from hpc_distkv.control.round import Round
 
 log = logging.getLogger(__name__)
 
@@ -21,32 +18,32 @@ class Victims:
     """Has younger requests preempted, round by round, until a starved one has what it wants: first
     those that have rBlocks at its home and those nearby, then the youngest."""
 
-    def __init__(self, ledger: DebtLedger, links: Links) -> None:
-        self._ledger, self._links = ledger, links
+    def __init__(self) -> None:
         self._next_call = 0
         """The first round that may call again."""
 
-    def call(self, reports: Reports, starved: int, reach: int, answers: Answers) -> None:
-        """`starved`: the home of the request; `reach`: the highest link class of its creditors."""
-        missing = int(reports["wanted"][starved]) - answers[starved].granted
-        now = answers.plain.round
+    def call(self, round: Round, starved: int) -> None:
+        """`starved`: the home of the request."""
+        reports, ledger, now = round.reports, round.ledger, round.plain.round
+        missing = int(reports.wanted[starved]) - round.answer(starved).granted
         if missing <= 0 or now < self._next_call:
             return
         self._next_call = now + PATIENCE
-        oldest, youngest = int(reports["wanted_for"][starved]), reports["youngest"]
-        near = self._links.classes(starved) <= reach
+        oldest, youngest = int(reports.wanted_for[starved]), reports.youngest
+        near = round.links.classes(starved) <= round.reach(starved)
         order = [int(i) for i in np.argsort(-youngest) if youngest[i] > oldest]
-        creditors_of = self._ledger.creditors_of
-        order.sort(key=lambda i: not (near[i] or any(near[c] for c in creditors_of(i))))
-        guests = self._ledger.debtors_of(starved)
+        order.sort(key=lambda i: not (near[i] or any(near[c] for c in ledger.creditors_of(i))))
+        guests = ledger.debtors_of(starved)
         for instance in [i for i in order if i in guests]:
             blocks = min(missing, guests[instance])
             if blocks > 0:
-                answers[instance].preempt, answers[instance].preempt_at = blocks, starved
+                answer = round.answer(instance)
+                answer.preempt, answer.preempt_at = blocks, starved
                 missing -= blocks
-        for instance in [i for i in order if not answers[i].preempt]:
+        for instance in [i for i in order if not round.answer(i).preempt]:
             if missing <= 0:
                 break
-            answers[instance].preempt = min(missing, int(reports["youngest_blocks"][instance]))
-            missing -= answers[instance].preempt
+            blocks = min(missing, int(reports.youngest_blocks[instance]))
+            round.answer(instance).preempt = blocks
+            missing -= blocks
         log.debug("request %d is starved: others are preempted", oldest)

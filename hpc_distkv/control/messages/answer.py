@@ -13,11 +13,11 @@ class Answer(msgspec.Struct, omit_defaults=True):
     round: int
     assign: list[Request] = []
     give_back: int = 0
-    """Rows that were not begun to return, the youngest first."""
+    """Requests to return that were not begun, the youngest first."""
     lend: dict[int, int] = {}
     """Debtor → rBlocks of the promise to set aside for it."""
     granted: int = 0
-    """rBlocks of the wish that were granted: credit that their creditors will open by mail."""
+    """rBlocks of those wanted that were granted: credit that their creditors will open by mail."""
     shed: dict[int, int] = {}
     """Creditor → rBlocks of the longest requests to move there as credit is opened."""
     recall: dict[int, int] = {}
@@ -25,7 +25,7 @@ class Answer(msgspec.Struct, omit_defaults=True):
     keep: int = 0
     """rBlocks to leave free for loans to come: admit nothing into them."""
     begin: list[int] = []
-    """Rows too large for the instance that may begin with what there is, and borrow."""
+    """Requests too large for the instance that may begin with what there is, and borrow."""
     admit_before: int = NOBODY
     """No request younger than this may be admitted; NOBODY: all may."""
     preempt: int = 0
@@ -33,28 +33,6 @@ class Answer(msgspec.Struct, omit_defaults=True):
     preempt_at: int = -1
     """Where; -1: anywhere."""
     drain: bool = False
-    """Begin nothing any more: the run ends before all rows are answered."""
+    """Begin nothing any more: the run ends before all requests are answered."""
     stop: bool = False
     """The run is over, whatever still runs."""
-
-
-class Answers(dict[int, Answer]):
-    """The answers of a round by instance, those left out being like `plain`."""
-
-    def __init__(self, plain: Answer) -> None:
-        super().__init__()
-        self.plain = plain
-
-    def __missing__(self, instance: int) -> Answer:
-        answer = self[instance] = Answer(round=self.plain.round)
-        return answer
-
-    def encode(self, instances: int) -> list[bytes]:
-        """The messages to all instances."""
-        encoder = msgspec.msgpack.Encoder()
-        encoded = [encoder.encode(self.plain)] * instances
-        for instance, answer in self.items():
-            answer.admit_before = self.plain.admit_before
-            answer.drain, answer.stop = self.plain.drain, self.plain.stop
-            encoded[instance] = encoder.encode(answer)
-        return encoded

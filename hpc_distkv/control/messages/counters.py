@@ -14,12 +14,12 @@ class Counters(msgspec.Struct):
     prompt_tokens: int = 0
     """Prompt tokens computed, recomputed ones included."""
     cached_tokens: int = 0
-    """Tokens of rows that began with rBlocks of others, or of their own before they were preempted:
-    they were not computed again."""
+    """Tokens that were not computed again: of requests that began with rBlocks of others, or with
+    their own of before they were preempted."""
     generated_tokens: int = 0
     preemptions: int = 0
     stalls: int = 0
-    """Times a row could not take part in a step for want of an rBlock."""
+    """Times a request could not take part in a step for want of an rBlock."""
     refused_grants: int = 0
     blocks_lent: int = 0
     """rBlocks received from debtors, copies included."""
@@ -71,4 +71,4 @@ class Counters(msgspec.Struct):
     prediction_error: float = 0.0
     """Mean error of predicted decode step times, relative to the measured ones."""
     gaps: dict[int, int] = {}
-    """Times between two tokens of a row: bin of `control.messages.percentiles` → count."""
+    """Times between two tokens of a request: bin of `control.messages.percentiles` → count."""

@@ -1,5 +1,5 @@
-"""Reports of the instances to the gManager, and how they travel: a row of numbers each, so that
-rank 0 reads ten thousand of them at once."""
+"""What instances tell the gManager at a round boundary: a row of numbers each, so that rank 0 reads
+ten thousand of them at once, and changes, which most reports do without."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import struct
 from collections.abc import Sequence
 from itertools import chain
 from operator import attrgetter
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from hpc_distkv.control.assign.work import STEP_TOKENS
 from hpc_distkv.control.messages.counters import Counters
@@ -27,7 +28,7 @@ class Remains(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Large(msgspec.Struct, frozen=True, array_like=True):
-    """What may come of a row that is too large for one pool."""
+    """What is expected of a request that is too large for one pool."""
 
     request: int
     begun: bool
@@ -35,7 +36,7 @@ class Large(msgspec.Struct, frozen=True, array_like=True):
     held: int
     """rBlocks that it has."""
     blocks: int
-    """rBlocks that it is expected to have at its end."""
+    """Its expected KV: the rBlocks it has at its end."""
     prompt: float
     """Work of its prompt that is left (`control.assign.work`)."""
     output: float
@@ -52,72 +53,86 @@ class Changes(msgspec.Struct, frozen=True, array_like=True):
     """Requests of other instances that were handed over to this one."""
     counters: Counters | None = None
     returned: list[Request] = []
-    """Rows that were not begun and go to another instance."""
+    """Requests that were not begun and go to another instance."""
     large: list[Large] = []
-    """Rows too large for this instance: all that run, and the oldest that wait."""
+    """Requests too large for this instance: all that run, and the oldest that wait."""
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """One instance to the gManager at a round boundary. All but `changes` is a row of numbers
-    (`control.messages.reports`)."""
+Count = TypeVar("Count")
+Number = TypeVar("Number")
+Flag = TypeVar("Flag")
+_NONE: Any = 0
+_NOBODY: Any = NOBODY
+_NO_REQUEST: Any = -1
 
-    round: int
-    capacity: int
+
+class Numbers(msgspec.Struct, Generic[Count, Number, Flag], frozen=True, kw_only=True):
+    """The numbers of a report: a `Report` has one of each, `Reports` have an array of each. The
+    format on the wire follows from this definition too."""
+
+    round: Count
+    capacity: Count
     """rBlocks in the pool."""
-    free: int
-    promised: int
+    free: Count
+    promised: Count
     """rBlocks set aside until the answer: the most that may be granted."""
-    hosted: int = 0
+    hosted: Count = _NONE
     """rBlocks that hold KV of others."""
-    wanted: int = 0
+    wanted: Count = _NONE
     """rBlocks to borrow."""
-    wanted_for: int = NOBODY
+    wanted_for: Count = _NOBODY
     """The oldest request that wants them; NOBODY when nothing is wanted."""
-    largest: int = 0
-    """rBlocks that the largest request that wants any may come to need in all."""
-    starved: bool = False
+    largest: Count = _NONE
+    """Expected KV, in rBlocks, of the largest request that wants any."""
+    starved: Flag = _NONE
     """`wanted_for` cannot go on, and no younger request at home could be preempted."""
-    room_rows: int = 0
-    """Rows that may be assigned now."""
-    room_tokens: int = 0
-    """Prompt tokens after which no further row should be assigned."""
-    running: int = 0
-    """Rows that have rBlocks."""
-    waiting: int = 0
-    """Rows that were not begun and could begin there."""
-    seats: int = 0
-    """Further rows that may run, if there is memory."""
-    youngest: int = -1
+    room_rows: Count = _NONE
+    """Requests that may be assigned now."""
+    room_tokens: Count = _NONE
+    """Prompt tokens after which no further request should be assigned."""
+    running: Count = _NONE
+    """Requests that have rBlocks."""
+    waiting: Count = _NONE
+    """Requests that were not begun and could begin there."""
+    seats: Count = _NONE
+    """Further requests that may run, if there is memory."""
+    youngest: Count = _NO_REQUEST
     """The youngest running request; -1: none runs."""
-    youngest_blocks: int = 0
-    longest: int = 0
+    youngest_blocks: Count = _NONE
+    longest: Count = _NONE
     """Sealed rBlocks at home of the request that has most of them."""
-    lacking: int = 0
-    """rBlocks that the oldest waiting row lacks to begin beside those that run; 0 if none does."""
-    prompt_tokens: int = 0
+    lacking: Count = _NONE
+    """rBlocks that the oldest waiting request lacks to begin beside those that run; 0 if none
+    does."""
+    prompt_tokens: Count = _NONE
     """Prompt tokens computed so far, recomputed ones included."""
-    generated_tokens: int = 0
+    generated_tokens: Count = _NONE
     """Output tokens so far."""
-    kv_tokens: int = 0
+    kv_tokens: Count = _NONE
     """KV tokens attended to here in a step of decodes: own ones at home, and guests."""
-    work_left: float = 0.0
-    """Predicted work of all rows that run or wait here (`control.assign.work`)."""
-    row_blocks: float = 0.0
-    """rBlocks that a row here comes to need in the mean; 0 if unknown."""
-    fixed: float = 0.0
-    """Fitted seconds of a decode step, whatever its rows."""
-    per_token: float = 0.0
-    """Fitted seconds of a decode step per row."""
-    per_kv: float = 0.0
+    work_left: Number = _NONE
+    """Predicted work of all requests that run or wait here (`control.assign.work`)."""
+    row_blocks: Number = _NONE
+    """Mean expected KV, in rBlocks, of a request here; 0 if unknown."""
+    fixed: Number = _NONE
+    """Fitted seconds of a decode step, however many requests it has."""
+    per_token: Number = _NONE
+    """Fitted seconds of a decode step per request."""
+    per_kv: Number = _NONE
     """Fitted seconds of a decode step per KV token."""
-    prompt_time: float = 0.0
+    prompt_time: Number = _NONE
     """Measured seconds to compute a prompt token; 0 if there were none yet."""
-    exchange: float = 0.0
+    exchange: Number = _NONE
     """Measured seconds that remote rBlocks add to a decode step; 0 if there were none yet."""
-    drain: bool = False
+    drain: Flag = _NONE
     """The run should end soon."""
-    halt: bool = False
+    halt: Flag = _NONE
     """The run should end now."""
+
+
+class Report(Numbers[int, float, bool], frozen=True, kw_only=True):
+    """One instance to the gManager at a round boundary."""
+
     changes: Changes = Changes()
 
 
@@ -125,10 +140,10 @@ COLUMNS = {
     code: [field.name for field in msgspec.structs.fields(Report) if field.type is kind]
     for kind, code in ((int, "q"), (float, "f"), (bool, "?"))
 }
-"""Format, as of `struct` and of a numpy dtype, → the fields of `Report` that have it: in the order
-of the wire, little-endian."""
+"""Format, as of `struct` and of a numpy dtype, → the numbers that have it: in the order of the
+wire, little-endian."""
 SIGNED = frozenset({"youngest"})
-"""Columns that may be -1."""
+"""Numbers that may be -1."""
 
 _ROW = struct.Struct("<" + "".join(len(names) * code for code, names in COLUMNS.items()))
 _DTYPE = np.dtype([(code, "<" + code, len(names)) for code, names in COLUMNS.items()])
@@ -148,44 +163,51 @@ def encode_report(report: Report) -> bytes:
     return row if report.changes == _NOTHING else row + msgspec.msgpack.encode(report.changes)
 
 
-class Reports:
-    """The reports of one round, by column: `reports["free"][instance]`."""
+class Reports(
+    Numbers[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]],
+    frozen=True,
+    kw_only=True,
+    eq=False,
+):
+    """The reports of one round: each number as a read-only array with one value per instance."""
 
-    def __init__(self, messages: Sequence[bytes]) -> None:
-        """Raises ReportError, naming the instance, for a message that is no report."""
+    counts: NDArray[np.int64]
+    """All whole numbers: `[number, instance]`."""
+    times: NDArray[np.float32]
+    """All other numbers but flags: `[number, instance]`."""
+    changes: dict[int, Changes]
+    """Instance → what its report has beside the numbers."""
+
+    @classmethod
+    def decode(cls, messages: Sequence[bytes]) -> Reports:
+        """Read the messages of `encode_report` of all instances, by instance. Raises ReportError,
+        naming the instance, for a message that is no report."""
         for instance, message in enumerate(messages):
             if len(message) < _ROW.size:
                 raise ReportError(f"instance {instance} sent {len(message)} bytes, no report")
-        rows = b"".join([message[: _ROW.size] for message in messages])
-        numbers = np.frombuffer(rows, _DTYPE)
-        self._blocks = {code: np.ascontiguousarray(numbers[code].T) for code in COLUMNS}
-        """Format → all its columns: [column, instance]."""
-        self._columns: dict[str, np.ndarray[Any, Any]] = {}
-        for code, block in self._blocks.items():
+        rows = np.frombuffer(b"".join([message[: _ROW.size] for message in messages]), _DTYPE)
+        blocks = {code: np.ascontiguousarray(rows[code].T) for code in COLUMNS}
+        columns: dict[str, Any] = {}
+        for code, block in blocks.items():
             block.flags.writeable = False
-            self._columns |= zip(COLUMNS[code], block, strict=True)
-        self.changes = {
+            columns |= zip(COLUMNS[code], block, strict=True)
+        changes = {
             instance: _decoded(instance, message[_ROW.size :])
             for instance, message in enumerate(messages)
             if len(message) > _ROW.size
         }
-        """Instance → what its report has beside the numbers."""
-
-    def __getitem__(self, column: str) -> np.ndarray[Any, Any]:
-        """One value per instance, read-only."""
-        return self._columns[column]
+        return cls(**columns, counts=blocks["q"], times=blocks["f"], changes=changes)
 
     def __len__(self) -> int:
-        return len(self["round"])
+        return len(self.round)
 
     def check(self, round: int) -> None:
         """Refuse what cannot be. Raises ReportError."""
-        self._refuse(self["round"] != round, f"not of round {round}: it is stale", "round")
-        counts, times = self._blocks["q"], self._blocks["f"]
-        self._refuse(counts < _LEAST, "negative", *COLUMNS["q"])
-        self._refuse(~((times >= 0) & (times < np.inf)), "no time", *COLUMNS["f"])
-        self._refuse(self["free"] > self["capacity"], "more than its pool", "free")
-        self._refuse(self["promised"] > self["free"], "more than is free", "promised")
+        self._refuse(self.round != round, f"not of round {round}: it is stale", "round")
+        self._refuse(self.counts < _LEAST, "negative", *COLUMNS["q"])
+        self._refuse(~((self.times >= 0) & (self.times < np.inf)), "no time", *COLUMNS["f"])
+        self._refuse(self.free > self.capacity, "more than its pool", "free")
+        self._refuse(self.promised > self.free, "more than is free", "promised")
         instances = len(self)
         for instance, changes in self.changes.items():
             for debtor, blocks in (changes.lent or {}).items():
@@ -193,29 +215,28 @@ class Reports:
                     raise ReportError(
                         f"instance {instance} reports a loan of {blocks} rBlocks to {debtor}"
                     )
-            for row in changes.large:
-                numbers = (row.held, row.blocks, row.prompt, row.output)
+            for large in changes.large:
+                numbers = (large.held, large.blocks, large.prompt, large.output)
                 if not all(0 <= number < float("inf") for number in numbers):
                     raise ReportError(
-                        f"instance {instance} reports of request {row.request} what cannot be: "
+                        f"instance {instance} reports of request {large.request} what cannot be: "
                         f"{numbers}"
                     )
 
     def step_tokens(self) -> float:
-        """Prompt tokens that could be computed in the time of a decode step, in the mean over what
-        runs."""
-        known = (self["prompt_time"] > 0) & (self["running"] > 0) & (self["fixed"] > 0)
+        """Prompt tokens that could be computed in the time of a decode step: the mean over the
+        instances that run."""
+        known = (self.prompt_time > 0) & (self.running > 0) & (self.fixed > 0)
         if not known.any():
             return STEP_TOKENS
-        steps = self["fixed"] + self["per_token"] * self["running"]
-        steps = steps + self["per_kv"] * self["kv_tokens"]
-        return float(steps[known].mean() / self["prompt_time"][known].mean())
+        steps = self.fixed + self.per_token * self.running + self.per_kv * self.kv_tokens
+        return float(steps[known].mean() / self.prompt_time[known].mean())
 
-    def _refuse(self, bad: np.ndarray[Any, Any], why: str, *columns: str) -> None:
+    def _refuse(self, bad: NDArray[np.bool_], why: str, *columns: str) -> None:
         """`bad`: [column, instance], or [instance] for one column."""
         if bad.any():
             column, instance = divmod(int(bad.argmax()), len(self))
-            name, value = columns[column], self[columns[column]][instance]
+            name, value = columns[column], getattr(self, columns[column])[instance]
             raise ReportError(f"the report of instance {instance} says {name} {value}: {why}")
 
 

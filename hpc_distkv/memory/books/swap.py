@@ -2,27 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import bisect
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from hpc_distkv.memory.books.slots import FreeSlots
+from hpc_distkv.memory.table import BlockTable
+
+
+class SwapMove(NamedTuple):
+    """An rBlock on its way to the host's memory, or home. Until `commit` it is served from where it
+    was."""
+
+    key: int
+    """Request or prefix."""
+    block: int
+    """Logical index."""
+    slot: int
+    """Of the home pool."""
+    copy: bool = False
+    """Whether it stays at home too, until its request is swapped out."""
 
 
 class SwapSpace:
-    """Owner of an instance's slots in the host's memory (`HOST`). They hold rBlocks of its own
-    requests and prefixes only, of two kinds:
+    """Owner of an instance's slots in the host's memory. They hold rBlocks of its own requests and
+    prefixes only, of two kinds:
 
-    * what a block table names in `remote[HOST]` is served where it is;
+    * what a block table names in `in_host` is served where it is;
     * what a preempted request had computed waits there until the request is resumed.
 
-    A slot is reserved before the copy there begins, and given up when a copy back has arrived.
+    A slot is reserved before the copy there begins, and released when a copy back has arrived.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, home: FreeSlots, tables: Mapping[int, BlockTable]) -> None:
         self.num_blocks = num_blocks
         self.slots: dict[int, dict[int, int]] = {}
         """Request or prefix → logical index of an rBlock → its slot."""
         self.swapped: dict[int, int] = {}
         """Request that is swapped out, or on its way there → the rBlocks of the prefix that it
         shared with others then: they are not among `slots`."""
+        self.outgoing: list[SwapMove] = []
+        """rBlocks on their way to the host's memory."""
+        self.incoming: list[SwapMove] = []
+        """rBlocks on their way home."""
         self._free = list(range(num_blocks - 1, -1, -1))
+        self._home, self._tables = home, tables
 
     @property
     def free(self) -> int:
@@ -43,14 +67,54 @@ class SwapSpace:
         """rBlocks a swapped-out request has computed; 0 if it is not swapped out."""
         return max(self.slots[request]) + 1 if request in self.swapped else 0
 
-    def take(self, key: int, index: int) -> None:
-        """Reserve a slot for rBlock `index` of a request or prefix. The caller has looked at
-        `free`."""
-        blocks = self.slots.setdefault(key, {})
-        assert index not in blocks
-        blocks[index] = self._free.pop()
+    # -- moves ----------------------------------------------------------------------------------
 
-    def give_up(self, key: int, indices: Iterable[int]) -> None:
+    def spill(self, key: int, index: int) -> SwapMove:
+        """Begin to move a sealed rBlock of a request or prefix here; there must be a free slot."""
+        table = self._tables[key]
+        return self._send(SwapMove(key, index, table.slots[table.place(index)]))
+
+    def copy_out(
+        self, request: int, shared: int, blocks: Iterable[tuple[int, int]]
+    ) -> list[SwapMove]:
+        """Begin to copy a request's rBlocks (logical index, home slot) here, all but the first
+        `shared` ones."""
+        self.swapped[request] = shared
+        return [self._send(SwapMove(request, index, slot, copy=True)) for index, slot in blocks]
+
+    def bring_home(self, key: int, index: int) -> SwapMove:
+        """Begin to bring an rBlock back that is served here; there must be a usable slot."""
+        assert self._home.usable > 0
+        move = SwapMove(key, index, self._home.take())
+        self.incoming.append(move)
+        return move
+
+    def commit(self, outgoing: Iterable[SwapMove], incoming: Iterable[SwapMove]) -> None:
+        """These moves have arrived: from now on they are served where they went."""
+        for move in outgoing:
+            self.outgoing.remove(move)
+            if not move.copy:
+                self._home.release((self._tables[move.key].to_host(move.block),))
+        for move in incoming:
+            self.incoming.remove(move)
+            self._tables[move.key].from_host(move.block, move.slot)
+            self.release(move.key, (move.block,))
+
+    def moves(self, key: int) -> bool:
+        """Whether rBlocks of a request or prefix are on their way here or home."""
+        return any(m.key == key for m in self.outgoing) or any(m.key == key for m in self.incoming)
+
+    def _send(self, move: SwapMove) -> SwapMove:
+        """Reserve a slot for a move here."""
+        blocks = self.slots.setdefault(move.key, {})
+        assert move.block not in blocks
+        blocks[move.block] = self._free.pop()
+        self.outgoing.append(move)
+        return move
+
+    # -- ends -----------------------------------------------------------------------------------
+
+    def release(self, key: int, indices: Iterable[int]) -> None:
         """Nobody needs these rBlocks here any more."""
         blocks = self.slots[key]
         self._free.extend(blocks.pop(index) for index in indices)
@@ -61,6 +125,16 @@ class SwapSpace:
         """Free what is kept for a swapped-out request, if it is one."""
         if self.swapped.pop(request, None) is not None:
             self._free.extend(self.slots.pop(request).values())
+
+    def resume(self, request: int, first: int) -> list[int]:
+        """A request that was swapped out is open again, and has its rBlocks before logical rBlock
+        `first` at home. Returns the logical indices of the others, which are served here now."""
+        del self.swapped[request]
+        blocks = sorted(self.slots[request])
+        at = bisect.bisect_left(blocks, first)
+        if at:
+            self.release(request, blocks[:at])
+        return blocks[at:]
 
     def split(self, prefix: int, first: int, new: int) -> None:
         """The rBlocks of a prefix before logical rBlock `first` are the prefix `new`'s now."""

@@ -55,7 +55,7 @@ class JobLeader:
         with self._remembering():
             self._job.commit()
             if (reports := self.gmanager.reports) is not None:
-                self._record.see_pools(reports["capacity"] - reports["free"])
+                self._record.see_pools(reports.capacity - reports.free)
             self.watch.look(self._job, self.gmanager)
 
     def close(self, ranks: Sequence[RankFigures], world: World, ordered: bool) -> dict[str, Any]:

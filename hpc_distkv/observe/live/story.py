@@ -62,5 +62,5 @@ class Story:
     def _who(self, manager: GManager) -> str:
         """The first rank that wants the run to end, as far as its report says so."""
         assert manager.reports is not None
-        asking = np.flatnonzero(manager.reports["drain"]).tolist()
+        asking = np.flatnonzero(manager.reports.drain).tolist()
         return self._world.name(asking[0] * self._world.tp) if asking else "another rank"

@@ -1,5 +1,5 @@
-"""Charts as SVG text. Colours are classes, so that the page's style sheet decides on light and
-dark."""
+"""Charts as SVG text. Colours are classes, so that a style sheet decides on them: the page's on
+light and dark."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def rect(x: float, y: float, width: float, height: float, style: str, hint: str 
 
 def line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
     """A straight line."""
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{style}"/>'
+    return f'<line x1="{x1:.2f}" y1="{y1:.2f}" x2="{x2:.2f}" y2="{y2:.2f}" class="{style}"/>'
 
 
 @dataclass(frozen=True)
@@ -104,16 +104,19 @@ class Panel:
         return "".join(parts)
 
     def _joined(self, points: Points) -> str:
-        return "L".join(f"{self.x.at(x):.1f},{self.y.at(y):.1f}" for x, y in points)
+        return "L".join(f"{self.x.at(x):.2f},{self.y.at(y):.2f}" for x, y in points)
 
 
-def nice_ticks(most: float, count: int = 3) -> list[float]:
-    """0 and about `count` round numbers, the last of which is not below `most`."""
-    if most <= 0:
-        return [0.0, 1.0]
-    power = 10.0 ** math.floor(math.log10(most / count))
-    step = next(power * s for s in STEPS if power * s * count >= most * 0.999)
-    return [step * n for n in range(math.ceil(most / step - 1e-9) + 1)]
+def nice_ticks(most: float, count: int = 3, least: float = 0.0) -> list[float]:
+    """About `count` + 1 round numbers, from one that is not above `least` to one that is not below
+    `most`."""
+    span = most - least
+    if span <= 0:
+        return [least, least + 1.0]
+    power = 10.0 ** math.floor(math.log10(span / count))
+    step = next(power * s for s in STEPS if power * s * count >= span * 0.999)
+    first, last = math.floor(least / step + 1e-9), math.ceil(most / step - 1e-9)
+    return [step * n for n in range(first, last + 1)]
 
 
 def time_step(seconds: float, count: int = 8) -> float:

@@ -83,10 +83,6 @@ def take_snapshot(job: Job, manager: GManager) -> Snapshot:
     """How far the job is now, by its own books and the last control round's reports."""
     reports = manager.reports
     assert reports is not None
-    columns = {
-        name: reports[name].astype(np.int64)
-        for name in ("running", "prompt_tokens", "generated_tokens", "capacity", "free", "hosted")
-    }
     return Snapshot(
         at=time.perf_counter(),
         answered=job.answered,
@@ -95,14 +91,14 @@ def take_snapshot(job: Job, manager: GManager) -> Snapshot:
         failed_before=job.failed_before,
         left=_rows_left(job),
         estimated=job.total_rows is None,
-        least_seconds=float((reports["work_left"] * reports["prompt_time"]).max()),
-        waiting=max(0, manager.assignment.unfinished - int(columns["running"].sum())),
-        running=columns["running"],
-        prompt_tokens=columns["prompt_tokens"],
-        generated_tokens=columns["generated_tokens"],
-        used=columns["capacity"] - columns["free"],
-        hosted=columns["hosted"],
-        capacity=columns["capacity"],
+        least_seconds=float((reports.work_left * reports.prompt_time).max()),
+        waiting=max(0, manager.assignment.unfinished - manager.running),
+        running=reports.running,
+        prompt_tokens=reports.prompt_tokens,
+        generated_tokens=reports.generated_tokens,
+        used=reports.capacity - reports.free,
+        hosted=reports.hosted,
+        capacity=reports.capacity,
         debts=list(manager.ledger.pairs()),
     )
 

@@ -4,71 +4,60 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from hpc_distkv.memory.books.slots import FreeSlots
 from hpc_distkv.memory.loan import Guest, Loan, Move, MoveKind, ProtocolError
-from hpc_distkv.memory.prefix import PrefixTree
-from hpc_distkv.memory.table import BlockTable
 
 
 class Lender:
-    """Owner of an instance's slots, loans and guests: the part of its RManager that faces its
-    debtors."""
+    """Owner of what an instance has promised and lent, and of its guests: the part of its RManager
+    that faces its debtors."""
 
-    def __init__(self, instance: int, num_blocks: int, lend_cap: int | None) -> None:
-        self.instance = instance
-        self.num_blocks = num_blocks
-        self.lend_cap = num_blocks if lend_cap is None else lend_cap
+    def __init__(self, instance: int, slots: FreeSlots, lend_cap: int | None) -> None:
+        self.lend_cap = slots.num_blocks if lend_cap is None else lend_cap
+        """Most rBlocks that are lent at once."""
         self.promised = 0
-        self.tables: dict[int, BlockTable] = {}
-        """By request, and by prefix."""
-        self.prefixes = PrefixTree(self.tables)
+        """Slots reserved until the answer to the last report."""
+        self.loans: dict[int, Loan] = {}
+        """By debtor."""
         self.guests: dict[tuple[int, int], Guest] = {}
         """(debtor, its request or prefix) → what is hosted of it."""
-        self.loans: dict[int, Loan] = {}
         self.outgoing: list[Move] = []
-        """Under way, like `incoming`."""
+        """rBlocks on their way back to debtors."""
         self.incoming: list[Move] = []
-        self._free = list(range(num_blocks - 1, -1, -1))
-
-    # -- capacity -------------------------------------------------------------------------------
-
-    @property
-    def free(self) -> int:
-        """Slots that hold nothing in use, whatever they are set aside for."""
-        return len(self._free) + self.prefixes.idle
-
-    @property
-    def usable(self) -> int:
-        """Slots this instance may fill itself: free, not promised, not set aside for a debtor."""
-        return self.free - self.promised - self._set_aside
+        """rBlocks on their way here from debtors."""
+        self._instance, self._slots = instance, slots
 
     @property
     def lent(self) -> int:
-        """rBlocks lent or set aside for debtors."""
+        """rBlocks lent to debtors or reserved for them."""
         return sum(loan.total for loan in self.loans.values())
 
     @property
-    def _set_aside(self) -> int:
-        return sum(loan.unopened + loan.credit for loan in self.loans.values())
+    def hosted(self) -> int:
+        """rBlocks of debtors that are here, or on their way here."""
+        return sum(loan.used for loan in self.loans.values())
 
     # -- promises and credit --------------------------------------------------------------------
 
     def promise(self, blocks: int) -> int:
-        """Set up to `blocks` aside until `settle`; returns how many."""
+        """Reserve up to `blocks` slots until `settle`; returns how many."""
         assert not self.promised
-        self.promised = max(0, min(blocks, self.usable, self.lend_cap - self.lent))
+        self.promised = max(0, min(blocks, self._slots.usable, self.lend_cap - self.lent))
+        self._slots.reserve(self.promised)
         return self.promised
 
     def settle(self, grants: Mapping[int, int]) -> list[int]:
-        """End the promise; what of it was granted stays set aside for its debtor. Returns the
+        """End the promise; what of it was granted stays reserved for its debtor. Returns the
         debtors whose grant went beyond the promise and was refused."""
         left, self.promised = self.promised, 0
         refused = []
         for debtor, blocks in grants.items():
-            if blocks > left or blocks < 0 or debtor == self.instance:
+            if blocks > left or blocks < 0 or debtor == self._instance:
                 refused.append(debtor)
                 continue
             left -= blocks
             self.loans.setdefault(debtor, Loan()).unopened += blocks
+        self._slots.unreserve(left)
         return refused
 
     def open_credit(self, debtor: int) -> int:
@@ -88,45 +77,63 @@ class Lender:
         if not 0 < blocks <= loan.credit:
             raise ProtocolError(
                 f"instance {debtor} returned {blocks} rBlocks of credit to instance "
-                f"{self.instance}, which had set aside {loan.credit} for it"
+                f"{self._instance}, which had set aside {loan.credit} for it"
             )
         loan.credit -= blocks
+        self._slots.unreserve(blocks)
         self._forget_loan(debtor)
 
     # -- guests ---------------------------------------------------------------------------------
 
     def host(self, debtor: int, moves: Iterable[tuple[int, int]]) -> list[Move]:
-        """Reserve a slot for each (request, logical index) that `debtor` announces."""
+        """Take a reserved slot for each (request or prefix, logical index) that `debtor`
+        announces."""
         accepted = []
         for request, index in moves:
             loan = self.loans.get(debtor, Loan())
             if loan.credit < 1:
                 raise ProtocolError(
-                    f"instance {debtor} sent instance {self.instance} an rBlock of request "
+                    f"instance {debtor} sent instance {self._instance} an rBlock of request "
                     f"{request} without credit"
                 )
             loan.credit -= 1
             loan.used += 1
-            accepted.append(Move(request, index, self._take(), debtor))
+            self._slots.unreserve(1)
+            accepted.append(Move(request, index, self._slots.take(), debtor))
         self.incoming.extend(accepted)
         return accepted
 
     def give_back(self, debtor: int, recalls: Iterable[tuple[int, int]]) -> list[Move]:
-        """Begin to return the rBlocks (request, logical index) that `debtor` calls home."""
+        """Begin to return the rBlocks (request or prefix, logical index) that `debtor` calls
+        home."""
         accepted = []
         for request, index in recalls:
             guest = self.guests.get((debtor, request), Guest())
             if index not in guest.indices:
                 raise ProtocolError(
                     f"instance {debtor} calls home rBlock {index} of request {request}, which "
-                    f"instance {self.instance} does not host"
+                    f"instance {self._instance} does not host"
                 )
             slot = guest.slots[guest.indices.index(index)]
             accepted.append(Move(request, index, slot, debtor, MoveKind.RECALL))
         self.outgoing.extend(accepted)
         return accepted
 
-    def split_guests(self, debtor: int, splits: Iterable[tuple[int, int, int]]) -> None:
+    def commit(self, outgoing: Iterable[Move], incoming: Iterable[Move]) -> None:
+        """These moves have arrived: what came is served here, the slots of what left are free."""
+        for move in outgoing:
+            self.outgoing.remove(move)
+            guest = self.guests[move.peer, move.key]
+            at = guest.indices.index(move.block)
+            del guest.indices[at]
+            self._free(move.peer, move.key, guest, [guest.slots.pop(at)])
+        for move in incoming:
+            self.incoming.remove(move)
+            guest = self.guests.setdefault((move.peer, move.key), Guest())
+            guest.slots.append(move.slot)
+            guest.indices.append(move.block)
+
+    def split(self, debtor: int, splits: Iterable[tuple[int, int, int]]) -> None:
         """Split the guests of `debtor`'s prefixes as it has split these (`loan.Split`)."""
         for prefix, first, new in splits:
             guest = self.guests.get((debtor, prefix), Guest())
@@ -134,16 +141,16 @@ class Lender:
             if not part.slots or (debtor, new) in self.guests:
                 raise ProtocolError(
                     f"instance {debtor} split prefix {prefix} at rBlock {first}, of which instance "
-                    f"{self.instance} hosts none before"
+                    f"{self._instance} hosts none before"
                 )
             self.guests[debtor, new] = part
             if not guest.slots:
                 del self.guests[debtor, prefix]
 
     def evict(self, debtor: int, requests: Iterable[int]) -> None:
-        """Free the guests of `debtor`'s requests that ended."""
+        """Free the guests of `debtor`'s requests and prefixes that ended."""
         for request in requests:
-            self._free.extend(self._pop_guest(debtor, request).slots)
+            self._slots.release(self.pop_guest(debtor, request).slots)
 
     def evict_dropped(self, debtor: int, dropped: Iterable[tuple[int, int]]) -> None:
         """Free what `debtor` has dropped of its requests: (request, first logical rBlock kept)."""
@@ -153,39 +160,29 @@ class Lender:
             if not left:
                 raise ProtocolError(
                     f"instance {debtor} dropped rBlocks before {first} of request {request}, of "
-                    f"which instance {self.instance} hosts none"
+                    f"which instance {self._instance} hosts none"
                 )
-            self._free.extend(left)
-            if not guest.slots:
-                del self.guests[debtor, request]
-            self.loans[debtor].used -= len(left)
-            self._forget_loan(debtor)
+            self._free(debtor, request, guest, left)
 
-    def _take(self) -> int:
-        """A slot for something new. The caller has seen that there is one."""
-        return self._free.pop() if self._free else self.prefixes.evict()
-
-    def _pop_guest(self, debtor: int, request: int) -> Guest:
+    def pop_guest(self, debtor: int, request: int) -> Guest:
+        """Remove a guest. Its slots are the caller's."""
         guest = self.guests.pop((debtor, request), None)
         if guest is None:
             raise ProtocolError(
                 f"instance {debtor} released request {request}, of which instance "
-                f"{self.instance} hosts nothing"
+                f"{self._instance} hosts nothing"
             )
         self.loans[debtor].used -= len(guest.slots)
         self._forget_loan(debtor)
         return guest
 
-    def _take_from_guest(self, move: Move) -> None:
-        key = (move.peer, move.request)
-        guest = self.guests[key]
-        at = guest.indices.index(move.block)
-        del guest.indices[at]
-        self._free.append(guest.slots.pop(at))
+    def _free(self, debtor: int, request: int, guest: Guest, slots: list[int]) -> None:
+        """Free these slots, which were taken from a guest."""
+        self._slots.release(slots)
         if not guest.slots:
-            del self.guests[key]
-        self.loans[move.peer].used -= 1
-        self._forget_loan(move.peer)
+            del self.guests[debtor, request]
+        self.loans[debtor].used -= len(slots)
+        self._forget_loan(debtor)
 
     def _forget_loan(self, debtor: int) -> None:
         if not self.loans[debtor].total:
