@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import pad
 
 from hpc_distkv.attention import PagedBatch, PagedRow
-from hpc_distkv.decide.guests import Asked
-from hpc_distkv.decide.plan import Scheduled
+from hpc_distkv.decide.plan import Asked, Scheduled
 from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.memory.rmanager import RManager
 from hpc_distkv.memory.table import BlockTable, Slots
