@@ -21,7 +21,7 @@ from hpc_distkv.errors import OptionError
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.ranks.rank import RankEngine, connected
-from hpc_distkv.simulate.workload import Row
+from hpc_distkv.simulate.workload import TraceRow
 from hpc_distkv.start.capacity import lone_room
 from hpc_distkv.start.layout import Layout, lay_out
 from hpc_distkv.start.loading import load_model, unite
@@ -112,7 +112,7 @@ def compare(
     if leader is None:
         return {}
     rows = [
-        Row(r.prompt_len, len(leader.tokens[r.id]) // 4, limit=r.sampling.max_tokens)
+        TraceRow(r.prompt_len, len(leader.tokens[r.id]) // 4, limit=r.sampling.max_tokens)
         for r in requests
     ]
     predicted, most = _predict(model, engines, figures, rows)
@@ -154,7 +154,7 @@ def _predict(
     model: ModelConfig,
     engines: Mapping[str, RankEngine],
     figures: Mapping[str, Mapping[str, Any]],
-    rows: Sequence[Row],
+    rows: Sequence[TraceRow],
 ) -> tuple[dict[str, float], float]:
     """What the simulator predicts for every way, and the most that any could reach on the ranks as
     the last one cuts them: tokens per second, from the speeds in `figures`."""

@@ -252,7 +252,7 @@ class Worker(StepLoop):
         return seconds
 
     def _other_lanes(self) -> list[int]:
-        """Who may hold up what the device computes: in a hop it waits for all of them."""
+        """The ranks that this one's device waits for in stream-ordered exchanges."""
         world = self._comm.world
         return [rank for rank in world.members if rank != world.rank]
 

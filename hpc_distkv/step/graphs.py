@@ -27,8 +27,8 @@ from hpc_distkv.attention import (
     rotate_and_write,
 )
 from hpc_distkv.attention.triton import backend
-from hpc_distkv.attention.triton.backend import Kernels
-from hpc_distkv.attention.triton.launch_plan import Plan, plan_key
+from hpc_distkv.attention.triton.backend import TritonKernels
+from hpc_distkv.attention.triton.launch_plan import LaunchPlan, plan_key
 from hpc_distkv.comm.gpu.cuda import new_stream
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.step.inputs import Inputs
@@ -68,7 +68,7 @@ class DecodeGraphs:
     """The recorded steps of one rank. Owner of the tensors they read and write."""
 
     def __init__(
-        self, model: Model, pool: BlockPool, kernels: Kernels, shape: tuple[int, int]
+        self, model: Model, pool: BlockPool, kernels: TritonKernels, shape: tuple[int, int]
     ) -> None:
         """`shape`: query heads and head dimension. Padding rows write to the pool's last rBlock."""
         self._model, self._pool, self._kernels, self._shape = model, pool, kernels, shape
@@ -135,7 +135,9 @@ class DecodeGraphs:
 class DecodeGraph:
     """One recorded step, and the tensors it reads."""
 
-    def __init__(self, model: Model, pool: BlockPool, rows: int, plans: dict[int, Plan]) -> None:
+    def __init__(
+        self, model: Model, pool: BlockPool, rows: int, plans: dict[int, LaunchPlan]
+    ) -> None:
         self._model, self._pool = model, pool
         self.plans = {window: plan.roomy() for window, plan in plans.items()}
         """Window → what attention launches."""
@@ -145,7 +147,7 @@ class DecodeGraph:
         self._graph = torch.cuda.CUDAGraph()
         self._hidden = torch.empty(0)
 
-    def fill(self, inputs: Sequence[torch.Tensor], plans: dict[int, Plan]) -> None:
+    def fill(self, inputs: Sequence[torch.Tensor], plans: dict[int, LaunchPlan]) -> None:
         """Copy the inputs and splits of a step in."""
         if not self._inputs:
             self._inputs = list(inputs)

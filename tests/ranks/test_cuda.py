@@ -210,7 +210,7 @@ def test_a_rank_sends_to_itself_by_nccl() -> None:
     for _ in range(3):  # in order with what is computed, and no host waits
         into[2].zero_()
         sends[2].mul_(2)
-        assert comm.transport.hop([(0, sends[2])], [(0, into[2])])
+        assert comm.transport.stream_ordered.exchange([(0, sends[2])], [(0, into[2])])
         into[2].add_(1)
     assert torch.equal(into[2], before[2] * 8 + 1)
     comm.transport.exchange([(0, sends[0])], [(0, into[0])]).wait("a message after hops")

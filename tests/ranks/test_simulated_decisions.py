@@ -19,7 +19,7 @@ from hpc_distkv.simulate.cluster import Cluster, DeviceSpec, Measured
 from hpc_distkv.simulate.deployment import Deployment
 from hpc_distkv.simulate.models import ModelShape
 from hpc_distkv.simulate.simulation import Rounds, Simulation
-from hpc_distkv.simulate.workload import Row
+from hpc_distkv.simulate.workload import TraceRow
 
 AT_ONCE = Rounds(floor=0.0, answer=0.0, per_instance=0.0)
 SHAPE = ModelShape("tiny", 2, 64, 128, 4, 2, 16, 100)
@@ -75,7 +75,7 @@ def test_a_simulated_instance_plans_what_a_real_one_does(
     real, config = list(plans), configs[0]
     plans.clear()
     made = [
-        Row(row.prompt_len, len(outcome.tokens[row.id]), limit=row.sampling.max_tokens)
+        TraceRow(row.prompt_len, len(outcome.tokens[row.id]), limit=row.sampling.max_tokens)
         for row in rows
     ]
     cluster = Cluster(1, 1, DeviceSpec("toy", 1e9, 0), measured=ANY)
