@@ -22,19 +22,17 @@ class EngineConfig:
     lend_cap: int | None = None
     """Most rBlocks lent to others; None: all."""
     move_budget: int = 16
-    """KV tokens that may move in a step though no row waits for them; 0: none."""
+    """KV tokens that may move in a step though no row waits for them."""
     window: int = 0
-    """What no query will see is freed: it sees so many tokens, its own included. 0: all are kept,
-    for some layer sees them, or because requests that migrate are copied whole."""
+    """Tokens that a query sees, its own included; rBlocks behind them are freed. 0: none are,
+    because some layer sees all tokens, or because requests that migrate are copied whole."""
     enable_prefix_caching: bool = False
-    """Rows with equal beginnings share the sealed rBlocks of these: see `prefix_caching`."""
+    """Rows with equal prefixes share the sealed rBlocks of these: see `prefix_caching`."""
     keys_by_length: bool = False
     """Only rows with prompts of one length do, for the length decides on K (dynamic RoPE)."""
     attention_tokens: float = float("inf")
     """Context length at which a token costs twice what its linear layers cost."""
 
-    cuda_graphs: bool = False
-    """Whether decode steps on GPUs are recorded and replayed."""
     host_blocks: int = 0
     """rBlocks in the host's memory; 0: it is not used."""
     host_copy_seconds: float = 0.0
@@ -50,23 +48,17 @@ class EngineConfig:
 
     @property
     def prefix_caching(self) -> bool:
-        """Whether rows share rBlocks. They do not where a row alone decides on what becomes of
-        them: where they are freed behind a window, or copied with a request that migrates."""
-        return self.enable_prefix_caching and not self.window and not self.policy.migrate
+        """Whether rows share rBlocks."""
+        return shares_prefixes(self.enable_prefix_caching, self.policy, self.window)
 
     def prefix_keys(self, request: Request) -> list[bytes]:
-        """Of the rBlocks of a prompt that may be shared: all before the one of its last token, for
-        that has to be computed."""
+        """The keys of the rBlocks of a prompt that may be shared: all before that of its last
+        token, which has to be computed."""
         if not self.prefix_caching:
             return []
         length = request.prompt_len
         salt = length.to_bytes(8, "little") if self.keys_by_length else b""
         return request.prefix_keys(range(self.block_size, length, self.block_size), salt)
-
-    @property
-    def spare(self) -> int:
-        """rBlocks beyond the pool, that rows of recorded steps write to which are none."""
-        return int(self.cuda_graphs)
 
     @cached_property
     def reserve(self) -> int:
@@ -84,3 +76,9 @@ class EngineConfig:
     def blocks(self, tokens: int) -> int:
         """rBlocks that hold `tokens` tokens."""
         return -(-tokens // self.block_size)
+
+
+def shares_prefixes(enabled: bool, policy: Policy, window: int) -> bool:
+    """True if rows share rBlocks. They do not where rBlocks are freed behind a window or copied
+    with a request that migrates: there one row decides about them."""
+    return enabled and not window and not policy.migrate

@@ -1,4 +1,4 @@
-"""What an instance tells the gManager."""
+"""What an instance reports to the gManager."""
 
 from __future__ import annotations
 
@@ -6,31 +6,21 @@ from hpc_distkv.control.assign.work import work
 from hpc_distkv.control.messages.counters import Counters
 from hpc_distkv.control.messages.reports import Changes, Remains, Report
 from hpc_distkv.control.messages.requests import Result, Unfinished
-from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.demand import lacking, large_rows, longest
 from hpc_distkv.decide.migration import Handovers
 from hpc_distkv.decide.pace import Pace
 from hpc_distkv.decide.scheduler import Scheduler
 from hpc_distkv.decide.sequence import Sequence
-from hpc_distkv.memory.rmanager import RManager
 
 COUNTED_ROUNDS = 25
 """Reports between two that carry the counters while there is work."""
 
 
 class Reporting:
-    """Makes the reports of one instance. Owner of what was reported last, and of what was not
+    """Makes the reports of one instance. Owner of what was reported last and of what was not
     reported yet."""
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        rmanager: RManager,
-        scheduler: Scheduler,
-        handovers: Handovers,
-        pace: Pace,
-        counters: Counters,
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, handovers: Handovers, pace: Pace) -> None:
         self.asked = 0
         """rBlocks that the last report wanted to borrow."""
         self._results: list[Result] = []
@@ -39,8 +29,9 @@ class Reporting:
         """Those that go elsewhere."""
         self._lent: dict[int, int] | None = {}
         """As reported last; None: to be reported again."""
-        self._config, self._rm, self._scheduler = config, rmanager, scheduler
-        self._handovers, self._pace, self._counters = handovers, pace, counters
+        self._scheduler, self._handovers, self._pace = scheduler, handovers, pace
+        self._config, self._rm = scheduler.config, scheduler.rm
+        self._counters = scheduler.counters
 
     def finished(self, result: Result) -> None:
         """A request has its result."""
@@ -71,7 +62,7 @@ class Reporting:
             wanted_for=demand.wanted_for,
             largest=demand.largest,
             starved=demand.starved,
-            room_rows=room[0],
+            room_requests=room[0],
             room_tokens=room[1],
             running=len(running),
             waiting=scheduler.fresh,
@@ -84,7 +75,7 @@ class Reporting:
             generated_tokens=counters.generated_tokens,
             kv_tokens=self._kv_tokens(),
             work_left=self._work_left(),
-            row_blocks=self._row_blocks(),
+            request_blocks=self._request_blocks(),
             fixed=speed.fixed,
             per_token=speed.per_token,
             per_kv=speed.per_kv,
@@ -135,8 +126,8 @@ class Reporting:
             for s in rows
         )
 
-    def _row_blocks(self) -> float:
-        """The rows that wait say best what rows to come will need."""
+    def _request_blocks(self) -> float:
+        """Mean expected rBlocks of the waiting requests: those to come are most like them."""
         rows = self._scheduler.waiting or self._scheduler.running
         if not rows:
             return 0.0
