@@ -21,6 +21,7 @@ from hpc_distkv.decide.plan import Plan, S, Scheduled
 from hpc_distkv.decide.reporting import Reporting
 from hpc_distkv.decide.scheduler import Scheduler
 from hpc_distkv.decide.sequence import Sequence, TokenSequence
+from hpc_distkv.ids import InstanceId, RequestId
 from hpc_distkv.memory.loan import Move, MoveKind, ProtocolError
 from hpc_distkv.memory.rmanager import RManager
 
@@ -44,7 +45,7 @@ class Instance:
 
     def __init__(
         self,
-        number: int,
+        number: InstanceId,
         config: EngineConfig,
         sequence: Callable[[Request, float], Sequence] = TokenSequence,
     ) -> None:
@@ -59,7 +60,7 @@ class Instance:
         self._reporting = Reporting(
             config, self.rm, self.scheduler, self._handovers, self.pace, self.counters
         )
-        self._over: set[int] = set()
+        self._over: set[RequestId] = set()
         """Finished requests that are in a step which is being computed: it uses their rBlocks."""
 
     # -- boundaries -----------------------------------------------------------------------------
@@ -96,7 +97,7 @@ class Instance:
         """The run is over: free what still runs."""
         self.scheduler.stop()
 
-    def credits(self) -> dict[int, int]:
+    def credits(self) -> dict[InstanceId, int]:
         """Debtor → rBlocks that it has to be told of: they are set aside for it."""
         granted = [debtor for debtor, loan in self.rm.lender.loans.items() if loan.unopened]
         return {debtor: self.rm.lender.open_credit(debtor) for debtor in granted}
@@ -112,7 +113,7 @@ class Instance:
         """What this step computes and moves; `ahead`: while the one before is computed."""
         return self.scheduler.plan(ahead)
 
-    def headers(self, plan: Plan, now: float) -> dict[int, Header]:
+    def headers(self, plan: Plan, now: float) -> dict[InstanceId, Header]:
         """What creditors have to know of this step; those without news are left out."""
         queries = remote_queries(self.rm, plan.scheduled)
         leaving = {s.id: self.rm.borrower.copies[s.id].creditor for s in plan.leaving}
@@ -253,7 +254,9 @@ class Instance:
 
     # -- letters of others, at any time ---------------------------------------------------------
 
-    def accept(self, debtor: int, header: Header, now: float) -> tuple[list[Move], list[Move]]:
+    def accept(
+        self, debtor: InstanceId, header: Header, now: float
+    ) -> tuple[list[Move], list[Move]]:
         """Apply a header. Returns the moves that it asks for: out of this instance and into it.
         A debtor's next header is accepted after `commit_served`. Raises ProtocolError."""
         self.rm.lender.split(debtor, header.splits)
@@ -265,11 +268,11 @@ class Instance:
         self._handovers.arrive(debtor, header.handovers, now)
         return outgoing, incoming
 
-    def open_credit(self, creditor: int, blocks: int) -> None:
+    def open_credit(self, creditor: InstanceId, blocks: int) -> None:
         """A creditor has set rBlocks aside for this instance."""
         self.rm.borrower.credit_opened(creditor, blocks)
 
-    def commit_served(self, debtor: int, outgoing: Rows[Move], incoming: Rows[Move]) -> None:
+    def commit_served(self, debtor: InstanceId, outgoing: Rows[Move], incoming: Rows[Move]) -> None:
         """The moves of a header have arrived, and its queries have been served."""
         self.counters.blocks_lent += len(incoming)
         self.rm.lender.commit(outgoing, incoming)

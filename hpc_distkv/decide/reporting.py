@@ -12,6 +12,7 @@ from hpc_distkv.decide.migration import Handovers
 from hpc_distkv.decide.pace import Pace
 from hpc_distkv.decide.scheduler import Scheduler
 from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.ids import InstanceId
 from hpc_distkv.memory.rmanager import RManager
 
 COUNTED_ROUNDS = 25
@@ -37,7 +38,7 @@ class Reporting:
         """Of requests that have finished since the last report."""
         self._returned: list[Sequence] = []
         """Those that go elsewhere."""
-        self._lent: dict[int, int] | None = {}
+        self._lent: dict[InstanceId, int] | None = {}
         """As reported last; None: to be reported again."""
         self._config, self._rm, self._scheduler = config, rmanager, scheduler
         self._handovers, self._pace, self._counters = handovers, pace, counters

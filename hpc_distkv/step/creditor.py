@@ -8,6 +8,7 @@ from hpc_distkv.attention import PagedBatch, micro_attention
 from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR, Pending
 from hpc_distkv.control.messages.loans import Header
 from hpc_distkv.decide.instance import Instance
+from hpc_distkv.ids import InstanceId, TableKey
 from hpc_distkv.memory.loan import ProtocolError
 from hpc_distkv.step.guest_rows import guest_rows
 from hpc_distkv.step.parts import Parts
@@ -24,7 +25,7 @@ class Creditor:
     def __init__(self, parts: Parts, instance: Instance) -> None:
         self._parts, self._instance = parts, instance
         self._device, self._time = parts.comm.device, parts.time
-        self._visits: dict[int, Visit] = {}
+        self._visits: dict[InstanceId, Visit] = {}
         """Debtor → the step of it that is being served."""
 
     @property
@@ -32,18 +33,18 @@ class Creditor:
         """Whether no debtor's step is being served."""
         return not self._visits
 
-    def serves(self, debtor: int) -> bool:
+    def serves(self, debtor: InstanceId) -> bool:
         """Whether a step of `debtor` is being served."""
         return debtor in self._visits
 
-    def begin(self, debtor: int, header: Header, now: float) -> None:
+    def begin(self, debtor: InstanceId, header: Header, now: float) -> None:
         """Apply a header and serve its step from now on; the debtor's last one was committed.
         Raises ProtocolError."""
         with self._device.serving():
             self._visits[debtor] = Visit(self._parts, self._instance, debtor, header, now)
         self._time.recorder.open(Kind.VISIT, debtor)
 
-    def push(self) -> list[int]:
+    def push(self) -> list[InstanceId]:
         """Push on every visit. Returns the debtors whose step can be committed. Never blocks, and
         costs next to nothing if there is none."""
         if not self._visits:
@@ -51,12 +52,12 @@ class Creditor:
         with self._device.serving():
             return [debtor for debtor, visit in self._visits.items() if visit.advance()]
 
-    def served(self, debtor: int) -> bool:
+    def served(self, debtor: InstanceId) -> bool:
         """Whether nothing is left of the step of `debtor` but to commit. Never blocks."""
         with self._device.serving():
             return self._visits[debtor].advance()
 
-    def commit(self, debtor: int) -> None:
+    def commit(self, debtor: InstanceId) -> None:
         """The step of `debtor`, all of which was served, is over."""
         visit = self._visits.pop(debtor)
         visit.commit()
@@ -72,7 +73,7 @@ class Visit:
     """
 
     def __init__(
-        self, parts: Parts, instance: Instance, debtor: int, header: Header, now: float
+        self, parts: Parts, instance: Instance, debtor: InstanceId, header: Header, now: float
     ) -> None:
         self._rank, self._debtor = parts.comm.world.rank_of(debtor), debtor
         self._comm, self._pool, self._instance = parts.comm, parts.pool, instance
@@ -148,7 +149,7 @@ class Visit:
         counters.bytes_queried += self._out.nbytes + self._lse.nbytes
         self._time.leave(self._debtor, self._layer - 1)
 
-    def _hosted(self, guests: list[int]) -> tuple[list[int], list[int]]:
+    def _hosted(self, guests: list[TableKey]) -> tuple[list[int], list[int]]:
         """Slots of these guests, and the logical index of each."""
         slots: list[int] = []
         indices: list[int] = []

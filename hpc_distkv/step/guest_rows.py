@@ -8,8 +8,9 @@ from operator import itemgetter
 
 from hpc_distkv.attention import PagedRow
 from hpc_distkv.decide.guests import Asked
+from hpc_distkv.ids import TableKey
 
-Hosted = Callable[[list[int]], tuple[list[int], list[int]]]
+Hosted = Callable[[list[TableKey]], tuple[list[int], list[int]]]
 """Guests → their slots, and the logical index of each."""
 
 
