@@ -14,13 +14,14 @@ from hpc_distkv.decide.stop import TextDecoder
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.ranks.interrupt import Interrupt
 from hpc_distkv.ranks.rank import EngineOptions, RankEngine
+from hpc_distkv.ranks.worker import Leader
 from hpc_distkv.start.loading import unite
 
 MOST_ROUNDS = 5000
 """Control rounds after which a run will never end: ranks that idle make thousands per second."""
 
 
-class Collect:
+class Collect(Leader):
     """A leader that keeps the results."""
 
     def __init__(self, engine: RankEngine, requests: Sequence[Request]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,14 +29,29 @@ class Pending:
     """By choice."""
 
     @classmethod
-    def of(cls, row: Row, requests: Sequence[Request], request_digest: str) -> Pending:
-        """A row of whose requests nothing is there yet."""
-        return cls(
+    def of(
+        cls, row: Row, request_digest: str, begun: Mapping[AnswerKey, Begun]
+    ) -> tuple[Pending, list[Request]]:
+        """A row, and its requests from where an earlier run left off (`begun`). It is complete if
+        that run has made all its answers, as when `n` was lowered since."""
+        requests = list(row.requests())
+        pending = cls(
             replace(row, prompt=row.prompt[-CONTEXT:]),
             len(row.prompt),
             tuple(map(begun_digest, requests)),
             request_digest,
         )
+        left = []
+        for choice, request in enumerate(requests):
+            made = begun.get(AnswerKey(row.custom_id, choice))
+            if made is None or not made.fits(request):
+                left.append(request)
+            elif made.result:
+                pending.results[choice] = made.result
+            else:
+                kept = {"output": made.output, "logprobs": made.logprobs}
+                left.append(msgspec.structs.replace(request, **kept))
+        return pending, left
 
     @property
     def complete(self) -> bool:
@@ -59,22 +74,9 @@ class InFlight:
         """A row by its number; None if it has left."""
         return self._pending.get(number)
 
-    def enter(self, row: Row, request_digest: str) -> tuple[Pending, list[Request]]:
-        """A row, and its requests from where an earlier run left off. It is complete if that run
-        has made all its answers, as when `n` was lowered since."""
-        requests = list(row.requests())
-        pending = self._pending[row.number] = Pending.of(row, requests, request_digest)
-        left = []
-        for choice, request in enumerate(requests):
-            begun = self._begun.get(AnswerKey(row.custom_id, choice))
-            if begun is None or not begun.fits(request):
-                left.append(request)
-            elif begun.result:
-                pending.results[choice] = begun.result
-            else:
-                made = {"output": begun.output, "logprobs": begun.logprobs}
-                left.append(msgspec.structs.replace(request, **made))
-        return pending, left
+    def enter(self, pending: Pending) -> None:
+        """A row is handed out."""
+        self._pending[pending.row.number] = pending
 
     def leave(self, number: int) -> None:
         """The row has its line."""

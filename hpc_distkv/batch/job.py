@@ -15,7 +15,7 @@ from hpc_distkv.batch.errors import RowError
 from hpc_distkv.batch.in_flight import InFlight, Pending
 from hpc_distkv.batch.input.envelope import Envelope
 from hpc_distkv.batch.input.intake import MOST_NAMED, Intake, remarks
-from hpc_distkv.batch.input.rows import Row, parse_row, which_choice
+from hpc_distkv.batch.input.rows import parse_row, which_choice
 from hpc_distkv.batch.input.service import SamplingDefaults, Service
 from hpc_distkv.batch.input.shard import Shard
 from hpc_distkv.batch.results.journal import Journal
@@ -29,6 +29,25 @@ COMMIT_INTERVAL = 1.0
 """Seconds between two times that results are written; and put on the disk, where that is fast."""
 SYNC_SHARE = 1 / 20
 """Part of the time that it may take at most: all ranks wait for it in the end."""
+
+
+class Refused(NamedTuple):
+    """A row that cannot be answered."""
+
+    number: int
+    custom_id: str | None
+    request_digest: str
+    error: RowError
+
+
+class AllRead(NamedTuple):
+    """Behind the last row of the input."""
+
+    rows: int
+
+
+Entry = Pending | Refused | AllRead
+"""What reading came to: from the half of a `Job` that reads to the one that writes."""
 
 
 class Written(NamedTuple):
@@ -64,6 +83,11 @@ class Job:
 
     Takes over what `journal` knows to be answered, and what earlier runs have begun. Owns no file's
     opening, but closes all.
+
+    Has two halves, which may be in threads of their own (`batch.threads`). `entries` reads: it owns
+    the intake, and takes rows out of what is answered. `enter`, `finish`, `save`, `refuse` and
+    `commit` write: they own the journals, the rows in flight and all counts but the intake's own,
+    which only grow. `requests` is both in one. What is left is for the time before and after.
     """
 
     def __init__(
@@ -77,15 +101,17 @@ class Job:
         if errors:
             self._answered.include(errors.answered)
         done = self._answered.custom_ids
-        begun = {a: b for a, b in journal.unfinished.items() if a.custom_id not in done}
-        self._in_flight = InFlight(begun)
-        self.resumed = bool(self._answered.lines or begun)
+        self._begun = {a: b for a, b in journal.unfinished.items() if a.custom_id not in done}
+        self._in_flight = InFlight(self._begun)
+        self.resumed = bool(self._answered.lines or self._begun)
         """Whether earlier runs have done or begun anything."""
         self._written_at = self._sync_at = time.monotonic()
         self.answered = 0
         """Rows answered in this run."""
         self.failed = 0
         """Rows that became error rows in this run."""
+        self.total_rows: int | None = None
+        """Rows of the input; None until the last one has been read."""
 
     def requests(self) -> Iterator[Request]:
         """The rows still to be answered, oldest first; read and tokenized as they are pulled.
@@ -93,9 +119,34 @@ class Job:
         Call once. Writes the error rows on its way, and passes over answered ones, millions of them
         perhaps. Raises InputError and JournalError.
         """
+        for entry, requests in self.entries():
+            self.enter(entry)
+            yield from requests
+
+    def entries(self) -> Iterator[tuple[Entry, Sequence[Request]]]:
+        """Each row still to be answered as it is read and tokenized, oldest first: what `enter` is
+        told of it before anything else, and its requests that are left. Call once. Raises
+        InputError."""
         for envelope in self._intake.envelopes(self._answered):
-            if row := self._parse(envelope):
-                yield from self._begin(row, envelope.digest)
+            yield self._read(envelope)
+        if self._intake.exhausted:
+            yield AllRead(self._intake.rows), ()
+
+    def stop_reading(self) -> None:
+        """`entries` ends within a line; may be called from another thread than that has."""
+        self._intake.stop()
+
+    def enter(self, entry: Entry) -> None:
+        """A row was read. Writes its line if it has no request. Raises JournalError."""
+        match entry:
+            case Pending():
+                self._in_flight.enter(entry)
+                if entry.complete:
+                    self._write_answer(entry)
+            case Refused():
+                self._write_error(*entry)
+            case AllRead(rows):
+                self.total_rows = rows
 
     def save(self, unfinished: Unfinished) -> None:
         """Keep what was made of a request that came from `requests` and will not be finished in
@@ -200,11 +251,6 @@ class Job:
         return self._answered.failed
 
     @property
-    def total_rows(self) -> int | None:
-        """Rows of the input; None until the last one has been read."""
-        return self._intake.rows if self._intake.exhausted else None
-
-    @property
     def bytes_read(self) -> int:
         """Bytes of the input read so far, for progress."""
         return self._intake.bytes_read
@@ -241,21 +287,12 @@ class Job:
     def _journals(self) -> tuple[Journal, ...]:
         return tuple(dict.fromkeys((self._journal, self._errors)))
 
-    def _parse(self, envelope: Envelope) -> Row | None:
-        """A row that can be answered; the error row of any other is written."""
+    def _read(self, envelope: Envelope) -> tuple[Entry, Sequence[Request]]:
         try:
-            return parse_row(envelope, self._service)
+            row = parse_row(envelope, self._service)
         except RowError as error:
-            self._write_error(envelope.number, envelope.custom_id, envelope.digest, error)
-            self.commit()
-            return None
-
-    def _begin(self, row: Row, request_digest: str) -> Iterator[Request]:
-        """The requests of a row that are left. Writes the row if there are none."""
-        pending, left = self._in_flight.enter(row, request_digest)
-        if pending.complete:
-            self._write_answer(pending)
-        yield from left
+            return Refused(envelope.number, envelope.custom_id, envelope.digest, error), ()
+        return Pending.of(row, envelope.digest, self._begun)
 
     def _write_answer(self, pending: Pending) -> Written | None:
         """The line of an answered row; an error row if its tokens cannot be turned into text."""

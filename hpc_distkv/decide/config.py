@@ -22,12 +22,12 @@ class EngineConfig:
     lend_cap: int | None = None
     """Most rBlocks lent to others; None: all."""
     move_budget: int = 16
-    """KV tokens that may move in a step though no row waits for them; 0: none."""
+    """KV tokens that may move in a step though no row waits for them."""
     window: int = 0
-    """What no query will see is freed: it sees so many tokens, its own included. 0: all are kept,
-    for some layer sees them, or because requests that migrate are copied whole."""
+    """Tokens that a query sees, its own included; rBlocks behind them are freed. 0: none are,
+    because some layer sees all tokens, or because requests that migrate are copied whole."""
     enable_prefix_caching: bool = False
-    """Rows with equal beginnings share the sealed rBlocks of these: see `prefix_caching`."""
+    """Rows with equal prefixes share the sealed rBlocks of these: see `prefix_caching`."""
     keys_by_length: bool = False
     """Only rows with prompts of one length do, for the length decides on K (dynamic RoPE)."""
     attention_tokens: float = float("inf")
@@ -50,13 +50,13 @@ class EngineConfig:
 
     @property
     def prefix_caching(self) -> bool:
-        """Whether rows share rBlocks. They do not where a row alone decides on what becomes of
-        them: where they are freed behind a window, or copied with a request that migrates."""
+        """Whether rows share rBlocks. They do not where rBlocks are freed behind a window or copied
+        with a request that migrates: there one row decides about them."""
         return self.enable_prefix_caching and not self.window and not self.policy.migrate
 
     def prefix_keys(self, request: Request) -> list[bytes]:
-        """Of the rBlocks of a prompt that may be shared: all before the one of its last token, for
-        that has to be computed."""
+        """The keys of the rBlocks of a prompt that may be shared: all before that of its last
+        token, which has to be computed."""
         if not self.prefix_caching:
             return []
         length = request.prompt_len
@@ -65,7 +65,7 @@ class EngineConfig:
 
     @property
     def spare(self) -> int:
-        """rBlocks beyond the pool, that rows of recorded steps write to which are none."""
+        """rBlocks beyond the pool, which the padding rows of recorded steps write to."""
         return int(self.cuda_graphs)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""What an instance asks of others, and what it offers them: functions of the scheduler's state."""
+"""What an instance asks of others, and what it offers them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one instance decides and remembers between messages."""
+"""One instance between its messages: reports out, answers in, plans, headers, tokens."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from hpc_distkv.control.messages.percentiles import gap_bin
 from hpc_distkv.control.messages.reports import Remains, Report
 from hpc_distkv.control.messages.requests import Request, Result
 from hpc_distkv.decide.config import EngineConfig
-from hpc_distkv.decide.guests import remote_queries
 from hpc_distkv.decide.migration import Handovers, handover
 from hpc_distkv.decide.pace import Pace, StepSeconds, StepWork
-from hpc_distkv.decide.plan import Plan, S, Scheduled
+from hpc_distkv.decide.plan import Plan, S, Scheduled, remote_queries
 from hpc_distkv.decide.reporting import Reporting
 from hpc_distkv.decide.scheduler import Scheduler
 from hpc_distkv.decide.sequence import Sequence, TokenSequence
@@ -31,8 +30,8 @@ NO_LOGPROBS: Mapping[int, bytes] = {}
 
 
 class Instance:
-    """One instance between its messages: reports out, answers in, plans, headers, tokens. Pure: the
-    worker drives it with real messages and tensors, the simulator in virtual time.
+    """Decides all that one instance does. The ranks drive it with real messages and tensors, the
+    simulator in virtual time.
 
         boundary:  apply(answer) → credits() to debtors → report()
         step:      plan() → headers(plan) to creditors → compute → commit(plan) → append(tokens)
@@ -57,17 +56,15 @@ class Instance:
         self.round = 0
         self._sequence = sequence
         self._handovers = Handovers(self.rm, sequence)
-        self._reporting = Reporting(
-            config, self.rm, self.scheduler, self._handovers, self.pace, self.counters
-        )
+        self._reporting = Reporting(self.scheduler, self._handovers, self.pace)
         self._over: set[RequestId] = set()
-        """Finished requests that are in a step which is being computed: it uses their rBlocks."""
+        """Finished requests that the step under way computes once more: it uses their rBlocks."""
 
     # -- boundaries -----------------------------------------------------------------------------
 
     def apply(self, answer: Answer, now: float) -> None:
-        """The answer to the last report. Raises ProtocolError for any other; what goes beyond the
-        promise is refused."""
+        """Apply the answer to the last report. Raises ProtocolError for any other. Grants beyond
+        the promise are refused, and counted."""
         if answer.round != self.round:
             raise ProtocolError(
                 f"instance {self.rm.instance} got the answer of round {answer.round} "
@@ -84,21 +81,20 @@ class Instance:
         self.round += 1
 
     def report(self, drain: bool = False, halt: bool = False) -> Report:
-        """What the gManager has to know at this boundary; `drain` and `halt` are what this rank
-        wants of the run."""
+        """The report of this round. `drain` and `halt`: what this rank wants of the run."""
         return self._reporting.report(self.round, drain, halt)
 
     def remains(self) -> Remains:
-        """What is left to be told once nothing moves any more: also results that were not reported,
-        and rows with tokens that were not finished."""
+        """What is left to report when the run has ended: counters, results that were not reported,
+        and the tokens of requests that did not finish."""
         return self._reporting.remains()
 
     def stop(self) -> None:
-        """The run is over: free what still runs."""
+        """The run is over: free all rBlocks. Sequences that ran keep their tokens (`remains`)."""
         self.scheduler.stop()
 
     def credits(self) -> dict[InstanceId, int]:
-        """Debtor → rBlocks that it has to be told of: they are set aside for it."""
+        """Debtor → rBlocks set aside for it that it has to be told of."""
         granted = [debtor for debtor, loan in self.rm.lender.loans.items() if loan.unopened]
         return {debtor: self.rm.lender.open_credit(debtor) for debtor in granted}
 
@@ -110,11 +106,12 @@ class Instance:
     # -- steps ----------------------------------------------------------------------------------
 
     def plan(self, ahead: bool = False) -> Plan:
-        """What this step computes and moves; `ahead`: while the one before is computed."""
+        """What the next step computes and moves. `ahead`: the device still computes the step before
+        (`look_ahead`)."""
         return self.scheduler.plan(ahead)
 
     def headers(self, plan: Plan, now: float) -> dict[InstanceId, Header]:
-        """What creditors have to know of this step; those without news are left out."""
+        """Creditor → what it has to know of this step; creditors without news are left out."""
         queries = remote_queries(self.rm, plan.scheduled)
         leaving = {s.id: self.rm.borrower.copies[s.id].creditor for s in plan.leaving}
         creditors = {move.peer for move in (*plan.moves, *plan.recalls)}
@@ -160,14 +157,13 @@ class Instance:
         now: float,
         logprobs: Mapping[int, bytes] = NO_LOGPROBS,
     ) -> None:
-        """The step's rows are computed; `tokens` are the new ones of those rows that have no token
-        left to compute, in order, and `logprobs` the records of those requests that ask for
-        them."""
+        """The step is computed: `advance` and `learn`. `tokens`: one for each row that has no token
+        left to compute, in order; `logprobs`: request → its record, if it asks for one."""
         self.learn(rows, self.advance(rows), tokens, now, logprobs)
 
     def advance(self, rows: Rows[Scheduled[S]]) -> list[S]:
-        """The step's rows count as computed. Returns those that have no token left to compute, in
-        order: each goes on with a token that is not known yet, the n-th of what the step draws."""
+        """Count the step's rows as computed. Returns those that have no token left to compute, in
+        order: the n-th goes on with the n-th token that the step draws, which is not known yet."""
         ends: list[S] = []
         sealing = self.rm.prefixes.computing
         for sequence, count in rows:
@@ -193,9 +189,9 @@ class Instance:
         logprobs: Mapping[int, bytes] = NO_LOGPROBS,
         following: Container[int] = (),
     ) -> None:
-        """The step of `rows` is over: its `ends` have got `tokens`. The requests in `following` are
-        in a step that is computed already, and has not advanced: what ends here has a token too
-        many there, and keeps its rBlocks until that is over too."""
+        """The step of `rows` has ended: its `ends`, as returned by `advance`, have got `tokens`.
+        `following`: requests in the next step if that is under way. Those that finish here are
+        computed once too often there, and keep their rBlocks until that step has ended too."""
         over, self._over = self._over, set()
         if self.config.window:
             for sequence, _ in rows:
@@ -244,7 +240,7 @@ class Instance:
         )
 
     def note_step(self, work: StepWork, seconds: StepSeconds) -> None:
-        """How long a step with rows took."""
+        """Take the measured time of a step with rows."""
         self.counters.steps += 1
         self.counters.step_time += seconds.total
         self.counters.held_block_steps += self.rm.held
@@ -252,13 +248,13 @@ class Instance:
         self.pace.note(work, seconds)
         self.scheduler.calibrate(self.pace.calibration)
 
-    # -- letters of others, at any time ---------------------------------------------------------
+    # -- messages of others, at any time --------------------------------------------------------
 
     def accept(
         self, debtor: InstanceId, header: Header, now: float
     ) -> tuple[list[Move], list[Move]]:
-        """Apply a header. Returns the moves that it asks for: out of this instance and into it.
-        A debtor's next header is accepted after `commit_served`. Raises ProtocolError."""
+        """Apply a header. Returns the moves that it asks for, out of this instance and into it.
+        The debtor's next header may be accepted after `commit_served`. Raises ProtocolError."""
         self.rm.lender.split(debtor, header.splits)
         self.rm.lender.evict(debtor, header.released)
         self.rm.lender.evict_dropped(debtor, header.dropped)

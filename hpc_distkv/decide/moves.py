@@ -1,4 +1,4 @@
-"""Which rBlocks move in a step."""
+"""Which rBlocks move to creditors in a step, and which come home."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Moves:
         """KV tokens left of the budget."""
 
     def apply(self, answer: Answer) -> None:
-        """What a control round planned."""
+        """Take what the gManager planned."""
         self._recall = dict(answer.recall)
         for creditor, blocks in answer.shed.items():
             self._shed[creditor] = self._shed.get(creditor, 0) + blocks
@@ -37,7 +37,7 @@ class Moves:
         return bool(rm.borrower.credit or any(self._recall.values()))
 
     def forget_plans(self) -> None:
-        """Credit goes back to its creditors: nothing is planned with it any more."""
+        """Credit goes back to its creditors: plans to use it are void."""
         self._shed.clear()
 
     def sheddable(self, rm: RManager) -> dict[InstanceId, int]:

@@ -22,9 +22,9 @@ class StepWork(NamedTuple):
     kv_tokens: int
     """KV tokens at home that they attended to."""
     prompt_work: float
-    """Of prompts, as `control.assign.work`."""
+    """Prompt tokens computed, weighted as in `control.assign.work`."""
     exchanging: bool
-    """Whether rows had rBlocks elsewhere."""
+    """Whether rows had rBlocks at creditors."""
 
 
 class Speed(NamedTuple):
@@ -82,14 +82,14 @@ class Pace:
 
     @property
     def speed(self) -> Speed:
-        """All of it."""
+        """All that was measured."""
         steps = self.steps
         known = steps.observations >= SETTLED
         model = (steps.fixed, steps.per_token, steps.per_kv) if known else (0.0, 0.0, 0.0)
         return Speed(*model, self.prompt, self.exchange)
 
     def note(self, work: StepWork, seconds: StepSeconds) -> None:
-        """How long a step took."""
+        """Take the measured time of a step."""
         own = seconds.total - seconds.partial_wait - seconds.beside
         if work.prompt_work:
             rest = own - self.steps.predict(work.decodes, work.kv_tokens)

@@ -1,4 +1,4 @@
-"""What an instance tells the gManager."""
+"""What an instance reports to the gManager."""
 
 from __future__ import annotations
 
@@ -6,32 +6,22 @@ from hpc_distkv.control.assign.work import work
 from hpc_distkv.control.messages.counters import Counters
 from hpc_distkv.control.messages.reports import Changes, Remains, Report
 from hpc_distkv.control.messages.requests import Result, Unfinished
-from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.demand import lacking, large_rows, longest
 from hpc_distkv.decide.migration import Handovers
 from hpc_distkv.decide.pace import Pace
 from hpc_distkv.decide.scheduler import Scheduler
 from hpc_distkv.decide.sequence import Sequence
 from hpc_distkv.ids import InstanceId
-from hpc_distkv.memory.rmanager import RManager
 
 COUNTED_ROUNDS = 25
 """Reports between two that carry the counters while there is work."""
 
 
 class Reporting:
-    """Makes the reports of one instance. Owner of what was reported last, and of what was not
+    """Makes the reports of one instance. Owner of what was reported last and of what was not
     reported yet."""
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        rmanager: RManager,
-        scheduler: Scheduler,
-        handovers: Handovers,
-        pace: Pace,
-        counters: Counters,
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, handovers: Handovers, pace: Pace) -> None:
         self.asked = 0
         """rBlocks that the last report wanted to borrow."""
         self._results: list[Result] = []
@@ -40,8 +30,9 @@ class Reporting:
         """Those that go elsewhere."""
         self._lent: dict[InstanceId, int] | None = {}
         """As reported last; None: to be reported again."""
-        self._config, self._rm, self._scheduler = config, rmanager, scheduler
-        self._handovers, self._pace, self._counters = handovers, pace, counters
+        self._scheduler, self._handovers, self._pace = scheduler, handovers, pace
+        self._config, self._rm = scheduler.config, scheduler.rm
+        self._counters = scheduler.counters
 
     def finished(self, result: Result) -> None:
         """A request has its result."""
@@ -137,7 +128,7 @@ class Reporting:
         )
 
     def _row_blocks(self) -> float:
-        """The rows that wait say best what rows to come will need."""
+        """rBlocks per row, expected; of the waiting rows, for those to come are most like them."""
         rows = self._scheduler.waiting or self._scheduler.running
         if not rows:
             return 0.0

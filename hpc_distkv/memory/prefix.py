@@ -1,4 +1,4 @@
-"""The beginnings that requests share: sealed rBlocks, found by what they hold."""
+"""The prefixes that requests share: sealed rBlocks, found by what they hold."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class PrefixTree:
     # -- requests come and go -------------------------------------------------------------------
 
     def find(self, keys: Sequence[bytes], idle: int) -> tuple[Prefix, int] | None:
-        """The longest beginning of a prompt that is here, of which at most `idle` rBlocks are in
+        """The longest prefix of a prompt that is here, of which at most `idle` rBlocks are in
         use by nobody: the prefix that has its last rBlock, and its length in rBlocks."""
         length = min(self.match(keys), self.in_use(keys) + idle)
         return (self._at[keys[length - 1]], length) if length else None

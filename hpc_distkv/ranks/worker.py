@@ -44,6 +44,10 @@ class Leader(Protocol):
 
     gmanager: GManager
 
+    def ready(self) -> bool:
+        """Whether a control round may be answered. Unless told otherwise, it may."""
+        return True
+
     def finish(self, result: Result) -> None:
         """A request has its result."""
 
@@ -172,9 +176,10 @@ class Worker(StepLoop):
             self._return_all()
             self._comm.rounds.drained()
             return
-        if self._leader and (messages := self._comm.rounds.reports()) is not None:
+        leader = self._leader
+        if leader and leader.ready() and (messages := self._comm.rounds.reports()) is not None:
             self._time.enter(Kind.LEAD)
-            self._answer_round(self._leader, messages)
+            self._answer_round(leader, messages)
             self._time.leave(len(messages))
         if self._answer is None and (message := self._comm.rounds.answer()) is not None:
             self._counters.bytes_reported += len(message)

@@ -8,10 +8,9 @@ from itertools import groupby
 from operator import attrgetter
 
 from hpc_distkv.control.messages.loans import Header
-from hpc_distkv.decide.guests import host_queries
 from hpc_distkv.decide.instance import Instance
 from hpc_distkv.decide.pace import StepSeconds, StepWork
-from hpc_distkv.decide.plan import Plan
+from hpc_distkv.decide.plan import Plan, host_queries
 from hpc_distkv.ids import InstanceId, PrefixId
 from hpc_distkv.memory.loan import Move
 from hpc_distkv.simulate.deployment import Deployment

@@ -52,7 +52,7 @@ class EngineOptions:
     policy: str | Policy = "lend"
     """How ranks share memory: one of `control.policy.POLICIES`."""
     enable_prefix_caching: bool = True
-    """Rows with equal beginnings compute these once on each instance, and share their rBlocks."""
+    """Rows with equal prefixes compute these once on each instance, and share their rBlocks."""
     move_budget: int = 16
     """KV tokens that may move in a step though no row waits for them."""
     lend_cap: int | None = None

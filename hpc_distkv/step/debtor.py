@@ -9,9 +9,8 @@ import torch
 
 from hpc_distkv.attention import merge_rows
 from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR, Pending
-from hpc_distkv.decide.guests import remote_queries
 from hpc_distkv.decide.instance import Instance
-from hpc_distkv.decide.plan import Plan
+from hpc_distkv.decide.plan import Plan, remote_queries
 from hpc_distkv.step.parts import Parts
 from hpc_distkv.step.recorder import Kind
 

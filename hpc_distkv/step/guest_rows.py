@@ -7,7 +7,7 @@ from itertools import groupby
 from operator import itemgetter
 
 from hpc_distkv.attention import PagedRow
-from hpc_distkv.decide.guests import Asked
+from hpc_distkv.decide.plan import Asked
 from hpc_distkv.ids import TableKey
 
 Hosted = Callable[[list[TableKey]], tuple[list[int], list[int]]]

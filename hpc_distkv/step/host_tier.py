@@ -12,8 +12,7 @@ import torch
 from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow, merge_rows, micro_attention
 from hpc_distkv.comm.device import Event
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.decide.guests import Query, host_queries
-from hpc_distkv.decide.plan import Plan
+from hpc_distkv.decide.plan import Plan, Query, host_queries
 from hpc_distkv.ids import TableKey
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.memory.rmanager import RManager

@@ -1,4 +1,4 @@
-"""Rows with equal beginnings: the same tokens as if each were alone, and less to compute."""
+"""Rows with equal prefixes: the same tokens as if each were alone, and less to compute."""
 
 from __future__ import annotations
 

@@ -67,6 +67,7 @@ class Intake:
         self.outdated = False
         """Whether `look` has found another file, or one that grew, shrank or was written to."""
         self._version = _version(state)
+        self._stopped = False
 
     def envelopes(self, answered: AnsweredRows | None = None) -> Iterator[Envelope]:
         """The rows not in `answered`, in order; a repeated custom_id comes with a problem.
@@ -89,11 +90,16 @@ class Intake:
                     self.changed.append(custom_id)
             if not done:
                 yield envelope
-        self.exhausted = True
+        self.exhausted = not self._stopped
+
+    def stop(self) -> None:
+        """Have `envelopes` end before the next line, in whatever thread it is."""
+        self._stopped = True
 
     def again(self) -> Iterator[Envelope]:
         """All rows once more, whether or not they were answered; once they have been read. Raises
         InputError."""
+        self._stopped = False
         self._file.seek(0)
         self.bytes_read = 0
         return self._envelopes()
@@ -140,6 +146,8 @@ class Intake:
             return f"cannot be read ({error.strerror})"
 
     def _readline(self) -> bytes:
+        if self._stopped:
+            return b""
         try:
             line = self._file.readline(LONGEST_LINE)
         except OSError as error:

@@ -8,7 +8,7 @@ import numpy as np
 
 from hpc_distkv.batch.job import Job
 from hpc_distkv.comm.world import World
-from hpc_distkv.control.gmanager import GManager
+from hpc_distkv.observe.summary.snapshot import ControlState
 from hpc_distkv.ranks.interrupt import Asked, Interrupt
 from hpc_distkv.units import short
 
@@ -39,7 +39,7 @@ class Story:
             )
         self._tell("; ".join(parts))
 
-    def look(self, job: Job, manager: GManager) -> None:
+    def look(self, job: Job, state: ControlState) -> None:
         """After a control round: what is new."""
         if not self._read and job.total_rows is not None:
             self._read = True
@@ -54,13 +54,13 @@ class Story:
             self._tell(
                 f"{asked.by or 'asked to stop'}: {NOTHING_NEW}, {asked.grace:g} s for what runs"
             )
-        if manager.draining and not self._draining:
+        if state.draining and not self._draining:
             self._draining = True
             if not self._asked:
-                self._tell(f"{self._who(manager)} was asked to stop: {NOTHING_NEW}")
+                self._tell(f"{self._who(state)} was asked to stop: {NOTHING_NEW}")
 
-    def _who(self, manager: GManager) -> str:
+    def _who(self, state: ControlState) -> str:
         """The first rank that wants the run to end, as far as its report says so."""
-        assert manager.reports is not None
-        asking = np.flatnonzero(manager.reports.drain).tolist()
+        assert state.reports is not None
+        asking = np.flatnonzero(state.reports.drain).tolist()
         return self._world.name(asking[0] * self._world.tp) if asking else "another rank"

@@ -6,11 +6,10 @@ import logging
 from dataclasses import dataclass
 
 from hpc_distkv.batch.job import Job
-from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.observe.live.progress import ProgressReport
 from hpc_distkv.observe.live.prometheus import PrometheusFile
 from hpc_distkv.observe.live.story import Story
-from hpc_distkv.observe.summary.snapshot import Snapshot, take_snapshot
+from hpc_distkv.observe.summary.snapshot import ControlState, Snapshot, take_snapshot
 from hpc_distkv.observe.summary.timeline import Timeline
 
 log = logging.getLogger(__name__)
@@ -32,39 +31,39 @@ class Watch:
         if self.story:
             self.story.begin(job)
 
-    def look(self, job: Job, manager: GManager) -> None:
+    def look(self, job: Job, state: ControlState) -> None:
         """After a control round."""
         if self.story:
-            self.story.look(job, manager)
+            self.story.look(job, state)
         onlookers = (self.progress, self.prometheus, self.timeline)
         if any(onlooker is not None and onlooker.due for onlooker in onlookers):
-            self._show(take_snapshot(job, manager), manager)
+            self._show(take_snapshot(job, state), state)
 
-    def close(self, job: Job, manager: GManager) -> None:
+    def close(self, job: Job, state: ControlState) -> None:
         """The run is over."""
         if self.progress:
             self.progress.close()
-        if manager.reports is None:
+        if state.reports is None:
             return
-        last = take_snapshot(job, manager)
+        last = take_snapshot(job, state)
         if self.prometheus:
-            self._write(self.prometheus, last, manager, finished=True)
+            self._write(self.prometheus, last, state, finished=True)
         if self.timeline:
             self.timeline.add(last)
 
-    def _show(self, now: Snapshot, manager: GManager) -> None:
+    def _show(self, now: Snapshot, state: ControlState) -> None:
         if self.progress and self.progress.due:
             self.progress.show(now)
         if self.prometheus and self.prometheus.due:
-            self._write(self.prometheus, now, manager)
+            self._write(self.prometheus, now, state)
         if self.timeline and self.timeline.due:
             self.timeline.add(now)
 
     def _write(
-        self, file: PrometheusFile, now: Snapshot, manager: GManager, finished: bool = False
+        self, file: PrometheusFile, now: Snapshot, state: ControlState, finished: bool = False
     ) -> None:
         """No job ends because nobody can see it."""
         try:
-            file.write(now, manager.counters, finished)
+            file.write(now, state.counters, finished)
         except OSError as error:
             log.warning("cannot write the file for Prometheus: %s", error)

@@ -10,12 +10,14 @@ from numpy.typing import NDArray
 
 from hpc_distkv.batch.job import Job
 from hpc_distkv.control.gmanager import GManager
+from hpc_distkv.control.messages.counters import Counters
+from hpc_distkv.control.messages.reports import Reports
 
 Numbers = NDArray[np.int64]
 
 
 class Snapshot(NamedTuple):
-    """Seen from rank 0. Arrays have one value per instance, as of its last report."""
+    """ControlState from rank 0. Arrays have one value per instance, as of its last report."""
 
     at: float
     """By `time.perf_counter`."""
@@ -79,9 +81,33 @@ class Snapshot(NamedTuple):
         return max(self.left * seconds / done, self.least_seconds) if done else None
 
 
-def take_snapshot(job: Job, manager: GManager) -> Snapshot:
+class ControlState(NamedTuple):
+    """What the gManager knows after a control round; it changes no more."""
+
+    reports: Reports | None
+    """Of the round."""
+    draining: bool
+    waiting: int
+    debts: list[tuple[int, int, int]]
+    """Both as in `Snapshot`."""
+    counters: list[Counters]
+    """By instance."""
+
+    @classmethod
+    def of(cls, manager: GManager) -> ControlState:
+        """What it knows now."""
+        return cls(
+            manager.reports,
+            manager.draining,
+            max(0, manager.assignment.unfinished - manager.running),
+            list(manager.ledger.pairs()),
+            list(manager.counters),
+        )
+
+
+def take_snapshot(job: Job, state: ControlState) -> Snapshot:
     """How far the job is now, by its own books and the last control round's reports."""
-    reports = manager.reports
+    reports = state.reports
     assert reports is not None
     return Snapshot(
         at=time.perf_counter(),
@@ -92,14 +118,14 @@ def take_snapshot(job: Job, manager: GManager) -> Snapshot:
         left=_rows_left(job),
         estimated=job.total_rows is None,
         least_seconds=float((reports.work_left * reports.prompt_time).max()),
-        waiting=max(0, manager.assignment.unfinished - manager.running),
+        waiting=state.waiting,
         running=reports.running,
         prompt_tokens=reports.prompt_tokens,
         generated_tokens=reports.generated_tokens,
         used=reports.capacity - reports.free,
         hosted=reports.hosted,
         capacity=reports.capacity,
-        debts=list(manager.ledger.pairs()),
+        debts=state.debts,
     )
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
-from hpc_distkv.decide.guests import Query, remote_queries
-from hpc_distkv.decide.plan import Scheduled
+from hpc_distkv.decide.plan import Query, Scheduled, remote_queries
 from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.memory.rmanager import RManager
 
