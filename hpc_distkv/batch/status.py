@@ -77,18 +77,17 @@ class Status:
 
 
 def read_status(output: Path, source: Path | None = None, errors: Path | None = None) -> Status:
-    """As `read_statuses`, of one file; `errors`: the file of its error rows, if it is not where it
-    was."""
-    status = _read(output, source, errors)
-    _compare([status])
-    return status
+    """As `read_statuses`, of one file."""
+    return read_statuses([output], source, errors)[0]
 
 
-def read_statuses(outputs: Sequence[Path], source: Path | None = None) -> list[Status]:
+def read_statuses(
+    outputs: Sequence[Path], source: Path | None = None, errors: Path | None = None
+) -> list[Status]:
     """Read the files of several jobs or shards, and change nothing; runs may be writing to them.
-    `source`: the input, if it is not where it was. The input of shards is read once for all of
-    them. Raises JournalError."""
-    statuses = [_read(output, source, None) for output in outputs]
+    `source` and `errors`: the input, and the file of error rows, if they are not where they were.
+    The input of shards is read once for all of them. Raises JournalError."""
+    statuses = [_read(output, source, errors) for output in outputs]
     groups: dict[tuple[object, ...], list[Status]] = {}
     for number, status in enumerate(statuses):
         alone = status.shard is None or any(status.shard == s.shard for s in statuses[:number])

@@ -13,7 +13,7 @@ from hpc_distkv.simulate.cluster import Cluster, DeviceSpec, Measured
 from hpc_distkv.simulate.deployment import Deployment
 from hpc_distkv.simulate.models import ModelShape
 from hpc_distkv.simulate.simulation import Simulation
-from hpc_distkv.simulate.workload import Row
+from hpc_distkv.simulate.workload import TraceRow
 
 BYTES_PER_SECOND = 2e9
 """Of rBlocks that move in host memory; assumed: they are a small part of any run."""
@@ -25,7 +25,7 @@ def predicted_rate(
     policy: str | Policy,
     ranks: int,
     speeds: Sequence[Mapping[str, float]],
-    rows: Sequence[Row],
+    rows: Sequence[TraceRow],
 ) -> float:
     """Output tokens per second that the simulator predicts for `rows` on `ranks` ranks of one
     node. `speeds`: what ranks measured (`decide.pace.Speed`); their means count."""
@@ -45,7 +45,7 @@ def most_rate(
     config: EngineConfig,
     ranks: int,
     speeds: Sequence[Mapping[str, float]],
-    rows: Sequence[Row],
+    rows: Sequence[TraceRow],
 ) -> float:
     """Output tokens per second that no policy can exceed: as if all work were spread evenly over
     the ranks, with memory full at every moment, or as long as the longest row takes alone."""

@@ -29,6 +29,8 @@ SAMPLING = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
     *("max_tokens", "seed"),
 )
+OF_FILES = ("overwrite", "retry_errors", "retry_changed", "shard", "ordered")
+"""Options that `Files` has under the same names."""
 SEEING = ("metrics", "prometheus", "trace")
 
 
@@ -182,16 +184,12 @@ def _files(options: dict[str, Any], paths: dict[str, Path | None]) -> Files:
     return Files(
         Path(options["source"]),
         Path(options["output"]),
-        overwrite=options["overwrite"],
-        retry_errors=options["retry_errors"],
-        retry_changed=options["retry_changed"],
-        errors=Path(options["error_file"]) if options["error_file"] else None,
-        shard=options["shard"],
-        ordered=options["ordered"],
-        job=os.environ.get("SLURM_JOB_ID"),
-        restarted=os.environ.get("SLURM_RESTART_COUNT", "0") != "0",
         prometheus=paths["prometheus"],
         trace=paths["trace"],
+        errors=Path(options["error_file"]) if options["error_file"] else None,
+        job=os.environ.get("SLURM_JOB_ID"),
+        restarted=os.environ.get("SLURM_RESTART_COUNT", "0") != "0",
+        **{name: options[name] for name in OF_FILES},
     )
 
 

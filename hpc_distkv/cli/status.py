@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from hpc_distkv.batch.input.intake import MOST_NAMED, named
-from hpc_distkv.batch.status import Status, read_status, read_statuses
+from hpc_distkv.batch.status import Status, read_statuses
 from hpc_distkv.cli.options import MOVED_INPUT, results_files
 from hpc_distkv.errors import STOPPED_STATUS, FaultError
 from hpc_distkv.printable import printable
@@ -36,10 +36,7 @@ def command(
     files = results_files(results)
     if error_file and len(files) > 1:
         raise click.UsageError("--error-file goes with one results file.")
-    if len(files) == 1:
-        statuses = [read_status(files[0], source, error_file)]
-    else:
-        statuses = read_statuses(files, source)
+    statuses = read_statuses(files, source, error_file)
     if as_json:
         click.echo(json.dumps(_figures(statuses), indent=2))
     else:

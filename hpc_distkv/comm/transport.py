@@ -18,9 +18,9 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -92,44 +92,41 @@ class UnderWay:
         return not self._pending
 
 
+class StreamOrdered(Protocol):
+    """Exchanges within an instance that are enqueued on the compute stream, as its kernels are. The
+    host does not wait for them; what it launches afterwards runs after them.
+
+    All ranks of the instance ask for the same exchanges in the same order, and each must be sure to
+    come to every one that another has asked for, whatever becomes of other instances: until then
+    the stream stands still.
+    """
+
+    def exchange(self, sends: Pairs, recvs: Pairs) -> bool:
+        """Enqueue these sends and receives. Returns False, doing nothing, where tensors are not on
+        the device."""
+
+    def recording(self, recorded: Recorded) -> AbstractContextManager[object]:
+        """In this block the current stream is captured into `recorded`, exchanges included."""
+
+    def replay(self, recorded: Recorded) -> None:
+        """Enqueue all that was captured."""
+
+
 class Transport(ABC):
     """Moves tensors between ranks."""
+
+    stream_ordered: StreamOrdered | None = None
+    """For this rank's instance, once `unite` was called; None: this transport has no such way."""
 
     @abstractmethod
     def exchange(
         self, sends: Pairs, recvs: Pairs, send_on: int = TO_CREDITOR, receive_on: int = TO_CREDITOR
     ) -> Pending:
-        """Post one hop: all its sends and receives at once, each on a channel. Tensors must stay
-        untouched until it is done; they are contiguous and both sides know their sizes
-        beforehand."""
+        """Post sends and receives, all at once, each on a channel. Tensors must stay untouched
+        until it is done; they are contiguous and both sides know their sizes beforehand."""
 
     def unite(self, comm: Comm) -> None:  # noqa: B027 (most have nothing to do)
-        """Instances have been formed: connect the ranks of this one with each other by `hop`'s way.
-        Collective over all ranks."""
-
-    @property
-    def hops(self) -> bool:
-        """Whether `unite` has found a way for `hop`."""
-        return False
-
-    def hop(self, sends: Pairs, recvs: Pairs) -> bool:
-        """A hop within this rank's instance, of which all its ranks ask for the same ones in the
-        same order: for what is computed from now on it is done, and no host waits for it. Sends may
-        be overwritten likewise. Whether there is a way for these tensors; if not, nothing happens.
-
-        All ranks of the instance must be sure to come to every hop that one has asked for, whatever
-        becomes of other instances: what is computed stands still until they have.
-        """
-        return False
-
-    def recording(self, recorded: Recorded) -> AbstractContextManager[object]:
-        """In this block the current stream is recorded, and so are hops; `replay` asks for them, as
-        often as it is called."""
-        return nullcontext()
-
-    def replay(self, recorded: Recorded) -> None:
-        """Ask for all that was recorded, hops included."""
-        recorded.replay()
+        """Instances have been formed: set up `stream_ordered`. Collective over all ranks."""
 
     def close(self) -> None:  # noqa: B027 (most have nothing to close)
         """All ranks are done, and nothing is under way. Collective."""
@@ -213,7 +210,7 @@ class Comm:
     new_mail: Callable[[], Mail]
     """Mail of its own for one purpose more. Collective."""
     device: Device = field(default_factory=Device, init=False)
-    """Where this rank computes; `binding.bind` chooses it."""
+    """Where this rank computes: the host's processor until `compute_on` says otherwise."""
     complaints: Mail | None = None
     """To rank 0, of waits that ran out (`comm.stall`)."""
     heard: Callable[[int], str] = field(default_factory=lambda: nothing_heard, init=False)
@@ -227,6 +224,13 @@ class Comm:
     def stall_timeout(self) -> float:
         """Seconds without progress after which a wait gives up."""
         return self.waiter.stall_timeout
+
+    def compute_on(self, device: Device, transport: Transport, eager: float | None = None) -> None:
+        """From now on this rank computes on `device`, and its tensors travel by `transport`.
+        `eager`: seconds for which waits poll before they sleep; None: as long as before."""
+        self.device, self.transport = device, transport
+        self.waiter.background.append(transport.push)
+        self.waiter.eager = self.waiter.eager if eager is None else eager
 
     def form_instances(self, tp: int) -> None:
         """From now on `tp` consecutive ranks are an instance. Raises ValueError if the ranks cannot

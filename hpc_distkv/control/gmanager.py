@@ -132,7 +132,7 @@ class GManager:
             assignment.queue.large_from = self._config.block_size * int(reports.capacity.max())
         step_tokens = reports.step_tokens()
         given = assignment.assign(
-            reports.room_rows, reports.room_tokens, reports.work_left, step_tokens
+            reports.room_requests, reports.room_tokens, reports.work_left, step_tokens
         )
         for instance, requests in given.items():
             round.answer(instance).assign = requests
@@ -150,7 +150,7 @@ class GManager:
         reports = round.reports
         waiting = np.where(reports.running > 0, reports.waiting, 0)
         left = reports.work_left.copy()
-        able = np.flatnonzero((reports.waiting == 0) & (reports.room_rows > 0))
+        able = np.flatnonzero((reports.waiting == 0) & (reports.room_requests > 0))
         for receiver in able[np.argsort(left[able], kind="stable")].tolist():
             donor = int(np.where(waiting > 0, left, 0.0).argmax())
             if not waiting[donor] or 2 * left[receiver] > left[donor]:

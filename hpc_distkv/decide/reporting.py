@@ -63,7 +63,7 @@ class Reporting:
             wanted_for=demand.wanted_for,
             largest=demand.largest,
             starved=demand.starved,
-            room_rows=room[0],
+            room_requests=room[0],
             room_tokens=room[1],
             running=len(running),
             waiting=scheduler.fresh,
@@ -76,7 +76,7 @@ class Reporting:
             generated_tokens=counters.generated_tokens,
             kv_tokens=self._kv_tokens(),
             work_left=self._work_left(),
-            row_blocks=self._row_blocks(),
+            request_blocks=self._request_blocks(),
             fixed=speed.fixed,
             per_token=speed.per_token,
             per_kv=speed.per_kv,
@@ -127,8 +127,8 @@ class Reporting:
             for s in rows
         )
 
-    def _row_blocks(self) -> float:
-        """rBlocks per row, expected; of the waiting rows, for those to come are most like them."""
+    def _request_blocks(self) -> float:
+        """Mean expected rBlocks of the waiting requests: those to come are most like them."""
         rows = self._scheduler.waiting or self._scheduler.running
         if not rows:
             return 0.0

@@ -34,7 +34,7 @@ class Lanes(Protocol):
 
     @property
     def recordable(self) -> bool:
-        """Whether steps apart, with all that is asked of these, can be recorded and replayed."""
+        """Whether independent steps, with all that these do in them, can be captured."""
 
     def recording(self, recorded: Recorded) -> AbstractContextManager[object]:
         """In this block a step is recorded."""
@@ -42,8 +42,8 @@ class Lanes(Protocol):
     def replay(self, recorded: Recorded) -> None:
         """Ask for what was recorded."""
 
-    def begin(self, apart: bool) -> None:
-        """A step begins; `apart`: none of its waits is for anybody but these."""
+    def begin(self, independent: bool) -> None:
+        """A step begins; `independent`: it waits for nobody but these."""
 
     def spread(self, x: Tensor) -> Tensor:
         """Lane 0's `x` on all of them, in place."""
@@ -72,7 +72,7 @@ class Alone:
         """As it is."""
         recorded.replay()
 
-    def begin(self, apart: bool) -> None:
+    def begin(self, independent: bool) -> None:
         """Nothing."""
 
     def spread(self, x: Tensor) -> Tensor:

@@ -59,15 +59,10 @@ def load_decoder(
     """
     decoder = empty_decoder(config, torch_dtype(dtype or config.dtype), torch.device(device), shard)
     wanted = dict(slots(decoder, config))
-    packer = _Packer(wanted)
     batches = _read(Path(path), config, wanted)
     if relay is not None:
         batches = _relayed(relay, wanted, batches)
-    for batch in batches:
-        for slot in batch:
-            packer.filled(slot)
-    decoder.head.pack(keep=config.tie_embeddings)
-    return decoder
+    return _packed(decoder, config, wanted, batches)
 
 
 def _read(folder: Path, config: ModelConfig, wanted: dict[str, Slot]) -> Iterator[list[Slot]]:
@@ -98,12 +93,32 @@ def random_decoder(
     """
     decoder = empty_decoder(config, torch_dtype(dtype or config.dtype), torch.device(device), shard)
     generator = torch.Generator(device=decoder.device).manual_seed(seed)
-    remaining = dict(slots(decoder, config))
-    packer = _Packer(remaining)
-    for name in list(remaining):
-        slot = remaining.pop(name)
-        slot.fill_randomly(generator)
-        packer.filled(slot)
+    wanted = dict(slots(decoder, config))
+
+    def random() -> Iterator[list[Slot]]:
+        for name in list(wanted):
+            slot = wanted.pop(name)
+            slot.fill_randomly(generator)
+            yield [slot]
+
+    return _packed(decoder, config, wanted, random())
+
+
+def _packed(
+    decoder: Decoder,
+    config: ModelConfig,
+    wanted: Mapping[str, Slot],
+    filled: Iterator[list[Slot]],
+) -> Decoder:
+    """The decoder, once all slots that are `wanted` have been `filled`. A linear layer is packed
+    when the last of its tensors has come."""
+    waiting = Counter(slot.linear for slot in wanted.values() if slot.linear)
+    for batch in filled:
+        for slot in batch:
+            if slot.linear is not None:
+                waiting[slot.linear] -= 1
+                if not waiting[slot.linear]:
+                    slot.linear.pack()
     decoder.head.pack(keep=config.tie_embeddings)
     return decoder
 
@@ -146,21 +161,6 @@ def _relayed(
             if tensor is not slot.view:
                 slot.view.copy_(tensor)
         yield batch
-
-
-class _Packer:
-    """Packs a linear layer when the last of its tensors has arrived."""
-
-    def __init__(self, expected: Mapping[str, Slot]) -> None:
-        self._waiting = Counter(slot.linear for slot in expected.values() if slot.linear)
-
-    def filled(self, slot: Slot) -> None:
-        """Note that the tensor of `slot` is in place."""
-        if slot.linear is None:
-            return
-        self._waiting[slot.linear] -= 1
-        if not self._waiting[slot.linear]:
-            slot.linear.pack()
 
 
 def _batched(names: list[str], size: int) -> Iterator[list[str]]:

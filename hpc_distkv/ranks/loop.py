@@ -190,7 +190,7 @@ class StepLoop(ABC):
         if self._host and self._host.begin(plan):
             elsewhere.append(self._host)
         if plan.scheduled:
-            self._lanes.begin(apart=not self._exchanging)
+            self._lanes.begin(independent=not self._exchanging)
             if drawn is not None and len(drawn):
                 drawn = self._lanes.spread(drawn)
         logits = self._forward.run(plan.scheduled, elsewhere, drawn)

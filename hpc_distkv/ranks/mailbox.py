@@ -1,4 +1,4 @@
-"""The mail of other instances, read by an instance's leader."""
+"""Mail between the leaders of instances: headers of debtors' steps, and credit."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ class Mailbox:
         """Debtor → its headers that were not begun."""
 
     def open_credits(self) -> None:
-        """Tell debtors of the rBlocks that are set aside for them."""
+        """Set rBlocks aside for debtors, as the answer grants, and tell them."""
         for debtor, blocks in self._instance.credits().items():
             letter = msgspec.msgpack.encode(Credit(blocks))
             self._comm.mail.post(self._comm.world.rank_of(debtor), letter)
 
     def attend(self) -> None:
-        """Read the mail and push on every visit. Never blocks. Raises ProtocolError."""
+        """Read the mail and push on every debtor's step. Never blocks. Raises ProtocolError."""
         while (letter := self._comm.mail.poll()) is not None:
             self._read(*letter)
         self.serve()
 
     def serve(self) -> None:
-        """Push on every visit. Never blocks, and costs next to nothing if there is none."""
+        """Push on every debtor's step. Never blocks, and costs next to nothing if there is none."""
         while served := self._creditor.push():
             for debtor in served:
                 self._log.record(Served(debtor))

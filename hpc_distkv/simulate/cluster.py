@@ -69,7 +69,7 @@ class Link(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.bandwidth * self.efficiency
 
 
-class Links(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class LinkSpeeds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The links of the three levels."""
 
     node: Link
@@ -81,7 +81,7 @@ class Links(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return (self.node, self.switch, self.elsewhere)[level]
 
 
-class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class HostSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A node's memory, its processors, and the way from there to a device."""
 
     memory: Positive
@@ -130,8 +130,8 @@ class Cluster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gpu_memory_utilization: Share = 0.9
     """Share of a device's memory for weights, activations and KV."""
     roofline: Roofline | None = None
-    links: Links | None = None
-    host: Host | None = None
+    links: LinkSpeeds | None = None
+    host: HostSpec | None = None
     """Of devices that a roofline describes; None: ranks cannot use the memory of their hosts. With
     measured speeds ranks compute on the host itself, and that says all."""
     measured: Measured | None = None

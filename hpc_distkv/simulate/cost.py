@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from hpc_distkv.errors import OptionError
-from hpc_distkv.simulate.cluster import ELSEWHERE, NODE, SWITCH, Cluster, Link, Links
+from hpc_distkv.simulate.cluster import ELSEWHERE, NODE, SWITCH, Cluster, Link, LinkSpeeds
 from hpc_distkv.simulate.models import ModelShape
 
 LEVELS = (NODE, SWITCH, ELSEWHERE)
@@ -228,7 +228,9 @@ def _bytes_per_second(link: Link, lanes: int) -> float:
     return link.rate / min(lanes, link.gpus_per_link)
 
 
-def _all_reduces(cluster: Cluster, links: Links, model: ModelShape, tp: int) -> tuple[Line, Line]:
+def _all_reduces(
+    cluster: Cluster, links: LinkSpeeds, model: ModelShape, tp: int
+) -> tuple[Line, Line]:
     """The two all-reduces of a token's hidden state in each layer: by ring, and by tree.
 
     For n ranks and B bytes a ring takes 2(n − 1) latencies and 2(n − 1)/n · B of the slowest link;

@@ -13,7 +13,7 @@ from hpc_distkv.simulate.cluster import Cluster
 from hpc_distkv.simulate.cost import CostModel
 from hpc_distkv.simulate.host_memory import staged_from
 from hpc_distkv.simulate.models import ModelShape
-from hpc_distkv.simulate.workload import Row
+from hpc_distkv.simulate.workload import TraceRow
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Deployment:
         switches = [self.cluster.switch_of(number, self.tp) for number in numbers]
         return Links(nodes, switches, exchange=cost.rates.exchange if cost else ())
 
-    def fits(self, row: Row) -> bool:
+    def fits(self, row: TraceRow) -> bool:
         """Whether a row could ever end; others are refused before they start."""
         return kv_tokens(row.prompt, row.max_tokens) <= self.capacity_tokens
 

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.simulate.cost import HostRates, Rates
-from hpc_distkv.step.host_pieces import BUFFERS, PIECE_BLOCKS, QUERY_ROWS
+from hpc_distkv.step.sizes import BUFFERS, PIECE_BLOCKS, QUERY_ROWS
 
 
-class Leg(NamedTuple):
+class HostQueries(NamedTuple):
     """Queries of a step to the same rBlocks in the host's memory."""
 
     rows: int
@@ -52,7 +52,9 @@ class HostCost:
         self._block_size = config.block_size
         self._staged_from = config.host_staged_from if rates.host.beside else math.inf
 
-    def time(self, moves: int, legs: Sequence[Leg], attention: float, step: float) -> HostTime:
+    def time(
+        self, moves: int, legs: Sequence[HostQueries], attention: float, step: float
+    ) -> HostTime:
         """A step that moves so many rBlocks to the host's memory and back. `attention`: its seconds
         of attention to what is at home; `step`: of all it computes there."""
         host = self._host
@@ -67,14 +69,14 @@ class HostCost:
         ahead = min(BUFFERS * PIECE_BLOCKS * host.move.each, step + shown)
         return HostTime(copies, shown + self._staged(staged, ahead))
 
-    def _in_place(self, legs: Sequence[Leg]) -> float:
+    def _in_place(self, legs: Sequence[HostQueries]) -> float:
         """Reading or computing, whichever is longer, and the way of queries and results."""
         host = self._host
         rows = sum(leg.rows for leg in legs)
         exchange = host.exchange.fixed + rows * host.exchange.each if rows else 0.0
         return exchange + _attention(legs, host.kv_token, host.pair)
 
-    def _staged(self, legs: Sequence[Leg], ahead: float) -> float:
+    def _staged(self, legs: Sequence[HostQueries], ahead: float) -> float:
         """The copies but for `ahead` seconds of them, or the device's attention: what is longer."""
         blocks = sum(leg.tokens for leg in legs) / self._block_size
         attention = _attention(legs, self._device.kv_token, self._device.pair)
@@ -90,6 +92,6 @@ def staged_from(host: HostRates, block_size: int) -> float:
     return copy / max(host.kv_token / QUERY_ROWS, host.pair)
 
 
-def _attention(legs: Iterable[Leg], kv_token: float, pair: float) -> float:
+def _attention(legs: Iterable[HostQueries], kv_token: float, pair: float) -> float:
     """KV is read once for all rows of a leg, and multiplied for each: what takes longer counts."""
     return sum(leg.tokens * max(kv_token, leg.rows * pair) for leg in legs)

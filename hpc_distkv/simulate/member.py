@@ -16,7 +16,7 @@ EXACT_ENOUGH = 1e-7
 """Seconds by which the end of a step may be early."""
 
 
-class Load(NamedTuple):
+class StepLoad(NamedTuple):
     """What the rows of a step compute at home: as in `CostModel.step_time`."""
 
     decode_rows: int = 0
@@ -27,10 +27,10 @@ class Load(NamedTuple):
     """Rows that get a token."""
 
 
-NO_LOAD = Load()
+NO_LOAD = StepLoad()
 
 
-class Visit(NamedTuple):
+class DebtorStep(NamedTuple):
     """A debtor's step at its creditor."""
 
     seconds: float
@@ -50,7 +50,7 @@ class Member:
     instance: Instance
     plan: Plan | None = None
     """Of the step it is in."""
-    load: Load = NO_LOAD
+    load: StepLoad = NO_LOAD
     began: float = 0.0
     computing: float = 0.0
     """Seconds of the step's own work at home."""
@@ -65,7 +65,7 @@ class Member:
     """Seconds by which layers of the step delay all queries of a debtor's step."""
     creditors: list[Member] = field(default_factory=list)
     """Those that its step visits."""
-    visits: dict[int, Visit] = field(default_factory=dict)
+    visits: dict[int, DebtorStep] = field(default_factory=dict)
     """Debtor → what is done for its step."""
     _served: float = 0.0
     _counted: float = 0.0

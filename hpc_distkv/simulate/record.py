@@ -14,7 +14,7 @@ from hpc_distkv.control.messages.requests import Result
 from hpc_distkv.observe.summary.latency import Latencies
 from hpc_distkv.observe.summary.metrics import peak_memory, total
 from hpc_distkv.simulate.deployment import Deployment
-from hpc_distkv.simulate.workload import Row
+from hpc_distkv.simulate.workload import TraceRow
 
 
 class Record:
@@ -36,7 +36,7 @@ class Record:
         self._bytes = array("q")
         self._prompt_bytes = 0
 
-    def start(self, row: Row) -> None:
+    def start(self, row: TraceRow) -> None:
         """A row is given to the gManager."""
         self._prompt_tokens += row.prompt
         self._prompt_bytes += 4 * row.prompt

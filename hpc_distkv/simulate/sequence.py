@@ -9,7 +9,7 @@ from itertools import takewhile
 from hpc_distkv.control.assign.work import kv_tokens
 from hpc_distkv.control.messages.requests import Request, Sampling
 from hpc_distkv.ids import RequestId
-from hpc_distkv.simulate.workload import Row
+from hpc_distkv.simulate.workload import TraceRow
 
 _PROMPT = struct.Struct("<IIiI")
 """Tokens of prompt and output, the prefix of the prompt, and the tokens of that one."""
@@ -21,7 +21,7 @@ class SizedRequest(Request, frozen=True, array_like=True):
     what other prompts begin too. On the wire it is any request."""
 
     @classmethod
-    def of(cls, id: int, row: Row) -> SizedRequest:
+    def of(cls, id: int, row: TraceRow) -> SizedRequest:
         """A request that makes exactly the row's output, whatever its limit."""
         prompt = _PROMPT.pack(row.prompt, row.output, row.prefix, row.prefix_tokens)
         return cls(RequestId(id), prompt, Sampling(row.max_tokens))

@@ -22,7 +22,7 @@ from hpc_distkv.simulate.member import Member
 from hpc_distkv.simulate.record import Record
 from hpc_distkv.simulate.sequence import SizedRequest, SizedSequence
 from hpc_distkv.simulate.step import Steps
-from hpc_distkv.simulate.workload import Row
+from hpc_distkv.simulate.workload import TraceRow
 
 QUIET_ROUNDS = 100
 """Rounds in which nothing is computed, after which the job counts as stuck."""
@@ -58,7 +58,7 @@ class Simulation:
     """
 
     def __init__(
-        self, deployment: Deployment, rows: Sequence[Row], rounds: Rounds | None = None
+        self, deployment: Deployment, rows: Sequence[TraceRow], rounds: Rounds | None = None
     ) -> None:
         """Raises OptionError for a cluster that does not say how fast it is."""
         config, count = deployment.config, deployment.instances
@@ -120,7 +120,7 @@ class Simulation:
         self._scheduled += 1
         heapq.heappush(self._events, (moment, self._scheduled, event, subject))
 
-    def _requests(self, deployment: Deployment, rows: Sequence[Row]) -> Iterator[SizedRequest]:
+    def _requests(self, deployment: Deployment, rows: Sequence[TraceRow]) -> Iterator[SizedRequest]:
         """The rows that fit, as the gManager asks for them."""
         for number, row in enumerate(rows):
             if deployment.fits(row):

@@ -14,8 +14,8 @@ from hpc_distkv.decide.plan import Plan, host_queries
 from hpc_distkv.ids import InstanceId, PrefixId
 from hpc_distkv.memory.loan import Move
 from hpc_distkv.simulate.deployment import Deployment
-from hpc_distkv.simulate.host_memory import HostCost, HostTime, Leg
-from hpc_distkv.simulate.member import Load, Member, Visit
+from hpc_distkv.simulate.host_memory import HostCost, HostQueries, HostTime
+from hpc_distkv.simulate.member import DebtorStep, Member, StepLoad
 from hpc_distkv.simulate.models import ModelShape
 
 LEAST_SECONDS = 1e-6
@@ -87,7 +87,7 @@ class Steps:
         instance.note_step(work, StepSeconds(took, waited, took - member.computing - waited))
         return True
 
-    def _load(self, instance: Instance, plan: Plan) -> Load:
+    def _load(self, instance: Instance, plan: Plan) -> StepLoad:
         rm, size = instance.rm, self._block_size
         decodes = prefill = new = 0
         kv = pairs = 0.0
@@ -107,7 +107,7 @@ class Steps:
                 pairs += count * at_home + count * (count + 1) / 2
         for number, rows in readers.items():
             kv += self.cost.read_for(rows, size * len(rm.tables[number].slots))
-        return Load(decodes, kv, prefill, pairs, new)
+        return StepLoad(decodes, kv, prefill, pairs, new)
 
     def _gaps(self, attention: float, linear: float) -> float:
         """Seconds that a query in each layer waits for the operator during which it comes: half of
@@ -125,7 +125,7 @@ class Steps:
         legs = []
         for keys, asked in groupby(host_queries(rm, plan.scheduled), key=attrgetter("guests")):
             blocks = sum(len(rm.tables[key].in_host) for key in keys)
-            legs.append(Leg(sum(query.rows for query in asked), blocks * self._block_size))
+            legs.append(HostQueries(sum(query.rows for query in asked), blocks * self._block_size))
         moves = len(plan.to_host) + len(plan.from_host)
         return self._host.time(moves, legs, attention, member.computing)
 
@@ -164,7 +164,7 @@ class Steps:
             creditor = self._members[number]
             creditor.count_serving(now)
             rate = seconds / member.lasting if seconds else 0.0
-            creditor.visits[member.number] = Visit(seconds, rate, *moved[number])
+            creditor.visits[member.number] = DebtorStep(seconds, rate, *moved[number])
 
     def _serving(self, creditor: Member, debtor: InstanceId, header: Header) -> float:
         """Seconds of MicroAttention for the queries of a header: all guest rBlocks are sealed."""

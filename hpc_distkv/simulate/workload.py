@@ -50,7 +50,7 @@ Mix = Annotated[dict[str, Count], Meta(min_length=1)]
 """Class → its share of the rows: whole numbers, percent for instance."""
 
 
-class Row(NamedTuple):
+class TraceRow(NamedTuple):
     """Lengths of one row in tokens. Rows of one `prefix` begin with the same tokens."""
 
     prompt: int
@@ -128,7 +128,7 @@ class RowClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     long: bool = False
     """Counts as long in the summary."""
 
-    def rows(self, count: int, first: int, draw: random.Random) -> list[Row]:
+    def rows(self, count: int, first: int, draw: random.Random) -> list[TraceRow]:
         """`count` rows, their prefixes numbered from `first`."""
         starts = [(-1, 0)] * count
         if self.prefixes:
@@ -139,7 +139,7 @@ class RowClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             starts = [text for text, use in zip(texts, uses, strict=True) for _ in range(use)]
         prompts, outputs = _lengths(self.prompt, count, draw), _lengths(self.output, count, draw)
         return [
-            Row(tokens + prompt, output, prefix, tokens, self.long)
+            TraceRow(tokens + prompt, output, prefix, tokens, self.long)
             for (prefix, tokens), prompt, output in zip(starts, prompts, outputs, strict=True)
         ]
 
@@ -244,9 +244,9 @@ class Workload:
         )
 
     @cached_property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[TraceRow]:
         """The rows."""
-        rows: list[Row] = []
+        rows: list[TraceRow] = []
         first = 0
         counts = _apportion(self.count, list(self.mix.values()))
         for name, count in zip(self.mix, counts, strict=True):
@@ -255,7 +255,7 @@ class Workload:
             first += kind.prefixes.count if kind.prefixes else 0
         return [self._scale(row) for row in _shuffled(rows, random.Random(self.seed))]
 
-    def _scale(self, row: Row) -> Row:
+    def _scale(self, row: TraceRow) -> TraceRow:
         own, prefix = (
             max(1, round(tokens / self.factor))
             for tokens in (row.prompt - row.prefix_tokens, row.prefix_tokens)
@@ -290,7 +290,7 @@ class Workload:
             ids: list[int] = (raw % vocab_size).tolist()
             return ids
 
-        def sampling(i: int, row: Row) -> Sampling:
+        def sampling(i: int, row: TraceRow) -> Sampling:
             if not row.limit:
                 return Sampling(max_tokens=row.output)
             ends = sorted(set(text(max(1, vocab_size // row.output), 2, i)))

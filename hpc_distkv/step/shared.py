@@ -14,7 +14,7 @@ from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.ids import PrefixId
 from hpc_distkv.memory.prefix import Prefix
 from hpc_distkv.memory.rmanager import RManager
-from hpc_distkv.step.largest_step import MOST_SHARED
+from hpc_distkv.step.sizes import MOST_SHARED
 
 LEAST_SAVED = 8192
 """KV tokens that rows together have to be spared from reading: less costs no more than a further

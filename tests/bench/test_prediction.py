@@ -13,7 +13,7 @@ from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.family import FAMILIES
-from hpc_distkv.simulate.workload import Row
+from hpc_distkv.simulate.workload import TraceRow
 
 MODEL = ModelConfig(
     family=next(iter(FAMILIES.values())),
@@ -36,7 +36,7 @@ SPEED = {
 CONFIG = EngineConfig(num_blocks=40, block_size=8, max_num_batched_tokens=64)
 
 
-row = st.tuples(st.integers(2, 250), st.integers(1, 60)).map(lambda lengths: Row(*lengths))
+row = st.tuples(st.integers(2, 250), st.integers(1, 60)).map(lambda lengths: TraceRow(*lengths))
 rows_of_any_length = st.lists(row, min_size=1, max_size=30)
 
 
@@ -62,7 +62,7 @@ def test_no_simulated_run_exceeds_what_is_called_the_most(rows, ranks, policy, m
 
 
 def test_the_longest_row_bounds_any_number_of_ranks():
-    rows = [Row(10, 50)]
+    rows = [TraceRow(10, 50)]
     alone = (
         10 * (0.0035 + 5 * 0.0035 / MODEL.attention_tokens) + 49 * (0.004 + 34.5 * 6e-6) + 50 * 0.04
     )

@@ -193,7 +193,7 @@ def test_a_fault_leaves_with_status_70_and_a_traceback(tmp_path):
     script = (
         "import sys\n"
         "from hpc_distkv.cli import main, status\n"
-        "status.read_status = lambda *files: 1 // 0\n"
+        "status.read_statuses = lambda *files: 1 // 0\n"
         "sys.argv = ['hpc-distkv', 'status', 'results.jsonl']\n"
         "main.main()\n"
     )

@@ -136,7 +136,7 @@ def test_an_exception_of_any_kind_is_a_fault_and_no_row(tmp_path):
         "from hpc_distkv.cli import main, status\n"
         "class Panic(BaseException): pass\n"
         "def read(*_): raise Panic()\n"
-        "status.read_status = read\n"
+        "status.read_statuses = read\n"
         "sys.argv = ['hpc-distkv', 'status', 'results.jsonl']\n"
         "main.main()\n"
     )

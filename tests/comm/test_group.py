@@ -39,7 +39,7 @@ def in_steps(promise):
         def __init__(self, comm: Comm) -> None:
             comm.transport.unite(comm)
             super().__init__(comm)
-            self.begin(apart=True)
+            self.begin(independent=True)
 
     def kept(comm: Comm) -> None:
         with pytest.MonkeyPatch.context() as patch:

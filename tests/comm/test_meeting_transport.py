@@ -61,11 +61,15 @@ def hop_of_both(comms: list[Comm]) -> None:
     lanes = []
     for comm, x, y in zip(comms[:2], torch.ones(2, 3), torch.zeros(2, 3), strict=True):
         peer = 1 - comm.world.rank
-        hop = partial(comm.transport.hop, [(peer, x)], [(peer, y)])
+        hop = partial(comm.transport.stream_ordered.exchange, [(peer, x)], [(peer, y)])
         lanes.append(threading.Thread(target=hop))
         lanes[-1].start()
     for lane in lanes:
         lane.join()
+
+
+def may_enqueue(comm: Comm) -> bool:
+    return comm.transport.stream_ordered._may_enqueue
 
 
 def test_no_meeting_begins_before_hops_have_passed_and_no_hop_before_meetings():
@@ -73,31 +77,31 @@ def test_no_meeting_begins_before_hops_have_passed_and_no_hop_before_meetings():
     fabric = connect(comms)
     run_local(comms, lambda comm: comm.transport.unite(comm))
     hop_of_both(comms)
-    assert comms[0].transport._may_hop, "nobody waits for anything"
+    assert may_enqueue(comms[0]), "nobody waits for anything"
     asking = comms[0].transport.exchange([], [(2, torch.zeros(3))])
-    assert not comms[0].transport._may_hop, "if that is met soon, it waits for one hop at most"
+    assert not may_enqueue(comms[0]), "if that is met soon, it waits for one hop at most"
     fabric.pass_mark(fabric.marks[0])
-    assert not comms[0].transport._may_hop, "it is ready, and the other side is not"
+    assert not may_enqueue(comms[0]), "it is ready, and the other side is not"
     fabric.pass_mark(fabric.tails[0])
-    assert comms[0].transport._may_hop
+    assert may_enqueue(comms[0])
     hop_of_both(comms)
     arriving = comms[2].transport.exchange([(0, torch.ones(3))], [(0, torch.zeros(3))])
     leaving = comms[0].transport.exchange([(2, torch.ones(3))], [])
-    assert not comms[0].transport._may_hop, "what it has for others is not ready yet"
+    assert not may_enqueue(comms[0]), "what it has for others is not ready yet"
     for marks in fabric.marks:
         while marks:
             fabric.pass_mark(marks)
     for pending in (arriving, leaving, asking, arriving):
         assert not pending.done()
     assert fabric.meetings == []
-    assert not comms[0].transport._may_hop, "it would hop on and on, and the meeting would wait"
+    assert not may_enqueue(comms[0]), "it would hop on and on, and the meeting would wait"
     fabric.pass_mark(fabric.tails[0])
     for pending in (leaving, arriving):
         assert not pending.done()
     assert fabric.meetings == [(0, 2, 2), (2, 0, 2)]
-    assert not comms[0].transport._may_hop
+    assert not may_enqueue(comms[0])
     fabric.meet(0, 2)
-    assert comms[0].transport._may_hop
+    assert may_enqueue(comms[0])
 
 
 def test_no_hop_is_asked_for_before_others_can_have_what_is_for_them():
@@ -106,9 +110,9 @@ def test_no_hop_is_asked_for_before_others_can_have_what_is_for_them():
     run_local(comms, lambda comm: comm.transport.unite(comm))
     for peer in (2, 0):  # also if that is the rank itself, which has not posted the receive
         comms[0].transport.exchange([(peer, torch.ones(3))], [])
-        assert not comms[0].transport._may_hop
+        assert not may_enqueue(comms[0])
         fabric.pass_mark(fabric.marks[0])
-        assert comms[0].transport._may_hop
+        assert may_enqueue(comms[0])
 
 
 def test_a_hop_that_waits_for_one_before_it_names_the_others_of_the_instance():
@@ -118,7 +122,7 @@ def test_a_hop_that_waits_for_one_before_it_names_the_others_of_the_instance():
     hop_of_both(comms)
     comms[0].transport.exchange([], [(2, torch.zeros(3))])
     with pytest.raises(StallError) as stalled:
-        comms[0].transport.hop([(1, torch.ones(3))], [(1, torch.zeros(3))])
+        comms[0].transport.stream_ordered.exchange([(1, torch.ones(3))], [(1, torch.zeros(3))])
     assert stalled.value.awaited == (1,)
 
 
@@ -126,10 +130,10 @@ def test_tensors_that_the_fabric_does_not_hold_do_not_hop():
     comms = open_local(2, tp=2)
     connect(comms)
     x, host = torch.ones(3), torch.ones(3, dtype=torch.int16)
-    assert not comms[0].transport.hop([(1, x)], []), "it is not united"
+    assert comms[0].transport.stream_ordered is None, "it is not united"
     run_local(comms, lambda comm: comm.transport.unite(comm))
-    assert not comms[0].transport.hop([(1, x)], [(1, host)])
-    assert comms[0].transport._hop is None
+    assert not comms[0].transport.stream_ordered.exchange([(1, x)], [(1, host)])
+    assert comms[0].transport.stream_ordered._last is None
 
 
 class Step:
@@ -141,9 +145,10 @@ class Step:
 
     def replay(self) -> None:
         peer = 1 - self.comm.world.rank
-        with self.comm.transport.recording(self):
+        ordered = self.comm.transport.stream_ordered
+        with ordered.recording(self):
             for _ in range(2):
-                assert self.comm.transport.hop([(peer, self.x)], [(peer, self.y)])
+                assert ordered.exchange([(peer, self.x)], [(peer, self.y)])
                 torch.add(self.y, 1, out=self.x)
 
     def reset(self) -> None:
@@ -164,15 +169,15 @@ def test_recorded_hops_and_meetings_never_stand_in_each_others_way(seed):
     def creditor(comm: Comm) -> None:
         step, transport = Step(comm), comm.transport
         group = Group(comm)
-        group.begin(apart=True)
+        group.begin(independent=True)
         step.replay()  # as it is recorded
-        assert transport._hop is None, "there is no event on a stream that is recorded"
+        assert transport.stream_ordered._last is None, "a captured stream has no events"
         queries = 6 * (comm.world.rank == 0)
         arriving = [transport.exchange([], [(2, torch.zeros(5))]) for _ in range(queries)]
         for _ in range(5):
-            group.begin(apart=True)
+            group.begin(independent=True)
             group.replay(step)
-            assert transport._hop is not None
+            assert transport.stream_ordered._last is not None
         for query in arriving:
             query.wait("a query")
         assert step.x.tolist() == [13.0] * 3

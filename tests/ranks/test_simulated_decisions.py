@@ -19,7 +19,7 @@ from hpc_distkv.simulate.cluster import Cluster, DeviceSpec, Measured
 from hpc_distkv.simulate.deployment import Deployment
 from hpc_distkv.simulate.models import ModelShape
 from hpc_distkv.simulate.simulation import Rounds, Simulation
-from hpc_distkv.simulate.workload import Row
+from hpc_distkv.simulate.workload import TraceRow
 
 AT_ONCE = Rounds(floor=0.0, answer=0.0, per_instance=0.0)
 SHAPE = ModelShape("tiny", 2, 64, 128, 4, 2, 16, 100)
@@ -69,13 +69,13 @@ def test_a_simulated_instance_plans_what_a_real_one_does(
         return plan
 
     monkeypatch.setattr(Instance, "plan", watch)
-    monkeypatch.setattr("hpc_distkv.ranks.rank.copy_seconds", lambda *_: 2e-3)
+    monkeypatch.setattr("hpc_distkv.start.layout.copy_seconds", lambda *_: 2e-3)
     # Else a real instance would find what it has computed of a row before.
     outcome = run_cluster(model, rows, 1, replace(settings, enable_prefix_caching=False))
     real, config = list(plans), configs[0]
     plans.clear()
     made = [
-        Row(row.prompt_len, len(outcome.tokens[row.id]), limit=row.sampling.max_tokens)
+        TraceRow(row.prompt_len, len(outcome.tokens[row.id]), limit=row.sampling.max_tokens)
         for row in rows
     ]
     cluster = Cluster(1, 1, DeviceSpec("toy", 1e9, 0), measured=ANY)

@@ -16,7 +16,7 @@ from hpc_distkv.simulate.cluster import (
     Cluster,
     DeviceSpec,
     Link,
-    Links,
+    LinkSpeeds,
     Measured,
     Roofline,
 )
@@ -35,7 +35,7 @@ def a100(adapters: int = 8, overhead: float = 0.0) -> Cluster:
         nodes_per_switch=2,
         device=DeviceSpec("A100", 80e9, 0),
         roofline=Roofline(312e12, 2.039e12, overhead, overhead, 0.5, 0.8, 0.4, 0.7),
-        links=Links(
+        links=LinkSpeeds(
             Link(2e-6, 300e9, 0.8),
             Link(10e-6, 10e9, 0.9, gpus_per_link=8 // adapters),
             Link(20e-6, 10e9, 0.5, gpus_per_link=8 // adapters),

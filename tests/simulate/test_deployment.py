@@ -13,7 +13,7 @@ from hpc_distkv.errors import OptionError
 from hpc_distkv.simulate.cluster import ELSEWHERE, NODE, SWITCH, Cluster, DeviceSpec, Measured
 from hpc_distkv.simulate.deployment import Deployment, usable_tp
 from hpc_distkv.simulate.models import MODELS
-from hpc_distkv.simulate.workload import Row
+from hpc_distkv.simulate.workload import TraceRow
 
 A100 = Cluster.load(Path(__file__).parents[2] / "jobs" / "clusters" / "a100-4x8.toml")
 LLAMA, BIG = MODELS["llama2-7b"], MODELS["llama2-70b"]
@@ -67,8 +67,8 @@ def test_a_model_that_fits_nowhere_is_refused_with_the_arithmetic():
 def test_a_row_may_have_its_pool_and_what_others_lend(policy, cap, blocks):
     where = Deployment.fit(A100, LLAMA, config(policy, lend_cap=cap))
     assert where.capacity_tokens == 256 * blocks
-    assert where.fits(Row(256 * blocks - 9, 10))
-    assert not where.fits(Row(256 * blocks - 8, 10))
+    assert where.fits(TraceRow(256 * blocks - 9, 10))
+    assert not where.fits(TraceRow(256 * blocks - 8, 10))
 
 
 def test_a_lone_instance_shares_nothing():

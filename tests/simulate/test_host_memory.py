@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.simulate.cluster import Cluster, DeviceSpec, Measured
 from hpc_distkv.simulate.cost import CostModel, HostRates, Line
-from hpc_distkv.simulate.host_memory import HostCost, HostTime, Leg, staged_from
+from hpc_distkv.simulate.host_memory import HostCost, HostQueries, HostTime, staged_from
 from hpc_distkv.simulate.models import MODELS
 
 A100 = Cluster.load(Path(__file__).parents[2] / "jobs" / "clusters" / "a100-4x8.toml")
@@ -87,7 +87,7 @@ def test_moves_go_beside_the_layers() -> None:
 def test_the_hosts_attention_shows_where_it_is_longer_than_the_devices() -> None:
     """One row reads 1,000 tokens in 0.5 s, twenty compute with 100 in 0.2 s; 21 rows' way takes
     0.142 s."""
-    legs = [Leg(1, 1000), Leg(20, 100)]
+    legs = [HostQueries(1, 1000), HostQueries(20, 100)]
     there = 0.5 + 0.2 + 0.1 + 21 * 0.002
     assert host().time(0, legs, 0.3, 2.0).attending == pytest.approx(there - 0.3)
     assert host().time(0, legs, 0.9, 2.0) == (0, 0, 0)
@@ -96,7 +96,7 @@ def test_the_hosts_attention_shows_where_it_is_longer_than_the_devices() -> None
 def test_legs_of_many_rows_are_copied_and_those_of_few_are_not() -> None:
     """Both buffers take 128 of 1,000 rBlocks while the rest of the layers is computed, 4.096 s;
     before them go two rBlocks that move."""
-    legs = [Leg(3, 100), Leg(50, 32_000)]
+    legs = [HostQueries(3, 100), HostQueries(50, 32_000)]
     in_place = 0.05 + 0.1 + 3 * 0.002
     assert host(10).time(2, legs, 0.1, 9.0) == pytest.approx(
         HostTime(0.01 + 2 * 0.032, in_place - 0.1 + 32 - 128 * 0.032)
@@ -104,12 +104,14 @@ def test_legs_of_many_rows_are_copied_and_those_of_few_are_not() -> None:
 
 
 def test_copies_of_a_short_step_are_hidden_by_no_more_than_that() -> None:
-    assert host(10).time(0, [Leg(50, 32_000)], 0.1, 0.5).attending == pytest.approx(32 - 0.5)
+    assert host(10).time(0, [HostQueries(50, 32_000)], 0.1, 0.5).attending == pytest.approx(
+        32 - 0.5
+    )
 
 
 def test_what_both_buffers_hold_costs_the_devices_attention_alone() -> None:
     """50,000 rows and 1,280 tokens at 1e-8 s a pair."""
-    time = host(10).time(0, [Leg(50_000, 1280)], 0.1, 9.0)
+    time = host(10).time(0, [HostQueries(50_000, 1280)], 0.1, 9.0)
     assert time.attending == pytest.approx(0.64)
 
 
@@ -118,7 +120,7 @@ def test_what_both_buffers_hold_costs_the_devices_attention_alone() -> None:
 
 def test_without_a_device_everything_comes_one_after_another() -> None:
     cost = HostCost(CostModel(RANK, LLAMA, 1, 32).rates, replace(CONFIG, host_staged_from=2.0))
-    time = cost.time(4, [Leg(1, 1000), Leg(512, 1000)], 5.0, 9.0)
+    time = cost.time(4, [HostQueries(1, 1000), HostQueries(512, 1000)], 5.0, 9.0)
     block = 32 * 524_288 / 2e9
     assert time == pytest.approx((4 * block, 1000 * 2e-6 + 512 * 1000 * 1e-7, 0.0))
 
@@ -132,14 +134,19 @@ COSTS = [
     HostCost(SHIPPED, replace(CONFIG, host_staged_from=3.0)),
     HostCost(CostModel(RANK, LLAMA, 1, 32).rates, CONFIG),
 ]
-LEGS = st.lists(st.builds(Leg, st.integers(1, 600), st.integers(32, 10**5)), max_size=4)
+LEGS = st.lists(st.builds(HostQueries, st.integers(1, 600), st.integers(32, 10**5)), max_size=4)
 
 
 @given(st.sampled_from(COSTS), st.integers(0, 50), st.integers(0, 50), LEGS, LEGS, st.floats(0, 2))
 def test_more_of_it_never_takes_less_time(
-    cost: HostCost, moves: int, more: int, legs: list[Leg], others: list[Leg], attention: float
+    cost: HostCost,
+    moves: int,
+    more: int,
+    legs: list[HostQueries],
+    others: list[HostQueries],
+    attention: float,
 ) -> None:
-    def longer(moves: int, legs: list[Leg]) -> float:
+    def longer(moves: int, legs: list[HostQueries]) -> float:
         time = cost.time(moves, legs, attention, 2 * attention)
         assert min(time) >= 0
         return max(time.before + 2 * attention + time.attending, time.beside)

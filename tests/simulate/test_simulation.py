@@ -18,11 +18,11 @@ from hpc_distkv.decide.instance import Instance
 from hpc_distkv.decide.plan import Plan
 from hpc_distkv.simulate.cluster import Cluster, DeviceSpec, Measured
 from hpc_distkv.simulate.deployment import Deployment
-from hpc_distkv.simulate.member import Member, Visit
+from hpc_distkv.simulate.member import DebtorStep, Member
 from hpc_distkv.simulate.models import MODELS, ModelShape
 from hpc_distkv.simulate.simulation import Rounds, Simulation
 from hpc_distkv.simulate.step import Steps
-from hpc_distkv.simulate.workload import Row
+from hpc_distkv.simulate.workload import TraceRow
 
 SPEED = Measured(
     fixed=0.010,
@@ -65,7 +65,7 @@ def deployment(
     return Deployment(cluster, MODEL, 1, config)
 
 
-def run(where: Deployment, rows: Sequence[Row]) -> tuple[list[int], Simulation]:
+def run(where: Deployment, rows: Sequence[TraceRow]) -> tuple[list[int], Simulation]:
     """The rows' numbers in the order of their answers; the books are checked after every event."""
     simulation = Simulation(where, rows)
     answered: list[int] = []
@@ -89,9 +89,9 @@ TEXTS = [7, 30, 50]
 """Tokens of what some rows begin with."""
 
 
-def made(own: int, output: int, beyond: int, text: int) -> Row:
+def made(own: int, output: int, beyond: int, text: int) -> TraceRow:
     """`text` -1: it shares nothing."""
-    row = Row(own, output, limit=output + beyond)
+    row = TraceRow(own, output, limit=output + beyond)
     if text < 0:
         return row
     return row._replace(prompt=TEXTS[text] + own, prefix=text, prefix_tokens=TEXTS[text])
@@ -154,7 +154,7 @@ def test_one_row_takes_the_sum_of_its_steps():
     prompt = 3 * 0.010 + 37 * 0.0005 + sum(pairs) * 2e-6
     decode = 3 * (0.010 + 0.001) + (38 + 39 + 40) * 1e-5
     rounds = Rounds(floor=0.5, answer=0.25, per_instance=0.125)
-    simulation = Simulation(deployment(1), [Row(37, 4)], rounds)
+    simulation = Simulation(deployment(1), [TraceRow(37, 4)], rounds)
     record = simulation.run()
     assert record.seconds == pytest.approx(0.375 + prompt + decode, abs=1e-12)
     latency = record.figures(deployment(1))["latency_s"]["max"]
@@ -167,13 +167,13 @@ def test_rows_beside_each_other_share_the_step():
     both = 0.010 + 2 * 0.001 + 2 * 6 * 1e-5
     one = 0.010 + 0.001 + 7 * 1e-5
     rounds = Rounds(floor=0.0, answer=0.0, per_instance=0.0)
-    record = Simulation(deployment(1), [Row(5, 2), Row(5, 3)], rounds).run()
+    record = Simulation(deployment(1), [TraceRow(5, 2), TraceRow(5, 3)], rounds).run()
     assert record.seconds == pytest.approx(prompt + both + one, abs=1e-12)
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_only_lending_answers_a_row_longer_than_a_pool(policy):
-    answered, simulation = run(deployment(policy=policy), [Row(100, 10), Row(10, 3)])
+    answered, simulation = run(deployment(policy=policy), [TraceRow(100, 10), TraceRow(10, 3)])
     lends = policy.startswith("lend")
     assert sorted(answered) == ([0, 1] if lends else [1])
     figures = simulation.record.figures(deployment(policy=policy))
@@ -200,7 +200,7 @@ def test_a_step_waits_for_the_longer_of_its_own_and_its_creditors_attention(monk
         return seconds
 
     monkeypatch.setattr(Steps, "begin", watch)
-    run(deployment(instances=4), [Row(120, 12)])
+    run(deployment(instances=4), [TraceRow(120, 12)])
     several = 0
     for seconds, length, remote in seen:
         home = length - BLOCK * sum(remote.values())
@@ -217,7 +217,7 @@ def test_a_guest_makes_the_creditors_step_longer_by_its_serving():
     member.begin(0.0, Plan([], [], [], []))
     member.lasting = 1.0
     member.count_serving(0.2)
-    member.visits[1] = Visit(0.2, 0.5, [], [])
+    member.visits[1] = DebtorStep(0.2, 0.5, [], [])
     assert member.due(0.4) == pytest.approx(0.4 + (1 - 0.3) / 0.5)
     member.count_serving(0.6)
     del member.visits[1]
@@ -238,7 +238,7 @@ def test_a_busy_creditor_answers_when_its_operator_is_done(monkeypatch):
         return seconds
 
     monkeypatch.setattr(Steps, "begin", watch)
-    run(deployment(1), [Row(20, 3), Row(5, 5)])
+    run(deployment(1), [TraceRow(20, 3), TraceRow(5, 5)])
     for load, computing, gaps in seen:
         attention = load.decode_kv * 1e-5 + load.prefill_pairs * 2e-6
         linear = computing - attention
@@ -254,8 +254,8 @@ def test_many_instances_share_the_rows_evenly():
     where = deployment(8, blocks=64, policy="queue")
     alone = deployment(1, blocks=64)
     rounds = Rounds(floor=0.0, answer=0.0, per_instance=0.0)
-    many = Simulation(where, [Row(20, 10)] * 16, rounds).run()
-    one = Simulation(alone, [Row(20, 10)] * 2, rounds).run()
+    many = Simulation(where, [TraceRow(20, 10)] * 16, rounds).run()
+    one = Simulation(alone, [TraceRow(20, 10)] * 2, rounds).run()
     assert many.seconds == pytest.approx(one.seconds, abs=1e-12)
 
 
@@ -264,7 +264,7 @@ def test_planner_and_dgfm_can_be_left_out():
     for policy in (replace(lend, planner=False), replace(lend, dgfm=False)):
         where = deployment()
         where = replace(where, config=replace(where.config, policy=policy))
-        assert len(run(where, [Row(60, 8)] * 6)[0]) == 6
+        assert len(run(where, [TraceRow(60, 8)] * 6)[0]) == 6
 
 
 # -- the host's memory --------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def test_planner_and_dgfm_can_be_left_out():
 def test_one_row_may_fill_all_pools_and_the_hosts_memory(policy, instances):
     pools = 12 * instances if policy.startswith("lend") else 12
     where = deployment(instances, policy=policy, host=20)
-    row = Row(BLOCK * (pools + 20) - 9, 10)
+    row = TraceRow(BLOCK * (pools + 20) - 9, 10)
     answered, simulation = run(where, [row, row._replace(prompt=row.prompt + 1)])
     assert answered == [0]
     counters = simulation.record.figures(where)["counters"]
@@ -286,7 +286,7 @@ def test_one_row_may_fill_all_pools_and_the_hosts_memory(policy, instances):
 
 def test_preempted_rows_are_not_computed_again():
     """Rows that end early let more of the others begin than there is room for."""
-    rows = [Row(10, 4 if number < 8 else 22, limit=22) for number in range(16)]
+    rows = [TraceRow(10, 4 if number < 8 else 22, limit=22) for number in range(16)]
     without, with_host = (
         run(where, rows)[1].record.figures(where)["counters"]
         for where in (deployment(1, seqs=8, host=host) for host in (0, 40))
@@ -300,7 +300,7 @@ def test_preempted_rows_are_not_computed_again():
 
 
 def test_copies_that_cost_more_than_to_compute_again_are_not_made():
-    rows = [Row(10, 4 if number < 8 else 22, limit=22) for number in range(16)]
+    rows = [TraceRow(10, 4 if number < 8 else 22, limit=22) for number in range(16)]
     where = deployment(1, seqs=8, host=40)
     where = replace(where, config=replace(where.config, host_copy_seconds=1e3))
     counters = run(where, rows)[1].record.figures(where)["counters"]
@@ -323,7 +323,7 @@ def test_a_step_of_a_cpu_copies_and_attends_to_what_is_in_its_hosts_memory_too(m
         return seconds
 
     monkeypatch.setattr(Steps, "begin", watch)
-    run(deployment(1, host=20), [Row(90, 12)])
+    run(deployment(1, host=20), [TraceRow(90, 12)])
     for seconds, count, computed, moved, _ in seen:
         own = 0.011 + (computed + 1) * 1e-5
         if count > 1:
@@ -355,7 +355,7 @@ def test_a_step_of_a_gpu_waits_for_the_hosts_attention_where_its_own_is_shorter(
     policy = POLICIES["queue"]
     where = Deployment.fit(one, llama, EngineConfig(1, 32, policy=policy), 1, 10**9)
     where = replace(where, config=replace(where.config, num_blocks=12))
-    assert len(run(where, [Row(20 * 32, 10 * 32)])[0]) == 1
+    assert len(run(where, [TraceRow(20 * 32, 10 * 32)])[0]) == 1
     cost = where.cost()
     for seconds, length, blocks in seen:
         home, away = length - 32 * blocks, 32 * blocks

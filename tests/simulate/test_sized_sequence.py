@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens, unpack_tokens
 from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.simulate.sequence import SizedRequest, SizedSequence
-from hpc_distkv.simulate.workload import Row
+from hpc_distkv.simulate.workload import TraceRow
 
 
 def both(prompt: int, output: int) -> tuple[TokenSequence, SizedSequence]:
     real = Request(7, pack_tokens(range(prompt)), Sampling(max_tokens=output))
-    return TokenSequence(real, 1.5), SizedSequence(SizedRequest.of(7, Row(prompt, output)), 1.5)
+    return TokenSequence(real, 1.5), SizedSequence(
+        SizedRequest.of(7, TraceRow(prompt, output)), 1.5
+    )
 
 
 def make(sequence: TokenSequence, token: int, now: float) -> None:
@@ -61,7 +63,7 @@ def test_it_goes_on_elsewhere_as_a_real_one_does(prompt, output, made):
 
 
 def test_a_prompt_of_two_million_tokens_is_a_few_bytes_on_the_wire():
-    sent = msgspec.msgpack.encode(SizedRequest.of(3, Row(2_000_000, 500, 4, 9)))
+    sent = msgspec.msgpack.encode(SizedRequest.of(3, TraceRow(2_000_000, 500, 4, 9)))
     assert len(sent) < 60
     received = msgspec.msgpack.decode(sent, type=Request)
     assert unpack_tokens(received.prompt) == [2_000_000, 500, 4, 9]
@@ -70,7 +72,7 @@ def test_a_prompt_of_two_million_tokens_is_a_few_bytes_on_the_wire():
 
 
 def test_it_may_end_before_its_limit():
-    sequence = SizedSequence(SizedRequest.of(1, Row(10, 2, limit=9)), 0.0)
+    sequence = SizedSequence(SizedRequest.of(1, TraceRow(10, 2, limit=9)), 0.0)
     assert sequence.final_len == 10 + 9 - 1
     make(sequence, 0, 1.0)
     assert sequence.finish_reason() is None

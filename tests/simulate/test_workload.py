@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hpc_distkv.control.messages.requests import unpack_tokens
 from hpc_distkv.errors import OptionError
-from hpc_distkv.simulate.workload import Row, Workload
+from hpc_distkv.simulate.workload import TraceRow, Workload
 
 TRACES = Path(__file__).parents[2] / "jobs" / "traces"
 SPEC = """
@@ -48,12 +48,12 @@ bots = { bot = 25, helper = 10 }
 """
 
 PINNED = [
-    Row(33636, 300, long=True),  # 20 000 · 8^¼
-    Row(178, 300),
-    Row(350, 101),
-    Row(198, 20, prefix=1, prefix_tokens=188),
-    Row(148, 20, prefix=0, prefix_tokens=138),
-    Row(95137, 300, long=True),  # 20 000 · 8^¾
+    TraceRow(33636, 300, long=True),  # 20 000 · 8^¼
+    TraceRow(178, 300),
+    TraceRow(350, 101),
+    TraceRow(198, 20, prefix=1, prefix_tokens=188),
+    TraceRow(148, 20, prefix=0, prefix_tokens=138),
+    TraceRow(95137, 300, long=True),  # 20 000 · 8^¾
 ]
 
 
@@ -309,7 +309,7 @@ def test_the_mixes_are_a_grid_of_shares_and_lengths():
 
 
 def test_the_uniform_trace_has_one_length():
-    assert set(Workload.load(TRACES / "uniform.toml").rows) == {Row(256, 128)}
+    assert set(Workload.load(TRACES / "uniform.toml").rows) == {TraceRow(256, 128)}
 
 
 def test_most_rows_of_the_prefix_trace_share_their_prefix():

@@ -41,7 +41,7 @@ _CALL = struct.Struct("=28q2d")  # `Call` in kernels.c
 _OK, _NO_MEMORY = 0, 1
 
 
-class Kernels:
+class NativeKernels:
     """The loaded library. Callers have checked dtypes, shapes and strides; numbers inside the index
     tensors are checked by the library, because a wrong one would read or write foreign memory."""
 
@@ -159,7 +159,7 @@ class Kernels:
 
 
 @functools.cache
-def kernels() -> Kernels | None:
+def kernels() -> NativeKernels | None:
     """The kernels, built if need be; None where HPC_DISTKV_NO_CC is 1 or no compiler builds them
     (one warning says why). Build time: about ten seconds, once per user and kind of machine."""
     if os.environ.get("HPC_DISTKV_NO_CC") == "1":
@@ -191,7 +191,7 @@ def _compilers() -> Iterator[list[str]]:
             yield [name]
 
 
-def _loaded(compiler: list[str]) -> Kernels:
+def _loaded(compiler: list[str]) -> NativeKernels:
     """The kernels as the cache has them, else built. Raises OSError and SubprocessError."""
     key = _key(compiler)
     with user_cache() as cache:
@@ -206,14 +206,14 @@ def _loaded(compiler: list[str]) -> Kernels:
                     cache.keep(key, library.read_bytes())
                 except OSError as error:  # a full disk, or one that cannot be written
                     log.info("compiled kernels are not kept: %s", error)
-            return _kept(cache, key) or Kernels(library)
+            return _kept(cache, key) or NativeKernels(library)
 
 
-def _kept(cache: KernelCache | None, key: str) -> Kernels | None:
+def _kept(cache: KernelCache | None, key: str) -> NativeKernels | None:
     """What the cache has, if it can be loaded: from some disks nothing can be."""
     try:
         path = cache.find(key) if cache else None
-        return Kernels(path) if path else None
+        return NativeKernels(path) if path else None
     except OSError as error:
         log.info("compiled kernels are not taken from the cache: %s", error)
         return None

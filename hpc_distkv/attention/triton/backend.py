@@ -19,7 +19,7 @@ from hpc_distkv.attention.paged import PagedBatch
 from hpc_distkv.attention.rotation import Rotation
 from hpc_distkv.attention.spec import AttentionSpec
 from hpc_distkv.attention.triton import tuning
-from hpc_distkv.attention.triton.launch_plan import Plan, plan_key
+from hpc_distkv.attention.triton.launch_plan import LaunchPlan, plan_key
 from hpc_distkv.attention.triton.launcher import Launcher
 from hpc_distkv.attention.triton.tuning import Processors, Shape
 
@@ -35,7 +35,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def kernels(device: torch.device) -> Kernels | None:
+def kernels(device: torch.device) -> TritonKernels | None:
     """The kernels for tensors on `device`; None for the CPU, unless Triton is interpreted, and
     where there is no Triton that can compile (one warning says so)."""
     if device.type == "cuda" or (device.type == "cpu" and interpreted()):
@@ -44,7 +44,7 @@ def kernels(device: torch.device) -> Kernels | None:
 
 
 @functools.cache
-def _kernels(device: torch.device) -> Kernels | None:
+def _kernels(device: torch.device) -> TritonKernels | None:
     try:
         from hpc_distkv.attention.triton import kernels as triton_kernels
 
@@ -58,7 +58,7 @@ def _kernels(device: torch.device) -> Kernels | None:
             error,
         )
         return None
-    return Kernels(triton_kernels, _processors(device))
+    return TritonKernels(triton_kernels, _processors(device))
 
 
 def _reach_gpu() -> None:
@@ -76,7 +76,7 @@ def _processors(device: torch.device) -> Processors:
     return Processors(found.multi_processor_count, shared)
 
 
-class Kernels:
+class TritonKernels:
     """The kernels on one device. Callers have checked dtypes, shapes and strides."""
 
     def __init__(self, module: ModuleType, processors: Processors) -> None:
@@ -93,12 +93,12 @@ class Kernels:
 
     def plan(
         self, q: Tensor, k_cache: Tensor, batch: PagedBatch, spec: AttentionSpec, *, causal: bool
-    ) -> Plan:
+    ) -> LaunchPlan:
         """What `micro_attention` launches for this batch, worked out at the first call, if the
         batch does not know it by `plan_key`. Of `q` only the shape matters."""
         return batch.derived(
             plan_key(q, k_cache, spec, causal=causal),
-            lambda: Plan.of(q, k_cache, batch, spec, self._processors, causal=causal),
+            lambda: LaunchPlan.of(q, k_cache, batch, spec, self._processors, causal=causal),
         )
 
     def micro_attention(self, call: Call) -> None:

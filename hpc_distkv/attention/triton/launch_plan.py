@@ -29,7 +29,7 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchPlan:
     """The launches of a batch, with what they read on the device."""
 
     launches: list[Launch]
@@ -51,7 +51,7 @@ class Plan:
         processors: Processors,
         *,
         causal: bool,
-    ) -> Plan:
+    ) -> LaunchPlan:
         """Rows of few and of many lines each by their kernel, cut as `tuning` says. Raises
         ValueError where the batch's numbers do not fit the tensors."""
         shape = Shape.of(q, k_cache)
@@ -98,7 +98,7 @@ class Plan:
         sizes = len(self.blocks), self.split, self.partials, self.most_parts
         return (*launches, *map(_room, sizes))
 
-    def roomy(self) -> Plan:
+    def roomy(self) -> LaunchPlan:
         """A plan with room for the numbers of any plan of this form, to be launched whatever they
         are: programs without an item do nothing, and merges may be made twice."""
 
@@ -113,7 +113,7 @@ class Plan:
             )
             for at in self.launches
         ]
-        return Plan(
+        return LaunchPlan(
             launches,
             room(self.blocks, len(self.blocks)),
             room(self.first_token, len(self.first_token)),
@@ -123,7 +123,7 @@ class Plan:
             _room(self.most_parts),
         )
 
-    def take(self, other: Plan) -> None:
+    def take(self, other: LaunchPlan) -> None:
         """The numbers of a plan of the form that this one was made roomy from."""
         pairs = [(self.blocks, other.blocks), (self.first_token, other.first_token)]
         for mine, theirs in zip(self.launches, other.launches, strict=True):

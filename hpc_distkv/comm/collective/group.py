@@ -9,33 +9,33 @@ from itertools import pairwise
 import torch
 
 from hpc_distkv.comm.device import Recorded
-from hpc_distkv.comm.transport import WITHIN, Comm, Pairs
+from hpc_distkv.comm.transport import WITHIN, Comm, Pairs, StreamOrdered
 
 DIRECT_BYTES = 32 << 10
-"""Tensors up to this size go to all lanes at once: one hop instead of two, (lanes - 1) times the
-bytes instead of 2 · (lanes - 1) / lanes times."""
+"""Tensors up to this size go to all lanes at once: one exchange instead of two, (lanes - 1) times
+the bytes instead of 2 · (lanes - 1) / lanes times."""
 
 
 class Group:
-    """Collectives between the ranks of this rank's instance, made of hops from point to point, so
+    """Collectives between the lanes, the ranks of this rank's instance, made of sends and receives:
     whatever carries tensors carries them.
 
     Every sum is made in float32 in the order of the lanes: all lanes hold the same bits, whatever
     the size, and so does every repetition. (A reduction of the fabric's own would add up bfloat16
     in bfloat16, and in another order for other sizes.)
 
-    Hops go one of two ways, and all lanes choose the same. In steps that wait for other instances
-    (those with loans) they go as all other tensors do, on a channel of their own, and the host
-    waits. In other steps the hosts tell each other that they begin: then every lane comes to the
-    end of the step whatever happens elsewhere. So hops are ordered with what is computed
-    (`Transport.hop`), where the transport has a way for that, and no host waits; they may be part
-    of what is recorded and replayed.
+    Exchanges go one of two ways, and all lanes choose the same. In steps that wait for other
+    instances (those with loans) they go as all other tensors do, on a channel of their own, and the
+    host waits. In independent steps the hosts first tell each other that they begin: from then on
+    every lane comes to the end of the step whatever happens elsewhere. So exchanges are enqueued on
+    the compute stream (`comm.transport.StreamOrdered`), where the transport can, and may be part of
+    a captured step.
 
     Why no wait lasts for ever: the lanes of an instance take the same steps in the same order
     (`ranks.follower`), so the n-th call of each is the same collective; all its sends and receives
     are posted before any is awaited; and whoever waits goes on serving its debtors, since it waits
     with the `Waiter`. So a lane waits only for lanes that are still on their way to the same call.
-    For hops whose host does not wait see `meeting_transport`.
+    For stream-ordered exchanges see `comm.gpu.meeting_transport`.
     """
 
     def __init__(self, comm: Comm) -> None:
@@ -45,17 +45,18 @@ class Group:
         self._lane, self._ranks = world.lane, world.members
         self._others = [rank for rank in self._ranks if rank != world.rank]
         self._calls = 0
-        self._apart = False
-        """Whether no host waits in this step."""
+        self._stream_ordered: StreamOrdered | None = None
+        """In a step whose exchanges no host waits for."""
 
     def rehearsal(self) -> Group:
         """One that takes the same memory, and exchanges nothing with anybody."""
         return Rehearsal(self._comm)
 
-    def begin(self, apart: bool) -> None:
-        """A step begins; `apart`: all lanes come to its end whatever becomes of other instances."""
-        self._apart = apart and self._transport.hops
-        if self._apart:
+    def begin(self, independent: bool) -> None:
+        """A step begins; `independent`: all lanes come to its end whatever becomes of other
+        instances."""
+        self._stream_ordered = self._transport.stream_ordered if independent else None
+        if self._stream_ordered:
             here, *there = torch.zeros((len(self._ranks), 1), dtype=torch.int16)  # on the host
             begun = list(zip(self._others, there, strict=True))
             self._wait([(rank, here) for rank in self._others], begun)
@@ -67,17 +68,18 @@ class Group:
 
     @property
     def recordable(self) -> bool:
-        """Whether no host waits in steps apart."""
-        return self._transport.hops
+        """Whether no host waits in independent steps."""
+        return self._transport.stream_ordered is not None
 
     def recording(self, recorded: Recorded) -> AbstractContextManager[object]:
-        """As `Transport.recording`."""
-        return self._transport.recording(recorded)
+        """As `StreamOrdered.recording`, in an independent step."""
+        assert self._stream_ordered
+        return self._stream_ordered.recording(recorded)
 
     def replay(self, recorded: Recorded) -> None:
-        """As `Transport.replay`, in a step apart."""
-        assert self._apart
-        self._transport.replay(recorded)
+        """As `StreamOrdered.replay`, in an independent step."""
+        assert self._stream_ordered
+        self._stream_ordered.replay(recorded)
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
         """Lane 0's `x` (contiguous, of one shape and dtype) on all lanes, in place."""
@@ -134,13 +136,13 @@ class Group:
         out.copy_(total)
 
     def _exchange(self, sends: Pairs, recvs: Pairs) -> None:
-        if not (self._apart and self._transport.hop(sends, recvs)):
+        if not (self._stream_ordered and self._stream_ordered.exchange(sends, recvs)):
             self._wait(sends, recvs)
 
     def _wait(self, sends: Pairs, recvs: Pairs) -> None:
         self._calls += 1
         pending = self._transport.exchange(sends, recvs, WITHIN, WITHIN)
-        pending.wait(f"hop {self._calls} between the ranks of an instance")
+        pending.wait(f"exchange {self._calls} between the ranks of an instance")
 
 
 class Rehearsal(Group):

@@ -2,7 +2,7 @@
 
 Streams of a rank, and what orders them (events alone; the host waits for none of them, but polls):
 
-    compute   the own step; in it hops within an instance (`meeting_transport`)
+    compute   the own step; in it stream-ordered exchanges (`meeting_transport`)
     serving   what is computed for debtors, before own kernels that have not begun: of a higher
               priority, for a debtor waits in every layer
     out       copies to the host: each waits for what the stream that asked for it had been given

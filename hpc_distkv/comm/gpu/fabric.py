@@ -1,4 +1,4 @@
-"""What moves tensors of devices, if both sides ask for it."""
+"""The interface to what moves tensors between GPUs: NCCL, or a double in tests."""
 
 from __future__ import annotations
 
@@ -25,24 +25,25 @@ class Message(NamedTuple):
 
 
 class Fabric(Protocol):
-    """Moves tensors of devices, if both sides ask for it. `meet` never waits for other ranks."""
+    """Moves tensors between devices. A message passes when both sides have asked for it; asking
+    never waits for other ranks."""
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether it moves this tensor."""
 
     def mark(self) -> Event:
-        """When all is done that the current stream was given."""
+        """An event behind all work on the current stream."""
 
     def meet(self, messages: Sequence[Message]) -> Event:
-        """Ask for messages, all at once; the event passes when they have. The peers (of a meeting
-        one) ask for the same ones in the same order."""
+        """Ask for messages, all at once; the event passes when they have. The peers, in a meeting
+        one, ask for the same messages in the same order."""
 
     def ask(self, messages: Sequence[Message]) -> None:
-        """The same, without an event: of a stream that is recorded."""
+        """The same without an event: while a stream is captured."""
 
     def within(self, comm: Comm) -> Fabric:
-        """Another one, for hops between the ranks of this rank's instance, on the current stream.
-        Collective over all ranks."""
+        """A fabric of the ranks of this rank's instance, on the current stream, for stream-ordered
+        exchanges. Collective over all ranks."""
 
     def check(self) -> None:
         """Raise if it has failed."""
@@ -52,7 +53,7 @@ class Fabric(Protocol):
 
 
 class Passage:
-    """What a fabric was asked for, until it has passed."""
+    """Messages that a fabric was asked for, until they have passed."""
 
     def __init__(self, fabric: Fabric, event: Event, waiter: Waiter) -> None:
         """`event`: of the fabric."""

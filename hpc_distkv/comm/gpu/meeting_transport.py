@@ -1,29 +1,36 @@
-"""Tensors over a fabric: by appointment (`meetings`), and in hops within an instance.
+"""Tensors of GPUs over a fabric: by meetings (`meetings`), and within an instance stream-ordered
+too (`comm.transport.StreamOrdered`).
 
-Hops (`Transport.hop`) go without appointments, on a fabric of the instance's own that works on the
-stream of what is computed, so the host runs ahead. Of two fabrics on one GPU NVIDIA says that
-operations of one must be over before the other's begin, in the same order on all ranks: what waits
-on a GPU for another rank holds processors and may hold up whole streams and calls of the host. So a
-rank is in a meeting or in hops, never in both: it begins a meeting when its hops have passed, and
-asks for a hop when it is in no meeting, and when none is left that it could begin. A recorded step
-is replayed as if its hops were asked for one after another.
+Stream-ordered exchanges need no appointment. They go over a fabric of the instance's own, on the
+compute stream, so the host runs ahead of them. NVIDIA demands of two communicators on one GPU that
+the operations of one are over before those of the other begin, in the same order on all ranks: an
+operation that waits for another rank holds multiprocessors, and may hold up whole streams and calls
+of the host. So a rank is in a meeting or in stream-ordered exchanges, never in both:
 
-Why that never lasts for ever either. A hop that all ranks of the instance have asked for is over by
-itself, as meetings are. All of them know that all have begun the step, and come to each of its hops
-unless they are stuck (`group`). Suppose ranks are stuck: in a meeting as the lower side, or in hops
-that not all have asked for, or before one of these. Take the highest instance I that has such
-ranks, and of these one that has asked for the fewest hops and posted the fewest messages within I:
-r. All its hops are asked for by everybody in I, so they pass. If r is in a meeting as the lower
-side, with a rank of a higher instance, that one is not stuck, hence free at some time, and joins
-before it does anything else; with a rank of I, that one has no hops left but such that r has asked
-for too, and joins. Before r can ask for its next hop there are no more than a few meetings to
-begin: debtors that wait for answers of all of I's ranks ask for no further layer meanwhile. So r
-gets on.
+* it begins a meeting only when its stream-ordered exchanges have completed;
+* it enqueues a stream-ordered exchange only when it is in no meeting and could begin none. While
+  others wait for tensors that it has posted, it enqueues one at a time, so that they wait for one
+  exchange and not for a step.
+
+Replaying a captured step counts as enqueueing its exchanges one after another.
+
+Why no rank waits for ever (call the stream-ordered exchanges hops). A hop that all ranks of the
+instance have enqueued completes by itself, and so does a meeting that both sides have joined. All
+ranks of an instance know that all of them have begun the step (`Group.begin`), so they come to each
+of its hops unless they are stuck: in a meeting as the lower side, in hops that not all have
+enqueued, or before one of these. Suppose some ranks are stuck. Take the highest instance I that has
+such ranks, and of these a rank r that has enqueued the fewest hops and posted the fewest messages
+within I. Every rank of I has enqueued all hops of r, so they complete. If r is in a meeting as the
+lower side, the higher side joins: if it belongs to a higher instance it is not stuck, so it is free
+at some time, and joins before it does anything else; if it belongs to I it has no hops left but
+those of r, and joins. Before r can enqueue its next hop there are only a few meetings to begin,
+since debtors that wait for answers of all ranks of I ask for no further layer meanwhile. So r gets
+on, against the choice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from weakref import WeakSet
 
@@ -43,29 +50,21 @@ from hpc_distkv.comm.waiter import Waiter
 
 
 class MeetingTransport(Transport):
-    """Moves tensors that a fabric holds by meetings and hops, and all others by a transport of the
-    host."""
+    """Moves the tensors that a fabric holds by meetings or stream-ordered, and all others by a
+    transport of the host."""
+
+    stream_ordered: InstanceExchanges | None = None
 
     def __init__(self, inner: Transport, fabric: Fabric, mail: Mail, waiter: Waiter) -> None:
         """`mail`: for this alone."""
         self._inner, self._fabric, self._mail, self._waiter = inner, fabric, mail, waiter
         self._meetings = Meetings(fabric, mail, waiter)
         self.under_way = UnderWay(waiter)
-        self._within: Fabric | None = None
-        """For hops."""
-        self._others: list[int] = []
-        """The other ranks of the instance."""
-        self._recording = False
-        """Whether hops are recorded, and not carried out."""
-        self._recorded: WeakSet[Recorded] = WeakSet()
-        """What has hops in it."""
-        self._hop: Passage | None = None
-        """The last one, until it has passed."""
 
     def exchange(
         self, sends: Pairs, recvs: Pairs, send_on: int = TO_CREDITOR, receive_on: int = TO_CREDITOR
     ) -> Pending:
-        """Post one hop."""
+        """Post sends and receives."""
         posts: list[Post] = []
         holds, unused = self._fabric.holds, self._fabric.mark()
         for pairs, channel, send in ((sends, send_on, True), (recvs, receive_on, False)):
@@ -82,58 +81,65 @@ class MeetingTransport(Transport):
         self.push()
         return MeetingPending(posts, others, self)
 
+    def unite(self, comm: Comm) -> None:
+        """Give the ranks of this one's instance a fabric of their own."""
+        self.stream_ordered = InstanceExchanges(
+            comm, self._fabric.within(comm), self._meetings, self.push
+        )
+
     def push(self) -> None:
         """Do what can be done now."""
         self._meetings.look()
-        if self._hop is not None and self._hop.over():
-            self._hop = None
-        if self._hop is None:
+        if self.stream_ordered is None or self.stream_ordered.completed():
             self._meetings.begin()
 
     def drained(self) -> bool:
-        """Whether all exchanges and hops have completed."""
+        """Whether all exchanges have completed."""
         self.push()
-        over = self.under_way.drained() and self._hop is None
+        over = self.under_way.drained() and (
+            self.stream_ordered is None or self.stream_ordered.completed()
+        )
         return over and self._mail.drained() and self._inner.drained()
 
     def close(self) -> None:
-        """Close the fabrics, which waits for what was recorded of them to be forgotten."""
-        for recorded in self._recorded:
-            recorded.reset()
-        for fabric in (self._within, self._fabric):
-            if fabric is not None:
-                fabric.close()
+        """Close the fabrics."""
+        if self.stream_ordered is not None:
+            self.stream_ordered.close()
+        self._fabric.close()
         self._inner.close()
 
-    # -- hops -------------------------------------------------------------------------------------
 
-    def unite(self, comm: Comm) -> None:
-        """Give the ranks of this one's instance a fabric of their own."""
-        self._within = self._fabric.within(comm)
+class InstanceExchanges:
+    """The stream-ordered exchanges of one rank. Owner of the instance's fabric."""
+
+    def __init__(
+        self, comm: Comm, fabric: Fabric, meetings: Meetings, push: Callable[[], None]
+    ) -> None:
+        """`push`: of the transport that takes turns with this one."""
+        self._waiter, self._fabric, self._meetings, self._push = comm.waiter, fabric, meetings, push
         self._others = [rank for rank in comm.world.members if rank != comm.world.rank]
+        self._recording = False
+        self._recorded: WeakSet[Recorded] = WeakSet()
+        """The captured graphs that have exchanges in them."""
+        self._last: Passage | None = None
+        """The last exchange, until it has completed."""
 
-    @property
-    def hops(self) -> bool:
-        """Whether this rank's instance has a fabric."""
-        return self._within is not None
-
-    def hop(self, sends: Pairs, recvs: Pairs) -> bool:
-        """Ask for a hop within the instance."""
-        tensors = [tensor for _, tensor in (*sends, *recvs)]
-        if self._within is None or not all(map(self._fabric.holds, tensors)):
+    def exchange(self, sends: Pairs, recvs: Pairs) -> bool:
+        """Enqueue sends and receives."""
+        if not all(self._fabric.holds(tensor) for _, tensor in (*sends, *recvs)):
             return False
         messages = [Message(peer, True, tensor) for peer, tensor in sends]
         messages += [Message(peer, False, tensor) for peer, tensor in recvs]
         if self._recording:
-            self._within.ask(messages)
+            self._fabric.ask(messages)
         else:
             self._await_meetings()
-            self._hop = Passage(self._within, self._within.meet(messages), self._waiter)
+            self._last = Passage(self._fabric, self._fabric.meet(messages), self._waiter)
         return True
 
     @contextmanager
     def recording(self, recorded: Recorded) -> Iterator[None]:
-        """Nothing is polled in this block: events are not to be looked at meanwhile."""
+        """Nothing is polled in this block: a captured stream has no events to look at."""
         self._recording = True
         self._recorded.add(recorded)
         try:
@@ -142,32 +148,43 @@ class MeetingTransport(Transport):
             self._recording = False
 
     def replay(self, recorded: Recorded) -> None:
-        """As if its hops were asked for one after another."""
-        assert self._within is not None
+        """Enqueue all that was captured."""
         self._await_meetings()
         recorded.replay()
-        self._hop = Passage(self._within, self._within.mark(), self._waiter)
+        self._last = Passage(self._fabric, self._fabric.mark(), self._waiter)
+
+    def completed(self) -> bool:
+        """Whether all exchanges have completed. Never blocks."""
+        if self._last is not None and self._last.over():
+            self._last = None
+        return self._last is None
+
+    def close(self) -> None:
+        """Forget what was captured, and close the fabric, which waits for that."""
+        for recorded in self._recorded:
+            recorded.reset()
+        self._fabric.close()
 
     def _await_meetings(self) -> None:
-        self._waiter.until(lambda: self._may_hop or None, "messages to pass", self._held_by)
+        self._waiter.until(lambda: self._may_enqueue or None, "messages to pass", self._held_by)
 
     def _held_by(self) -> list[int]:
-        """Who keeps this rank's hops waiting."""
+        """The ranks that keep this one's exchanges waiting."""
         return self._meetings.peers or self._others
 
     @property
-    def _may_hop(self) -> bool:
-        """Whether this rank is in no meeting, and could begin none if its hops had passed. While
-        others wait for what it has posted it asks for one hop at a time, and for none before they
-        can have what it has for them: so they wait for a hop, and not for a step."""
-        self.push()
+    def _may_enqueue(self) -> bool:
+        """Whether this rank is in no meeting, could begin none, and has what it has posted for
+        others ready; and, while something posted is in no meeting yet, the last exchange has
+        completed."""
+        self._push()
         if self._meetings.due or self._meetings.owes:
             return False
-        return self._hop is None or not self._meetings.posted
+        return self._last is None or not self._meetings.posted
 
 
 class MeetingPending(Pending):
-    """One hop under way."""
+    """Sends and receives under way."""
 
     def __init__(
         self, posts: list[Post], others: Pending | None, transport: MeetingTransport

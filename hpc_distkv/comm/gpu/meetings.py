@@ -1,28 +1,32 @@
-"""Messages of a fabric whose two sides must ask for them at the same time, as NCCL's must.
+"""Rendezvous between GPUs: two ranks agree by mail before either asks NCCL for a message.
 
-The engine's exchanges are asynchronous: a creditor takes part when it gets to it. But on such a
-fabric what is asked for runs in order, on one stream, and stands there until the other side has
-asked for it too. If ranks just asked for messages as they post them, three of them could wait for
-each other in a ring, each for a message that stands behind another. So they meet by appointment:
+An NCCL send or receive occupies its stream until the other side has asked for its half, and all
+operations of a communicator run in order. The engine's exchanges, though, are asynchronous: a
+creditor takes part when it gets to it. If ranks asked NCCL for messages as soon as they post them,
+three ranks could wait for each other in a ring, each for a message that stands behind another. So a
+rank posts its half here, and two ranks then hold a meeting, in which both ask for all messages
+between them that both are ready for:
 
-    higher rank   posts → its kernels before are over → Ready to the lower one, by mail
-    lower rank    posts → its kernels before are over → both are ready and it is in no meeting:
-                  Go to the higher one, and asks for all messages that both are ready for
-    higher rank   Go is there and it is in no meeting: asks for the same messages, in the same order
-    both          the fabric says that they have passed: the meeting is over
+    higher rank   posts; when its kernels up to the post have ended, mails Ready to the lower rank
+    lower rank    posts; when its own kernels have ended, both are ready and it is in no meeting: it
+                  mails Go to the higher rank and asks the fabric for the messages
+    higher rank   reads Go and is in no meeting: it asks for the same messages in the same order
+    both          the fabric reports that the messages have passed: the meeting is over
 
-Order: a meeting takes messages of a flow (peer, channel, direction) in the order of their posts, on
-both sides, and goes through the flows in one order. Readiness of both is counted, never guessed.
+Order: a flow is all messages of one peer, channel and direction. A meeting takes the messages of a
+flow in the order of their posts, on both sides, and goes through the flows in sorted order. Ready
+and Go count messages, so neither side guesses what the other has posted.
 
-Why no meeting lasts for ever. A rank is in one meeting at a time, so what it asks for stands at the
-head of its stream, behind nothing. A meeting that both sides have asked for is over by itself.
-Suppose some meeting is never asked for by its higher rank, and take the one of these whose higher
-rank h is the greatest. h polls (whoever waits does), so it must be in another meeting for ever, one
-that only the other side can be missing from: h is its lower rank, and its higher rank is greater
-than h, against the choice. (Locks taken in the order of ranks: Havender, 1968.) And a message that
-both sides have posted is met: kernels end by themselves, as no stream but the fabric's waits for
-another rank (but for hops, see `meeting_transport`); mail arrives; and a lower rank that is in no
-meeting opens one, for its peers in turn.
+Why no meeting lasts for ever. A rank is in one meeting at a time, so the messages it asks for are
+at the head of its stream, and a meeting that both sides have joined ends by itself. Suppose some
+meetings are never joined by their higher rank, and take the one whose higher rank h is the
+greatest. h polls whenever it waits, so it does not join only because it is in another meeting for
+ever, one that the other side never joins. Then h is the lower rank of that meeting, whose higher
+rank is greater than h: a contradiction. (Locks taken in the order of ranks: Havender, 1968.)
+
+Why every message that both sides have posted is met. Kernels end by themselves, as no stream but
+the fabric's waits for another rank (for the exchanges that do, see `meeting_transport`); mail
+arrives; and a lower rank that is in no meeting opens one with each of its peers in turn.
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ from hpc_distkv.comm.waiter import Waiter
 
 
 class Flow(NamedTuple):
-    """Messages between this rank and a peer whose order counts."""
+    """The messages of one peer, channel and direction; both sides see them in one order."""
 
     peer: int
     channel: int
@@ -49,14 +53,14 @@ class Flow(NamedTuple):
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
-    """The sender, the higher rank, is ready for these messages: channel, upward, bytes."""
+    """From the higher rank: it is ready for these messages (channel, upward, bytes)."""
 
     posts: list[tuple[int, bool, int]]
 
 
 class Go(msgspec.Struct, frozen=True, array_like=True, tag="go"):
-    """The sender, the lower rank, has begun a meeting over so many messages of these flows:
-    channel, upward, messages."""
+    """From the lower rank: it has begun a meeting over so many messages of these flows (channel,
+    upward, messages)."""
 
     flows: list[tuple[int, bool, int]]
 
@@ -69,7 +73,8 @@ class Post:
         self.tensor: torch.Tensor | None = tensor
         self.nbytes = tensor.nbytes
         self.unused = unused
-        """When no kernel that was asked for before the post uses the tensor."""
+        """Passes when the kernels that were launched before the post have ended: the tensor may be
+        sent, or overwritten."""
 
     @property
     def done(self) -> bool:
@@ -85,13 +90,13 @@ class Meetings:
         self._fabric, self._mail, self._waiter = fabric, mail, waiter
         self._me = waiter.world.rank
         self._posted: defaultdict[Flow, deque[Post]] = defaultdict(deque)
-        """Not ready yet."""
+        """Kernels before the post may still use the tensor."""
         self._ready: defaultdict[Flow, deque[Post]] = defaultdict(deque)
-        """In no meeting yet."""
+        """Ready, and in no meeting yet."""
         self._theirs: defaultdict[Flow, deque[int]] = defaultdict(deque)
         """Bytes of what higher ranks are ready for."""
         self._called: deque[tuple[int, Go]] = deque()
-        """Meetings that lower ranks are in and wait for this one."""
+        """Meetings that lower ranks have begun and this one has not joined."""
         self._meeting: tuple[Passage, list[Post]] | None = None
         self._turns: deque[int] = deque()
         """Peers in the order in which meetings are begun with them."""
@@ -105,8 +110,8 @@ class Meetings:
         return post
 
     def look(self) -> None:
-        """See what has become ready, here and at higher ranks, who waits in a meeting, and whether
-        the one that this rank is in is over. Begins none."""
+        """Note what has become ready, here and at higher ranks, which meetings wait for this rank,
+        and whether its own is over. Begins none."""
         self._note_ready()
         while (letter := self._mail.poll()) is not None:
             self._read(*letter)
@@ -116,8 +121,8 @@ class Meetings:
             self._meeting = None
 
     def begin(self) -> None:
-        """Join a meeting that waits for this rank, or open one with the next peer that is ready;
-        nothing in a meeting."""
+        """Join a meeting that waits for this rank, or open one with the next peer that is ready.
+        Does nothing while in a meeting."""
         if self._meeting is not None:
             return
         if self._called:
@@ -135,7 +140,7 @@ class Meetings:
 
     @property
     def peers(self) -> list[int]:
-        """Whom this rank is in a meeting with."""
+        """The peer of each message of the meeting that this rank is in."""
         return [post.flow.peer for post in self._meeting[1]] if self._meeting else []
 
     @property
@@ -145,12 +150,12 @@ class Meetings:
 
     @property
     def posted(self) -> bool:
-        """Whether it has posted what is in no meeting yet."""
+        """Whether this rank has posted messages that are in no meeting yet."""
         return bool(self._posted or self._ready)
 
     @property
     def owes(self) -> bool:
-        """Whether it is not ready for something that it has for others."""
+        """Whether a tensor that this rank sends is still in use by kernels before its post."""
         return any(post.send for posts in self._posted.values() for post in posts)
 
     def _note_ready(self) -> None:

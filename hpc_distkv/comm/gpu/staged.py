@@ -62,7 +62,7 @@ class StagedTransport(Transport):
     def exchange(
         self, sends: Pairs, recvs: Pairs, send_on: int = TO_CREDITOR, receive_on: int = TO_CREDITOR
     ) -> Pending:
-        """Post one hop."""
+        """Post sends and receives."""
         arrival = Arrival(recvs, receive_on, self._inner, self._copies) if recvs else None
         departure = Departure(sends, send_on, self._copies) if sends else None
         if departure:
@@ -137,7 +137,7 @@ class Arrival:
 
 
 class StagedPending(Pending):
-    """One hop under way."""
+    """Sends and receives under way."""
 
     def __init__(
         self, departure: Departure | None, arrival: Arrival | None, transport: StagedTransport

@@ -138,7 +138,7 @@ class LocalTransport(Transport):
     def exchange(
         self, sends: Pairs, recvs: Pairs, send_on: int = TO_CREDITOR, receive_on: int = TO_CREDITOR
     ) -> Pending:
-        """Post one hop."""
+        """Post sends and receives."""
         self._network.switch(self._rank)
         post = partial(self._network.post_tensor, self._rank)
         halves = [post(*pair, receive_on, send=False) for pair in recvs]
@@ -152,7 +152,7 @@ class LocalTransport(Transport):
 
 
 class LocalPending(Pending):
-    """One hop under way."""
+    """Sends and receives under way."""
 
     def __init__(self, network: Network, under_way: UnderWay, halves: list[Half]) -> None:
         super().__init__(under_way)

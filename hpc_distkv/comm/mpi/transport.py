@@ -27,7 +27,7 @@ class MpiTransport(Transport):
     def exchange(
         self, sends: Pairs, recvs: Pairs, send_on: int = TO_CREDITOR, receive_on: int = TO_CREDITOR
     ) -> Pending:
-        """Post one hop. Receives come first, so that arriving bytes land in place."""
+        """Post sends and receives. Receives come first, so that arriving bytes land in place."""
         requests = [self._comm.Irecv(octets(tensor), peer, receive_on) for peer, tensor in recvs]
         requests += [self._comm.Isend(octets(tensor), peer, send_on) for peer, tensor in sends]
         return MpiPending(requests, sends, recvs, self._under_way)
@@ -38,7 +38,7 @@ class MpiTransport(Transport):
 
 
 class MpiPending(Pending):
-    """One hop under way. It holds its tensors until MPI is done with them."""
+    """Sends and receives under way. It holds its tensors until MPI is done with them."""
 
     def __init__(
         self,

@@ -87,7 +87,7 @@ class Numbers(msgspec.Struct, Generic[Count, Number, Flag], frozen=True, kw_only
     """Expected KV, in rBlocks, of the largest request that wants any."""
     starved: Flag = _NONE
     """`wanted_for` cannot go on, and no younger request at home could be preempted."""
-    room_rows: Count = _NONE
+    room_requests: Count = _NONE
     """Requests that may be assigned now."""
     room_tokens: Count = _NONE
     """Prompt tokens after which no further request should be assigned."""
@@ -113,7 +113,7 @@ class Numbers(msgspec.Struct, Generic[Count, Number, Flag], frozen=True, kw_only
     """KV tokens attended to here in a step of decodes: own ones at home, and guests."""
     work_left: Number = _NONE
     """Predicted work of all requests that run or wait here (`control.assign.work`)."""
-    row_blocks: Number = _NONE
+    request_blocks: Number = _NONE
     """Mean expected KV, in rBlocks, of a request here; 0 if unknown."""
     fixed: Number = _NONE
     """Fitted seconds of a decode step, however many requests it has."""
