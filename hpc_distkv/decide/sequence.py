@@ -31,7 +31,7 @@ class Sequence(Protocol):
     prompt_len: int
     """Prompt tokens."""
     final_len: int
-    """Most tokens whose KV this request can come to need."""
+    """Most tokens whose KV this request can need."""
     keys: list[bytes]
     """Of the rBlocks of the prompt that may be shared."""
     computed: int
