@@ -22,6 +22,7 @@ from hpc_distkv.control.messages.reports import Reports
 from hpc_distkv.control.messages.requests import Result
 from hpc_distkv.control.policy import ControlConfig
 from hpc_distkv.control.round import Round
+from hpc_distkv.ids import InstanceId
 
 PLAN_EVERY = 5
 """Rounds between two plans: what the last one moved has to show in the reports."""
@@ -221,7 +222,7 @@ class GManager:
             granted = min(blocks, int(round.promised[creditor]))
             if granted:
                 round.grant(debtor, creditor, granted)
-                round.answer(debtor).shed[creditor] = granted
+                round.answer(debtor).shed[InstanceId(creditor)] = granted
             self._planned[debtor, creditor] -= granted
             round.answer(creditor).keep += blocks - granted
 
@@ -238,4 +239,4 @@ class GManager:
         budget = RECALL_STEPS * self._config.move_budget // size
         recalls = plan_recalls(self.ledger, spare, self._links, budget, urgent)
         for debtor, creditor, blocks in recalls:
-            round.answer(debtor).recall[creditor] = blocks
+            round.answer(debtor).recall[InstanceId(creditor)] = blocks
