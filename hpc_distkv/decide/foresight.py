@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from hpc_distkv.control.assign.work import MeanOutput
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.ids import PrefixId
 from hpc_distkv.memory.rmanager import RManager
 
 Tokens = TypeVar("Tokens", float, NDArray[np.float64])
@@ -69,7 +70,7 @@ class Foresight:
     def expected_kvs(self, running: Rows[Sequence]) -> list[ExpectedKv]:
         """Of these sequences; what they share counts with the one that ends last."""
         size, prefixes = self._config.block_size, self._rm.prefixes
-        counted: set[int] = set()
+        counted: set[PrefixId] = set()
         expected = []
         for kv, sequence in sorted(
             ((self.expected_kv(sequence), sequence) for sequence in running),

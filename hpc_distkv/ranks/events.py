@@ -11,6 +11,7 @@ from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages.loans import Header
 from hpc_distkv.decide.pace import StepSeconds
 from hpc_distkv.decide.plan import Plan
+from hpc_distkv.ids import InstanceId
 
 
 class Boundary(msgspec.Struct, frozen=True, array_like=True, tag="boundary"):
@@ -47,7 +48,7 @@ class StepTimed(msgspec.Struct, frozen=True, array_like=True, tag="timed"):
 class Arrived(msgspec.Struct, frozen=True, array_like=True, tag="arrived"):
     """A debtor's header is applied; its step is served from now on."""
 
-    debtor: int
+    debtor: InstanceId
     header: Header
     now: float
 
@@ -55,13 +56,13 @@ class Arrived(msgspec.Struct, frozen=True, array_like=True, tag="arrived"):
 class Served(msgspec.Struct, frozen=True, array_like=True, tag="served"):
     """A debtor's step has been served."""
 
-    debtor: int
+    debtor: InstanceId
 
 
 class Opened(msgspec.Struct, frozen=True, array_like=True, tag="opened"):
     """A creditor has set rBlocks aside for this instance."""
 
-    creditor: int
+    creditor: InstanceId
     blocks: int
 
 

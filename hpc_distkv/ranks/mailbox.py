@@ -10,6 +10,7 @@ import msgspec
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages.loans import Credit, Header
 from hpc_distkv.decide.instance import Instance
+from hpc_distkv.ids import InstanceId
 from hpc_distkv.memory.loan import ProtocolError
 from hpc_distkv.ranks.events import Arrived, Log, Opened, Served
 from hpc_distkv.step.creditor import Creditor
@@ -50,7 +51,7 @@ class Mailbox:
             message: Header | Credit = msgspec.msgpack.decode(letter, type=Header | Credit)
         except msgspec.DecodeError as error:
             raise ProtocolError(f"the mail of rank {rank} is malformed: {error}") from error
-        sender = rank // self._comm.world.tp
+        sender = self._comm.world.instance_of(rank)
         if isinstance(message, Credit):
             self._log.record(Opened(sender, message.blocks))
             self._instance.open_credit(sender, message.blocks)
@@ -59,7 +60,7 @@ class Mailbox:
         if not self._creditor.serves(sender):
             self._begin_next(sender)
 
-    def _begin_next(self, debtor: int) -> None:
+    def _begin_next(self, debtor: InstanceId) -> None:
         if headers := self._waiting.get(debtor):
             header, now = headers.popleft(), time.monotonic()
             self._log.record(Arrived(debtor, header, now))
