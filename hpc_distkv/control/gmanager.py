@@ -9,6 +9,7 @@ import numpy as np
 
 from hpc_distkv.control.assign.assignment import Assignment
 from hpc_distkv.control.assign.large import begin_large
+from hpc_distkv.control.assign.queue import NOT_LARGE
 from hpc_distkv.control.assign.source import RequestSource
 from hpc_distkv.control.lending.borrow import CANDIDATES, Need, greedy_borrow
 from hpc_distkv.control.lending.dgfm import plan_recalls
@@ -21,6 +22,7 @@ from hpc_distkv.control.messages.reports import Reports
 from hpc_distkv.control.messages.requests import Result
 from hpc_distkv.control.policy import ControlConfig
 from hpc_distkv.control.round import Round
+from hpc_distkv.ids import InstanceId
 
 PLAN_EVERY = 5
 """Rounds between two plans: what the last one moved has to show in the reports."""
@@ -127,11 +129,14 @@ class GManager:
     def _assign(self, round: Round) -> None:
         """Give waiting requests to instances, and let large ones begin."""
         reports, assignment = round.reports, self.assignment
-        if self._policy.planner:
-            assignment.queue.large_from = self._config.block_size * int(reports.capacity.max())
         step_tokens = reports.step_tokens()
+        largest_pool = self._config.block_size * int(reports.capacity.max())
         given = assignment.assign(
-            reports.room_requests, reports.room_tokens, reports.work_left, step_tokens
+            reports.room_requests,
+            reports.room_tokens,
+            reports.work_left,
+            step_tokens,
+            largest_pool if self._policy.planner else NOT_LARGE,
         )
         for instance, requests in given.items():
             round.answer(instance).assign = requests
@@ -217,7 +222,7 @@ class GManager:
             granted = min(blocks, int(round.promised[creditor]))
             if granted:
                 round.grant(debtor, creditor, granted)
-                round.answer(debtor).shed[creditor] = granted
+                round.answer(debtor).shed[InstanceId(creditor)] = granted
             self._planned[debtor, creditor] -= granted
             round.answer(creditor).keep += blocks - granted
 
@@ -234,4 +239,4 @@ class GManager:
         budget = RECALL_STEPS * self._config.move_budget // size
         recalls = plan_recalls(self.ledger, spare, self._links, budget, urgent)
         for debtor, creditor, blocks in recalls:
-            round.answer(debtor).recall[creditor] = blocks
+            round.answer(debtor).recall[InstanceId(creditor)] = blocks

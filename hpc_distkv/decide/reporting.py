@@ -11,6 +11,7 @@ from hpc_distkv.decide.migration import Handovers
 from hpc_distkv.decide.pace import Pace
 from hpc_distkv.decide.scheduler import Scheduler
 from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.ids import InstanceId
 
 COUNTED_ROUNDS = 25
 """Reports between two that carry the counters while there is work."""
@@ -27,7 +28,7 @@ class Reporting:
         """Of requests that have finished since the last report."""
         self._returned: list[Sequence] = []
         """Those that go elsewhere."""
-        self._lent: dict[int, int] | None = {}
+        self._lent: dict[InstanceId, int] | None = {}
         """As reported last; None: to be reported again."""
         self._scheduler, self._handovers, self._pace = scheduler, handovers, pace
         self._config, self._rm = scheduler.config, scheduler.rm

@@ -14,6 +14,7 @@ from hpc_distkv.control.messages.loans import Credit, Header
 from hpc_distkv.decide.instance import Instance
 from hpc_distkv.decide.pace import StepSeconds
 from hpc_distkv.decide.plan import Plan
+from hpc_distkv.ids import InstanceId
 from hpc_distkv.memory.loan import ProtocolError
 from hpc_distkv.step.creditor import Creditor
 
@@ -52,7 +53,7 @@ class StepTimed(msgspec.Struct, frozen=True, array_like=True, tag="timed"):
 class Arrived(msgspec.Struct, frozen=True, array_like=True, tag="arrived"):
     """A debtor's header is applied; its step is served from now on."""
 
-    debtor: int
+    debtor: InstanceId
     header: Header
     now: float
 
@@ -60,13 +61,13 @@ class Arrived(msgspec.Struct, frozen=True, array_like=True, tag="arrived"):
 class Served(msgspec.Struct, frozen=True, array_like=True, tag="served"):
     """A debtor's step has been served."""
 
-    debtor: int
+    debtor: InstanceId
 
 
 class Opened(msgspec.Struct, frozen=True, array_like=True, tag="opened"):
     """A creditor has set rBlocks aside for this instance."""
 
-    creditor: int
+    creditor: InstanceId
     blocks: int
 
 
@@ -158,7 +159,7 @@ class Mailbox:
             message: Header | Credit = msgspec.msgpack.decode(letter, type=Header | Credit)
         except msgspec.DecodeError as error:
             raise ProtocolError(f"the mail of rank {rank} is malformed: {error}") from error
-        sender = rank // self._comm.world.tp
+        sender = self._comm.world.instance_of(rank)
         if isinstance(message, Credit):
             self._log.record(Opened(sender, message.blocks))
             self._instance.open_credit(sender, message.blocks)
@@ -167,7 +168,7 @@ class Mailbox:
         if not self._creditor.serves(sender):
             self._begin_next(sender)
 
-    def _begin_next(self, debtor: int) -> None:
+    def _begin_next(self, debtor: InstanceId) -> None:
         if headers := self._waiting.get(debtor):
             header, now = headers.popleft(), time.monotonic()
             self._log.record(Arrived(debtor, header, now))

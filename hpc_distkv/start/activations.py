@@ -30,6 +30,7 @@ from hpc_distkv.comm.device import Device
 from hpc_distkv.control.messages.requests import LogitRules, Request, Sampling, pack_tokens
 from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.errors import OptionError
+from hpc_distkv.ids import RequestId
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.step.sampler import begin_sampling
@@ -160,7 +161,7 @@ def _sequence(vocab: int) -> TokenSequence:
         most, 1.0, top_p=0.9, min_tokens=most, logprobs=min(LOGPROBS, vocab), rules=rules
     )
     tokens = pack_tokens(range(min(LONG_CONTEXT, vocab)))
-    return TokenSequence(Request(0, tokens, sampling, tokens), 0.0)
+    return TokenSequence(Request(RequestId(0), tokens, sampling, tokens), 0.0)
 
 
 def _pool(model: Decoder, step: LargestStep) -> BlockPool:

@@ -8,6 +8,7 @@ from hpc_distkv.attention import PagedBatch, micro_attention
 from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR, Pending
 from hpc_distkv.control.messages.loans import Header
 from hpc_distkv.decide.instance import Instance
+from hpc_distkv.ids import InstanceId, TableKey
 from hpc_distkv.memory.loan import ProtocolError
 from hpc_distkv.step.inputs import guest_rows
 from hpc_distkv.step.parts import Parts
@@ -23,7 +24,7 @@ class Creditor:
     def __init__(self, parts: Parts, instance: Instance) -> None:
         self._parts, self._instance = parts, instance
         self._device, self._time = parts.comm.device, parts.time
-        self._steps: dict[int, DebtorStep] = {}
+        self._steps: dict[InstanceId, DebtorStep] = {}
         """Debtor → the step of it that is being served."""
 
     @property
@@ -31,18 +32,18 @@ class Creditor:
         """True if no debtor's step is being served."""
         return not self._steps
 
-    def serves(self, debtor: int) -> bool:
+    def serves(self, debtor: InstanceId) -> bool:
         """True if a step of `debtor` is being served."""
         return debtor in self._steps
 
-    def begin(self, debtor: int, header: Header, now: float) -> None:
+    def begin(self, debtor: InstanceId, header: Header, now: float) -> None:
         """Apply a header and serve its step from now on; the debtor's last one was committed.
         Raises ProtocolError."""
         with self._device.serving():
             self._steps[debtor] = DebtorStep(self._parts, self._instance, debtor, header, now)
         self._time.recorder.open(Kind.DEBTOR_STEP, debtor)
 
-    def push(self) -> list[int]:
+    def push(self) -> list[InstanceId]:
         """Push on every step. Returns the debtors whose step can be committed. Never blocks, and
         costs next to nothing if there is none."""
         if not self._steps:
@@ -50,12 +51,12 @@ class Creditor:
         with self._device.serving():
             return [debtor for debtor, step in self._steps.items() if step.advance()]
 
-    def served(self, debtor: int) -> bool:
+    def served(self, debtor: InstanceId) -> bool:
         """True if the step of `debtor` can be committed. Never blocks."""
         with self._device.serving():
             return self._steps[debtor].advance()
 
-    def commit(self, debtor: int) -> None:
+    def commit(self, debtor: InstanceId) -> None:
         """The step of `debtor`, all of which was served, is over."""
         step = self._steps.pop(debtor)
         step.commit()
@@ -71,7 +72,7 @@ class DebtorStep:
     """
 
     def __init__(
-        self, parts: Parts, instance: Instance, debtor: int, header: Header, now: float
+        self, parts: Parts, instance: Instance, debtor: InstanceId, header: Header, now: float
     ) -> None:
         self._rank, self._debtor = parts.comm.world.rank_of(debtor), debtor
         self._comm, self._pool, self._instance = parts.comm, parts.pool, instance
@@ -147,7 +148,7 @@ class DebtorStep:
         counters.bytes_queried += self._out.nbytes + self._lse.nbytes
         self._time.leave(self._debtor, self._layer - 1)
 
-    def _hosted(self, guests: list[int]) -> tuple[list[int], list[int]]:
+    def _hosted(self, guests: list[TableKey]) -> tuple[list[int], list[int]]:
         """Slots of these guests, and the logical index of each."""
         slots: list[int] = []
         indices: list[int] = []

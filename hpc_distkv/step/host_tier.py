@@ -13,6 +13,7 @@ from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow, merge_rows
 from hpc_distkv.comm.device import Event
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.decide.plan import Plan, Query, host_queries
+from hpc_distkv.ids import TableKey
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.memory.rmanager import RManager
 from hpc_distkv.step.forward import Elsewhere
@@ -132,7 +133,7 @@ class HostTier:
         asked = [query.asked for query in group]
         return guest_rows(asked, self._hosted, self._host_pool.block_size, self._together)
 
-    def _hosted(self, keys: list[int]) -> tuple[list[int], list[int]]:
+    def _hosted(self, keys: list[TableKey]) -> tuple[list[int], list[int]]:
         """Slots of what the tables of these requests and prefixes have here, and the logical index
         of each."""
         space, tables = self._rm.swap, self._rm.tables

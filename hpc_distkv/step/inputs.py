@@ -16,10 +16,11 @@ from torch.nn.functional import pad
 from hpc_distkv.attention import PagedBatch, PagedRow
 from hpc_distkv.decide.plan import Asked, Scheduled
 from hpc_distkv.decide.sequence import TokenSequence
+from hpc_distkv.ids import TableKey
 from hpc_distkv.memory.rmanager import RManager
 from hpc_distkv.memory.table import BlockTable, Slots
 
-Hosted = Callable[[list[int]], tuple[list[int], list[int]]]
+Hosted = Callable[[list[TableKey]], tuple[list[int], list[int]]]
 """Guests → their slots, and the logical index of each."""
 Rows = Sequence[Scheduled[TokenSequence]]
 """What a step computes: the next tokens of each of its sequences."""

@@ -9,6 +9,7 @@ import torch
 
 from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow, merge_rows, micro_attention
 from hpc_distkv.comm.device import Device
+from hpc_distkv.ids import PrefixId
 from hpc_distkv.memory.prefix import Prefix
 from hpc_distkv.memory.rmanager import RManager
 from hpc_distkv.step.inputs import Rows
@@ -31,7 +32,7 @@ def groups_of(rm: RManager, rows: Rows, block_size: int, replayable: bool = Fals
     least = LEAST_SAVED_REPLAYED if replayable else LEAST_SAVED
     if not rm.prefixes.prefixes:
         return {}
-    readers: dict[int, list[int]] = {}
+    readers: dict[PrefixId, list[int]] = {}
     for place, (sequence, _) in enumerate(rows):
         for prefix in rm.prefixes.chain(sequence.id):
             readers.setdefault(prefix.id, []).append(place)

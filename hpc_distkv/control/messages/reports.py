@@ -17,6 +17,7 @@ from hpc_distkv.control.assign.work import STEP_TOKENS
 from hpc_distkv.control.messages.counters import Counters
 from hpc_distkv.control.messages.requests import NOBODY, Request, Result, Unfinished
 from hpc_distkv.errors import FaultError
+from hpc_distkv.ids import InstanceId, RequestId
 
 
 class Remains(msgspec.Struct, frozen=True, array_like=True):
@@ -30,7 +31,7 @@ class Remains(msgspec.Struct, frozen=True, array_like=True):
 class Large(msgspec.Struct, frozen=True, array_like=True):
     """What is expected of a request that is too large for one pool."""
 
-    request: int
+    request: RequestId
     begun: bool
     """Whether it runs, or may begin as soon as there is room for its first tokens."""
     held: int
@@ -46,10 +47,10 @@ class Large(msgspec.Struct, frozen=True, array_like=True):
 class Changes(msgspec.Struct, frozen=True, array_like=True):
     """The part of a report that most reports do without."""
 
-    lent: dict[int, int] | None = None
+    lent: dict[InstanceId, int] | None = None
     """Debtor → rBlocks lent or set aside; None: as reported last."""
     results: list[Result] = []
-    adopted: list[int] = []
+    adopted: list[RequestId] = []
     """Requests of other instances that were handed over to this one."""
     counters: Counters | None = None
     returned: list[Request] = []

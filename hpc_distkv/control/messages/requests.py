@@ -14,6 +14,8 @@ from collections.abc import Iterable
 import msgspec
 import numpy as np
 
+from hpc_distkv.ids import RequestId
+
 NOT_FINITE = "not_finite"
 """The `finish_reason` of a request for which the model computed logits that are no numbers."""
 UNREADABLE = "unreadable"
@@ -89,7 +91,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     """What the engine answers: a prompt of the batch file, or one of its `n` choices. `id` is its
     place in the global order: lower is older."""
 
-    id: int
+    id: RequestId
     prompt: bytes
     """`pack_tokens` of the prompt; never empty."""
     sampling: Sampling
