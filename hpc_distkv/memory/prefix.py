@@ -38,8 +38,8 @@ class PrefixTree:
     A new request continues the longest prefix that its prompt shares with earlier ones, and its own
     rBlocks become part of a prefix as they are sealed. A prefix is in use if a request, or a prefix
     in use, continues it. Others stay as cache until their slots are wanted; the least recently used
-    is evicted first, its last rBlock first. A prefix with rBlocks elsewhere is no cache: it is freed
-    as soon as nobody uses it, with all that continues it.
+    is evicted first, its last rBlock first. A prefix with rBlocks elsewhere is no cache: it is
+    freed as soon as nobody uses it, with all that continues it.
     """
 
     def __init__(self, tables: dict[TableKey, BlockTable]) -> None:
