@@ -98,8 +98,9 @@ class RManager:
     def close(self, request: RequestId) -> None:
         """Free a request's rBlocks, but those that others share, at home now and at its creditors
         by the next header. Its moves must have been committed."""
-        ended = {request: self.tables.pop(request)}
-        for key, table in (ended | {p.id: p for p in self.prefixes.leave(request)}).items():
+        tables: list[tuple[TableKey, BlockTable]] = [(request, self.tables.pop(request))]
+        tables += [(prefix.id, prefix) for prefix in self.prefixes.leave(request)]
+        for key, table in tables:
             self._free(key, table)
             self.borrower.release(key, table)
 

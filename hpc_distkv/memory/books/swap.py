@@ -105,7 +105,7 @@ class SwapSpace:
 
     def moves(self, key: TableKey) -> bool:
         """True if rBlocks of a request or prefix are on their way here or home."""
-        return any(move.key == key for move in (*self.outgoing, *self.incoming))
+        return key in [move.key for move in (*self.outgoing, *self.incoming)]
 
     def _send(self, move: SwapMove) -> SwapMove:
         """Reserve a slot for a move here."""
