@@ -42,8 +42,8 @@ def read_regular(path: Path) -> bytes:
 
 
 def real_path(path: Path) -> Path:
-    """The file that a symbolic link leads to, or `path` itself. A file is replaced, and has its side
-    files, there and not at the link."""
+    """The file that a symbolic link leads to, or `path` itself. A file is replaced, and has its
+    side files, there and not at the link."""
     return Path(os.path.realpath(path)) if os.path.islink(path) else path
 
 
@@ -81,9 +81,9 @@ def temporary_path(path: Path) -> Path:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file to write. At the end of the block it is put on the disk and replaces `path`, or the
-    file that this links to, with its owner and mode. If the block raises, `path` stays as it was,
-    and nothing lies beside it. Raises OSError, also for what may not be replaced."""
+    """A new file to write. At the end of the block it is put on the disk and replaces `path`, or
+    the file that this links to, with its owner and mode. If the block raises, `path` stays as it
+    was, and nothing lies beside it. Raises OSError, also for what may not be replaced."""
     check_replaceable(path)
     path = real_path(path)
     fresh = temporary_path(path)

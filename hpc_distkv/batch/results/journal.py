@@ -58,8 +58,8 @@ class Journal:
             self.write()
 
     def write(self) -> None:
-        """Hand everything appended so far to the operating system: it survives this process, but not
-        a power failure. Raises JournalError."""
+        """Hand everything appended so far to the operating system: it survives this process, but
+        not a power failure. Raises JournalError."""
         assert self._fd is not None
         if not self._buffer:
             return
