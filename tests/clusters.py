@@ -13,8 +13,10 @@ from hpc_distkv.control.messages.requests import Request, Result, Unfinished, un
 from hpc_distkv.decide.stop import TextDecoder
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.ranks.interrupt import Interrupt
-from hpc_distkv.ranks.rank import EngineOptions, RankEngine
+from hpc_distkv.ranks.rank import EngineOptions, RankEngine, connected
 from hpc_distkv.ranks.worker import Leader
+from hpc_distkv.start.capacity import lone_room
+from hpc_distkv.start.layout import lay_out
 from hpc_distkv.start.loading import unite
 
 MOST_ROUNDS = 5000
@@ -55,6 +57,13 @@ class Outcome:
         self.counters = list(counters)
 
 
+def engine_of(
+    comm: Comm, model: Decoder, options: EngineOptions, decoder: TextDecoder | None = None
+) -> RankEngine:
+    """A rank's engine, in as few rounds as can be. Collective."""
+    return connected(lay_out(comm, model, options, lone_room(comm)), decoder)
+
+
 def run_cluster(
     model: Decoder | Mapping[int, Decoder],
     requests: Sequence[Request],
@@ -80,8 +89,7 @@ def run_cluster(
         if tp > 1:
             own.lanes = Group(comm)
         unite(comm)
-        engine = RankEngine(comm, own, options, decoder)
-        engine.join()
+        engine = engine_of(comm, own, options, decoder)
         leader = Collect(engine, requests) if comm.world.rank == 0 else None
         instance = engine.run(leader, interrupt=(interrupts or {}).get(comm.world.rank))
         if leader:

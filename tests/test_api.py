@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 from batch_job import completion
 from safetensors.torch import load_file, save_file
+from sync_threads import SyncReader, SyncWriter
 
 from hpc_distkv import Engine, EngineOptions
-from hpc_distkv.batch import job
-from hpc_distkv.batch.errors import JournalError
+from hpc_distkv.batch import job, threads
+from hpc_distkv.batch.errors import InputError, JournalError
+from hpc_distkv.batch.input.intake import Intake
 from hpc_distkv.batch.job import Job
 from hpc_distkv.batch.results import journal
 from hpc_distkv.batch.results.files import Files
@@ -28,13 +30,16 @@ from hpc_distkv.batch.results.journal import Journal
 from hpc_distkv.batch.results.order import InputOrder
 from hpc_distkv.comm import binding
 from hpc_distkv.comm.gpu.nccl import NcclError
+from hpc_distkv.comm.local.schedule import SeededSchedule
 from hpc_distkv.comm.local.threads import open_local, run_local
 from hpc_distkv.comm.together import RankError, SetupError
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.comm.waiter import StallClock
 from hpc_distkv.model.config import ModelConfig
+from hpc_distkv.observe.live import leader
 from hpc_distkv.observe.live.progress import ProgressReport
 from hpc_distkv.observe.live.watch import Watch
+from hpc_distkv.ranks.interrupt import Interrupt
 
 RANKS = 2
 STALL = 60.0
@@ -162,6 +167,28 @@ def a_row_that_cannot_be_read(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(job, "parse_row", fail)
 
 
+def a_file_that_cannot_be_read_to_its_end(patch: pytest.MonkeyPatch) -> None:
+    readline, lines = Intake._readline, iter(range(1000))
+
+    def fail(self: Intake) -> bytes:
+        if next(lines) == 20:
+            raise InputError("the disk is gone")
+        return readline(self)
+
+    patch.setattr(Intake, "_readline", fail)
+
+
+class Panic(BaseException):
+    """As of Rust."""
+
+
+def a_reader_that_panics(patch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise Panic("index out of bounds")
+
+    patch.setattr(job, "parse_row", fail)
+
+
 def a_report_that_fails(patch: pytest.MonkeyPatch) -> None:
     def show(*_: object) -> None:
         raise OddError("nothing to be seen")
@@ -235,6 +262,8 @@ def test_a_run_that_cannot_begin_leaves_its_files_to_the_next(
         (a_full_disk, JournalError, "No space left"),
         (a_row_that_cannot_be_written, OddError, "a bug"),
         (a_row_that_cannot_be_read, OddError, "another bug"),
+        (a_file_that_cannot_be_read_to_its_end, InputError, "the disk is gone"),
+        (a_reader_that_panics, Panic, "index out of bounds"),
         (a_report_that_fails, OddError, "nothing to be seen"),
     ],
 )
@@ -252,10 +281,10 @@ def test_a_fault_of_rank_0_ends_the_run_on_all_ranks_and_a_rerun_completes_it(
         with pytest.MonkeyPatch.context() as patch:
             if first := comm.world.rank == 0:
                 spoil(patch)
-            threads = threading.active_count()
+            before = threading.active_count()
             error = raised(lambda: engine.run(files, ProgressReport() if first else None))
             everybody.wait(STALL)
-        assert threading.active_count() == threads
+        assert threading.active_count() == before
         assert not list(tmp_path.glob("*.claim"))
         lines = len(files.output.read_text().splitlines())
         everybody.wait(STALL)
@@ -270,6 +299,55 @@ def test_a_fault_of_rank_0_ends_the_run_on_all_ranks_and_a_rerun_completes_it(
     assert figures["rows"]["answered"] == len(rows) - lines
     done = [json.loads(line)["custom_id"] for line in files.output.read_text().splitlines()]
     assert sorted(done) == sorted(row["custom_id"] for row in rows)
+
+
+def test_a_run_ends_while_its_reader_waits_for_room_and_the_engine_goes_on(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(threads, "MOST_REQUESTS", 1)
+    files = Files(tmp_path / "in", tmp_path / "out")
+    rows = [completion(str(number), [5, 6 + number], 9, ignore_eos=True) for number in range(40)]
+    files.input.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = replace(OPTIONS, max_num_seqs=2)
+
+    def work(comm: Comm) -> list[dict[str, Any] | None]:
+        engine = Engine(tiny_model, options, comm=comm)
+        interrupt, before = Interrupt(), threading.active_count()
+        interrupt.ask(0)
+        stopped = engine.run(files, interrupt=interrupt)
+        assert threading.active_count() == before
+        return [stopped, engine.run(files)]
+
+    [[stopped, completed]] = run_local(open_local(1, STALL), work)
+    assert (stopped["stopped"], completed["stopped"]) == (True, False)
+    assert stopped["rows"]["answered"] + completed["rows"]["answered"] == len(rows)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_without_threads_a_run_gives_the_same_lines(
+    seed: int, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Whatever the order of what the ranks do."""
+    rows = [completion(str(number), [5, 6 + number], 9, ignore_eos=True) for number in range(12)]
+    rows[7]["body"]["n"] = 0
+
+    def lines(name: str) -> list[Any]:
+        files = Files(tmp_path / "in", tmp_path / name)
+        files.input.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        comms = open_local(RANKS, STALL, schedule=SeededSchedule(seed))
+        figures, _ = run_local(
+            comms, lambda comm: Engine(tiny_model, OPTIONS, comm=comm).run(files)
+        )
+        assert (figures["rows"]["answered"], figures["rows"]["failed"]) == (11, 1)
+        found = map(json.loads, files.output.read_text().splitlines())
+        return sorted(
+            (row["custom_id"], str(row["response"]["body"].get("choices"))) for row in found
+        )
+
+    threaded = lines("threads")
+    monkeypatch.setattr(leader, "Reader", SyncReader)
+    monkeypatch.setattr(leader, "Writer", SyncWriter)
+    assert lines("none") == threaded
 
 
 def test_ranks_are_patient_while_the_first_one_puts_the_results_in_order(

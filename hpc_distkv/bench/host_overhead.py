@@ -127,8 +127,7 @@ def _per_step(
         enable_prefix_caching=True,
     )
     (comm,) = open_local(1)
-    comm.device = Metronome(step_seconds)
-    comm.waiter.eager = 1.0
+    comm.compute_on(Metronome(step_seconds), comm.transport, eager=1.0)
     leader = Rounds(requests, config, clock)
     pool = BlockPool(blocks, 1, 1, BLOCK, 1, torch.float32)
     parts = Parts(comm, NoLayers(), pool, config, (1, 1), None, TimeSheet(Recorder()))

@@ -13,7 +13,7 @@ from hpc_distkv.comm.local.threads import open_local
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages.requests import Request
 from hpc_distkv.model.decoder import Decoder
-from hpc_distkv.ranks.rank import RankEngine, joined
+from hpc_distkv.ranks.rank import joined
 from hpc_distkv.start.options import EngineOptions
 
 
@@ -78,10 +78,9 @@ def lending_against_alone(
     """An even load that fits: ranks that could lend to each other, against each rank alone in a
     world of its own with its share of the same rows."""
     (alone,) = open_local(1, comm.stall_timeout)
-    alone.device = comm.device
+    alone.compute_on(comm.device, alone.transport)
     together = joined(comm, model, options)
-    single = RankEngine(alone, model, replace(options, threads=together.threads))
-    single.join()
+    single = joined(alone, model, replace(options, threads=together.threads))
     mine = requests[comm.world.rank :: comm.world.size]
     warm_up(together, requests)
 

@@ -20,8 +20,10 @@ from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.errors import OptionError
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
-from hpc_distkv.ranks.rank import RankEngine
+from hpc_distkv.ranks.rank import RankEngine, connected
 from hpc_distkv.simulate.workload import TraceRow
+from hpc_distkv.start.capacity import lone_room
+from hpc_distkv.start.layout import Layout, lay_out
 from hpc_distkv.start.loading import load_model, unite
 from hpc_distkv.start.options import EngineOptions
 
@@ -55,33 +57,34 @@ def engines_of(
     """This rank's engine for every way by name, joined with those of the others. `model`: of
     directory `path`, whole. Collective. Raises SetupError on all ranks if one cannot."""
 
-    def make() -> dict[str, RankEngine]:
-        engines, pool = {}, 0
+    def make() -> dict[str, Layout]:
+        layouts, pool = {}, 0
         # The replicas first: they say how much memory there is for the others.
         for name in sorted(names, key=lambda name: name == "tensor-parallel"):
             chosen = way(name, options, comm.world.size)
-            engines[name] = _engine_of(comm, path, model, chosen, pool)
-            pool = engines[name].config.num_blocks
-        return {name: engines[name] for name in names}
+            layouts[name] = _layout_of(comm, path, model, chosen, pool)
+            pool = layouts[name].num_blocks
+        return {name: layouts[name] for name in names}
 
-    engines = together(comm, make)
-    for engine in engines.values():
-        unite(engine.comm)
-        engine.join()
+    engines = {}
+    for name, layout in together(comm, make).items():
+        unite(layout.comm)
+        engines[name] = connected(layout)
     return engines
 
 
-def _engine_of(
+def _layout_of(
     comm: Comm, path: str, model: Decoder, options: EngineOptions, block_memory: int
-) -> RankEngine:
-    """This rank's engine for one way. A way of tensor parallelism loads its shard, and its pool
+) -> Layout:
+    """This rank's pools for one way. A way of tensor parallelism loads its shard, and its pool
     takes as many bytes as others' `block_memory` rBlocks. Raises OptionError and ModelError."""
     if options.tensor_parallel_size == 1:
-        return RankEngine(comm, model, options)
+        return lay_out(comm, model, options, lone_room(comm))
     own = copy(comm)
     shard = load_model(own, path, model.config, options)
     blocks = block_memory * model.config.num_kv_heads // shard.config.num_kv_heads
-    return RankEngine(own, shard, replace(options, num_blocks=blocks, kv_memory=None))
+    sized = replace(options, num_blocks=blocks, kv_memory=None)
+    return lay_out(own, shard, sized, lone_room(own))
 
 
 def check_fit(engines: Mapping[str, RankEngine], requests: Sequence[Request]) -> None:

@@ -18,6 +18,7 @@ from hpc_distkv.control.messages.answer import Answer
 from hpc_distkv.control.messages.reports import Changes, Report, encode_report
 from hpc_distkv.control.messages.requests import Request, Result, Sampling, pack_tokens
 from hpc_distkv.decide.config import EngineConfig
+from hpc_distkv.ids import InstanceId, RequestId
 
 CAPACITY = 500
 FINISHING, SHORT, SPARE = 0.2, 0.02, 0.3
@@ -31,11 +32,11 @@ def round_times(instances: int, rounds: int, seed: int = 0) -> dict[str, Any]:
     and encoded outside the clock; decoding and encoding answers is inside, as on rank 0."""
     rng = random.Random(seed)
     prompt = pack_tokens([1] * 500)
-    rows = (Request(i, prompt, Sampling(max_tokens=200)) for i in itertools.count())
+    rows = (Request(RequestId(i), prompt, Sampling(max_tokens=200)) for i in itertools.count())
     links = Links([i // RANKS_PER_NODE for i in range(instances)])
     manager = GManager(SyncSource(rows), links, EngineConfig(num_blocks=CAPACITY))
     running: list[list[int]] = [[] for _ in range(instances)]
-    lent: list[dict[int, int]] = [{} for _ in range(instances)]
+    lent: list[dict[InstanceId, int]] = [{} for _ in range(instances)]
     times, sent, received = [], 0, 0
     for number in range(rounds):
         reports = [
@@ -58,7 +59,9 @@ def round_times(instances: int, rounds: int, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def _report(number: int, rng: random.Random, running: list[int], lent: dict[int, int]) -> Report:
+def _report(
+    number: int, rng: random.Random, running: list[int], lent: dict[InstanceId, int]
+) -> Report:
     results = []
     if running and rng.random() < FINISHING:
         results.append(Result(running.pop(0), pack_tokens([1] * 200), "length", 1.0, 9.0))
@@ -71,7 +74,7 @@ def _report(number: int, rng: random.Random, running: list[int], lent: dict[int,
         promised=promised,
         wanted=20 if short else 0,
         wanted_for=running[0] if short and running else number,
-        room_rows=max(0, 8 - len(running)),
+        room_requests=max(0, 8 - len(running)),
         room_tokens=4096,
         running=len(running),
         seats=256 - len(running),
@@ -79,7 +82,7 @@ def _report(number: int, rng: random.Random, running: list[int], lent: dict[int,
         longest=rng.randrange(200),
         kv_tokens=40_000,
         work_left=rng.random() * 10_000,
-        row_blocks=22.0,
+        request_blocks=22.0,
         fixed=0.01,
         per_token=1e-4,
         per_kv=1e-8,
@@ -90,7 +93,7 @@ def _report(number: int, rng: random.Random, running: list[int], lent: dict[int,
 def _apply(
     messages: Sequence[bytes],
     running: list[list[int]],
-    lent: list[dict[int, int]],
+    lent: list[dict[InstanceId, int]],
     rng: random.Random,
 ) -> None:
     """Rows are taken in, loans begin, and some of them end."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from hpc_distkv.control.messages.requests import Request, Result, Sampling, pack_tokens
 from hpc_distkv.decide.pace import Speed
+from hpc_distkv.ids import RequestId
 from hpc_distkv.observe.summary.metrics import peak_memory
 from hpc_distkv.observe.summary.run import RunRecord
 from hpc_distkv.ranks.rank import RankEngine
@@ -39,7 +40,7 @@ def synthetic(
     rng = random.Random(seed)
     sampling = Sampling(max_tokens=output_len)
     return [
-        Request(i, pack_tokens(rng.choices(range(vocab_size), k=input_len)), sampling)
+        Request(RequestId(i), pack_tokens(rng.choices(range(vocab_size), k=input_len)), sampling)
         for i in range(count)
     ]
 

@@ -19,8 +19,7 @@ from hpc_distkv.control.messages.percentiles import percentiles
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.observe.summary.run_files import read_run
 from hpc_distkv.printable import printable
-from hpc_distkv.start.budget import wanted_bytes
-from hpc_distkv.start.needs import dtype_of, rank_memory
+from hpc_distkv.start.needs import dtype_of, rank_memory, wanted_bytes
 from hpc_distkv.start.options import EngineOptions
 
 SPEED = Number(min=0, min_open=True)

@@ -34,17 +34,14 @@ def bind(comm: Comm, wanted: str = "auto", sharing: bool = False, transport: str
     if not sight.uuid or comm.device.place.type == "cuda":
         return
     by_nccl = _by_nccl(comm, transport, sights)
-    comm.device = device = _open(comm, own_index(sight.devices, world.local_rank))
+    device = _open(comm, own_index(sight.devices, world.local_rank))
     way: MeetingTransport | StagedTransport
     if by_nccl:
         fabric = nccl.Nccl(comm, range(world.size), cuda.new_stream(priority=-1))
         way = MeetingTransport(comm.transport, fabric, comm.new_mail(), comm.waiter)
     else:
         way = StagedTransport(comm.transport, device, comm.waiter)
-    comm.transport = way
-    comm.waiter.background.append(way.push)
-    if world.cores >= 1:
-        comm.waiter.eager = GPU_EAGER_SECONDS
+    comm.compute_on(device, way, GPU_EAGER_SECONDS if world.cores >= 1 else None)
 
 
 def _open(comm: Comm, index: int) -> cuda.Cuda:

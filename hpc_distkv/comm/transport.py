@@ -210,7 +210,7 @@ class Comm:
     new_mail: Callable[[], Mail]
     """Mail of its own for one purpose more. Collective."""
     device: Device = field(default_factory=Device, init=False)
-    """Where this rank computes; `binding.bind` chooses it."""
+    """Where this rank computes: the host's processor until `compute_on` says otherwise."""
     complaints: Mail | None = None
     """To rank 0, of waits that ran out (`comm.stall`)."""
     heard: Callable[[int], str] = field(default_factory=lambda: nothing_heard, init=False)
@@ -224,6 +224,13 @@ class Comm:
     def stall_timeout(self) -> float:
         """Seconds without progress after which a wait gives up."""
         return self.waiter.stall_timeout
+
+    def compute_on(self, device: Device, transport: Transport, eager: float | None = None) -> None:
+        """From now on this rank computes on `device`, and its tensors travel by `transport`.
+        `eager`: seconds for which waits poll before they sleep; None: as long as before."""
+        self.device, self.transport = device, transport
+        self.waiter.background.append(transport.push)
+        self.waiter.eager = self.waiter.eager if eager is None else eager
 
     def form_instances(self, tp: int) -> None:
         """From now on `tp` consecutive ranks are an instance. Raises ValueError if the ranks cannot

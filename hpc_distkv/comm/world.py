@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hpc_distkv.ids import InstanceId
+
 
 @dataclass(frozen=True)
 class World:
@@ -47,7 +49,7 @@ class World:
         return self.size // self.tp
 
     @property
-    def instance(self) -> int:
+    def instance(self) -> InstanceId:
         """This rank's instance."""
         return self.instance_of(self.rank)
 
@@ -65,9 +67,9 @@ class World:
         """The rank of this rank's lane in `instance`."""
         return instance * self.tp + self.lane
 
-    def instance_of(self, rank: int) -> int:
+    def instance_of(self, rank: int) -> InstanceId:
         """The instance of any rank."""
-        return rank // self.tp
+        return InstanceId(rank // self.tp)
 
     def node_of(self, instance: int) -> int:
         """The node of the first rank of `instance`."""

@@ -21,6 +21,7 @@ from hpc_distkv.control.messages.reports import Reports
 from hpc_distkv.control.messages.requests import Result
 from hpc_distkv.control.policy import ControlConfig
 from hpc_distkv.control.round import Round
+from hpc_distkv.ids import InstanceId
 
 PLAN_EVERY = 5
 """Rounds between two plans: what the last one moved has to show in the reports."""
@@ -131,7 +132,7 @@ class GManager:
             assignment.queue.large_from = self._config.block_size * int(reports.capacity.max())
         step_tokens = reports.step_tokens()
         given = assignment.assign(
-            reports.room_rows, reports.room_tokens, reports.work_left, step_tokens
+            reports.room_requests, reports.room_tokens, reports.work_left, step_tokens
         )
         for instance, requests in given.items():
             round.answer(instance).assign = requests
@@ -149,7 +150,7 @@ class GManager:
         reports = round.reports
         waiting = np.where(reports.running > 0, reports.waiting, 0)
         left = reports.work_left.copy()
-        able = np.flatnonzero((reports.waiting == 0) & (reports.room_rows > 0))
+        able = np.flatnonzero((reports.waiting == 0) & (reports.room_requests > 0))
         for receiver in able[np.argsort(left[able], kind="stable")].tolist():
             donor = int(np.where(waiting > 0, left, 0.0).argmax())
             if not waiting[donor] or 2 * left[receiver] > left[donor]:
@@ -217,7 +218,7 @@ class GManager:
             granted = min(blocks, int(round.promised[creditor]))
             if granted:
                 round.grant(debtor, creditor, granted)
-                round.answer(debtor).shed[creditor] = granted
+                round.answer(debtor).shed[InstanceId(creditor)] = granted
             self._planned[debtor, creditor] -= granted
             round.answer(creditor).keep += blocks - granted
 
@@ -234,4 +235,4 @@ class GManager:
         budget = RECALL_STEPS * self._config.move_budget // size
         recalls = plan_recalls(self.ledger, spare, self._links, budget, urgent)
         for debtor, creditor, blocks in recalls:
-            round.answer(debtor).recall[creditor] = blocks
+            round.answer(debtor).recall[InstanceId(creditor)] = blocks

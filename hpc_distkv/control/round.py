@@ -11,6 +11,7 @@ from hpc_distkv.control.lending.ledger import DebtLedger
 from hpc_distkv.control.lending.links import ANYWHERE, Links
 from hpc_distkv.control.messages.answer import Answer
 from hpc_distkv.control.messages.reports import Reports
+from hpc_distkv.ids import InstanceId
 
 ROOMY = 1.1
 """How much larger than a request the pools within its reach are together."""
@@ -49,7 +50,8 @@ class Round:
         self.promised[creditor] -= blocks
         self.ledger.grant(debtor, creditor, blocks)
         lend = self.answer(creditor).lend
-        lend[debtor] = lend.get(debtor, 0) + blocks
+        borrower = InstanceId(debtor)
+        lend[borrower] = lend.get(borrower, 0) + blocks
         self.answer(debtor).granted += blocks
 
     def encode(self) -> list[bytes]:

@@ -33,8 +33,6 @@ class EngineConfig:
     attention_tokens: float = float("inf")
     """Context length at which a token costs twice what its linear layers cost."""
 
-    cuda_graphs: bool = False
-    """Whether decode steps on GPUs are recorded and replayed."""
     host_blocks: int = 0
     """rBlocks in the host's memory; 0: it is not used."""
     host_copy_seconds: float = 0.0
@@ -50,9 +48,8 @@ class EngineConfig:
 
     @property
     def prefix_caching(self) -> bool:
-        """Whether rows share rBlocks. They do not where rBlocks are freed behind a window or copied
-        with a request that migrates: there one row decides about them."""
-        return self.enable_prefix_caching and not self.window and not self.policy.migrate
+        """Whether rows share rBlocks."""
+        return shares_prefixes(self.enable_prefix_caching, self.policy, self.window)
 
     def prefix_keys(self, request: Request) -> list[bytes]:
         """The keys of the rBlocks of a prompt that may be shared: all before that of its last
@@ -62,11 +59,6 @@ class EngineConfig:
         length = request.prompt_len
         salt = length.to_bytes(8, "little") if self.keys_by_length else b""
         return request.prefix_keys(range(self.block_size, length, self.block_size), salt)
-
-    @property
-    def spare(self) -> int:
-        """rBlocks beyond the pool, which the padding rows of recorded steps write to."""
-        return int(self.cuda_graphs)
 
     @cached_property
     def reserve(self) -> int:
@@ -84,3 +76,9 @@ class EngineConfig:
     def blocks(self, tokens: int) -> int:
         """rBlocks that hold `tokens` tokens."""
         return -(-tokens // self.block_size)
+
+
+def shares_prefixes(enabled: bool, policy: Policy, window: int) -> bool:
+    """True if rows share rBlocks. They do not where rBlocks are freed behind a window or copied
+    with a request that migrates: there one row decides about them."""
+    return enabled and not window and not policy.migrate

@@ -13,13 +13,14 @@ from hpc_distkv.decide.admission import next_waiting
 from hpc_distkv.decide.sequence import Sequence
 from hpc_distkv.decide.state import CANDIDATES, State, sealed, too_large
 from hpc_distkv.decide.swap import preemption_cost
+from hpc_distkv.ids import InstanceId, PrefixId
 from hpc_distkv.memory.rmanager import RManager
 
 STARVED_GROWTH = 8
 """A starved row asks for room to grow by 1/8 of its length: others are preempted, and computed
 again, only as often as that pays."""
 
-NO_CREDIT: Mapping[int, int] = {}
+NO_CREDIT: Mapping[InstanceId, int] = {}
 
 
 class Demand(NamedTuple):
@@ -35,11 +36,11 @@ class Demand(NamedTuple):
     """Whether `wanted_for` cannot go on without them."""
     lendable: int = 0
     """rBlocks that others may borrow."""
-    surplus: Mapping[int, int] = NO_CREDIT
+    surplus: Mapping[InstanceId, int] = NO_CREDIT
     """Creditor → credit that is not needed, to give back."""
 
 
-def weigh(state: State, starved: bool, planned: Mapping[int, int]) -> Demand:
+def weigh(state: State, starved: bool, planned: Mapping[InstanceId, int]) -> Demand:
     """Expected need against memory and credit. `starved`: the oldest running sequence cannot go on;
     `planned`: creditor → credit that the gManager's plans will use."""
     rm, config, foresight, running = state.rm, state.config, state.foresight, state.running
@@ -59,7 +60,7 @@ def weigh(state: State, starved: bool, planned: Mapping[int, int]) -> Demand:
             largest = max(largest, config.blocks(sequence.final_len))
     if wanted:
         return Demand(wanted, wanted_for, largest)
-    surplus: Mapping[int, int] = NO_CREDIT
+    surplus: Mapping[InstanceId, int] = NO_CREDIT
     if lending:
         kept = planned if planned and any(sealed(state).values()) else NO_CREDIT
         short = max(0, need - rm.slots.usable)
@@ -106,7 +107,7 @@ def large_rows(state: State) -> list[Large]:
     awaited = state.rm.prefixes.awaited
     waiting = (s for s in state.waiting if too_large(state, s) and not awaited(s.keys))
     running = (s for s in state.running if too_large(state, s))
-    counted: set[int] = set()
+    counted: set[PrefixId] = set()
     return [_large(state, s, counted) for s in (*running, *islice(waiting, CANDIDATES))]
 
 
@@ -133,7 +134,7 @@ def _lendable(state: State) -> int:
     return max(0, int(state.rm.slots.usable - need - max(0, growth)))
 
 
-def _surplus(rm: RManager, surplus: int, kept: Mapping[int, int]) -> dict[int, int]:
+def _surplus(rm: RManager, surplus: int, kept: Mapping[InstanceId, int]) -> dict[InstanceId, int]:
     """Creditor → its part of `surplus`, of the credit beyond what is `kept` of it."""
     parts = {}
     for creditor, debt in rm.borrower.debts.items():
@@ -142,7 +143,7 @@ def _surplus(rm: RManager, surplus: int, kept: Mapping[int, int]) -> dict[int, i
     return parts
 
 
-def _large(state: State, sequence: Sequence, counted: set[int]) -> Large:
+def _large(state: State, sequence: Sequence, counted: set[PrefixId]) -> Large:
     """`counted`: prefixes of others, which count once."""
     rm, foresight = state.rm, state.foresight
     table, end = rm.tables.get(sequence.id), foresight.expected_end(sequence)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from hpc_distkv.control.assign.work import MeanOutput
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.ids import PrefixId
 from hpc_distkv.memory.rmanager import RManager
 
 Tokens = TypeVar("Tokens", float, NDArray[np.float64])
@@ -69,7 +70,7 @@ class Foresight:
     def expected_kvs(self, running: Rows[Sequence]) -> list[ExpectedKv]:
         """Of these sequences; what they share counts with the one that ends last."""
         size, prefixes = self._config.block_size, self._rm.prefixes
-        counted: set[int] = set()
+        counted: set[PrefixId] = set()
         expected = []
         for kv, sequence in sorted(
             ((self.expected_kv(sequence), sequence) for sequence in running),
@@ -92,7 +93,7 @@ class Foresight:
         return ExpectedKv(0, self.expected_end(sequence) - sequence.length, tokens)
 
     def peak(self, expected: Rows[ExpectedKv], until: float = math.inf) -> float:
-        """Most rBlocks that all of it takes at once before `until`, where one of them ends."""
+        """Most rBlocks taken together at any time before `until`, where one of `expected` ends."""
         # Each grows until it ends, so the most is taken just before one of them ends.
         later = [kv for kv in expected if kv.start]
         most = tokens = 0.0
@@ -112,7 +113,7 @@ class Foresight:
         """The first end of one of `running` from which `row` fits into `room` beside the others.
         All of them have begun, and `row` would begin now."""
         ends = np.unique([kv.end for kv in running])
-        # Begun when a claim ends, the row takes most beside others just before one of them ends,
+        # Begun when another ends, the row takes most beside others just before one of them ends,
         # or just before it ends itself.
         age = ends[None, :] - ends[:, None]
         beside = self._taken(running, ends)[None, :] + self._blocks(row.tokens + age)
@@ -125,7 +126,7 @@ class Foresight:
     def _taken(
         self, expected: Rows[ExpectedKv], moments: Rows[float] | NDArray[np.float64]
     ) -> NDArray[np.float64]:
-        """float64: the rBlocks that all of it takes just before each of `moments`."""
+        """float64 `[moments]`: rBlocks taken together just before each of these."""
         start, end, tokens = np.array(expected, dtype=float).reshape(-1, 3).T
         moment = np.asarray(moments, dtype=float)[:, None]
         live = (start < moment) & (moment <= end)

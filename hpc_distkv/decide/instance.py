@@ -20,6 +20,7 @@ from hpc_distkv.decide.plan import Plan, S, Scheduled, remote_queries
 from hpc_distkv.decide.reporting import Reporting
 from hpc_distkv.decide.scheduler import Scheduler
 from hpc_distkv.decide.sequence import Sequence, TokenSequence
+from hpc_distkv.ids import InstanceId, RequestId
 from hpc_distkv.memory.loan import Move, MoveKind, ProtocolError
 from hpc_distkv.memory.rmanager import RManager
 
@@ -43,7 +44,7 @@ class Instance:
 
     def __init__(
         self,
-        number: int,
+        number: InstanceId,
         config: EngineConfig,
         sequence: Callable[[Request, float], Sequence] = TokenSequence,
     ) -> None:
@@ -56,7 +57,7 @@ class Instance:
         self._sequence = sequence
         self._handovers = Handovers(self.rm, sequence)
         self._reporting = Reporting(self.scheduler, self._handovers, self.pace)
-        self._over: set[int] = set()
+        self._over: set[RequestId] = set()
         """Finished requests that the step under way computes once more: it uses their rBlocks."""
 
     # -- boundaries -----------------------------------------------------------------------------
@@ -92,7 +93,7 @@ class Instance:
         """The run is over: free all rBlocks. Sequences that ran keep their tokens (`remains`)."""
         self.scheduler.stop()
 
-    def credits(self) -> dict[int, int]:
+    def credits(self) -> dict[InstanceId, int]:
         """Debtor → rBlocks set aside for it that it has to be told of."""
         granted = [debtor for debtor, loan in self.rm.lender.loans.items() if loan.unopened]
         return {debtor: self.rm.lender.open_credit(debtor) for debtor in granted}
@@ -109,7 +110,7 @@ class Instance:
         (`look_ahead`)."""
         return self.scheduler.plan(ahead)
 
-    def headers(self, plan: Plan, now: float) -> dict[int, Header]:
+    def headers(self, plan: Plan, now: float) -> dict[InstanceId, Header]:
         """Creditor → what it has to know of this step; creditors without news are left out."""
         queries = remote_queries(self.rm, plan.scheduled)
         leaving = {s.id: self.rm.borrower.copies[s.id].creditor for s in plan.leaving}
@@ -249,7 +250,9 @@ class Instance:
 
     # -- messages of others, at any time --------------------------------------------------------
 
-    def accept(self, debtor: int, header: Header, now: float) -> tuple[list[Move], list[Move]]:
+    def accept(
+        self, debtor: InstanceId, header: Header, now: float
+    ) -> tuple[list[Move], list[Move]]:
         """Apply a header. Returns the moves that it asks for, out of this instance and into it.
         The debtor's next header may be accepted after `commit_served`. Raises ProtocolError."""
         self.rm.lender.split(debtor, header.splits)
@@ -261,11 +264,11 @@ class Instance:
         self._handovers.arrive(debtor, header.handovers, now)
         return outgoing, incoming
 
-    def open_credit(self, creditor: int, blocks: int) -> None:
+    def open_credit(self, creditor: InstanceId, blocks: int) -> None:
         """A creditor has set rBlocks aside for this instance."""
         self.rm.borrower.credit_opened(creditor, blocks)
 
-    def commit_served(self, debtor: int, outgoing: Rows[Move], incoming: Rows[Move]) -> None:
+    def commit_served(self, debtor: InstanceId, outgoing: Rows[Move], incoming: Rows[Move]) -> None:
         """The moves of a header have arrived, and its queries have been served."""
         self.counters.blocks_lent += len(incoming)
         self.rm.lender.commit(outgoing, incoming)

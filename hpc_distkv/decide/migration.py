@@ -9,6 +9,7 @@ from hpc_distkv.control.messages.loans import Handover
 from hpc_distkv.control.messages.requests import Request
 from hpc_distkv.decide.sequence import Sequence
 from hpc_distkv.decide.state import State
+from hpc_distkv.ids import InstanceId, RequestId
 from hpc_distkv.memory.loan import Move
 from hpc_distkv.memory.rmanager import RManager
 
@@ -23,9 +24,9 @@ class Migrations:
     step that copies what is left, with the unsealed tail, is the only one they miss."""
 
     def __init__(self) -> None:
-        self._target: dict[int, int] = {}
+        self._target: dict[RequestId, InstanceId] = {}
         """Migrating request → its next home."""
-        self._idle: set[int] = set()
+        self._idle: set[InstanceId] = set()
         """Creditors whose credit was of no use at the last report."""
 
     def active(self, rm: RManager) -> bool:
@@ -37,7 +38,7 @@ class Migrations:
             for request, creditor in self._target.items()
         )
 
-    def surplus(self, rm: RManager) -> dict[int, int]:
+    def surplus(self, rm: RManager) -> dict[InstanceId, int]:
         """Creditor → credit that no request has used between two reports, to give back: the
         creditor has other uses for it."""
         targets = set(self._target.values())
@@ -91,7 +92,7 @@ class Migrations:
                 self._target[request] = creditor
 
 
-def _left(rm: RManager, request: int) -> int:
+def _left(rm: RManager, request: RequestId) -> int:
     """rBlocks left to copy."""
     copies = rm.borrower.copies.get(request)
     return rm.tables[request].blocks - (copies.blocks if copies else 0)
@@ -104,11 +105,11 @@ class Handovers:
     def __init__(self, rm: RManager, sequence: Callable[[Request, float], Sequence]) -> None:
         """`sequence`: makes one of a request and the moment at which it was assigned."""
         self._rm, self._sequence = rm, sequence
-        self._adopted: list[int] = []
+        self._adopted: list[RequestId] = []
         """Requests of which the gManager has to hear that they are here."""
-        self._arriving: dict[int, list[Sequence]] = {}
+        self._arriving: dict[InstanceId, list[Sequence]] = {}
         """Debtor → what the header that is being served hands over."""
-        self._back: list[tuple[int, Sequence]] = []
+        self._back: list[tuple[InstanceId, Sequence]] = []
         """What came back before the step that handed it over ended here."""
 
     def leave(self, sequences: Rows[Sequence]) -> list[Sequence]:
@@ -120,22 +121,22 @@ class Handovers:
         back, self._back = self._back, []
         return [self._adopt(debtor, sequence) for debtor, sequence in back]
 
-    def arrive(self, debtor: int, handovers: Iterable[Handover], now: float) -> None:
+    def arrive(self, debtor: InstanceId, handovers: Iterable[Handover], now: float) -> None:
         """A header hands these over; their rBlocks are here when its step has ended."""
         self._arriving[debtor] = [self._restored(handover, now) for handover in handovers]
 
-    def settle(self, debtor: int) -> list[Sequence]:
+    def settle(self, debtor: InstanceId) -> list[Sequence]:
         """The step of that header has ended. Returns the sequences that run here from now on."""
         arrived = self._arriving.pop(debtor)
         self._back += [(debtor, s) for s in arrived if s.id in self._rm.tables]
         return [self._adopt(debtor, s) for s in arrived if s.id not in self._rm.tables]
 
-    def take_adopted(self) -> list[int]:
+    def take_adopted(self) -> list[RequestId]:
         """Requests that were handed over to this instance since the last call."""
         adopted, self._adopted = self._adopted, []
         return adopted
 
-    def _adopt(self, debtor: int, sequence: Sequence) -> Sequence:
+    def _adopt(self, debtor: InstanceId, sequence: Sequence) -> Sequence:
         self._rm.adopt(debtor, sequence.id)
         self._adopted.append(sequence.id)
         return sequence

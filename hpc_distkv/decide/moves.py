@@ -8,6 +8,7 @@ from itertools import islice
 
 from hpc_distkv.control.messages.answer import Answer
 from hpc_distkv.decide.state import State, sealed
+from hpc_distkv.ids import InstanceId
 from hpc_distkv.memory.loan import Move
 from hpc_distkv.memory.rmanager import RManager
 
@@ -18,9 +19,9 @@ class Moves:
     Owner of those plans."""
 
     def __init__(self) -> None:
-        self._shed: dict[int, int] = {}
+        self._shed: dict[InstanceId, int] = {}
         """Creditor → rBlocks planned to move there."""
-        self._recall: dict[int, int] = {}
+        self._recall: dict[InstanceId, int] = {}
         """Creditor → rBlocks planned to come home."""
         self._tokens = 0
         """KV tokens left of the budget."""
@@ -39,7 +40,7 @@ class Moves:
         """Credit goes back to its creditors: plans to use it are void."""
         self._shed.clear()
 
-    def sheddable(self, rm: RManager) -> dict[int, int]:
+    def sheddable(self, rm: RManager) -> dict[InstanceId, int]:
         """Creditor → rBlocks that are planned to move there and have credit."""
         debts = rm.borrower.debts
         shed = {c: min(n, debts[c].credit) for c, n in self._shed.items() if c in debts}

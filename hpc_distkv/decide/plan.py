@@ -8,6 +8,7 @@ from operator import attrgetter
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.ids import InstanceId, TableKey
 from hpc_distkv.memory.books.swap import SwapMove
 from hpc_distkv.memory.loan import Move
 from hpc_distkv.memory.rmanager import RManager
@@ -51,14 +52,14 @@ class Plan(NamedTuple):
 
 NOTHING = Plan([], [], [], [])
 
-Asked = tuple[list[int], int, int]
+Asked = tuple[list[TableKey], int, int]
 """Guests, query rows and the position of the first: as a header says it."""
 
 
 class Query(NamedTuple):
     """One row's queries to one creditor."""
 
-    guests: list[int]
+    guests: list[TableKey]
     """The row's request, its prefixes, or both."""
     rows: int
     position: int
@@ -72,14 +73,16 @@ class Query(NamedTuple):
         return self.guests, self.rows, self.position
 
 
-def remote_queries(rm: RManager, rows: Iterable[Scheduled[Sequence]]) -> dict[int, list[Query]]:
+def remote_queries(
+    rm: RManager, rows: Iterable[Scheduled[Sequence]]
+) -> dict[InstanceId, list[Query]]:
     """Creditor → the queries it gets in a step, those of the same guests together."""
-    queries: dict[int, list[Query]] = {}
+    queries: dict[InstanceId, list[Query]] = {}
     if not rm.borrower.debts:
         return queries
     first = 0
     for sequence, count in rows:
-        guests: dict[int, list[int]] = {}
+        guests: dict[InstanceId, list[TableKey]] = {}
         for key, table in rm.parts(sequence.id).items():
             for creditor in table.remote:
                 guests.setdefault(creditor, []).append(key)

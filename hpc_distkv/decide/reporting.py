@@ -11,6 +11,7 @@ from hpc_distkv.decide.migration import Handovers
 from hpc_distkv.decide.pace import Pace
 from hpc_distkv.decide.scheduler import Scheduler
 from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.ids import InstanceId
 
 COUNTED_ROUNDS = 25
 """Reports between two that carry the counters while there is work."""
@@ -27,7 +28,7 @@ class Reporting:
         """Of requests that have finished since the last report."""
         self._returned: list[Sequence] = []
         """Those that go elsewhere."""
-        self._lent: dict[int, int] | None = {}
+        self._lent: dict[InstanceId, int] | None = {}
         """As reported last; None: to be reported again."""
         self._scheduler, self._handovers, self._pace = scheduler, handovers, pace
         self._config, self._rm = scheduler.config, scheduler.rm
@@ -62,7 +63,7 @@ class Reporting:
             wanted_for=demand.wanted_for,
             largest=demand.largest,
             starved=demand.starved,
-            room_rows=room[0],
+            room_requests=room[0],
             room_tokens=room[1],
             running=len(running),
             waiting=scheduler.fresh,
@@ -75,7 +76,7 @@ class Reporting:
             generated_tokens=counters.generated_tokens,
             kv_tokens=self._kv_tokens(),
             work_left=self._work_left(),
-            row_blocks=self._row_blocks(),
+            request_blocks=self._request_blocks(),
             fixed=speed.fixed,
             per_token=speed.per_token,
             per_kv=speed.per_kv,
@@ -126,8 +127,8 @@ class Reporting:
             for s in rows
         )
 
-    def _row_blocks(self) -> float:
-        """rBlocks per row, expected; of the waiting rows, for those to come are most like them."""
+    def _request_blocks(self) -> float:
+        """Mean expected rBlocks of the waiting requests: those to come are most like them."""
         rows = self._scheduler.waiting or self._scheduler.running
         if not rows:
             return 0.0

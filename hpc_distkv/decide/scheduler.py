@@ -19,6 +19,7 @@ from hpc_distkv.decide.plan import Plan, Scheduled
 from hpc_distkv.decide.sequence import Sequence
 from hpc_distkv.decide.state import NOTHING_WAITS, Orders, sealed, too_large
 from hpc_distkv.decide.swap import GROWTH_TOKENS, Swaps, may_spill, preemption_cost
+from hpc_distkv.ids import InstanceId, RequestId
 from hpc_distkv.memory.loan import Move
 from hpc_distkv.memory.rmanager import RManager
 
@@ -147,7 +148,7 @@ class Scheduler:
                 return
             parts = [part for part in self.rm.parts(sequence.id).values() if part not in kept]
             if at < 0 or any(at in part.remote for part in parts):
-                blocks -= self.rm.held_alone(sequence.id, None if at < 0 else at)
+                blocks -= self.rm.held_alone(sequence.id, None if at < 0 else InstanceId(at))
                 self._preempt(sequence)
 
     def demand(self) -> Demand:
@@ -170,7 +171,7 @@ class Scheduler:
         """Credit is worth nothing without room or sealed rBlocks at home: those would use it."""
         return self.rm.slots.usable > 0 or any(sealed(self).values())
 
-    def _return_credit(self, surplus: Mapping[int, int]) -> None:
+    def _return_credit(self, surplus: Mapping[InstanceId, int]) -> None:
         for creditor, blocks in surplus.items():
             self.rm.borrower.return_credit(creditor, blocks)
 
@@ -212,7 +213,7 @@ class Scheduler:
         self._short_steps = self._short_steps + 1 if self.short else 0
         self._starved = self.short = False
         self._steps += 1
-        planned: dict[int, Scheduled[Sequence]] = {}
+        planned: dict[RequestId, Scheduled[Sequence]] = {}
         self._plan_decodes(planned)
         budget = self.config.max_num_batched_tokens
         if self.rm.lender.guests:
@@ -234,7 +235,7 @@ class Scheduler:
             sequence.computed = 0
             self.add(sequence)
 
-    def _plan_decodes(self, planned: dict[int, Scheduled[Sequence]]) -> None:
+    def _plan_decodes(self, planned: dict[RequestId, Scheduled[Sequence]]) -> None:
         tables, size = self.rm.tables, self.config.block_size
         for sequence in [s for s in self.running if s.remaining == 1]:
             if sequence.computed >= sequence.final_len:  # Its last token is on its way.
@@ -245,7 +246,7 @@ class Scheduler:
             ):
                 planned[sequence.id] = Scheduled(sequence, 1)
 
-    def _plan_prefills(self, planned: dict[int, Scheduled[Sequence]], budget: int) -> None:
+    def _plan_prefills(self, planned: dict[RequestId, Scheduled[Sequence]], budget: int) -> None:
         prefills = [s for s in self.running if s.remaining > 1]
         while budget > 0:
             sequence = prefills.pop(0) if prefills else self._admit()
@@ -312,7 +313,7 @@ class Scheduler:
     # -- when memory is short -------------------------------------------------------------------
 
     def _make_room(
-        self, sequence: Sequence, count: int, planned: dict[int, Scheduled[Sequence]]
+        self, sequence: Sequence, count: int, planned: dict[RequestId, Scheduled[Sequence]]
     ) -> bool:
         """Give the sequence the rBlocks for `count` tokens, preempting younger ones if need be.
         Returns False if it stalls."""

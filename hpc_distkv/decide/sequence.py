@@ -17,6 +17,7 @@ from hpc_distkv.control.messages.token_logprobs import record_dtype
 from hpc_distkv.decide.stop import StopMatcher, TextDecoder
 from hpc_distkv.decide.token_counts import TokenCounts
 from hpc_distkv.errors import ForeignError
+from hpc_distkv.ids import RequestId
 
 
 class Sequence(Protocol):
@@ -25,12 +26,12 @@ class Sequence(Protocol):
 
     request: Request
     assigned_at: float
-    id: int
+    id: RequestId
     """Place in the global order; lower is older."""
     prompt_len: int
     """Prompt tokens."""
     final_len: int
-    """Most tokens whose KV this request can come to need."""
+    """Most tokens whose KV this request can need."""
     keys: list[bytes]
     """Of the rBlocks of the prompt that may be shared."""
     computed: int
@@ -93,7 +94,7 @@ class TokenSequence:
     assigned_at: float
     decoder: TextDecoder | None = None
     """For a request with stop strings."""
-    id: int = field(init=False)
+    id: RequestId = field(init=False)
     prompt_len: int = field(init=False)
     final_len: int = field(init=False)
     tokens: list[int] = field(init=False)

@@ -10,6 +10,7 @@ from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.foresight import ExpectedKv, Foresight
 from hpc_distkv.decide.pace import Calibration
 from hpc_distkv.decide.sequence import Sequence
+from hpc_distkv.ids import RequestId, TableKey
 from hpc_distkv.memory.rmanager import RManager
 
 CANDIDATES = 16
@@ -25,7 +26,7 @@ class Orders(NamedTuple):
     """No sequence is admitted any more."""
     keep: int = 0
     """rBlocks to leave free for loans to come."""
-    begin: frozenset[int] = frozenset()
+    begin: frozenset[RequestId] = frozenset()
     """Waiting sequences too large for this instance that are admitted all the same, and borrow."""
 
 
@@ -93,7 +94,7 @@ def too_large(state: State, sequence: Sequence) -> bool:
     return config.policy.planner and config.blocks(sequence.length + 1) > own
 
 
-def sealed(state: State) -> dict[int, int]:
+def sealed(state: State) -> dict[TableKey, int]:
     """Running sequence or prefix of one → its sealed rBlocks at home: these may move."""
     size, tables = state.config.block_size, state.rm.tables
     own = {s.id: tables[s.id].place(s.computed // size) for s in state.running}

@@ -8,6 +8,7 @@ from itertools import islice
 from hpc_distkv.control.assign.work import work
 from hpc_distkv.decide.sequence import Sequence
 from hpc_distkv.decide.state import State
+from hpc_distkv.ids import TableKey
 from hpc_distkv.memory.books.swap import SwapMove
 from hpc_distkv.memory.prefix import Prefix
 
@@ -160,7 +161,7 @@ def _outgrows(state: State, sequence: Sequence) -> bool:
     return config.blocks(end) > own and sequence.id not in rm.borrower.copies
 
 
-def _movable(state: State, sequence: Sequence) -> Iterator[tuple[int, int]]:
+def _movable(state: State, sequence: Sequence) -> Iterator[tuple[TableKey, int]]:
     """(sequence or prefix, logical index) of its sealed rBlocks at home, the oldest first."""
     rm = state.rm
     moving = {(move.key, move.block) for move in rm.borrower.outgoing}

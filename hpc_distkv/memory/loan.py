@@ -8,6 +8,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from hpc_distkv.errors import FaultError
+from hpc_distkv.ids import InstanceId, PrefixId, TableKey
 
 
 class ProtocolError(FaultError):
@@ -25,10 +26,10 @@ class Dropped(NamedTuple):
 class Split(NamedTuple):
     """A prefix whose first part became a prefix of its own."""
 
-    prefix: int
+    prefix: PrefixId
     first: int
     """Logical index of the first rBlock that it keeps."""
-    new: int
+    new: PrefixId
     """The prefix that has the rBlocks before that one."""
 
 
@@ -36,9 +37,9 @@ class News(NamedTuple):
     """What a header (`control.messages.loans`) tells a creditor of what it hosts or has set
     aside."""
 
-    released: Sequence[int] = ()
+    released: Sequence[TableKey] = ()
     returned: int = 0
-    dropped: Sequence[tuple[int, int]] = ()
+    dropped: Sequence[tuple[TableKey, int]] = ()
     splits: Sequence[Split] = ()
 
 
@@ -52,10 +53,10 @@ class Debt:
     """Hosted by the creditor, or on their way to it."""
     returned: int = 0
     """Credit given up of which the creditor has not been told."""
-    released: dict[int, int] = field(default_factory=dict)
+    released: dict[TableKey, int] = field(default_factory=dict)
     """Requests and prefixes that ended → their rBlocks that the creditor has not been told to
     free."""
-    dropped: dict[int, Dropped] = field(default_factory=dict)
+    dropped: dict[TableKey, Dropped] = field(default_factory=dict)
     """Requests that go on → what the creditor has not been told to free of them."""
 
     splits: list[Split] = field(default_factory=list)
@@ -129,14 +130,14 @@ class Move(NamedTuple):
     """An rBlock on its way between a debtor and a creditor. Until `commit` it is served from where
     it was."""
 
-    key: int
+    key: TableKey
     """Request or prefix."""
     block: int
     """Logical index."""
     slot: int
     """This instance's slot: the one it leaves on the sender's side, the receiving one on the
     other."""
-    peer: int
+    peer: InstanceId
     kind: MoveKind = MoveKind.LEND
 
 
@@ -144,5 +145,5 @@ class Move(NamedTuple):
 class Copies:
     """A request's rBlocks that an instance has copies of, in logical order from the first."""
 
-    creditor: int
+    creditor: InstanceId
     blocks: int = 0

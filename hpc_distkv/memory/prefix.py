@@ -7,6 +7,7 @@ import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from hpc_distkv.ids import PrefixId, RequestId, TableKey
 from hpc_distkv.memory.table import BlockTable
 
 MOST_STALE = 64
@@ -18,12 +19,11 @@ class Prefix(BlockTable):
     """A run of sealed rBlocks that every prompt with the same tokens up to there has in common. It
     begins where its parent ends."""
 
-    id: int = 0
-    """As of a request, but negative."""
+    id: PrefixId = field(kw_only=True)
     keys: list[bytes] = field(default_factory=list)
     """Of each rBlock: equal for equal tokens from the beginning of the prompt."""
     parent: Prefix | None = None
-    children: set[int] = field(default_factory=set)
+    children: set[PrefixId] = field(default_factory=set)
     """The prefixes that continue it."""
     users: int = 0
     """Requests that continue it, and children that are in use."""
@@ -42,19 +42,19 @@ class PrefixTree:
     soon as nobody uses it, with all that continues it.
     """
 
-    def __init__(self, tables: dict[int, BlockTable]) -> None:
+    def __init__(self, tables: dict[TableKey, BlockTable]) -> None:
         """`tables`: of the RManager; the prefixes are among them."""
-        self.prefixes: dict[int, Prefix] = {}
+        self.prefixes: dict[PrefixId, Prefix] = {}
         self.idle = 0
         """rBlocks of prefixes that nobody uses: all are at home."""
         self._tables = tables
         self._at: dict[bytes, Prefix] = {}
         """Key of an rBlock → the prefix that has it."""
-        self._last: dict[int, Prefix] = {}
+        self._last: dict[RequestId, Prefix] = {}
         """Request → the prefix that its own table continues."""
-        self._computing: dict[int, Sequence[bytes]] = {}
+        self._computing: dict[RequestId, Sequence[bytes]] = {}
         """Requests that have not sealed all that they may share → the keys of that."""
-        self._evictable: list[tuple[int, int]] = []
+        self._evictable: list[tuple[int, PrefixId]] = []
         """Heap of (used, id); also has some that are in use again, or gone."""
         self._clock = 0
         self._newest = 0
@@ -66,18 +66,18 @@ class PrefixTree:
         """Requests that are computing what others may share."""
         return len(self._computing)
 
-    def last(self, request: int) -> Prefix | None:
+    def last(self, request: RequestId) -> Prefix | None:
         """The prefix that a request continues."""
         return self._last.get(request)
 
-    def chain(self, request: int) -> list[Prefix]:
+    def chain(self, request: RequestId) -> list[Prefix]:
         """All prefixes of a request, the first rBlocks first."""
         last = self._last.get(request)
         return _line(last)[::-1] if last else []
 
-    def used_by(self, requests: Iterable[int]) -> list[Prefix]:
+    def used_by(self, requests: Iterable[RequestId]) -> list[Prefix]:
         """The prefixes of these requests, each once."""
-        found: dict[int, Prefix] = {}
+        found: dict[PrefixId, Prefix] = {}
         for request in requests:
             prefix = self._last.get(request)
             while prefix and prefix.id not in found:
@@ -85,11 +85,11 @@ class PrefixTree:
                 prefix = prefix.parent
         return list(found.values())
 
-    def at_home(self, requests: Iterable[int]) -> int:
+    def at_home(self, requests: Iterable[RequestId]) -> int:
         """rBlocks at home that these requests share or might share, each counted once."""
         return sum(len(prefix.slots) for prefix in self.used_by(requests))
 
-    def used_alone(self, request: int) -> list[Prefix]:
+    def used_alone(self, request: RequestId) -> list[Prefix]:
         """The prefixes that nobody uses but this request."""
         alone = []
         for prefix in _line(self._last.get(request)):
@@ -141,7 +141,7 @@ class PrefixTree:
         new.users, new.used = int(prefix.users > 0), prefix.used
         return new
 
-    def join(self, request: int, prefix: Prefix | None, keys: Sequence[bytes]) -> None:
+    def join(self, request: RequestId, prefix: Prefix | None, keys: Sequence[bytes]) -> None:
         """A request with a prompt of `keys` begins, and continues `prefix`, all of it."""
         if prefix:
             self._last[request] = prefix
@@ -149,7 +149,7 @@ class PrefixTree:
         if len(keys) > (prefix.blocks if prefix else 0):
             self._computing[request] = keys
 
-    def seal(self, request: int, blocks: int) -> None:
+    def seal(self, request: RequestId, blocks: int) -> None:
         """The first `blocks` rBlocks of a request are full: others may share its prompt's."""
         keys = self._computing.get(request)
         if keys is None:
@@ -163,7 +163,7 @@ class PrefixTree:
         if table.start == len(keys):
             del self._computing[request]
 
-    def leave(self, request: int) -> list[Prefix]:
+    def leave(self, request: RequestId) -> list[Prefix]:
         """A request ends, or is preempted. Returns the prefixes that are gone with it."""
         self._computing.pop(request, None)
         gone: list[Prefix] = []
@@ -202,14 +202,14 @@ class PrefixTree:
 
     def _add(self, parent: Prefix | None, part: BlockTable, keys: list[bytes]) -> Prefix:
         self._newest -= 1
-        new = Prefix(**vars(part), id=self._newest, keys=keys, parent=parent)
+        new = Prefix(**vars(part), id=PrefixId(self._newest), keys=keys, parent=parent)
         self._tables[new.id] = self.prefixes[new.id] = new
         self._at.update(dict.fromkeys(keys, new))
         if parent:
             parent.children.add(new.id)
         return new
 
-    def _take_over(self, request: int, table: BlockTable, key: bytes) -> None:
+    def _take_over(self, request: RequestId, table: BlockTable, key: bytes) -> None:
         """The first rBlock of a request's table is the next one of what others may share."""
         prefix = self._last.get(request)
         if prefix is None or prefix.users > 1 or prefix.children:

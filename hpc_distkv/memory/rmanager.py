@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hpc_distkv.ids import InstanceId, RequestId, TableKey
 from hpc_distkv.memory.books.borrower import Borrower
 from hpc_distkv.memory.books.integrity import check
 from hpc_distkv.memory.books.lender import Lender
@@ -38,13 +39,13 @@ class RManager:
 
     def __init__(
         self,
-        instance: int,
+        instance: InstanceId,
         num_blocks: int,
         lend_cap: int | None = None,
         host_blocks: int = 0,
     ) -> None:
         self.instance = instance
-        self.tables: dict[int, BlockTable] = {}
+        self.tables: dict[TableKey, BlockTable] = {}
         """By request, and by prefix."""
         self.prefixes = PrefixTree(self.tables)
         self.slots = FreeSlots(num_blocks, self.prefixes)
@@ -58,12 +59,12 @@ class RManager:
         own = self.slots.num_blocks - self.slots.free - self.lender.hosted
         return own + self.borrower.borrowed
 
-    def parts(self, request: int) -> dict[int, BlockTable]:
+    def parts(self, request: RequestId) -> dict[TableKey, BlockTable]:
         """All block tables whose rBlocks a request's queries see, the last ones first."""
-        tables: dict[int, BlockTable] = {request: self.tables[request]}
+        tables: dict[TableKey, BlockTable] = {request: self.tables[request]}
         return tables | {p.id: p for p in self.prefixes.chain(request)[::-1]}
 
-    def held_alone(self, request: int, at: int | None = None) -> int:
+    def held_alone(self, request: RequestId, at: InstanceId | None = None) -> int:
         """rBlocks that nobody needs when the request is gone; those at creditor `at` alone if it is
         given."""
         tables = [self.tables[request], *self.prefixes.used_alone(request)]
@@ -71,7 +72,7 @@ class RManager:
 
     # -- a request's life -----------------------------------------------------------------------
 
-    def open(self, request: int, keys: Sequence[bytes] = ()) -> BlockTable:
+    def open(self, request: RequestId, keys: Sequence[bytes] = ()) -> BlockTable:
         """Begin the block table of a request, empty, that continues what is here of its prompt.
         `keys`: of the rBlocks of the prompt that may be shared."""
         assert request not in self.tables
@@ -81,21 +82,21 @@ class RManager:
         table = self.tables[request] = BlockTable(start=prefix.blocks if prefix else 0)
         return table
 
-    def grow(self, request: int, blocks: int) -> None:
+    def grow(self, request: RequestId, blocks: int) -> None:
         """Append `blocks` home rBlocks to a table. The caller has looked at `usable`."""
         assert 0 <= blocks <= self.slots.usable
         table = self.tables[request]
         for _ in range(blocks):
             table.add(self.slots.take())
 
-    def drop(self, request: int, first: int) -> None:
+    def drop(self, request: RequestId, first: int) -> None:
         """No query will see a request's rBlocks before logical rBlock `first` any more: free them,
         at home now and at its creditors by the next header. Its moves must have been committed."""
         part = self.tables[request].cut(first)
         self._free(request, part)
         self.borrower.drop(request, part, first)
 
-    def close(self, request: int) -> None:
+    def close(self, request: RequestId) -> None:
         """Free a request's rBlocks, but those that others share, at home now and at its creditors
         by the next header. Its moves must have been committed."""
         ended = {request: self.tables.pop(request)}
@@ -105,14 +106,14 @@ class RManager:
 
     # -- migration ------------------------------------------------------------------------------
 
-    def hand_over(self, request: int) -> None:
+    def hand_over(self, request: RequestId) -> None:
         """A request of which every rBlock was copied belongs to the creditor from now on."""
         table = self.tables.pop(request)
         assert self.borrower.copies[request].blocks == len(table.slots) == table.blocks
         self.slots.release(table.slots)
         self.borrower.hand_over(request)
 
-    def adopt(self, debtor: int, request: int) -> None:
+    def adopt(self, debtor: InstanceId, request: RequestId) -> None:
         """The guest of `debtor`'s request is the block table of a request of this instance."""
         guest = self.lender.pop_guest(debtor, request)
         if request in self.tables or sorted(guest.indices) != list(range(len(guest.indices))):
@@ -126,7 +127,7 @@ class RManager:
 
     # -- swapping -------------------------------------------------------------------------------
 
-    def can_swap_out(self, request: int, sealed: int) -> bool:
+    def can_swap_out(self, request: RequestId, sealed: int) -> bool:
         """Whether the host's memory has room for the first `sealed` rBlocks of a request, without
         those that others use too. None of the others may be at a creditor: the request will need
         all of them when it is resumed."""
@@ -136,7 +137,7 @@ class RManager:
         blocks = sum(len(prefix.slots) for prefix in alone) + table.place(sealed)
         return request not in self.borrower.copies and 0 < blocks <= self.swap.free
 
-    def swap_out(self, request: int, sealed: int) -> list[SwapMove]:
+    def swap_out(self, request: RequestId, sealed: int) -> list[SwapMove]:
         """Begin to copy these rBlocks to the host's memory. When they have arrived,
         `finish_swap_out`."""
         parts = [*self.prefixes.used_alone(request)[::-1], self.tables[request]]
@@ -149,12 +150,12 @@ class RManager:
         shared = parts[0].start if self.prefixes.last(request) else 0
         return self.swap.copy_out(request, shared, blocks)
 
-    def finish_swap_out(self, request: int) -> None:
+    def finish_swap_out(self, request: RequestId) -> None:
         """Close a request, but keep its rBlocks in the host's memory."""
         self.tables[request].in_host.clear()
         self.close(request)
 
-    def resume(self, request: int, keys: Sequence[bytes] = ()) -> BlockTable:
+    def resume(self, request: RequestId, keys: Sequence[bytes] = ()) -> BlockTable:
         """Open the block table of a swapped-out request: its rBlocks are in the host's memory, but
         for those of its prompt that are here (`keys` as of `open`). If the prefix that it shared is
         gone it begins anew."""
@@ -186,7 +187,7 @@ class RManager:
         self.borrower.split(prefix, new)
         return new
 
-    def _free(self, key: int, table: BlockTable) -> None:
+    def _free(self, key: TableKey, table: BlockTable) -> None:
         """Free what the table of a request or prefix, or a part of it, has on this rank."""
         assert not self.borrower.moves(key)
         assert not self.swap.moves(key)

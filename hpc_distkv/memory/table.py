@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
 
+from hpc_distkv.ids import InstanceId
+
 Slots: TypeAlias = "array[int]"
 """Of int32s, which numpy reads as they are."""
 no_slots = partial(array, "i")
@@ -27,7 +29,7 @@ class BlockTable:
     """Home slots of the rBlocks that are at home."""
     indices: Slots = field(default_factory=no_slots)
     """Logical index of each of `slots`."""
-    remote: dict[int, list[int]] = field(default_factory=dict)
+    remote: dict[InstanceId, list[int]] = field(default_factory=dict)
     """Creditor → logical indices of the rBlocks it hosts, in the order it received them."""
     in_host: list[int] = field(default_factory=list)
     """Logical indices of the rBlocks that are served in the host's memory."""
@@ -61,7 +63,7 @@ class BlockTable:
         """Where logical rBlock `index`, which is at home, stands in both lists."""
         return bisect.bisect_left(self.indices, index)
 
-    def to_creditor(self, index: int, creditor: int) -> int:
+    def to_creditor(self, index: int, creditor: InstanceId) -> int:
         """Logical rBlock `index` is now hosted by `creditor`; returns the home slot it left."""
         self.remote.setdefault(creditor, []).append(index)
         return self._leave_home(index)
@@ -71,7 +73,7 @@ class BlockTable:
         self.in_host.append(index)
         return self._leave_home(index)
 
-    def to_home(self, index: int, creditor: int, slot: int) -> None:
+    def to_home(self, index: int, creditor: InstanceId, slot: int) -> None:
         """Logical rBlock `index`, hosted by `creditor` so far, is now in home slot `slot`."""
         hosted = self.remote[creditor]
         hosted.remove(index)

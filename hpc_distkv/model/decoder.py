@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -86,6 +87,12 @@ class Decoder:
         scaled = config.hidden_size**0.5 if config.family.scaled_embedding else 1.0
         self._embedding_scale = torch.tensor(scaled, dtype=self.dtype).item()
 
+    def among(self, lanes: Lanes) -> Decoder:
+        """The same shard, with the same weights, whose sums go over `lanes`."""
+        decoder = copy(self)
+        decoder.lanes = lanes
+        return decoder
+
     @property
     def dtype(self) -> torch.dtype:
         """Of weights and activations."""
@@ -99,8 +106,9 @@ class Decoder:
     @property
     def capturable(self) -> bool:
         """True if `hidden` launches the same kernels for any input and never syncs, so it can be
-        captured: the lanes sum on the device, no rope depends on lengths, and experts are computed
-        in one grouped product (see `layers.grouped`)."""
+        captured. False with lanes whose sums need the host, with ropes that need `lengths`, and
+        with experts that are computed one by one: `grouped` finds a kernel for all of them only in
+        bfloat16, on Hopper and data-centre Blackwell GPUs, with a recent torch."""
         return not (
             self.needs_lengths
             or not self.lanes.recordable

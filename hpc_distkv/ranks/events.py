@@ -1,4 +1,5 @@
-"""What changes an instance from outside, as its leader tells the other lanes."""
+"""The leader's log: everything that changes an instance from outside, as events for the other
+lanes."""
 
 from __future__ import annotations
 
@@ -10,16 +11,17 @@ from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages.loans import Header
 from hpc_distkv.decide.pace import StepSeconds
 from hpc_distkv.decide.plan import Plan
+from hpc_distkv.ids import InstanceId
 
 
 class Boundary(msgspec.Struct, frozen=True, array_like=True, tag="boundary"):
-    """The answer of the current round is applied, and the next report is made."""
+    """The answer of the current round is applied, and the next report is sent."""
 
     now: float
 
 
 class StepBegun(msgspec.Struct, frozen=True, array_like=True, tag="begun"):
-    """A step is planned and its headers are written."""
+    """A step is planned."""
 
     now: float
     plan: int
@@ -27,52 +29,51 @@ class StepBegun(msgspec.Struct, frozen=True, array_like=True, tag="begun"):
 
 
 class Advanced(msgspec.Struct, frozen=True, array_like=True, tag="advanced"):
-    """The step counts as computed: the next one is planned before it ends."""
+    """The rows of the step count as computed: the next step is planned before it ends."""
 
 
 class StepEnded(msgspec.Struct, frozen=True, array_like=True, tag="ended"):
-    """The oldest step under way is over: it counts as computed, if it did not, and these are its
-    tokens."""
+    """The oldest step under way has ended with these tokens; its rows count as computed."""
 
     tokens: list[int]
     now: float
 
 
 class StepTimed(msgspec.Struct, frozen=True, array_like=True, tag="timed"):
-    """How long the step took on the leader."""
+    """The step took so long on the leader."""
 
     seconds: StepSeconds
 
 
 class Arrived(msgspec.Struct, frozen=True, array_like=True, tag="arrived"):
-    """A debtor's header is applied, and its step is served from now on."""
+    """A debtor's header is applied; its step is served from now on."""
 
-    debtor: int
+    debtor: InstanceId
     header: Header
     now: float
 
 
 class Served(msgspec.Struct, frozen=True, array_like=True, tag="served"):
-    """The step of a debtor that was being served is over."""
+    """A debtor's step has been served."""
 
-    debtor: int
+    debtor: InstanceId
 
 
 class Opened(msgspec.Struct, frozen=True, array_like=True, tag="opened"):
     """A creditor has set rBlocks aside for this instance."""
 
-    creditor: int
+    creditor: InstanceId
     blocks: int
 
 
 class Returned(msgspec.Struct, frozen=True, array_like=True, tag="returned"):
-    """All credit goes back to its creditors, since the run is over."""
+    """The run is over: all credit goes back to its creditors."""
 
     now: float
 
 
 class Left(msgspec.Struct, frozen=True, array_like=True, tag="left"):
-    """All loans are settled everywhere: nothing follows."""
+    """All loans are settled everywhere. The last event."""
 
 
 Event = (
@@ -90,7 +91,7 @@ Event = (
 
 
 def fingerprint(plan: Plan) -> int:
-    """A number that two replicas with different plans do not share, but for one in 2³²."""
+    """A CRC-32 of the plan: replicas with different plans differ in it, but for one in 2³²."""
     rows = [(sequence.id, count) for sequence, count in plan.scheduled]
     moves = [(m.key, m.block, m.slot, m.peer) for m in (*plan.moves, *plan.recalls)]
     swaps = [(m.key, m.block, m.slot) for m in (*plan.to_host, *plan.from_host)]
@@ -98,8 +99,8 @@ def fingerprint(plan: Plan) -> int:
 
 
 class Log:
-    """The leader's events in their order, sent to the other lanes by mail. Costs next to nothing
-    where there are none."""
+    """Sends the leader's events to the other lanes, in order, by mail. Costs next to nothing
+    without other lanes."""
 
     def __init__(self, comm: Comm) -> None:
         self._mail = comm.mail
@@ -107,11 +108,11 @@ class Log:
 
     @property
     def followed(self) -> bool:
-        """Whether anybody reads it."""
+        """True if there are other lanes."""
         return bool(self._followers)
 
     def record(self, event: Event) -> None:
-        """Tell the other lanes that `event` happens here now. Never waits."""
+        """Send `event`, which happens here now. Never waits."""
         if self._followers:
             message = msgspec.msgpack.encode(event)
             for rank in self._followers:

@@ -1,4 +1,4 @@
-"""The loop of the ranks of an instance that do not lead it."""
+"""The lanes of an instance that do not lead it: they replay the leader's log."""
 
 from __future__ import annotations
 
@@ -129,8 +129,8 @@ class Follower(StepLoop):
         self._comm.rounds.report(self._interrupt.wish)
 
     def _attend(self) -> None:
-        """What goes on beside a rank's own step: the log is followed as far as it can be, debtors
-        are served, and control rounds progress."""
+        """Read the log and apply what does not wait for the loop, serve debtors, and push on the
+        control round."""
         self._comm.transport.push()
         while (letter := self._comm.mail.poll()) is not None:
             self._log.append(self._read(*letter))
@@ -161,7 +161,7 @@ class Follower(StepLoop):
         return event
 
     def _apply(self, event: Event) -> bool:
-        """Apply what does not concern the loop, if it is time."""
+        """Apply an event that does not wait for the loop. False if it does, or is not due yet."""
         match event:
             case Arrived(debtor, header, now):
                 self._creditor.begin(debtor, header, now)

@@ -1,4 +1,4 @@
-"""A run that has to end before all rows are answered."""
+"""Ends a run before all rows are answered: on a signal, with a grace period."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 GRACE = 15.0
-"""Seconds that what runs has to finish, unless told otherwise."""
+"""Seconds that running requests have to finish, by default."""
 TERM_GRACE = 10.0
 """Seconds at most after SIGTERM: Slurm kills 30 s after it (KillWait), and the results have to be
 on the disk by then."""
 DRAIN, HALT = b"drain", b"halt"
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
-"""That ask a run to end."""
+"""Signals that ask a run to end."""
 
 
 def ignore_signals() -> None:
-    """From now on there is no run to be ended, and how the process leaves is settled."""
+    """Ignore SIGUSR2 and SIGTERM: the run is over, and the exit status is settled."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 class Asked(NamedTuple):
-    """That a rank was asked to stop."""
+    """One request to stop."""
 
     by: str
-    """Whoever asks: the name of a signal."""
+    """The name of the signal."""
     grace: float
-    """Seconds it was given."""
+    """Seconds that the run was given."""
 
 
 class Interrupt:
-    """When one rank was asked to stop, and until when it may go on with what it has begun.
+    """Whether one rank was asked to stop, and its deadline for what runs.
 
-    A signal only sets the deadline; what the rank wants goes into its next report, so that all
-    ranks stop in the same control round. Further signals may bring the deadline forward.
+    A signal only sets the deadline; the rank's wish goes into its next report, so that all ranks
+    stop in the same control round. Further signals may bring the deadline forward.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Interrupt:
         clock: Callable[[], float] = time.monotonic,
         also: Interrupt | None = None,
     ) -> None:
-        """`grace`: in seconds; `also`: another one, which counts as well."""
+        """`grace`: in seconds; `also`: another interrupt that counts as well."""
         self.grace = grace
         self._also = also
         self._clock = clock
@@ -53,8 +53,8 @@ class Interrupt:
         self._asked: list[Asked] = []
 
     def listen(self, arrived: Iterable[int] = ()) -> Interrupt:
-        """Have SIGUSR2 and SIGTERM ask from now on; `arrived`: those that came before. In the main
-        thread."""
+        """Handle SIGUSR2 and SIGTERM from now on; `arrived`: those that came before. Call it in the
+        main thread."""
         for number in SIGNALS:
             signal.signal(number, self._hear)
         for early in arrived:
@@ -73,17 +73,17 @@ class Interrupt:
 
     @property
     def asked(self) -> list[Asked]:
-        """What was asked of this rank so far."""
+        """All requests to stop so far."""
         return [*(self._also.asked if self._also else ()), *self._asked]
 
     @property
     def drain(self) -> bool:
-        """Whether the run should end soon: nothing new is to be begun."""
+        """True if the run should end soon: no further row is begun."""
         return self._deadline is not None or (self._also is not None and self._also.drain)
 
     @property
     def halt(self) -> bool:
-        """Whether it should end now."""
+        """True if the run should end now."""
         over = self._deadline is not None and self._clock() >= self._deadline
         return over or (self._also is not None and self._also.halt)
 

@@ -1,4 +1,4 @@
-"""The mail of other instances, read by an instance's leader."""
+"""Mail between the leaders of instances: headers of debtors' steps, and credit."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import msgspec
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages.loans import Credit, Header
 from hpc_distkv.decide.instance import Instance
+from hpc_distkv.ids import InstanceId
 from hpc_distkv.memory.loan import ProtocolError
 from hpc_distkv.ranks.events import Arrived, Log, Opened, Served
 from hpc_distkv.step.creditor import Creditor
@@ -26,19 +27,19 @@ class Mailbox:
         """Debtor → its headers that were not begun."""
 
     def open_credits(self) -> None:
-        """Tell debtors of the rBlocks that are set aside for them."""
+        """Set rBlocks aside for debtors, as the answer grants, and tell them."""
         for debtor, blocks in self._instance.credits().items():
             letter = msgspec.msgpack.encode(Credit(blocks))
             self._comm.mail.post(self._comm.world.rank_of(debtor), letter)
 
     def attend(self) -> None:
-        """Read the mail and push on every visit. Never blocks. Raises ProtocolError."""
+        """Read the mail and push on every debtor's step. Never blocks. Raises ProtocolError."""
         while (letter := self._comm.mail.poll()) is not None:
             self._read(*letter)
         self.serve()
 
     def serve(self) -> None:
-        """Push on every visit. Never blocks, and costs next to nothing if there is none."""
+        """Push on every debtor's step. Never blocks, and costs next to nothing if there is none."""
         while served := self._creditor.push():
             for debtor in served:
                 self._log.record(Served(debtor))
@@ -50,7 +51,7 @@ class Mailbox:
             message: Header | Credit = msgspec.msgpack.decode(letter, type=Header | Credit)
         except msgspec.DecodeError as error:
             raise ProtocolError(f"the mail of rank {rank} is malformed: {error}") from error
-        sender = rank // self._comm.world.tp
+        sender = self._comm.world.instance_of(rank)
         if isinstance(message, Credit):
             self._log.record(Opened(sender, message.blocks))
             self._instance.open_credit(sender, message.blocks)
@@ -59,7 +60,7 @@ class Mailbox:
         if not self._creditor.serves(sender):
             self._begin_next(sender)
 
-    def _begin_next(self, debtor: int) -> None:
+    def _begin_next(self, debtor: InstanceId) -> None:
         if headers := self._waiting.get(debtor):
             header, now = headers.popleft(), time.monotonic()
             self._log.record(Arrived(debtor, header, now))

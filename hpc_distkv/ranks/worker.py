@@ -1,4 +1,4 @@
-"""The loop of the rank that leads an instance."""
+"""The rank that leads an instance."""
 
 from __future__ import annotations
 
@@ -167,8 +167,8 @@ class Worker(StepLoop):
         return answer
 
     def _attend(self) -> None:
-        """What goes on beside a rank's own step: debtors are served, and control rounds progress,
-        on rank 0 the gManager's part, everywhere one's own."""
+        """Read the mail, serve debtors, and push on the control round, on rank 0 the gManager's
+        part too."""
         self._comm.transport.push()
         if self._sharing:
             self._mailbox.attend()

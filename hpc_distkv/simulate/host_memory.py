@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.simulate.cost import HostRates, Rates
-from hpc_distkv.step.host_pieces import BUFFERS, PIECE_BLOCKS, QUERY_ROWS
+from hpc_distkv.step.sizes import BUFFERS, PIECE_BLOCKS, QUERY_ROWS
 
 
 class HostQueries(NamedTuple):

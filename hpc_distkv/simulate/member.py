@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from hpc_distkv.decide.instance import Instance
 from hpc_distkv.decide.plan import Plan
+from hpc_distkv.ids import InstanceId
 from hpc_distkv.memory.loan import Move
 
 MOST_SERVING = 0.9
@@ -45,7 +46,7 @@ class Member:
     """An instance and its step. Guests are served between the layers of the step, so each second
     of serving makes it a second longer."""
 
-    number: int
+    number: InstanceId
     instance: Instance
     plan: Plan | None = None
     """Of the step it is in."""

@@ -8,6 +8,7 @@ from itertools import takewhile
 
 from hpc_distkv.control.assign.work import kv_tokens
 from hpc_distkv.control.messages.requests import Request, Sampling
+from hpc_distkv.ids import RequestId
 from hpc_distkv.simulate.workload import TraceRow
 
 _PROMPT = struct.Struct("<IIiI")
@@ -23,7 +24,7 @@ class SizedRequest(Request, frozen=True, array_like=True):
     def of(cls, id: int, row: TraceRow) -> SizedRequest:
         """A request that makes exactly the row's output, whatever its limit."""
         prompt = _PROMPT.pack(row.prompt, row.output, row.prefix, row.prefix_tokens)
-        return cls(id, prompt, Sampling(row.max_tokens))
+        return cls(RequestId(id), prompt, Sampling(row.max_tokens))
 
     @property
     def prompt_len(self) -> int:

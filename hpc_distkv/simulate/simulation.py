@@ -16,6 +16,7 @@ from hpc_distkv.control.messages.answer import Answer
 from hpc_distkv.control.messages.reports import encode_report
 from hpc_distkv.decide.instance import Instance
 from hpc_distkv.decide.plan import NOTHING
+from hpc_distkv.ids import InstanceId
 from hpc_distkv.simulate.deployment import Deployment
 from hpc_distkv.simulate.member import Member
 from hpc_distkv.simulate.record import Record
@@ -65,7 +66,9 @@ class Simulation:
         """Seconds since the start."""
         self.record = Record()
         self._rounds = rounds or Rounds()
-        self.members = [Member(n, Instance(n, config, SizedSequence)) for n in range(count)]
+        self.members = [
+            Member(n, Instance(n, config, SizedSequence)) for n in map(InstanceId, range(count))
+        ]
         self._steps = Steps(deployment, self.members)
         self._gmanager = GManager(
             SyncSource(self._requests(deployment, rows)),

@@ -11,6 +11,7 @@ from hpc_distkv.control.messages.loans import Header
 from hpc_distkv.decide.instance import Instance
 from hpc_distkv.decide.pace import StepSeconds, StepWork
 from hpc_distkv.decide.plan import Plan, host_queries
+from hpc_distkv.ids import InstanceId, PrefixId
 from hpc_distkv.memory.loan import Move
 from hpc_distkv.simulate.deployment import Deployment
 from hpc_distkv.simulate.host_memory import HostCost, HostQueries, HostTime
@@ -90,7 +91,7 @@ class Steps:
         rm, size = instance.rm, self._block_size
         decodes = prefill = new = 0
         kv = pairs = 0.0
-        readers = Counter[int]()
+        readers = Counter[PrefixId]()
         """Prefix → decode rows that it is read for, once."""
         for sequence, count in plan.scheduled:
             table, chain = rm.tables[sequence.id], rm.prefixes.chain(sequence.id)
@@ -165,7 +166,7 @@ class Steps:
             rate = seconds / member.lasting if seconds else 0.0
             creditor.visits[member.number] = DebtorStep(seconds, rate, *moved[number])
 
-    def _serving(self, creditor: Member, debtor: int, header: Header) -> float:
+    def _serving(self, creditor: Member, debtor: InstanceId, header: Header) -> float:
         """Seconds of MicroAttention for the queries of a header: all guest rBlocks are sealed."""
         kv = pairs = 0.0
         asked = Counter((tuple(keys), rows) for keys, rows, _ in header.queries)

@@ -41,6 +41,7 @@ from msgspec import Meta
 from hpc_distkv.control.messages.percentiles import percentiles
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 from hpc_distkv.errors import OptionError
+from hpc_distkv.ids import RequestId
 from hpc_distkv.simulate.toml import read_toml
 
 T = TypeVar("T")
@@ -297,7 +298,7 @@ class Workload:
 
         return [
             Request(
-                i,
+                RequestId(i),
                 pack_tokens(
                     text(row.prefix_tokens, 1, row.prefix + 1)
                     + text(row.prompt - row.prefix_tokens, 0, i)

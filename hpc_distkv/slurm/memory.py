@@ -10,8 +10,7 @@ from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.errors import ModelError
 from hpc_distkv.regular import open_regular
 from hpc_distkv.slurm.script import JobScript
-from hpc_distkv.start.budget import GIVEN_SHARE
-from hpc_distkv.start.needs import rank_memory
+from hpc_distkv.start.needs import GIVEN_SHARE, rank_memory
 from hpc_distkv.start.options import EngineOptions
 
 SAMPLE = 1 << 20

@@ -1,5 +1,5 @@
-"""GPU memory that a step needs besides weights and pool: rehearsed and measured where it can be run
-beforehand, counted where it takes other ranks.
+"""GPU memory that a step needs besides weights and pool: measured by running the largest step
+beforehand, or counted where a step takes other ranks.
 
     measured  the largest step of a rank's own rows: tables and tokens, layers, sums over the lanes
               of its instance, what rows share attended to apart, logits, all that sampling knows
@@ -30,18 +30,19 @@ from hpc_distkv.comm.device import Device
 from hpc_distkv.control.messages.requests import LogitRules, Request, Sampling, pack_tokens
 from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.errors import OptionError
+from hpc_distkv.ids import RequestId
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.model.decoder import Decoder
-from hpc_distkv.step.largest_step import LONG_CONTEXT, MOST_SHARED, LargestStep
 from hpc_distkv.step.sampler import begin_sampling
+from hpc_distkv.step.sizes import LONG_CONTEXT, MOST_SHARED, LargestStep
 from hpc_distkv.step.staging import lay_out
 
 LOGPROBS = 20
-"""Alternatives that a row may ask for."""
+"""Alternatives per token that a request may ask for."""
 
 
 def free_memory(device: Device) -> int:
-    """Bytes that the GPU can still give."""
+    """Free bytes of the GPU."""
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device.place)[0]
 
@@ -68,8 +69,8 @@ def activation_peak(model: Decoder, device: Device, step: LargestStep) -> int:
 
 
 def _measured(device: Device, part: Callable[[], None]) -> int:
-    """Bytes that `part` takes at most and gives back: what it leaves behind (libraries' workspaces)
-    is in use from then on."""
+    """Bytes that `part` takes at its peak and frees. What it leaves behind (libraries' workspaces)
+    counts as in use from then on."""
     torch.cuda.synchronize(device.place)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device.place)
@@ -84,16 +85,12 @@ def _measured(device: Device, part: Callable[[], None]) -> int:
 def rehearse(model: Decoder, device: Device, step: LargestStep) -> None:
     """One step of `step.tokens` tokens: `step.rows` - 1 rows in decode, and a prompt of the rest;
     all rows draw a token, by all rules there are. Waits for no other rank."""
-    lanes, model.lanes = model.lanes, model.lanes.rehearsal()
-    try:
-        _step(model, device, step)
-    finally:
-        model.lanes = lanes
+    _step(model.among(model.lanes.rehearsal()), device, step)
 
 
 @torch.inference_mode()
 def serve(model: Decoder, device: Device, step: LargestStep) -> None:
-    """Attention of a debtor's largest step to guests."""
+    """Run the attention of a debtor's largest step to guests."""
     with device.serving():
         pool, config = _pool(model, step), model.config
         shape = (step.tokens, config.num_heads, config.head_dim)
@@ -105,8 +102,8 @@ def serve(model: Decoder, device: Device, step: LargestStep) -> None:
 
 @torch.inference_mode()
 def stage(model: Decoder, step: LargestStep) -> None:
-    """Attention to staged rBlocks: by all queries of a step at once, and by fewer, whose keys are
-    split more."""
+    """Run attention to staged rBlocks: with all queries of a step, and with fewer and fewer, whose
+    keys are split more."""
     config, size = model.config, step.block_size
     sizes = (config.num_kv_heads, size, config.head_dim)
     buffers = lay_out(*sizes, model.dtype, model.device)
@@ -157,14 +154,14 @@ def _step(model: Decoder, device: Device, step: LargestStep) -> None:
 
 
 def _sequence(vocab: int) -> TokenSequence:
-    """A row with much to be known of it, that asks for all there is."""
+    """A row of LONG_CONTEXT different tokens with every sampling rule."""
     rules = LogitRules(1.1, 0.1, 0.1, ((0, 1.0),), (0,), 0.01)
     most = LONG_CONTEXT + 1
     sampling = Sampling(
         most, 1.0, top_p=0.9, min_tokens=most, logprobs=min(LOGPROBS, vocab), rules=rules
     )
     tokens = pack_tokens(range(min(LONG_CONTEXT, vocab)))
-    return TokenSequence(Request(0, tokens, sampling, tokens), 0.0)
+    return TokenSequence(Request(RequestId(0), tokens, sampling, tokens), 0.0)
 
 
 def _pool(model: Decoder, step: LargestStep) -> BlockPool:
@@ -176,7 +173,7 @@ def _pool(model: Decoder, step: LargestStep) -> BlockPool:
 
 
 def _decodes(model: Decoder, pool: BlockPool, step: LargestStep) -> list[PagedRow]:
-    """All rows but one, with a long context in few rBlocks."""
+    """All rows but one, each with a long context that repeats few rBlocks."""
     context, size = min(model.config.max_position, LONG_CONTEXT), step.block_size
     listed = [block % pool.num_blocks for block in range(-(-context // size))]
     row = PagedRow(1, context - 1, listed, range(0, context, size), context)

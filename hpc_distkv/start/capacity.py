@@ -10,37 +10,42 @@ from typing import NamedTuple
 import torch
 
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.errors import OptionError
 from hpc_distkv.memory.mapped import mapped_memory
 from hpc_distkv.model.config import ModelConfig, dtype_name
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.start.activations import activation_peak, free_memory
-from hpc_distkv.start.budget import Budget, wanted_bytes
 from hpc_distkv.start.memory_limits import Limit, Room, Seen, in_memory, look, room
-from hpc_distkv.start.needs import dtype_of, loading_memory, rank_memory, shard_memory
+from hpc_distkv.start.needs import (
+    Budget,
+    dtype_of,
+    loading_memory,
+    rank_memory,
+    shard_memory,
+    wanted_bytes,
+)
 from hpc_distkv.start.options import EngineOptions
-from hpc_distkv.step.largest_step import LargestStep
+from hpc_distkv.step.sizes import LargestStep
 
 
 class KvShare(NamedTuple):
-    """What one rank, or all ranks of an instance alike, have for KV."""
+    """What a rank, or every rank of an instance, has for KV."""
 
     blocks: int
     """rBlocks of the pool."""
     lendable: int
-    """Most of them that others may borrow."""
+    """Of these, at most so many may be lent."""
     host_blocks: int
     """rBlocks in the host's memory."""
     copy_seconds: float
-    """In which an rBlock goes there and comes back."""
+    """Seconds to copy an rBlock there and back."""
     staged_from: float
-    """Query rows from which rBlocks there are copied to be attended to."""
+    """Query rows from which the device attends to copies of rBlocks there (`host_costs`)."""
 
 
 def merged(ranks: Iterable[KvShare]) -> KvShare:
-    """Of the ranks of an instance, which hold the same rBlocks and do the same with them: the
-    smallest pools and the dearest copies."""
+    """The share of an instance: the smallest pools and the slowest copies of its ranks, which all
+    hold the same rBlocks."""
     blocks, lendable, host_blocks, copy_seconds, staged_from = zip(*ranks, strict=True)
     return KvShare(
         min(blocks), min(lendable), min(host_blocks), max(copy_seconds), max(staged_from)
@@ -51,12 +56,12 @@ def pool_blocks(
     comm: Comm,
     model: Decoder,
     options: EngineOptions,
-    config: EngineConfig,
+    step: LargestStep,
     block_bytes: int,
     room: Room,
 ) -> int:
-    """rBlocks of the rank's pool, as many as are wanted or as there is memory for: `room` on the
-    node, or what its GPU has free. Raises OptionError."""
+    """rBlocks of the rank's pool, as many as are wanted or as there is memory for beside the
+    largest `step`: `room` on the node, or what its GPU has free. Raises OptionError."""
     world, wanted = comm.world, wanted_bytes(options, block_bytes)
     if comm.device.place.type == "cpu":
         options = replace(options, dtype=dtype_name(model.dtype))
@@ -71,20 +76,8 @@ def pool_blocks(
             "ranks that share a GPU cannot see what the others will take: give --kv-memory or "
             "--num-blocks with --allow-gpu-sharing"
         )
-    others = world.instances - 1 if config.policy.lending else 0
-    if config.host_blocks:
-        others += 1  # The host's processor attends for this rank, as a creditor does.
-    step = LargestStep(
-        tokens=config.max_num_batched_tokens,
-        rows=config.max_num_seqs,
-        block_size=config.block_size,
-        others=others,
-        shares=config.prefix_caching,
-        recorded=config.cuda_graphs,
-        stages=bool(config.host_blocks),
-    )
     peak = activation_peak(model, comm.device, step)
-    peak += config.spare * block_bytes  # beyond the pool
+    peak += step.recorded * block_bytes  # beyond the pool, for padding rows
     free = free_memory(comm.device)
     return device_blocks(
         free, peak, options.gpu_memory_utilization, wanted, block_bytes, step.tokens
@@ -92,7 +85,7 @@ def pool_blocks(
 
 
 def node_room(comm: Comm) -> Room:
-    """What this rank may have of its node's memory, beside the other ranks there. Collective."""
+    """This rank's part of its node's memory, beside the other ranks there. Collective."""
     world = comm.world
     ranks = [
         Seen(resident, given, [Limit(*limit) for limit in limits])
@@ -104,14 +97,14 @@ def node_room(comm: Comm) -> Room:
 
 
 def lone_room(comm: Comm) -> Room:
-    """The same where no other rank is to be heard: as if all of the node had what this one has."""
+    """The same without hearing the others: as if every rank of the node had what this one has."""
     own = look()
     return room(own, [own] * comm.world.local_size)
 
 
 def check_loading(comm: Comm, config: ModelConfig, options: EngineOptions, room: Room) -> None:
-    """Before the weights of the whole model `config` are read: whether this rank has room for them
-    and all else. Raises OptionError."""
+    """Check, before the weights are read, that this rank has room for its shard of the model
+    `config` and all else. Raises OptionError if not."""
     if comm.device.place.type != "cpu":
         return
     world, lanes = comm.world, options.tensor_parallel_size

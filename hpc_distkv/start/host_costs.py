@@ -1,4 +1,4 @@
-"""What the host's memory costs a rank, measured when pools are in use for nothing yet."""
+"""Measures what rBlocks in the host's memory cost a rank, before its pools are used."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow, micro_attention
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.memory.pool import BlockPool
-from hpc_distkv.step.host_pieces import PIECE_BLOCKS, QUERY_ROWS
+from hpc_distkv.step.sizes import PIECE_BLOCKS, QUERY_ROWS
 from hpc_distkv.step.staging import wait_for
 
 MEASURED_BLOCKS = 8
-"""rBlocks that are copied to and fro to measure how long that takes, ..."""
+"""rBlocks that are copied there and back to measure how long that takes, ..."""
 MEASUREMENTS = 3
 """... so many times; the median counts."""
 SHORTEST_CONTEXT, LONGER = 64, 4
@@ -28,7 +28,7 @@ may take longer than what they do."""
 
 
 def copy_seconds(comm: Comm, pool: BlockPool, host_pool: BlockPool) -> float:
-    """Seconds in which one rBlock leaves for the host's memory and comes back."""
+    """Seconds to copy one rBlock to the host's memory and back."""
     count = min(MEASURED_BLOCKS, pool.num_blocks, host_pool.num_blocks)
     ours, hosts = _rblocks(pool, count), _rblocks(host_pool, count)
 

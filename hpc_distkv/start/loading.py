@@ -23,7 +23,7 @@ from hpc_distkv.start.options import EngineOptions
 def open_model(
     comm: Comm, path: str | Path, config: ModelConfig, options: EngineOptions
 ) -> Decoder:
-    """Give every rank its device, and its shard of the decoder in model directory `path`.
+    """Choose every rank's device and load its shard of the decoder in model directory `path`.
     Collective. Raises SetupError on all ranks if one cannot, and NcclError."""
     together(comm, lambda: bind(comm, options))
     room = node_room(comm)
@@ -38,7 +38,7 @@ def open_model(
 
 
 def bind(comm: Comm, options: EngineOptions) -> None:
-    """Give every rank its device. Collective, before the model is loaded. Raises OptionError,
+    """Choose every rank's device. Collective, before the model is loaded. Raises OptionError,
     DeviceError and NcclError."""
     binding.bind(comm, options.device, options.allow_gpu_sharing, options.transport)
     if comm.device.place.type != "cuda":
@@ -51,9 +51,9 @@ def bind(comm: Comm, options: EngineOptions) -> None:
 
 
 def unite(comm: Comm) -> None:
-    """Connect the ranks of this one's instance with each other. Collective: when all have loaded
-    their shards, for a rank that cannot would keep the others waiting; and before pools take the
-    memory that is left. Raises NcclError."""
+    """Connect the ranks of this rank's instance with each other. Collective over all ranks: after
+    all have loaded their shards, for one that fails would keep the others waiting, and before pools
+    take the memory that is left. Raises NcclError."""
     if comm.world.tp > 1:
         comm.transport.unite(comm)
 
@@ -82,11 +82,10 @@ def load_model(
             "the GPU has no room for the weights: give more ranks to a replica "
             f"(--tensor-parallel-size, now {world.tp})"
         ) from error
-    if world.tp > 1:
-        decoder.lanes = Group(comm)
-    return decoder
+    return decoder.among(Group(comm)) if world.tp > 1 else decoder
 
 
 def set_threads(comm: Comm, threads: int | None) -> None:
-    """Give torch this rank's share of the cores; launchers often leave it one, or all."""
+    """Give torch `threads`, or this rank's share of the cores: launchers often leave it one, or
+    all."""
     torch.set_num_threads(threads or max(1, int(comm.world.cores)))

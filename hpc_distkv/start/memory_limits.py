@@ -1,5 +1,5 @@
-"""What limits the memory of this process: the node, Slurm, and the control groups around it, of
-either version. No torch here."""
+"""Limits of this process's memory: of the node, of Slurm, and of its control groups (version 1 or
+2). No torch here."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import NamedTuple
 
 NODE = "the node"
 NO_LIMIT = 1 << 60
-"""Bytes from which on a limit of a control group is none: version 1 writes nearly 2^63."""
+"""Bytes from which a control group's limit means no limit: version 1 writes nearly 2^63."""
 
 
 class Version(NamedTuple):
-    """How a version of control groups names what it counts."""
+    """The file names of one version of control groups."""
 
     limits: tuple[str, ...]
     usage: str
     reclaimable: tuple[str, ...]
-    """Lines of memory.stat: what the kernel drops rather than kill a process, such as the cache of
-    files, mapped ones among them."""
+    """Lines of memory.stat that count what the kernel drops before it kills a process: the cache of
+    files, mapped ones included."""
 
 
 V1 = Version(
@@ -36,45 +36,45 @@ V2 = Version(
 
 
 class Limit(NamedTuple):
-    """Of the memory that this process and others have together."""
+    """A limit of the memory that this process and others use together."""
 
     key: str
-    """Processes of a node for which it is the same share one limit."""
+    """Processes of a node with the same key share the limit."""
     name: str
     """For people."""
     most: int
     """Bytes."""
     left: int | None
-    """Bytes that nobody has; None: what is not resident in those that share it."""
+    """Free bytes; None: all that is not resident in the processes that share the limit."""
 
 
 class Seen(NamedTuple):
-    """What a process sees of its memory."""
+    """A process's memory and its limits, as it sees them."""
 
     resident: int
-    """Bytes that it has and the kernel cannot drop."""
+    """Bytes in use that the kernel cannot drop."""
     given: bool
-    """Whether memory was given to this job alone."""
+    """True if the memory is this job's alone."""
     limits: list[Limit]
 
 
 class Room(NamedTuple):
-    """What one of the processes that share a node may have."""
+    """The memory that one process of a node may use."""
 
     resident: int
-    """Bytes that it has already."""
+    """Bytes that it uses already."""
     left: int
-    """Bytes that it may take beside them: its equal share of what is left."""
+    """Bytes that it may use besides: its equal share of what is free."""
     given: bool
-    """Whether memory was given to this job alone."""
+    """True if the memory is this job's alone."""
     limit: Limit
-    """Which leaves least."""
+    """The limit that leaves least."""
     sharing: int
     """Processes that share this limit."""
 
     @property
     def most(self) -> int:
-        """Bytes that it may have."""
+        """Bytes that it may use in all."""
         return self.resident + self.left
 
 
@@ -92,7 +92,7 @@ def room(own: Seen, node: Sequence[Seen]) -> Room:
 
 
 def look(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> Seen:
-    """What this process sees now, in the file system at `root`."""
+    """Read this process's memory and limits, in the file system at `root`."""
     status = _fields(root / "proc/self/status", ":")
     resident = sum(_kibibytes(status.get(name)) for name in ("RssAnon", "RssShmem"))
     node = _fields(root / "proc/meminfo", ":")
@@ -104,7 +104,7 @@ def look(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) ->
 
 
 def in_memory(path: Path, root: Path = Path("/")) -> bool:
-    """Whether a file at `path` is in memory, and counts as such: on a tmpfs."""
+    """True if a file at `path` takes memory: it is on a tmpfs."""
     mounts = {}
     for line in _lines(root / "proc/self/mountinfo"):
         own, _, other = line.partition(" - ")
@@ -127,13 +127,13 @@ def _slurm_limits(environment: Mapping[str, str]) -> Iterator[Limit]:
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:
-    """What Slurm says there; 0 of what is no number."""
+    """The number in a variable of Slurm; 0 if it is none."""
     digits = environment.get(name, "")
     return int(digits) if digits.isdecimal() else 0
 
 
 def _group_limits(root: Path) -> Iterator[Limit]:
-    """Of the control groups that this process is in, with all that they are in."""
+    """The limits of this process's control groups and of their ancestors."""
     for version, mount, group in _groups(root):
         folder = root / mount.relative_to("/") / group
         for _ in range(len(Path(group).parts) + 1):
@@ -163,14 +163,14 @@ def _groups(root: Path) -> Iterator[tuple[Version, Path, str]]:
 
 
 def _below(path: str, top: str) -> str:
-    """`path` as it is below `top`, which is mounted; all that can be seen of one elsewhere, as in a
-    container, is the top."""
+    """`path` relative to the mounted `top`. Of a path elsewhere, as in a container, only the top is
+    visible."""
     inside = os.path.relpath(path, top)
     return "" if inside.split("/")[0] in (".", "..") else inside
 
 
 def _group_limit(folder: Path, version: Version) -> Limit | None:
-    """Of one control group; None: it has none."""
+    """The limit of one control group; None if it has none."""
     texts = [text.strip() for name in version.limits for text in _lines(folder / name)]
     usage = [text.strip() for text in _lines(folder / version.usage)]
     most = min((int(text) for text in texts if text.isdecimal()), default=NO_LIMIT)
@@ -194,7 +194,7 @@ def _kibibytes(text: str | None) -> int:
 
 
 def _lines(path: Path) -> list[str]:
-    """Those that are not empty; none of a file that is not there."""
+    """The lines of a file that are not empty; [] if it does not exist."""
     try:
         return [line for line in path.read_text().splitlines() if line.strip()]
     except OSError:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 from hpc_distkv.control.policy import POLICIES, Policy
+from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.errors import OptionError
 from hpc_distkv.model.config import DTYPE_BYTES
 
@@ -46,14 +47,14 @@ class EngineOptions:
     """Bytes of the host's memory for rBlocks that the pool has no room for; None: none."""
     host_kv_path: str | None = None
     """Directory on a disk of the node for a file that takes the place of that memory."""
-    block_size: int = 32
-    max_num_seqs: int = 128
-    max_num_batched_tokens: int = 512
+    block_size: int = EngineConfig.block_size
+    max_num_seqs: int = EngineConfig.max_num_seqs
+    max_num_batched_tokens: int = EngineConfig.max_num_batched_tokens
     policy: str | Policy = "lend"
     """How ranks share memory: one of `control.policy.POLICIES`."""
     enable_prefix_caching: bool = True
     """Rows with equal prefixes compute these once on each instance, and share their rBlocks."""
-    move_budget: int = 16
+    move_budget: int = EngineConfig.move_budget
     """KV tokens that may move in a step though no row waits for them."""
     lend_cap: int | None = None
     """Most rBlocks that a rank lends to others; None: all of its pool."""
@@ -77,6 +78,12 @@ class EngineOptions:
             raise OptionError(f"threads must be at most {MOST_THREADS}, not {self.threads}")
         if self.num_blocks is not None and self.kv_memory is not None:
             raise OptionError("num_blocks and kv_memory say the same: give one of them")
+
+    def policy_among(self, instances: int) -> Policy:
+        """The policy by name; a lone instance has nobody to share with."""
+        if instances == 1:
+            return POLICIES["queue"]
+        return POLICIES[self.policy] if isinstance(self.policy, str) else self.policy
 
     @property
     def dummy(self) -> bool:

@@ -101,7 +101,7 @@ def _sorted_weights(
 def _adjusted(
     device: Device, logits: Tensor, sequences: Rows[TokenSequence], before: Tensor | None
 ) -> Tensor:
-    """As `penalties.adjusted`, for all rows."""
+    """As `sampler.adjusted`, for all rows."""
     edits = _edits(sequences, logits.shape[1])
     numbers = iter(device.upload([tensor for kind in edits for tensor in kind.tensors()]))
     biased, withheld, repeated, unknown, counted = (

@@ -1,4 +1,4 @@
-"""What a rank does for its debtors, beside its own steps."""
+"""The creditor's side of debtors' steps: their queries attend to the guests here."""
 
 from __future__ import annotations
 
@@ -8,62 +8,62 @@ from hpc_distkv.attention import PagedBatch, micro_attention
 from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR, Pending
 from hpc_distkv.control.messages.loans import Header
 from hpc_distkv.decide.instance import Instance
+from hpc_distkv.ids import InstanceId, TableKey
 from hpc_distkv.memory.loan import ProtocolError
-from hpc_distkv.step.guest_rows import guest_rows
+from hpc_distkv.step.inputs import guest_rows
 from hpc_distkv.step.parts import Parts
 from hpc_distkv.step.recorder import Kind
 
 
 class Creditor:
-    """Serves the steps of a rank's debtors. Nothing here waits: `push` does what can be done now
-    and is called between the layers of own steps and in every wait, so a debtor never holds up its
-    creditor, and ranks that are debtor and creditor of each other never hold up each other for
-    ever: whoever waits serves.
+    """Serves the steps of a rank's debtors. Nothing here waits: `push` does what can be done now.
+    It is called between the layers of own steps and in every wait. So a debtor never holds up its
+    creditor, and two ranks that are each other's debtors never deadlock: whoever waits serves.
     """
 
     def __init__(self, parts: Parts, instance: Instance) -> None:
         self._parts, self._instance = parts, instance
         self._device, self._time = parts.comm.device, parts.time
-        self._visits: dict[int, Visit] = {}
+        self._steps: dict[InstanceId, DebtorStep] = {}
         """Debtor → the step of it that is being served."""
 
     @property
     def idle(self) -> bool:
-        """Whether no debtor's step is being served."""
-        return not self._visits
+        """True if no debtor's step is being served."""
+        return not self._steps
 
-    def serves(self, debtor: int) -> bool:
-        """Whether a step of `debtor` is being served."""
-        return debtor in self._visits
+    def serves(self, debtor: InstanceId) -> bool:
+        """True if a step of `debtor` is being served."""
+        return debtor in self._steps
 
-    def begin(self, debtor: int, header: Header, now: float) -> None:
+    def begin(self, debtor: InstanceId, header: Header, now: float) -> None:
         """Apply a header and serve its step from now on; the debtor's last one was committed.
         Raises ProtocolError."""
         with self._device.serving():
-            self._visits[debtor] = Visit(self._parts, self._instance, debtor, header, now)
-        self._time.recorder.open(Kind.VISIT, debtor)
+            self._steps[debtor] = DebtorStep(self._parts, self._instance, debtor, header, now)
+        self._time.recorder.open(Kind.DEBTOR_STEP, debtor)
 
-    def push(self) -> list[int]:
-        """Push on every visit. Returns the debtors whose step can be committed. Never blocks, and
+    def push(self) -> list[InstanceId]:
+        """Push on every step. Returns the debtors whose step can be committed. Never blocks, and
         costs next to nothing if there is none."""
-        if not self._visits:
+        if not self._steps:
             return []
         with self._device.serving():
-            return [debtor for debtor, visit in self._visits.items() if visit.advance()]
+            return [debtor for debtor, step in self._steps.items() if step.advance()]
 
-    def served(self, debtor: int) -> bool:
-        """Whether nothing is left of the step of `debtor` but to commit. Never blocks."""
+    def served(self, debtor: InstanceId) -> bool:
+        """True if the step of `debtor` can be committed. Never blocks."""
         with self._device.serving():
-            return self._visits[debtor].advance()
+            return self._steps[debtor].advance()
 
-    def commit(self, debtor: int) -> None:
+    def commit(self, debtor: InstanceId) -> None:
         """The step of `debtor`, all of which was served, is over."""
-        visit = self._visits.pop(debtor)
-        visit.commit()
-        self._time.recorder.close(Kind.VISIT, debtor, debtor, visit.rows)
+        step = self._steps.pop(debtor)
+        step.commit()
+        self._time.recorder.close(Kind.DEBTOR_STEP, debtor, debtor, step.rows)
 
 
-class Visit:
+class DebtorStep:
     """One step of one debtor, seen from its creditor:
 
     header applied → moves of both directions posted
@@ -72,7 +72,7 @@ class Visit:
     """
 
     def __init__(
-        self, parts: Parts, instance: Instance, debtor: int, header: Header, now: float
+        self, parts: Parts, instance: Instance, debtor: InstanceId, header: Header, now: float
     ) -> None:
         self._rank, self._debtor = parts.comm.world.rank_of(debtor), debtor
         self._comm, self._pool, self._instance = parts.comm, parts.pool, instance
@@ -98,7 +98,7 @@ class Visit:
             self._await_queries()
 
     def advance(self) -> bool:
-        """Do what can be done now. Returns whether nothing is left but to commit."""
+        """Do what can be done now. True if the step can be committed."""
         while self._layer < self._pool.layers and self._arriving.done() and self._sent:
             self._serve()
         self._pending = [pending for pending in self._pending if not pending.done()]
@@ -106,11 +106,11 @@ class Visit:
 
     @property
     def _sent(self) -> bool:
-        """Whether the tensors of partial results may be filled anew."""
+        """True if the tensors of partial results may be overwritten."""
         return self._sending is None or self._sending.done()
 
     def commit(self) -> None:
-        """The moves are served where they went."""
+        """Record that the rBlocks are where they were moved to."""
         self._instance.commit_served(self._debtor, *self._moved)
 
     def _post_moves(self) -> None:
@@ -148,7 +148,7 @@ class Visit:
         counters.bytes_queried += self._out.nbytes + self._lse.nbytes
         self._time.leave(self._debtor, self._layer - 1)
 
-    def _hosted(self, guests: list[int]) -> tuple[list[int], list[int]]:
+    def _hosted(self, guests: list[TableKey]) -> tuple[list[int], list[int]]:
         """Slots of these guests, and the logical index of each."""
         slots: list[int] = []
         indices: list[int] = []

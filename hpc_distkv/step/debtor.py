@@ -1,4 +1,4 @@
-"""A rank's own step, as far as it concerns its creditors."""
+"""The debtor's side of a step: queries to creditors, their partial results, moves of rBlocks."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from hpc_distkv.step.recorder import Kind
 
 
 @dataclass(frozen=True)
-class Leg:
-    """What goes to one creditor in every layer of a step, and what comes back."""
+class CreditorExchange:
+    """The tensors that go to one creditor in every layer of a step, and come back."""
 
     rank: int
     rows: torch.Tensor
@@ -31,7 +31,7 @@ class Leg:
 
 
 class Debtor:
-    """The step of a rank that has rBlocks elsewhere. In this order, to every creditor it concerns:
+    """The step of a rank that has rBlocks on creditors. It sends each of them, in this order:
 
         header      by mail, from leader to leader
         moves       the rBlocks of the header, posted before layer 0, awaited after the last
@@ -45,13 +45,12 @@ class Debtor:
         self._comm, self._pool, self._shape = parts.comm, parts.pool, parts.shape
         self._time, self._instance = parts.time, instance
         self._counters = instance.counters
-        self._legs: list[Leg] = []
+        self._exchanges: list[CreditorExchange] = []
         self._moves: Pending | None = None
         self._steps = 0
 
     def begin(self, plan: Plan, now: float) -> bool:
-        """Tell the creditors of the step and post its moves. Returns whether its layers have
-        anything to exchange."""
+        """Send the step's headers and post its moves. True if its layers exchange anything."""
         self._steps += 1
         world = self._comm.world
         for creditor, header in self._instance.headers(plan, now).items():
@@ -63,16 +62,16 @@ class Debtor:
             torch.tensor([q.first + i for q in each for i in range(q.rows)], dtype=torch.int32)
             for each in queries.values()
         ]
-        legs = zip(map(world.rank_of, queries), self._comm.device.upload(rows), strict=True)
-        self._legs = [self._leg(*leg) for leg in legs]
-        return bool(self._legs)
+        peers = zip(map(world.rank_of, queries), self._comm.device.upload(rows), strict=True)
+        self._exchanges = [self._exchange(*peer) for peer in peers]
+        return bool(self._exchanges)
 
     def post_queries(self, q: torch.Tensor) -> None:
         """Send the rows of `q` `[tokens, heads, head_dim]` that have rBlocks elsewhere."""
-        for leg in self._legs:
-            torch.index_select(q, 0, leg.rows, out=leg.queries)
-        sends = [(leg.rank, leg.queries) for leg in self._legs]
-        partials = [(leg.rank, part) for leg in self._legs for part in (leg.out, leg.lse)]
+        for each in self._exchanges:
+            torch.index_select(q, 0, each.rows, out=each.queries)
+        sends = [(each.rank, each.queries) for each in self._exchanges]
+        partials = [(each.rank, part) for each in self._exchanges for part in (each.out, each.lse)]
         self._counters.bytes_queried += sum(tensor.nbytes for _, tensor in sends)
         self._partials = self._comm.transport.exchange(sends, partials, TO_CREDITOR, TO_DEBTOR)
         self._time.recorder.open(Kind.EXCHANGE)
@@ -81,10 +80,10 @@ class Debtor:
         """Merge the creditors' partial results into the rank's own, in place."""
         self._time.enter(Kind.PARTIALS)
         self._partials.wait(f"partial results, layer {layer}, step {self._steps}")
-        self._time.leave(layer, len(self._legs))
-        self._time.recorder.close(Kind.EXCHANGE, one=layer, other=len(self._legs))
-        for leg in self._legs:
-            merge_rows(out, lse, leg.rows, leg.out, leg.lse)
+        self._time.leave(layer, len(self._exchanges))
+        self._time.recorder.close(Kind.EXCHANGE, one=layer, other=len(self._exchanges))
+        for each in self._exchanges:
+            merge_rows(out, lse, each.rows, each.out, each.lse)
 
     def finish(self) -> None:
         """Wait for the moves."""
@@ -105,9 +104,9 @@ class Debtor:
             self._moving = len(sends) + len(recvs)
             self._time.recorder.open(Kind.TRANSFER)
 
-    def _leg(self, rank: int, rows: torch.Tensor) -> Leg:
+    def _exchange(self, rank: int, rows: torch.Tensor) -> CreditorExchange:
         shape, place = (len(rows), *self._shape), self._pool.device
-        return Leg(
+        return CreditorExchange(
             rank,
             rows,
             torch.empty(shape, dtype=self._pool.dtype, device=place),

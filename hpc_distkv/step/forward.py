@@ -19,36 +19,36 @@ from hpc_distkv.step.shared import SharedAttention, groups_of
 
 
 class Elsewhere(Protocol):
-    """What attends to the rBlocks of a step that are not in the pool: `Debtor`, `HostTier`."""
+    """Attends to the rBlocks of a step that are not in the pool: `Debtor` and `HostTier`."""
 
     def post_queries(self, q: torch.Tensor) -> None:
-        """Send off the rows of `q` `[tokens, heads, head_dim]` that have rBlocks there."""
+        """Send the rows of `q` `[tokens, heads, head_dim]` that have rBlocks there."""
 
     def merge(self, layer: int, out: torch.Tensor, lse: torch.Tensor) -> None:
         """Merge the partial results into the rank's own, in place."""
 
 
-class Step(NamedTuple):
-    """What the layers of a step read."""
+class StepInputs(NamedTuple):
+    """What the layers of a step read, on the device."""
 
     tokens: torch.Tensor
-    """As of `Inputs`, but on the device; so the next four."""
+    """This and the next four: as in `Inputs`."""
     positions: torch.Tensor
     ends: torch.Tensor
     blocks: torch.Tensor
     offsets: torch.Tensor
     batch: PagedBatch
-    """What the rows attend to at home, but for what is `shared`."""
+    """What the rows attend to at home, without what is `shared`."""
     lengths: torch.Tensor | None
-    """As of `Model.hidden`."""
+    """As in `Model.hidden`."""
     shared: SharedAttention | None
     elsewhere: Sequence[Elsewhere]
     graphs: DecodeGraphs | None
-    """What may replay the step."""
+    """Where the step can be replayed; None if it cannot."""
 
 
 class Forward:
-    """Runs plans through the model. Owns nothing but the tensors of the step at hand."""
+    """Runs the tokens of a plan through the model. Owns only the tensors of the current step."""
 
     def __init__(
         self,
@@ -57,8 +57,8 @@ class Forward:
         between_layers: Callable[[], None],
         pause: Callable[[], None],
     ) -> None:
-        """`between_layers` is called once a layer, so that control rounds go on during a step,
-        `pause` more often, so that debtors are served."""
+        """`between_layers` is called once a layer and pushes on control rounds; `pause` is called
+        several times a layer and serves debtors. Neither blocks."""
         self._model, self._pool, self._rm = parts.model, parts.pool, rmanager
         self._device, self._graphs = parts.comm.device, parts.graphs
         self._recorder, self._positional = parts.time.recorder, parts.positional
@@ -71,10 +71,10 @@ class Forward:
         drawn: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute the rows' tokens and store their KV. Returns the float32 logits
-        `[sampled rows, vocab]` of those rows that have no token left to compute, in order.
-        `elsewhere`: where rows have rBlocks beside the pool; queries are sent in this order, and
-        what takes longest to answer comes first. `drawn`, on the device, if tokens may be among
-        those that the step before has drawn: see `TokenSequence.expect`."""
+        `[sampled rows, vocab]` of the rows that have no token left to compute, in order.
+        `elsewhere`: where rows have rBlocks outside the pool; queries are sent in this order, to
+        the slowest to answer first. `drawn`: int64, on the device, the tokens that the step before
+        has drawn and the host has not read (`TokenSequence.expect`)."""
         if not rows:
             return torch.empty((0, 0))
         step = self._prepare(rows, elsewhere)
@@ -89,7 +89,7 @@ class Forward:
 
     def _prepare(
         self, rows: Sequence[Scheduled[TokenSequence]], elsewhere: Sequence[Elsewhere]
-    ) -> Step:
+    ) -> StepInputs:
         size = self._pool.block_size
         decodes = all(count == 1 for _, count in rows)
         # Guests would wait for all of a recorded step's hops (`comm.gpu.meeting_transport`).
@@ -109,18 +109,18 @@ class Forward:
             numbers.append(inputs.lengths(rows))
         tokens, positions, ends, blocks, offsets, *lengths = self._device.upload(numbers)
         there = lengths[0] if lengths else None
-        return Step(
+        return StepInputs(
             tokens, positions, ends, blocks, offsets, batch, there, shared, elsewhere, graphs
         )
 
-    def _replay(self, step: Step) -> torch.Tensor | None:
+    def _replay(self, step: StepInputs) -> torch.Tensor | None:
         """The hidden states of a step that can be replayed."""
         inputs = step.tokens, step.positions, step.blocks, step.offsets
         return step.graphs.hidden(step.batch, inputs) if step.graphs else None
 
     def _attend(
         self,
-        step: Step,
+        step: StepInputs,
         layer: int,
         qk: torch.Tensor,
         v: torch.Tensor,
@@ -144,5 +144,5 @@ class Forward:
 
 
 def _known(tokens: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-    """The tokens, where some are among those that were `drawn`: see `TokenSequence.expect`."""
+    """`tokens` with placeholders -1 - n replaced by `drawn[n]` (`TokenSequence.expect`)."""
     return torch.where(tokens < 0, drawn[(-1 - tokens).clamp_(min=0)], tokens)

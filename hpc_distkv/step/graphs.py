@@ -1,11 +1,11 @@
-"""Decode steps as CUDA graphs: what the host asks of the GPU in a step is recorded once.
+"""Decode steps as CUDA graphs: the launches of a step are recorded once and replayed.
 
-A decode step of a small model takes the host, which launches hundreds of kernels, several times
-as long as the GPU. Its launches depend on little: on the number of rows, and on how attention is
-cut. So steps in which every row decodes with all its rBlocks at home are recorded by that form,
-with rows and cuts rounded up, and replayed: the host fills in tokens, slots and cuts, and launches
-once. Sums over the lanes of an instance are part of it, where no host waits for them; it does not
-matter whether other lanes replay the step too.
+In a decode step of a small model the host, which launches hundreds of kernels, takes several times
+as long as the GPU. The launches depend only on the number of rows and on how attention is split. So
+steps in which every row decodes with all its rBlocks at home are recorded by that form, with rows
+and splits rounded up, and replayed: the host fills in tokens, slots and splits, and launches once.
+Sums over the lanes of an instance are part of the graph where no host waits for them, whether or
+not other lanes replay the step too.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ NO_ROW = PagedRow(1, 0, [], [], 0)
 ROW_STEP = 16
 """Rows are rounded up to powers of two, and from here on to multiples."""
 MOST_GRAPHS = 64
-"""Recorded forms: beyond, the least recently used one makes place. What it gives back are its
-inputs, its cuts and the GPU's record of its launches; its part of the memory that all share is for
-the next one to be recorded. That it may be running still cannot be: as many other steps have ended
-since."""
+"""Recorded forms at most: then the least recently used one is dropped. It frees its inputs, its
+splits and the GPU's record of its launches; its part of the shared memory is reused by the next
+form that is recorded. It cannot be running still: as many other steps have ended since."""
 RECORDED_AFTER = 2
-"""Steps of a form that run as they are: to record one takes longer than several steps."""
+"""Steps of a form that run unrecorded first: recording takes longer than several steps."""
 
 
 def recordable(model: Model, q: torch.Tensor, k_cache: torch.Tensor) -> bool:
-    """Whether decode steps of a model can be recorded; `q` and `k_cache`: like its own."""
+    """True if decode steps of the model can be recorded. `q` and `k_cache` have the shapes, dtype
+    and device of its own."""
     kernels = backend.kernels(k_cache.device) if k_cache.is_cuda else None
     return kernels is not None and all(
         model.capturable and kernels.serves(q, k_cache, spec) for spec in model.attention
@@ -59,7 +59,7 @@ def recordable(model: Model, q: torch.Tensor, k_cache: torch.Tensor) -> bool:
 def decode_graphs(
     model: Model, pool: BlockPool, shape: tuple[int, int], wanted: bool
 ) -> DecodeGraphs | None:
-    """What records decode steps, where they are `recordable` and that is `wanted`."""
+    """The recorder of decode steps; None if they are not `wanted` or the device has no kernels."""
     kernels = backend.kernels(pool.device) if wanted else None
     return DecodeGraphs(model, pool, kernels, shape) if kernels else None
 
@@ -70,21 +70,21 @@ class DecodeGraphs:
     def __init__(
         self, model: Model, pool: BlockPool, kernels: TritonKernels, shape: tuple[int, int]
     ) -> None:
-        """`shape`: query heads and head dimension. The last rBlock of the pool is for this."""
+        """`shape`: query heads and head dimension. Padding rows write to the pool's last rBlock."""
         self._model, self._pool, self._kernels, self._shape = model, pool, kernels, shape
         self._specs = {spec.window: spec for spec in model.attention}
         self._seen: Counter[Hashable] = Counter()
         self._graphs: dict[Hashable, DecodeGraph] = {}
         """The least recently used first."""
         self._memory = torch.cuda.graph_pool_handle()
-        """Shared by all: what one leaves is read before the next is replayed."""
+        """Shared by all graphs: the output of one is read before the next is replayed."""
         self._stream = new_stream()
         self._closed = False
-        """Whether no further form is recorded."""
+        """True once recording has failed: no further form is recorded."""
 
     def padded(self, inputs: Inputs) -> Inputs:
-        """Inputs of rows that decode, rounded up to a form. What rows beyond the last write must
-        not touch those of others."""
+        """Inputs of decoding rows, rounded up to a form. Padding rows write only to the spare
+        rBlock."""
         rows = len(inputs.tokens)
         more = _rounded(rows) - rows
         return inputs.padded(rows + more, self._pool.num_blocks - 1) if more else inputs
@@ -128,7 +128,7 @@ class DecodeGraphs:
         return hidden
 
     def _drop(self, form: Hashable) -> None:
-        """Forget a form: should it come back, it is worth recording when it has come back often."""
+        """Forget a form: it is recorded again after `RECORDED_AFTER` more steps of it."""
         del self._graphs[form], self._seen[form]
 
 
@@ -142,13 +142,13 @@ class DecodeGraph:
         self.plans = {window: plan.roomy() for window, plan in plans.items()}
         """Window → what attention launches."""
         self.batch = PagedBatch.build([NO_ROW] * rows)
-        """What attention is called with: all that it says are the plans that it remembers."""
+        """Attention is called with it; it holds nothing but the launch plans it remembers."""
         self._inputs: list[torch.Tensor] = []
         self._graph = torch.cuda.CUDAGraph()
         self._hidden = torch.empty(0)
 
     def fill(self, inputs: Sequence[torch.Tensor], plans: dict[int, LaunchPlan]) -> None:
-        """Take the numbers of a step."""
+        """Copy the inputs and splits of a step in."""
         if not self._inputs:
             self._inputs = list(inputs)
         else:
@@ -157,7 +157,7 @@ class DecodeGraph:
             self.plans[window].take(plan)
 
     def compute(self) -> torch.Tensor:
-        """The hidden states, as every step makes them."""
+        """The hidden states `[rows, hidden]`, launched kernel by kernel."""
         tokens, positions, blocks, offsets = self._inputs
 
         def attend(
@@ -171,8 +171,8 @@ class DecodeGraph:
         return self._model.hidden(tokens, positions, attend, lambda: None, None)
 
     def record(self, stream: torch.cuda.Stream, memory: Any) -> None:
-        """Record `compute` without computing; `memory`: a handle of graph memory. Nothing waits for
-        the device."""
+        """Capture `compute` on `stream`; nothing is computed, and the host does not wait. `memory`:
+        a handle of graph memory."""
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), _uncollected():
             self._graph.capture_begin(pool=memory, capture_error_mode="thread_local")
@@ -183,15 +183,15 @@ class DecodeGraph:
                 self._graph.capture_end()
 
     def replay(self) -> torch.Tensor:
-        """The hidden states of the numbers it was filled with, until the next step is replayed."""
+        """The hidden states of the inputs it was filled with; valid until the next replay."""
         self._model.lanes.replay(self._graph)
         return self._hidden
 
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Without garbage collection. It may find the graphs of a run before, and to destroy one while
-    another is recorded is an error of CUDA's."""
+    """Suspend garbage collection: it may destroy the graphs of an earlier run, which CUDA forbids
+    during a capture."""
     enabled = gc.isenabled()
     gc.disable()
     try:

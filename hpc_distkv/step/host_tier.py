@@ -1,4 +1,4 @@
-"""A rank's own step, as far as it concerns the host's memory."""
+"""rBlocks in the host's memory: a step's attention to them, and copies to and from there."""
 
 from __future__ import annotations
 
@@ -13,30 +13,31 @@ from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow, merge_rows
 from hpc_distkv.comm.device import Event
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.decide.plan import Plan, Query, host_queries
+from hpc_distkv.ids import TableKey
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.memory.rmanager import RManager
 from hpc_distkv.step.forward import Elsewhere
-from hpc_distkv.step.guest_rows import guest_rows
+from hpc_distkv.step.inputs import guest_rows
 from hpc_distkv.step.parts import Parts
 from hpc_distkv.step.recorder import Kind
 from hpc_distkv.step.staging import Staging, wait_for
 
 
 class InPlace:
-    """rBlocks that the host's processor attends to where they are."""
+    """Attention of the host's processor to rBlocks in the host's memory, in place."""
 
     def __init__(self, comm: Comm, host_pool: BlockPool, specs: Sequence[AttentionSpec]) -> None:
         """`specs`: one for each layer."""
         self._comm, self._host_pool, self._specs = comm, host_pool, specs
 
     def begin(self, rows: list[PagedRow], tokens: list[int]) -> None:
-        """A step with these rows: at least one. `tokens`: the step's tokens whose queries they
-        are, in order."""
+        """Begin a step. `rows`: at least one; `tokens`: the step's tokens whose queries they are,
+        in order."""
         self._batch = PagedBatch.build(rows)
         (self._tokens,) = self._comm.device.upload([torch.tensor(tokens, dtype=torch.int32)])
 
     def post_queries(self, q: torch.Tensor) -> None:
-        """Ask for the rows of `q` `[tokens, heads, head_dim]`."""
+        """Fetch the rows of `q` `[tokens, heads, head_dim]` that ask."""
         self._queries = self._comm.device.fetch([q.index_select(0, self._tokens)])
 
     def merge(self, layer: int, out: torch.Tensor, lse: torch.Tensor) -> None:
@@ -55,11 +56,11 @@ class HostTier:
                     processor attends to those in its memory → merged
                     or: copies of the layer's rBlocks → the device attends to these too → merged
 
-    Which of the two is decided for each leg, the queries of a step to the same rBlocks. A few take
-    as long as the rBlocks take to be read, which is soonest done where these are. The more there
-    are, as of a prompt, the more there is to compute, at which the host's processor is many times
-    slower than the device, while one copy serves them all: so legs of `staged_from` query rows and
-    more are copied (`Staging`; `host_costs` measures the number).
+    Which of the two is decided for each group, the queries of a step to the same rBlocks. A few
+    queries take as long as the rBlocks take to be read, which is fastest in place. Many queries, as
+    of a prompt, take computing, at which the host's processor is many times slower than the device,
+    while one copy serves them all: so rBlocks are copied for groups of `staged_from` query rows and
+    more (`Staging`; `host_costs` measures the number).
 
     What is copied is not written to before it has arrived: sealed rBlocks never are, and a slot
     changes its owner at the end of the step. So moves need no order but that.
@@ -76,20 +77,20 @@ class HostTier:
         self._staging = Staging(*ours) if self._staged_from < math.inf else None
 
     def begin(self, plan: Plan) -> bool:
-        """Ask for the plan's copies. Returns whether its layers have anything to attend to here."""
+        """Launch the plan's copies. True if its layers attend to anything here."""
         in_place: list[list[Query]] = []
         staged: list[list[Query]] = []
         for _, queries in groupby(host_queries(self._rm, plan.scheduled), key=attrgetter("guests")):
-            leg = list(queries)
-            copied = sum(query.rows for query in leg) >= self._staged_from
-            (staged if copied else in_place).append(leg)
+            group = list(queries)
+            copied = sum(query.rows for query in group) >= self._staged_from
+            (staged if copied else in_place).append(group)
         self._ways: list[Elsewhere] = []
         if in_place:
-            rows = [row for leg in in_place for row in self._paged(leg)]
+            rows = [row for group in in_place for row in self._paged(group)]
             self._in_place.begin(rows, _tokens(in_place))
             self._ways.append(self._in_place)
         if staged and self._staging:
-            self._staging.begin([self._paged(leg) for leg in staged], _tokens(staged))
+            self._staging.begin([self._paged(group) for group in staged], _tokens(staged))
             self._ways.append(self._staging)
         self._copies = []
         self._copying = len(plan.to_host) + len(plan.from_host)
@@ -128,11 +129,11 @@ class HostTier:
                 pair = (here, there) if leaving else (there, here)
                 self._copies.append(self._comm.device.copy_beside(*pair))
 
-    def _paged(self, leg: list[Query]) -> list[PagedRow]:
-        asked = [query.asked for query in leg]
+    def _paged(self, group: list[Query]) -> list[PagedRow]:
+        asked = [query.asked for query in group]
         return guest_rows(asked, self._hosted, self._host_pool.block_size, self._together)
 
-    def _hosted(self, keys: list[int]) -> tuple[list[int], list[int]]:
+    def _hosted(self, keys: list[TableKey]) -> tuple[list[int], list[int]]:
         """Slots of what the tables of these requests and prefixes have here, and the logical index
         of each."""
         space, tables = self._rm.swap, self._rm.tables
@@ -140,6 +141,6 @@ class HostTier:
         return [space.slots[key][index] for key, index in pairs], [index for _, index in pairs]
 
 
-def _tokens(legs: Iterable[list[Query]]) -> list[int]:
+def _tokens(groups: Iterable[list[Query]]) -> list[int]:
     """Which of the step's tokens their queries are of."""
-    return [query.first + row for leg in legs for query in leg for row in range(query.rows)]
+    return [query.first + row for group in groups for query in group for row in range(query.rows)]

@@ -1,8 +1,11 @@
-"""What one forward pass reads: its tokens, where their KV goes, and what they attend to at home."""
+"""What attention reads: a step's tokens, where their KV goes and what they attend to at home; and
+the rBlocks that the queries of guests attend to."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,12 +13,15 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import pad
 
-from hpc_distkv.attention import PagedBatch
-from hpc_distkv.decide.plan import Scheduled
+from hpc_distkv.attention import PagedBatch, PagedRow
+from hpc_distkv.decide.plan import Asked, Scheduled
 from hpc_distkv.decide.sequence import TokenSequence
+from hpc_distkv.ids import TableKey
 from hpc_distkv.memory.rmanager import RManager
 from hpc_distkv.memory.table import BlockTable, Slots
 
+Hosted = Callable[[list[TableKey]], tuple[list[int], list[int]]]
+"""Guests → their slots, and the logical index of each."""
 Ints = NDArray[np.signedinteger[Any]]
 
 
@@ -114,6 +120,22 @@ def read(
             kv_len=_int32(kv_len),
         ),
     )
+
+
+def guest_rows(
+    asked: Iterable[Asked], hosted: Hosted, block_size: int, together: bool
+) -> list[PagedRow]:
+    """A row for each query, or, `together`, for all queries of the same guests, where positions do
+    not matter: then they are served at once."""
+    rows: list[PagedRow] = []
+    for guests, queries in groupby(asked, key=itemgetter(0)):
+        counts = [(count, position) for _, count, position in queries]
+        if together:
+            counts = [(sum(count for count, _ in counts), 0)]
+        slots, indices = hosted(guests)
+        first_token, kv_len = [index * block_size for index in indices], len(slots) * block_size
+        rows += [PagedRow(n, position, slots, first_token, kv_len) for n, position in counts]
+    return rows
 
 
 def _with_prefixes(

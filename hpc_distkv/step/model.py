@@ -21,8 +21,8 @@ class Model(Protocol):
 
     @property
     def capturable(self) -> bool:
-        """Whether `hidden` asks the same of a device whatever the numbers are, and waits for
-        nothing."""
+        """True if `hidden` launches the same kernels for any input and never syncs, so it can be
+        captured."""
 
     @property
     def needs_lengths(self) -> bool:

@@ -1,4 +1,4 @@
-"""What the parts of a rank's engine have in common."""
+"""What a run on one rank is built from."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from hpc_distkv.step.timesheet import TimeSheet
 
 @dataclass(frozen=True)
 class Parts:
-    """What a rank is made of."""
+    """The complete parts of one rank's run: every object of `step/` and `ranks/` takes its own from
+    here."""
 
     comm: Comm
     model: Model
-    """Its shard."""
+    """This rank's shard."""
     pool: BlockPool
     config: EngineConfig
     shape: tuple[int, int]
@@ -35,6 +36,6 @@ class Parts:
 
     @cached_property
     def positional(self) -> bool:
-        """Whether in some layer it matters where queries and keys stand in their sequence. If not,
-        all queries to the same rBlocks are attended to at once."""
+        """True if scores of some layer depend on positions (windows, ALiBi). If not, all queries to
+        the same rBlocks are attended to at once."""
         return any(spec.positional for spec in self.model.attention)

@@ -1,4 +1,4 @@
-"""What a rank tells of its work, for whoever wants to know when it did what."""
+"""Spans of a rank's time, for traces."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Kind(IntEnum):
     """Queries and partial results under way."""
     TRANSFER = 11
     """rBlocks under way."""
-    VISIT = 12
+    DEBTOR_STEP = 12
     """A debtor's step, from its header until it is committed."""
     ROUND = 13
     """A control round, from the report to its answer."""
@@ -47,13 +47,13 @@ class Recorder:
     """
 
     def span(self, kind: Kind, started: float, ended: float, one: int = 0, other: int = 0) -> None:
-        """A span that is over."""
+        """Note a span that is over."""
 
     def open(self, kind: Kind, key: int = 0) -> None:
-        """A span that overlaps with others begins; of a kind and key there is one at a time."""
+        """Begin a span that may overlap with others; one at a time for each kind and key."""
 
     def close(self, kind: Kind, key: int = 0, one: int = 0, other: int = 0) -> None:
-        """It ends."""
+        """End the span of this kind and key."""
 
     def layer(self, layer: int) -> None:
-        """A layer begins and the last one ends; -1: no other follows in this step."""
+        """End the last layer and begin `layer`; -1 begins none."""

@@ -11,15 +11,15 @@ import numpy.typing as npt
 import torch
 
 from hpc_distkv.comm.device import Device
-from hpc_distkv.control.messages.requests import Sampling
+from hpc_distkv.control.messages.requests import LogitRules, Sampling
 from hpc_distkv.control.messages.token_logprobs import pack_logprobs
 from hpc_distkv.decide.sequence import TokenSequence
+from hpc_distkv.decide.token_counts import TokenCounts
 from hpc_distkv.step.batch_sampler import NO_TOKEN, sample_together
 from hpc_distkv.step.draws import Ids, Weights, draw_keys, race
-from hpc_distkv.step.penalties import adjusted
 
 SORTED = 256
-"""Weights that are sorted without more ado."""
+"""Weights at most that are sorted at once, without dropping light ones first."""
 
 
 Sampled = tuple[list[int], dict[int, bytes]]
@@ -31,13 +31,12 @@ NOBODY_DRAWN = torch.empty(0, dtype=torch.int64)
 
 
 class Draw(NamedTuple):
-    """The next tokens of some sequences, on their way."""
+    """The next tokens of some sequences, still being computed."""
 
     tokens: torch.Tensor
-    """int64 `[sequences]`, on a device that works by itself; any token in place of NO_TOKEN."""
+    """int64 `[sequences]`, on a deferred device (else empty); any token in place of NO_TOKEN."""
     ready: Callable[[], Sampled | None]
-    """Gives them once all that the device was asked for until the draw is done, and None until
-    then. Never blocks."""
+    """Returns the tokens once the device has finished the draw, None before. Never blocks."""
 
 
 def begin_sampling(
@@ -148,6 +147,35 @@ def _choose(logits: torch.Tensor, sequence: TokenSequence, key: Ids) -> int:
     if sampling.temperature > 0 and logits.max().isfinite():
         return race(key, token_weights(logits, sampling))
     return int(logits.argmax())
+
+
+def adjusted(
+    logits: torch.Tensor, rules: LogitRules, counts: TokenCounts | None, begun: bool
+) -> torch.Tensor:
+    """Float32 `logits` `[vocab]` of one row → what is drawn from: the bias is added, tokens are
+    withheld until `begun` (the output has its least length), then come the penalties for
+    repetition, frequency and presence, which need `counts`. The order is that of vLLM (V1)."""
+    logits = logits.clone()
+    if rules.logit_bias:
+        ids, bias = zip(*rules.logit_bias, strict=True)
+        logits[list(ids)] += torch.tensor(bias, dtype=logits.dtype)
+    if rules.withheld and not begun:
+        logits[list(rules.withheld)] = -torch.inf
+    if counts is not None:
+        _penalise(logits, rules, counts)
+    return logits
+
+
+def _penalise(logits: torch.Tensor, rules: LogitRules, counts: TokenCounts) -> None:
+    if rules.repetition_penalty != 1.0:
+        ids = torch.from_numpy(counts.seen)
+        seen = logits[ids]
+        penalty = rules.repetition_penalty
+        logits[ids] = torch.where(seen > 0, seen / penalty, seen * penalty)
+    if rules.frequency_penalty or rules.presence_penalty:
+        ids, times = map(torch.from_numpy, counts.output)
+        logits[ids] -= rules.frequency_penalty * times
+        logits[ids] -= rules.presence_penalty
 
 
 def token_weights(logits: torch.Tensor, sampling: Sampling) -> Weights:

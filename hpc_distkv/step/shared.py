@@ -11,9 +11,10 @@ from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow, merge_rows
 from hpc_distkv.comm.device import Device
 from hpc_distkv.decide.plan import Scheduled
 from hpc_distkv.decide.sequence import TokenSequence
+from hpc_distkv.ids import PrefixId
 from hpc_distkv.memory.prefix import Prefix
 from hpc_distkv.memory.rmanager import RManager
-from hpc_distkv.step.largest_step import MOST_SHARED
+from hpc_distkv.step.sizes import MOST_SHARED
 
 LEAST_SAVED = 8192
 """KV tokens that rows together have to be spared from reading: less costs no more than a further
@@ -37,7 +38,7 @@ def groups_of(
     least = LEAST_SAVED_REPLAYED if replayable else LEAST_SAVED
     if not rm.prefixes.prefixes:
         return {}
-    readers: dict[int, list[int]] = {}
+    readers: dict[PrefixId, list[int]] = {}
     for place, (sequence, _) in enumerate(rows):
         for prefix in rm.prefixes.chain(sequence.id):
             readers.setdefault(prefix.id, []).append(place)

@@ -1,4 +1,4 @@
-"""rBlocks in the host's memory that the rank's device attends to, a piece at a time."""
+"""Attention of the device to rBlocks in the host's memory, copied to it piece by piece."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow, merge_rows
 from hpc_distkv.comm.device import Event
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.memory.pool import BlockPool
-from hpc_distkv.step.host_pieces import BUFFERS, PIECE_BLOCKS
+from hpc_distkv.step.sizes import BUFFERS, PIECE_BLOCKS
 
-Leg = list[PagedRow]
-"""Rows that attend to the same rBlocks in the host's memory."""
+QueryGroup = list[PagedRow]
+"""Rows of queries to the same rBlocks in the host's memory."""
 
 
 class Piece(NamedTuple):
-    """Some rBlocks of one leg, in a layer."""
+    """Some rBlocks of one group in a layer, copied at once."""
 
     queries: slice
-    """The leg's, among all that are staged."""
+    """The group's, among all that are staged."""
     slots: list[int]
     """In the host's memory."""
     batch: PagedBatch
-    """The leg's rows over a buffer that holds these rBlocks in this order."""
+    """The group's rows over a buffer that holds these rBlocks in this order."""
 
 
 class Buffer(NamedTuple):
-    """Where a piece is on the device."""
+    """Room for one piece on the device."""
 
     rblocks: list[torch.Tensor]
     """[2, kv_heads, block_size, head_dim] each."""
@@ -41,7 +41,7 @@ class Buffer(NamedTuple):
 
 
 def wait_for(comm: Comm, copies: Sequence[Event]) -> None:
-    """Until these copies have arrived."""
+    """Wait until these copies have arrived."""
     comm.waiter.until(
         lambda: all(copy.query() for copy in copies) or None,
         "rBlocks on their way to or from the host's memory",
@@ -51,7 +51,7 @@ def wait_for(comm: Comm, copies: Sequence[Event]) -> None:
 def lay_out(
     kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype, place: torch.device
 ) -> list[Buffer]:
-    """The memory of the device that staging takes, whatever is staged."""
+    """Allocate the buffers of the device: the same memory whatever is staged."""
     pool = BlockPool(BUFFERS * PIECE_BLOCKS, 1, kv_heads, block_size, head_dim, dtype, place)
     k, v = pool.layer(0)
     return [
@@ -84,11 +84,11 @@ class Staging:
         self._free = deque(lay_out(kv_heads, size, dim, host_pool.dtype, comm.device.place))
         self._under_way: deque[tuple[Event, Buffer]] = deque()
 
-    def begin(self, legs: Sequence[Leg], tokens: Sequence[int]) -> None:
-        """A step in which these legs are staged. `tokens`: the step's tokens whose queries they
+    def begin(self, groups: Sequence[QueryGroup], tokens: Sequence[int]) -> None:
+        """A step in which these groups are staged. `tokens`: the step's tokens whose queries they
         are, in order."""
         assert not self._under_way
-        self._legs = legs
+        self._groups = groups
         (self._tokens,) = self._comm.device.upload([torch.tensor(tokens, dtype=torch.int32)])
         self._cut: dict[tuple[int, bool], list[Piece]] = {}
         layers = range(len(self._specs))
@@ -97,7 +97,7 @@ class Staging:
             self._ask()
 
     def post_queries(self, q: torch.Tensor) -> None:
-        """Keep the rows of `q` `[tokens, heads, head_dim]` that the legs ask with."""
+        """Keep the rows of `q` `[tokens, heads, head_dim]` that the groups ask with."""
         self._queries = q.index_select(0, self._tokens)
 
     def merge(self, layer: int, out: torch.Tensor, lse: torch.Tensor) -> None:
@@ -120,7 +120,8 @@ class Staging:
         return micro_attention(q, *buffer.cache, batch, spec, causal=False)
 
     def _ask(self) -> None:
-        """For the copy of the next piece, if there is one, behind what reads its buffer."""
+        """Launch the copy of the next piece, if there is one, behind the kernels that read its
+        buffer."""
         following = next(self._ahead, None)
         if following:
             layer, piece = following
@@ -131,26 +132,26 @@ class Staging:
             self._under_way.append((copied, buffer))
 
     def _pieces(self, layer: int) -> list[Piece]:
-        """In layers that see alike they are the same."""
+        """The pieces of a layer; layers with equal windows share them."""
         spec = self._specs[layer]
         key = spec.window, spec.positional
         if key not in self._cut:
             size = self._host_pool.block_size
-            ends = list(accumulate(sum(row.queries for row in leg) for leg in self._legs))
+            ends = list(accumulate(sum(row.queries for row in group) for group in self._groups))
             parts = map(slice, [0, *ends[:-1]], ends)
             self._cut[key] = [
                 piece
-                for leg, part in zip(self._legs, parts, strict=True)
-                for piece in cut(leg, part, spec, size)
+                for group, part in zip(self._groups, parts, strict=True)
+                for piece in cut(group, part, spec, size)
             ]
         return self._cut[key]
 
 
-def cut(leg: Leg, queries: slice, spec: AttentionSpec, block_size: int) -> Iterator[Piece]:
-    """The rBlocks of a leg that a layer's queries see, oldest first. Pieces that only positions
-    tell apart share their batch where positions do not matter, so kernels plan it once."""
-    behind = min(row.query_position for row in leg) - spec.window
-    blocks = sorted(zip(leg[0].first_token, leg[0].blocks, strict=True))
+def cut(group: QueryGroup, queries: slice, spec: AttentionSpec, block_size: int) -> Iterator[Piece]:
+    """The rBlocks of a group that a layer's queries see, oldest first. Where positions do not
+    matter, pieces of one size share their batch, so kernels plan it once."""
+    behind = min(row.query_position for row in group) - spec.window
+    blocks = sorted(zip(group[0].first_token, group[0].blocks, strict=True))
     seen = [(at, slot) for at, slot in blocks if not spec.window or at + block_size > behind + 1]
     batches: dict[tuple[int, ...], PagedBatch] = {}
     for start in range(0, len(seen), PIECE_BLOCKS):
@@ -164,7 +165,7 @@ def cut(leg: Leg, queries: slice, spec: AttentionSpec, block_size: int) -> Itera
             batches[first_token] = PagedBatch.build(
                 [
                     PagedRow(row.queries, row.query_position, slots, first_token, kv_len)
-                    for row in leg
+                    for row in group
                 ]
             )
         yield Piece(queries, [slot for _, slot in part], batches[first_token])

@@ -1,4 +1,4 @@
-"""Where the time of a rank goes."""
+"""How the time of a rank is divided."""
 
 from __future__ import annotations
 
@@ -39,26 +39,26 @@ class TimeSheet:
         self._outer: list[tuple[Kind, float]] = []
 
     def enter(self, kind: Kind) -> None:
-        """From now on it is `kind`."""
+        """Time counts for `kind` from now on."""
         now = self._count()
         self._outer.append((self._kind, self._began))
         self._kind, self._began = kind, now
 
     def leave(self, one: int = 0, other: int = 0, record: bool = True) -> None:
-        """From now on it is again what it was before; `one` and `other` as of `Recorder`."""
+        """Time counts for the kind before again. `one` and `other`: as in `Recorder`."""
         now = self._count()
         if record:
             self.recorder.span(self._kind, self._began, now, one, other)
         self._kind, self._began = self._outer.pop()
 
     def turn(self, kind: Kind) -> None:
-        """From now on it is `kind` instead of what was entered last."""
+        """Leave the current kind, unless it is `kind`, and enter `kind`."""
         if kind is not self._kind:
             self.leave()
             self.enter(kind)
 
     def spent(self, *kinds: Kind) -> float:
-        """Seconds of `kinds` so far, without what goes on now."""
+        """Seconds of `kinds` so far, without the current span."""
         return sum(self._spent[kind] for kind in kinds)
 
     def fill(self, counters: Counters) -> None:

@@ -68,7 +68,13 @@ def lends(row: dict[int, int], **fields: object) -> Report:
 
 def uneven(**others: object) -> tuple[Report, Report]:
     """A long row fills one instance, short rows half of another."""
-    model = {"fixed": 0.01, "per_token": 0.001, "per_kv": 1e-5, "row_blocks": 2.5, "room_rows": 0}
+    model = {
+        "fixed": 0.01,
+        "per_token": 0.001,
+        "per_kv": 1e-5,
+        "request_blocks": 2.5,
+        "room_requests": 0,
+    }
     long = {"free": 0, "running": 1, "seats": 15, "kv_tokens": 3168, "longest": 99}
     short = {"free": 60, "promised": 50, "running": 16, "kv_tokens": 1280} | others
     return report(capacity=100, **model, **long), report(capacity=100, **model, **short)

@@ -7,7 +7,7 @@ from hpc_distkv.control.messages.reports import Report, Reports, encode_report
 
 def report(number: int = 0, **fields: object) -> Report:
     """An idle instance with 10 free rBlocks and room for a row, but for `fields`."""
-    idle = {"capacity": 10, "free": 10, "promised": 0, "room_rows": 1, "room_tokens": 100}
+    idle = {"capacity": 10, "free": 10, "promised": 0, "room_requests": 1, "room_tokens": 100}
     return Report(round=number, **idle | fields)
 
 

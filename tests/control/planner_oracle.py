@@ -40,7 +40,7 @@ def instance(draw: st.DrawFn) -> dict[str, float]:
         "kv_tokens": longest * SIZE + draw(st.integers(0, 2000)),
         "longest": longest,
         "lacking": draw(st.sampled_from((0, 0, 2, 25))),
-        "row_blocks": draw(st.sampled_from((1.0, 4.0, 10.0))),
+        "request_blocks": draw(st.sampled_from((1.0, 4.0, 10.0))),
         "fixed": draw(st.sampled_from((0.01, 0.02))),
         "per_token": draw(st.sampled_from((0.0, 0.0005, 0.001))),
         "per_kv": draw(st.sampled_from((1e-5, 1e-4))),
@@ -69,8 +69,8 @@ class Pair:
         if lacking or not self.waiting:
             seats = one["seats"] if self.waiting else min(one["seats"], 1 if lacking else 0)
             return one["running"], seats, one["kv_tokens"], int(one["promised"])
-        new = min(one["seats"], one["promised"] / one["row_blocks"])
-        blocks = new * one["row_blocks"]
+        new = min(one["seats"], one["promised"] / one["request_blocks"])
+        blocks = new * one["request_blocks"]
         kv_tokens = one["kv_tokens"] + blocks * SIZE
         return one["running"] + new, one["seats"] - new, kv_tokens, int(one["promised"] - blocks)
 
@@ -96,9 +96,9 @@ class Pair:
         if blocks < lacking:
             more = 0.0
         else:
-            more = (blocks - lacking) / self.one["row_blocks"] + (1 if lacking else 0)
+            more = (blocks - lacking) / self.one["request_blocks"] + (1 if lacking else 0)
         more = min(seats, more)
-        less_kv = kv_tokens + (more * self.one["row_blocks"] - blocks) * SIZE
+        less_kv = kv_tokens + (more * self.one["request_blocks"] - blocks) * SIZE
         more_kv = other_kv + blocks * SIZE
         after = self.rate(self.one, rows + more, less_kv, self.exchange)
         after += self.rate(self.other, others, more_kv)

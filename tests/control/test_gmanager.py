@@ -65,12 +65,12 @@ def test_ranks_that_send_no_report_are_heard_too():
 
 def test_rows_arrive_as_they_were_given():
     rows = requests(3)
-    answers = Job(1, rows).round(report(room_rows=9))
+    answers = Job(1, rows).round(report(room_requests=9))
     assert answers[0].assign == rows
 
 
 def test_isolated_instances_get_every_second_row():
-    answers = Job(2, requests(5), POLICIES["isolated"]).round(report(room_rows=9), report())
+    answers = Job(2, requests(5), POLICIES["isolated"]).round(report(room_requests=9), report())
     assert [[row.id for row in answer.assign] for answer in answers] == [[0, 2, 4], [1]]
 
 
@@ -111,7 +111,7 @@ def at_the_tail(*fields: dict[str, float], policy: str = "lend-greedy") -> list[
     return [answer.give_back for answer in job.round(*[report(**row) for row in fields])]
 
 
-BUSY = {"running": 4, "waiting": 9, "work_left": 900.0, "room_rows": 0}
+BUSY = {"running": 4, "waiting": 9, "work_left": 900.0, "room_requests": 0}
 FEW = {"running": 2, "work_left": 400.0}
 
 
@@ -123,7 +123,7 @@ FEW = {"running": 2, "work_left": 400.0}
         (FEW | {"work_left": 450.0}, 5),
         (FEW | {"work_left": 451.0}, 0),
         (FEW | {"waiting": 1}, 0),
-        (FEW | {"room_rows": 0}, 0),
+        (FEW | {"room_requests": 0}, 0),
     ],
 )
 def test_who_has_begun_all_its_rows_gets_half_of_what_waits_at_one_with_twice_its_work(
@@ -163,9 +163,12 @@ def test_rows_are_not_spread_while_there_are_some_to_assign():
 
 def test_rows_that_are_given_back_go_to_where_there_is_least_work():
     job = Job(3, requests(3))
-    home = job.round(*[report(room_rows=3)] + [report(room_rows=0)] * 2)[0].assign
+    home = job.round(*[report(room_requests=3)] + [report(room_requests=0)] * 2)[0].assign
     assert [row.id for row in home] == [0, 1, 2]
-    idle, busy = report(work_left=5.0), report(running=1, waiting=2, work_left=90.0, room_rows=0)
+    idle, busy = (
+        report(work_left=5.0),
+        report(running=1, waiting=2, work_left=90.0, room_requests=0),
+    )
     asked = job.round(busy, idle, idle)
     assert [answer.give_back for answer in asked] == [2, 0, 0], "one for each of them"
     returned = report(running=1, work_left=40.0, changes=Changes(returned=home[1:]))
@@ -193,7 +196,7 @@ def test_a_transfer_is_granted_out_of_the_promise_and_the_rest_is_kept_free():
 
 def test_plans_are_made_every_few_rounds():
     job = Job(2, requests(1), Policy(dgfm=False))
-    job.round(report(room_rows=0), report(room_rows=0))  # nobody has stepped yet
+    job.round(report(room_requests=0), report(room_requests=0))  # nobody has stepped yet
     shed = [job.round(*uneven())[0].shed for _ in range(PLAN_EVERY)]
     assert [bool(blocks) for blocks in shed] == [False] * (PLAN_EVERY - 1) + [True]
 
@@ -239,7 +242,7 @@ def test_what_a_debtor_lends_to_one_that_is_short_is_not_there_to_bring_rblocks_
 
 def test_new_rows_take_their_room_before_rblocks_come_home():
     job = Job(2, requests(1, prompt=64), DGFM)
-    answers = job.round(report(promised=5, room_tokens=99), lends({0: 5}, room_rows=0))
+    answers = job.round(report(promised=5, room_tokens=99), lends({0: 5}, room_requests=0))
     assert len(answers[0].assign) == 1
     assert answers[0].recall == {1: 5 - 64 // 32}
 

@@ -126,7 +126,7 @@ def test_a_row_too_large_gets_its_home_when_it_begins():
     """The one with most room that has none yet."""
     rows = [prompt(0, 150 * BLOCK), prompt(1, 10), prompt(2, 150 * BLOCK)]
     job = Job(2, rows, POLICIES["lend"], block_size=BLOCK)
-    reports = with_large(free=10, room_rows=8, room_tokens=99), with_large(free=20)
+    reports = with_large(free=10, room_requests=8, room_tokens=99), with_large(free=20)
     answers = job.round(*reports)
     assert [[r.id for r in answer.assign] for answer in answers] == [[1], [0]]
     assert [answer.begin for answer in answers] == [[], [0]]
@@ -170,7 +170,7 @@ def test_a_row_too_large_whose_beginning_is_somewhere_is_like_any_other():
     document = pack_tokens(range(150 * BLOCK))
     rows = [Request(n, document + pack_tokens([n] * 9), Sampling(max_tokens=8)) for n in range(3)]
     job = Job(3, rows, POLICIES["lend"], block_size=BLOCK, enable_prefix_caching=True)
-    room = {"room_rows": 8, "room_tokens": 9999}
+    room = {"room_requests": 8, "room_tokens": 9999}
     answers = job.round(
         with_large(**room), with_large(capacity=101, free=101, **room), with_large(**room)
     )
@@ -187,7 +187,7 @@ def test_a_row_waits_for_its_beginning_unless_others_have_much_less_to_do():
         job = Job(3, rows, POLICIES["lend"], block_size=BLOCK, enable_prefix_caching=True)
         assert [len(answer.assign) for answer in job.round(*[with_large()] * 3)] == [1, 0, 0]
         ending = Large(0, True, 152, 152, 0.0, 0.1)
-        full = with_large(ending, work_left=work_left, room_rows=0)
+        full = with_large(ending, work_left=work_left, room_requests=0)
         return [[r.id for r in answer.assign] for answer in job.round(full, *[with_large()] * 2)]
 
     assert homes(140.0 * BLOCK) == [[], [], []]

@@ -73,9 +73,9 @@ def test_no_transfer_closes_a_circle(rows, debts, waiting):
 def test_no_plan_is_a_circle_of_its_own():
     same = {"capacity": 400, "free": 300, "running": 1, "fixed": 0.01, "per_kv": 1e-5}
     rows = [
-        report(**same, seats=5, kv_tokens=120, longest=30, row_blocks=4),
-        report(**same, promised=8, kv_tokens=12, longest=3, row_blocks=1),
-        report(**same, kv_tokens=120, longest=30, row_blocks=1),
+        report(**same, seats=5, kv_tokens=120, longest=30, request_blocks=4),
+        report(**same, promised=8, kv_tokens=12, longest=3, request_blocks=1),
+        report(**same, kv_tokens=120, longest=30, request_blocks=1),
     ]
     transfers = planner().plan(round_of(read(*rows)), waiting=True)
     assert not has_circle({(t.debtor, t.creditor) for t in transfers})
@@ -92,7 +92,7 @@ def plan(
     exchange: float = 0.0,
 ) -> list[Transfer]:
     """`lent`: what instance 1 lends instance 0 before."""
-    given = {"row_blocks": 2.5, "prompt_time": 0.001} | EQUAL
+    given = {"request_blocks": 2.5, "prompt_time": 0.001} | EQUAL
     reports = read(*[report(**given | row) for row in rows])
     ledger = DebtLedger(len(rows))
     ledger.grant(0, 1, lent)
@@ -110,7 +110,7 @@ def test_an_uneven_pair_moves_the_long_row_to_where_there_is_room():
 def test_a_creditor_lends_only_what_its_waiting_rows_leave():
     """Two rows of 20 rBlocks are about to take 40 of the 50 that are promised."""
     rows = uneven()
-    rows[1] |= {"seats": 2, "row_blocks": 20.0}
+    rows[1] |= {"seats": 2, "request_blocks": 20.0}
     assert [transfer.blocks for transfer in plan(rows)] == [10]
     rows[1] |= {"seats": 3}
     assert plan(rows) == []
@@ -120,7 +120,7 @@ def test_a_fragment_goes_to_a_row_that_lacks_it():
     """Each has one row of 60 rBlocks and one that waits, which lacks 20. Half of that brings
     nothing, and so does all that the creditor has if it is less."""
     half = {"capacity": 100, "free": 40, "running": 1, "seats": 15, "kv_tokens": 240, "longest": 59}
-    rows = [half | {"lacking": 20, "row_blocks": 60.0, "promised": 25}] * 2
+    rows = [half | {"lacking": 20, "request_blocks": 60.0, "promised": 25}] * 2
     for waiting in (True, False):
         (transfer,) = plan(rows, waiting)
         assert transfer.blocks in (20, 25)

@@ -63,7 +63,7 @@ class Site:
             "seats": self.seats - self.rows,
             "kv_tokens": self.kv_tokens,
             "longest": max(0, self.long - 1),
-            "row_blocks": self.row,
+            "request_blocks": self.row,
         }
 
 
@@ -119,7 +119,7 @@ def test_a_loan_pays_while_it_frees_the_larger_batch():
 
 def test_a_loan_that_was_just_planned_is_left_alone():
     under_test = planner()
-    reports = read(*[report(**{"row_blocks": 2.5} | EQUAL | row) for row in uneven()])
+    reports = read(*[report(**{"request_blocks": 2.5} | EQUAL | row) for row in uneven()])
     assert under_test.plan(round_of(reports), waiting=True)
     few_and_many = [{"running": 1, "kv_tokens": 100}, {"running": 10, "kv_tokens": 180}]
     ledger, later = lent(few_and_many)

@@ -135,7 +135,7 @@ def test_a_report_says_what_runs_and_what_is_free():
     assert (report.youngest, report.youngest_blocks) == (7, 3)
     assert report.kv_tokens == 9 + 12
     # 8 tokens of output each; the first of them is made already.
-    assert report.row_blocks == pytest.approx((17 + 20) / 2 / BLOCK)
+    assert report.request_blocks == pytest.approx((17 + 20) / 2 / BLOCK)
     assert report.work_left == pytest.approx((17 - 9) + (20 - 12))
 
 
@@ -143,8 +143,8 @@ def test_an_idle_instance_has_nothing_and_room_for_all():
     report = make(max_num_seqs=8, max_num_batched_tokens=64).report()
     assert (report.running, report.waiting, report.lacking) == (0, 0, 0)
     assert (report.youngest, report.youngest_blocks, report.longest) == (-1, 0, 0)
-    assert (report.work_left, report.row_blocks) == (0, 0)
-    assert (report.seats, report.room_rows, report.room_tokens) == (8, 8, 2 * 64)
+    assert (report.work_left, report.request_blocks) == (0, 0)
+    assert (report.seats, report.room_requests, report.room_tokens) == (8, 8, 2 * 64)
     assert (report.drain, report.halt) == (False, False)
 
 
@@ -159,7 +159,7 @@ def test_a_report_says_what_is_wanted_and_for_whom():
     assert report.wanted == 1 + (row_3 - 5) + row_7 - (12 - 5)
     assert (report.wanted_for, report.largest) == (3, 60 // BLOCK)
     assert (report.running, report.waiting, report.longest) == (1, 1, 5)
-    assert (report.seats, report.room_rows, report.room_tokens) == (7, 6, 2 * 64 - 12)
+    assert (report.seats, report.room_requests, report.room_tokens) == (7, 6, 2 * 64 - 12)
 
 
 @pytest.mark.parametrize(("policy", "lacks"), [("lend", True), ("lend-greedy", False)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from clusters import Collect
+from clusters import Collect, engine_of
 from families import prompt
 
 from hpc_distkv.comm.abort import aborting
@@ -16,7 +16,7 @@ from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens, unpack_tokens
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
-from hpc_distkv.ranks.rank import EngineOptions, RankEngine
+from hpc_distkv.ranks.rank import EngineOptions
 from hpc_distkv.start.loading import bind, load_model
 
 ROWS = [(400, 40), (40, 60), (30, 60), (90, 60)]
@@ -24,8 +24,7 @@ ROWS = [(400, 40), (40, 60), (30, 60), (90, 60)]
 
 
 def answers(comm: Comm, model: Decoder, options: EngineOptions) -> dict[int, list[int]]:
-    engine = RankEngine(comm, model, options)
-    engine.join()
+    engine = engine_of(comm, model, options)
     rows = [
         Request(number, pack_tokens(prompt(tokens, number)), Sampling(output, 0.5, seed=number))
         for number, (tokens, output) in enumerate(ROWS)

@@ -7,7 +7,7 @@ import random
 import time
 
 import pytest
-from clusters import run_cluster
+from clusters import engine_of, run_cluster
 
 from hpc_distkv.comm.local.schedule import SeededSchedule
 from hpc_distkv.comm.local.threads import open_local, run_local
@@ -17,7 +17,7 @@ from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.model.family import FAMILIES
 from hpc_distkv.model.weights import random_decoder
-from hpc_distkv.ranks.rank import EngineOptions, RankEngine
+from hpc_distkv.ranks.rank import EngineOptions
 
 VOCABULARY = 128
 BLOCK = 8
@@ -173,8 +173,7 @@ def test_a_row_may_be_as_long_as_the_smallest_home_can_make_it():
 
     def capacity(comm: Comm) -> int:
         blocks, cap = sizes[comm.world.rank]
-        engine = RankEngine(comm, tiny_decoder(), options(blocks, lend_cap=cap))
-        engine.join()
+        engine = engine_of(comm, tiny_decoder(), options(blocks, lend_cap=cap))
         return engine.capacity_blocks
 
     assert run_local(comms, capacity) == [min(16 + 3 + 10, 4 + 16 + 10, 10 + 16 + 3)] * 3

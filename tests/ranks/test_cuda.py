@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from clusters import Outcome, run_cluster
+from clusters import Outcome, engine_of, run_cluster
 from families import VOCABULARY, continuation, prompt, save
 from mpirun import mpirun, run_mpi
 
@@ -20,7 +20,7 @@ from hpc_distkv.control.messages.requests import LogitRules, Request, Sampling, 
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.model.weights import load_decoder
-from hpc_distkv.ranks.rank import EngineOptions, RankEngine
+from hpc_distkv.ranks.rank import EngineOptions
 from hpc_distkv.ranks.worker import Worker
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -158,7 +158,7 @@ def test_rblocks_in_the_hosts_memory_change_no_token(
 ) -> None:
     """Rows are preempted, and one is larger than the pool; queries of so many rows and more are
     attended to on the GPU; torch raises where its own calls would block the host."""
-    monkeypatch.setattr("hpc_distkv.ranks.rank.staged_from", lambda *_: least)
+    monkeypatch.setattr("hpc_distkv.start.layout.staged_from", lambda *_: least)
     monkeypatch.setattr("hpc_distkv.step.staging.PIECE_BLOCKS", 3)
     save(name, tmp_path)
     model, rng = loaded(tmp_path, "cuda"), random.Random(5)
@@ -186,8 +186,7 @@ def test_what_the_hosts_memory_costs_is_measured(tmp_path: Path) -> None:
     save("llama-llama3", tmp_path)
     (comm,) = open_local(1)
     bind(comm, "cuda")
-    engine = RankEngine(comm, loaded(tmp_path, "cuda"), options(40, host_kv_memory=1 << 24))
-    engine.join()
+    engine = engine_of(comm, loaded(tmp_path, "cuda"), options(40, host_kv_memory=1 << 24))
     assert 0 < engine.config.host_staged_from < math.inf
 
 

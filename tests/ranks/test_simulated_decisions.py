@@ -69,7 +69,7 @@ def test_a_simulated_instance_plans_what_a_real_one_does(
         return plan
 
     monkeypatch.setattr(Instance, "plan", watch)
-    monkeypatch.setattr("hpc_distkv.ranks.rank.copy_seconds", lambda *_: 2e-3)
+    monkeypatch.setattr("hpc_distkv.start.layout.copy_seconds", lambda *_: 2e-3)
     # Else a real instance would find what it has computed of a row before.
     outcome = run_cluster(model, rows, 1, replace(settings, enable_prefix_caching=False))
     real, config = list(plans), configs[0]

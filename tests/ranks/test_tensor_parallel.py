@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from clusters import Outcome, run_cluster
+from clusters import Outcome, engine_of, run_cluster
 from test_cluster import BLOCK, demand_of, options, unconstrained
 from test_migration import migrations, rows_of
 from test_sampling_anywhere import Letters, check_same, rows
@@ -25,7 +25,6 @@ from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.model.shard import ModelShard
 from hpc_distkv.model.weights import load_decoder
-from hpc_distkv.ranks.rank import RankEngine
 from hpc_distkv.start.loading import load_model, open_model
 
 OWN = ("steps", "preemptions", "blocks_lent", "blocks_borrowed", "blocks_returned", "migrations")
@@ -144,8 +143,7 @@ def test_the_smallest_pool_of_an_instance_counts(tiny_model):
 
     def blocks(comm: Comm) -> tuple[int, int]:
         settings = options(num_blocks=(20, 30, 50, 40)[comm.world.rank])
-        engine = RankEngine(comm, models[comm.world.rank], settings)
-        engine.join()
+        engine = engine_of(comm, models[comm.world.rank], settings)
         return engine.config.num_blocks, engine.capacity_blocks
 
     assert run_local(open_local(4, tp=2), blocks) == [(20, 60), (20, 60), (40, 60), (40, 60)]

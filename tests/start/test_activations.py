@@ -29,7 +29,7 @@ from hpc_distkv.start import activations
 from hpc_distkv.start.activations import rehearse, serve
 from hpc_distkv.step import creditor, debtor, shared
 from hpc_distkv.step.forward import Forward
-from hpc_distkv.step.largest_step import PROMPTS, LargestStep
+from hpc_distkv.step.sizes import PROMPTS, LargestStep
 
 TOKENS, ROWS = 96, 12
 STEP = LargestStep(TOKENS, ROWS, BLOCK, shares=True)
@@ -136,12 +136,12 @@ def test_what_is_exchanged_in_a_layer_is_counted(whole, monkeypatch):  # noqa: F
 
     def begun(self, *arguments):
         exchanging = begin(self, *arguments)
-        tensors = [t for leg in self._legs for t in (leg.rows, leg.queries, leg.out, leg.lse)]
+        tensors = [t for e in self._exchanges for t in (e.rows, e.queries, e.out, e.lse)]
         legs.append(sum(tensor.nbytes for tensor in tensors))
         return exchanging
 
     def pushed(self):
-        served = [visit for visit in self._visits.values() if visit.rows]
+        served = [step for step in self._steps.values() if step.rows]
         tensors = [t for visit in served for t in (visit._queries, visit._out, visit._lse)]
         visits.append(sum(tensor.nbytes for tensor in tensors))
         return serve(self)

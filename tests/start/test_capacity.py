@@ -12,11 +12,9 @@ import torch
 from hpc_distkv.comm.local.threads import open_local, run_local
 from hpc_distkv.comm.together import SetupError
 from hpc_distkv.control.policy import POLICIES
-from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.errors import OptionError
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.start import capacity, loading
-from hpc_distkv.start.budget import FOUND_SHARE, GIVEN_SHARE, Budget, wanted_bytes
 from hpc_distkv.start.capacity import (
     KvShare,
     device_blocks,
@@ -26,9 +24,16 @@ from hpc_distkv.start.capacity import (
     tier_blocks,
 )
 from hpc_distkv.start.memory_limits import Limit, Room, Seen
-from hpc_distkv.start.needs import Memory
+from hpc_distkv.start.needs import (
+    FOUND_SHARE,
+    GIVEN_SHARE,
+    Budget,
+    Memory,
+    largest_step,
+    wanted_bytes,
+)
 from hpc_distkv.start.options import EngineOptions
-from hpc_distkv.step.largest_step import LargestStep
+from hpc_distkv.step.sizes import LargestStep
 
 MIB = 1 << 20
 
@@ -72,9 +77,9 @@ def rank(device: str, local_size: int = 1) -> SimpleNamespace:
     ("sizes", "step"),
     [
         ({}, {"others": 4}),
-        ({"policy": POLICIES["queue"], "enable_prefix_caching": True}, {"shares": True}),
-        ({"cuda_graphs": True}, {"others": 4, "recorded": True}),
-        ({"host_blocks": 9}, {"others": 5, "stages": True}),
+        ({"policy": POLICIES["queue"], "shares": True}, {"shares": True}),
+        ({"recorded": True}, {"others": 4, "recorded": True}),
+        ({"stages": True}, {"others": 5, "stages": True}),
     ],
 )
 @pytest.mark.parametrize(
@@ -86,19 +91,21 @@ def test_what_the_largest_step_takes_is_not_in_the_pool(
     steps = []
     monkeypatch.setattr(capacity, "activation_peak", lambda *asked: steps.append(asked[2]) or 200)
     monkeypatch.setattr(capacity, "free_memory", lambda device: 1000)
-    config = EngineConfig(1, 16, max_num_seqs=3, max_num_batched_tokens=50, **sizes)
-    blocks = pool_blocks(
-        rank("cuda"), None, EngineOptions(gpu_memory_utilization=0.9, **options), config, 10, ROOM
+    limits = {"block_size": 16, "max_num_seqs": 3, "max_num_batched_tokens": 50}
+    wanted = EngineOptions(gpu_memory_utilization=0.9, **limits, **options)
+    largest = largest_step(
+        wanted, instances=5, **{"policy": POLICIES["lend"], "shares": False} | sizes
     )
+    blocks = pool_blocks(rank("cuda"), None, wanted, largest, 10, ROOM)
     assert steps == [LargestStep(**{"tokens": 50, "rows": 3, "block_size": 16} | step)]
-    beyond = 10 * (config.cuda_graphs and not options)
+    beyond = 10 * (largest.recorded and not options)
     assert blocks == (bytes_for_kv - beyond) // 10
 
 
 def test_ranks_that_share_a_gpu_are_to_say_what_they_take():
     options = EngineOptions(allow_gpu_sharing=True)
     with pytest.raises(OptionError, match="give --kv-memory or --num-blocks with --allow-gpu"):
-        pool_blocks(rank("cuda"), None, options, EngineConfig(1, 16), 10, ROOM)
+        pool_blocks(rank("cuda"), None, options, LargestStep(512, 128, 16), 10, ROOM)
 
 
 def test_what_a_gpu_copies_from_is_in_no_file():

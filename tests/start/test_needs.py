@@ -32,7 +32,7 @@ from hpc_distkv.start.needs import (
     size,
 )
 from hpc_distkv.start.options import EngineOptions
-from hpc_distkv.step.largest_step import LargestStep
+from hpc_distkv.step.sizes import LargestStep
 
 GIB = 1 << 30
 CONFIG = {

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from clusters import Outcome, run_cluster
+from clusters import Outcome, engine_of, run_cluster
 from late_device import be_late
 from test_cluster import BLOCK, VOCABULARY, model, options, unconstrained  # noqa: F401
 from test_tensor_parallel import run, whole  # noqa: F401
@@ -29,7 +29,7 @@ from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.model.family import FAMILIES
 from hpc_distkv.model.weights import random_decoder
-from hpc_distkv.ranks.rank import EngineOptions, RankEngine
+from hpc_distkv.ranks.rank import EngineOptions
 
 BLOCK_BYTES = 2 * 2 * 2 * 16 * BLOCK * 4
 """Of `model`: layers, K and V, KV heads, head dimension."""
@@ -125,7 +125,7 @@ def test_copies_that_cost_more_than_to_compute_again_are_not_made(
     steady_pace,
     monkeypatch,
 ):
-    monkeypatch.setattr("hpc_distkv.ranks.rank.copy_seconds", lambda *_: 1e3)
+    monkeypatch.setattr("hpc_distkv.start.layout.copy_seconds", lambda *_: 1e3)
     outcome = run_cluster(model, pressed(), 1, tier(24, 60))
     assert total(outcome, "preemptions") > 0
     assert total(outcome, "blocks_to_host") == 0
@@ -298,4 +298,4 @@ def test_a_file_serves_as_well_and_never_has_a_name(model, tmp_path):  # noqa: F
 def test_a_tier_that_cannot_be_is_refused_with_the_reason(model, others, words):  # noqa: F811
     (comm,) = open_local(1)
     with pytest.raises(OptionError, match=words):
-        RankEngine(comm, model, options(8, **others))
+        engine_of(comm, model, options(8, **others))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from clusters import run_cluster
+from clusters import engine_of, run_cluster
 from late_device import be_late
 from test_ahead import stopping
 from test_cluster import options, tiny_decoder
@@ -17,10 +17,10 @@ from hpc_distkv.attention import AttentionSpec, micro_attention, rotate_and_writ
 from hpc_distkv.comm.local.schedule import SeededSchedule
 from hpc_distkv.comm.local.threads import open_local
 from hpc_distkv.control.messages.counters import Counters
-from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.memory.rmanager import RManager
 from hpc_distkv.ranks import rank
+from hpc_distkv.start import layout
 from hpc_distkv.step.inputs import read
 
 
@@ -74,7 +74,7 @@ class Replayed:
 def test_steps_that_are_rounded_up_change_no_token(monkeypatch, seed):
     model, rows = tiny_decoder(), stopping(30, random.Random(seed))
     want = run_cluster(model, rows, 1, options(4000)).tokens
-    monkeypatch.setattr(EngineConfig, "spare", 1)
+    monkeypatch.setattr(layout, "recordable", lambda *_: True)
     monkeypatch.setattr(rank, "decode_graphs", lambda model, pool, *_: Replayed(model, pool))
     schedule = SeededSchedule(seed)
     assert run_cluster(model, rows, 1, options(200), schedule, prepare=be_late).tokens == want
@@ -87,7 +87,7 @@ def test_recorded_steps_serve_all_runs_of_an_engine(monkeypatch):
     (comm,) = open_local(1)
     monkeypatch.setattr(rank, "decode_graphs", lambda *_: made.append(object()) or made[-1])
     monkeypatch.setattr(rank, "Worker", lambda parts, *_: used.append(parts) or Ended())
-    engine = rank.RankEngine(comm, tiny_decoder(), options(10))
+    engine = engine_of(comm, tiny_decoder(), options(10))
     for _ in range(2):
         engine.run()
     assert [parts.graphs for parts in used] == made * 2

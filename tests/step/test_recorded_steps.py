@@ -25,7 +25,7 @@ from hpc_distkv.comm.local.schedule import SeededSchedule
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 from hpc_distkv.model.decoder import Decoder
-from hpc_distkv.ranks import rank
+from hpc_distkv.start import layout
 from hpc_distkv.step import graphs
 from hpc_distkv.step.forward import Forward
 from hpc_distkv.step.graphs import DecodeGraph
@@ -117,7 +117,7 @@ def again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(graphs, "new_stream", object)
     monkeypatch.setattr(DecodeGraph, "record", record)
-    monkeypatch.setattr(rank, "recordable", lambda model, q, k_cache: model.capturable)
+    monkeypatch.setattr(layout, "recordable", lambda model, q, k_cache: model.capturable)
     REPLAYED.clear()
 
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accounting import Account
-from clusters import run_cluster
+from clusters import engine_of, run_cluster
 from deferred_copies import DeferredEvent
 from families import VOCABULARY as WORDS
 from families import save
@@ -28,13 +28,12 @@ from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.weights import load_decoder
-from hpc_distkv.ranks.rank import RankEngine
 from hpc_distkv.start import host_costs
 from hpc_distkv.start.activations import stage
 from hpc_distkv.start.host_costs import QUERY_ROWS, attend_seconds, staged_from
 from hpc_distkv.step import host_tier as host
 from hpc_distkv.step import staging
-from hpc_distkv.step.largest_step import LargestStep
+from hpc_distkv.step.sizes import LargestStep
 from hpc_distkv.step.staging import BUFFERS, Staging
 
 KV_HEADS, DIM = 2, 16
@@ -384,7 +383,7 @@ def legs(monkeypatch) -> dict[str, list[int]]:
 
 
 def force(monkeypatch, least: float) -> None:
-    monkeypatch.setattr("hpc_distkv.ranks.rank.staged_from", lambda *_: least)
+    monkeypatch.setattr("hpc_distkv.start.layout.staged_from", lambda *_: least)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -444,13 +443,13 @@ def test_all_ranks_of_an_instance_stage_their_part(monkeypatch, legs, tiny_model
 def test_the_rank_of_an_instance_for_which_copies_pay_least_decides(tiny_model, monkeypatch):
     models = shards(tiny_model, 4, 2)
     monkeypatch.setattr(
-        "hpc_distkv.ranks.rank.staged_from", lambda comm, *_: [3.0, 7.0, 5.0, 2.0][comm.world.rank]
+        "hpc_distkv.start.layout.staged_from",
+        lambda comm, *_: [3.0, 7.0, 5.0, 2.0][comm.world.rank],
     )
     comms = open_local(4, tp=2)
 
     def joined(comm) -> float:
-        engine = RankEngine(comm, models[comm.world.rank], options(16, host_kv_memory=1 << 16))
-        engine.join()
+        engine = engine_of(comm, models[comm.world.rank], options(16, host_kv_memory=1 << 16))
         return engine.config.host_staged_from
 
     assert run_local(comms, joined) == [7.0, 7.0, 5.0, 5.0]

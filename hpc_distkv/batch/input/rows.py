@@ -24,6 +24,7 @@ from hpc_distkv.batch.input.sampling import asked_tokens, check_vocabulary, read
 from hpc_distkv.batch.input.service import Limits, Service
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 from hpc_distkv.errors import ForeignError, foreign_code
+from hpc_distkv.ids import RequestId
 from hpc_distkv.model.errors import ModelError, TooLongError
 
 
@@ -53,7 +54,7 @@ class Row:
             seed = self.sampling.seed
             seed = derive_seed(seed, f"choice {choice}") if choice else seed
             sampling = msgspec.structs.replace(self.sampling, seed=seed)
-            yield Request(self.number * MOST_CHOICES + choice, prompt, sampling)
+            yield Request(RequestId(self.number * MOST_CHOICES + choice), prompt, sampling)
 
 
 def which_choice(request_id: int) -> tuple[int, int]:

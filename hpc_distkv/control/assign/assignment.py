@@ -121,12 +121,12 @@ class Assignment:
 
     def assign(
         self,
-        room_rows: Column,
+        room_requests: Column,
         room_tokens: Column,
         work_left: Column,
         step_tokens: float = 1.0,
     ) -> dict[int, list[Request]]:
-        """New requests by instance; instances without any are left out. `room_rows`,
+        """New requests by instance; instances without any are left out. `room_requests`,
         `room_tokens`: requests and prompt tokens that there is room for; `work_left`: work there is
         already; `step_tokens`: prompt tokens that could be computed in the time of a decode
         step."""
@@ -134,11 +134,11 @@ class Assignment:
         given: dict[int, list[Request]] = {}
         if not self.waiting:
             return given
-        ready = np.flatnonzero((room_rows > 0) & (room_tokens > 0))
+        ready = np.flatnonzero((room_requests > 0) & (room_tokens > 0))
         if self._dealt is not None:
-            self._deal(ready.tolist(), room_rows, room_tokens, given)
+            self._deal(ready.tolist(), room_requests, room_tokens, given)
             return given
-        columns = (work_left[ready], ready, room_rows[ready], room_tokens[ready])
+        columns = (work_left[ready], ready, room_requests[ready], room_tokens[ready])
         places = Places(map(Place, *(column.tolist() for column in columns)))
         if self._affinity:
             self._give_large_to_holders(places, given)
@@ -154,8 +154,7 @@ class Assignment:
         for request in self.queue.large[:LOOK_AHEAD]:
             holders, known = self._prefix(request)
             if place := places.least(holders):
-                self.queue.large.remove(request)
-                self._give(request, place.instance, given)
+                self._give(self.queue.take_large(request.id), place.instance, given)
                 places.take(place, self._work(request, known), request.length - known)
 
     def _prefix(self, request: Request) -> tuple[list[int], int]:
@@ -187,8 +186,7 @@ class Assignment:
 
     def give_large(self, number: int, instance: int) -> Request:
         """Request `number` out of `large` goes to `instance`."""
-        request = next(request for request in self.queue.large if request.id == number)
-        self.queue.large.remove(request)
+        request = self.queue.take_large(number)
         self._give(request, instance, {})
         return request
 
@@ -207,19 +205,19 @@ class Assignment:
     def _deal(
         self,
         ready: Sequence[int],
-        room_rows: Column,
+        room_requests: Column,
         room_tokens: Column,
         given: dict[int, list[Request]],
     ) -> None:
         """Give each instance that is `ready` what it was dealt."""
         assert self._dealt is not None
         for instance in ready:
-            rows, tokens = int(room_rows[instance]), int(room_tokens[instance])
+            requests, tokens = int(room_requests[instance]), int(room_tokens[instance])
             hand = self._dealt[instance]
-            while rows > 0 and tokens > 0 and (hand or self._deal_until(instance)):
+            while requests > 0 and tokens > 0 and (hand or self._deal_until(instance)):
                 request = hand.popleft()
                 self._give(request, instance, given)
-                rows, tokens = rows - 1, tokens - request.length
+                requests, tokens = requests - 1, tokens - request.length
 
     def _deal_until(self, instance: int) -> bool:
         """Deal requests until `instance` gets one. Returns False if there is none for it."""
@@ -265,8 +263,8 @@ class Place(NamedTuple):
     load: float
     """Predicted work of its requests."""
     instance: int
-    rows: int
-    """Requests that may still be assigned."""
+    requests: int
+    """That may still be assigned."""
     tokens: int
     """Prompt tokens after which no further request should be."""
 
@@ -296,9 +294,9 @@ class Places:
     def take(self, place: Place, work: float, tokens: int) -> None:
         """One more request goes to `place`: so much work, with so many tokens of its prompt to
         compute."""
-        load, instance, rows, room = place
+        load, instance, requests, room = place
         del self._open[instance]
-        if rows > 1 and room > tokens:
-            taken = Place(load + work, instance, rows - 1, room - tokens)
+        if requests > 1 and room > tokens:
+            taken = Place(load + work, instance, requests - 1, room - tokens)
             self._open[instance] = taken
             heapq.heappush(self._heap, taken)

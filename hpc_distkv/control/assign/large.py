@@ -23,7 +23,7 @@ class Placed(NamedTuple):
     """A request at its home, or where it would begin."""
 
     home: int
-    request: Large
+    large: Large
 
 
 def begin_large(round: Round, assignment: Assignment, step_tokens: float) -> list[Placed]:
@@ -38,25 +38,25 @@ def begin_large(round: Round, assignment: Assignment, step_tokens: float) -> lis
     """
     reports = round.reports
     at_home = [Placed(i, each) for i, changes in reports.changes.items() for each in changes.large]
-    begun = [placed for placed in at_home if placed.request.begun]
-    waiting = [placed for placed in at_home if not placed.request.begun]
+    begun = [placed for placed in at_home if placed.large.begun]
+    waiting = [placed for placed in at_home if not placed.large.begun]
     waiting += _not_assigned(reports, assignment, {placed.home for placed in at_home})
-    waiting.sort(key=lambda placed: placed.request.request)
+    waiting.sort(key=lambda placed: placed.large.request)
     blocked = np.zeros(len(reports), dtype=bool)
     begin = []
     for placed in waiting[:MOST_CONSIDERED]:
-        home, request = placed
-        near = round.links.classes(home) <= round.reach(home, request.blocks)
+        home, one = placed
+        near = round.links.classes(home) <= round.reach(home, one.blocks)
         # One that goes on with what others share may need little: it passes.
-        large = request.blocks > reports.capacity[home]
+        large = one.blocks > reports.capacity[home]
         if large and (blocked & near).any():
             continue  # an older one waits for the same room
         pools = int(reports.capacity[near].sum())
         # Requests too large for the pools around their homes take part everywhere.
-        beside = [other for other in begun if near[other.home] or other.request.blocks > pools]
+        beside = [other for other in begun if near[other.home] or other.large.blocks > pools]
         # Long prompts at one home are computed one after the other.
-        busy = large and any(other.home == home and other.request.prompt for other in beside)
-        together = [request, *(other.request for other in beside)]
+        busy = large and any(other.home == home and other.large.prompt for other in beside)
+        together = [one, *(other.large for other in beside)]
         if beside and (busy or peak(together, step_tokens) > SHARE * pools):
             blocked |= near
         else:

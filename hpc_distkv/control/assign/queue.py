@@ -73,6 +73,11 @@ class RequestQueue:
             bisect.insort(self.large, request, key=attrgetter("id"))
         return request
 
+    def take_large(self, number: int) -> Request:
+        """Request `number` out of `large`, as of `pull`."""
+        place = next(i for i, request in enumerate(self.large) if request.id == number)
+        return self.large.pop(place)
+
     def _next(self) -> Request | None:
         if not self.exhausted and len(self.large) < self._most_ahead:
             self._read_ahead()

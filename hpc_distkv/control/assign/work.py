@@ -15,7 +15,7 @@ def work(start: int, end: float, attention_tokens: float) -> float:
 
 
 def kv_tokens(prompt: int, max_tokens: int) -> int:
-    """Most tokens whose KV a request can come to need: the last output token needs none."""
+    """Most tokens whose KV a request can need: the last output token needs none."""
     return prompt + max_tokens - 1
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 
+from hpc_distkv.ids import InstanceId
+
 
 class DebtLedger:
     """The global debt graph: an edge u → v of weight w says that instance u borrows w rBlocks
@@ -21,7 +23,7 @@ class DebtLedger:
         self._owed: list[dict[int, int]] = [{} for _ in range(instances)]
         self._members: set[int] = set()
 
-    def set_lent(self, creditor: int, lent: Mapping[int, int]) -> None:
+    def set_lent(self, creditor: int, lent: Mapping[InstanceId, int]) -> None:
         """What `creditor` reports to lend: debtor → rBlocks."""
         for debtor in self._lent[creditor].keys() - lent.keys():
             self._put(debtor, creditor, 0)

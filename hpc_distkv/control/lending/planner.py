@@ -39,7 +39,7 @@ class Load(NamedTuple):
     longest: int
     lacking: int
     """rBlocks that the next request lacks to begin."""
-    row_blocks: float
+    request_blocks: float
     fixed: float
     per_token: float
     per_kv: float
@@ -90,21 +90,21 @@ class Model:
         per_kv = reports.per_kv.item(instance)
         if not fixed + per_token > 0:
             fixed, per_token, per_kv = self._means
-        row_blocks = max(1.0, reports.row_blocks.item(instance))
+        request_blocks = max(1.0, reports.request_blocks.item(instance))
         lacking = reports.lacking.item(instance)
         seats, promised = reports.seats.item(instance), reports.promised.item(instance)
         if not waiting:
             seats = min(seats, int(lacking > 0))
         # Where a request lacks room, what is promised is of no use to those that wait.
-        new = 0.0 if lacking else min(seats, promised / row_blocks)
+        new = 0.0 if lacking else min(seats, promised / request_blocks)
         return Load(
             rows=reports.running.item(instance) + new,
             seats=seats - new,
-            kv_tokens=reports.kv_tokens.item(instance) + new * row_blocks * self.size,
-            spare=int(promised - new * row_blocks),
+            kv_tokens=reports.kv_tokens.item(instance) + new * request_blocks * self.size,
+            spare=int(promised - new * request_blocks),
             longest=reports.longest.item(instance),
             lacking=lacking,
-            row_blocks=row_blocks,
+            request_blocks=request_blocks,
             fixed=fixed,
             per_token=per_token,
             per_kv=per_kv,
@@ -233,12 +233,12 @@ def _shift(one: Load, other: Load, blocks: int, size: int) -> tuple[Load, Load]:
     """Debtor and creditor after a transfer of `blocks` spare rBlocks of `size` tokens."""
     beyond = blocks - one.lacking
     first = 1 if one.lacking and beyond >= 0 else 0
-    more = min(one.seats, first + max(0, beyond) / one.row_blocks)
+    more = min(one.seats, first + max(0, beyond) / one.request_blocks)
     return (
         one._replace(
             rows=one.rows + more,
             seats=one.seats - more,
-            kv_tokens=one.kv_tokens + (more * one.row_blocks - blocks) * size,
+            kv_tokens=one.kv_tokens + (more * one.request_blocks - blocks) * size,
             longest=one.longest - blocks,
             lacking=max(0, -beyond),
         ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from hpc_distkv.control.messages.requests import NOBODY, Request
+from hpc_distkv.ids import InstanceId, RequestId
 
 
 class Answer(msgspec.Struct, omit_defaults=True):
@@ -14,17 +15,17 @@ class Answer(msgspec.Struct, omit_defaults=True):
     assign: list[Request] = []
     give_back: int = 0
     """Requests to return that were not begun, the youngest first."""
-    lend: dict[int, int] = {}
+    lend: dict[InstanceId, int] = {}
     """Debtor → rBlocks of the promise to set aside for it."""
     granted: int = 0
     """rBlocks of those wanted that were granted: credit that their creditors will open by mail."""
-    shed: dict[int, int] = {}
+    shed: dict[InstanceId, int] = {}
     """Creditor → rBlocks of the longest requests to move there as credit is opened."""
-    recall: dict[int, int] = {}
+    recall: dict[InstanceId, int] = {}
     """Creditor → rBlocks to bring home."""
     keep: int = 0
     """rBlocks to leave free for loans to come: admit nothing into them."""
-    begin: list[int] = []
+    begin: list[RequestId] = []
     """Requests too large for the instance that may begin with what there is, and borrow."""
     admit_before: int = NOBODY
     """No request younger than this may be admitted; NOBODY: all may."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from hpc_distkv.control.messages.requests import Request
+from hpc_distkv.ids import PrefixId, TableKey
 
 
 class Handover(msgspec.Struct, frozen=True, array_like=True):
@@ -25,23 +26,23 @@ class Header(msgspec.Struct, frozen=True, array_like=True, tag="header"):
     """A debtor to a creditor before layer 0 of a step of the debtor, if there is anything to tell.
     Applied in this field order."""
 
-    splits: list[tuple[int, int, int]]
+    splits: list[tuple[PrefixId, int, PrefixId]]
     """(prefix, logical index, new prefix) of mine: the guest's rBlocks before that index are the
     new prefix's."""
-    released: list[int]
+    released: list[TableKey]
     """Requests and prefixes of mine that ended: free their guests."""
-    dropped: list[tuple[int, int]]
+    dropped: list[tuple[TableKey, int]]
     """(request, logical index) of mine that go on: free their guests' rBlocks before that index."""
     returned: int
     """Credit of mine that I give back."""
-    moves: list[tuple[int, int]]
+    moves: list[tuple[TableKey, int]]
     """(request or prefix, logical index) of the rBlocks I send you behind this step's layers."""
-    recalls: list[tuple[int, int]]
+    recalls: list[tuple[TableKey, int]]
     """(request or prefix, logical index) of my rBlocks with you: send them back behind this step's
     layers."""
     handovers: list[Handover]
     """Requests of mine of which you host all rBlocks after this step: they are yours from then."""
-    queries: list[tuple[list[int], int, int]]
+    queries: list[tuple[list[TableKey], int, int]]
     """(request or prefixes, query rows, position of the first) of mine that attend to these guests
     with you, in order of the rows."""
 

@@ -17,6 +17,7 @@ from hpc_distkv.control.assign.work import STEP_TOKENS
 from hpc_distkv.control.messages.counters import Counters
 from hpc_distkv.control.messages.requests import NOBODY, Request, Result, Unfinished
 from hpc_distkv.errors import FaultError
+from hpc_distkv.ids import InstanceId, RequestId
 
 
 class Remains(msgspec.Struct, frozen=True, array_like=True):
@@ -30,7 +31,7 @@ class Remains(msgspec.Struct, frozen=True, array_like=True):
 class Large(msgspec.Struct, frozen=True, array_like=True):
     """What is expected of a request that is too large for one pool."""
 
-    request: int
+    request: RequestId
     begun: bool
     """Whether it runs, or may begin as soon as there is room for its first tokens."""
     held: int
@@ -46,10 +47,10 @@ class Large(msgspec.Struct, frozen=True, array_like=True):
 class Changes(msgspec.Struct, frozen=True, array_like=True):
     """The part of a report that most reports do without."""
 
-    lent: dict[int, int] | None = None
+    lent: dict[InstanceId, int] | None = None
     """Debtor → rBlocks lent or set aside; None: as reported last."""
     results: list[Result] = []
-    adopted: list[int] = []
+    adopted: list[RequestId] = []
     """Requests of other instances that were handed over to this one."""
     counters: Counters | None = None
     returned: list[Request] = []
@@ -86,7 +87,7 @@ class Numbers(msgspec.Struct, Generic[Count, Number, Flag], frozen=True, kw_only
     """Expected KV, in rBlocks, of the largest request that wants any."""
     starved: Flag = _NONE
     """`wanted_for` cannot go on, and no younger request at home could be preempted."""
-    room_rows: Count = _NONE
+    room_requests: Count = _NONE
     """Requests that may be assigned now."""
     room_tokens: Count = _NONE
     """Prompt tokens after which no further request should be assigned."""
@@ -112,7 +113,7 @@ class Numbers(msgspec.Struct, Generic[Count, Number, Flag], frozen=True, kw_only
     """KV tokens attended to here in a step of decodes: own ones at home, and guests."""
     work_left: Number = _NONE
     """Predicted work of all requests that run or wait here (`control.assign.work`)."""
-    row_blocks: Number = _NONE
+    request_blocks: Number = _NONE
     """Mean expected KV, in rBlocks, of a request here; 0 if unknown."""
     fixed: Number = _NONE
     """Fitted seconds of a decode step, however many requests it has."""

@@ -1,4 +1,4 @@
-"""Rows as the engine sees them, and what becomes of them.
+"""Requests, and what becomes of them.
 
 All records that travel between instances and the gManager, and between loan partners, are msgspec
 structs, frozen but for `Counters` and `Answer`: compact on the wire and checked when they are
@@ -13,6 +13,8 @@ from collections.abc import Iterable
 
 import msgspec
 import numpy as np
+
+from hpc_distkv.ids import RequestId
 
 NOT_FINITE = "not_finite"
 """The `finish_reason` of a request for which the model computed logits that are no numbers."""
@@ -34,7 +36,7 @@ def unpack_tokens(packed: bytes) -> list[int]:
 
 
 class LogitRules(msgspec.Struct, frozen=True, array_like=True):
-    """What decides on a token beside temperature, top-k and top-p; most requests have none."""
+    """What decides on a token beside temperature, top-k and top-p. Most requests have none."""
 
     repetition_penalty: float = 1.0
     """Of tokens in prompt or output: positive logits are divided by it, others multiplied."""
@@ -86,9 +88,10 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Request(msgspec.Struct, frozen=True, array_like=True):
-    """One row to be answered. `id` is its place in the global order: lower is older."""
+    """What the engine answers: a prompt of the batch file, or one of its `n` choices. `id` is its
+    place in the global order: lower is older."""
 
-    id: int
+    id: RequestId
     prompt: bytes
     """`pack_tokens` of the prompt; never empty."""
     sampling: Sampling

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from hpc_distkv.ids import InstanceId, RequestId, TableKey
 from hpc_distkv.memory.books.slots import FreeSlots
 from hpc_distkv.memory.loan import Copies, Debt, Dropped, Move, MoveKind, News, Split
 from hpc_distkv.memory.prefix import Prefix
@@ -14,10 +15,10 @@ class Borrower:
     """Owner of what an instance owes, and of what its creditors have copies of: the part of its
     RManager that faces its creditors. Ends are told to them by the next header (`settle`)."""
 
-    def __init__(self, slots: FreeSlots, tables: Mapping[int, BlockTable]) -> None:
-        self.debts: dict[int, Debt] = {}
+    def __init__(self, slots: FreeSlots, tables: Mapping[TableKey, BlockTable]) -> None:
+        self.debts: dict[InstanceId, Debt] = {}
         """By creditor."""
-        self.copies: dict[int, Copies] = {}
+        self.copies: dict[TableKey, Copies] = {}
         """Migrating request → what its next home has of it."""
         self.outgoing: list[Move] = []
         """rBlocks on their way to creditors."""
@@ -37,12 +38,12 @@ class Borrower:
         """rBlocks hosted for this instance elsewhere."""
         return sum(debt.used for debt in self.debts.values())
 
-    def credit_opened(self, creditor: int, blocks: int) -> None:
+    def credit_opened(self, creditor: InstanceId, blocks: int) -> None:
         """`creditor` has reserved `blocks` slots for this instance."""
         if blocks:
             self.debts.setdefault(creditor, Debt()).credit += blocks
 
-    def return_credit(self, creditor: int, blocks: int) -> None:
+    def return_credit(self, creditor: InstanceId, blocks: int) -> None:
         """Give up `blocks` of unused credit; the next header tells the creditor."""
         debt = self.debts[creditor]
         assert 0 <= blocks <= debt.credit
@@ -51,12 +52,12 @@ class Borrower:
 
     # -- moves ----------------------------------------------------------------------------------
 
-    def move_out(self, key: int, index: int, creditor: int) -> Move:
+    def move_out(self, key: TableKey, index: int, creditor: InstanceId) -> Move:
         """Begin to move a sealed rBlock of a request or prefix to a creditor with credit."""
         table = self._tables[key]
         return self._send(Move(key, index, table.slots[table.place(index)], creditor))
 
-    def copy_out(self, request: int, creditor: int) -> Move:
+    def copy_out(self, request: RequestId, creditor: InstanceId) -> Move:
         """Begin to copy the next rBlock of a request that is all at home."""
         copies = self.copies.setdefault(request, Copies(creditor))
         assert copies.creditor == creditor
@@ -64,7 +65,7 @@ class Borrower:
         copies.blocks += 1
         return self._send(Move(request, copies.blocks - 1, slot, creditor, MoveKind.COPY))
 
-    def bring_home(self, key: int, index: int, creditor: int) -> Move:
+    def bring_home(self, key: TableKey, index: int, creditor: InstanceId) -> Move:
         """Begin to bring an rBlock back from its creditor; there must be a usable slot."""
         assert self._slots.usable > 0
         move = Move(key, index, self._slots.take(), creditor, MoveKind.RECALL)
@@ -83,7 +84,7 @@ class Borrower:
             self._tables[move.key].to_home(move.block, move.peer, move.slot)
             self._pay(move.peer, 1)
 
-    def moves(self, key: int) -> bool:
+    def moves(self, key: TableKey) -> bool:
         """Whether rBlocks of a request or prefix are on their way to creditors or home."""
         return any(m.key == key for m in self.outgoing) or any(m.key == key for m in self.incoming)
 
@@ -98,7 +99,7 @@ class Borrower:
 
     # -- ends -----------------------------------------------------------------------------------
 
-    def release(self, key: int, table: BlockTable) -> None:
+    def release(self, key: TableKey, table: BlockTable) -> None:
         """The creditors of a request or prefix that ended are to free their guests."""
         copies = self.copies.pop(key, None)
         for creditor, debt in self.debts.items():
@@ -109,7 +110,7 @@ class Borrower:
             if blocks:
                 debt.released[key] = blocks
 
-    def drop(self, request: int, part: BlockTable, first: int) -> None:
+    def drop(self, request: RequestId, part: BlockTable, first: int) -> None:
         """The creditors of `part`, the rBlocks of a request before logical rBlock `first`, are to
         free it."""
         for creditor, hosted in part.remote.items():
@@ -123,12 +124,12 @@ class Borrower:
         for creditor in new.remote:
             self.debts[creditor].splits.append(Split(prefix.id, prefix.start, new.id))
 
-    def hand_over(self, request: int) -> None:
+    def hand_over(self, request: RequestId) -> None:
         """A request of which every rBlock was copied belongs to the creditor from now on."""
         copies = self.copies.pop(request)
         self._pay(copies.creditor, copies.blocks)
 
-    def settle(self, creditor: int) -> News:
+    def settle(self, creditor: InstanceId) -> News:
         """What the header to `creditor` tells of what this instance owes it. What ended stops
         counting as debt."""
         debt = self.debts.get(creditor)
@@ -138,7 +139,7 @@ class Borrower:
         self._pay(creditor, 0)
         return news
 
-    def _pay(self, creditor: int, blocks: int) -> None:
+    def _pay(self, creditor: InstanceId, blocks: int) -> None:
         """The creditor hosts `blocks` fewer; a debt of which nothing is left is forgotten."""
         debt = self.debts[creditor]
         debt.used -= blocks

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from hpc_distkv.ids import RequestId
 from hpc_distkv.memory.loan import MoveKind
 from hpc_distkv.memory.prefix import Prefix
 
@@ -50,11 +51,10 @@ def _check_prefixes(rm: RManager) -> None:
     prefixes, users, idle = rm.prefixes.prefixes, Counter[int](), 0
     tables = {key: table for key, table in rm.tables.items() if isinstance(table, Prefix)}
     assert tables == prefixes, "a prefix is lost"
-    for request in rm.tables.keys() - prefixes.keys():
-        last = rm.prefixes.last(request)
-        if last:
+    for key in rm.tables.keys() - tables.keys():
+        if last := rm.prefixes.last(RequestId(key)):
             users[last.id] += 1
-            assert rm.tables[request].start == last.blocks, "a request does not continue its prefix"
+            assert rm.tables[key].start == last.blocks, "a request does not continue its prefix"
     for prefix in prefixes.values():
         begin = 0
         if parent := prefix.parent:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from hpc_distkv.ids import InstanceId, PrefixId, TableKey
 from hpc_distkv.memory.books.slots import FreeSlots
 from hpc_distkv.memory.loan import Guest, Loan, Move, MoveKind, ProtocolError
 
@@ -12,14 +13,14 @@ class Lender:
     """Owner of what an instance has promised and lent, and of its guests: the part of its RManager
     that faces its debtors."""
 
-    def __init__(self, instance: int, slots: FreeSlots, lend_cap: int | None) -> None:
+    def __init__(self, instance: InstanceId, slots: FreeSlots, lend_cap: int | None) -> None:
         self.lend_cap = slots.num_blocks if lend_cap is None else lend_cap
         """Most rBlocks that are lent at once."""
         self.promised = 0
         """Slots reserved until the answer to the last report."""
-        self.loans: dict[int, Loan] = {}
+        self.loans: dict[InstanceId, Loan] = {}
         """By debtor."""
-        self.guests: dict[tuple[int, int], Guest] = {}
+        self.guests: dict[tuple[InstanceId, TableKey], Guest] = {}
         """(debtor, its request or prefix) → what is hosted of it."""
         self.outgoing: list[Move] = []
         """rBlocks on their way back to debtors."""
@@ -46,7 +47,7 @@ class Lender:
         self._slots.reserve(self.promised)
         return self.promised
 
-    def settle(self, grants: Mapping[int, int]) -> list[int]:
+    def settle(self, grants: Mapping[InstanceId, int]) -> list[InstanceId]:
         """End the promise; what of it was granted stays reserved for its debtor. Returns the
         debtors whose grant went beyond the promise and was refused."""
         left, self.promised = self.promised, 0
@@ -60,7 +61,7 @@ class Lender:
         self._slots.unreserve(left)
         return refused
 
-    def open_credit(self, debtor: int) -> int:
+    def open_credit(self, debtor: InstanceId) -> int:
         """The grants that `debtor` is told of now."""
         loan = self.loans.get(debtor)
         if loan is None:
@@ -69,7 +70,7 @@ class Lender:
         loan.credit += opened
         return opened
 
-    def take_back(self, debtor: int, blocks: int) -> None:
+    def take_back(self, debtor: InstanceId, blocks: int) -> None:
         """`debtor` returns unused credit."""
         if not blocks:
             return
@@ -85,37 +86,37 @@ class Lender:
 
     # -- guests ---------------------------------------------------------------------------------
 
-    def host(self, debtor: int, moves: Iterable[tuple[int, int]]) -> list[Move]:
+    def host(self, debtor: InstanceId, moves: Iterable[tuple[TableKey, int]]) -> list[Move]:
         """Take a reserved slot for each (request or prefix, logical index) that `debtor`
         announces."""
         accepted = []
-        for request, index in moves:
+        for key, index in moves:
             loan = self.loans.get(debtor, Loan())
             if loan.credit < 1:
                 raise ProtocolError(
                     f"instance {debtor} sent instance {self._instance} an rBlock of request "
-                    f"{request} without credit"
+                    f"{key} without credit"
                 )
             loan.credit -= 1
             loan.used += 1
             self._slots.unreserve(1)
-            accepted.append(Move(request, index, self._slots.take(), debtor))
+            accepted.append(Move(key, index, self._slots.take(), debtor))
         self.incoming.extend(accepted)
         return accepted
 
-    def give_back(self, debtor: int, recalls: Iterable[tuple[int, int]]) -> list[Move]:
+    def give_back(self, debtor: InstanceId, recalls: Iterable[tuple[TableKey, int]]) -> list[Move]:
         """Begin to return the rBlocks (request or prefix, logical index) that `debtor` calls
         home."""
         accepted = []
-        for request, index in recalls:
-            guest = self.guests.get((debtor, request), Guest())
+        for key, index in recalls:
+            guest = self.guests.get((debtor, key), Guest())
             if index not in guest.indices:
                 raise ProtocolError(
-                    f"instance {debtor} calls home rBlock {index} of request {request}, which "
+                    f"instance {debtor} calls home rBlock {index} of request {key}, which "
                     f"instance {self._instance} does not host"
                 )
             slot = guest.slots[guest.indices.index(index)]
-            accepted.append(Move(request, index, slot, debtor, MoveKind.RECALL))
+            accepted.append(Move(key, index, slot, debtor, MoveKind.RECALL))
         self.outgoing.extend(accepted)
         return accepted
 
@@ -133,7 +134,7 @@ class Lender:
             guest.slots.append(move.slot)
             guest.indices.append(move.block)
 
-    def split(self, debtor: int, splits: Iterable[tuple[int, int, int]]) -> None:
+    def split(self, debtor: InstanceId, splits: Iterable[tuple[PrefixId, int, PrefixId]]) -> None:
         """Split the guests of `debtor`'s prefixes as it has split these (`loan.Split`)."""
         for prefix, first, new in splits:
             guest = self.guests.get((debtor, prefix), Guest())
@@ -147,12 +148,12 @@ class Lender:
             if not guest.slots:
                 del self.guests[debtor, prefix]
 
-    def evict(self, debtor: int, requests: Iterable[int]) -> None:
+    def evict(self, debtor: InstanceId, keys: Iterable[TableKey]) -> None:
         """Free the guests of `debtor`'s requests and prefixes that ended."""
-        for request in requests:
-            self._slots.release(self.pop_guest(debtor, request).slots)
+        for key in keys:
+            self._slots.release(self.pop_guest(debtor, key).slots)
 
-    def evict_dropped(self, debtor: int, dropped: Iterable[tuple[int, int]]) -> None:
+    def evict_dropped(self, debtor: InstanceId, dropped: Iterable[tuple[TableKey, int]]) -> None:
         """Free what `debtor` has dropped of its requests: (request, first logical rBlock kept)."""
         for request, first in dropped:
             guest = self.guests.get((debtor, request), Guest())
@@ -164,26 +165,26 @@ class Lender:
                 )
             self._free(debtor, request, guest, left)
 
-    def pop_guest(self, debtor: int, request: int) -> Guest:
+    def pop_guest(self, debtor: InstanceId, key: TableKey) -> Guest:
         """Remove a guest. Its slots are the caller's."""
-        guest = self.guests.pop((debtor, request), None)
+        guest = self.guests.pop((debtor, key), None)
         if guest is None:
             raise ProtocolError(
-                f"instance {debtor} released request {request}, of which instance "
+                f"instance {debtor} released request {key}, of which instance "
                 f"{self._instance} hosts nothing"
             )
         self.loans[debtor].used -= len(guest.slots)
         self._forget_loan(debtor)
         return guest
 
-    def _free(self, debtor: int, request: int, guest: Guest, slots: list[int]) -> None:
+    def _free(self, debtor: InstanceId, key: TableKey, guest: Guest, slots: list[int]) -> None:
         """Free these slots, which were taken from a guest."""
         self._slots.release(slots)
         if not guest.slots:
-            del self.guests[debtor, request]
+            del self.guests[debtor, key]
         self.loans[debtor].used -= len(slots)
         self._forget_loan(debtor)
 
-    def _forget_loan(self, debtor: int) -> None:
+    def _forget_loan(self, debtor: InstanceId) -> None:
         if not self.loans[debtor].total:
             del self.loans[debtor]

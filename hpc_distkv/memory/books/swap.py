@@ -6,6 +6,7 @@ import bisect
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from hpc_distkv.ids import PrefixId, RequestId, TableKey
 from hpc_distkv.memory.books.slots import FreeSlots
 from hpc_distkv.memory.table import BlockTable
 
@@ -14,7 +15,7 @@ class SwapMove(NamedTuple):
     """An rBlock on its way to the host's memory, or home. Until `commit` it is served from where it
     was."""
 
-    key: int
+    key: TableKey
     """Request or prefix."""
     block: int
     """Logical index."""
@@ -34,11 +35,13 @@ class SwapSpace:
     A slot is reserved before the copy there begins, and released when a copy back has arrived.
     """
 
-    def __init__(self, num_blocks: int, home: FreeSlots, tables: Mapping[int, BlockTable]) -> None:
+    def __init__(
+        self, num_blocks: int, home: FreeSlots, tables: Mapping[TableKey, BlockTable]
+    ) -> None:
         self.num_blocks = num_blocks
-        self.slots: dict[int, dict[int, int]] = {}
+        self.slots: dict[TableKey, dict[int, int]] = {}
         """Request or prefix → logical index of an rBlock → its slot."""
-        self.swapped: dict[int, int] = {}
+        self.swapped: dict[RequestId, int] = {}
         """Request that is swapped out, or on its way there → the rBlocks of the prefix that it
         shared with others then: they are not among `slots`."""
         self.outgoing: list[SwapMove] = []
@@ -63,26 +66,26 @@ class SwapSpace:
         """Whether a block table names anything here, or something moves."""
         return len(self.slots) > len(self.swapped)
 
-    def computed(self, request: int) -> int:
+    def computed(self, request: RequestId) -> int:
         """rBlocks a swapped-out request has computed; 0 if it is not swapped out."""
         return max(self.slots[request]) + 1 if request in self.swapped else 0
 
     # -- moves ----------------------------------------------------------------------------------
 
-    def spill(self, key: int, index: int) -> SwapMove:
+    def spill(self, key: TableKey, index: int) -> SwapMove:
         """Begin to move a sealed rBlock of a request or prefix here; there must be a free slot."""
         table = self._tables[key]
         return self._send(SwapMove(key, index, table.slots[table.place(index)]))
 
     def copy_out(
-        self, request: int, shared: int, blocks: Iterable[tuple[int, int]]
+        self, request: RequestId, shared: int, blocks: Iterable[tuple[int, int]]
     ) -> list[SwapMove]:
         """Begin to copy a request's rBlocks (logical index, home slot) here, all but the first
         `shared` ones."""
         self.swapped[request] = shared
         return [self._send(SwapMove(request, index, slot, copy=True)) for index, slot in blocks]
 
-    def bring_home(self, key: int, index: int) -> SwapMove:
+    def bring_home(self, key: TableKey, index: int) -> SwapMove:
         """Begin to bring an rBlock back that is served here; there must be a usable slot."""
         assert self._home.usable > 0
         move = SwapMove(key, index, self._home.take())
@@ -100,7 +103,7 @@ class SwapSpace:
             self._tables[move.key].from_host(move.block, move.slot)
             self.release(move.key, (move.block,))
 
-    def moves(self, key: int) -> bool:
+    def moves(self, key: TableKey) -> bool:
         """Whether rBlocks of a request or prefix are on their way here or home."""
         return any(m.key == key for m in self.outgoing) or any(m.key == key for m in self.incoming)
 
@@ -114,19 +117,19 @@ class SwapSpace:
 
     # -- ends -----------------------------------------------------------------------------------
 
-    def release(self, key: int, indices: Iterable[int]) -> None:
+    def release(self, key: TableKey, indices: Iterable[int]) -> None:
         """Nobody needs these rBlocks here any more."""
         blocks = self.slots[key]
         self._free.extend(blocks.pop(index) for index in indices)
         if not blocks:
             del self.slots[key]
 
-    def discard(self, request: int) -> None:
+    def discard(self, request: RequestId) -> None:
         """Free what is kept for a swapped-out request, if it is one."""
         if self.swapped.pop(request, None) is not None:
             self._free.extend(self.slots.pop(request).values())
 
-    def resume(self, request: int, first: int) -> list[int]:
+    def resume(self, request: RequestId, first: int) -> list[int]:
         """A request that was swapped out is open again, and has its rBlocks before logical rBlock
         `first` at home. Returns the logical indices of the others, which are served here now."""
         del self.swapped[request]
@@ -136,7 +139,7 @@ class SwapSpace:
             self.release(request, blocks[:at])
         return blocks[at:]
 
-    def split(self, prefix: int, first: int, new: int) -> None:
+    def split(self, prefix: PrefixId, first: int, new: PrefixId) -> None:
         """The rBlocks of a prefix before logical rBlock `first` are the prefix `new`'s now."""
         blocks = self.slots.pop(prefix)
         for key, part in (

@@ -16,7 +16,7 @@ NAMES = {
     Kind.LAYER: "layer",
     Kind.EXCHANGE: "exchange",
     Kind.TRANSFER: "rBlocks under way",
-    Kind.VISIT: "step of a debtor",
+    Kind.DEBTOR_STEP: "step of a debtor",
     Kind.ROUND: "control round",
 }
 DETAILS = {
@@ -30,7 +30,7 @@ DETAILS = {
     Kind.LAYER: ("layer",),
     Kind.EXCHANGE: ("layer", "creditors"),
     Kind.TRANSFER: ("rBlocks",),
-    Kind.VISIT: ("debtor", "query rows"),
+    Kind.DEBTOR_STEP: ("debtor", "query rows"),
     Kind.ROUND: ("round",),
 }
 """Kind → what the two numbers of its spans are."""
@@ -44,8 +44,8 @@ TRACKS = {
     Kind.ROUND: "control rounds",
 }
 """Thread id → name. Spans of one thread are nested or apart, as the format asks for."""
-VISITS = 100
-"""Thread id of the visits of debtor 0; those of the others follow."""
+DEBTOR_STEPS = 100
+"""Thread id of the steps of debtor 0; those of the others follow."""
 
 POOL, ROWS, TOKENS, OWES = "KV pool (rBlocks)", "rows", "tokens", "owes (rBlocks)"
 """Counters. A process is a rank; those of an instance are its first rank's."""

@@ -1,5 +1,5 @@
-"""The most that a step of a rank may have, and what of it can be counted beforehand. No torch here,
-so that a job can be sized on a login node."""
+"""Sizes of steps that are known beforehand. No torch here, so that a job can be sized on a login
+node."""
 
 from __future__ import annotations
 
@@ -24,10 +24,19 @@ rows that ask for log-probabilities, and these."""
 ROW_DRAWN = 48
 """Bytes of each token of the vocabulary while a CPU draws one row's next token."""
 
+PIECE_BLOCKS = 64
+"""rBlocks of one layer that are copied, each by a call of its own, and attended to at once: 8 MiB
+with the heads of Llama 3 8B and rBlocks of 32 tokens. An estimate: not measured."""
+BUFFERS = 2
+"""Pieces on the device at once: it attends to one while the next one comes."""
+QUERY_ROWS = 16
+"""That the host's processor is measured with: about as many as where copies begin to pay, by
+arithmetic. One alone costs more, for it is bound by memory, and is seldom worth a copy anyway."""
+
 
 @dataclass(frozen=True)
 class LargestStep:
-    """The most that a step of a rank may have."""
+    """The most that one step of a rank may compute."""
 
     tokens: int
     rows: int
