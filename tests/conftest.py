@@ -8,10 +8,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from hpc_distkv.decide.pace import Pace, StepSeconds, StepWork
+
+if TYPE_CHECKING:
+    from hpc_distkv.model.decoder import Decoder
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 """Before torch is imported: tests run beside each other, and threads that spin take each other's
@@ -45,6 +49,47 @@ def tiny_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         except OSError:  # another test run was faster
             shutil.rmtree(scratch)
     return kept
+
+
+@pytest.fixture(scope="module")
+def model() -> Decoder:
+    """Of random weights, for whole clusters."""
+    from clusters import tiny_decoder
+
+    return tiny_decoder()
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model: Path) -> Decoder:
+    """`tiny_model` on one rank."""
+    from hpc_distkv.model.config import ModelConfig
+    from hpc_distkv.model.weights import load_decoder
+
+    return load_decoder(tiny_model, ModelConfig.from_dir(tiny_model))
+
+
+@pytest.fixture(scope="module")
+def windowed_model() -> Decoder:
+    """A model with a window in every layer."""
+    from families import VOCABULARY
+
+    from hpc_distkv.model.config import ModelConfig
+    from hpc_distkv.model.family import FAMILIES
+    from hpc_distkv.model.weights import random_decoder
+
+    config = ModelConfig(
+        family=FAMILIES["MistralForCausalLM"],
+        num_layers=2,
+        hidden_size=32,
+        intermediate_size=64,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        vocab_size=VOCABULARY,
+        max_position=4096,
+        windows=(70, 50),
+    )
+    return random_decoder(config, "float32")
 
 
 @pytest.fixture

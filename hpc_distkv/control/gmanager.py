@@ -9,6 +9,7 @@ import numpy as np
 
 from hpc_distkv.control.assign.assignment import Assignment
 from hpc_distkv.control.assign.large import begin_large
+from hpc_distkv.control.assign.queue import NOT_LARGE
 from hpc_distkv.control.assign.source import RequestSource
 from hpc_distkv.control.lending.borrow import CANDIDATES, Need, greedy_borrow
 from hpc_distkv.control.lending.dgfm import plan_recalls
@@ -128,11 +129,14 @@ class GManager:
     def _assign(self, round: Round) -> None:
         """Give waiting requests to instances, and let large ones begin."""
         reports, assignment = round.reports, self.assignment
-        if self._policy.planner:
-            assignment.queue.large_from = self._config.block_size * int(reports.capacity.max())
         step_tokens = reports.step_tokens()
+        largest_pool = self._config.block_size * int(reports.capacity.max())
         given = assignment.assign(
-            reports.room_requests, reports.room_tokens, reports.work_left, step_tokens
+            reports.room_requests,
+            reports.room_tokens,
+            reports.work_left,
+            step_tokens,
+            largest_pool if self._policy.planner else NOT_LARGE,
         )
         for instance, requests in given.items():
             round.answer(instance).assign = requests

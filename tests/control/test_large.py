@@ -147,9 +147,8 @@ def test_a_row_too_large_gets_a_home_with_a_seat():
 
 def test_rows_too_large_that_wait_are_not_read_without_end():
     assignment = assignment_of(SyncSource([prompt(n, 50) for n in range(1000)]), 2)
-    assignment.queue.large_from = 40
     room = np.array([1000, 1000])
-    assert assignment.assign(room, room, np.zeros(2)) == {}
+    assert assignment.assign(room, room, np.zeros(2), large_from=40) == {}
     assert len(assignment.large(1000, np.zeros(2))) < 100
     assert assignment.waiting
     assert assignment.unfinished < 200
@@ -159,9 +158,8 @@ def test_what_is_expected_of_a_row_that_goes_on():
     """20 tokens of an earlier run, out of at most 64."""
     request = Request(0, pack_tokens([0] * 300), Sampling(max_tokens=64), pack_tokens([0] * 20))
     assignment = assignment_of(SyncSource([request]), 1)
-    assignment.queue.large_from = 100
     room = np.array([1000])
-    assignment.assign(room, room, np.zeros(1))
+    assignment.assign(room, room, np.zeros(1), large_from=100)
     assert assignment.large(5, np.zeros(1)) == [Large(0, False, 0, 12, 320.0, 44.0)]
 
 
@@ -197,13 +195,12 @@ def test_a_row_waits_for_its_beginning_unless_others_have_much_less_to_do():
 def test_rows_that_wait_do_not_hold_up_small_ones():
     rows = [prompt(n, 50) for n in range(40)] + [prompt(40, 10)]
     assignment = assignment_of(SyncSource(rows), 1)
-    assignment.queue.large_from = 40
     room = np.array([1000])
-    given = [assignment.assign(room, room, np.zeros(1)) for _ in range(10)]
+    given = [assignment.assign(room, room, np.zeros(1), large_from=40) for _ in range(10)]
     assert [r.id for some in given for r in some.get(0, [])] == []
     for row in assignment.large(30, np.zeros(1)):
         assignment.give_large(row.request, 0)
-    given = [assignment.assign(room, room, np.zeros(1)) for _ in range(10)]
+    given = [assignment.assign(room, room, np.zeros(1), large_from=40) for _ in range(10)]
     assert [r.id for some in given for r in some.get(0, [])] == [40]
 
 

@@ -7,18 +7,23 @@ import random
 
 import msgspec
 import pytest
-from clusters import Outcome, run_cluster
+from clusters import (
+    BLOCK,
+    VOCABULARY,
+    Countdown,
+    Outcome,
+    demand_of,
+    options,
+    request,
+    run_cluster,
+    shards,
+    unconstrained,
+)
 from families import continuation, save
 from families import prompt as tokens_of
 from late_device import be_late
 from recorded_fabric import connect
-from test_cluster import BLOCK, VOCABULARY, demand_of, options, request, tiny_decoder, unconstrained
-from test_prefix_sharing import rows_of as rows_with_a_document
-from test_sampling_anywhere import Letters, check_same
-from test_sampling_anywhere import rows as sampling_rows
-from test_tensor_parallel import shards, whole  # noqa: F401
-from test_window_clusters import crowd
-from test_window_clusters import model as windowed  # noqa: F401
+from workloads import Letters, check_same, document_rows, sampled_rows, stopping, windowed_rows
 
 from hpc_distkv.comm.local.schedule import SeededSchedule
 from hpc_distkv.comm.transport import Comm
@@ -31,12 +36,6 @@ from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.model.weights import load_decoder
 from hpc_distkv.ranks.loop import LaunchedStep, StepLoop
 from hpc_distkv.ranks.rank import EngineOptions
-
-
-@pytest.fixture(scope="module")
-def model() -> Decoder:
-    return tiny_decoder()
-
 
 UNCOUNTED = {"frequency_penalty": 0.0, "presence_penalty": 0.0}
 
@@ -102,25 +101,6 @@ def late(
     return run_cluster(
         model, rows, ranks, settings, SeededSchedule(seed), prepare=be_late, **others
     )
-
-
-def stopping(count: int, rng: random.Random) -> list[Request]:
-    """Rows that may end at any token."""
-    rows = []
-    for number in range(count):
-        prompt = pack_tokens([rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 90))])
-        stop = tuple(rng.sample(range(VOCABULARY), 12))
-        sampling = Sampling(
-            rng.randint(1, 40),
-            rng.choice([0.0, 0.9]),
-            rng.choice([1.0, 0.9]),
-            seed=number,
-            stop_token_ids=stop,
-            min_tokens=rng.choice([0, 0, 9]),
-            logprobs=rng.choice([None, None, 2]),
-        )
-        rows.append(Request(number, prompt, sampling))
-    return rows
 
 
 @pytest.mark.parametrize("at_once", [False, True])
@@ -197,7 +177,7 @@ def test_lanes_go_ahead_alike(tiny_model, watch, tp, seed, prepare):
 @pytest.mark.parametrize("seed", range(3))
 def test_instances_of_several_ranks_that_lend(
     tiny_model,
-    whole,  # noqa: F811
+    whole,
     watch,
     seed,
     prepare,
@@ -220,7 +200,7 @@ def test_instances_of_several_ranks_that_lend(
 
 @pytest.mark.parametrize("seed", range(3))
 def test_rows_with_all_sampling_fields(model, watch, seed):
-    rows = sampling_rows(24, 60, random.Random(seed))
+    rows = sampled_rows(24, 60, random.Random(seed))
     for row in rows[8:]:
         if row.sampling.rules:  # These penalties count tokens that are known.
             rules = msgspec.structs.replace(row.sampling.rules, **UNCOUNTED)
@@ -233,23 +213,22 @@ def test_rows_with_all_sampling_fields(model, watch, seed):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_rows_that_share_their_beginning(model, watch, seed):
-    rows = rows_with_a_document(3, 12, random.Random(seed))
+    rows = document_rows(3, 12, random.Random(seed))
     outcome = late(model, rows, 1, options(60), seed)
     assert outcome.tokens == unconstrained(model, rows)
     assert sum(counters.cached_tokens for counters in outcome.counters) > 0
     assert watch.ahead > 0
 
 
-def test_rows_with_windows_go_step_by_step(windowed, watch):  # noqa: F811
-    rows = crowd(0, 30 * BLOCK)
-    outcome = late(windowed, rows, 1, options(60), 0)
-    assert outcome.tokens == unconstrained(windowed, rows)
+def test_rows_with_windows_go_step_by_step(windowed_model, watch):
+    rows = windowed_rows(0, 30 * BLOCK)
+    outcome = late(windowed_model, rows, 1, options(60), 0)
+    assert outcome.tokens == unconstrained(windowed_model, rows)
     assert watch.ahead == 0
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_a_run_that_is_stopped_leaves_tokens_that_are_known(model, seed):
-    from test_interrupt import Countdown
 
     rng = random.Random(seed)
     rows = demand_of(2, 60 * BLOCK, rng)
@@ -298,7 +277,7 @@ def test_a_row_that_ends_keeps_its_rblocks_while_a_step_uses_them():
     instance.check()
 
 
-def test_nobody_gives_way_while_a_step_is_computed():
+def test_nobody_is_preempted_while_a_step_is_computed():
     instance = Instance(0, EngineConfig(num_blocks=6, block_size=4))
     instance.scheduler.foresight.outputs.add(1, 1000)
     for number in range(2):

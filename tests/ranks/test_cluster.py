@@ -7,67 +7,21 @@ import random
 import time
 
 import pytest
-from clusters import engine_of, run_cluster
+from clusters import (
+    BLOCK,
+    demand_of,
+    engine_of,
+    options,
+    request,
+    run_cluster,
+    tiny_decoder,
+    unconstrained,
+)
 
 from hpc_distkv.comm.local.schedule import SeededSchedule
 from hpc_distkv.comm.local.threads import open_local, run_local
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
-from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
-from hpc_distkv.model.family import FAMILIES
-from hpc_distkv.model.weights import random_decoder
-from hpc_distkv.ranks.rank import EngineOptions
-
-VOCABULARY = 128
-BLOCK = 8
-
-
-@pytest.fixture(scope="module")
-def model() -> Decoder:
-    return tiny_decoder()
-
-
-def tiny_decoder() -> Decoder:
-    config = ModelConfig(
-        family=next(iter(FAMILIES.values())),
-        num_layers=2,
-        hidden_size=32,
-        intermediate_size=64,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        vocab_size=VOCABULARY,
-        max_position=4096,
-    )
-    return random_decoder(config, "float32")
-
-
-def options(num_blocks: int, **others) -> EngineOptions:
-    sizes = {"max_num_batched_tokens": 64, "max_num_seqs": 16} | others
-    return EngineOptions(num_blocks=num_blocks, block_size=BLOCK, threads=1, **sizes)
-
-
-def request(number: int, prompt: int, max_tokens: int, rng: random.Random) -> Request:
-    tokens = [rng.randrange(VOCABULARY) for _ in range(prompt)]
-    temperature = rng.choice([0.0, 0.9])
-    return Request(number, pack_tokens(tokens), Sampling(max_tokens, temperature, seed=number))
-
-
-def demand_of(times: float, capacity: int, rng: random.Random) -> list[Request]:
-    """Rows of very uneven length that together need `times` the capacity (tokens)."""
-    rows: list[Request] = []
-    total = 0
-    while total < times * capacity:
-        longest = rng.choice([40, 40, 40, 200, capacity // 2, capacity - 40])
-        prompt, output = rng.randint(1, min(longest, capacity - 40)), rng.randint(1, 40)
-        rows.append(request(len(rows), prompt, output, rng))
-        total += prompt + output
-    return rows
-
-
-def unconstrained(model: Decoder, rows: list[Request]) -> dict[int, list[int]]:
-    return run_cluster(model, rows, 1, options(4000, max_num_batched_tokens=512)).tokens
 
 
 @pytest.mark.parametrize("seed", range(50))

@@ -6,21 +6,22 @@ import random
 from dataclasses import replace
 
 import pytest
-from clusters import Outcome, run_cluster
-from test_cluster import BLOCK, demand_of, options, request, tiny_decoder, unconstrained
+from clusters import (
+    BLOCK,
+    Outcome,
+    demand_of,
+    options,
+    request,
+    run_cluster,
+    unconstrained,
+)
 
 from hpc_distkv.comm.local.schedule import SeededSchedule
 from hpc_distkv.control.messages.requests import Request
 from hpc_distkv.control.policy import POLICIES
-from hpc_distkv.model.decoder import Decoder
 
 BLOCKS = 24
 RANKS = 3
-
-
-@pytest.fixture(scope="module")
-def model() -> Decoder:
-    return tiny_decoder()
 
 
 def long_and_short(seed: int) -> list[Request]:

@@ -6,18 +6,16 @@ from __future__ import annotations
 import random
 
 import pytest
-from clusters import run_cluster
+from clusters import demand_of, options, request, run_cluster, shards, unconstrained
 from deferred_copies import stage
 from recorded_fabric import connect
-from test_cluster import demand_of, model, options, request, unconstrained  # noqa: F401
-from test_tensor_parallel import shards, whole  # noqa: F401
 
 from hpc_distkv.comm.local.schedule import SeededSchedule
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("prepare", [stage, connect])
-def test_what_ends_late_changes_no_token(model, prepare, seed):  # noqa: F811
+def test_what_ends_late_changes_no_token(model, prepare, seed):
     rng = random.Random(seed)
     ranks, blocks = 3, 30
     rows = demand_of(1.5, blocks * 8, rng)
@@ -31,7 +29,7 @@ def test_what_ends_late_changes_no_token(model, prepare, seed):  # noqa: F811
 
 @pytest.mark.parametrize("seed", range(4))
 def test_hops_within_instances_and_loans_between_them_change_no_token(
-    whole,  # noqa: F811
+    whole,
     tiny_model,
     seed,
 ):

@@ -8,49 +8,24 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from clusters import Outcome, run_cluster
-from test_cluster import BLOCK, demand_of, options, tiny_decoder, unconstrained
-from test_migration import rows_of
-from test_sampling_anywhere import Letters, check_same
-from test_sampling_anywhere import rows as sampling_rows
-from test_tensor_parallel import greedy, shards
+from clusters import (
+    BLOCK,
+    Countdown,
+    Outcome,
+    demand_of,
+    greedy,
+    options,
+    run_cluster,
+    shards,
+    unconstrained,
+)
+from workloads import Letters, check_same, migrating_rows, sampled_rows
 
 from hpc_distkv.comm.local.schedule import SeededSchedule
 from hpc_distkv.control.messages.requests import Request
 from hpc_distkv.model.config import ModelConfig
-from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.model.weights import load_decoder
 from hpc_distkv.ranks.interrupt import DRAIN, HALT, TERM_GRACE, Interrupt
-
-
-@pytest.fixture(scope="module")
-def model() -> Decoder:
-    return tiny_decoder()
-
-
-class Countdown(Interrupt):
-    """Asked to stop at its rank's report number `at`; the grace lasts that many reports more."""
-
-    def __init__(self, at: int, grace: int) -> None:
-        self.now = 0
-        super().__init__(grace, clock=lambda: self.now)
-        self._at = at
-
-    def _tick(self) -> None:
-        self.now += 1
-        if self.now == self._at:
-            self.ask(self.grace)
-
-    @property
-    def drain(self) -> bool:
-        self._tick()
-        return super().drain
-
-    @property
-    def wish(self) -> bytes:
-        self._tick()
-        return HALT if self.halt else DRAIN if Interrupt.drain.fget(self) else b""
-
 
 Run = Callable[[list[Request], dict[int, Interrupt]], Outcome]
 
@@ -78,7 +53,7 @@ def run_to_the_end(rows: list[Request], run: Run, rank: int, rng: random.Random)
 @pytest.mark.parametrize("seed", range(2))
 def test_runs_that_are_stopped_anywhere_give_the_same_tokens(policy, seed, model):
     rng = random.Random(seed)
-    rows = rows_of(seed) if policy != "lend" else demand_of(2, 3 * 24 * BLOCK, rng)
+    rows = migrating_rows(seed) if policy != "lend" else demand_of(2, 3 * 24 * BLOCK, rng)
 
     def run(left: list[Request], interrupts: dict[int, Interrupt]) -> Outcome:
         schedule = SeededSchedule(rng.randrange(10**6))
@@ -93,7 +68,7 @@ def test_runs_that_are_stopped_anywhere_give_the_same_tokens(policy, seed, model
 @pytest.mark.parametrize("seed", range(2))
 def test_penalties_stop_strings_and_logprobs_go_on_where_they_were(seed, model):
     rng = random.Random(seed)
-    rows = sampling_rows(24, 40, rng)
+    rows = sampled_rows(24, 40, rng)
 
     def run(left: list[Request], interrupts: dict[int, Interrupt]) -> Outcome:
         schedule = SeededSchedule(rng.randrange(10**6))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
-from clusters import Outcome, run_cluster
-from test_cluster import options, request, tiny_decoder, unconstrained
+from clusters import options, run_cluster, unconstrained
+from workloads import migrating_rows, migrations
 
 from hpc_distkv.comm.local.schedule import SeededSchedule
 from hpc_distkv.control.messages.answer import Answer
@@ -19,7 +17,6 @@ from hpc_distkv.decide.scheduler import Scheduler
 from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.memory.loan import MoveKind
 from hpc_distkv.memory.rmanager import RManager
-from hpc_distkv.model.decoder import Decoder
 
 BLOCK = 4
 
@@ -209,33 +206,10 @@ def test_credit_too_small_for_any_row_is_no_reason_to_wait():
 # -- in a cluster -------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def model() -> Decoder:
-    return tiny_decoder()
-
-
-def rows_of(seed: int, ranks: int = 3) -> list[Request]:
-    """Rows that need twice the memory of all ranks; each fits on any of them."""
-    rng = random.Random(seed)
-    pool = 24 * 8
-    rows: list[Request] = []
-    total = 0
-    while total < 2 * ranks * pool:
-        longest = rng.choice([40, 40, 100, pool - 40])
-        prompt, output = rng.randint(1, longest), rng.randint(1, 40)
-        rows.append(request(len(rows), prompt, output, rng))
-        total += prompt + output
-    return rows
-
-
-def migrations(outcome: Outcome) -> int:
-    return sum(counters.migrations for counters in outcome.counters)
-
-
 def test_rows_that_migrate_go_on_with_the_same_tokens(model, steady_pace):
     moved = 0
     for seed in range(6):
-        rows = rows_of(seed)
+        rows = migrating_rows(seed)
         outcome = run_cluster(model, rows, 3, options(24, policy="migrate"), SeededSchedule(seed))
         assert outcome.tokens == unconstrained(model, rows)
         assert sum(counters.blocks_borrowed for counters in outcome.counters) == 0
@@ -245,6 +219,6 @@ def test_rows_that_migrate_go_on_with_the_same_tokens(model, steady_pace):
 
 @pytest.mark.parametrize("seed", range(15))
 def test_no_interleaving_of_migrations_deadlocks_or_leaves_a_message(model, seed):
-    rows = rows_of(seed)
+    rows = migrating_rows(seed)
     outcome = run_cluster(model, rows, 3, options(24, policy="migrate"), SeededSchedule(seed))
     assert outcome.tokens == unconstrained(model, rows)

@@ -7,9 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from clusters import Outcome, run_cluster
-from test_cluster import BLOCK, VOCABULARY, options, tiny_decoder
-from test_tensor_parallel import greedy, run
+from clusters import BLOCK, Outcome, greedy, options, run, run_cluster, tiny_decoder
+from workloads import DOCUMENT, document_rows, tokens
 
 from hpc_distkv.comm.local.schedule import SeededSchedule
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
@@ -22,36 +21,12 @@ from hpc_distkv.model.weights import load_decoder, random_decoder
 from hpc_distkv.ranks.loop import StepLoop
 from hpc_distkv.step import shared
 
-DOCUMENT = 160
 ALL_AT_ONCE = {"max_num_seqs": 64, "max_num_batched_tokens": 512}
 
 
 @pytest.fixture(autouse=True)
 def all_is_attended_to_together(monkeypatch) -> None:
     monkeypatch.setattr(shared, "LEAST_SAVED", 0)
-
-
-@pytest.fixture(scope="module")
-def model() -> Decoder:
-    return tiny_decoder()
-
-
-def tokens(count: int, rng: random.Random) -> list[int]:
-    return [rng.randrange(VOCABULARY) for _ in range(count)]
-
-
-def rows_of(documents: int, rows: int, rng: random.Random) -> list[Request]:
-    """Questions about documents, in turn; some documents begin alike, too."""
-    start = tokens(DOCUMENT // 2, rng)
-    texts = [start + tokens(DOCUMENT // 2, rng) for _ in range(documents)]
-    return [
-        Request(
-            number,
-            pack_tokens(texts[number % documents] + tokens(rng.randint(1, 3 * BLOCK), rng)),
-            Sampling(rng.randint(1, 30), rng.choice([0.0, 0.9]), seed=number),
-        )
-        for number in range(rows)
-    ]
 
 
 def choices_of(prompts: int, n: int, rng: random.Random) -> list[Request]:
@@ -73,7 +48,7 @@ def total(outcome: Outcome, counter: str) -> int:
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(("ranks", "blocks"), [(1, 4000), (1, 40), (3, 60), (3, 14)])
-@pytest.mark.parametrize("make", [rows_of, choices_of])
+@pytest.mark.parametrize("make", [document_rows, choices_of])
 def test_rows_that_share_get_the_tokens_of_rows_that_do_not(
     model, steady_pace, make, ranks, blocks, seed
 ):
@@ -88,7 +63,7 @@ def test_rows_that_share_get_the_tokens_of_rows_that_do_not(
 
 
 def test_a_document_is_computed_once_and_so_is_what_two_documents_have_in_common(model):
-    rows = rows_of(2, 12, random.Random(0))
+    rows = document_rows(2, 12, random.Random(0))
     found = run_cluster(model, rows, 1, options(4000, **ALL_AT_ONCE))
     own = sum(row.prompt_len - DOCUMENT for row in rows)
     assert total(found, "prompt_tokens") == DOCUMENT + DOCUMENT // 2 + own
@@ -122,7 +97,7 @@ def test_lent_rblocks_are_shared_too(model, steady_pace):
 
 
 def test_without_prefix_caching_every_row_computes_all_of_its_prompt(model):
-    rows = rows_of(1, 6, random.Random(0))
+    rows = document_rows(1, 6, random.Random(0))
     off = run_cluster(model, rows, 1, options(4000, enable_prefix_caching=False))
     assert total(off, "prompt_tokens") == sum(row.prompt_len for row in rows)
     assert total(off, "cached_tokens") == 0
@@ -144,7 +119,7 @@ def test_where_keys_depend_on_the_length_of_a_prompt_only_equal_lengths_share():
 
 @pytest.mark.parametrize("seed", range(2))
 def test_the_lanes_of_an_instance_share_alike(tiny_model: Path, steady_pace, seed):
-    rows = greedy(rows_of(2, 8, random.Random(seed)))
+    rows = greedy(document_rows(2, 8, random.Random(seed)))
     alone = apart(load_decoder(tiny_model, ModelConfig.from_dir(tiny_model)), rows)
     found = run(tiny_model, rows, 4, 2, SeededSchedule(seed), num_blocks=15)
     assert found.tokens == alone.tokens
@@ -154,7 +129,7 @@ def test_the_lanes_of_an_instance_share_alike(tiny_model: Path, steady_pace, see
 
 @pytest.mark.parametrize("policy", ["lend-greedy", "queue", "isolated", "migrate"])
 def test_rows_share_under_every_policy_but_migrate(model, policy):
-    rows = rows_of(2, 10, random.Random(7))
+    rows = document_rows(2, 10, random.Random(7))
     alone = apart(model, rows)
     found = run_cluster(model, rows, 2, options(40, policy=policy))
     assert found.tokens == alone.tokens
@@ -184,7 +159,7 @@ def test_the_work_of_a_step_is_what_its_rows_attend_to_at_home_and_compute(
         return found
 
     monkeypatch.setattr(StepLoop, "_work", watch)
-    rows = rows_of(2, 8, random.Random(0))
+    rows = document_rows(2, 8, random.Random(0))
     found = run_cluster(model, rows, 3, options(20), SeededSchedule(0))
     assert total(found, "blocks_borrowed")
     assert total(found, "cached_tokens")

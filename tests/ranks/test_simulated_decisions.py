@@ -7,9 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from clusters import run_cluster
-from test_cluster import BLOCK, model, options  # noqa: F401
-from test_host_tier import pressed, tier
+from clusters import options, run_cluster
+from workloads import pressed, tier
 
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 from hpc_distkv.decide.instance import Instance
@@ -51,7 +50,7 @@ def grown() -> list[Request]:
     ],
 )
 def test_a_simulated_instance_plans_what_a_real_one_does(
-    model,  # noqa: F811
+    model,
     steady_pace,
     monkeypatch,
     rows: list[Request],

@@ -5,67 +5,30 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from clusters import Outcome, engine_of, run_cluster
-from test_cluster import BLOCK, demand_of, options, unconstrained
-from test_migration import migrations, rows_of
-from test_sampling_anywhere import Letters, check_same, rows
+from clusters import (
+    BLOCK,
+    demand_of,
+    engine_of,
+    greedy,
+    options,
+    run,
+    run_cluster,
+    shards,
+    unconstrained,
+)
+from workloads import Letters, check_same, migrating_rows, migrations, sampled_rows
 
 from hpc_distkv.comm.local.schedule import SeededSchedule
 from hpc_distkv.comm.local.threads import open_local, run_local
 from hpc_distkv.comm.together import SetupError
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.control.messages.counters import Counters
-from hpc_distkv.control.messages.requests import Request, Sampling
 from hpc_distkv.errors import OptionError
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
-from hpc_distkv.model.shard import ModelShard
-from hpc_distkv.model.weights import load_decoder
 from hpc_distkv.start.loading import load_model, open_model
-
-OWN = ("steps", "preemptions", "blocks_lent", "blocks_borrowed", "blocks_returned", "migrations")
-"""Counters of what an instance decided."""
-
-
-@pytest.fixture(scope="module")
-def whole(tiny_model: Path) -> Decoder:
-    return load_decoder(tiny_model, ModelConfig.from_dir(tiny_model))
-
-
-def shards(path: Path, ranks: int, tp: int) -> dict[int, Decoder]:
-    """4 heads, 2 KV heads."""
-    config = ModelConfig.from_dir(path)
-    return {
-        rank: load_decoder(path, config, shard=ModelShard(rank % tp, tp)) for rank in range(ranks)
-    }
-
-
-def run(
-    path: Path,
-    rows: list[Request],
-    ranks: int,
-    tp: int,
-    schedule: SeededSchedule | None = None,
-    **sizes: object,
-) -> Outcome:
-    outcome = run_cluster(shards(path, ranks, tp), rows, ranks, options(**sizes), schedule, tp=tp)
-    for rank, counters in enumerate(outcome.counters):
-        assert decisions(counters) == decisions(outcome.counters[rank - rank % tp])
-    return outcome
-
-
-def greedy(rows: list[Request]) -> list[Request]:
-    """For runs that are not repeated exactly: sums of other parts round otherwise, and one draw in
-    a million falls between."""
-    return [Request(r.id, r.prompt, Sampling(r.sampling.max_tokens)) for r in rows]
-
-
-def decisions(counters: Counters) -> dict[str, int]:
-    return {name: getattr(counters, name) for name in OWN}
 
 
 @pytest.mark.parametrize(("ranks", "tp"), [(4, 1), (4, 2), (4, 4), (2, 2)])
@@ -89,7 +52,7 @@ def test_no_interleaving_of_lanes_deadlocks_or_leaves_a_message(seed, tiny_model
 
 @pytest.mark.parametrize("policy", ["lend-greedy", "queue", "isolated"])
 def test_other_policies_work_with_instances_of_two(policy, tiny_model, whole):
-    rows = rows_of(5, ranks=1)
+    rows = migrating_rows(5, ranks=1)
     outcome = run(tiny_model, rows, 4, 2, SeededSchedule(5), num_blocks=24, policy=policy)
     assert outcome.tokens == unconstrained(whole, rows)
 
@@ -97,7 +60,7 @@ def test_other_policies_work_with_instances_of_two(policy, tiny_model, whole):
 def test_rows_migrate_between_instances_of_two(tiny_model, whole):
     moved = 0
     for seed in (1, 3, 5):
-        rows = rows_of(seed)
+        rows = migrating_rows(seed)
         schedule = SeededSchedule(seed)
         outcome = run(tiny_model, rows, 6, 2, schedule, num_blocks=24, policy="migrate")
         assert outcome.tokens == unconstrained(whole, rows)
@@ -151,7 +114,7 @@ def test_the_smallest_pool_of_an_instance_counts(tiny_model):
 
 @pytest.mark.parametrize("policy", ["lend", "migrate"])
 def test_sampling_fields_mean_the_same_with_instances_of_two(policy, tiny_model, whole):
-    requests = rows(16, 60, random.Random(1))
+    requests = sampled_rows(16, 60, random.Random(1))
     expected = run_cluster(whole, requests, 1, options(4000), decoder=Letters())
     models = shards(tiny_model, 4, 2)
     settings = options(24, policy=policy)

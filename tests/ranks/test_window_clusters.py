@@ -3,20 +3,19 @@ changes."""
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
 import torch
 from clusters import run_cluster
-from families import VOCABULARY, continuation, prompt, save
+from families import continuation, prompt, save
+from workloads import windowed_rows
 
 from hpc_distkv.comm.local.schedule import SeededSchedule
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
-from hpc_distkv.model.family import FAMILIES
-from hpc_distkv.model.weights import load_decoder, random_decoder
+from hpc_distkv.model.weights import load_decoder
 from hpc_distkv.ranks.rank import EngineOptions
 
 BLOCK = 8
@@ -52,47 +51,16 @@ def test_creditors_free_what_falls_behind_the_window(tmp_path: Path) -> None:
     assert counters.blocks_borrowed > counters.peak_borrowed > 0
 
 
-@pytest.fixture(scope="module")
-def model() -> Decoder:
-    config = ModelConfig(
-        family=FAMILIES["MistralForCausalLM"],
-        num_layers=2,
-        hidden_size=32,
-        intermediate_size=64,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        vocab_size=VOCABULARY,
-        max_position=4096,
-        windows=(70, 50),
-    )
-    return random_decoder(config, "float32")
-
-
-def crowd(seed: int, capacity: int) -> list[Request]:
-    """Rows of very uneven length that need twice the capacity (tokens)."""
-    rng = random.Random(seed)
-    rows: list[Request] = []
-    total = 0
-    while total < 2 * capacity:
-        longest = min(rng.choice([40, 40, 150, capacity]), capacity - 40)
-        tokens, output = rng.randint(1, longest), rng.randint(1, 40)
-        sampling = Sampling(output, rng.choice([0.0, 0.9]), seed=len(rows))
-        rows.append(Request(len(rows), pack_tokens(prompt(tokens, len(rows))), sampling))
-        total += tokens + output
-    return rows
-
-
 @pytest.mark.parametrize("policy", ["lend", "migrate"])
 @pytest.mark.parametrize("seed", range(8))
 def test_crowded_ranks_give_the_tokens_of_one_large_rank(
-    model: Decoder, seed: int, policy: str
+    windowed_model: Decoder, seed: int, policy: str
 ) -> None:
-    rows = crowd(seed, 3 * 10 * BLOCK if policy == "lend" else 10 * BLOCK)
+    rows = windowed_rows(seed, 3 * 10 * BLOCK if policy == "lend" else 10 * BLOCK)
     sizes = {"block_size": BLOCK, "threads": 1, "max_num_seqs": 16}
     large = EngineOptions(num_blocks=4000, max_num_batched_tokens=512, **sizes)
     small = EngineOptions(num_blocks=10, max_num_batched_tokens=32, policy=policy, **sizes)
     schedule = SeededSchedule(seed) if seed % 2 else None
-    outcome = run_cluster(model, rows, 3, small, schedule)
-    assert outcome.tokens == run_cluster(model, rows, 1, large).tokens
+    outcome = run_cluster(windowed_model, rows, 3, small, schedule)
+    assert outcome.tokens == run_cluster(windowed_model, rows, 1, large).tokens
     assert policy != "lend" or sum(c.blocks_borrowed for c in outcome.counters) > 0

@@ -11,9 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accounting import Account
-from clusters import run_cluster
-from test_cluster import BLOCK, options
-from test_tensor_parallel import shards, whole  # noqa: F401
+from clusters import BLOCK, options, run_cluster, shards
 
 from hpc_distkv.comm.collective.group import Group, Rehearsal
 from hpc_distkv.comm.device import Device
@@ -96,7 +94,7 @@ def demand(rng: random.Random, rows: int, longest: int = 150) -> list[Request]:
 
 @pytest.mark.parametrize(("tokens", "rows", "longest"), [(TOKENS, ROWS, 150), (16, 16, 2)])
 def test_no_step_takes_more_than_the_one_that_is_rehearsed(
-    whole,  # noqa: F811
+    whole,
     peaks,
     tokens,
     rows,
@@ -130,7 +128,7 @@ def test_sums_and_logits_of_an_instance_are_in_it(tiny_model, peaks, monkeypatch
     assert 0.5 * limit < max(peaks) <= limit
 
 
-def test_what_is_exchanged_in_a_layer_is_counted(whole, monkeypatch):  # noqa: F811
+def test_what_is_exchanged_in_a_layer_is_counted(whole, monkeypatch):
     legs, visits = [], []
     begin, serve = debtor.Debtor.begin, creditor.Creditor.push
 
@@ -156,7 +154,7 @@ def test_what_is_exchanged_in_a_layer_is_counted(whole, monkeypatch):  # noqa: F
     assert 0 < max(visits) <= limit
 
 
-def test_many_others_send_decodes_and_a_few_of_them_prompts(whole):  # noqa: F811
+def test_many_others_send_decodes_and_a_few_of_them_prompts(whole):
     none, one, some, many = (
         exchanged(whole, replace(STEP, others=others)) for others in (0, 1, PROMPTS, 100)
     )
@@ -166,7 +164,7 @@ def test_many_others_send_decodes_and_a_few_of_them_prompts(whole):  # noqa: F81
     assert many == some + (100 - PROMPTS) * ROWS * row
 
 
-def test_attention_to_guests_and_decodes_alone_can_be_rehearsed(whole):  # noqa: F811
+def test_attention_to_guests_and_decodes_alone_can_be_rehearsed(whole):
     """On the host attention needs no partial results, but its outputs."""
     with Account() as account:
         serve(whole, Elsewhere(), STEP)
@@ -179,7 +177,7 @@ def test_attention_to_guests_and_decodes_alone_can_be_rehearsed(whole):  # noqa:
     [(0, False, False, 1), (2, False, False, 2), (2, True, False, 3), (1, True, True, 4)],
 )
 def test_what_runs_beside_a_step_is_added_to_it(
-    whole,  # noqa: F811
+    whole,
     monkeypatch,
     others,
     recorded,
@@ -192,7 +190,7 @@ def test_what_runs_beside_a_step_is_added_to_it(
     assert activations.activation_peak(whole, Elsewhere(), step) == counted + parts * 1000
 
 
-def test_no_room_for_the_largest_step_is_said_with_what_to_do(whole, monkeypatch):  # noqa: F811
+def test_no_room_for_the_largest_step_is_said_with_what_to_do(whole, monkeypatch):
     def no_room(*_: object) -> int:
         raise torch.cuda.OutOfMemoryError("2 GiB")
 

@@ -11,11 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from clusters import run_cluster
+from clusters import BLOCK, options, run_cluster
 from families import TINY, save
 from test_activations import demand, peaks  # noqa: F401
-from test_cluster import BLOCK, options
-from test_tensor_parallel import whole  # noqa: F401
 
 from hpc_distkv.model.build import empty_decoder
 from hpc_distkv.model.config import ModelConfig
@@ -91,7 +89,7 @@ def test_a_shard_of_a_published_model_takes_its_part(llama: ModelConfig, lanes: 
 
 @pytest.mark.parametrize(("tokens", "rows", "longest"), [(96, 12, 150), (16, 16, 2)])
 def test_no_step_on_a_cpu_takes_more_than_is_counted(
-    whole: Decoder,  # noqa: F811
+    whole: Decoder,
     peaks: list[int],  # noqa: F811
     tokens: int,
     rows: int,

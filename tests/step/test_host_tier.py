@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from clusters import Outcome, engine_of, run_cluster
+from clusters import BLOCK, VOCABULARY, Outcome, engine_of, options, run, run_cluster, unconstrained
 from late_device import be_late
-from test_cluster import BLOCK, VOCABULARY, model, options, unconstrained  # noqa: F401
-from test_tensor_parallel import run, whole  # noqa: F401
+from workloads import crowd, pressed, tier
 
 from hpc_distkv.comm.local.schedule import SeededSchedule
 from hpc_distkv.comm.local.threads import open_local
@@ -29,54 +28,16 @@ from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.model.family import FAMILIES
 from hpc_distkv.model.weights import random_decoder
-from hpc_distkv.ranks.rank import EngineOptions
 
-BLOCK_BYTES = 2 * 2 * 2 * 16 * BLOCK * 4
-"""Of `model`: layers, K and V, KV heads, head dimension."""
-STOPS = tuple(range(12))
 POLICIES = ("lend", "lend-greedy", "migrate", "queue", "isolated")
-
-
-def tier(blocks: int, host_blocks: int, **others: object) -> EngineOptions:
-    return options(blocks, host_kv_memory=host_blocks * BLOCK_BYTES, **others)
 
 
 def total(outcome: Outcome, name: str) -> int:
     return sum(getattr(counters, name) for counters in outcome.counters)
 
 
-def crowd(rng: random.Random, count: int, capacity: int) -> list[Request]:
-    """Rows of which a few need most of the capacity (tokens), some share a document, and some stop
-    early, so that others last longer than was expected."""
-    document = [rng.randrange(VOCABULARY) for _ in range(capacity)]
-    rows = []
-    for number in range(count):
-        longest = capacity - 1 if rng.random() < 0.2 else min(60, capacity - 1)
-        length = rng.randint(1, longest)
-        tokens = [rng.randrange(VOCABULARY) for _ in range(length)]
-        if rng.random() < 0.4:
-            shared = rng.randint(0, length)
-            tokens[:shared] = document[:shared]
-        output = min(rng.randint(1, 60), capacity - length + 1)
-        stops = STOPS if rng.random() < 0.6 else ()
-        sampling = Sampling(output, rng.choice([0.0, 1.0]), seed=number, stop_token_ids=stops)
-        rows.append(Request(number, pack_tokens(tokens), sampling))
-    return rows
-
-
-def pressed() -> list[Request]:
-    """The first rows end early, so that more of the others begin than there is room for."""
-    rng, rows = random.Random(5), []
-    for number in range(16):
-        tokens = [rng.randrange(VOCABULARY) for _ in range(40)]
-        early = number < 8
-        sampling = Sampling(60, 1.0 if early else 0.0, seed=number, stop_token_ids=STOPS * early)
-        rows.append(Request(number, pack_tokens(tokens), sampling))
-    return rows
-
-
 @pytest.mark.parametrize("seed", range(10))
-def test_tokens_do_not_depend_on_what_is_in_the_hosts_memory(model, seed):  # noqa: F811
+def test_tokens_do_not_depend_on_what_is_in_the_hosts_memory(model, seed):
     rng = random.Random(seed)
     ranks, blocks, host = 1 + seed % 2, rng.choice([3, 8, 24]), rng.choice([2, 10, 40])
     policy = POLICIES[seed % len(POLICIES)]
@@ -90,7 +51,7 @@ def test_tokens_do_not_depend_on_what_is_in_the_hosts_memory(model, seed):  # no
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_one_row_may_fill_all_pools_and_the_hosts_memory(model, ranks, policy):  # noqa: F811
+def test_one_row_may_fill_all_pools_and_the_hosts_memory(model, ranks, policy):
     blocks, host = 16, 40
     pools = ranks * blocks if policy.startswith("lend") else blocks
     length = (pools + host) * BLOCK
@@ -105,7 +66,7 @@ def test_one_row_may_fill_all_pools_and_the_hosts_memory(model, ranks, policy): 
 
 @pytest.mark.parametrize("caching", [True, False])
 def test_preempted_rows_are_not_computed_again(
-    model,  # noqa: F811
+    model,
     steady_pace,
     caching,
 ):
@@ -121,7 +82,7 @@ def test_preempted_rows_are_not_computed_again(
 
 
 def test_copies_that_cost_more_than_to_compute_again_are_not_made(
-    model,  # noqa: F811
+    model,
     steady_pace,
     monkeypatch,
 ):
@@ -163,7 +124,7 @@ def test_what_is_swapped_out_makes_room_for_a_row_that_cannot_go_on():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_copies_that_end_late_change_no_token(model, seed):  # noqa: F811
+def test_copies_that_end_late_change_no_token(model, seed):
     rows = pressed() if seed % 2 else crowd(random.Random(seed), 8, 40 * BLOCK)
     ranks, schedule = 1 + seed // 2, SeededSchedule(seed)
     outcome = run_cluster(model, rows, ranks, tier(16, 24), schedule, prepare=be_late)
@@ -172,7 +133,7 @@ def test_copies_that_end_late_change_no_token(model, seed):  # noqa: F811
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_peers_are_asked_for_memory_before_the_host(model, seed):  # noqa: F811
+def test_peers_are_asked_for_memory_before_the_host(model, seed):
     rng = random.Random(seed)
     tokens = [rng.randrange(VOCABULARY) for _ in range(36 * BLOCK)]
     rows = [Request(0, pack_tokens(tokens), Sampling(30))]
@@ -234,7 +195,7 @@ def test_any_number_of_rows_comes_back_from_the_host_in_one_step():
     assert len(scheduler.running) == count
 
 
-def test_all_ranks_of_an_instance_put_the_same_aside(tiny_model: Path, whole):  # noqa: F811
+def test_all_ranks_of_an_instance_put_the_same_aside(tiny_model: Path, whole):
     rows = crowd(random.Random(20), 6, 32 * BLOCK)
     lane_bytes = 3 * 2 * 1 * 16 * BLOCK * 4
     sizes = {"num_blocks": 16, "host_kv_memory": 16 * lane_bytes}
@@ -248,7 +209,7 @@ def test_all_ranks_of_an_instance_put_the_same_aside(tiny_model: Path, whole):  
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_windows_are_as_wide_after_a_row_gave_way(seed):
+def test_windows_are_as_wide_after_a_preemption(seed):
     config = ModelConfig(
         family=FAMILIES["MistralForCausalLM"],
         num_layers=2,
@@ -271,7 +232,7 @@ def test_windows_are_as_wide_after_a_row_gave_way(seed):
 # -- a file in place of memory --------------------------------------------------------------------
 
 
-def test_a_file_serves_as_well_and_never_has_a_name(model, tmp_path):  # noqa: F811
+def test_a_file_serves_as_well_and_never_has_a_name(model, tmp_path):
     rows = crowd(random.Random(3), 6, 40 * BLOCK)
     seen: list[Path] = []
 
@@ -295,7 +256,7 @@ def test_a_file_serves_as_well_and_never_has_a_name(model, tmp_path):  # noqa: F
         ({"host_kv_memory": 1 << 60, "host_kv_path": "."}, "no file of .* can be made there"),
     ],
 )
-def test_a_tier_that_cannot_be_is_refused_with_the_reason(model, others, words):  # noqa: F811
+def test_a_tier_that_cannot_be_is_refused_with_the_reason(model, others, words):
     (comm,) = open_local(1)
     with pytest.raises(OptionError, match=words):
         engine_of(comm, model, options(8, **others))

@@ -7,11 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from clusters import engine_of, run_cluster
+from clusters import engine_of, options, run_cluster, tiny_decoder
 from late_device import be_late
-from test_ahead import stopping
-from test_cluster import options, tiny_decoder
 from test_shared import BLOCK, DIM, HEADS, KV_HEADS, rows_of
+from workloads import stopping
 
 from hpc_distkv.attention import AttentionSpec, micro_attention, rotate_and_write
 from hpc_distkv.comm.local.schedule import SeededSchedule

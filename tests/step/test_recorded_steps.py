@@ -9,11 +9,9 @@ from dataclasses import fields
 
 import pytest
 import torch
-from clusters import Outcome, run_cluster
+from clusters import BLOCK, VOCABULARY, Outcome, options, request, run_cluster, shards
 from late_device import be_late
 from recorded_fabric import connect
-from test_cluster import BLOCK, VOCABULARY, options, request
-from test_tensor_parallel import shards, whole  # noqa: F401
 from torch.nn.functional import pad
 
 from hpc_distkv.attention import PagedBatch, reference
@@ -151,7 +149,7 @@ def as_they_are(model: Decoder, rows: list[Request]) -> dict[int, list[int]]:
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_recorded_steps_change_no_token(tiny_model, whole, tp, seed):  # noqa: F811
+def test_recorded_steps_change_no_token(tiny_model, whole, tp, seed):
     rows = rows_of(16, random.Random(seed))
     found = answers(shards(tiny_model, tp, tp), rows, tp, tp, 300, seed)
     assert len(REPLAYED) > 10 * tp
@@ -162,7 +160,7 @@ def test_recorded_steps_change_no_token(tiny_model, whole, tp, seed):  # noqa: F
 @pytest.mark.parametrize("seed", range(2))
 def test_steps_of_creditors_of_several_ranks_are_not_replayed(
     tiny_model,
-    whole,  # noqa: F811
+    whole,
     monkeypatch,
     seed,
 ):

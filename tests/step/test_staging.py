@@ -11,14 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accounting import Account
-from clusters import engine_of, run_cluster
+from clusters import BLOCK, engine_of, options, run, run_cluster, shards, unconstrained
 from deferred_copies import DeferredEvent
 from families import VOCABULARY as WORDS
 from families import save
 from late_device import be_late
-from test_cluster import BLOCK, model, options, unconstrained  # noqa: F401
-from test_host_tier import crowd, tier
-from test_tensor_parallel import run, shards, whole  # noqa: F401
+from workloads import crowd, tier
 
 from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow, micro_attention
 from hpc_distkv.comm.device import Device
@@ -262,7 +260,7 @@ def test_pieces_that_are_alike_are_planned_once():
         assert len({id(piece.batch) for piece in pieces}) == batches
 
 
-def test_what_staging_takes_of_the_device_is_counted(whole):  # noqa: F811
+def test_what_staging_takes_of_the_device_is_counted(whole):
     """With the queries of a whole step, however long the rows are."""
     config, size, tokens = whole.config, 8, 48
     with Account() as account:
@@ -301,7 +299,7 @@ def test_what_kernels_keep_of_pieces_does_not_grow_with_the_rows(monkeypatch, na
 # -- the choice -----------------------------------------------------------------------------------
 
 
-def test_a_rank_on_cpus_copies_nothing(model):  # noqa: F811
+def test_a_rank_on_cpus_copies_nothing(model):
     (comm,) = open_local(1)
     pools = [BlockPool(4, 2, 2, BLOCK, 16, torch.float32) for _ in range(2)]
     assert staged_from(comm, *pools, 4, model.attention[0]) == math.inf
@@ -387,7 +385,7 @@ def force(monkeypatch, least: float) -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_staged_rblocks_change_no_token(model, monkeypatch, legs, seed):  # noqa: F811
+def test_staged_rblocks_change_no_token(model, monkeypatch, legs, seed):
     """Copies end when the schedule says."""
     ranks = 1 + seed // 3
     rows = crowd(random.Random(seed), 8, (16 * ranks + 24) * BLOCK)
@@ -401,7 +399,7 @@ def test_staged_rblocks_change_no_token(model, monkeypatch, legs, seed):  # noqa
     assert bool(legs["in place"]) == (least > 1)
 
 
-def test_prompts_are_staged_and_decodes_are_not(model, monkeypatch, legs):  # noqa: F811
+def test_prompts_are_staged_and_decodes_are_not(model, monkeypatch, legs):
     force(monkeypatch, 3.0)
     prompt = [random.Random(1).randrange(128) for _ in range(50 * BLOCK)]
     rows = [Request(0, pack_tokens(prompt), Sampling(12))]
@@ -429,7 +427,7 @@ def test_other_families_are_staged_as_well(monkeypatch, legs, tmp_path: Path, na
     assert not legs["in place"]
 
 
-def test_all_ranks_of_an_instance_stage_their_part(monkeypatch, legs, tiny_model, whole):  # noqa: F811
+def test_all_ranks_of_an_instance_stage_their_part(monkeypatch, legs, tiny_model, whole):
     rows = crowd(random.Random(20), 6, 32 * BLOCK)
     lane_bytes = 3 * 2 * 1 * 16 * BLOCK * 4
     force(monkeypatch, 2.0)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hpc_distkv.control.assign.affinity import Affinity
-from hpc_distkv.control.assign.queue import LOOK_AHEAD, RequestQueue
+from hpc_distkv.control.assign.queue import LOOK_AHEAD, NOT_LARGE, RequestQueue
 from hpc_distkv.control.assign.source import RequestSource
 from hpc_distkv.control.assign.work import MeanOutput, work
 from hpc_distkv.control.messages.reports import Large, ReportError, Reports
@@ -48,8 +48,8 @@ class Assignment:
         self._outputs = MeanOutput()
         self._prefixes: dict[int, tuple[list[int], int]] = {}
         """One of the large requests → what `Affinity.find` says, until one is given."""
-        self._step_tokens = 1.0
-        """Prompt tokens in the time of a decode step, as told last."""
+        self._step_tokens, self._large_from = 1.0, NOT_LARGE
+        """As of the last `assign`."""
         self._levelled: set[int] = set()
         """Requests that were given back once: they go to who has least to do, wherever their
         prefixes are."""
@@ -125,12 +125,14 @@ class Assignment:
         room_tokens: Column,
         work_left: Column,
         step_tokens: float = 1.0,
+        large_from: int = NOT_LARGE,
     ) -> dict[int, list[Request]]:
         """New requests by instance; instances without any are left out. `room_requests`,
         `room_tokens`: requests and prompt tokens that there is room for; `work_left`: work there is
-        already; `step_tokens`: prompt tokens that could be computed in the time of a decode
-        step."""
-        self._step_tokens = step_tokens
+        already; `step_tokens`: prompt tokens that could be computed in the time of a decode step;
+        `large_from`: tokens from which on requests are too large for any one pool: they wait for
+        `give_large`."""
+        self._step_tokens, self._large_from = step_tokens, large_from
         given: dict[int, list[Request]] = {}
         if not self.waiting:
             return given
@@ -142,7 +144,7 @@ class Assignment:
         places = Places(map(Place, *(column.tolist() for column in columns)))
         if self._affinity:
             self._give_large_to_holders(places, given)
-        while places and (request := self.queue.pull()) is not None:
+        while places and (request := self.queue.pull(self._large_from)) is not None:
             place, known = self._choose(request, places)
             self._give(request, place.instance, given)
             places.take(place, self._work(request, known), request.length - known)
@@ -165,7 +167,7 @@ class Assignment:
         if request.id not in self._prefixes:
             self._prefixes[request.id] = self._affinity.find(request)
         holders, known = self._prefixes[request.id]
-        return (holders, known) if request.length - known < self.queue.large_from else ([], 0)
+        return (holders, known) if request.length - known < self._large_from else ([], 0)
 
     def large(self, count: int, work_left: Column) -> list[Large]:
         """Out of the oldest `count` requests too large for any one pool that have no instance,
@@ -225,7 +227,7 @@ class Assignment:
         while not self._dealt[instance]:
             if len(self._dealt[self._next]) >= DEALT_AHEAD:
                 return False
-            request = self.queue.pull()
+            request = self.queue.pull(self._large_from)
             if request is None:
                 return False
             self._dealt[self._next].append(request)
@@ -249,7 +251,7 @@ class Assignment:
         given.setdefault(instance, []).append(request)
         if self._affinity:
             self._affinity.give(request, instance)
-            if request.length >= self.queue.large_from:
+            if request.length >= self._large_from:
                 self._prefixes.clear()
 
     def _work(self, request: Request, known: int) -> float:

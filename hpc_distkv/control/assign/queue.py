@@ -18,7 +18,7 @@ MOST_AHEAD = 16_384
 MOST_TOKENS_AHEAD = 1 << 26
 """Tokens, of 4 bytes, of requests that were read and have no instance: then no more are read."""
 READ_AT_ONCE = 8
-"""Requests read for each that is assigned, until enough are ahead: so no round takes long."""
+"""Requests read for each that is assigned, until enough are ahead."""
 
 NOT_LARGE = 1 << 62
 """Tokens that no prompt has."""
@@ -37,10 +37,8 @@ class RequestQueue:
         """`duration`: how long a request takes; None: the last ones come as all others."""
         self.exhausted = False
         """Whether all requests were read."""
-        self.large_from = NOT_LARGE
-        """Tokens from which on requests are too large for any one pool: they wait apart."""
         self.large: list[Request] = []
-        """Oldest first."""
+        """Those that `pull` passed over, oldest first."""
         self._source, self._duration = source, duration
         self._tokens = 0
         """Of all requests that were read and have no instance."""
@@ -67,14 +65,14 @@ class RequestQueue:
         self._tokens += request.length
         self._returned.append(request)
 
-    def pull(self) -> Request | None:
-        """The next request that may be assigned and is not too large for one pool."""
-        while (request := self._next()) is not None and request.length >= self.large_from:
+    def pull(self, large_from: int) -> Request | None:
+        """The next request of fewer than `large_from` tokens; longer ones wait in `large`."""
+        while (request := self._next()) is not None and request.length >= large_from:
             bisect.insort(self.large, request, key=attrgetter("id"))
         return request
 
     def take_large(self, number: int) -> Request:
-        """Request `number` out of `large`, as of `pull`."""
+        """Request `number` out of `large`."""
         place = next(i for i, request in enumerate(self.large) if request.id == number)
         return self.large.pop(place)
 
