@@ -45,7 +45,8 @@ class Leader(Protocol):
     gmanager: GManager
 
     def ready(self) -> bool:
-        """Whether a control round may be answered. Unless told otherwise, it may."""
+        """Whether a control round may be answered: soon, if not now. Unless told otherwise, it
+        may."""
         return True
 
     def finish(self, result: Result) -> None:
