@@ -178,7 +178,8 @@ class Pace:
         own = seconds.total - seconds.partial_wait - seconds.beside
         if work.prompt_work:
             rest = own - self.steps.predict(work.decodes, work.kv_tokens)
-            self.prompt = smoothed(self.prompt, max(0.0, rest) / work.prompt_work)
+            seen = max(0.0, rest) / work.prompt_work
+            self.prompt = 0.9 * self.prompt + 0.1 * seen if self.prompt else seen
         elif own > 0:
             self.steps.observe(work.decodes, work.kv_tokens, own)
             if work.exchanging:
@@ -192,8 +193,3 @@ class Pace:
                 self.exchange / prompt or known.exchange_tokens,
                 self._host_copy_seconds / prompt or known.block_tokens,
             )
-
-
-def smoothed(average: float, value: float) -> float:
-    """The moving average after one more value; the first value starts it."""
-    return 0.9 * average + 0.1 * value if average else value

@@ -273,8 +273,8 @@ class Answer(msgspec.Struct, omit_defaults=True):
     """No request younger than this may be admitted; NOBODY: all may."""
     preempt: int = 0
     """rBlocks to free by preempting requests younger than `admit_before`."""
-    preempt_at: int = -1
-    """Where; -1: anywhere."""
+    preempt_at: InstanceId | None = None
+    """Where; None: anywhere."""
     drain: bool = False
     """Begin nothing any more: the run ends before all requests are answered."""
     stop: bool = False

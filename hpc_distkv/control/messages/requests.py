@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from hpc_distkv.ids import RequestId
 
@@ -98,7 +100,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     output: bytes = b""
     """`pack_tokens` of the output that an earlier run has made."""
     logprobs: bytes = b""
-    """`control.messages.token_logprobs` of `output`, if the request asks for them."""
+    """`pack_logprobs` of `output`, if the request asks for them."""
 
     @property
     def prompt_len(self) -> int:
@@ -135,7 +137,7 @@ class Result(msgspec.Struct, frozen=True, array_like=True):
     total_time: float
     """Seconds from assignment to the last token."""
     logprobs: bytes = b""
-    """`control.messages.token_logprobs` of the output's tokens, if the request asked for them."""
+    """`pack_logprobs` of the output's tokens, if the request asked for them."""
     text_end: int | None = None
     """Characters of the output's text that belong to the answer, if a stop string ended it."""
 
@@ -147,4 +149,37 @@ class Unfinished(msgspec.Struct, frozen=True, array_like=True):
     output: bytes
     """`pack_tokens` of its output so far; never empty."""
     logprobs: bytes = b""
-    """`control.messages.token_logprobs` of `output`, if the request asks for them."""
+    """`pack_logprobs` of `output`, if the request asks for them."""
+
+
+class TokenLogprobs(NamedTuple):
+    """What the model thought of one place in the output, before any rule or temperature."""
+
+    logprob: float
+    """Of the token that is there; base e, as all of them."""
+    top: list[tuple[int, float]]
+    """(token id, its log-probability) of the most probable tokens, best first."""
+
+
+def record_dtype(top: int) -> np.dtype[Any]:
+    """One packed output token with `top` alternatives: 4 + 8 × `top` bytes, little-endian."""
+    return np.dtype([("own", "<f4"), ("ids", "<i4", (top,)), ("values", "<f4", (top,))])
+
+
+def pack_logprobs(
+    own: NDArray[np.float32], ids: NDArray[np.int64], values: NDArray[np.float32]
+) -> list[bytes]:
+    """`own` `[rows]`, `ids` and `values` `[rows, top]` → a record for each row."""
+    records = np.empty(len(own), record_dtype(ids.shape[1]))
+    records["own"], records["ids"], records["values"] = own, ids, values
+    return [record.tobytes() for record in records]
+
+
+def unpack_logprobs(packed: bytes, top: int) -> list[TokenLogprobs]:
+    """The records of an output's tokens, one after the other, → what they say."""
+    records = np.frombuffer(packed, record_dtype(top))
+    own, ids, values = (records[name].tolist() for name in ("own", "ids", "values"))
+    return [
+        TokenLogprobs(logprob, list(zip(row_ids, row_values, strict=True)))
+        for logprob, row_ids, row_values in zip(own, ids, values, strict=True)
+    ]
