@@ -1,5 +1,5 @@
-"""What ends a command or a job with a sentence that says everything, and without a traceback; and
-the statuses with which processes leave."""
+"""Errors that explain themselves, with which a command or a job ends without a traceback; and the
+exit statuses of processes."""
 
 from __future__ import annotations
 

@@ -42,14 +42,14 @@ def read_regular(path: Path) -> bytes:
 
 
 def real_path(path: Path) -> Path:
-    """The file that `path` stands for, if it is a symbolic link: what is replaced is the file, and
-    what belongs to it lies beside it, whatever it is called by."""
+    """The file that a symbolic link leads to, or `path` itself. A file is replaced, and has its
+    side files, there and not at the link."""
     return Path(os.path.realpath(path)) if os.path.islink(path) else path
 
 
 def check_replaceable(path: Path) -> None:
-    """Whether a file may take the place of what is at `path`, if anything is: not that of a device,
-    nor of what this process's own words go to. Raises OSError."""
+    """Raise OSError if what is at `path` may not be replaced: if it is no regular file, or the one
+    that this process's own messages go to."""
     try:
         state = path.stat()
     except FileNotFoundError:
@@ -81,9 +81,9 @@ def temporary_path(path: Path) -> Path:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file to write. If nothing goes wrong it is put on the disk and takes the place of
-    `path`, or of what that links to, with its owner and mode; else `path` is as it was, and nothing
-    lies beside it. Raises OSError, also if there is something that is no file."""
+    """A new file to write. At the end of the block it is put on the disk and replaces `path`, or
+    the file that this links to, with its owner and mode. If the block raises, `path` stays as it
+    was, and nothing lies beside it. Raises OSError, also for what may not be replaced."""
     check_replaceable(path)
     path = real_path(path)
     fresh = temporary_path(path)
@@ -107,8 +107,8 @@ def replace_file(path: Path, pieces: Iterable[bytes]) -> None:
 
 
 def create_file(path: Path, mode: int = 0o666) -> int:
-    """A file that was not there, nor a link of its name, open to be written; what the umask forbids
-    is taken from its `mode`. Raises OSError."""
+    """Create a file and open it to be written; `mode` is subject to the umask. Raises OSError, also
+    if there is a file or a link of that name."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.open(path, flags, mode)
 

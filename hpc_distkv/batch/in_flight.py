@@ -91,7 +91,7 @@ class InFlight:
             answer = AnswerKey(pending.row.custom_id, choice)
             self._begun[answer] = Begun(*answer, pending.asked[choice], **made)
 
-    def put_results_aside(self) -> None:
+    def save_results(self) -> None:
         """Keep the answers of rows whose others are not there."""
         for number, pending in self._pending.items():
             for choice, result in pending.results.items():

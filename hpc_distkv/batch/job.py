@@ -201,7 +201,7 @@ class Job:
         if there are none, the lines are put into the order of the input if `ordered`. Raises
         InputError and JournalError."""
         self._intake.look()
-        self._in_flight.put_results_aside()
+        self._in_flight.save_results()
         self.commit(now=True)
         order = None
         try:

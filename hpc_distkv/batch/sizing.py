@@ -1,4 +1,4 @@
-"""What a batch asks of a job: its longest rows, KV memory, and time."""
+"""What a batch needs: its longest rows, KV memory, and time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Pool(NamedTuple):
 
 
 class Footprint(NamedTuple):
-    """What each answer of a row comes to need."""
+    """The KV that each answer of a row needs at most."""
 
     prompt: int
     """Tokens."""
@@ -41,7 +41,7 @@ class Footprint(NamedTuple):
     blocks: int
     """rBlocks."""
     ranks: int | None
-    """Whose pools hold them; None: not known how much one holds."""
+    """Ranks whose pools hold them together; None: the size of a pool is not known."""
 
     @classmethod
     def of(cls, row: Row, pool: Pool) -> Footprint:

@@ -34,8 +34,7 @@ class Split(NamedTuple):
 
 
 class News(NamedTuple):
-    """What a header (`control.messages.loans`) tells a creditor of what it hosts or has set
-    aside."""
+    """What a header (`control.messages.loans`) tells a creditor of its guests and credit."""
 
     released: Sequence[TableKey] = ()
     returned: int = 0
@@ -58,22 +57,21 @@ class Debt:
     free."""
     dropped: dict[TableKey, Dropped] = field(default_factory=dict)
     """Requests that go on → what the creditor has not been told to free of them."""
-
     splits: list[Split] = field(default_factory=list)
     """What the creditor has not been told to split."""
 
     @property
     def total(self) -> int:
-        """Everything the creditor has set aside or hosts for this instance, as far as known."""
+        """All that the creditor reserves or hosts for this instance, as far as known."""
         return self.credit + self.used + self.returned
 
     @property
     def news(self) -> bool:
-        """Whether the creditor has to be told of something."""
+        """True if the next header has to tell the creditor something."""
         return bool(self.released or self.dropped or self.returned or self.splits)
 
     def settle(self) -> News:
-        """The news, which is told herewith."""
+        """Take the news for the next header. What it frees stops counting as debt."""
         dropped = [(request, left.first) for request, left in self.dropped.items()]
         news = News(list(self.released), self.returned, dropped, self.splits)
         self.used -= sum(self.released.values()) + sum(d.blocks for d in self.dropped.values())
@@ -88,13 +86,13 @@ class Loan:
     unopened: int = 0
     """Granted by the gManager; the debtor has not been told."""
     credit: int = 0
-    """Set aside for the debtor."""
+    """Reserved for the debtor, which knows it."""
     used: int = 0
     """Hosted for the debtor, or on their way here."""
 
     @property
     def total(self) -> int:
-        """Everything set aside for or used by the debtor."""
+        """All that is reserved for the debtor or used by it."""
         return self.unopened + self.credit + self.used
 
 

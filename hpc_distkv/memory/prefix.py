@@ -16,12 +16,12 @@ MOST_STALE = 64
 
 @dataclass(eq=False)
 class Prefix(BlockTable):
-    """A run of sealed rBlocks that every prompt with the same tokens up to there has in common. It
-    begins where its parent ends."""
+    """A run of sealed rBlocks that all prompts with the same tokens up to its end share. It starts
+    where its parent ends."""
 
     id: PrefixId = field(kw_only=True)
     keys: list[bytes] = field(default_factory=list)
-    """Of each rBlock: equal for equal tokens from the beginning of the prompt."""
+    """Of each rBlock: equal for equal tokens from the start of the prompt to its end."""
     parent: Prefix | None = None
     children: set[PrefixId] = field(default_factory=set)
     """The prefixes that continue it."""
@@ -32,14 +32,14 @@ class Prefix(BlockTable):
 
 
 class PrefixTree:
-    """Owner of the prefixes: which there are, who uses them, and which goes first.
+    """Owner of the prefixes: who uses them, and which is evicted first.
 
     A prefix is a block table beside those of requests, so it is lent and brought home as they are.
-    A request that begins continues the longest prefix that its prompt has in common with earlier
-    ones, and its own rBlocks become part of a prefix as they are sealed. A prefix is in use if a
-    request continues it or a prefix in use does. Others stay as cache until their slots are wanted,
-    those unused longest first, last rBlocks first. What of them is lent is no cache: it goes as
-    soon as nobody uses it, with all that continues it.
+    A new request continues the longest prefix that its prompt shares with earlier ones, and its own
+    rBlocks become part of a prefix as they are sealed. A prefix is in use if a request, or a prefix
+    in use, continues it. Others stay as cache until their slots are wanted; the least recently used
+    is evicted first, its last rBlock first. A prefix with rBlocks elsewhere is no cache: it is
+    freed as soon as nobody uses it, with all that continues it.
     """
 
     def __init__(self, tables: dict[TableKey, BlockTable]) -> None:
@@ -111,13 +111,13 @@ class PrefixTree:
         return 0
 
     def coming(self, keys: Sequence[bytes]) -> int:
-        """How many rBlocks of a prompt are here, or will be when those that are at work on the same
-        beginning have computed it."""
+        """How many rBlocks of a prompt are here, or will be when the requests that compute the same
+        prefix have done so."""
         others = (_common(keys, other) for other in self._computing.values())
         return max(self.match(keys), *others, 0)
 
     def awaited(self, keys: Sequence[bytes]) -> bool:
-        """Whether somebody is computing the next rBlock of a prompt beyond what is here."""
+        """True if a request computes the next rBlock of a prompt beyond those that are here."""
         return bool(self._computing) and self.coming(keys) > self.match(keys)
 
     # -- requests come and go -------------------------------------------------------------------
@@ -142,7 +142,7 @@ class PrefixTree:
         return new
 
     def join(self, request: RequestId, prefix: Prefix | None, keys: Sequence[bytes]) -> None:
-        """A request with a prompt of `keys` begins, and continues `prefix`, all of it."""
+        """A request with a prompt of `keys` starts, and continues all of `prefix`."""
         if prefix:
             self._last[request] = prefix
             self._use(prefix)
@@ -156,7 +156,7 @@ class PrefixTree:
             return
         table = self._tables[request]
         while table.start < min(blocks, len(keys)):
-            if keys[table.start] in self._at:  # It had no room to take that: it keeps its own.
+            if keys[table.start] in self._at:  # There was no room to share that: it keeps its own.
                 del self._computing[request]
                 return
             self._take_over(request, table, keys[table.start])
@@ -164,7 +164,7 @@ class PrefixTree:
             del self._computing[request]
 
     def leave(self, request: RequestId) -> list[Prefix]:
-        """A request ends, or is preempted. Returns the prefixes that are gone with it."""
+        """A request ends, or is preempted. Returns the prefixes that are freed with it."""
         self._computing.pop(request, None)
         gone: list[Prefix] = []
         self._clock += 1
@@ -182,7 +182,7 @@ class PrefixTree:
         return gone
 
     def evict(self) -> int:
-        """Give up the rBlock that is wanted least. Returns its slot; `idle` was above 0."""
+        """Evict the least recently used rBlock; `idle` was above 0. Returns its slot."""
         prefix = self._oldest()
         slot = prefix.slots.pop()
         prefix.indices.pop()
@@ -236,7 +236,7 @@ class PrefixTree:
             heapq.heappop(self._evictable)
 
     def _forget(self, prefix: Prefix, gone: list[Prefix]) -> None:
-        """Nobody uses the prefix, nor what continues it: all that is no cache any more."""
+        """Forget a prefix that nobody uses, and those that continue it; add them to `gone`."""
         for child in list(prefix.children):
             self._forget(self.prefixes[child], gone)
         for key in prefix.keys:

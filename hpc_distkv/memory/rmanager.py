@@ -65,16 +65,15 @@ class RManager:
         return tables | {p.id: p for p in self.prefixes.chain(request)[::-1]}
 
     def held_alone(self, request: RequestId, at: InstanceId | None = None) -> int:
-        """rBlocks that nobody needs when the request is gone; those at creditor `at` alone if it is
-        given."""
+        """rBlocks that are free when the request is closed, at creditor `at` only if given."""
         tables = [self.tables[request], *self.prefixes.used_alone(request)]
         return sum(t.held if at is None else len(t.remote.get(at, ())) for t in tables)
 
     # -- a request's life -----------------------------------------------------------------------
 
     def open(self, request: RequestId, keys: Sequence[bytes] = ()) -> BlockTable:
-        """Begin the block table of a request, empty, that continues what is here of its prompt.
-        `keys`: of the rBlocks of the prompt that may be shared."""
+        """Open an empty block table for a request, which continues the prefix of its prompt that is
+        here. `keys`: of the rBlocks of the prompt that may be shared."""
         assert request not in self.tables
         found = self.prefixes.find(keys, self.slots.usable) if keys else None
         prefix = self._end_at(*found) if found else None
@@ -99,8 +98,9 @@ class RManager:
     def close(self, request: RequestId) -> None:
         """Free a request's rBlocks, but those that others share, at home now and at its creditors
         by the next header. Its moves must have been committed."""
-        ended = {request: self.tables.pop(request)}
-        for key, table in (ended | {p.id: p for p in self.prefixes.leave(request)}).items():
+        tables: list[tuple[TableKey, BlockTable]] = [(request, self.tables.pop(request))]
+        tables += [(prefix.id, prefix) for prefix in self.prefixes.leave(request)]
+        for key, table in tables:
             self._free(key, table)
             self.borrower.release(key, table)
 
@@ -128,7 +128,7 @@ class RManager:
     # -- swapping -------------------------------------------------------------------------------
 
     def can_swap_out(self, request: RequestId, sealed: int) -> bool:
-        """Whether the host's memory has room for the first `sealed` rBlocks of a request, without
+        """True if the host's memory has room for the first `sealed` rBlocks of a request, without
         those that others use too. None of the others may be at a creditor: the request will need
         all of them when it is resumed."""
         table, alone = self.tables[request], self.prefixes.used_alone(request)
@@ -157,8 +157,8 @@ class RManager:
 
     def resume(self, request: RequestId, keys: Sequence[bytes] = ()) -> BlockTable:
         """Open the block table of a swapped-out request: its rBlocks are in the host's memory, but
-        for those of its prompt that are here (`keys` as of `open`). If the prefix that it shared is
-        gone it begins anew."""
+        for those of its prompt that are here (`keys` as of `open`). If the prefix that it shared
+        was evicted, the table is empty: the request is computed again."""
         found = self.prefixes.find(keys, self.slots.usable) if keys else None
         length = found[1] if found else 0
         if length < self.swap.swapped[request]:

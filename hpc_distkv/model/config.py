@@ -150,7 +150,7 @@ class ModelConfig:
         )
 
     def divides(self, lanes: int) -> bool:
-        """Whether every one of `lanes` can have equal shares of heads and MLP."""
+        """Whether heads and MLP can be cut into `lanes` equal shares."""
         return (
             self.num_heads % lanes == 0
             and self.intermediate_size % lanes == 0
@@ -268,7 +268,7 @@ def _ropes(read: Settings, family: Family, head_dim: int) -> tuple[Rope, Rope | 
 
 
 def _max_position(read: Settings, rope: Rope, local_rope: Rope | None) -> int:
-    """As vLLM counts it: what Gemma 3 says is stretched already."""
+    """As vLLM counts it: Gemma 3 states the stretched length."""
     stated = read.whole("max_position_embeddings")
     reach = stated if local_rope else rope.reach(stated)
     if reach > MOST_WHOLE:

@@ -22,13 +22,13 @@ Attend = Callable[[int, Tensor, Tensor, Rotation | None], Tensor]
 """(layer, qk [T, heads + kv_heads, head_dim], v [T, kv_heads, head_dim], rotation) → [T, heads,
 head_dim].
 
-qk are the queries and, behind them, the keys, still to be turned by `rotation` (None: the model has
-no rotary positions); how they make scores says `Decoder.attention`. The heads of a token lie
-contiguous in qk and in v. The result may be float32 or the model's dtype."""
+qk are the queries and, behind them, the keys, to which `rotation` is still to be applied (None: the
+model has no rotary positions). `Decoder.attention` says how they are scored. The heads of a token
+are contiguous in qk and in v. The result may be float32 or the model's dtype."""
 
 
 def nothing() -> None:
-    """The pause of a step that may take as long as it takes."""
+    """A pause in which nothing is done."""
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Layer:
 
 
 class Decoder:
-    """Tokens in, logits out, attention from outside. Call it under `torch.inference_mode`.
+    """From tokens to logits; the caller computes attention. Call it under `torch.inference_mode`.
 
     Source of the architecture: Llama (arXiv 2302.13971) with grouped-query attention; what a family
     does otherwise is in its row (`family.py`) and in `config`.

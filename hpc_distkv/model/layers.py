@@ -90,7 +90,7 @@ class Mlp:
         return self.down(self.activated(wide))
 
     def activated(self, wide: Tensor) -> Tensor:
-        """What `down` takes of what `up` gives."""
+        """The input of `down` for the output `wide` of `up`."""
         if not self._gated:
             return self._activate(wide)
         gate, up = wide.chunk(2, dim=-1)
@@ -101,8 +101,8 @@ class Experts:
     """A token's MLP is a weighted sum of those of the few experts that a router picks for it.
 
     Pairs of token and expert are sorted by expert, so every expert runs once a step, over all of
-    its tokens: one after another, for which the host has to know how many each has, or all in one
-    grouped product, for which only the device has to. Source: mixtures of experts with top-k
+    its tokens: one after another, for which the host must read how many each has, or all in one
+    grouped product, without a sync. Source: mixtures of experts with top-k
     routing, arXiv 1701.06538 and 2101.03961.
     """
 
@@ -123,7 +123,7 @@ class Experts:
 
     @property
     def waits(self) -> bool:
-        """Whether the host waits for the router."""
+        """Whether the host reads what the router has chosen, which is a sync."""
         return self._stacks is None
 
     def __call__(self, x: Tensor, pause: Pause) -> Tensor:
@@ -146,7 +146,7 @@ class Experts:
         return x
 
     def _at_once(self, up: Tensor, down: Tensor, x: Tensor, ends: Tensor, pause: Pause) -> Tensor:
-        """The same, but new. What the host asks of the device depends on the shape of x alone."""
+        """As `_one_by_one`, into a new tensor. The kernels depend on the shape of x alone."""
         wide = functional.grouped_mm(x, up.mT, offs=ends)
         pause()
         inner = self.experts[0].activated(wide)  # all are of one kind

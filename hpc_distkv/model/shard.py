@@ -23,27 +23,27 @@ ALL = slice(None)
 
 
 class Lanes(Protocol):
-    """What a shard asks of those that hold the rest of its model."""
+    """Communication with the lanes that hold the other shards of the model. Collective."""
 
     def rehearsal(self) -> Lanes:
-        """What takes the same memory, and waits for nobody."""
+        """Lanes that take the same memory and do not communicate: to measure that memory."""
 
     @property
     def alone(self) -> bool:
-        """Whether there is but one."""
+        """Whether there is one lane."""
 
     @property
     def recordable(self) -> bool:
-        """Whether independent steps, with all that these do in them, can be captured."""
+        """Whether steps that communicate with these lanes alone can be captured."""
 
     def recording(self, recorded: Recorded) -> AbstractContextManager[object]:
-        """In this block a step is recorded."""
+        """A block in which a step is captured."""
 
     def replay(self, recorded: Recorded) -> None:
-        """Ask for what was recorded."""
+        """Replay a captured step."""
 
     def begin(self, independent: bool) -> None:
-        """A step begins; `independent`: it waits for nobody but these."""
+        """A step begins; `independent`: it communicates with these lanes alone."""
 
     def spread(self, x: Tensor) -> Tensor:
         """Lane 0's `x` on all of them, in place."""
@@ -56,7 +56,7 @@ class Lanes(Protocol):
 
 
 class Alone:
-    """There is nobody else."""
+    """One lane, which holds the whole model."""
 
     alone = recordable = True
 
@@ -65,7 +65,7 @@ class Alone:
         return self
 
     def recording(self, recorded: Recorded) -> AbstractContextManager[object]:
-        """Nothing to be seen to."""
+        """An empty block."""
         return nullcontext()
 
     def replay(self, recorded: Recorded) -> None:

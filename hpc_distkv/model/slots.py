@@ -25,9 +25,9 @@ class Slot:
 
     view: Tensor
     cut: Cut
-    """What of the checkpoint's tensor it takes."""
+    """The part of the checkpoint's tensor that it holds."""
     linear: Linear | None = None
-    """The layer that waits for it."""
+    """The linear layer that it is a part of."""
     offset: float = 0.0
     """Added to what is stored."""
     random: tuple[float, float] = (0.0, 0.0)

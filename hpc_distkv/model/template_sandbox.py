@@ -1,4 +1,4 @@
-"""Where chat templates run: they are foreign code, which may also not come to an end."""
+"""The sandbox that chat templates run in: they are foreign code, and may not even end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much a chat template makes, found out before it is made."""
+"""The sizes of what a chat template makes, computed before it is made."""
 
 from __future__ import annotations
 

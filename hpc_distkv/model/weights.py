@@ -66,7 +66,7 @@ def load_decoder(
 
 
 def _read(folder: Path, config: ModelConfig, wanted: dict[str, Slot]) -> Iterator[list[Slot]]:
-    """Fill what is wanted, in that order, a few tensors at a time, which are then wanted no more.
+    """Fill the slots that are wanted, in that order, and take them from `wanted`, a few at a time.
     Checks all files first."""
     files = {file: _checked_names(file, config, wanted) for file in weight_files(folder)}
     place = _check_complete(files, wanted, folder)

@@ -10,8 +10,8 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def read_windows(read: Settings, family: Family, layers: int, max_position: int) -> tuple[int, ...]:
-    """For each layer the tokens that a query sees, or 0: all; empty: all 0. Windows that no
-    position can outgrow are none. Raises ModelError."""
+    """For each layer the tokens that a query sees, or 0: all; empty: all 0. A window as wide as
+    `max_position` counts as none. Raises ModelError."""
     if family.windows == "none" or not read.flag("use_sliding_window", True):
         return ()
     sliding = _sliding_layers(read, family, layers)

@@ -16,7 +16,9 @@ from hpc_distkv.decide.pace import StepSeconds
 from hpc_distkv.decide.plan import Plan
 from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.memory.loan import ProtocolError
-from hpc_distkv.ranks.events import (
+from hpc_distkv.ranks.interrupt import Interrupt
+from hpc_distkv.ranks.loop import StepLoop, decode_answer
+from hpc_distkv.ranks.mail import (
     Advanced,
     Arrived,
     Boundary,
@@ -30,8 +32,6 @@ from hpc_distkv.ranks.events import (
     StepTimed,
     fingerprint,
 )
-from hpc_distkv.ranks.interrupt import Interrupt
-from hpc_distkv.ranks.loop import StepLoop, decode_answer
 from hpc_distkv.step.parts import Parts
 from hpc_distkv.step.recorder import Kind
 

@@ -20,20 +20,20 @@ from hpc_distkv.decide.look_ahead import may_plan_ahead
 from hpc_distkv.decide.pace import StepSeconds
 from hpc_distkv.decide.plan import Plan
 from hpc_distkv.decide.sequence import TokenSequence
-from hpc_distkv.ranks.events import (
+from hpc_distkv.ranks.interrupt import HALT, Interrupt
+from hpc_distkv.ranks.loop import StepLoop, decode_answer
+from hpc_distkv.ranks.mail import (
     Advanced,
     Boundary,
     Left,
     Log,
+    Mailbox,
     Returned,
     StepBegun,
     StepEnded,
     StepTimed,
     fingerprint,
 )
-from hpc_distkv.ranks.interrupt import HALT, Interrupt
-from hpc_distkv.ranks.loop import StepLoop, decode_answer
-from hpc_distkv.ranks.mailbox import Mailbox
 from hpc_distkv.step.parts import Parts
 from hpc_distkv.step.recorder import Kind
 from hpc_distkv.step.sampler import Sampled, begin_sampling
@@ -45,7 +45,8 @@ class Leader(Protocol):
     gmanager: GManager
 
     def ready(self) -> bool:
-        """Whether a control round may be answered. Unless told otherwise, it may."""
+        """Whether a control round may be answered: soon, if not now. Unless told otherwise, it
+        may."""
         return True
 
     def finish(self, result: Result) -> None:

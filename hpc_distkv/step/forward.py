@@ -9,11 +9,9 @@ from typing import NamedTuple, Protocol
 import torch
 
 from hpc_distkv.attention import PagedBatch, Rotation, micro_attention, rotate_and_write
-from hpc_distkv.decide.plan import Scheduled
-from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.memory.rmanager import RManager
 from hpc_distkv.step.graphs import DecodeGraphs
-from hpc_distkv.step.inputs import read
+from hpc_distkv.step.inputs import Rows, read
 from hpc_distkv.step.parts import Parts
 from hpc_distkv.step.shared import SharedAttention, groups_of
 
@@ -66,7 +64,7 @@ class Forward:
 
     def run(
         self,
-        rows: Sequence[Scheduled[TokenSequence]],
+        rows: Rows,
         elsewhere: Sequence[Elsewhere] = (),
         drawn: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -87,9 +85,7 @@ class Forward:
         self._recorder.layer(-1)
         return self._model.logits(hidden[step.ends]) if len(step.ends) else torch.empty((0, 0))
 
-    def _prepare(
-        self, rows: Sequence[Scheduled[TokenSequence]], elsewhere: Sequence[Elsewhere]
-    ) -> StepInputs:
+    def _prepare(self, rows: Rows, elsewhere: Sequence[Elsewhere]) -> StepInputs:
         size = self._pool.block_size
         decodes = all(count == 1 for _, count in rows)
         # Guests would wait for all of a recorded step's hops (`comm.gpu.meeting_transport`).

@@ -22,6 +22,8 @@ from hpc_distkv.memory.table import BlockTable, Slots
 
 Hosted = Callable[[list[TableKey]], tuple[list[int], list[int]]]
 """Guests → their slots, and the logical index of each."""
+Rows = Sequence[Scheduled[TokenSequence]]
+"""What a step computes: the next tokens of each of its sequences."""
 Ints = NDArray[np.signedinteger[Any]]
 
 
@@ -42,7 +44,7 @@ class Inputs(NamedTuple):
     batch: PagedBatch
     """What they attend to at home."""
 
-    def lengths(self, rows: Sequence[Scheduled[TokenSequence]]) -> torch.Tensor:
+    def lengths(self, rows: Rows) -> torch.Tensor:
         """int64 `[T]`, as of `Model.hidden`: a recomputed token gets the one it had when it was
         computed first."""
         prompts = [s.prompt_len for s, count in rows for _ in range(count)]
@@ -71,12 +73,7 @@ class Inputs(NamedTuple):
         )
 
 
-def read(
-    rm: RManager,
-    rows: Sequence[Scheduled[TokenSequence]],
-    block_size: int,
-    apart: Container[int] = (),
-) -> Inputs:
+def read(rm: RManager, rows: Rows, block_size: int, apart: Container[int] = ()) -> Inputs:
     """The inputs of at least one row, which attends to all it has at home but the prefixes of
     `apart`."""
     own = [rm.tables[sequence.id] for sequence, _ in rows]
@@ -140,7 +137,7 @@ def guest_rows(
 
 def _with_prefixes(
     rm: RManager,
-    rows: Sequence[Scheduled[TokenSequence]],
+    rows: Rows,
     own: Sequence[BlockTable],
     apart: Container[int],
 ) -> tuple[list[BlockTable], Ints]:

@@ -9,11 +9,10 @@ import torch
 
 from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow, merge_rows, micro_attention
 from hpc_distkv.comm.device import Device
-from hpc_distkv.decide.plan import Scheduled
-from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.ids import PrefixId
 from hpc_distkv.memory.prefix import Prefix
 from hpc_distkv.memory.rmanager import RManager
+from hpc_distkv.step.inputs import Rows
 from hpc_distkv.step.sizes import MOST_SHARED
 
 LEAST_SAVED = 8192
@@ -27,12 +26,7 @@ Groups = dict[tuple[int, ...], list[Prefix]]
 """Rows of a step, by their place in it → the prefixes at home that these rows and no others use."""
 
 
-def groups_of(
-    rm: RManager,
-    rows: Sequence[Scheduled[TokenSequence]],
-    block_size: int,
-    replayable: bool = False,
-) -> Groups:
+def groups_of(rm: RManager, rows: Rows, block_size: int, replayable: bool = False) -> Groups:
     """Prefixes worth one shared attention call; `replayable`: in a step that would be replayed
     without."""
     least = LEAST_SAVED_REPLAYED if replayable else LEAST_SAVED
@@ -65,13 +59,7 @@ class SharedAttention:
     row of the batch, with the queries of all its rows. What they share is in the past of every one
     of them, so there is no causal mask, and their positions do not matter."""
 
-    def __init__(
-        self,
-        groups: Groups,
-        rows: Sequence[Scheduled[TokenSequence]],
-        block_size: int,
-        device: Device,
-    ) -> None:
+    def __init__(self, groups: Groups, rows: Rows, block_size: int, device: Device) -> None:
         """`groups`: at least one."""
         starts = [0]
         for row in rows:

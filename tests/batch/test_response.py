@@ -13,9 +13,8 @@ from batch_fakes import ByteTokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_distkv.batch.answers.choice import Choice
+from hpc_distkv.batch.answers.choice import Choice, chat_logprobs, completion_logprobs
 from hpc_distkv.batch.answers.line import answer_line, error_line, json_line, read_line
-from hpc_distkv.batch.answers.logprobs import chat_logprobs, completion_logprobs
 from hpc_distkv.batch.errors import RowError
 from hpc_distkv.batch.input.envelope import CHAT, COMPLETION, Endpoint
 from hpc_distkv.batch.results.answered import read_answered

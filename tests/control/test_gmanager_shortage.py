@@ -111,7 +111,7 @@ def test_victims_are_sought_where_their_room_is_of_use():
     assert [answer.preempt for answer in answers] == [0, 0, 3]
 
 
-def test_a_younger_row_that_holds_the_room_nearby_gives_way_wherever_it_lives():
+def test_a_younger_row_that_holds_the_room_nearby_is_preempted_wherever_it_lives():
     """Its home is starved as well, so it never ends by itself. A younger one has nothing there."""
     guest = report(wanted=4, wanted_for=9, starved=True, free=0, youngest=9, youngest_blocks=20)
     rows = starving(3, largest=15), lends({2: 10}, free=0), guest
@@ -192,7 +192,7 @@ def test_nothing_is_shed_while_somebody_starves():
 
 
 @pytest.mark.parametrize("policy", ["migrate", "queue", "isolated"])
-def test_nobody_gives_way_to_another_instance_without_lending(policy):
+def test_nobody_is_preempted_for_another_instance_without_lending(policy):
     job = Job(2, policy=POLICIES[policy])
     answers = job.round(starving(3), report(youngest=9, youngest_blocks=9))
     assert [answer.admit_before for answer in answers] == [NOBODY, NOBODY]

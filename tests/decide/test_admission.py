@@ -92,10 +92,10 @@ def test_a_blocked_row_begins_at_its_place_whatever_comes_after_it(first, blocke
     while scheduler.waiting:
         step(scheduler)
     foresight, row = scheduler.foresight, add(scheduler, len(first), *blocked)
-    claims = [foresight.expected_kv(other) for other in scheduler.running]
+    expected = [foresight.expected_kv(other) for other in scheduler.running]
     room = 40 - 1  # in reserve
-    place = foresight.start(claims, foresight.expected_kv(row), room) if claims else 0
-    event("blocked" if foresight.peak([*claims, foresight.expected_kv(row)]) > room else "begins")
+    place = foresight.start(expected, foresight.expected_kv(row), room) if expected else 0
+    event("blocked" if foresight.peak([*expected, foresight.expected_kv(row)]) > room else "begins")
     younger = zip(itertools.count(len(first) + 1), itertools.cycle(stream), strict=False)
     steps = 0
     while row in scheduler.waiting:
@@ -120,10 +120,10 @@ def test_what_is_promised_delays_no_row_that_waits(first, blocked):
     while scheduler.waiting:
         step(scheduler)
     foresight, row = scheduler.foresight, add(scheduler, len(first), *blocked)
-    claims = [foresight.expected_kv(other) for other in scheduler.running]
-    place = foresight.start(claims, foresight.expected_kv(row), 40 - 1) if claims else 0
+    expected = [foresight.expected_kv(other) for other in scheduler.running]
+    place = foresight.start(expected, foresight.expected_kv(row), 40 - 1) if expected else 0
     lendable = scheduler.demand().lendable
-    event(f"fragment: {bool(lendable and claims and lacking(scheduler))}")
+    event(f"fragment: {bool(lendable and expected and lacking(scheduler))}")
     scheduler.rm.lender.settle({3: scheduler.rm.lender.promise(lendable)})
     steps = 0
     while row in scheduler.waiting:
@@ -137,7 +137,7 @@ def test_what_is_promised_delays_no_row_that_waits(first, blocked):
     st.integers(2, 30),
     st.lists(st.tuples(st.integers(0, 10), row_sizes), min_size=1, max_size=20),
 )
-def test_nobody_gives_way_if_all_outputs_are_as_long_as_expected(num_blocks, arrivals):
+def test_nobody_is_preempted_if_all_outputs_are_as_long_as_expected(num_blocks, arrivals):
     """Rows come some steps after each other, and go to their limits."""
     scheduler = make(num_blocks, max_num_batched_tokens=ANY)
     sequences = []

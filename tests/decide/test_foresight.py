@@ -24,18 +24,18 @@ def foresight() -> Foresight:
     return make().foresight
 
 
-def blocks_at(step_number: int, claims: list[ExpectedKv]) -> float:
+def blocks_at(step_number: int, expected: list[ExpectedKv]) -> float:
     """rBlocks after so many steps, of those that do not end before: a row has all its tokens in its
     last step, and the last rBlock of each is half full in the mean."""
     return sum(
-        (claim.tokens + step_number - claim.start) / BLOCK + 0.5
-        for claim in claims
-        if claim.start < step_number <= claim.end
+        (kv.tokens + step_number - kv.start) / BLOCK + 0.5
+        for kv in expected
+        if kv.start < step_number <= kv.end
     )
 
 
-def most(claims: list[ExpectedKv], until: int = 100) -> float:
-    return max((blocks_at(number, claims) for number in range(1, until + 1)), default=0.0)
+def most(expected: list[ExpectedKv], until: int = 100) -> float:
+    return max((blocks_at(number, expected) for number in range(1, until + 1)), default=0.0)
 
 
 def fits_beside(running: list[ExpectedKv], row: ExpectedKv, room: float) -> bool:
@@ -48,10 +48,10 @@ def fits_beside(running: list[ExpectedKv], row: ExpectedKv, room: float) -> bool
 
 
 @given(st.lists(later, max_size=8))
-def test_the_peak_is_the_most_that_is_taken_in_any_step(claims):
-    assert foresight().peak(claims) == most(claims)
-    for claim in claims:
-        assert foresight().peak(claims, claim.end) == most(claims, int(claim.end))
+def test_the_peak_is_the_most_that_is_taken_in_any_step(expected):
+    assert foresight().peak(expected) == most(expected)
+    for kv in expected:
+        assert foresight().peak(expected, kv.end) == most(expected, int(kv.end))
 
 
 def test_nobody_takes_nothing():
@@ -61,7 +61,7 @@ def test_nobody_takes_nothing():
 @given(st.lists(begun, min_size=1, max_size=8), begun, st.integers(0, 60))
 def test_a_row_has_its_place_at_the_first_end_of_another_from_which_it_fits(running, row, room):
     start = foresight().start(running, row, room)
-    ends = sorted({claim.end for claim in running})
+    ends = sorted({kv.end for kv in running})
     assert start == next(end for end in ends if fits_beside(running, row.at(end), room))
 
 
@@ -71,14 +71,14 @@ def test_a_row_that_ends_before_another_has_grown_does_not_wait_for_it():
     assert foresight().start([long, ends_soon], short, room=17) == 2
 
 
-def test_a_place_in_time_moves_the_whole_claim():
+def test_a_place_in_time_moves_the_whole_kv():
     assert ExpectedKv(0, 7, 20).at(30) == ExpectedKv(30, 37, 20)
 
 
-# -- claims of sequences --------------------------------------------------------------------------
+# -- of sequences ---------------------------------------------------------------------------------
 
 
-def test_a_row_claims_its_prompt_and_a_token_a_step_for_its_output():
+def test_a_row_is_expected_to_need_its_prompt_and_a_token_a_step_for_its_output():
     scheduler = make()
     sequence = add(scheduler, 0, prompt=10, max_tokens=6)
     assert scheduler.foresight.expected_kv(sequence) == ExpectedKv(0, 6, 10)
@@ -97,7 +97,7 @@ def test_a_row_that_outlives_what_was_expected_ends_with_its_next_token(made, le
     assert scheduler.foresight.expected_kv(sequence) == ExpectedKv(0, left, 3 + made)
 
 
-def test_rblocks_elsewhere_are_not_claimed_at_home():
+def test_rblocks_elsewhere_are_not_expected_at_home():
     scheduler = make(policy="lend")
     sequence = add(scheduler, 0, prompt=11)
     step(scheduler)

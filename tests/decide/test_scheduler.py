@@ -78,7 +78,7 @@ def test_sizes_that_cannot_work_are_refused(sizes):
 # -- preempted rows -----------------------------------------------------------------------------
 
 
-def test_the_youngest_gives_way_and_is_computed_again():
+def test_the_youngest_is_preempted_and_computed_again():
     scheduler = make(num_blocks=6)
     expect_short(scheduler)
     add(scheduler, 0, prompt=7, max_tokens=9)

@@ -182,7 +182,7 @@ def test_a_row_too_large_asks_for_all_its_prompt_as_soon_as_it_runs():
     assert demand.wanted >= 15 - 12
 
 
-def test_a_row_too_large_that_gave_way_waits_for_the_gmanager_again():
+def test_a_row_too_large_that_was_preempted_waits_for_the_gmanager_again():
     scheduler = large_and_small()
     answer(scheduler, begin=[0])
     step(scheduler)
@@ -234,7 +234,7 @@ def test_a_row_too_large_leaves_others_what_they_grow_by_while_they_go_on():
 
 
 @pytest.mark.parametrize(("step_tokens", "waited"), [(14.0, 2), (40.0, 0)])
-def test_a_row_gives_way_only_after_the_time_that_it_would_take_again(step_tokens, waited):
+def test_a_row_is_preempted_only_after_the_time_that_it_would_take_again(step_tokens, waited):
     """Row 0 lacks an rBlock when row 2 has 31 tokens."""
     scheduler = make(num_blocks=12, policy="lend", max_num_batched_tokens=64)
     expect_short(scheduler)

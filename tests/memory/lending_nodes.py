@@ -20,8 +20,7 @@ from hpc_distkv.decide.plan import Plan, Scheduled
 from hpc_distkv.decide.sequence import TokenSequence
 from hpc_distkv.memory.loan import Move
 from hpc_distkv.memory.pool import BlockPool
-from hpc_distkv.ranks.events import Log
-from hpc_distkv.ranks.mailbox import Mailbox
+from hpc_distkv.ranks.mail import Log, Mailbox
 from hpc_distkv.step.creditor import Creditor
 from hpc_distkv.step.debtor import Debtor
 from hpc_distkv.step.parts import Parts

@@ -277,7 +277,7 @@ def test_a_row_that_ends_keeps_its_rblocks_while_a_step_uses_them():
     instance.check()
 
 
-def test_nobody_gives_way_while_a_step_is_computed():
+def test_nobody_is_preempted_while_a_step_is_computed():
     instance = Instance(0, EngineConfig(num_blocks=6, block_size=4))
     instance.scheduler.foresight.outputs.add(1, 1000)
     for number in range(2):

@@ -209,7 +209,7 @@ def test_all_ranks_of_an_instance_put_the_same_aside(tiny_model: Path, whole):
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_windows_are_as_wide_after_a_row_gave_way(seed):
+def test_windows_are_as_wide_after_a_preemption(seed):
     config = ModelConfig(
         family=FAMILIES["MistralForCausalLM"],
         num_layers=2,

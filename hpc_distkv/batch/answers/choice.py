@@ -1,11 +1,11 @@
-"""One answer of a row: from a result's tokens to its text."""
+"""One answer of a row: the text of a result's tokens, and their log-probabilities as the two
+endpoints write them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from hpc_distkv.batch.answers.logprobs import chat_logprobs, completion_logprobs
 from hpc_distkv.batch.errors import RowError
 from hpc_distkv.batch.input.envelope import CHAT
 from hpc_distkv.batch.input.rows import Row
@@ -17,9 +17,14 @@ from hpc_distkv.control.messages.requests import (
     Sampling,
     unpack_tokens,
 )
-from hpc_distkv.control.messages.token_logprobs import unpack_logprobs
+from hpc_distkv.control.messages.token_logprobs import TokenLogprobs, unpack_logprobs
 from hpc_distkv.errors import ForeignError, foreign_code
 
+LEAST = -9999.0
+"""Stands for minus infinity, which JSON cannot say."""
+
+TokenBytes = Callable[[int], bytes]
+"""Token id → what it stands for, in UTF-8."""
 _FAULTS = {
     NOT_FINITE: "The model's logits are not finite: its weights have NaN or infinite numbers, or "
     "what is computed from them overflows in this --dtype: float16 has less room than bfloat16 or "
@@ -97,3 +102,56 @@ def _ends_unseen(result: Result, tokens: Sequence[int], sampling: Sampling) -> b
     if result.finish_reason != "stop" or result.text_end is not None or sampling.include_stop:
         return False
     return bool(tokens) and tokens[-1] in sampling.stop_token_ids
+
+
+def chat_logprobs(
+    tokens: Sequence[int], scores: Sequence[TokenLogprobs], token_bytes: TokenBytes
+) -> dict[str, Any]:
+    """`logprobs` of a chat's choice."""
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        piece = token_bytes(token)
+        return {
+            "token": piece.decode(errors="replace"),
+            "logprob": max(logprob, LEAST),
+            "bytes": list(piece),
+        }
+
+    content = [
+        {
+            **entry(token, score.logprob),
+            "top_logprobs": [entry(other, logprob) for other, logprob in score.top],
+        }
+        for token, score in zip(tokens, scores, strict=True)
+    ]
+    return {"content": content, "refusal": None}
+
+
+def completion_logprobs(
+    tokens: Sequence[int],
+    scores: Sequence[TokenLogprobs],
+    offsets: Sequence[int],
+    token_bytes: TokenBytes,
+) -> dict[str, Any]:
+    """`logprobs` of a completion's choice; `offsets`: where each token begins in the text, in
+    characters. The token that was drawn is always among the `top_logprobs`."""
+
+    def name(token: int) -> str:
+        """A part of a character is spelled in bytes, so that no two tokens have one name."""
+        piece = token_bytes(token)
+        try:
+            return piece.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
+
+    names = [name(token) for token in tokens]
+    return {
+        "text_offset": list(offsets),
+        "token_logprobs": [max(score.logprob, LEAST) for score in scores],
+        "tokens": names,
+        "top_logprobs": [
+            {name(other): max(logprob, LEAST) for other, logprob in score.top}
+            | {own: max(score.logprob, LEAST)}
+            for own, score in zip(names, scores, strict=True)
+        ],
+    }

@@ -15,8 +15,8 @@ from hpc_distkv.batch.input.envelope import CHAT, Endpoint
 ID_PREFIX = "batch_req_"
 """Before the row's number in the `id` of its line."""
 REVISED = "."
-"""Between the number and the revision, where an earlier line has the number: when rows were put
-into the input before others that were answered."""
+"""Between the number and the revision of a line, which is above 1 if a line of another row has the
+number: rows were inserted into the input."""
 _LAST = 2**63 - 1
 """No file has so many lines."""
 _BREAKS = {

@@ -1,4 +1,4 @@
-"""What earlier runs of a job have written already: read back from its results file."""
+"""The rows that have a line in a results file, read back from it."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class DoubledError(Exception):
 
 
 class CompactSet:
-    """Integers in as many bytes as the array's type `code` takes ("q": 8, "I": 4). They are sorted
-    at the first question after one was added, so add all before asking."""
+    """A set of integers in arrays of type `code` ("q": 8 bytes each, "I": 4). A look-up after an
+    `add` sorts them all, so add all first."""
 
     def __init__(self, code: str) -> None:
         self._values = array(code)
@@ -134,7 +134,8 @@ class Answered:
         return found
 
     def changed(self, row: Envelope) -> bool:
-        """Whether another request was answered under a row's custom_id, as far as is known."""
+        """Whether a row was edited since the line with its custom_id was written, as far as is
+        known."""
         name, asked = row.custom_id, self._requests
         return hash((name, None)) not in asked and hash((name, row.digest)) not in asked
 
@@ -150,7 +151,7 @@ class Answered:
         return nsmallest(most, self.custom_ids | repeated)
 
     def revision(self, number: int) -> int:
-        """What tells a new line from those of other rows that had this number."""
+        """Revision of a new line: 1, or higher if a line of another row has this number."""
         return self._revision + 1 if min(number, _HIGHEST) in self._numbers else 1
 
     def _take(self, key: tuple[str | None, str | int]) -> bool:

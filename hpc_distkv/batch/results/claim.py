@@ -1,4 +1,4 @@
-"""Who writes to a results file: so that the same job, started twice by mistake, runs once."""
+"""The claim of a results file: a job that is started twice by mistake runs once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HEARTBEAT = 3.0
 STALE = 20.0
 """Seconds for which a run that wants a claim looks for a sign of life of its owner."""
 SETTLE = 0.5
-"""Seconds in which several runs that take over the same void claim see who was last."""
+"""Seconds after which runs that take over the same void claim look who was last."""
 
 
 _PREFIX = b'{"host":'
@@ -197,8 +197,8 @@ def _wait_until_void(path: Path, output: Path, sleep: Callable[[float], None]) -
 
 
 def _take_over(path: Path, owner: Owner, sleep: Callable[[float], None]) -> int | None:
-    """Put a claim in the place of one that is void; None if another run was faster. Of several
-    that do so at once the last one has it."""
+    """Replace a void claim; None if another run has done so. Of several at once, the last one has
+    the claim."""
     fresh = temporary_path(path)
     fd = _create(fresh, owner)
     assert fd is not None

@@ -1,4 +1,4 @@
-"""The files of one run: looked at, claimed and opened."""
+"""The files of one run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hpc_distkv.regular import same_file
 
 @dataclass(frozen=True)
 class Files:
-    """Where rows come from and answers go."""
+    """Where rows come from and answers go. They are claimed first, then opened."""
 
     input: Path
     output: Path
@@ -43,11 +43,11 @@ class Files:
     job: str | None = None
     """Slurm's job id."""
     restarted: bool = False
-    """Whether that job was started before, and goes on where it was."""
+    """Whether that job was started before."""
 
     def claim(self) -> Claims:
-        """Claim the files to be written for this run, having looked whether they can be used.
-        Raises InputError and JournalError."""
+        """Check that the files can be used, and claim those that are written. Raises InputError and
+        JournalError."""
         Intake(self.input).close()
         for path in self._outputs:
             check_place(path, self.input)
@@ -89,7 +89,7 @@ class Files:
         return [self.output] if self.errors is None else [self.output, self.errors]
 
     def _check_apart(self) -> None:
-        """No file is what another one is, or what lies beside it. Raises JournalError."""
+        """Raise JournalError if a file is also another one, or a side file of it."""
         if self.errors and same_file(self.output, self.errors):
             raise JournalError(f"{self.errors} is both the results and the error file.")
         for output in self._outputs:
@@ -124,7 +124,7 @@ class Files:
 
 
 class Claims(dict[Path, Claim]):
-    """A run's claims of the files that it writes."""
+    """A run's claims, by file."""
 
     def release(self) -> None:
         """Let others write them."""

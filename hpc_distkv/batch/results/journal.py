@@ -1,4 +1,4 @@
-"""The results file: appended to as rows finish, and enough to resume from after kill -9."""
+"""The results file while a run appends to it: what a kill leaves of it can be resumed."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class Journal:
             self.write()
 
     def write(self) -> None:
-        """Hand everything appended so far to the system, which outlives this process, but may lose
-        power. Raises JournalError."""
+        """Hand everything appended so far to the operating system: it survives this process, but
+        not a power failure. Raises JournalError."""
         assert self._fd is not None
         if not self._buffer:
             return
@@ -85,7 +85,7 @@ class Journal:
             self._synced = self._written
 
     def save_unfinished(self, begun: Collection[Begun]) -> None:
-        """Keep what is begun for a rerun, instead of what was kept before. Raises JournalError."""
+        """Replace the saved answers of unfinished rows by `begun`. Raises JournalError."""
         self._check_alone()
         place = unfinished_path(self.path)
         try:
@@ -124,8 +124,8 @@ class Journal:
         self._claim.release()
 
     def _check_alone(self) -> None:
-        """Two runs on one file would answer rows twice, and what is written to a file that was
-        moved or removed would not be found. Raises JournalError."""
+        """Raise JournalError if the file was moved or removed, where lines would be lost, or if
+        another run writes to it, so that rows would be answered twice."""
         assert self._fd is not None
         try:
             self._check_place(self._fd)

@@ -21,8 +21,7 @@ Flags = NDArray[np.int8]
 
 
 class InputOrder:
-    """Where each row of an input stands. Takes 16 bytes a row, of which the first 8 are a hash of
-    its name."""
+    """The numbers of the rows of an input, by hashes of their names. Takes 16 bytes a row."""
 
     def __init__(self, rows: Iterable[Envelope]) -> None:
         keys, numbers = array("q"), array("q")
@@ -73,12 +72,12 @@ def order_lines(path: Path, order: InputOrder) -> None:
 
 
 def _key(custom_id: str | None, digest: str | None, number: int) -> int:
-    """Of a row or of its line: by its name, or by what `Answered` knows it by."""
+    """Hash of what `Answered` knows a row by: its custom_id, or its digest or number."""
     return hash(custom_id) if custom_id is not None else hash((digest or number,))
 
 
 def _ranks(keys: Numbers, flags: Flags) -> Numbers:
-    """How many equal ones stand before each of the sorted rows [rows]."""
+    """For each of the sorted rows, how many equal ones are before it [rows]."""
     index = np.arange(len(keys))
     new = np.zeros(len(keys), bool)
     new[1:] = (keys[1:] != keys[:-1]) | (flags[1:] != flags[:-1])

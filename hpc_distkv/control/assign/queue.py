@@ -18,7 +18,7 @@ MOST_AHEAD = 16_384
 MOST_TOKENS_AHEAD = 1 << 26
 """Tokens, of 4 bytes, of requests that were read and have no instance: then no more are read."""
 READ_AT_ONCE = 8
-"""Requests read for each that is assigned, until enough are ahead: so no round takes long."""
+"""Requests read for each that is assigned, until enough are ahead."""
 
 NOT_LARGE = 1 << 62
 """Tokens that no prompt has."""

@@ -85,8 +85,8 @@ class Borrower:
             self._pay(move.peer, 1)
 
     def moves(self, key: TableKey) -> bool:
-        """Whether rBlocks of a request or prefix are on their way to creditors or home."""
-        return any(m.key == key for m in self.outgoing) or any(m.key == key for m in self.incoming)
+        """True if rBlocks of a request or prefix are on their way to creditors or home."""
+        return key in [move.key for move in (*self.outgoing, *self.incoming)]
 
     def _send(self, move: Move) -> Move:
         """Use credit for a move."""

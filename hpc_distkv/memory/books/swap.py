@@ -22,7 +22,7 @@ class SwapMove(NamedTuple):
     slot: int
     """Of the home pool."""
     copy: bool = False
-    """Whether it stays at home too, until its request is swapped out."""
+    """True if it stays at home too, until its request is swapped out."""
 
 
 class SwapSpace:
@@ -63,7 +63,7 @@ class SwapSpace:
 
     @property
     def serves(self) -> bool:
-        """Whether a block table names anything here, or something moves."""
+        """True if a block table names an rBlock here, or one moves."""
         return len(self.slots) > len(self.swapped)
 
     def computed(self, request: RequestId) -> int:
@@ -104,8 +104,8 @@ class SwapSpace:
             self.release(move.key, (move.block,))
 
     def moves(self, key: TableKey) -> bool:
-        """Whether rBlocks of a request or prefix are on their way here or home."""
-        return any(m.key == key for m in self.outgoing) or any(m.key == key for m in self.incoming)
+        """True if rBlocks of a request or prefix are on their way here or home."""
+        return key in [move.key for move in (*self.outgoing, *self.incoming)]
 
     def _send(self, move: SwapMove) -> SwapMove:
         """Reserve a slot for a move here."""
