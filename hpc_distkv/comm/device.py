@@ -84,7 +84,7 @@ class Device:
     def copy_beside(
         self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]
     ) -> Event:
-        """Copy from the device to pinned host memory or back, on a stream of its own, after the work
+        """Copy from the device to pinned host memory or back, on its own stream, after the work
         launched so far. Later work does not wait for the copy unless `wait_event` says so: before
         the event has passed neither side may be written to, nor `targets` be read."""
         for source, target in zip(sources, targets, strict=True):
