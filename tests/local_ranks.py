@@ -1,4 +1,4 @@
-"""Ranks that are threads of one process: for tests, and for benches within one rank.
+"""Ranks that are threads of one process.
 
 Nothing here blocks except `wait`, `take` and `Comm.idle`, so one thread can also drive all ranks.
 """

@@ -48,7 +48,7 @@ class AloneTransport(Transport):
         self, sends: Pairs, recvs: Pairs, send_on: int = TO_CREDITOR, receive_on: int = TO_CREDITOR
     ) -> Pending:
         """Nothing to post."""
-        assert not (sends or recvs), "an exchange of a rank that is alone"
+        assert not [*sends, *recvs], "an exchange of a rank that is alone"
         return Complete(self._under_way)
 
 
