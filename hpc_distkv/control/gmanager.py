@@ -9,8 +9,7 @@ import numpy as np
 
 from hpc_distkv.control.assign.assignment import Assignment
 from hpc_distkv.control.assign.large import begin_large
-from hpc_distkv.control.assign.queue import NOT_LARGE
-from hpc_distkv.control.assign.source import RequestSource
+from hpc_distkv.control.assign.queue import NOT_LARGE, RequestSource
 from hpc_distkv.control.lending.borrow import CANDIDATES, Need, greedy_borrow
 from hpc_distkv.control.lending.dgfm import plan_recalls
 from hpc_distkv.control.lending.ledger import DebtLedger

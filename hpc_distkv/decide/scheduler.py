@@ -6,8 +6,8 @@ import bisect
 import math
 from collections.abc import Mapping
 
-from hpc_distkv.control.messages.answer import Answer
 from hpc_distkv.control.messages.counters import Counters
+from hpc_distkv.control.messages.reports import Answer
 from hpc_distkv.decide.admission import Admission, next_waiting, outlook
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.demand import Demand, growth_of, next_admitted, weigh, worth_borrowing

@@ -10,7 +10,7 @@ from typing import TypeVar
 import msgspec
 import torch
 
-from hpc_distkv.control.messages.answer import Answer
+from hpc_distkv.control.messages.reports import Answer
 from hpc_distkv.decide.instance import NO_LOGPROBS
 from hpc_distkv.decide.pace import StepSeconds
 from hpc_distkv.decide.plan import Plan
@@ -33,7 +33,7 @@ from hpc_distkv.ranks.mail import (
     fingerprint,
 )
 from hpc_distkv.step.parts import Parts
-from hpc_distkv.step.recorder import Kind
+from hpc_distkv.step.timesheet import Kind
 
 E = TypeVar("E", bound=Event)
 

@@ -12,7 +12,7 @@ import msgspec
 import torch
 
 from hpc_distkv.control.assign.work import work
-from hpc_distkv.control.messages.answer import Answer
+from hpc_distkv.control.messages.reports import Answer
 from hpc_distkv.decide.instance import Instance
 from hpc_distkv.decide.pace import StepSeconds, StepWork
 from hpc_distkv.decide.plan import NOTHING, Plan, Scheduled
@@ -23,7 +23,7 @@ from hpc_distkv.step.debtor import Debtor
 from hpc_distkv.step.forward import Elsewhere, Forward
 from hpc_distkv.step.host_tier import HostTier
 from hpc_distkv.step.parts import Parts
-from hpc_distkv.step.recorder import Kind
+from hpc_distkv.step.timesheet import Kind
 
 
 @dataclass

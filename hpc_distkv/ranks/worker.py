@@ -13,8 +13,7 @@ import msgspec
 import torch
 
 from hpc_distkv.control.gmanager import GManager
-from hpc_distkv.control.messages.answer import Answer
-from hpc_distkv.control.messages.reports import Remains, encode_report
+from hpc_distkv.control.messages.reports import Answer, Remains, encode_report
 from hpc_distkv.control.messages.requests import Result, Unfinished
 from hpc_distkv.decide.look_ahead import may_plan_ahead
 from hpc_distkv.decide.pace import StepSeconds
@@ -35,8 +34,8 @@ from hpc_distkv.ranks.mail import (
     fingerprint,
 )
 from hpc_distkv.step.parts import Parts
-from hpc_distkv.step.recorder import Kind
 from hpc_distkv.step.sampler import Sampled, begin_sampling
+from hpc_distkv.step.timesheet import Kind
 
 
 class Leader(Protocol):

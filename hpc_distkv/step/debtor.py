@@ -12,7 +12,7 @@ from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR, Pending
 from hpc_distkv.decide.instance import Instance
 from hpc_distkv.decide.plan import Plan, remote_queries
 from hpc_distkv.step.parts import Parts
-from hpc_distkv.step.recorder import Kind
+from hpc_distkv.step.timesheet import Kind
 
 
 @dataclass(frozen=True)

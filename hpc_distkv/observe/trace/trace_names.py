@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hpc_distkv.step.recorder import Kind
+from hpc_distkv.step.timesheet import Kind
 
 NAMES = {
     Kind.STEP: "step",
