@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
-from hpc_distkv.control.assign.source import SyncSource
+from hpc_distkv.control.assign.queue import SyncSource
 from hpc_distkv.control.messages.requests import Request
 
 T = TypeVar("T")

@@ -11,7 +11,7 @@ import torch
 from hpc_distkv.attention import AttentionSpec
 from hpc_distkv.comm.device import Device, Fetch
 from hpc_distkv.comm.local.threads import open_local
-from hpc_distkv.control.assign.source import SyncSource
+from hpc_distkv.control.assign.queue import SyncSource
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.lending.links import Links
 from hpc_distkv.control.messages.requests import Request, Result
@@ -23,8 +23,7 @@ from hpc_distkv.model.shard import Alone, Lanes
 from hpc_distkv.ranks.interrupt import Interrupt
 from hpc_distkv.ranks.worker import Leader, Worker
 from hpc_distkv.step.parts import Parts
-from hpc_distkv.step.recorder import Recorder
-from hpc_distkv.step.timesheet import TimeSheet
+from hpc_distkv.step.timesheet import Recorder, TimeSheet
 
 BLOCK = 32
 VOCABULARY = 64

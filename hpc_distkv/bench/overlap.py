@@ -17,7 +17,7 @@ from hpc_distkv.comm.transport import Comm
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.ranks.rank import joined
 from hpc_distkv.start.options import EngineOptions
-from hpc_distkv.step.recorder import Kind, Recorder
+from hpc_distkv.step.timesheet import Kind, Recorder
 
 EXCHANGE = "exchange"
 """What an exchange is called among the profiler's events."""

@@ -11,11 +11,10 @@ from typing import Any
 
 import msgspec
 
-from hpc_distkv.control.assign.source import SyncSource
+from hpc_distkv.control.assign.queue import SyncSource
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.lending.links import Links
-from hpc_distkv.control.messages.answer import Answer
-from hpc_distkv.control.messages.reports import Changes, Report, encode_report
+from hpc_distkv.control.messages.reports import Answer, Changes, Report, encode_report
 from hpc_distkv.control.messages.requests import Request, Result, Sampling, pack_tokens
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.ids import InstanceId, RequestId

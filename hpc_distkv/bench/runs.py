@@ -15,7 +15,7 @@ from hpc_distkv.observe.summary.metrics import peak_memory
 from hpc_distkv.observe.summary.run import RunRecord
 from hpc_distkv.ranks.rank import RankEngine
 from hpc_distkv.ranks.worker import Leader
-from hpc_distkv.step.recorder import Recorder
+from hpc_distkv.step.timesheet import Recorder
 
 
 class BenchLeader(Leader):

@@ -13,7 +13,7 @@ from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.observe.trace.spans import begin_trace
 from hpc_distkv.ranks.rank import joined
 from hpc_distkv.start.options import EngineOptions
-from hpc_distkv.step.recorder import Recorder
+from hpc_distkv.step.timesheet import Recorder
 
 
 def traced_against_plain(

@@ -9,8 +9,7 @@ import numpy as np
 
 from hpc_distkv.control.assign.assignment import Assignment
 from hpc_distkv.control.assign.large import begin_large
-from hpc_distkv.control.assign.queue import NOT_LARGE
-from hpc_distkv.control.assign.source import RequestSource
+from hpc_distkv.control.assign.queue import NOT_LARGE, RequestSource
 from hpc_distkv.control.lending.borrow import CANDIDATES, Need, greedy_borrow
 from hpc_distkv.control.lending.dgfm import plan_recalls
 from hpc_distkv.control.lending.ledger import DebtLedger
@@ -189,7 +188,8 @@ class GManager:
         return wanted + int(reports.longest[instance]) if self._policy.migrate else wanted
 
     def _keep(self, round: Round, needs: Sequence[Need]) -> None:
-        """Have what becomes free left to requests that are too large for their homes and go on."""
+        """Tell creditors to admit no rows into memory that a running request too large for its home
+        still lacks."""
         reports = round.reports
         going_on = {
             instance
@@ -227,8 +227,8 @@ class GManager:
             round.answer(creditor).keep += blocks - granted
 
     def _recall(self, round: Round) -> None:
-        """DGFM: what is left of a debtor's own promise takes its rBlocks in, unless their loans
-        pay; and circles of debts are cancelled."""
+        """DGFM: a debtor that promised memory which nobody was granted brings its own rBlocks
+        home, unless their loans pay; and circles of debts are cancelled."""
         size, planner = self._config.block_size, self._planner
         spare: dict[int, int] = {}
         for debtor in np.flatnonzero(round.promised).tolist():

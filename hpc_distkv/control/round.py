@@ -9,8 +9,7 @@ import numpy as np
 
 from hpc_distkv.control.lending.ledger import DebtLedger
 from hpc_distkv.control.lending.links import ANYWHERE, Links
-from hpc_distkv.control.messages.answer import Answer
-from hpc_distkv.control.messages.reports import Reports
+from hpc_distkv.control.messages.reports import Answer, Reports
 from hpc_distkv.ids import InstanceId
 
 ROOMY = 1.1

@@ -7,11 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Container, Mapping
 from collections.abc import Sequence as Rows
 
-from hpc_distkv.control.messages.answer import Answer
 from hpc_distkv.control.messages.counters import Counters
 from hpc_distkv.control.messages.loans import Header
 from hpc_distkv.control.messages.percentiles import gap_bin
-from hpc_distkv.control.messages.reports import Remains, Report
+from hpc_distkv.control.messages.reports import Answer, Remains, Report
 from hpc_distkv.control.messages.requests import Request, Result
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.migration import Handovers, handover

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import islice
 
-from hpc_distkv.control.messages.answer import Answer
+from hpc_distkv.control.messages.reports import Answer
 from hpc_distkv.decide.state import State, sealed
 from hpc_distkv.ids import InstanceId
 from hpc_distkv.memory.loan import Move

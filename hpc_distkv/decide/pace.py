@@ -2,10 +2,95 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from hpc_distkv.control.assign.work import STEP_TOKENS
-from hpc_distkv.decide.step_time import StepTime
+
+KEEP = 0.995
+"""What an observation still counts after the next one: the last few hundred steps matter."""
+SMOOTHING = 0.05
+"""Weight of the newest prediction in the mean error."""
+TRUSTED = 3.0
+"""Misses up to this many mean errors count in full, larger ones in inverse proportion (Huber)."""
+NOISE = 0.1
+"""Misses that count in full however good the predictions were."""
+SWEEPS = 4
+"""Rounds of coordinate descent per observation: enough, since each starts at the last estimate."""
+
+
+class StepTime:
+    """The model T = fixed + per_token · rows + per_kv · kv_tokens of a decode step in seconds:
+    W(β)/f(β) + Σ S/g of Infinite-LLM (arXiv 2401.02669v2), with coefficients that are never
+    negative.
+
+    Least squares of relative errors with forgetting. Kept are the moments of the observations,
+    from which coordinate descent moves the estimate on. It needs no scaling of rows against
+    tokens, and what the observations do not tell stays as it was: at first a step takes what the
+    last one took.
+    """
+
+    def __init__(self) -> None:
+        self.observations = 0
+        self.error = 1.0
+        """Smoothed mean of |predicted − measured| / measured of predictions made before each
+        observation, each at most 1."""
+        self._estimate = [0.0, 0.0, 0.0]
+        self._moments = [[0.0, 0.0, 0.0] for _ in range(3)]
+        self._targets = [0.0, 0.0, 0.0]
+
+    @property
+    def fixed(self) -> float:
+        """Seconds of any step."""
+        return self._estimate[0]
+
+    @property
+    def per_token(self) -> float:
+        """Seconds per row."""
+        return self._estimate[1]
+
+    @property
+    def per_kv(self) -> float:
+        """Seconds per token of KV attended to."""
+        return self._estimate[2]
+
+    def predict(self, rows: int, kv_tokens: int) -> float:
+        """Seconds of a step of `rows` rows that attend to `kv_tokens` tokens in all; 0 before the
+        first observation."""
+        fixed, per_token, per_kv = self._estimate
+        return fixed + per_token * rows + per_kv * kv_tokens
+
+    def observe(self, rows: int, kv_tokens: int, seconds: float) -> None:
+        """Learn from one step. Raises ValueError for a time that is not positive."""
+        if not 0 < seconds < math.inf or rows < 0 or kv_tokens < 0:
+            raise ValueError(f"a step of {rows} rows, {kv_tokens} tokens and {seconds} s")
+        predicted = self.predict(rows, kv_tokens)
+        miss = min(1.0, abs(predicted - seconds) / seconds)
+        trust = min(1.0, max(NOISE, TRUSTED * self.error) / miss) if miss else 1.0
+        # Over the larger one: a rare step of a tiny prediction must not outweigh all others.
+        self._remember((1.0, rows, kv_tokens), seconds, trust / max(predicted, seconds) ** 2)
+        self._descend()
+        self.error += SMOOTHING * (miss - self.error)
+        self.observations += 1
+
+    def _remember(self, x: tuple[float, float, float], seconds: float, weight: float) -> None:
+        a, b, c = x
+        for i, row in enumerate(self._moments):
+            w = weight * x[i]
+            row[0] = KEEP * row[0] + w * a
+            row[1] = KEEP * row[1] + w * b
+            row[2] = KEEP * row[2] + w * c
+            self._targets[i] = KEEP * self._targets[i] + w * seconds
+
+    def _descend(self) -> None:
+        """Each coefficient in turn to the least error that the other two allow."""
+        estimate = self._estimate
+        for _ in range(SWEEPS):
+            for i, (a, b, c) in enumerate(self._moments):
+                if curvature := self._moments[i][i]:
+                    slope = self._targets[i] - a * estimate[0] - b * estimate[1] - c * estimate[2]
+                    estimate[i] = max(0.0, estimate[i] + slope / curvature)
+
 
 EXCHANGES = 500
 """Decode steps with an exchange of which the mean counts: a wait is short or long by what the

@@ -10,7 +10,7 @@ import torch
 from hpc_distkv.comm.collective.probe import LinkCosts, probe
 from hpc_distkv.comm.together import together
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.control.assign.source import RequestSource, SyncSource
+from hpc_distkv.control.assign.queue import RequestSource, SyncSource
 from hpc_distkv.control.assign.work import kv_tokens
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.lending.links import Links
@@ -29,8 +29,7 @@ from hpc_distkv.start.layout import Layout, lay_out
 from hpc_distkv.start.options import EngineOptions
 from hpc_distkv.step.graphs import decode_graphs
 from hpc_distkv.step.parts import Parts
-from hpc_distkv.step.recorder import Recorder
-from hpc_distkv.step.timesheet import TimeSheet
+from hpc_distkv.step.timesheet import Recorder, TimeSheet
 
 
 class RankEngine:

@@ -13,8 +13,7 @@ import msgspec
 import torch
 
 from hpc_distkv.control.gmanager import GManager
-from hpc_distkv.control.messages.answer import Answer
-from hpc_distkv.control.messages.reports import Remains, encode_report
+from hpc_distkv.control.messages.reports import Answer, Remains, encode_report
 from hpc_distkv.control.messages.requests import Result, Unfinished
 from hpc_distkv.decide.look_ahead import may_plan_ahead
 from hpc_distkv.decide.pace import StepSeconds
@@ -35,8 +34,8 @@ from hpc_distkv.ranks.mail import (
     fingerprint,
 )
 from hpc_distkv.step.parts import Parts
-from hpc_distkv.step.recorder import Kind
 from hpc_distkv.step.sampler import Sampled, begin_sampling
+from hpc_distkv.step.timesheet import Kind
 
 
 class Leader(Protocol):
@@ -114,7 +113,7 @@ class Worker(StepLoop):
         self._mailbox.open_credits()
 
     def _poll_answer(self) -> Answer | None:
-        self._attend()
+        self._push_on()
         return self._answer
 
     def _leave(self) -> None:
@@ -167,7 +166,7 @@ class Worker(StepLoop):
         self._time.turn(Kind.CONTROL if self._creditor.idle else Kind.QUERIES)
         return answer
 
-    def _attend(self) -> None:
+    def _push_on(self) -> None:
         """Read the mail, serve debtors, and push on the control round, on rank 0 the gManager's
         part too."""
         self._comm.transport.push()

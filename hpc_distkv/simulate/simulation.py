@@ -10,10 +10,9 @@ from typing import Any
 
 import msgspec
 
-from hpc_distkv.control.assign.source import SyncSource
+from hpc_distkv.control.assign.queue import SyncSource
 from hpc_distkv.control.gmanager import GManager
-from hpc_distkv.control.messages.answer import Answer
-from hpc_distkv.control.messages.reports import encode_report
+from hpc_distkv.control.messages.reports import Answer, encode_report
 from hpc_distkv.decide.instance import Instance
 from hpc_distkv.decide.plan import NOTHING
 from hpc_distkv.ids import InstanceId

@@ -1,7 +1,10 @@
-"""How much memory a rank's pools take."""
+"""How much memory a rank's pools take, and where it is."""
 
 from __future__ import annotations
 
+import mmap
+import os
+import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +14,6 @@ import torch
 
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.errors import OptionError
-from hpc_distkv.memory.mapped import mapped_memory
 from hpc_distkv.model.config import ModelConfig, dtype_name
 from hpc_distkv.model.decoder import Decoder
 from hpc_distkv.start.activations import activation_peak, free_memory
@@ -183,3 +185,12 @@ def host_memory(comm: Comm, size: int, folder: str | None) -> torch.Tensor:
             f"the host has no memory for --host-kv-memory ({error}): give less"
         ) from error
     return memory
+
+
+def mapped_memory(size: int, folder: Path) -> torch.Tensor:
+    """`size` bytes, uint8, of a file in `folder` that no other process sees. It has no name (or
+    loses it at once), so it is gone when the process is, however that ends. Its space is reserved
+    here: a write that finds a disk full would kill the process. Raises OSError."""
+    with tempfile.TemporaryFile(dir=folder, prefix="hpc-distkv-kv-") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+        return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.uint8)

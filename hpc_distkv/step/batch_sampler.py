@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from hpc_distkv.comm.device import Device
-from hpc_distkv.decide.sequence import TokenSequence
-from hpc_distkv.decide.token_counts import TokenCounts
+from hpc_distkv.decide.sequence import TokenCounts, TokenSequence
 from hpc_distkv.step.draws import Races, draw_keys
 
 NO_TOKEN = -1

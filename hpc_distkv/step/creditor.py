@@ -12,7 +12,7 @@ from hpc_distkv.ids import InstanceId, TableKey
 from hpc_distkv.memory.loan import ProtocolError
 from hpc_distkv.step.inputs import guest_rows
 from hpc_distkv.step.parts import Parts
-from hpc_distkv.step.recorder import Kind
+from hpc_distkv.step.timesheet import Kind
 
 
 class Creditor:

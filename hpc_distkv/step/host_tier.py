@@ -19,8 +19,8 @@ from hpc_distkv.memory.rmanager import RManager
 from hpc_distkv.step.forward import Elsewhere
 from hpc_distkv.step.inputs import guest_rows
 from hpc_distkv.step.parts import Parts
-from hpc_distkv.step.recorder import Kind
 from hpc_distkv.step.staging import Staging, wait_for
+from hpc_distkv.step.timesheet import Kind
 
 
 class InPlace:

@@ -13,8 +13,7 @@ import torch
 from hpc_distkv.comm.device import Device
 from hpc_distkv.control.messages.requests import LogitRules, Sampling
 from hpc_distkv.control.messages.token_logprobs import pack_logprobs
-from hpc_distkv.decide.sequence import TokenSequence
-from hpc_distkv.decide.token_counts import TokenCounts
+from hpc_distkv.decide.sequence import TokenCounts, TokenSequence
 from hpc_distkv.step.batch_sampler import NO_TOKEN, sample_together
 from hpc_distkv.step.draws import Ids, Weights, draw_keys, race
 

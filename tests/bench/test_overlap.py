@@ -21,7 +21,7 @@ from hpc_distkv.comm.local.threads import open_local, run_local
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.weights import load_decoder
 from hpc_distkv.ranks.rank import EngineOptions
-from hpc_distkv.step.recorder import Kind
+from hpc_distkv.step.timesheet import Kind
 
 
 @pytest.mark.parametrize("seed", range(5))

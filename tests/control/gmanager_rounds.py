@@ -9,11 +9,10 @@ import msgspec
 from made_reports import report
 
 from hpc_distkv.control.assign.assignment import Assignment
-from hpc_distkv.control.assign.source import RequestSource, SyncSource
+from hpc_distkv.control.assign.queue import RequestSource, SyncSource
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.lending.links import Links
-from hpc_distkv.control.messages.answer import Answer
-from hpc_distkv.control.messages.reports import Changes, Report, encode_report
+from hpc_distkv.control.messages.reports import Answer, Changes, Report, encode_report
 from hpc_distkv.control.messages.requests import Request, Result, Sampling, pack_tokens
 from hpc_distkv.control.policy import POLICIES, Policy
 from hpc_distkv.decide.config import EngineConfig

@@ -10,9 +10,9 @@ from gmanager_rounds import assignment_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_distkv.control.assign import affinity
-from hpc_distkv.control.assign.affinity import STEP, Affinity
-from hpc_distkv.control.assign.source import SyncSource
+from hpc_distkv.control.assign import assignment
+from hpc_distkv.control.assign.assignment import STEP, Affinity
+from hpc_distkv.control.assign.queue import SyncSource
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 
 BLOCK, PLENTY = 4, 10**6
@@ -45,7 +45,7 @@ def test_it_finds_the_longest_beginning_that_was_given_within_an_eighth(prompts,
 
 
 def test_what_was_given_longest_ago_is_forgotten(monkeypatch):
-    monkeypatch.setattr(affinity, "MOST_KEYS", 5)
+    monkeypatch.setattr(assignment, "MOST_KEYS", 5)
     known = Affinity(BLOCK)
     for number in range(9):
         known.give(request(number, [number] * 6), number)

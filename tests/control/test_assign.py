@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from hpc_distkv.control.assign import assignment as module
 from hpc_distkv.control.assign import queue as queue_module
 from hpc_distkv.control.assign.assignment import Assignment
-from hpc_distkv.control.assign.queue import LOOK_AHEAD, READ_AT_ONCE
-from hpc_distkv.control.assign.source import SyncSource
+from hpc_distkv.control.assign.queue import LOOK_AHEAD, READ_AT_ONCE, SyncSource
 from hpc_distkv.control.messages.requests import Request, Result, Sampling, pack_tokens
 
 PLENTY = 10**6

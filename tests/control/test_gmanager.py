@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from made_reports import report
 
 from hpc_distkv.control.gmanager import PLAN_EVERY, RECALL_STEPS
-from hpc_distkv.control.messages.answer import Answer
 from hpc_distkv.control.messages.counters import Counters
-from hpc_distkv.control.messages.reports import Changes, ReportError, encode_report
+from hpc_distkv.control.messages.reports import Answer, Changes, ReportError, encode_report
 from hpc_distkv.control.messages.requests import Result, pack_tokens, unpack_tokens
 from hpc_distkv.control.policy import POLICIES, Policy
 

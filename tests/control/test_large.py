@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from made_reports import report
 
 from hpc_distkv.control.assign.large import SHARE, peak
-from hpc_distkv.control.assign.source import SyncSource
+from hpc_distkv.control.assign.queue import SyncSource
 from hpc_distkv.control.messages.reports import Changes, Large, Report, ReportError
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 from hpc_distkv.control.policy import POLICIES

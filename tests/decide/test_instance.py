@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from hpc_distkv.control.messages.answer import Answer
 from hpc_distkv.control.messages.counters import Counters
 from hpc_distkv.control.messages.loans import Header
 from hpc_distkv.control.messages.percentiles import gap_bin
-from hpc_distkv.control.messages.reports import Changes, Report
+from hpc_distkv.control.messages.reports import Answer, Changes, Report
 from hpc_distkv.control.messages.requests import (
     Request,
     Sampling,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hpc_distkv.control.messages.answer import Answer
 from hpc_distkv.control.messages.counters import Counters
+from hpc_distkv.control.messages.reports import Answer
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.moves import Moves

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_distkv.decide.step_time import StepTime
+from hpc_distkv.decide.pace import StepTime
 
 TRUE = (4e-3, 2e-5, 3e-9)
 

@@ -12,7 +12,7 @@ import torch
 
 from hpc_distkv.attention import AttentionSpec
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.control.messages.answer import Answer
+from hpc_distkv.control.messages.reports import Answer
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.instance import Instance
@@ -24,8 +24,7 @@ from hpc_distkv.ranks.mail import Log, Mailbox
 from hpc_distkv.step.creditor import Creditor
 from hpc_distkv.step.debtor import Debtor
 from hpc_distkv.step.parts import Parts
-from hpc_distkv.step.recorder import Recorder
-from hpc_distkv.step.timesheet import TimeSheet
+from hpc_distkv.step.timesheet import Recorder, TimeSheet
 
 BLOCK, LAYERS, HEAD_DIM = 4, 2, 16
 

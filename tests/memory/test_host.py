@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from hpc_distkv.memory.books.swap import SwapMove
-from hpc_distkv.memory.mapped import mapped_memory
 from hpc_distkv.memory.rmanager import RManager
+from hpc_distkv.start.capacity import mapped_memory
 
 PROMPTS = ["", "aaa", "aab", "abb"]
 """A letter stands for the tokens of an rBlock."""

@@ -18,11 +18,10 @@ from lending_nodes import BLOCK, Marks, Node
 
 from hpc_distkv.comm.local.schedule import SeededSchedule
 from hpc_distkv.comm.local.threads import leftovers, network_of, open_local
-from hpc_distkv.control.assign.source import SyncSource
+from hpc_distkv.control.assign.queue import SyncSource
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.lending.links import Links
-from hpc_distkv.control.messages.answer import Answer
-from hpc_distkv.control.messages.reports import Changes, Report, encode_report
+from hpc_distkv.control.messages.reports import Answer, Changes, Report, encode_report
 from hpc_distkv.control.messages.requests import NOBODY
 from hpc_distkv.control.policy import Policy
 from hpc_distkv.decide.config import EngineConfig

@@ -7,7 +7,7 @@ import numpy as np
 from hpc_distkv.comm.world import World
 from hpc_distkv.observe.summary.snapshot import Snapshot
 from hpc_distkv.observe.trace.spans import DTYPE, RankSpans
-from hpc_distkv.step.recorder import Kind
+from hpc_distkv.step.timesheet import Kind
 
 
 def snapshot(at: float, used: list[int], hosted: list[int], debts: list, **fields) -> Snapshot:

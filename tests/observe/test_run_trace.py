@@ -25,7 +25,7 @@ from hpc_distkv.observe.trace.spans import (
     gather_traces,
 )
 from hpc_distkv.observe.trace.trace_file import write_trace
-from hpc_distkv.step.recorder import Kind
+from hpc_distkv.step.timesheet import Kind
 
 HERE = ClockOffset(0.0, 0.0, 0.0)
 

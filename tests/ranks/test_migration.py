@@ -7,8 +7,8 @@ from clusters import options, run_cluster, unconstrained
 from workloads import migrating_rows, migrations
 
 from hpc_distkv.comm.local.schedule import SeededSchedule
-from hpc_distkv.control.messages.answer import Answer
 from hpc_distkv.control.messages.counters import Counters
+from hpc_distkv.control.messages.reports import Answer
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.decide.config import EngineConfig

@@ -17,8 +17,7 @@ from transformers import (
 
 from hpc_distkv.control.messages.requests import LogitRules, Request, Sampling, pack_tokens
 from hpc_distkv.control.messages.token_logprobs import unpack_logprobs
-from hpc_distkv.decide.sequence import TokenSequence
-from hpc_distkv.decide.token_counts import TokenCounts
+from hpc_distkv.decide.sequence import TokenCounts, TokenSequence
 from hpc_distkv.step.sampler import adjusted, sample, sample_logprobs, token_weights
 
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 1.9, 0.0, -3.0])

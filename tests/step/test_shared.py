@@ -20,9 +20,8 @@ from hpc_distkv.model.shard import Alone
 from hpc_distkv.step import shared
 from hpc_distkv.step.forward import Forward
 from hpc_distkv.step.parts import Parts
-from hpc_distkv.step.recorder import Recorder
 from hpc_distkv.step.shared import groups_of
-from hpc_distkv.step.timesheet import TimeSheet
+from hpc_distkv.step.timesheet import Recorder, TimeSheet
 
 BLOCK, HEADS, KV_HEADS, DIM = 8, 4, 2, 16
 LONG = 6

@@ -8,8 +8,7 @@ import pytest
 
 from hpc_distkv.control.messages.counters import Counters
 from hpc_distkv.step import timesheet
-from hpc_distkv.step.recorder import Kind, Recorder
-from hpc_distkv.step.timesheet import FIELDS, TimeSheet
+from hpc_distkv.step.timesheet import FIELDS, Kind, Recorder, TimeSheet
 
 
 class Clock:

@@ -59,7 +59,7 @@ class Load(NamedTuple):
         return self.rows / (self.time + exchange + self.rows * self.prompts)
 
 
-class Model:
+class Prediction:
     """The instances of one round as the performance model sees them. Those that have not stepped
     yet are taken to be like the mean of those that have."""
 
@@ -130,7 +130,7 @@ class Planner:
         self._plans = 0
         self._prompt_work = 0.0
         """Of the last plan: prompt tokens for each output token."""
-        self._model: Model | None = None
+        self._model: Prediction | None = None
         """Of the last round."""
 
     def plan(self, round: Round, waiting: bool, prompt_work: float = 0.0) -> list[Transfer]:
@@ -140,7 +140,7 @@ class Planner:
         self._prompt_work = prompt_work if waiting else 0.0
         self._plans += 1
         self._recent = {p: n for p, n in self._recent.items() if self._plans - n < KEPT_PLANS}
-        model = self._model = Model(round, self._size, self._prompt_work)
+        model = self._model = Prediction(round, self._size, self._prompt_work)
         if not model.known:
             return []
         reports = round.reports
@@ -172,7 +172,7 @@ class Planner:
         if any(pair[0] == debtor for pair in self._recent):
             return True
         if self._model is None or self._model.round is not round:
-            self._model = Model(round, self._size, self._prompt_work)
+            self._model = Prediction(round, self._size, self._prompt_work)
         model = self._model
         if not model.known:
             return False
@@ -188,7 +188,7 @@ class Planner:
         return now > sum(load.rate() for load in home.values())
 
     def _best_for(
-        self, debtor: int, creditors: list[int], state: dict[int, Load], model: Model
+        self, debtor: int, creditors: list[int], state: dict[int, Load], model: Prediction
     ) -> Transfer | None:
         """The debtor's best transfer to one of `creditors`, if it pays."""
         gain, transfer = max(
@@ -204,7 +204,7 @@ class Planner:
         return transfer if gain > LEAST_GAIN else None
 
     def _best(
-        self, debtor: int, creditor: int, state: dict[int, Load], model: Model
+        self, debtor: int, creditor: int, state: dict[int, Load], model: Prediction
     ) -> tuple[float, Transfer]:
         """The relative gain of the best number of rBlocks, and the transfer."""
         one, other = state[debtor], state[creditor]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hpc_distkv.comm.collective.clock import ClockOffset, measure_clock
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.step.recorder import Kind, Recorder
+from hpc_distkv.step.timesheet import Kind, Recorder
 
 MOST_SPANS = 500_000
 """Of all ranks together: about 60 MB of JSON."""

@@ -29,7 +29,7 @@ from hpc_distkv.observe.trace.trace_names import (
     WORK,
 )
 from hpc_distkv.regular import replacing
-from hpc_distkv.step.recorder import Kind
+from hpc_distkv.step.timesheet import Kind
 
 Event = dict[str, Any]
 
