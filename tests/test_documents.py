@@ -9,10 +9,10 @@ from pathlib import Path
 
 import click
 import pytest
-from conftest import REPOSITORY
 
 from hpc_distkv.cli.group import group
 
+REPOSITORY = Path(__file__).parent.parent
 PAGES = sorted([REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")])
 PLACES = [REPOSITORY / place for place in (".", "hpc_distkv", "jobs", "jobs/traces", "tests")]
 MOST_BYTES = 10_000

@@ -25,9 +25,9 @@ from typing import Generic, TypeVar
 from hpc_distkv.control.messages.requests import Request
 
 MOST_REQUESTS = 1024
-"""Requests that are read ahead of the gManager, ..."""
+"""Reading stops when this many requests wait for the gManager."""
 MOST_TOKENS = 1 << 20
-"""... or tokens of their prompts, of 4 bytes; beyond that, those of one row."""
+"""It also stops at this many tokens (4 bytes each) of their prompts; one request may go over it."""
 MOST_ENTRIES = 1024
 """Rows that the writer has not heard of: then the reader waits for it."""
 PAUSE = 0.25

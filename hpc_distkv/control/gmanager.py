@@ -182,7 +182,8 @@ class GManager:
         self._keep(round, needs)
 
     def _keep(self, round: Round, needs: Sequence[Need]) -> None:
-        """Have what becomes free left to requests that are too large for their homes and go on."""
+        """Tell creditors to admit no rows into memory that a running request too large for its home
+        still lacks."""
         reports = round.reports
         going_on = {
             instance
@@ -220,8 +221,8 @@ class GManager:
             round.answer(creditor).keep += blocks - granted
 
     def _recall(self, round: Round) -> None:
-        """DGFM: what is left of a debtor's own promise takes its rBlocks in, unless their loans
-        pay; and circles of debts are cancelled."""
+        """DGFM: a debtor that promised memory which nobody was granted brings its own rBlocks
+        home, unless their loans pay; and circles of debts are cancelled."""
         size, planner = self._config.block_size, self._planner
         spare: dict[int, int] = {}
         for debtor in np.flatnonzero(round.promised).tolist():

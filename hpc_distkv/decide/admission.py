@@ -27,7 +27,7 @@ class Headroom:
     expected: list[ExpectedKv]
     """Of the running sequences, and of those admitted."""
     blocked: ExpectedKv | None = None
-    """Of the oldest sequence that cannot be admitted, from its place in time."""
+    """Of the oldest sequence that cannot be admitted, from when it is expected to begin."""
     lacking: int = 0
     """rBlocks that sequence lacks to be admitted now; 0: there is none."""
 

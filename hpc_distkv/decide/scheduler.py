@@ -44,7 +44,7 @@ class Scheduler:
     come, then for others to end; then the youngest running sequence is preempted, and if it is
     itself the youngest it stalls. The oldest one that stalls at home, with no credit to come, is
     reported as starved; the gManager then makes room elsewhere. No wait is endless: that for credit
-    ends with a denial, or when a shortage has lasted for more than `PATIENCE` answers; that for
+    ends with a denial, or when a shortage has lasted for `PATIENCE` answers; that for
     others, when it has cost as much as to preempt the youngest.
     """
 
@@ -62,9 +62,10 @@ class Scheduler:
         self._denied = not config.policy.sharing
         """Whether the last answer granted nothing of what was asked for."""
         self._starved = False
-        self._ahead = self._held_back = False
-        """Whether the step is planned ahead (`look_ahead`), and whether a swapped-out sequence was
-        not resumed for that."""
+        self._ahead = False
+        """True if the step is planned ahead (`look_ahead`)."""
+        self._held_back = False
+        """True if a swapped-out sequence was not resumed, because the step was planned ahead."""
         self._idle = True
         """Whether nothing ran in the last step."""
         self._steps = 0
@@ -274,7 +275,7 @@ class Scheduler:
             self.waiting.remove(sequence)
             if sequence.id in self.orders.begin:
                 self.orders = self.orders._replace(begin=self.orders.begin - {sequence.id})
-            # A victim of another's starved row may be older than what runs here by now.
+            # Preempted for a starved row elsewhere, it may be older than rows that run by now.
             self.adopt(sequence)
             if not self._begin(sequence):
                 return sequence
@@ -294,10 +295,9 @@ class Scheduler:
         return sits_out
 
     def _fit(self, sequence: Sequence) -> int:
-        """Tokens the sequence can compute with what is free now. One too large for this instance
-        leaves those that decode, or are older, what they grow by, as long as these go on: when
-        they lack it, it is usually the youngest, and would be computed again. Any other can compute
-        one at least."""
+        """Tokens the sequence can compute with what is free now: one at least. But a sequence too
+        large for this instance takes nothing that older and decoding ones will need soon: it is
+        usually the youngest, so it would be preempted and computed again."""
         held = self.rm.tables[sequence.id].blocks
         left = self.config.reserve if len(self.running) > 1 else 0
         yields = not self._idle and too_large(self, sequence)

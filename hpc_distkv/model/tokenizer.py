@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -99,8 +100,9 @@ class Tokenizer:
             size *= 4
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Of the library's ways to encode, a batch alone lets other threads run meanwhile."""
         try:
-            encoding = self._fast.encode(text, add_special_tokens=add_special_tokens)
+            [encoding] = self._fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except TypeError:
             raise ModelError("the text is no valid Unicode: it cannot be tokenized") from None
         ids: list[int] = encoding.ids
@@ -145,6 +147,7 @@ def _fast(file: Path, named: NamedTokens) -> FastTokenizer:
             "transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
         )
     text = read_text(file)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # batches are of one, on this core
     try:
         with foreign_code():
             fast = FastTokenizer.from_str(text)

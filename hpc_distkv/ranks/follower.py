@@ -1,4 +1,4 @@
-"""The lanes of an instance that do not lead it: they replay the leader's log."""
+"""The ranks of an instance that do not lead it: they replay the leader's log."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Follower(StepLoop):
     this rank to the ranks of its lane in other instances, sums to the other lanes of its own.
 
     Events are applied in order. `Arrived`, `Served`, `Opened` and `Returned` are applied whenever
-    this rank attends, also in the middle of its step, as they happened to the leader in the middle
+    this rank looks, also in the middle of its step, as they happened to the leader in the middle
     of its own; the others when the loop gets there. `Served` waits until this lane has served that
     step too.
 
@@ -128,7 +128,7 @@ class Follower(StepLoop):
         self.instance.report()
         self._comm.rounds.report(self._interrupt.wish)
 
-    def _attend(self) -> None:
+    def _push_on(self) -> None:
         """Read the log and apply what does not wait for the loop, serve debtors, and push on the
         control round."""
         self._comm.transport.push()
@@ -182,7 +182,7 @@ class Follower(StepLoop):
         until the answer is there, so that nothing that follows is applied before it."""
 
         def ready() -> E | None:
-            self._attend()
+            self._push_on()
             head = self._log[0] if self._log else None
             if isinstance(head, Boundary) and self._answer is None:
                 return None

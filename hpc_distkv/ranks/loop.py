@@ -34,16 +34,16 @@ class LaunchedStep:
     drawn: torch.Tensor
     """int64 `[ends]`: its new tokens, on the device."""
     ends: list[TokenSequence] = field(default_factory=list)
-    """The sequences that get a token, in order, once the rows count as computed."""
+    """The sequences that get a new token from this step, in order; empty until `_advance`."""
     work: StepWork | None = None
     """What it has to compute; None until its rows count as computed."""
 
 
 class StepLoop(ABC):
-    """One rank at work: its replica of its instance, the tensors of its steps, and the step under
-    way. Where the leader of an instance (`Worker`) and the other lanes (`Follower`) differ are the
-    abstract methods: the leader decides by its own clock and mail, and its device draws the tokens;
-    a follower takes all of that from the leader's log.
+    """One rank at work: its copy of the instance's books, the tensors of its steps, and the step
+    under way. Where the leader of an instance (`Worker`) and its other ranks (`Follower`) differ
+    are the abstract methods: the leader decides by its own clock and mail, and its device draws the
+    tokens; a follower takes all of that from the leader's log.
 
     A step is plan → compute → learn. Where the next one may be planned before the tokens of this
     one are known, it is launched first, so that the device always has a step to compute:
@@ -60,7 +60,7 @@ class StepLoop(ABC):
         self._creditor = Creditor(parts, self.instance)
         self._debtor = Debtor(parts, self.instance)
         self._host = HostTier(parts, parts.host_pool, self.instance.rm) if parts.host_pool else None
-        self._forward = Forward(parts, self.instance.rm, self._attend, self._serve)
+        self._forward = Forward(parts, self.instance.rm, self._push_on, self._serve)
         self._lanes = parts.model.lanes
         self._block_size = parts.pool.block_size
         self._attention_tokens = parts.config.attention_tokens
@@ -77,7 +77,7 @@ class StepLoop(ABC):
     @torch.inference_mode()
     def run(self) -> None:
         """Work until the gManager says stop. Raises StallError and ProtocolError."""
-        with self._comm.waiter.meanwhile(self._attend):
+        with self._comm.waiter.meanwhile(self._push_on):
             self._loop()
             self._leaving = True
             self._leave()
@@ -104,7 +104,7 @@ class StepLoop(ABC):
     # -- where leader and follower differ -------------------------------------------------------
 
     @abstractmethod
-    def _attend(self) -> None:
+    def _push_on(self) -> None:
         """Push on all that goes on beside a step: mail, debtors, control rounds. Never blocks."""
 
     @abstractmethod

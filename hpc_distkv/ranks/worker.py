@@ -107,7 +107,7 @@ class Worker(StepLoop):
         self._mailbox.open_credits()
 
     def _poll_answer(self) -> Answer | None:
-        self._attend()
+        self._push_on()
         return self._answer
 
     def _leave(self) -> None:
@@ -160,7 +160,7 @@ class Worker(StepLoop):
         self._time.turn(Kind.CONTROL if self._creditor.idle else Kind.QUERIES)
         return answer
 
-    def _attend(self) -> None:
+    def _push_on(self) -> None:
         """Read the mail, serve debtors, and push on the control round, on rank 0 the gManager's
         part too."""
         self._comm.transport.push()

@@ -30,7 +30,7 @@ class StepInputs(NamedTuple):
     """What the layers of a step read, on the device."""
 
     tokens: torch.Tensor
-    """This and the next four: as in `Inputs`."""
+    """As in `Inputs`, as are `positions`, `ends`, `blocks` and `offsets`."""
     positions: torch.Tensor
     ends: torch.Tensor
     blocks: torch.Tensor

@@ -34,7 +34,7 @@ class Kind(IntEnum):
     """One layer of a step, from its attention to that of the next."""
     EXCHANGE = 10
     """Queries and partial results under way."""
-    TRANSFER = 11
+    UNDER_WAY = 11
     """rBlocks under way."""
     DEBTOR_STEP = 12
     """A debtor's step, from its header until it is committed."""

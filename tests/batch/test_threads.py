@@ -19,6 +19,7 @@ from hpc_distkv.batch.input.intake import Intake
 from hpc_distkv.batch.job import Job, job_fingerprint
 from hpc_distkv.batch.threads import Reader, Writer
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
+from hpc_distkv.model.tokenizer import Tokenizer
 
 SECONDS = 20.0
 Entries = Iterator[tuple[int, Sequence[Request]]]
@@ -139,6 +140,24 @@ def test_a_reader_that_waits_for_room_can_be_stopped(monkeypatch):
     soon(lambda: reader.waits)
     reader.stop()
     reader.stop()
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_loop_goes_on_while_a_long_prompt_is_tokenized(tiny_model: Path):
+    tokenizer, text = Tokenizer(tiny_model), "once upon a time " * 200_000
+
+    def tokenized() -> Entries:
+        yield len(tokenizer.encode(text)), []
+
+    reader = started(tokenized())
+    times = [time.perf_counter()]
+    while not reader.ended:
+        assert reader.take() is None
+        time.sleep(1e-4)
+        times.append(time.perf_counter())
+    reader.stop()
+    longest = max(after - before for before, after in itertools.pairwise(times))
+    assert longest < (times[-1] - times[0]) / 3
 
 
 def open_job(folder: Path, rows: Sequence[Any]) -> Job:

@@ -15,7 +15,7 @@ NAMES = {
     Kind.HOST: "attend in the host's memory",
     Kind.LAYER: "layer",
     Kind.EXCHANGE: "exchange",
-    Kind.TRANSFER: "rBlocks under way",
+    Kind.UNDER_WAY: "rBlocks under way",
     Kind.DEBTOR_STEP: "step of a debtor",
     Kind.ROUND: "control round",
 }
@@ -29,7 +29,7 @@ DETAILS = {
     Kind.HOST: ("layer",),
     Kind.LAYER: ("layer",),
     Kind.EXCHANGE: ("layer", "creditors"),
-    Kind.TRANSFER: ("rBlocks",),
+    Kind.UNDER_WAY: ("rBlocks",),
     Kind.DEBTOR_STEP: ("debtor", "query rows"),
     Kind.ROUND: ("round",),
 }
@@ -40,7 +40,7 @@ WORK = 1
 TRACKS = {
     WORK: "work",
     Kind.EXCHANGE: "exchange",
-    Kind.TRANSFER: "moves",
+    Kind.UNDER_WAY: "moves",
     Kind.ROUND: "control rounds",
 }
 """Thread id → name. Spans of one thread are nested or apart, as the format asks for."""
