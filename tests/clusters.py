@@ -6,9 +6,10 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from local_ranks import leftovers, open_local, run_local
+from seeded_schedule import SeededSchedule
+
 from hpc_distkv.comm.collective.group import Group
-from hpc_distkv.comm.local.schedule import SeededSchedule
-from hpc_distkv.comm.local.threads import leftovers, open_local, run_local
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages.counters import Counters
 from hpc_distkv.control.messages.requests import (

@@ -6,9 +6,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
+from local_ranks import network_of
 
 from hpc_distkv.comm.gpu.staged import StagedTransport
-from hpc_distkv.comm.local.threads import network_of
 from hpc_distkv.comm.transport import Comm
 
 POISON = 0x5A

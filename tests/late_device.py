@@ -8,9 +8,9 @@ from functools import partial
 
 import torch
 from deferred_copies import POISON, DeferredEvent
+from local_ranks import network_of
 
 from hpc_distkv.comm.device import Device, Fetch
-from hpc_distkv.comm.local.threads import network_of
 from hpc_distkv.comm.transport import Comm
 
 

@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from local_ranks import network_of
 
 from hpc_distkv.comm.gpu.fabric import Message
 from hpc_distkv.comm.gpu.meeting_transport import MeetingTransport
-from hpc_distkv.comm.local.threads import network_of
 from hpc_distkv.comm.transport import Comm
 
 

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 from batch_job import completion
+from local_ranks import open_local, run_local
 from safetensors.torch import load_file, save_file
+from seeded_schedule import SeededSchedule
 from sync_threads import SyncReader, SyncWriter
 
 from hpc_distkv import Engine, EngineOptions
@@ -30,8 +32,6 @@ from hpc_distkv.batch.results.journal import Journal
 from hpc_distkv.batch.results.order import InputOrder
 from hpc_distkv.comm import binding
 from hpc_distkv.comm.gpu.nccl import NcclError
-from hpc_distkv.comm.local.schedule import SeededSchedule
-from hpc_distkv.comm.local.threads import open_local, run_local
 from hpc_distkv.comm.together import RankError, SetupError
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.comm.waiter import StallClock

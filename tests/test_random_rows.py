@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from local_ranks import open_local, run_local
 
 from hpc_distkv import Engine, EngineOptions, Files
-from hpc_distkv.comm.local.threads import open_local, run_local
 from hpc_distkv.comm.transport import Comm
 
 ROWS_AT_ONCE, EXAMPLES = 100, 20

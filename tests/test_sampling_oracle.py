@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from batch_job import chat, completion
+from local_ranks import open_local
 
 from hpc_distkv import Engine, EngineOptions, Files
-from hpc_distkv.comm.local.threads import open_local
 
 STORY = "The lighthouse stood on a"
 QUESTION = "Write one sentence about the sea."

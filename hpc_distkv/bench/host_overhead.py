@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from hpc_distkv.attention import AttentionSpec
+from hpc_distkv.comm.alone import open_alone
 from hpc_distkv.comm.device import Device, Fetch
-from hpc_distkv.comm.local.threads import open_local
 from hpc_distkv.control.assign.queue import SyncSource
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.lending.links import Links
@@ -125,7 +125,7 @@ def _per_step(
         policy=POLICIES["queue"],
         enable_prefix_caching=True,
     )
-    (comm,) = open_local(1)
+    comm = open_alone()
     comm.compute_on(Metronome(step_seconds), comm.transport, eager=1.0)
     leader = Rounds(requests, config, clock)
     pool = BlockPool(blocks, 1, 1, BLOCK, 1, torch.float32)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from hpc_distkv.bench.runs import BenchLeader, alternate, lead, ratios, run_once, synthetic, warm_up
-from hpc_distkv.comm.local.threads import open_local
+from hpc_distkv.comm.alone import open_alone
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages.requests import Request
 from hpc_distkv.model.decoder import Decoder
@@ -77,7 +77,7 @@ def lending_against_alone(
 ) -> dict[str, Any]:
     """An even load that fits: ranks that could lend to each other, against each rank alone in a
     world of its own with its share of the same rows."""
-    (alone,) = open_local(1, comm.stall_timeout)
+    alone = open_alone(comm.stall_timeout)
     alone.compute_on(comm.device, alone.transport)
     together = joined(comm, model, options)
     single = joined(alone, model, replace(options, threads=together.threads))

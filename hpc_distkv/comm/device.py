@@ -17,24 +17,24 @@ class DeviceError(UserError):
 
 
 class Event(Protocol):
-    """A moment in the work of a device."""
+    """A point on a stream of a device, as a CUDA event."""
 
     def query(self) -> bool:
-        """Whether it has passed. Never blocks."""
+        """Whether all work before it has ended. Never blocks."""
 
 
 class Recorded(Protocol):
-    """What a device was asked for, to be asked for again: a CUDA graph."""
+    """Work that was captured to be launched again: a CUDA graph."""
 
     def replay(self) -> None:
-        """Ask for all of it, on the current stream."""
+        """Launch all of it on the current stream."""
 
     def reset(self) -> None:
         """Forget it."""
 
 
 class Passed:
-    """A moment that has passed."""
+    """An event that has passed."""
 
     def query(self) -> bool:
         """True."""
@@ -42,24 +42,24 @@ class Passed:
 
 
 class Fetch:
-    """Tensors on their way to the host."""
+    """A copy of tensors to the host, under way."""
 
     def __init__(self, tensors: list[torch.Tensor], event: Event | None = None) -> None:
-        """`tensors`: on the host, where they will be after `event`, or are already."""
+        """`tensors`: on the host, complete once `event` has passed; None: already."""
         self._tensors, self._event = tensors, event
 
     def ready(self) -> list[torch.Tensor] | None:
-        """The tensors, None while they are under way. Never blocks."""
+        """The tensors; None while the copy is under way. Never blocks."""
         return self._tensors if self._event is None or self._event.query() else None
 
 
 class Device:
-    """Where the tensors of a rank are, and how numbers get there and back. This one is the host's
-    own processor: all that was asked of it is done when the call returns."""
+    """The device that holds a rank's tensors, and the copies to and from it. This one is the CPU:
+    every call has done its work when it returns."""
 
     place = torch.device("cpu")
     deferred = False
-    """Whether calls return before what was asked for is done."""
+    """Whether calls return before the device has done the work."""
 
     @property
     def name(self) -> str:
@@ -67,39 +67,37 @@ class Device:
         return "CPU"
 
     def serving(self) -> AbstractContextManager[object]:
-        """What is computed in this block is for debtors, and need not wait for the own step."""
+        """In this block work is launched for debtors: it does not wait for the own step."""
         return nullcontext()
 
     def upload(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Tensors of the host → the same on the device, for what is computed from now on."""
+        """Copies of host tensors on the device; work that is launched later waits for them."""
         return list(tensors)
 
     def fetch(self, tensors: Sequence[torch.Tensor]) -> Fetch:
-        """Tensors of the device → what they will hold when all that was asked so far is done.
-        Never blocks."""
+        """Copy tensors to the host after the work launched so far. Never blocks."""
         return Fetch(list(tensors))
 
     def pin(self, memory: torch.Tensor) -> None:
-        """Make memory of the host fit for `copy_beside`. Raises RuntimeError."""
+        """Pin host memory, as `copy_beside` needs it. Raises RuntimeError."""
 
     def copy_beside(
         self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]
     ) -> Event:
-        """Copy from the device to pinned memory of the host or back, beside what is computed and
-        after all that was asked so far. Nothing that is asked for later waits for it, unless
-        `wait_event` says so: else neither side may be written to, nor `targets` be read, before the
-        event has passed."""
+        """Copy from the device to pinned host memory or back, on its own stream, after the work
+        launched so far. Later work does not wait for the copy unless `wait_event` says so: before
+        the event has passed neither side may be written to, nor `targets` be read."""
         for source, target in zip(sources, targets, strict=True):
             target.copy_(source)
         return Passed()
 
     def wait_event(self, event: Event) -> None:
-        """What is computed from now on comes after `event`, of `copy_beside`. The host does not
+        """Work that is launched later runs after `event`, of `copy_beside`. The host does not
         wait."""
 
 
 class Sight(NamedTuple):
-    """What a rank sees of the devices of its node."""
+    """The GPUs of its node that a rank sees."""
 
     devices: int
     """CUDA devices that are visible to it."""

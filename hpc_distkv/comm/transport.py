@@ -1,6 +1,6 @@
 """The three ways ranks talk, as interfaces: tensors, mail, control rounds.
 
-Each has an MPI implementation (`comm.mpi`) and one in a single process (`comm.local`). Tensors of
+Each has an MPI implementation (`comm.mpi`) and one of a rank alone (`comm.alone`). Tensors of
 GPUs travel over NCCL, by appointment (`comm.gpu.meetings`), or by way of the host
 (`comm.gpu.staged`). All of them post first and wait later, so that a step can compute while bytes
 travel.

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from local_ranks import open_local, run_local
 from torch.autograd.profiler_util import DeviceType
 
 from hpc_distkv.bench.overlap import (
@@ -17,7 +18,6 @@ from hpc_distkv.bench.overlap import (
     computing,
     exchange_overlap,
 )
-from hpc_distkv.comm.local.threads import open_local, run_local
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.weights import load_decoder
 from hpc_distkv.ranks.rank import EngineOptions

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from local_ranks import open_local
+
 from hpc_distkv.bench import lending
 from hpc_distkv.bench.runs import synthetic
 from hpc_distkv.comm.device import Device
-from hpc_distkv.comm.local.threads import open_local
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.weights import load_decoder
 from hpc_distkv.ranks.rank import EngineOptions

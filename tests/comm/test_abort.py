@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 from letters import take
+from local_ranks import open_local, run_local
 from mpirun import mpirun, run_mpi
+from seeded_schedule import PeerFailedError
 
 from hpc_distkv.comm import abort
 from hpc_distkv.comm.abort import aborting, end_job, failing, guarded
-from hpc_distkv.comm.local.schedule import PeerFailedError
-from hpc_distkv.comm.local.threads import open_local, run_local
 from hpc_distkv.comm.waiter import StallError
 from hpc_distkv.errors import UserError
 

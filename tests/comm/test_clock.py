@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 
 import pytest
+from local_ranks import leftovers, open_local, run_local
+from seeded_schedule import SeededSchedule
 
 from hpc_distkv.comm.collective.clock import ROUND_TRIPS, measure_clock
-from hpc_distkv.comm.local.schedule import SeededSchedule
-from hpc_distkv.comm.local.threads import leftovers, open_local, run_local
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 5])

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 from comm_contract import CONTRACT
+from local_ranks import leftovers, open_local, run_local
 from mpirun import clean_environment, mpirun, run_mpi
-
-from hpc_distkv.comm.local.schedule import SeededSchedule
-from hpc_distkv.comm.local.threads import leftovers, open_local, run_local
+from seeded_schedule import SeededSchedule
 
 SCRIPT = str(Path(__file__).with_name("comm_contract.py"))
 

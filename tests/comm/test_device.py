@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from local_ranks import open_local, run_local
 
 from hpc_distkv.comm.binding import _by_nccl, bind
 from hpc_distkv.comm.device import DeviceError, Sight, fault, own_index
-from hpc_distkv.comm.local.threads import open_local, run_local
 from hpc_distkv.comm.world import World
 
 TWO_NODES = World(0, (0, 0, 1, 1), hosts=("a", "a", "b", "b"))

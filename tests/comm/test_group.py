@@ -5,12 +5,12 @@ from pathlib import Path
 import group_contract
 import pytest
 from group_contract import CONTRACT
+from local_ranks import leftovers, open_local, run_local
 from mpirun import mpirun, run_mpi
 from recorded_fabric import connect
+from seeded_schedule import SeededSchedule
 
 from hpc_distkv.comm.collective.group import Group
-from hpc_distkv.comm.local.schedule import SeededSchedule
-from hpc_distkv.comm.local.threads import leftovers, open_local, run_local
 from hpc_distkv.comm.transport import Comm
 
 SCRIPT = str(Path(__file__).with_name("group_contract.py"))

@@ -7,12 +7,12 @@ from functools import partial
 
 import pytest
 import torch
+from local_ranks import leftovers, open_local, run_local
 from recorded_fabric import connect
+from seeded_schedule import SeededSchedule
 from test_meetings import LAYERS, answers
 
 from hpc_distkv.comm.collective.group import Group
-from hpc_distkv.comm.local.schedule import SeededSchedule
-from hpc_distkv.comm.local.threads import leftovers, open_local, run_local
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.comm.waiter import StallError
 

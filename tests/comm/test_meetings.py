@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from local_ranks import leftovers, open_local, run_local
 from recorded_fabric import connect
+from seeded_schedule import SeededSchedule
 from test_staged import PROMISES
 
-from hpc_distkv.comm.local.schedule import SeededSchedule
-from hpc_distkv.comm.local.threads import leftovers, open_local, run_local
 from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR, Comm
 from hpc_distkv.comm.waiter import StallError
 

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from group_contract import parts_are_joined_on_lane_0, totals_are_float32_sums_in_the_order_of_lanes
+from local_ranks import leftovers, open_local, run_local
 from test_group import in_steps
 from test_meeting_transport import LOANS, step_of_instance
 from test_staged import PROMISES
@@ -21,7 +22,6 @@ from test_staged import PROMISES
 from hpc_distkv.comm.gpu.fabric import Message
 from hpc_distkv.comm.gpu.meeting_transport import MeetingTransport
 from hpc_distkv.comm.gpu.nccl import Nccl, NcclError, refusal, usable
-from hpc_distkv.comm.local.threads import leftovers, open_local, run_local
 from hpc_distkv.comm.transport import Comm
 
 LONG = 20.0

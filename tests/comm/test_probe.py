@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from local_ranks import leftovers, open_local, run_local
 from mpirun import mpirun, run_mpi
+from seeded_schedule import SeededSchedule
 
 from hpc_distkv.comm.collective import probe as module
 from hpc_distkv.comm.collective.probe import opponent, probe, turns
-from hpc_distkv.comm.local.schedule import SeededSchedule
-from hpc_distkv.comm.local.threads import leftovers, open_local, run_local
 from hpc_distkv.comm.transport import TO_CREDITOR, Pending, Transport
 from hpc_distkv.comm.waiter import StallError
 

@@ -5,9 +5,9 @@ import time
 import pytest
 import torch
 from letters import take
+from local_ranks import leftovers, open_local, run_local
+from seeded_schedule import SeededSchedule
 
-from hpc_distkv.comm.local.schedule import SeededSchedule
-from hpc_distkv.comm.local.threads import leftovers, open_local, run_local
 from hpc_distkv.comm.waiter import StallError
 
 SEEDS = range(30)

@@ -12,9 +12,8 @@ from comm_contract import (
     receives_may_come_first_or_last,
 )
 from deferred_copies import stage
-
-from hpc_distkv.comm.local.schedule import SeededSchedule
-from hpc_distkv.comm.local.threads import leftovers, open_local, run_local
+from local_ranks import leftovers, open_local, run_local
+from seeded_schedule import SeededSchedule
 
 PROMISES = (
     exchanges_arrive_in_order,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from hpc_distkv.comm.local.threads import open_local
+from local_ranks import open_local
+
 from hpc_distkv.comm.stall import MOST_TOLD, Complaint, verdict
 
 

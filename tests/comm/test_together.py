@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 import pytest
+from local_ranks import open_local, run_local
 
-from hpc_distkv.comm.local.threads import open_local, run_local
 from hpc_distkv.comm.together import RankError, SetupError, concluded, together
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.model.errors import ModelError

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from lending_nodes import BLOCK, Marks, Node
+from local_ranks import leftovers, network_of, open_local
+from seeded_schedule import SeededSchedule
 
-from hpc_distkv.comm.local.schedule import SeededSchedule
-from hpc_distkv.comm.local.threads import leftovers, network_of, open_local
 from hpc_distkv.control.assign.queue import SyncSource
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.lending.links import Links

@@ -11,11 +11,11 @@ import pytest
 import torch
 from dense import logits_of, save_llama
 from families import TINY, prompt, save
+from local_ranks import leftovers, open_local, run_local
 from torch import Tensor
 
 from hpc_distkv.comm.collective.broadcast import LaneBroadcast
 from hpc_distkv.comm.collective.group import Group
-from hpc_distkv.comm.local.threads import leftovers, open_local, run_local
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.model import build, weights
 from hpc_distkv.model.config import ModelConfig

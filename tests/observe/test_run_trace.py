@@ -8,11 +8,11 @@ import random
 
 import numpy as np
 import pytest
+from local_ranks import open_local, run_local
 from seen_runs import snapshot, two_ranks
 from trace_format import check_schema
 
 from hpc_distkv.comm.collective.clock import ClockOffset
-from hpc_distkv.comm.local.threads import open_local, run_local
 from hpc_distkv.comm.world import World
 from hpc_distkv.observe.summary.timeline import Timeline
 from hpc_distkv.observe.trace import spans as module

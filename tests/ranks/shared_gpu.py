@@ -7,10 +7,10 @@ from pathlib import Path
 
 from clusters import Collect, engine_of
 from families import prompt
+from local_ranks import open_local
 
 from hpc_distkv.comm.abort import aborting
 from hpc_distkv.comm.device import DeviceError
-from hpc_distkv.comm.local.threads import open_local
 from hpc_distkv.comm.mpi.start import open_mpi
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens, unpack_tokens

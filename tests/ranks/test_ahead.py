@@ -23,9 +23,9 @@ from families import continuation, save
 from families import prompt as tokens_of
 from late_device import be_late
 from recorded_fabric import connect
+from seeded_schedule import SeededSchedule
 from workloads import Letters, check_same, document_rows, sampled_rows, stopping, windowed_rows
 
-from hpc_distkv.comm.local.schedule import SeededSchedule
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 from hpc_distkv.decide.config import EngineConfig

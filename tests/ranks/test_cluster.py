@@ -17,9 +17,9 @@ from clusters import (
     tiny_decoder,
     unconstrained,
 )
+from local_ranks import open_local, run_local
+from seeded_schedule import SeededSchedule
 
-from hpc_distkv.comm.local.schedule import SeededSchedule
-from hpc_distkv.comm.local.threads import open_local, run_local
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.model.decoder import Decoder
 

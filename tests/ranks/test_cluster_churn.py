@@ -15,8 +15,8 @@ from clusters import (
     run_cluster,
     unconstrained,
 )
+from seeded_schedule import SeededSchedule
 
-from hpc_distkv.comm.local.schedule import SeededSchedule
 from hpc_distkv.control.messages.requests import Request
 from hpc_distkv.control.policy import POLICIES
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from clusters import Outcome, engine_of, run_cluster
 from families import VOCABULARY, continuation, prompt, save
+from local_ranks import leftovers, open_local
 from mpirun import mpirun, run_mpi
 
 from hpc_distkv.comm.binding import bind
-from hpc_distkv.comm.local.threads import leftovers, open_local
 from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR
 from hpc_distkv.control.messages.requests import LogitRules, Request, Sampling, pack_tokens
 from hpc_distkv.model.config import ModelConfig

@@ -9,8 +9,7 @@ import pytest
 from clusters import demand_of, options, request, run_cluster, shards, unconstrained
 from deferred_copies import stage
 from recorded_fabric import connect
-
-from hpc_distkv.comm.local.schedule import SeededSchedule
+from seeded_schedule import SeededSchedule
 
 
 @pytest.mark.parametrize("seed", range(3))

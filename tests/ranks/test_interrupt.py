@@ -19,9 +19,9 @@ from clusters import (
     shards,
     unconstrained,
 )
+from seeded_schedule import SeededSchedule
 from workloads import Letters, check_same, migrating_rows, sampled_rows
 
-from hpc_distkv.comm.local.schedule import SeededSchedule
 from hpc_distkv.control.messages.requests import Request
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.weights import load_decoder

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 from clusters import options, run_cluster, unconstrained
+from seeded_schedule import SeededSchedule
 from workloads import migrating_rows, migrations
 
-from hpc_distkv.comm.local.schedule import SeededSchedule
 from hpc_distkv.control.messages.counters import Counters
 from hpc_distkv.control.messages.reports import Answer
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from clusters import BLOCK, Outcome, greedy, options, run, run_cluster, tiny_decoder
+from seeded_schedule import SeededSchedule
 from workloads import DOCUMENT, document_rows, tokens
 
-from hpc_distkv.comm.local.schedule import SeededSchedule
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 from hpc_distkv.decide.pace import StepWork
 from hpc_distkv.decide.plan import Scheduled

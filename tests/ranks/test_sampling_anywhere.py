@@ -7,9 +7,9 @@ import random
 
 import pytest
 from clusters import BLOCK, Outcome, options, run_cluster
+from seeded_schedule import SeededSchedule
 from workloads import Letters, check_same, sampled_rows
 
-from hpc_distkv.comm.local.schedule import SeededSchedule
 from hpc_distkv.control.messages.requests import Request
 from hpc_distkv.model.decoder import Decoder
 

@@ -19,10 +19,10 @@ from clusters import (
     shards,
     unconstrained,
 )
+from local_ranks import open_local, run_local
+from seeded_schedule import SeededSchedule
 from workloads import Letters, check_same, migrating_rows, migrations, sampled_rows
 
-from hpc_distkv.comm.local.schedule import SeededSchedule
-from hpc_distkv.comm.local.threads import open_local, run_local
 from hpc_distkv.comm.together import SetupError
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.errors import OptionError

@@ -9,9 +9,9 @@ import pytest
 import torch
 from clusters import run_cluster
 from families import continuation, prompt, save
+from seeded_schedule import SeededSchedule
 from workloads import windowed_rows
 
-from hpc_distkv.comm.local.schedule import SeededSchedule
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.decoder import Decoder

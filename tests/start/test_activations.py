@@ -8,17 +8,17 @@ import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
+import local_network as network
 import pytest
 import torch
 from accounting import Account
 from clusters import BLOCK, options, run_cluster, shards
+from local_network import Half
+from local_ranks import open_local
+from seeded_schedule import SeededSchedule
 
 from hpc_distkv.comm.collective.group import Group, Rehearsal
 from hpc_distkv.comm.device import Device
-from hpc_distkv.comm.local import network
-from hpc_distkv.comm.local.network import Half
-from hpc_distkv.comm.local.schedule import SeededSchedule
-from hpc_distkv.comm.local.threads import open_local
 from hpc_distkv.control.messages.requests import LogitRules, Request, Sampling, pack_tokens
 from hpc_distkv.errors import OptionError
 from hpc_distkv.model.decoder import Decoder

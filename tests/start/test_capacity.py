@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from local_ranks import open_local, run_local
 
-from hpc_distkv.comm.local.threads import open_local, run_local
 from hpc_distkv.comm.together import SetupError
 from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.errors import OptionError

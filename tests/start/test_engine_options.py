@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from local_ranks import open_local, run_local
 
 import hpc_distkv
 from hpc_distkv import EngineOptions
-from hpc_distkv.comm.local.threads import open_local, run_local
 from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.errors import OptionError
 from hpc_distkv.start.loading import bind, set_threads

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from clusters import BLOCK, VOCABULARY, Outcome, engine_of, options, run, run_cluster, unconstrained
 from late_device import be_late
+from local_ranks import open_local
+from seeded_schedule import SeededSchedule
 from workloads import crowd, pressed, tier
 
-from hpc_distkv.comm.local.schedule import SeededSchedule
-from hpc_distkv.comm.local.threads import open_local
 from hpc_distkv.control.messages.counters import Counters
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 from hpc_distkv.decide.config import EngineConfig

@@ -9,12 +9,12 @@ import pytest
 import torch
 from clusters import engine_of, options, run_cluster, tiny_decoder
 from late_device import be_late
+from local_ranks import open_local
+from seeded_schedule import SeededSchedule
 from test_shared import BLOCK, DIM, HEADS, KV_HEADS, rows_of
 from workloads import stopping
 
 from hpc_distkv.attention import AttentionSpec, micro_attention, rotate_and_write
-from hpc_distkv.comm.local.schedule import SeededSchedule
-from hpc_distkv.comm.local.threads import open_local
 from hpc_distkv.control.messages.counters import Counters
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.memory.rmanager import RManager

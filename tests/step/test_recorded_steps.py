@@ -12,6 +12,7 @@ import torch
 from clusters import BLOCK, VOCABULARY, Outcome, options, request, run_cluster, shards
 from late_device import be_late
 from recorded_fabric import connect
+from seeded_schedule import SeededSchedule
 from torch.nn.functional import pad
 
 from hpc_distkv.attention import PagedBatch, reference
@@ -19,7 +20,6 @@ from hpc_distkv.attention.call import Call
 from hpc_distkv.attention.rotation import rotate
 from hpc_distkv.attention.triton import backend as launch
 from hpc_distkv.attention.triton.launch_plan import plan_key
-from hpc_distkv.comm.local.schedule import SeededSchedule
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 from hpc_distkv.model.decoder import Decoder

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from local_ranks import open_local
 
 from hpc_distkv.attention import AttentionSpec
-from hpc_distkv.comm.local.threads import open_local
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.plan import Scheduled

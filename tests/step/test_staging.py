@@ -16,12 +16,12 @@ from deferred_copies import DeferredEvent
 from families import VOCABULARY as WORDS
 from families import save
 from late_device import be_late
+from local_ranks import open_local, run_local
+from seeded_schedule import SeededSchedule
 from workloads import crowd, tier
 
 from hpc_distkv.attention import AttentionSpec, PagedBatch, PagedRow, micro_attention
 from hpc_distkv.comm.device import Device
-from hpc_distkv.comm.local.schedule import SeededSchedule
-from hpc_distkv.comm.local.threads import open_local, run_local
 from hpc_distkv.control.messages.requests import Request, Sampling, pack_tokens
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.model.config import ModelConfig

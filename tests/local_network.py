@@ -1,4 +1,4 @@
-"""What lies between the ranks of one process: channels that hold messages under way."""
+"""What lies between ranks of one process: channels that hold messages under way."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from collections import deque
 from collections.abc import Callable
 
 import torch
-
-from hpc_distkv.comm.local.schedule import PeerFailedError, SeededSchedule
+from seeded_schedule import PeerFailedError, SeededSchedule
 
 POISON = 0xA5
 

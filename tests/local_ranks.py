@@ -1,4 +1,4 @@
-"""Ranks that are threads of one process: for tests, and for benches within one rank.
+"""Ranks that are threads of one process.
 
 Nothing here blocks except `wait`, `take` and `Comm.idle`, so one thread can also drive all ranks.
 """
@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
-from hpc_distkv.comm.local.network import Half, Network
-from hpc_distkv.comm.local.schedule import PeerFailedError, SeededSchedule
+from local_network import Half, Network
+from seeded_schedule import PeerFailedError, SeededSchedule
+
 from hpc_distkv.comm.transport import (
     TO_CREDITOR,
     Comm,
