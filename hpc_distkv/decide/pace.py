@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from hpc_distkv.control.assign.work import STEP_TOKENS
+from hpc_distkv.control.messages.requests import STEP_TOKENS
 
 KEEP = 0.995
 """What an observation still counts after the next one: the last few hundred steps matter."""
@@ -107,7 +107,7 @@ class StepWork(NamedTuple):
     kv_tokens: int
     """KV tokens at home that they attended to."""
     prompt_work: float
-    """Prompt tokens computed, weighted as in `control.assign.work`."""
+    """Prompt tokens computed, weighted as in `control.messages.requests.work`."""
     exchanging: bool
     """Whether rows had rBlocks at creditors."""
 

@@ -10,11 +10,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hpc_distkv.control.assign.work import kv_tokens
 from hpc_distkv.control.messages.requests import (
     NOT_FINITE,
     UNREADABLE,
     Request,
+    kv_tokens,
     pack_tokens,
     record_dtype,
     unpack_tokens,

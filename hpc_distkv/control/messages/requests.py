@@ -1,4 +1,4 @@
-"""Requests, and what becomes of them.
+"""Requests, how much work they are, and what becomes of them.
 
 All records that travel between instances and the gManager, and between loan partners, are msgspec
 structs, frozen but for `Counters` and `Answer`: compact on the wire and checked when they are
@@ -183,3 +183,37 @@ def unpack_logprobs(packed: bytes, top: int) -> list[TokenLogprobs]:
         TokenLogprobs(logprob, list(zip(row_ids, row_values, strict=True)))
         for logprob, row_ids, row_values in zip(own, ids, values, strict=True)
     ]
+
+
+STEP_TOKENS = 16.0
+"""Prompt tokens computed in the fixed time of a step, until it was measured."""
+
+
+def work(start: int, end: float, attention_tokens: float) -> float:
+    """Predicted work of the tokens from `start` to `end` of one request, in tokens' worth of linear
+    layers: a token at position p also attends to p others, and `attention_tokens` of those cost as
+    much as its linear layers."""
+    tokens = max(0.0, end - start)
+    return tokens * (1 + (start + end) / 2 / attention_tokens)
+
+
+def kv_tokens(prompt: int, max_tokens: int) -> int:
+    """Most tokens whose KV a request can need: the last output token needs none."""
+    return prompt + max_tokens - 1
+
+
+class MeanOutput:
+    """What outputs of unfinished requests are expected to be: as large a part of their limits as
+    those of finished ones."""
+
+    def __init__(self) -> None:
+        self._tokens = self._limits = 0
+
+    def add(self, tokens: int, limit: int) -> None:
+        """A request that might make `limit` output tokens ended with `tokens`."""
+        self._tokens += tokens
+        self._limits += limit
+
+    def expected(self, limit: int) -> float:
+        """Output tokens expected of a request that may make `limit`."""
+        return limit * self._tokens / self._limits if self._limits else limit
