@@ -43,9 +43,8 @@ class Scheduler:
     Both lists ascend by age. When a sequence lacks an rBlock it waits first for credit that may
     come, then for others to end; then the youngest running sequence is preempted, and if it is
     itself the youngest it stalls. The oldest one that stalls at home, with no credit to come, is
-    reported as starved; the gManager then makes room elsewhere. No wait is endless: that for credit
-    ends with a denial, or when a shortage has lasted for `PATIENCE` answers; that for
-    others, when it has cost as much as to preempt the youngest.
+    reported as starved; the gManager then makes room elsewhere. No wait is endless: `docs/design.md`
+    has the reasons.
     """
 
     def __init__(self, rm: RManager, config: EngineConfig, counters: Counters) -> None:

@@ -88,7 +88,7 @@ class Worker(StepLoop):
         self._log = Log(comm)
         self._mailbox = Mailbox(comm, self.instance, self._creditor, self._log)
         if leader:
-            comm.heard = lambda rank: leader.gmanager.last_report(rank // comm.world.tp)
+            comm.hear(lambda rank: leader.gmanager.last_report(rank // comm.world.tp))
         self._draws: deque[Callable[[], Sampled | None]] = deque()
         """Give the tokens of the steps that the device was asked for, oldest first."""
         self._since = self._clock()
