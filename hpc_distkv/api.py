@@ -41,7 +41,7 @@ from hpc_distkv.observe.live.story import Story
 from hpc_distkv.observe.live.watch import Watch
 from hpc_distkv.observe.summary.earlier import write_anew
 from hpc_distkv.observe.summary.metrics import RankFigures, peak_memory
-from hpc_distkv.observe.summary.timeline import Timeline
+from hpc_distkv.observe.summary.snapshot import Timeline
 from hpc_distkv.observe.trace.spans import begin_trace, gather_traces
 from hpc_distkv.observe.trace.trace_file import write_trace
 from hpc_distkv.ranks.interrupt import Interrupt

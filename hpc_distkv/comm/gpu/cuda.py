@@ -25,8 +25,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from hpc_distkv.comm.device import Device, DeviceError, Event, Fetch, Sight, own_index
-from hpc_distkv.comm.upload import upload
+from hpc_distkv.comm.device import Device, DeviceError, Event, Fetch, Sight, own_index, upload
 
 
 def new_stream(priority: int = 0) -> torch.cuda.Stream:
