@@ -1,4 +1,4 @@
-"""Rotation, MicroAttention, its merge and the cache write in plain torch: on any device, not fast."""
+"""Rotation, MicroAttention, its merge and the cache write in plain torch: slow, on any device."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ class Cuda(Device):
         assert isinstance(event, torch.cuda.Event)
         torch.cuda.current_stream().wait_event(event)
 
-    # -- copies beside what is computed (see `staged.Copies`) -------------------------------------
+    # -- copies beside what is computed (see `staged.StagingCopies`) ------------------------------
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether `tensor` is on the device."""
