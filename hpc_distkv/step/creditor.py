@@ -41,7 +41,7 @@ class Creditor:
         Raises ProtocolError."""
         with self._device.serving():
             self._steps[debtor] = DebtorStep(self._parts, self._instance, debtor, header, now)
-        self._time.recorder.open(Kind.DEBTOR_STEP, debtor)
+        self._time.recorder.open(Kind.VISIT, debtor)
 
     def push(self) -> list[InstanceId]:
         """Push on every step. Returns the debtors whose step can be committed. Never blocks, and
@@ -60,7 +60,7 @@ class Creditor:
         """The step of `debtor`, all of which was served, is over."""
         step = self._steps.pop(debtor)
         step.commit()
-        self._time.recorder.close(Kind.DEBTOR_STEP, debtor, debtor, step.rows)
+        self._time.recorder.close(Kind.VISIT, debtor, debtor, step.rows)
 
 
 class DebtorStep:

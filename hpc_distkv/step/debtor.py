@@ -91,7 +91,7 @@ class Debtor:
             self._time.enter(Kind.MOVES)
             self._moves.wait(f"rBlocks, step {self._steps}")
             self._time.leave(self._moving)
-            self._time.recorder.close(Kind.UNDER_WAY, one=self._moving)
+            self._time.recorder.close(Kind.TRANSFER, one=self._moving)
 
     def _post_moves(self, plan: Plan) -> None:
         rank_of, rblock = self._comm.world.rank_of, self._pool.rblock
@@ -102,7 +102,7 @@ class Debtor:
             self._counters.bytes_moved += sum(tensor.nbytes for _, tensor in (*sends, *recvs))
             self._moves = self._comm.transport.exchange(sends, recvs, TO_CREDITOR, TO_DEBTOR)
             self._moving = len(sends) + len(recvs)
-            self._time.recorder.open(Kind.UNDER_WAY)
+            self._time.recorder.open(Kind.TRANSFER)
 
     def _exchange(self, rank: int, rows: torch.Tensor) -> CreditorExchange:
         shape, place = (len(rows), *self._shape), self._pool.device

@@ -34,9 +34,9 @@ class Kind(IntEnum):
     """One layer of a step, from its attention to that of the next."""
     EXCHANGE = 10
     """Queries and partial results under way."""
-    UNDER_WAY = 11
+    TRANSFER = 11
     """rBlocks under way."""
-    DEBTOR_STEP = 12
+    VISIT = 12
     """A debtor's step, from its header until it is committed."""
     ROUND = 13
     """A control round, from the report to its answer."""

@@ -46,7 +46,7 @@ def two_ranks():
         (Kind.ROUND, 0.5, 1.6, 1, 0),
         (Kind.LEAD, 2.0, 2.1, 2, 0),
     )
-    second = spans((Kind.SERVE, 1.15, 1.25, 0, 0), (Kind.DEBTOR_STEP, 1.0, 2.2, 0, 3))
+    second = spans((Kind.SERVE, 1.15, 1.25, 0, 0), (Kind.VISIT, 1.0, 2.2, 0, 3))
     ranks = [RankSpans(first, 1, 0.0), RankSpans(second, 2, 4e-6)]
     world = World(0, (0, 1), hosts=("nid1", "nid2"))
     timeline = [

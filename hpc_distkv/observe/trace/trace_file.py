@@ -91,7 +91,7 @@ def _names(world: World, number: int, rank: RankSpans) -> Iterator[Event]:
     yield name("process_name", WORK, name=label)
     yield name("process_sort_index", WORK, sort_index=number)
     tracks = dict(TRACKS)
-    served = rank.spans[rank.spans["kind"] == Kind.DEBTOR_STEP]
+    served = rank.spans[rank.spans["kind"] == Kind.VISIT]
     tracks |= {DEBTOR_STEPS + d: f"serves instance {d}" for d in sorted({*served["one"].tolist()})}
     for tid, track in tracks.items():
         yield name("thread_name", tid, name=track)
@@ -102,7 +102,7 @@ def _span(pid: int, kind: Kind, started: float, ended: float, one: int, other: i
     # Whole nanoseconds, both edges rounded the same way: what was nested stays nested.
     begin, end = round(1e9 * started), round(1e9 * ended)
     name = f"layer {one}" if kind is Kind.LAYER else NAMES[kind]
-    tid = DEBTOR_STEPS + one if kind is Kind.DEBTOR_STEP else kind if kind in TRACKS else WORK
+    tid = DEBTOR_STEPS + one if kind is Kind.VISIT else kind if kind in TRACKS else WORK
     args = dict(zip(DETAILS.get(kind, ()), (one, other), strict=False))
     return {
         "ph": "X",

@@ -15,8 +15,8 @@ NAMES = {
     Kind.HOST: "attend in the host's memory",
     Kind.LAYER: "layer",
     Kind.EXCHANGE: "exchange",
-    Kind.UNDER_WAY: "rBlocks under way",
-    Kind.DEBTOR_STEP: "step of a debtor",
+    Kind.TRANSFER: "rBlocks under way",
+    Kind.VISIT: "step of a debtor",
     Kind.ROUND: "control round",
 }
 DETAILS = {
@@ -29,8 +29,8 @@ DETAILS = {
     Kind.HOST: ("layer",),
     Kind.LAYER: ("layer",),
     Kind.EXCHANGE: ("layer", "creditors"),
-    Kind.UNDER_WAY: ("rBlocks",),
-    Kind.DEBTOR_STEP: ("debtor", "query rows"),
+    Kind.TRANSFER: ("rBlocks",),
+    Kind.VISIT: ("debtor", "query rows"),
     Kind.ROUND: ("round",),
 }
 """Kind → what the two numbers of its spans are."""
@@ -40,7 +40,7 @@ WORK = 1
 TRACKS = {
     WORK: "work",
     Kind.EXCHANGE: "exchange",
-    Kind.UNDER_WAY: "moves",
+    Kind.TRANSFER: "moves",
     Kind.ROUND: "control rounds",
 }
 """Thread id → name. Spans of one thread are nested or apart, as the format asks for."""
