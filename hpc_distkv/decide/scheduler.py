@@ -43,8 +43,8 @@ class Scheduler:
     Both lists ascend by age. When a sequence lacks an rBlock it waits first for credit that may
     come, then for others to end; then the youngest running sequence is preempted, and if it is
     itself the youngest it stalls. The oldest one that stalls at home, with no credit to come, is
-    reported as starved; the gManager then makes room elsewhere. No wait is endless: `docs/design.md`
-    has the reasons.
+    reported as starved; the gManager then makes room elsewhere. Why no wait is endless:
+    `docs/design.md`.
     """
 
     def __init__(self, rm: RManager, config: EngineConfig, counters: Counters) -> None:
