@@ -178,7 +178,8 @@ def test_histograms_have_every_row_near_its_time():
 
 
 def test_pools_are_remembered_at_their_fullest():
-    manager = mock.MagicMock()
+    manager = mock.MagicMock(running=0)
+    manager.assignment.unfinished = 0
     engine = SimpleNamespace(comm=open_local(2)[0], gmanager=lambda source: manager)
     leader = JobLeader(engine, mock.MagicMock(), Watch())
     for used in ([3, 9], [5, 2], [4, 4]):
