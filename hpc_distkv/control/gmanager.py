@@ -95,6 +95,10 @@ class GManager:
         self.round_number += 1
         return round.encode(), results
 
+    def close(self, instance: int, counters: Counters) -> None:
+        """An instance has ended its run: `counters` are those of all of it."""
+        self.counters[instance] = counters
+
     def last_report(self, instance: int) -> str:
         """What an instance reported last, for messages."""
         if (reports := self.reports) is None:

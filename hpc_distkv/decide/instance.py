@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Container, Mapping
-from collections.abc import Sequence as Rows
+from collections.abc import Sequence as SequenceOf
 
 from hpc_distkv.control.messages.counters import Counters
 from hpc_distkv.control.messages.loans import Header
@@ -151,8 +151,8 @@ class Instance:
 
     def append(
         self,
-        rows: Rows[Scheduled[Sequence]],
-        tokens: Rows[int],
+        rows: SequenceOf[Scheduled[Sequence]],
+        tokens: SequenceOf[int],
         now: float,
         logprobs: Mapping[int, bytes] = NO_LOGPROBS,
     ) -> None:
@@ -160,7 +160,7 @@ class Instance:
         left to compute, in order; `logprobs`: request → its record, if it asks for one."""
         self.learn(rows, self.advance(rows), tokens, now, logprobs)
 
-    def advance(self, rows: Rows[Scheduled[S]]) -> list[S]:
+    def advance(self, rows: SequenceOf[Scheduled[S]]) -> list[S]:
         """Count the step's rows as computed. Returns those that have no token left to compute, in
         order: the n-th goes on with the n-th token that the step draws, which is not known yet."""
         ends: list[S] = []
@@ -181,9 +181,9 @@ class Instance:
 
     def learn(
         self,
-        rows: Rows[Scheduled[Sequence]],
-        ends: Rows[Sequence],
-        tokens: Rows[int],
+        rows: SequenceOf[Scheduled[Sequence]],
+        ends: SequenceOf[Sequence],
+        tokens: SequenceOf[int],
         now: float,
         logprobs: Mapping[int, bytes] = NO_LOGPROBS,
         following: Container[int] = (),
@@ -267,7 +267,9 @@ class Instance:
         """A creditor has set rBlocks aside for this instance."""
         self.rm.borrower.credit_opened(creditor, blocks)
 
-    def commit_served(self, debtor: InstanceId, outgoing: Rows[Move], incoming: Rows[Move]) -> None:
+    def commit_served(
+        self, debtor: InstanceId, outgoing: SequenceOf[Move], incoming: SequenceOf[Move]
+    ) -> None:
         """The moves of a header have arrived, and its queries have been served."""
         self.counters.blocks_lent += len(incoming)
         self.rm.lender.commit(outgoing, incoming)

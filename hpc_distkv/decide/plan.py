@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from collections.abc import Sequence as Rows
+from collections.abc import Sequence as SequenceOf
 from operator import attrgetter
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -34,9 +34,9 @@ class Plan(NamedTuple):
     """rBlocks that come home."""
     leaving: list[Sequence]
     """Sequences that are handed over after this step."""
-    to_host: Rows[SwapMove] = ()
+    to_host: SequenceOf[SwapMove] = ()
     """rBlocks that go to the host's memory."""
-    from_host: Rows[SwapMove] = ()
+    from_host: SequenceOf[SwapMove] = ()
     """rBlocks that come home from there."""
 
     @property

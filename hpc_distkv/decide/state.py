@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Rows
+from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple, Protocol
 
 from hpc_distkv.control.messages.requests import NOBODY
@@ -62,11 +62,11 @@ class State(Protocol):
         """The KV that sequences are expected to need."""
 
     @property
-    def waiting(self) -> Rows[Sequence]:
+    def waiting(self) -> SequenceOf[Sequence]:
         """Ascending by age, the oldest first."""
 
     @property
-    def running(self) -> Rows[Sequence]:
+    def running(self) -> SequenceOf[Sequence]:
         """Ascending by age."""
 
     @property

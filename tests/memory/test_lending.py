@@ -41,7 +41,7 @@ class Lending(RuleBasedStateMachine):
         for comm in self.comms:
             config = EngineConfig(blocks, BLOCK, policy=policy, lend_cap=rng.choice((None, 2)))
             self.nodes.append(Node(comm, config, self.marks, self.nodes))
-            comm.waiter.background.append(self.happen)
+            comm.waiter.always(self.happen)
         self.rng = rng
         links = Links([i % 2 for i in range(n)])
         self.gmanager = GManager(SyncSource(()), links, config)
