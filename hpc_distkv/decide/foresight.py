@@ -63,7 +63,7 @@ class Foresight:
         return sequence.length - there * self._config.block_size
 
     def at_home(self, running: SequenceOf[Sequence]) -> int:
-        """rBlocks that these rows have here, shared ones counted once."""
+        """rBlocks that these sequences have here, shared ones counted once."""
         own = sum(len(self._rm.tables[sequence.id].slots) for sequence in running)
         return own + self._rm.prefixes.at_home(sequence.id for sequence in running)
 
@@ -109,17 +109,17 @@ class Foresight:
                 most = max(most, taken)
         return most
 
-    def start(self, running: SequenceOf[ExpectedKv], row: ExpectedKv, room: float) -> float:
-        """The first end of one of `running` from which `row` fits into `room` beside the others.
-        All of them have begun, and `row` would begin now."""
+    def start(self, running: SequenceOf[ExpectedKv], kv: ExpectedKv, room: float) -> float:
+        """The first end of one of `running` from which `kv` fits into `room` beside the others.
+        All of them have begun, and `kv` would begin now."""
         ends = np.unique([kv.end for kv in running])
-        # Begun when another ends, the row takes most beside others just before one of them ends,
+        # Begun when another ends, it takes most beside others just before one of them ends,
         # or just before it ends itself.
         age = ends[None, :] - ends[:, None]
-        beside = self._taken(running, ends)[None, :] + self._blocks(row.tokens + age)
-        most = np.where((age > 0) & (age <= row.end), beside, 0.0).max(axis=1)
-        others = self._taken(running, ends + row.end)
-        last = np.where(others > 0, others + self._blocks(np.array(row.tokens + row.end)), 0.0)
+        beside = self._taken(running, ends)[None, :] + self._blocks(kv.tokens + age)
+        most = np.where((age > 0) & (age <= kv.end), beside, 0.0).max(axis=1)
+        others = self._taken(running, ends + kv.end)
+        last = np.where(others > 0, others + self._blocks(np.array(kv.tokens + kv.end)), 0.0)
         free = np.flatnonzero(np.maximum(most, last) <= room)
         return float(ends[free[0]])
 
