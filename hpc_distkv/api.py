@@ -14,7 +14,6 @@ from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import msgspec
@@ -41,7 +40,7 @@ from hpc_distkv.observe.live.story import Story
 from hpc_distkv.observe.live.watch import Watch
 from hpc_distkv.observe.summary.earlier import write_anew
 from hpc_distkv.observe.summary.metrics import RankFigures, peak_memory
-from hpc_distkv.observe.summary.timeline import Timeline
+from hpc_distkv.observe.summary.snapshot import Timeline
 from hpc_distkv.observe.trace.spans import begin_trace, gather_traces
 from hpc_distkv.observe.trace.trace_file import write_trace
 from hpc_distkv.ranks.interrupt import Interrupt
@@ -109,13 +108,8 @@ class Engine:
         self._guard.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool | None:
-        return self._guard.__exit__(kind, error, trace)
+    def __exit__(self, *raised: Any) -> bool | None:
+        return self._guard.__exit__(*raised)
 
     def run(
         self,

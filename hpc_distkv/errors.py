@@ -4,7 +4,6 @@ exit statuses of processes."""
 from __future__ import annotations
 
 import os
-from types import TracebackType
 
 STOPPED_STATUS = os.EX_TEMPFAIL
 """Rows are left: the same command is to be run again (sysexits.h: 75)."""
@@ -45,12 +44,7 @@ class foreign_code:  # noqa: N801 (a context manager, as those of contextlib)
     def __enter__(self) -> None:
         """Begin the block."""
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Raise what was raised as a ForeignError."""
         passing = (ExplainedError, KeyboardInterrupt, SystemExit, GeneratorExit)
         if error is not None and not isinstance(error, passing):

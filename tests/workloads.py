@@ -10,8 +10,13 @@ from clusters import BLOCK, VOCABULARY, Outcome, options, request
 from decoding import Decoding
 from families import prompt
 
-from hpc_distkv.control.messages.requests import LogitRules, Request, Sampling, pack_tokens
-from hpc_distkv.control.messages.token_logprobs import unpack_logprobs
+from hpc_distkv.control.messages.requests import (
+    LogitRules,
+    Request,
+    Sampling,
+    pack_tokens,
+    unpack_logprobs,
+)
 from hpc_distkv.ranks.rank import EngineOptions
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from hpc_distkv.attention import reference
 from hpc_distkv.attention.cpu import native
 from hpc_distkv.attention.layout import index_on, inner_contiguous
-from hpc_distkv.attention.rotation import Rotation, rotate
+from hpc_distkv.attention.reference import Rotation, rotate
 from hpc_distkv.attention.triton import backend
 
 

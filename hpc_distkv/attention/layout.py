@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hpc_distkv.comm.upload import upload
+from hpc_distkv.comm.device import upload
 
 
 def inner_contiguous(tensor: Tensor) -> bool:

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from hpc_distkv.attention import reference
-from hpc_distkv.attention.call import Call
 from hpc_distkv.attention.cpu import native
 from hpc_distkv.attention.layout import inner_contiguous
-from hpc_distkv.attention.paged import PagedBatch
+from hpc_distkv.attention.paged import Call, PagedBatch
 from hpc_distkv.attention.spec import AttentionSpec
 from hpc_distkv.attention.triton import backend
 

@@ -1,4 +1,4 @@
-"""The batch a kernel works on: ragged queries over paged rBlocks."""
+"""The batch a kernel works on: ragged queries over paged rBlocks; and one call of it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+from hpc_distkv.attention.spec import AttentionSpec
 
 T = TypeVar("T")
 
@@ -120,3 +122,17 @@ class PagedBatch:
 
 def _int32(values: Sequence[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
+
+
+class Call(NamedTuple):
+    """The arguments of `micro.micro_attention`; dtypes, shapes and strides have been checked."""
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    batch: PagedBatch
+    spec: AttentionSpec
+    causal: bool
+    out: Tensor
+    """To be filled, as `lse`."""
+    lse: Tensor

@@ -1,12 +1,33 @@
-"""MicroAttention, its merge and the cache write in plain torch: clear, on any device, not fast."""
+"""Rotation, MicroAttention, its merge and the cache write in plain torch: slow, on any device."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hpc_distkv.attention.call import Call
+from hpc_distkv.attention.paged import Call
 from hpc_distkv.attention.spec import AttentionSpec
+
+
+class Rotation(NamedTuple):
+    """cos and sin [T, 1, rotary_dim] of a step's tokens; sin carries the sign of the half."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Heads `x` [T, heads, head_dim], those of a token contiguous, at their positions; a new
+    contiguous tensor. Numbers i and i + rotary_dim / 2 of a head turn as a pair; those beyond
+    rotary_dim stay. In plain torch, on any device."""
+    dim = rotation.cos.shape[-1]
+    if dim < x.shape[-1]:
+        return torch.cat((rotate(x[..., :dim], rotation), x[..., dim:]), dim=-1)
+    swapped = torch.roll(x, dim // 2, dims=-1)
+    return torch.addcmul(x * rotation.cos, swapped, rotation.sin)
+
 
 QUERY_CHUNK = 256
 """Queries of a row that are scored at once: bounds the score matrix."""

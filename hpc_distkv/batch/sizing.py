@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from hpc_distkv.batch.errors import InputError
 from hpc_distkv.batch.input.rows import Row
-from hpc_distkv.control.assign.work import kv_tokens
+from hpc_distkv.control.messages.requests import kv_tokens
 from hpc_distkv.units import duration, size
 
 LONGEST = 3

@@ -82,7 +82,7 @@ class NoLayers:
         return torch.zeros(len(hidden), VOCABULARY)
 
 
-class Rounds(Leader):
+class TimedLeader(Leader):
     """A leader that notes when a control round has ended: here there is one in every step."""
 
     def __init__(
@@ -127,7 +127,7 @@ def _per_step(
     )
     comm = open_alone()
     comm.compute_on(Metronome(step_seconds), comm.transport, eager=1.0)
-    leader = Rounds(requests, config, clock)
+    leader = TimedLeader(requests, config, clock)
     pool = BlockPool(blocks, 1, 1, BLOCK, 1, torch.float32)
     parts = Parts(comm, NoLayers(), pool, config, (1, 1), None, TimeSheet(Recorder()))
     Worker(parts, leader, Interrupt()).run()

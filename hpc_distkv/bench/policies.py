@@ -14,8 +14,7 @@ from hpc_distkv.bench.prediction import most_rate, predicted_rate
 from hpc_distkv.bench.runs import BenchLeader, lead, ratios, run_led, warm_up
 from hpc_distkv.comm.together import together
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.control.assign.work import kv_tokens
-from hpc_distkv.control.messages.requests import Request
+from hpc_distkv.control.messages.requests import Request, kv_tokens
 from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.errors import OptionError
 from hpc_distkv.model.config import ModelConfig

@@ -195,7 +195,7 @@ def unused_lending(
 def trace_cost(comm: Comm, model: Decoder, settings: EngineOptions, options: Options) -> Figures:
     """The same rows with --trace and without it."""
     from hpc_distkv.bench.runs import synthetic
-    from hpc_distkv.bench.trace_cost import traced_against_plain
+    from hpc_distkv.bench.throughput import traced_against_plain
 
     count, output_len = options["num_prompts"], options["output_len"]
     vocab_size = model.config.vocab_size

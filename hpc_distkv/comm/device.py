@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import torch
@@ -138,3 +139,27 @@ def fault(sights: Sequence[Sight], world: World, wanted: str, sharing: bool) -> 
                 "GPUs, or, to share them for a trial, give --allow-gpu-sharing"
             )
     return None
+
+
+ALIGNMENT = 16
+"""Bytes at whose multiples tensors begin, so that kernels see aligned pointers."""
+
+
+def upload(tensors: Sequence[torch.Tensor], place: torch.device) -> list[torch.Tensor]:
+    """Tensors of the host → the same on `place`, in one copy that nobody waits for.
+
+    The copy is ordered on the current stream; torch's allocator keeps its pinned source until it is
+    over.
+    """
+    if not tensors:
+        return []
+    sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
+    starts = [0, *accumulate(sizes)]
+    staged = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=place.type == "cuda")
+    for tensor, start in zip(tensors, starts, strict=False):
+        staged[start : start + tensor.nbytes].view(tensor.dtype).copy_(tensor.reshape(-1))
+    there = staged.to(place, non_blocking=True)
+    return [
+        there[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for tensor, start in zip(tensors, starts, strict=False)
+    ]

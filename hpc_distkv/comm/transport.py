@@ -191,11 +191,6 @@ class Rounds(ABC):
         return True
 
 
-def nothing_heard(rank: int) -> str:
-    """What is known of a rank as long as nothing is."""
-    return ""
-
-
 @dataclass(eq=False)
 class Comm:
     """What one rank has to reach the others."""
@@ -213,8 +208,8 @@ class Comm:
     """Where this rank computes: the host's processor until `compute_on` says otherwise."""
     complaints: Mail | None = None
     """To rank 0, of waits that ran out (`comm.stall`)."""
-    heard: Callable[[int], str] = field(default_factory=lambda: nothing_heard, init=False)
-    """On rank 0: what is known of a rank's last words."""
+    heard: Callable[[int], str] = field(default_factory=lambda: lambda _: "", init=False)
+    """On rank 0: what is known of a rank's last words (`hear`)."""
     closed: bool = field(default=False, init=False)
     """Whether all ranks have agreed that they are done."""
     agreed: BaseException | None = field(default=None, init=False)
@@ -236,6 +231,10 @@ class Comm:
         """From now on `tp` consecutive ranks are an instance. Raises ValueError if the ranks cannot
         be cut so."""
         self.world = replace(self.world, tp=tp)
+
+    def hear(self, heard: Callable[[int], str]) -> None:
+        """From now on a stall says of silent ranks what `heard` knows of their last words."""
+        self.heard = heard
 
     def idle(self, ready: Callable[[], T | None], what: str) -> T:
         """Poll `ready` until it gives a value, leaving the core to others meanwhile.

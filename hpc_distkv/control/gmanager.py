@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Container, Sequence
 
@@ -15,7 +16,6 @@ from hpc_distkv.control.lending.dgfm import plan_recalls
 from hpc_distkv.control.lending.ledger import DebtLedger
 from hpc_distkv.control.lending.links import ANYWHERE, Links
 from hpc_distkv.control.lending.planner import Planner
-from hpc_distkv.control.lending.victims import Victims
 from hpc_distkv.control.messages.counters import Counters
 from hpc_distkv.control.messages.reports import Reports
 from hpc_distkv.control.messages.requests import Result
@@ -38,10 +38,8 @@ class GManager:
 
     Progress of the oldest request is guaranteed here. A request that can't go on although all
     younger ones at its home were preempted reports itself starved; then nobody younger is admitted
-    anywhere, any promise will do, and if the promises don't suffice, the youngest requests of the
-    cluster are preempted, those with rBlocks at the starved request's home first and those nearby
-    before others, until the rBlocks it wants are free. Every request fits in the whole cluster, so
-    this ends with its finish at the latest when it is alone.
+    anywhere, any promise will do, and if the promises don't suffice, `Victims` are preempted. Every
+    request fits in the whole cluster, so this ends with its finish at the latest when it is alone.
 
     A run ends early when any rank wants it to: from then on nothing new is begun anywhere, and the
     run is over as soon as nothing runs, or when a rank's time is up.
@@ -168,24 +166,20 @@ class GManager:
 
     def _serve_needs(self, round: Round) -> None:
         """Grant what those that are short want, oldest request first."""
-        reports = round.reports
+        reports, migrate = round.reports, self._policy.migrate
         needs = [
             Need(
                 int(reports.wanted_for[i]),
                 i,
-                self._need(reports, i),
+                # A request that migrates needs room for all of itself.
+                int(reports.wanted[i]) + (int(reports.longest[i]) if migrate else 0),
                 ANYWHERE if i == round.starved else round.reach(i),
-                1 if self._policy.migrate else CANDIDATES,
+                1 if migrate else CANDIDATES,
             )
             for i in np.flatnonzero(reports.wanted).tolist()
         ]
         greedy_borrow(needs, round)
         self._keep(round, needs)
-
-    def _need(self, reports: Reports, instance: int) -> int:
-        """rBlocks. A request that migrates needs room for all of itself."""
-        wanted = int(reports.wanted[instance])
-        return wanted + int(reports.longest[instance]) if self._policy.migrate else wanted
 
     def _keep(self, round: Round, needs: Sequence[Need]) -> None:
         """Tell creditors to admit no rows into memory that a running request too large for its home
@@ -240,3 +234,44 @@ class GManager:
         recalls = plan_recalls(self.ledger, spare, self._links, budget, urgent)
         for debtor, creditor, blocks in recalls:
             round.answer(debtor).recall[InstanceId(creditor)] = blocks
+
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 3
+"""Rounds between two calls for victims: the blocks of the last ones need that long to show."""
+
+
+class Victims:
+    """Has younger requests preempted, round by round, until a starved one has what it wants: first
+    those that have rBlocks at its home and those nearby, then the youngest."""
+
+    def __init__(self) -> None:
+        self._next_call = 0
+        """The first round that may call again."""
+
+    def call(self, round: Round, starved: int) -> None:
+        """`starved`: the home of the request."""
+        reports, ledger, now = round.reports, round.ledger, round.plain.round
+        missing = int(reports.wanted[starved]) - round.answer(starved).granted
+        if missing <= 0 or now < self._next_call:
+            return
+        self._next_call = now + PATIENCE
+        oldest, youngest = int(reports.wanted_for[starved]), reports.youngest
+        near = round.links.classes(starved) <= round.reach(starved)
+        order = [int(i) for i in np.argsort(-youngest) if youngest[i] > oldest]
+        order.sort(key=lambda i: not (near[i] or any(near[c] for c in ledger.creditors_of(i))))
+        guests = ledger.debtors_of(starved)
+        for instance in [i for i in order if i in guests]:
+            blocks = min(missing, guests[instance])
+            if blocks > 0:
+                answer = round.answer(instance)
+                answer.preempt, answer.preempt_at = blocks, InstanceId(starved)
+                missing -= blocks
+        for instance in [i for i in order if not round.answer(i).preempt]:
+            if missing <= 0:
+                break
+            blocks = min(missing, int(reports.youngest_blocks[instance]))
+            round.answer(instance).preempt = blocks
+            missing -= blocks
+        log.debug("request %d is starved: others are preempted", oldest)

@@ -15,7 +15,7 @@ admitted later has grown less when others end."""
 
 
 @dataclass
-class Room:
+class Headroom:
     """rBlocks left beside the running sequences, and the expected KV that takes them."""
 
     for_large: int
@@ -119,7 +119,7 @@ def _seen(state: State) -> tuple[object, ...]:
     return (orders.before, orders.keep, len(orders.begin), *memory, len(running), *ids)
 
 
-def _room(state: State) -> Room:
+def _room(state: State) -> Headroom:
     """The room for all waiting sequences."""
     rm, config, foresight, running = state.rm, state.config, state.foresight, state.running
     credit = rm.borrower.credit if config.policy.lending else 0
@@ -131,10 +131,10 @@ def _room(state: State) -> Room:
     prompts = sum(foresight.missing(row, row.length + 1) for row in running)
     in_time = max(0, usual + foresight.at_home(running) - config.reserve)
     expected = foresight.expected_kvs(running)
-    return Room(free - reserve - prompts, usual - config.reserve - prompts, in_time, expected)
+    return Headroom(free - reserve - prompts, usual - config.reserve - prompts, in_time, expected)
 
 
-def _fits(state: State, sequence: Sequence, room: Room) -> bool:
+def _fits(state: State, sequence: Sequence, room: Headroom) -> bool:
     if not too_large(state, sequence):
         return _fits_alone(state, sequence, room)
     if sequence.id not in state.orders.begin:
@@ -143,7 +143,7 @@ def _fits(state: State, sequence: Sequence, room: Room) -> bool:
     return min(missing, state.config.first_chunk) <= room.for_large or not room.expected
 
 
-def _fits_alone(state: State, sequence: Sequence, room: Room) -> bool:
+def _fits_alone(state: State, sequence: Sequence, room: Headroom) -> bool:
     """True if the sequence fits without a loan. If not, and it is the first, it is the one that is
     `blocked`."""
     if not room.expected:

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import NamedTuple
 
-from hpc_distkv.control.assign.work import work
 from hpc_distkv.control.messages.reports import Large
-from hpc_distkv.control.messages.requests import NOBODY
+from hpc_distkv.control.messages.requests import NOBODY, work
 from hpc_distkv.decide.admission import next_waiting
 from hpc_distkv.decide.sequence import Sequence
 from hpc_distkv.decide.state import CANDIDATES, State, sealed, too_large

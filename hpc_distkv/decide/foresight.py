@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_distkv.control.assign.work import MeanOutput
+from hpc_distkv.control.messages.requests import MeanOutput
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.sequence import Sequence
 from hpc_distkv.ids import PrefixId

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from hpc_distkv.decide.instance import Instance
 from hpc_distkv.decide.plan import Plan
-from hpc_distkv.decide.sequence import Sequence
 
 
 def may_plan_ahead(instance: Instance, plan: Plan, *, deferred: bool, followed: bool) -> bool:
@@ -37,11 +36,9 @@ def may_plan_ahead(instance: Instance, plan: Plan, *, deferred: bool, followed: 
         and not (followed and rm.lender.guests)
         and not (plan.moving or scheduler.moving or rm.swap.serves)
         and not (config.policy.migrate or config.window or scheduler.short)
-        and not any(counts_tokens(sequence) for sequence, _ in plan.scheduled)
+        and not any(
+            (rules := sequence.request.sampling.rules)
+            and (rules.frequency_penalty or rules.presence_penalty)
+            for sequence, _ in plan.scheduled
+        )
     )
-
-
-def counts_tokens(sequence: Sequence) -> bool:
-    """True if the host must know a sequence's last token before the next one can be drawn."""
-    rules = sequence.request.sampling.rules
-    return bool(rules and (rules.frequency_penalty or rules.presence_penalty))

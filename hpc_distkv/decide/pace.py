@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from hpc_distkv.control.assign.work import STEP_TOKENS
+from hpc_distkv.control.messages.requests import STEP_TOKENS
 
 KEEP = 0.995
 """What an observation still counts after the next one: the last few hundred steps matter."""
@@ -107,7 +107,7 @@ class StepWork(NamedTuple):
     kv_tokens: int
     """KV tokens at home that they attended to."""
     prompt_work: float
-    """Prompt tokens computed, weighted as in `control.assign.work`."""
+    """Prompt tokens computed, weighted as in `control.messages.requests.work`."""
     exchanging: bool
     """Whether rows had rBlocks at creditors."""
 
@@ -178,7 +178,8 @@ class Pace:
         own = seconds.total - seconds.partial_wait - seconds.beside
         if work.prompt_work:
             rest = own - self.steps.predict(work.decodes, work.kv_tokens)
-            self.prompt = smoothed(self.prompt, max(0.0, rest) / work.prompt_work)
+            seen = max(0.0, rest) / work.prompt_work
+            self.prompt = 0.9 * self.prompt + 0.1 * seen if self.prompt else seen
         elif own > 0:
             self.steps.observe(work.decodes, work.kv_tokens, own)
             if work.exchanging:
@@ -192,8 +193,3 @@ class Pace:
                 self.exchange / prompt or known.exchange_tokens,
                 self._host_copy_seconds / prompt or known.block_tokens,
             )
-
-
-def smoothed(average: float, value: float) -> float:
-    """The moving average after one more value; the first value starts it."""
-    return 0.9 * average + 0.1 * value if average else value

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from hpc_distkv.control.assign.work import work
 from hpc_distkv.control.messages.counters import Counters
 from hpc_distkv.control.messages.reports import Changes, Remains, Report
-from hpc_distkv.control.messages.requests import Result, Unfinished
+from hpc_distkv.control.messages.requests import Result, Unfinished, work
 from hpc_distkv.decide.demand import lacking, large_rows, longest
 from hpc_distkv.decide.migration import Handovers
 from hpc_distkv.decide.pace import Pace

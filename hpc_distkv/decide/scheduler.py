@@ -43,9 +43,8 @@ class Scheduler:
     Both lists ascend by age. When a sequence lacks an rBlock it waits first for credit that may
     come, then for others to end; then the youngest running sequence is preempted, and if it is
     itself the youngest it stalls. The oldest one that stalls at home, with no credit to come, is
-    reported as starved; the gManager then makes room elsewhere. No wait is endless: that for credit
-    ends with a denial, or when a shortage has lasted for `PATIENCE` answers; that for
-    others, when it has cost as much as to preempt the youngest.
+    reported as starved; the gManager then makes room elsewhere. Why no wait is endless:
+    `docs/design.md`.
     """
 
     def __init__(self, rm: RManager, config: EngineConfig, counters: Counters) -> None:
@@ -139,17 +138,17 @@ class Scheduler:
         self.waiting = sorted((*self.running, *self.waiting), key=lambda s: s.id)
         self.running = []
 
-    def _preempt_younger(self, blocks: int, at: int) -> None:
+    def _preempt_younger(self, blocks: int, at: InstanceId | None) -> None:
         """Preempt sequences younger than the one that is starved, the youngest first, until
-        `blocks` are free, at instance `at` unless it is negative."""
+        `blocks` are free, at instance `at` only if given."""
         before = self.orders.before
         kept = self.rm.prefixes.used_by(s.id for s in self.running if s.id <= before)
         for sequence in [s for s in reversed(self.running) if s.id > before]:
             if blocks <= 0:
                 return
             parts = [part for part in self.rm.parts(sequence.id).values() if part not in kept]
-            if at < 0 or any(at in part.remote for part in parts):
-                blocks -= self.rm.held_alone(sequence.id, None if at < 0 else InstanceId(at))
+            if at is None or any(at in part.remote for part in parts):
+                blocks -= self.rm.held_alone(sequence.id, at)
                 self._preempt(sequence)
 
     def demand(self) -> Demand:

@@ -10,15 +10,15 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hpc_distkv.control.assign.work import kv_tokens
 from hpc_distkv.control.messages.requests import (
     NOT_FINITE,
     UNREADABLE,
     Request,
+    kv_tokens,
     pack_tokens,
+    record_dtype,
     unpack_tokens,
 )
-from hpc_distkv.control.messages.token_logprobs import record_dtype
 from hpc_distkv.decide.stop import StopMatcher, TextDecoder
 from hpc_distkv.errors import ForeignError
 from hpc_distkv.ids import RequestId
@@ -139,7 +139,7 @@ class TokenSequence:
     first_token_at: float | None = None
     last_token_at: float | None = None
     logprobs: bytearray | None = None
-    """`control.messages.token_logprobs` of the output so far, if asked for."""
+    """`pack_logprobs` of the output so far, if asked for."""
     counts: TokenCounts | None = None
     """If penalties apply."""
     stop: StopMatcher | None = None

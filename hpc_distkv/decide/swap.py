@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import islice
 
-from hpc_distkv.control.assign.work import work
+from hpc_distkv.control.messages.requests import work
 from hpc_distkv.decide.sequence import Sequence
 from hpc_distkv.decide.state import State
 from hpc_distkv.ids import TableKey

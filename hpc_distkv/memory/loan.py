@@ -140,7 +140,7 @@ class Move(NamedTuple):
 
 
 @dataclass
-class Copies:
+class Copied:
     """A request's rBlocks that an instance has copies of, in logical order from the first."""
 
     creditor: InstanceId

@@ -10,11 +10,15 @@ from typing import Any
 
 from hpc_distkv.model.errors import ModelError
 from hpc_distkv.model.family import COMMON_REQUIRED, FAMILIES, Family
-from hpc_distkv.model.files import fingerprint, read_config, read_optional_json, weight_files
-from hpc_distkv.model.generation import GenerationDefaults
+from hpc_distkv.model.files import (
+    GenerationDefaults,
+    fingerprint,
+    read_config,
+    read_optional_json,
+    weight_files,
+)
 from hpc_distkv.model.rope import Rope
-from hpc_distkv.model.settings import MOST_WHOLE, Settings
-from hpc_distkv.model.windows import read_windows
+from hpc_distkv.model.settings import MOST_WHOLE, Settings, read_windows
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MOST_LAYERS = 4096

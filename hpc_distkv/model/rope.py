@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hpc_distkv.model.errors import ModelError
-from hpc_distkv.model.settings import MOST_WHOLE, Settings
-from hpc_distkv.model.windows import FULL, SLIDING
+from hpc_distkv.model.settings import FULL, MOST_WHOLE, SLIDING, Settings
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ SLOW, SLOW_SECONDS = 5.0, 20e-6
 longer."""
 
 
-class Device(msgspec.Struct, frozen=True):
+class Gpu(msgspec.Struct, frozen=True):
     """One GPU that a process sees."""
 
     name: str
@@ -47,7 +47,7 @@ class Facts(msgspec.Struct, frozen=True):
     cores: list[int]
     """It may run on."""
     versions: dict[str, str]
-    devices: list[Device]
+    devices: list[Gpu]
     visible: str | None
     """CUDA_VISIBLE_DEVICES."""
     gpu_trouble: str | None
@@ -89,7 +89,7 @@ def slurm(environ: Mapping[str, str] = os.environ) -> str | None:
     return " ".join(found) or None
 
 
-def device_of(facts: Facts, local_rank: int) -> Device | None:
+def device_of(facts: Facts, local_rank: int) -> Gpu | None:
     """The GPU that a rank takes."""
     if not facts.devices:
         return None
@@ -128,7 +128,7 @@ def _packages() -> dict[str, str]:
     }
 
 
-def _devices(versions: dict[str, str]) -> tuple[list[Device], str | None]:
+def _devices(versions: dict[str, str]) -> tuple[list[Gpu], str | None]:
     """The GPUs that torch sees; adds CUDA's and NCCL's versions."""
     try:
         import torch
@@ -142,7 +142,7 @@ def _devices(versions: dict[str, str]) -> tuple[list[Device], str | None]:
     versions["NCCL of torch"] = ".".join(map(str, nccl.version()))
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     devices: list[Any] = [
-        Device(p.name, str(getattr(p, "uuid", i)), round(p.total_memory / 2**30, 1))
+        Gpu(p.name, str(getattr(p, "uuid", i)), round(p.total_memory / 2**30, 1))
         for i, p in enumerate(properties)
     ]
     return devices, None

@@ -11,8 +11,8 @@ from functools import partial
 import msgspec
 import torch
 
-from hpc_distkv.control.assign.work import work
 from hpc_distkv.control.messages.reports import Answer
+from hpc_distkv.control.messages.requests import work
 from hpc_distkv.decide.instance import Instance
 from hpc_distkv.decide.pace import StepSeconds, StepWork
 from hpc_distkv.decide.plan import NOTHING, Plan, Scheduled

@@ -11,10 +11,9 @@ from hpc_distkv.comm.collective.probe import LinkCosts, probe
 from hpc_distkv.comm.together import together
 from hpc_distkv.comm.transport import Comm
 from hpc_distkv.control.assign.queue import RequestSource, SyncSource
-from hpc_distkv.control.assign.work import kv_tokens
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.lending.links import Links
-from hpc_distkv.control.messages.requests import Request
+from hpc_distkv.control.messages.requests import Request, kv_tokens
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.instance import Instance
 from hpc_distkv.decide.stop import TextDecoder

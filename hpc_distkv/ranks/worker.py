@@ -71,14 +71,8 @@ class Worker(StepLoop):
     there; then it reports again. So no rank waits for the answer while it has work, and ranks agree
     on nothing but the order of mail between two of them.
 
-    Why no wait lasts for ever: a rank waits (1) in a step, for its creditors' partial results, for
-    moves and for the other lanes' tensors, and (2) without work, for the answer, hence for every
-    rank's report. In every wait and between layers it serves its debtors and, on rank 0, answers
-    rounds; serving waits for nothing. So whatever a debtor waits for is done by its creditor sooner
-    or later, wherever that one is, even if both are debtors of each other; then every step ends,
-    every rank reports, and rank 0 can answer. (For the other lanes see `Follower`.) That rows wait
-    for memory, which is no wait for a message, is bounded by the scheduler's patience and the
-    gManager's victims.
+    In every wait and between layers it serves its debtors and, on rank 0, answers rounds; serving
+    waits for nothing. Why so no wait lasts for ever: `docs/design.md` (for the lanes `Follower`).
 
     At the end every instance returns what it borrowed and serves on until all loans are settled
     everywhere: no message is left behind. So it is too when the run ends early: what runs is set
@@ -94,7 +88,7 @@ class Worker(StepLoop):
         self._log = Log(comm)
         self._mailbox = Mailbox(comm, self.instance, self._creditor, self._log)
         if leader:
-            comm.heard = lambda rank: leader.gmanager.last_report(rank // comm.world.tp)
+            comm.hear(lambda rank: leader.gmanager.last_report(rank // comm.world.tp))
         self._draws: deque[Callable[[], Sampled | None]] = deque()
         """Give the tokens of the steps that the device was asked for, oldest first."""
         self._since = self._clock()
@@ -228,15 +222,11 @@ class Worker(StepLoop):
         return draw.tokens
 
     def _goes_on(self, plan: Plan) -> bool:
-        going_on = self._may_go_on(plan)
+        deferred, followed = self._comm.device.deferred, self._log.followed
+        going_on = may_plan_ahead(self.instance, plan, deferred=deferred, followed=followed)
         if going_on:
             self._log.record(Advanced())
         return going_on
-
-    def _may_go_on(self, plan: Plan) -> bool:
-        """True if the step after this one may be planned while the device computes this one."""
-        deferred, followed = self._comm.device.deferred, self._log.followed
-        return may_plan_ahead(self.instance, plan, deferred=deferred, followed=followed)
 
     def _results(self) -> tuple[Rows[int], float, Mapping[int, bytes]]:
         ready = self._draws.popleft()

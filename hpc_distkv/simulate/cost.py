@@ -114,20 +114,15 @@ class CostModel:
         rates = self.rates
         return tokens * max(1.0, rows * rates.pair / rates.kv_token if rates.kv_token else 1.0)
 
-    def exchange_time(self, rows: int, level: int) -> float:
-        """Seconds per step, all layers, of `rows` query rows' way to a creditor at `level` and of
-        their partial results' way back, the creditor's MicroAttention left out.
+    def exchanges_time(self, legs: Iterable[tuple[int, int]]) -> float:
+        """Seconds per step, all layers, of several exchanges (rows, level) at the same time: the
+        query rows' way to a creditor at `level` and their partial results' way back, the creditor's
+        MicroAttention left out. For a debtor with several creditors, and for a creditor with
+        several debtors: latencies run at once, bytes one after another.
 
         Per layer two latencies, and Q out, MA and statistics back over the bandwidth. Each rank
         carries its heads' share over its own link to the same lane of the creditor.
         """
-        fixed, each = self.rates.exchange[level]
-        return fixed + rows * each if rows else 0.0
-
-    def exchanges_time(self, legs: Iterable[tuple[int, int]]) -> float:
-        """Seconds per step of several exchanges (rows, level) at the same time: their latencies
-        run at once, their bytes one after another. For a debtor with several creditors, and for a
-        creditor with several debtors."""
         latency = seconds = 0.0
         for rows, level in legs:
             if rows:

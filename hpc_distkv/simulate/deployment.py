@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from hpc_distkv.control.assign.work import kv_tokens
 from hpc_distkv.control.lending.links import Links
+from hpc_distkv.control.messages.requests import kv_tokens
 from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.errors import OptionError

@@ -30,7 +30,7 @@ class StepLoad(NamedTuple):
 NO_LOAD = StepLoad()
 
 
-class DebtorStep(NamedTuple):
+class DebtorLoad(NamedTuple):
     """A debtor's step at its creditor."""
 
     seconds: float
@@ -65,7 +65,7 @@ class Member:
     """Seconds by which layers of the step delay all queries of a debtor's step."""
     creditors: list[Member] = field(default_factory=list)
     """Those that its step visits."""
-    visits: dict[int, DebtorStep] = field(default_factory=dict)
+    visits: dict[int, DebtorLoad] = field(default_factory=dict)
     """Debtor → what is done for its step."""
     _served: float = 0.0
     _counted: float = 0.0

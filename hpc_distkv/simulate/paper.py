@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from hpc_distkv.control.policy import POLICIES
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.errors import OptionError
@@ -137,7 +139,7 @@ def scale(
             raise OptionError(
                 f"{count} GPUs are no whole nodes of {cluster.gpus_per_node} out of {cluster.nodes}"
             )
-        part = _part(cluster, nodes)
+        part = msgspec.structs.replace(cluster, nodes=nodes)
         figures = simulate(part, model, trace.head(rows_per_gpu * count), "lend")
         points.append(
             {
@@ -151,13 +153,6 @@ def scale(
             }
         )
     return points
-
-
-def _part(cluster: Cluster, nodes: int) -> Cluster:
-    return Cluster(
-        **{name: getattr(cluster, name) for name in Cluster.__struct_fields__ if name != "nodes"},
-        nodes=nodes,
-    )
 
 
 def _within_node(cluster: Cluster, model: ModelShape) -> list[int]:

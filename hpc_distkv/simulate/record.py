@@ -11,8 +11,7 @@ from typing import Any
 from hpc_distkv.control.messages.counters import Counters
 from hpc_distkv.control.messages.percentiles import gap_summary, percentiles
 from hpc_distkv.control.messages.requests import Result
-from hpc_distkv.observe.summary.latency import Latencies
-from hpc_distkv.observe.summary.metrics import peak_memory, total
+from hpc_distkv.observe.summary.metrics import Latencies, peak_memory, total
 from hpc_distkv.simulate.deployment import Deployment
 from hpc_distkv.simulate.workload import TraceRow
 

@@ -6,8 +6,7 @@ import struct
 from collections.abc import Iterable
 from itertools import takewhile
 
-from hpc_distkv.control.assign.work import kv_tokens
-from hpc_distkv.control.messages.requests import Request, Sampling
+from hpc_distkv.control.messages.requests import Request, Sampling, kv_tokens
 from hpc_distkv.ids import RequestId
 from hpc_distkv.simulate.workload import TraceRow
 

@@ -32,7 +32,7 @@ class StuckError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Rounds:
+class RoundTimes:
     """Times of control rounds in seconds; assumed."""
 
     floor: float = 0.02
@@ -57,14 +57,14 @@ class Simulation:
     """
 
     def __init__(
-        self, deployment: Deployment, rows: Sequence[TraceRow], rounds: Rounds | None = None
+        self, deployment: Deployment, rows: Sequence[TraceRow], rounds: RoundTimes | None = None
     ) -> None:
         """Raises OptionError for a cluster that does not say how fast it is."""
         config, count = deployment.config, deployment.instances
         self.now = 0.0
         """Seconds since the start."""
         self.record = Record()
-        self._rounds = rounds or Rounds()
+        self._rounds = rounds or RoundTimes()
         self.members = [
             Member(n, Instance(n, config, SizedSequence)) for n in map(InstanceId, range(count))
         ]

@@ -15,7 +15,7 @@ from hpc_distkv.ids import InstanceId, PrefixId
 from hpc_distkv.memory.loan import Move
 from hpc_distkv.simulate.deployment import Deployment
 from hpc_distkv.simulate.host_memory import HostCost, HostQueries, HostTime
-from hpc_distkv.simulate.member import DebtorStep, Member, StepLoad
+from hpc_distkv.simulate.member import DebtorLoad, Member, StepLoad
 from hpc_distkv.simulate.models import ModelShape
 
 LEAST_SECONDS = 1e-6
@@ -164,7 +164,7 @@ class Steps:
             creditor = self._members[number]
             creditor.count_serving(now)
             rate = seconds / member.lasting if seconds else 0.0
-            creditor.visits[member.number] = DebtorStep(seconds, rate, *moved[number])
+            creditor.visits[member.number] = DebtorLoad(seconds, rate, *moved[number])
 
     def _serving(self, creditor: Member, debtor: InstanceId, header: Header) -> float:
         """Seconds of MicroAttention for the queries of a header: all guest rBlocks are sealed."""

@@ -56,11 +56,9 @@ class HostTier:
                     processor attends to those in its memory → merged
                     or: copies of the layer's rBlocks → the device attends to these too → merged
 
-    Which of the two is decided for each group, the queries of a step to the same rBlocks. A few
-    queries take as long as the rBlocks take to be read, which is fastest in place. Many queries, as
-    of a prompt, take computing, at which the host's processor is many times slower than the device,
-    while one copy serves them all: so rBlocks are copied for groups of `staged_from` query rows and
-    more (`Staging`; `host_costs` measures the number).
+    Which of the two is decided for each group, the queries of a step to the same rBlocks: a few are
+    fastest in place, while one copy serves many, at the device's speed. So rBlocks are copied for
+    groups of `staged_from` query rows and more (`Staging`; `host_costs` measures the number).
 
     What is copied is not written to before it has arrived: sealed rBlocks never are, and a slot
     changes its owner at the end of the step. So moves need no order but that.

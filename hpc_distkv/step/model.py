@@ -40,11 +40,8 @@ class Model(Protocol):
         pause: Callable[[], None],
         lengths: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Tokens and positions `[T]` → hidden states `[T, hidden]`; `attend` is called once a
-        layer with (layer, q and k `[T, heads + kv_heads, head_dim]` before their rotation, v, the
-        rotation or None) and returns the attention output, `pause` between large operators.
-        `lengths` `[T]`, given if they are needed: tokens of each token's prompt, or of the sequence
-        up to the token if that is longer."""
+        """Tokens and positions `[T]` → hidden states `[T, hidden]`, as of `Decoder.hidden`;
+        `lengths` `[T]` are given if they are needed."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states `[n, hidden]` → float32 logits `[n, vocab]`."""

@@ -11,8 +11,7 @@ import numpy.typing as npt
 import torch
 
 from hpc_distkv.comm.device import Device
-from hpc_distkv.control.messages.requests import LogitRules, Sampling
-from hpc_distkv.control.messages.token_logprobs import pack_logprobs
+from hpc_distkv.control.messages.requests import LogitRules, Sampling, pack_logprobs
 from hpc_distkv.decide.sequence import TokenCounts, TokenSequence
 from hpc_distkv.step.batch_sampler import NO_TOKEN, sample_together
 from hpc_distkv.step.draws import Ids, Weights, draw_keys, race
@@ -22,8 +21,8 @@ SORTED = 256
 
 
 Sampled = tuple[list[int], dict[int, bytes]]
-"""The next token of each sequence, or NO_TOKEN; request → the record
-(`control.messages.token_logprobs`) of its new token, for those that ask for it."""
+"""The next token of each sequence, or NO_TOKEN; request → the record (`pack_logprobs`) of its new
+token, for those that ask for it."""
 
 
 NOBODY_DRAWN = torch.empty(0, dtype=torch.int64)
@@ -101,8 +100,8 @@ def sample(logits: torch.Tensor, sequences: Rows[TokenSequence]) -> list[int]:
 def sample_logprobs(
     logits: torch.Tensor, sequences: Rows[TokenSequence], tokens: Rows[int]
 ) -> dict[int, bytes]:
-    """Request → the record (`control.messages.token_logprobs`) of its new token, for those that
-    ask for it: from the logits as the model made them, before any rule or temperature."""
+    """Request → the record (`pack_logprobs`) of its new token, for those that ask for it: from the
+    logits as the model made them, before any rule or temperature."""
     found: dict[int, bytes] = {}
     for top, rows in _asking(sequences).items():
         drawn = torch.tensor([tokens[row] for row in rows]).clamp(min=0)

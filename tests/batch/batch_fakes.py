@@ -17,8 +17,13 @@ from hpc_distkv.batch.job import Job, job_fingerprint
 from hpc_distkv.batch.results.claim import Claim
 from hpc_distkv.batch.results.journal import Journal
 from hpc_distkv.batch.results.opening import Opening, Reuse, check_place
-from hpc_distkv.control.messages.requests import Request, Result, pack_tokens, unpack_tokens
-from hpc_distkv.control.messages.token_logprobs import record_dtype
+from hpc_distkv.control.messages.requests import (
+    Request,
+    Result,
+    pack_tokens,
+    record_dtype,
+    unpack_tokens,
+)
 from hpc_distkv.model.detokenizer import Detokenizer, SpellingDetokenizer
 
 VOCABULARY = 300

@@ -19,7 +19,7 @@ from hpc_distkv.batch.errors import RowError
 from hpc_distkv.batch.input.envelope import CHAT, COMPLETION, Endpoint
 from hpc_distkv.batch.results.answered import read_answered
 from hpc_distkv.batch.results.unfinished import Begun
-from hpc_distkv.control.messages.token_logprobs import TokenLogprobs, pack_logprobs, unpack_logprobs
+from hpc_distkv.control.messages.requests import TokenLogprobs, pack_logprobs, unpack_logprobs
 
 ONE = (Choice("line\nbreak", "length", None, 2),)
 

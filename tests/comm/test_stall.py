@@ -9,7 +9,7 @@ from hpc_distkv.comm.stall import MOST_TOLD, Complaint, verdict
 
 def told(ranks: int, *complaints: tuple[int, tuple[int, ...]]) -> list[str]:
     comm = open_local(ranks)[0]
-    comm.heard = lambda rank: f"last heard of {rank}"
+    comm.hear(lambda rank: f"last heard of {rank}")
     lines = [Complaint(rank, awaited, f"{rank} waits") for rank, awaited in complaints]
     return verdict(comm, lines).splitlines()
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from hpc_distkv.comm.upload import ALIGNMENT, upload
+from hpc_distkv.comm.device import ALIGNMENT, upload
 
 
 def test_tensors_arrive_as_they_are_and_aligned():

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_reports import report
 
-from hpc_distkv.control.lending.victims import PATIENCE
+from hpc_distkv.control.gmanager import PATIENCE
 from hpc_distkv.control.messages.reports import Changes, Report
 from hpc_distkv.control.messages.requests import NOBODY
 from hpc_distkv.control.policy import POLICIES, Policy
@@ -131,7 +131,7 @@ def test_a_starved_request_preempts_the_youngest_elsewhere_and_bars_admission():
     answers = job.round(starving(3), *younger)
     assert [answer.admit_before for answer in answers] == [0, 0, 0]
     assert [answer.preempt for answer in answers] == [0, 1, 2], "the youngest first"
-    assert all(answer.preempt_at == -1 for answer in answers)
+    assert all(answer.preempt_at is None for answer in answers)
 
 
 def test_those_with_rblocks_at_the_starved_ones_home_are_preempted_first():
@@ -146,7 +146,7 @@ def test_those_with_rblocks_at_the_starved_ones_home_are_preempted_first():
 def test_what_they_have_there_is_all_that_they_give():
     younger = [report(youngest=8, youngest_blocks=9), report(youngest=3, youngest_blocks=9)]
     answers = Job(3).round(starving(3, changes=Changes(lent={1: 1})), *younger)
-    assert [(answer.preempt, answer.preempt_at) for answer in answers[1:]] == [(1, 0), (2, -1)]
+    assert [(answer.preempt, answer.preempt_at) for answer in answers[1:]] == [(1, 0), (2, None)]
 
 
 def test_neither_older_requests_nor_the_starved_one_are_preempted():

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_reports import read, report
 
-from hpc_distkv.control.assign.work import STEP_TOKENS
 from hpc_distkv.control.messages.counters import Counters
 from hpc_distkv.control.messages.reports import (
     COLUMNS,
@@ -24,7 +23,7 @@ from hpc_distkv.control.messages.reports import (
     Reports,
     encode_report,
 )
-from hpc_distkv.control.messages.requests import NOBODY, Result
+from hpc_distkv.control.messages.requests import NOBODY, STEP_TOKENS, Result
 
 counts = st.integers(0, 2**31 - 1)
 FORMATS = {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hpc_distkv.attention import AttentionSpec, Rotation
-from hpc_distkv.attention.rotation import rotate
+from hpc_distkv.attention.reference import rotate
 from hpc_distkv.model.decoder import Decoder
 
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hpc_distkv.attention import Rotation
-from hpc_distkv.attention.rotation import rotate
+from hpc_distkv.attention.reference import rotate
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.rope import Rope
 from hpc_distkv.model.weights import load_decoder, random_decoder

@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.model.errors import ModelError
-from hpc_distkv.model.generation import GenerationDefaults
+from hpc_distkv.model.files import GenerationDefaults
 from hpc_distkv.model.rope import ROPE_TYPES
 
 GOOD: dict[str, Any] = {

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from hpc_distkv.observe.environment import Device, Facts, facts, launcher, problems, slurm
+from hpc_distkv.observe.environment import Facts, Gpu, facts, launcher, problems, slurm
 
-GPUS = [Device("H100", f"GPU-{n}", 79.6) for n in range(4)]
+GPUS = [Gpu("H100", f"GPU-{n}", 79.6) for n in range(4)]
 LINK = 10e-6
 
 
@@ -85,6 +85,6 @@ def test_the_gpus_that_torch_sees_are_listed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
     found = facts({})
-    assert found.devices == [Device("H100", "af-12", 80.0)] * 2
+    assert found.devices == [Gpu("H100", "af-12", 80.0)] * 2
     assert found.versions["CUDA of torch"] == "13.0"
     assert found.versions["NCCL of torch"] == "2.28.9"

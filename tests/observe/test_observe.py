@@ -18,8 +18,7 @@ from hpc_distkv.control.messages.requests import Result, pack_tokens
 from hpc_distkv.observe.live import progress
 from hpc_distkv.observe.live.prometheus import PrometheusFile
 from hpc_distkv.observe.live.watch import Watch
-from hpc_distkv.observe.summary.latency import Latencies
-from hpc_distkv.observe.summary.metrics import total, write_json
+from hpc_distkv.observe.summary.metrics import Latencies, total, write_json
 from hpc_distkv.observe.summary.run import RunRecord
 
 NOW = snapshot(

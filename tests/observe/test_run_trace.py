@@ -14,7 +14,7 @@ from trace_format import check_schema
 
 from hpc_distkv.comm.collective.clock import ClockOffset
 from hpc_distkv.comm.world import World
-from hpc_distkv.observe.summary.timeline import Timeline
+from hpc_distkv.observe.summary.snapshot import Timeline
 from hpc_distkv.observe.trace import spans as module
 from hpc_distkv.observe.trace.spans import (
     FINE,

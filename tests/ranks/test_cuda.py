@@ -119,7 +119,7 @@ def test_steps_that_are_planned_ahead_change_no_token(tmp_path: Path, monkeypatc
         )
         rows.append(Request(number, pack_tokens(prompt(rng.randint(1, 150), number)), sampling))
     ahead = on_gpu(model, rows, options(400))
-    monkeypatch.setattr(Worker, "_may_go_on", lambda worker, plan: False)
+    monkeypatch.setattr(Worker, "_goes_on", lambda worker, plan: False)
     assert on_gpu(model, rows, options(400)).tokens == ahead.tokens
 
 

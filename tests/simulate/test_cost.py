@@ -135,18 +135,18 @@ def test_copied_kv_heads_are_read_by_every_rank() -> None:
 
 def test_an_exchange_takes_two_latencies_a_layer_and_the_papers_bytes() -> None:
     cost = CostModel(a100(), LLAMA, 1, 32)
-    assert cost.exchange_time(10, SWITCH) == pytest.approx(32 * 2 * 10e-6 + 10 * 532_480 / 9e9)
-    assert cost.exchange_time(10, NODE) == pytest.approx(32 * 2 * 2e-6 + 10 * 532_480 / 240e9)
-    assert cost.exchange_time(0, SWITCH) == 0
+    assert cost.exchanges_time([(10, SWITCH)]) == pytest.approx(32 * 2 * 10e-6 + 10 * 532_480 / 9e9)
+    assert cost.exchanges_time([(10, NODE)]) == pytest.approx(32 * 2 * 2e-6 + 10 * 532_480 / 240e9)
+    assert cost.exchanges_time([(0, SWITCH)]) == 0
 
 
 def test_lanes_carry_their_heads_each_over_its_own_link() -> None:
     own, shared = CostModel(a100(8), BIG, 8, 32), CostModel(a100(1), BIG, 8, 32)
     latency = 80 * 2 * 10e-6
-    assert own.exchange_time(4, SWITCH) == pytest.approx(latency + 4 * 2_662_400 / 8 / 9e9)
-    assert shared.exchange_time(4, SWITCH) == pytest.approx(latency + 4 * 2_662_400 / 9e9)
+    assert own.exchanges_time([(4, SWITCH)]) == pytest.approx(latency + 4 * 2_662_400 / 8 / 9e9)
+    assert shared.exchanges_time([(4, SWITCH)]) == pytest.approx(latency + 4 * 2_662_400 / 9e9)
     half = CostModel(a100(2), BIG, 8, 32)
-    assert half.exchange_time(4, SWITCH) == pytest.approx(latency + 4 * 2_662_400 / 2 / 9e9)
+    assert half.exchanges_time([(4, SWITCH)]) == pytest.approx(latency + 4 * 2_662_400 / 2 / 9e9)
 
 
 def test_exchanges_at_the_same_time_share_latency_but_not_bytes() -> None:
@@ -154,7 +154,7 @@ def test_exchanges_at_the_same_time_share_latency_but_not_bytes() -> None:
     together = cost.exchanges_time([(3, SWITCH), (0, NODE), (5, ELSEWHERE)])
     assert together == pytest.approx(32 * 2 * 20e-6 + 3 * 532_480 / 9e9 + 5 * 532_480 / 5e9)
     assert cost.exchanges_time([]) == 0
-    assert cost.exchanges_time([(7, NODE)]) == pytest.approx(cost.exchange_time(7, NODE))
+    assert cost.exchanges_time([(7, NODE)]) == pytest.approx(32 * 2 * 2e-6 + 7 * 532_480 / 240e9)
 
 
 def test_moves_take_the_bytes_of_their_blocks() -> None:
@@ -176,7 +176,7 @@ def test_a_query_is_cheaper_than_the_kv_it_spares_from_the_papers_length_on() ->
     """Shipping a query beats fetching L tokens when L exceeds query heads / KV heads."""
     for model in (LLAMA, BIG):
         cost = CostModel(a100(), model, 1, 1)
-        query = cost.exchange_time(1001, SWITCH) - cost.exchange_time(1, SWITCH)
+        query = cost.exchanges_time([(1001, SWITCH)]) - cost.exchanges_time([(1, SWITCH)])
         token = cost.move_time(1001, SWITCH) - cost.move_time(1, SWITCH)
         assert query / token == pytest.approx(model.heads / model.kv_heads, rel=0.02)
 
@@ -201,13 +201,15 @@ def test_measured_coefficients_are_used_as_they_are() -> None:
     )
     assert cost.attention_time(1000, 0) == pytest.approx(2e-3)
     assert cost.step_time(0, 0, 0, 0) == 0
-    assert cost.exchange_time(1, NODE) == pytest.approx(30 * 50e-6, rel=0.05)
+    assert cost.exchanges_time([(1, NODE)]) == pytest.approx(30 * 50e-6, rel=0.05)
     assert cost.move_time(10, NODE) == pytest.approx(10 * 32 * 23_040 / 2e9)
 
 
 def test_measured_exchanges_of_prompts_also_pay_for_their_bytes() -> None:
     """30 layers · 9 heads · (2 · 64 · 2 + 8) bytes = 71,280 a row at 2 GB/s."""
-    assert measured().exchange_time(512, SWITCH) == pytest.approx(30 * 50e-6 + 512 * 71_280 / 2e9)
+    assert measured().exchanges_time([(512, SWITCH)]) == pytest.approx(
+        30 * 50e-6 + 512 * 71_280 / 2e9
+    )
 
 
 def test_measured_speeds_are_those_of_one_rank() -> None:
@@ -258,7 +260,7 @@ def test_one_batch_takes_no_longer_than_two(
 def test_exchanges_and_moves_grow_with_size_and_distance(
     cost: CostModel, n: int, more: int
 ) -> None:
-    for time in (cost.exchange_time, cost.move_time):
+    for time in (lambda n, level: cost.exchanges_time([(n, level)]), cost.move_time):
         near, middle, far = (time(n, level) for level in (NODE, SWITCH, ELSEWHERE))
         assert 0 <= near <= middle <= far <= time(n + more, ELSEWHERE)
 

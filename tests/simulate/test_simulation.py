@@ -18,9 +18,9 @@ from hpc_distkv.decide.instance import Instance
 from hpc_distkv.decide.plan import Plan
 from hpc_distkv.simulate.cluster import Cluster, DeviceSpec, Measured
 from hpc_distkv.simulate.deployment import Deployment
-from hpc_distkv.simulate.member import DebtorStep, Member
+from hpc_distkv.simulate.member import DebtorLoad, Member
 from hpc_distkv.simulate.models import MODELS, ModelShape
-from hpc_distkv.simulate.simulation import Rounds, Simulation
+from hpc_distkv.simulate.simulation import RoundTimes, Simulation
 from hpc_distkv.simulate.step import Steps
 from hpc_distkv.simulate.workload import TraceRow
 
@@ -153,7 +153,7 @@ def test_one_row_takes_the_sum_of_its_steps():
     pairs = [sum(range(1, 17)), sum(range(17, 33)), sum(range(33, 38))]
     prompt = 3 * 0.010 + 37 * 0.0005 + sum(pairs) * 2e-6
     decode = 3 * (0.010 + 0.001) + (38 + 39 + 40) * 1e-5
-    rounds = Rounds(floor=0.5, answer=0.25, per_instance=0.125)
+    rounds = RoundTimes(floor=0.5, answer=0.25, per_instance=0.125)
     simulation = Simulation(deployment(1), [TraceRow(37, 4)], rounds)
     record = simulation.run()
     assert record.seconds == pytest.approx(0.375 + prompt + decode, abs=1e-12)
@@ -166,7 +166,7 @@ def test_rows_beside_each_other_share_the_step():
     prompt = 0.010 + 10 * 0.0005 + 2 * sum(range(1, 6)) * 2e-6
     both = 0.010 + 2 * 0.001 + 2 * 6 * 1e-5
     one = 0.010 + 0.001 + 7 * 1e-5
-    rounds = Rounds(floor=0.0, answer=0.0, per_instance=0.0)
+    rounds = RoundTimes(floor=0.0, answer=0.0, per_instance=0.0)
     record = Simulation(deployment(1), [TraceRow(5, 2), TraceRow(5, 3)], rounds).run()
     assert record.seconds == pytest.approx(prompt + both + one, abs=1e-12)
 
@@ -217,7 +217,7 @@ def test_a_guest_makes_the_creditors_step_longer_by_its_serving():
     member.begin(0.0, Plan([], [], [], []))
     member.lasting = 1.0
     member.count_serving(0.2)
-    member.visits[1] = DebtorStep(0.2, 0.5, [], [])
+    member.visits[1] = DebtorLoad(0.2, 0.5, [], [])
     assert member.due(0.4) == pytest.approx(0.4 + (1 - 0.3) / 0.5)
     member.count_serving(0.6)
     del member.visits[1]
@@ -253,7 +253,7 @@ def test_many_instances_share_the_rows_evenly():
     """Equal rows on equal instances: as fast as one instance with its part of them."""
     where = deployment(8, blocks=64, policy="queue")
     alone = deployment(1, blocks=64)
-    rounds = Rounds(floor=0.0, answer=0.0, per_instance=0.0)
+    rounds = RoundTimes(floor=0.0, answer=0.0, per_instance=0.0)
     many = Simulation(where, [TraceRow(20, 10)] * 16, rounds).run()
     one = Simulation(alone, [TraceRow(20, 10)] * 2, rounds).run()
     assert many.seconds == pytest.approx(one.seconds, abs=1e-12)

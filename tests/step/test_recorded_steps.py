@@ -16,8 +16,8 @@ from seeded_schedule import SeededSchedule
 from torch.nn.functional import pad
 
 from hpc_distkv.attention import PagedBatch, reference
-from hpc_distkv.attention.call import Call
-from hpc_distkv.attention.rotation import rotate
+from hpc_distkv.attention.paged import Call
+from hpc_distkv.attention.reference import rotate
 from hpc_distkv.attention.triton import backend as launch
 from hpc_distkv.attention.triton.launch_plan import plan_key
 from hpc_distkv.comm.transport import Comm

@@ -15,8 +15,13 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from hpc_distkv.control.messages.requests import LogitRules, Request, Sampling, pack_tokens
-from hpc_distkv.control.messages.token_logprobs import unpack_logprobs
+from hpc_distkv.control.messages.requests import (
+    LogitRules,
+    Request,
+    Sampling,
+    pack_tokens,
+    unpack_logprobs,
+)
 from hpc_distkv.decide.sequence import TokenCounts, TokenSequence
 from hpc_distkv.step.sampler import adjusted, sample, sample_logprobs, token_weights
 

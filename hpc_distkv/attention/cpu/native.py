@@ -24,8 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hpc_distkv.attention.call import Call
 from hpc_distkv.attention.cpu.kernel_cache import KernelCache, user_cache
+from hpc_distkv.attention.paged import Call
 
 log = logging.getLogger(__name__)
 

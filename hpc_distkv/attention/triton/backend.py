@@ -14,9 +14,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from hpc_distkv.attention.call import Call
-from hpc_distkv.attention.paged import PagedBatch
-from hpc_distkv.attention.rotation import Rotation
+from hpc_distkv.attention.paged import Call, PagedBatch
+from hpc_distkv.attention.reference import Rotation
 from hpc_distkv.attention.spec import AttentionSpec
 from hpc_distkv.attention.triton import tuning
 from hpc_distkv.attention.triton.launch_plan import LaunchPlan, plan_key

@@ -14,7 +14,7 @@ from hpc_distkv.attention.spec import AttentionSpec
 from hpc_distkv.attention.triton import tuning
 from hpc_distkv.attention.triton.tuning import Kernel, Processors, Shape
 from hpc_distkv.attention.triton.worklist import ITEM_SIZE, MERGE_SIZE, Ints, KeyIndex
-from hpc_distkv.comm.upload import upload
+from hpc_distkv.comm.device import upload
 
 
 @dataclass(frozen=True)

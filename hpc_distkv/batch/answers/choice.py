@@ -15,9 +15,10 @@ from hpc_distkv.control.messages.requests import (
     UNREADABLE,
     Result,
     Sampling,
+    TokenLogprobs,
+    unpack_logprobs,
     unpack_tokens,
 )
-from hpc_distkv.control.messages.token_logprobs import TokenLogprobs, unpack_logprobs
 from hpc_distkv.errors import ForeignError, foreign_code
 
 LEAST = -9999.0

@@ -33,7 +33,7 @@ class Begun(msgspec.Struct, frozen=True, omit_defaults=True):
     output: bytes = b""
     """`pack_tokens` of the output so far."""
     logprobs: bytes = b""
-    """`control.messages.token_logprobs` of `output`, if asked for."""
+    """`pack_logprobs` of `output`, if asked for."""
     result: Result | None = None
     """The whole answer, when others of its row were not finished."""
 

@@ -25,8 +25,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from hpc_distkv.comm.device import Device, DeviceError, Event, Fetch, Sight, own_index
-from hpc_distkv.comm.upload import upload
+from hpc_distkv.comm.device import Device, DeviceError, Event, Fetch, Sight, own_index, upload
 
 
 def new_stream(priority: int = 0) -> torch.cuda.Stream:
@@ -97,7 +96,7 @@ class Cuda(Device):
         assert isinstance(event, torch.cuda.Event)
         torch.cuda.current_stream().wait_event(event)
 
-    # -- copies beside what is computed (see `staged.Copies`) -------------------------------------
+    # -- copies beside what is computed (see `staged.StagingCopies`) ------------------------------
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether `tensor` is on the device."""

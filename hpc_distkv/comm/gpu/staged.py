@@ -13,7 +13,7 @@ from hpc_distkv.comm.transport import TO_CREDITOR, Pairs, Pending, Transport, Un
 from hpc_distkv.comm.waiter import Waiter
 
 
-class Copies(Protocol):
+class StagingCopies(Protocol):
     """Copies between a device and the host, beside what the device computes. Never block."""
 
     def holds(self, tensor: torch.Tensor) -> bool:
@@ -54,7 +54,7 @@ class StagedTransport(Transport):
     Tensors of the host go along without copies.
     """
 
-    def __init__(self, inner: Transport, copies: Copies, waiter: Waiter) -> None:
+    def __init__(self, inner: Transport, copies: StagingCopies, waiter: Waiter) -> None:
         self._inner, self._copies = inner, copies
         self._unposted: deque[Departure] = deque()
         self.under_way = UnderWay(waiter)
@@ -83,7 +83,7 @@ class StagedTransport(Transport):
 class Departure:
     """The sends of one exchange."""
 
-    def __init__(self, sends: Pairs, channel: int, copies: Copies) -> None:
+    def __init__(self, sends: Pairs, channel: int, copies: StagingCopies) -> None:
         self._channel = channel
         self._sources = [tensor for _, tensor in sends if copies.holds(tensor)]
         staged = [copies.host_buffer(tensor) for tensor in self._sources]
@@ -115,7 +115,7 @@ class Departure:
 class Arrival:
     """The receives of one exchange."""
 
-    def __init__(self, recvs: Pairs, channel: int, inner: Transport, copies: Copies) -> None:
+    def __init__(self, recvs: Pairs, channel: int, inner: Transport, copies: StagingCopies) -> None:
         self._copies = copies
         self._targets = [tensor for _, tensor in recvs if copies.holds(tensor)]
         self._staged = [copies.host_buffer(tensor) for tensor in self._targets]

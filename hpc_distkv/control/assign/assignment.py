@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hpc_distkv.control.assign.queue import LOOK_AHEAD, NOT_LARGE, RequestQueue, RequestSource
-from hpc_distkv.control.assign.work import MeanOutput, work
 from hpc_distkv.control.messages.reports import Large, ReportError, Reports
-from hpc_distkv.control.messages.requests import Request, Result
+from hpc_distkv.control.messages.requests import MeanOutput, Request, Result, work
 from hpc_distkv.control.policy import ControlConfig
 
 DEALT_AHEAD = 10_000

@@ -19,7 +19,7 @@ class Handover(msgspec.Struct, frozen=True, array_like=True):
     first_token_age: float | None
     last_token_age: float | None
     logprobs: bytes = b""
-    """`control.messages.token_logprobs` of the output so far."""
+    """`pack_logprobs` of the output so far."""
 
 
 class Header(msgspec.Struct, frozen=True, array_like=True, tag="header"):

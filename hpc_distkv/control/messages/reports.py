@@ -15,9 +15,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_distkv.control.assign.work import STEP_TOKENS
 from hpc_distkv.control.messages.counters import Counters
-from hpc_distkv.control.messages.requests import NOBODY, Request, Result, Unfinished
+from hpc_distkv.control.messages.requests import NOBODY, STEP_TOKENS, Request, Result, Unfinished
 from hpc_distkv.errors import FaultError
 from hpc_distkv.ids import InstanceId, RequestId
 
@@ -41,7 +40,7 @@ class Large(msgspec.Struct, frozen=True, array_like=True):
     blocks: int
     """Its expected KV: the rBlocks it has at its end."""
     prompt: float
-    """Work of its prompt that is left (`control.assign.work`)."""
+    """Work of its prompt that is left (`control.messages.requests.work`)."""
     output: float
     """Output tokens that are expected to be left."""
 
@@ -114,7 +113,7 @@ class Numbers(msgspec.Struct, Generic[Count, Number, Flag], frozen=True, kw_only
     kv_tokens: Count = _NONE
     """KV tokens attended to here in a step of decodes: own ones at home, and guests."""
     work_left: Number = _NONE
-    """Predicted work of all requests that run or wait here (`control.assign.work`)."""
+    """Predicted work of all requests that run or wait here (`control.messages.requests.work`)."""
     request_blocks: Number = _NONE
     """Mean expected KV, in rBlocks, of a request here; 0 if unknown."""
     fixed: Number = _NONE
@@ -273,8 +272,8 @@ class Answer(msgspec.Struct, omit_defaults=True):
     """No request younger than this may be admitted; NOBODY: all may."""
     preempt: int = 0
     """rBlocks to free by preempting requests younger than `admit_before`."""
-    preempt_at: int = -1
-    """Where; -1: anywhere."""
+    preempt_at: InstanceId | None = None
+    """Where; None: anywhere."""
     drain: bool = False
     """Begin nothing any more: the run ends before all requests are answered."""
     stop: bool = False

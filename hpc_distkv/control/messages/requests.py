@@ -1,4 +1,4 @@
-"""Requests, and what becomes of them.
+"""Requests, how much work they are, and what becomes of them.
 
 All records that travel between instances and the gManager, and between loan partners, are msgspec
 structs, frozen but for `Counters` and `Answer`: compact on the wire and checked when they are
@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from hpc_distkv.ids import RequestId
 
@@ -98,7 +100,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     output: bytes = b""
     """`pack_tokens` of the output that an earlier run has made."""
     logprobs: bytes = b""
-    """`control.messages.token_logprobs` of `output`, if the request asks for them."""
+    """`pack_logprobs` of `output`, if the request asks for them."""
 
     @property
     def prompt_len(self) -> int:
@@ -135,7 +137,7 @@ class Result(msgspec.Struct, frozen=True, array_like=True):
     total_time: float
     """Seconds from assignment to the last token."""
     logprobs: bytes = b""
-    """`control.messages.token_logprobs` of the output's tokens, if the request asked for them."""
+    """`pack_logprobs` of the output's tokens, if the request asked for them."""
     text_end: int | None = None
     """Characters of the output's text that belong to the answer, if a stop string ended it."""
 
@@ -147,4 +149,71 @@ class Unfinished(msgspec.Struct, frozen=True, array_like=True):
     output: bytes
     """`pack_tokens` of its output so far; never empty."""
     logprobs: bytes = b""
-    """`control.messages.token_logprobs` of `output`, if the request asks for them."""
+    """`pack_logprobs` of `output`, if the request asks for them."""
+
+
+class TokenLogprobs(NamedTuple):
+    """What the model thought of one place in the output, before any rule or temperature."""
+
+    logprob: float
+    """Of the token that is there; base e, as all of them."""
+    top: list[tuple[int, float]]
+    """(token id, its log-probability) of the most probable tokens, best first."""
+
+
+def record_dtype(top: int) -> np.dtype[Any]:
+    """One packed output token with `top` alternatives: 4 + 8 × `top` bytes, little-endian."""
+    return np.dtype([("own", "<f4"), ("ids", "<i4", (top,)), ("values", "<f4", (top,))])
+
+
+def pack_logprobs(
+    own: NDArray[np.float32], ids: NDArray[np.int64], values: NDArray[np.float32]
+) -> list[bytes]:
+    """`own` `[rows]`, `ids` and `values` `[rows, top]` → a record for each row."""
+    records = np.empty(len(own), record_dtype(ids.shape[1]))
+    records["own"], records["ids"], records["values"] = own, ids, values
+    return [record.tobytes() for record in records]
+
+
+def unpack_logprobs(packed: bytes, top: int) -> list[TokenLogprobs]:
+    """The records of an output's tokens, one after the other, → what they say."""
+    records = np.frombuffer(packed, record_dtype(top))
+    own, ids, values = (records[name].tolist() for name in ("own", "ids", "values"))
+    return [
+        TokenLogprobs(logprob, list(zip(row_ids, row_values, strict=True)))
+        for logprob, row_ids, row_values in zip(own, ids, values, strict=True)
+    ]
+
+
+STEP_TOKENS = 16.0
+"""Prompt tokens computed in the fixed time of a step, until it was measured."""
+
+
+def work(start: int, end: float, attention_tokens: float) -> float:
+    """Predicted work of the tokens from `start` to `end` of one request, in tokens' worth of linear
+    layers: a token at position p also attends to p others, and `attention_tokens` of those cost as
+    much as its linear layers."""
+    tokens = max(0.0, end - start)
+    return tokens * (1 + (start + end) / 2 / attention_tokens)
+
+
+def kv_tokens(prompt: int, max_tokens: int) -> int:
+    """Most tokens whose KV a request can need: the last output token needs none."""
+    return prompt + max_tokens - 1
+
+
+class MeanOutput:
+    """What outputs of unfinished requests are expected to be: as large a part of their limits as
+    those of finished ones."""
+
+    def __init__(self) -> None:
+        self._tokens = self._limits = 0
+
+    def add(self, tokens: int, limit: int) -> None:
+        """A request that might make `limit` output tokens ended with `tokens`."""
+        self._tokens += tokens
+        self._limits += limit
+
+    def expected(self, limit: int) -> float:
+        """Output tokens expected of a request that may make `limit`."""
+        return limit * self._tokens / self._limits if self._limits else limit

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from hpc_distkv.ids import InstanceId, RequestId, TableKey
 from hpc_distkv.memory.books.slots import FreeSlots
-from hpc_distkv.memory.loan import Copies, Debt, Dropped, Move, MoveKind, News, Split
+from hpc_distkv.memory.loan import Copied, Debt, Dropped, Move, MoveKind, News, Split
 from hpc_distkv.memory.prefix import Prefix
 from hpc_distkv.memory.table import BlockTable
 
@@ -18,7 +18,7 @@ class Borrower:
     def __init__(self, slots: FreeSlots, tables: Mapping[TableKey, BlockTable]) -> None:
         self.debts: dict[InstanceId, Debt] = {}
         """By creditor."""
-        self.copies: dict[TableKey, Copies] = {}
+        self.copies: dict[TableKey, Copied] = {}
         """Migrating request → what its next home has of it."""
         self.outgoing: list[Move] = []
         """rBlocks on their way to creditors."""
@@ -59,7 +59,7 @@ class Borrower:
 
     def copy_out(self, request: RequestId, creditor: InstanceId) -> Move:
         """Begin to copy the next rBlock of a request that is all at home."""
-        copies = self.copies.setdefault(request, Copies(creditor))
+        copies = self.copies.setdefault(request, Copied(creditor))
         assert copies.creditor == creditor
         slot = self._tables[request].slots[copies.blocks]
         copies.blocks += 1

@@ -9,8 +9,7 @@ from hpc_distkv.batch.job import Job
 from hpc_distkv.observe.live.progress import ProgressReport
 from hpc_distkv.observe.live.prometheus import PrometheusFile
 from hpc_distkv.observe.live.story import Story
-from hpc_distkv.observe.summary.snapshot import ControlState, Snapshot, take_snapshot
-from hpc_distkv.observe.summary.timeline import Timeline
+from hpc_distkv.observe.summary.snapshot import ControlState, Snapshot, Timeline, take_snapshot
 
 log = logging.getLogger(__name__)
 

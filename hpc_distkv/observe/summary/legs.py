@@ -8,8 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from hpc_distkv.control.messages.percentiles import gap_bin, gap_summary
-from hpc_distkv.observe.summary.latency import histogram
-from hpc_distkv.observe.summary.metrics import PEAKS, mean_error
+from hpc_distkv.observe.summary.metrics import PEAKS, histogram, mean_error
 from hpc_distkv.observe.summary.run import SLOWEST
 
 Figures = dict[str, Any]

@@ -14,15 +14,14 @@ from hpc_distkv.comm.world import World
 from hpc_distkv.control.messages.counters import Counters
 from hpc_distkv.control.messages.percentiles import gap_summary
 from hpc_distkv.control.messages.requests import Result
-from hpc_distkv.observe.summary.latency import Latencies, histogram
-from hpc_distkv.observe.summary.metrics import RankFigures, total
+from hpc_distkv.observe.summary.metrics import Latencies, RankFigures, histogram, total
 from hpc_distkv.observe.summary.snapshot import Numbers
 
 SLOWEST = 20
 """Answers that are listed by name."""
 
 
-class SlowRow(NamedTuple):
+class SlowAnswer(NamedTuple):
     """One answer of a row; the slowest are the largest."""
 
     latency_s: float
@@ -39,7 +38,7 @@ class RunRecord:
         self._started = time.monotonic()
         self._first_token = Latencies()
         self._total = Latencies()
-        self._slowest: list[SlowRow] = []
+        self._slowest: list[SlowAnswer] = []
         """A heap."""
         self._peak_used: Numbers = np.zeros(0, np.int64)
         self.output_tokens = 0
@@ -61,7 +60,7 @@ class RunRecord:
         self._first_token.add(result.first_token_time)
         self._total.add(result.total_time)
         self.output_tokens += output_tokens
-        row = SlowRow(
+        row = SlowAnswer(
             round(result.total_time, 4),
             round(result.first_token_time, 4),
             output_tokens,

@@ -1,4 +1,4 @@
-"""What a run looks like at one moment."""
+"""What a run looks like at one moment, and how it went: a bounded number of such moments."""
 
 from __future__ import annotations
 
@@ -136,3 +136,34 @@ def _rows_left(job: Job) -> float:
     read = behind + job.in_flight
     unread = job.input_bytes - job.bytes_read
     return job.in_flight + read * unread / max(1, job.bytes_read)
+
+
+SHORTEST = 0.1
+"""Seconds between two snapshots at first."""
+MOST_NUMBERS = 200_000
+"""Snapshots × instances that are kept."""
+MOST, LEAST = 2000, 100
+"""Snapshots that are kept at most, however few instances there are, and at least."""
+
+
+class Timeline:
+    """Owner of a run's snapshots. When there are too many, every other one is dropped, and from
+    then on they are taken as rarely as those that are left: so they cover the whole run, evenly."""
+
+    def __init__(self, instances: int) -> None:
+        self.snapshots: list[Snapshot] = []
+        self._most = max(LEAST, min(MOST, MOST_NUMBERS // instances))
+        self._interval = SHORTEST
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for another one."""
+        last = self.snapshots[-1].at if self.snapshots else float("-inf")
+        return time.perf_counter() - last >= self._interval
+
+    def add(self, snapshot: Snapshot) -> None:
+        """One more, later than all others."""
+        self.snapshots.append(snapshot)
+        if len(self.snapshots) > self._most:
+            kept = self.snapshots = self.snapshots[::2]
+            self._interval = (kept[-1].at - kept[0].at) / (len(kept) - 1)
