@@ -186,7 +186,7 @@ class GManager:
         self._keep(round, needs)
 
     def _keep(self, round: Round, needs: Sequence[Need]) -> None:
-        """Tell creditors to admit no rows into memory that a running request too large for its home
+        """Tell creditors to admit nothing into memory that a running request too large for its home
         still lacks."""
         reports = round.reports
         going_on = {

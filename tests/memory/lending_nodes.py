@@ -54,7 +54,7 @@ class Node:
             time=time,
         )
         self.debtor, self.creditor = Debtor(parts, self.instance), Creditor(parts, self.instance)
-        self.letters = Mailbox(comm, self.instance, self.creditor, Log(comm))
+        self.mailbox = Mailbox(comm, self.instance, self.creditor, Log(comm))
         self.marks = marks
         self.answer: Answer | None = Answer(round=0)
         """Of the last round, until it takes effect."""
