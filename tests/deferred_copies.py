@@ -73,7 +73,7 @@ def stage(comms: Sequence[Comm]) -> list[DeferredCopies]:
     devices = [DeferredCopies() for _ in comms]
     for comm, copies in zip(comms, devices, strict=True):
         comm.transport = staged = StagedTransport(comm.transport, copies, comm.waiter)
-        comm.waiter.background.append(staged.push)
+        comm.waiter.always(staged.push)
     events = network.events
     network.events = lambda: [*events(), *(copies.happen for copies in devices if copies.waiting)]
     return devices

@@ -175,7 +175,7 @@ def connect(comms: Sequence[Comm]) -> RecordedFabric:
         end = End(fabric, comm.world.rank)
         transport = MeetingTransport(comm.transport, end, comm.new_mail(), comm.waiter)
         comm.transport = transport
-        comm.waiter.background.append(transport.push)
+        comm.waiter.always(transport.push)
     events = network.events
     network.events = lambda: [*events(), *fabric.events()]
     return fabric

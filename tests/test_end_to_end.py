@@ -339,7 +339,7 @@ def test_a_stopped_job_keeps_what_it_has_begun(tmp_path, tiny_model):
     ran = run.end()
     assert ran.returncode == 75, ran.stderr
     kept = job.figures()["put_aside_tokens"]
-    assert f"{kept} output tokens are put aside" in ran.stdout
+    assert f"{kept} output tokens are saved" in ran.stdout
     assert re.search(r"rank 1 on \S+ was asked to stop: beginning nothing new", ran.stderr)
     assert "this run ends with status 75: rows are left" in ran.stderr
     made = job.figures()["counters"]["generated_tokens"]

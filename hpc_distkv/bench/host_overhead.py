@@ -22,6 +22,7 @@ from hpc_distkv.model.decoder import Attend
 from hpc_distkv.model.shard import Alone, Lanes
 from hpc_distkv.ranks.interrupt import Interrupt
 from hpc_distkv.ranks.worker import Leader, Worker
+from hpc_distkv.step.model import QueryHeads
 from hpc_distkv.step.parts import Parts
 from hpc_distkv.step.timesheet import Recorder, TimeSheet
 
@@ -129,7 +130,14 @@ def _per_step(
     comm.compute_on(Metronome(step_seconds), comm.transport, eager=1.0)
     leader = TimedLeader(requests, config, clock)
     pool = BlockPool(blocks, 1, 1, BLOCK, 1, torch.float32)
-    parts = Parts(comm, NoLayers(), pool, config, (1, 1), None, TimeSheet(Recorder()))
+    parts = Parts(
+        comm=comm,
+        model=NoLayers(),
+        pool=pool,
+        config=config,
+        heads=QueryHeads(1, 1),
+        time=TimeSheet(Recorder()),
+    )
     Worker(parts, leader, Interrupt()).run()
     ends = leader.ends[-first.sampling.max_tokens + STEADY : -STEADY]
     return (ends[-1] - ends[0]) / (len(ends) - 1)

@@ -14,7 +14,7 @@ import msgspec
 from hpc_distkv.control.assign.queue import SyncSource
 from hpc_distkv.control.gmanager import GManager
 from hpc_distkv.control.lending.links import Links
-from hpc_distkv.control.messages.reports import Answer, Changes, Report, encode_report
+from hpc_distkv.control.messages.reports import NO_REQUEST, Answer, Changes, Report, encode_report
 from hpc_distkv.control.messages.requests import Request, Result, Sampling, pack_tokens
 from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.ids import InstanceId, RequestId
@@ -77,7 +77,7 @@ def _report(
         room_tokens=4096,
         running=len(running),
         seats=256 - len(running),
-        youngest=running[-1] if running else -1,
+        youngest=running[-1] if running else NO_REQUEST,
         longest=rng.randrange(200),
         kv_tokens=40_000,
         work_left=rng.random() * 10_000,

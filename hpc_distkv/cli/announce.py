@@ -80,7 +80,7 @@ def summary(figures: dict[str, Any], output: Path) -> str:
     elif figures["stopped"]:
         lines.append(
             f"stopped   before all rows were answered; {rows['put_aside']} rows with "
-            f"{figures['put_aside_tokens']} output tokens are put aside: run the same command again"
+            f"{figures['put_aside_tokens']} output tokens are saved: run the same command again"
         )
     return "\n".join(map(printable, lines))
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import click
 
 from hpc_distkv.cli.options import Number
-from hpc_distkv.comm.mpi.launch import LaunchError, first_rank, leave_together
+from hpc_distkv.comm.mpi.launch import first_rank, leave_together
+from hpc_distkv.comm.mpi.library import LaunchError
 from hpc_distkv.observe.environment import (
     Facts,
     counted,

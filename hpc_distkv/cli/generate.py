@@ -60,7 +60,7 @@ SEEING = ("metrics", "prometheus", "trace")
     type=Number(min=0),
     default=GRACE,
     show_default=True,
-    help="Seconds after SIGUSR2 in which rows that run may finish; then they are put aside for the "
+    help="Seconds after SIGUSR2 in which rows that run may finish; then they are saved for the "
     f"rerun. After SIGTERM {TERM_GRACE:g} at most.",
 )
 @LENGTHS

@@ -18,7 +18,7 @@ from click.core import ParameterSource
 
 from hpc_distkv.cli.generate import command as generate
 from hpc_distkv.cli.options import POSITIVE, F, added, engine_settings
-from hpc_distkv.comm.mpi.launch import LaunchError
+from hpc_distkv.comm.mpi.library import LaunchError
 from hpc_distkv.slurm.memory import memory_needed
 from hpc_distkv.slurm.options import MEMORY, PASSED_ON, WITHOUT_VALUE, instead, seconds
 from hpc_distkv.slurm.script import KINDS, MARGIN, JobScript

@@ -69,7 +69,7 @@ def _hear(mail: Mail) -> list[Complaint]:
     heard = []
     limit = time.monotonic() + HEARING
     while time.monotonic() < limit:
-        while (letter := mail.poll()) is not None:
-            heard.append(msgspec.msgpack.decode(letter[1], type=Complaint))
+        while (message := mail.poll()) is not None:
+            heard.append(msgspec.msgpack.decode(message[1], type=Complaint))
         time.sleep(PAUSE)
     return heard

@@ -35,7 +35,7 @@ def concluded(comm: Comm, part: Callable[[], T]) -> T:
 def _all_or_none(comm: Comm, part: Callable[[], T], caught: type[BaseException], setup: bool) -> T:
     result: T | None = None
     own: BaseException | None = None
-    comm.agreed = None
+    comm.all_raise(None)
     with comm.waiter.patient():
         try:
             result = part()
@@ -54,12 +54,11 @@ def _raise(
     """`text`: what the first rank has to say that cannot."""
     where = comm.world.name(rank)
     if own is None or (setup and isinstance(own, UserError)):
-        if setup and users:
-            comm.agreed = SetupError(f"{text} ({where})" if rank else text)
-        else:
-            comm.agreed = RankError(f"{where} failed: {text}")
-        raise comm.agreed from own
-    comm.agreed = own
+        told = f"{text} ({where})" if rank else text
+        agreed = SetupError(told) if setup and users else RankError(f"{where} failed: {text}")
+        comm.all_raise(agreed)
+        raise agreed from own
+    comm.all_raise(own)
     raise own
 
 

@@ -213,7 +213,7 @@ class Comm:
     closed: bool = field(default=False, init=False)
     """Whether all ranks have agreed that they are done."""
     agreed: BaseException | None = field(default=None, init=False)
-    """What this rank raised last when all ranks raised together: it leaves nobody waiting."""
+    """What this rank raised last when all ranks raised together (`all_raise`)."""
 
     @property
     def stall_timeout(self) -> float:
@@ -224,8 +224,9 @@ class Comm:
         """From now on this rank computes on `device`, and its tensors travel by `transport`.
         `eager`: seconds for which waits poll before they sleep; None: as long as before."""
         self.device, self.transport = device, transport
-        self.waiter.background.append(transport.push)
-        self.waiter.eager = self.waiter.eager if eager is None else eager
+        self.waiter.always(transport.push)
+        if eager is not None:
+            self.waiter.poll_for(eager)
 
     def form_instances(self, tp: int) -> None:
         """From now on `tp` consecutive ranks are an instance. Raises ValueError if the ranks cannot
@@ -235,6 +236,11 @@ class Comm:
     def hear(self, heard: Callable[[int], str]) -> None:
         """From now on a stall says of silent ranks what `heard` knows of their last words."""
         self.heard = heard
+
+    def all_raise(self, error: BaseException | None) -> None:
+        """All ranks raise together, this one `error`, so nobody is left waiting. None: they go on,
+        as far as is known."""
+        self.agreed = error
 
     def idle(self, ready: Callable[[], T | None], what: str) -> T:
         """Poll `ready` until it gives a value, leaving the core to others meanwhile.

@@ -76,19 +76,27 @@ class Waiter:
         """`eager`: seconds of polling before sleeping begins, where the core is free anyway."""
         self.world = world
         self.stall_timeout = stall_timeout
-        self.eager = eager
-        self.background: list[Callable[[], object]] = []
-        """Pushed on at every poll: what must advance while this rank waits for something else."""
+        self._eager = eager
+        self._background: list[Callable[[], object]] = []
         self._moves = 0
+
+    def always(self, *pushes: Callable[[], object]) -> None:
+        """Have `pushes` called at every poll of all waits from now on: what they push on must
+        advance while this rank waits for something else."""
+        self._background += pushes
+
+    def poll_for(self, eager: float) -> None:
+        """From now on waits poll for `eager` seconds before they sleep."""
+        self._eager = eager
 
     @contextmanager
     def meanwhile(self, push: Callable[[], object]) -> Iterator[None]:
         """Have `push` called at every poll of all waits in this block."""
-        self.background.append(push)
+        self._background.append(push)
         try:
             yield
         finally:
-            self.background.remove(push)
+            self._background.remove(push)
 
     @contextmanager
     def patient(self) -> Iterator[None]:
@@ -119,7 +127,7 @@ class Waiter:
             return value
         polls, seen, clock = 0, self._moves, StallClock()
         while True:
-            for push in self.background:
+            for push in self._background:
                 push()
             if (value := ready()) is not None:
                 return value
@@ -143,7 +151,7 @@ class Waiter:
 
     def pause(self, polls: int, quiet: float, waits: Callable[[], str]) -> None:
         """Leave the core to others after the `polls`-th poll, `quiet` seconds into the wait."""
-        if polls < YIELDS or quiet < self.eager:
+        if polls < YIELDS or quiet < self._eager:
             os.sched_yield()
         else:
             time.sleep(min(max(quiet * SLEEP_SHARE, SHORTEST_SLEEP), LONGEST_SLEEP))

@@ -95,6 +95,10 @@ class GManager:
         self.round_number += 1
         return round.encode(), results
 
+    def close(self, instance: int, counters: Counters) -> None:
+        """An instance has ended its run: `counters` are those of all of it."""
+        self.counters[instance] = counters
+
     def last_report(self, instance: int) -> str:
         """What an instance reported last, for messages."""
         if (reports := self.reports) is None:
@@ -182,7 +186,7 @@ class GManager:
         self._keep(round, needs)
 
     def _keep(self, round: Round, needs: Sequence[Need]) -> None:
-        """Tell creditors to admit no rows into memory that a running request too large for its home
+        """Tell creditors to admit nothing into memory that a running request too large for its home
         still lacks."""
         reports = round.reports
         going_on = {

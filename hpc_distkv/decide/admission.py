@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from hpc_distkv.decide.foresight import ExpectedKv
 from hpc_distkv.decide.sequence import Sequence
@@ -14,30 +14,35 @@ REFUSED_STEPS = 8
 admitted later has grown less when others end."""
 
 
-@dataclass
-class Headroom:
+class Headroom(NamedTuple):
     """rBlocks left beside the running sequences, and the expected KV that takes them."""
 
     for_large: int
     """Now, for a sequence that borrows."""
     now: int
     """Now, for any other."""
-    in_time: int
-    """For all sequences together, as the running ones end."""
+    in_all: int
+    """The most that the `expected` KV of all sequences may take at any time."""
     expected: list[ExpectedKv]
     """Of the running sequences, and of those admitted."""
-    blocked: ExpectedKv | None = None
-    """Of the oldest sequence that cannot be admitted, from when it is expected to begin."""
-    lacking: int = 0
-    """rBlocks that sequence lacks to be admitted now; 0: there is none."""
+
+
+class Blocked(NamedTuple):
+    """The oldest sequence that cannot be admitted."""
+
+    kv: ExpectedKv
+    """From when it is expected to begin."""
+    lacking: int
+    """rBlocks that it lacks to be admitted now."""
 
 
 class Admission:
     """Admits the oldest waiting sequence whose expected KV (prompt plus predicted output) fits, now
-    and while all running sequences grow. The oldest that does not fit has a place in time, as soon
-    as enough running sequences have ended; younger ones pass it if they leave it that place (EASY
-    backfilling, Lifka 1995). A sequence too large for this instance is admitted when the gManager
-    says so, and one whose prefix is being computed by another when that prefix is there.
+    and while all running sequences grow. For the oldest that does not fit, room is reserved from
+    when enough running sequences are expected to have ended; younger ones pass it if they leave it
+    that room (EASY backfilling, Lifka 1995). A sequence too large for this instance is admitted
+    when the gManager says so, and one whose prefix is being computed by another when that prefix is
+    there.
 
     Owner of what it remembers: the state in which nobody could be admitted."""
 
@@ -56,13 +61,16 @@ class Admission:
         if running and seen == self._refused and self._refused_steps < REFUSED_STEPS:
             self._refused_steps += 1
             return None
-        room = _room(state)
+        room, blocked = _room(state), None
         for sequence in waiting[:CANDIDATES]:
             if sequence.id > orders.before:
                 break
             if state.rm.prefixes.awaited(sequence.keys):
                 continue
-            if _fits(state, sequence, room):
+            if too_large(state, sequence):
+                if _may_begin(state, sequence, room):
+                    return sequence
+            elif not (blocked := _oldest_blocked(state, sequence, room, blocked)):
                 return sequence
         self._refused, self._refused_steps = seen, 0
         return None
@@ -89,20 +97,23 @@ def outlook(state: State) -> Outlook:
         return NOTHING_WAITS
     room = _room(state)
     seats = max(0, state.config.max_num_seqs - len(state.running))
-    expected, blocked = [], None
+    expected: list[ExpectedKv] = []
+    oldest: Sequence | None = None
+    blocked: Blocked | None = None
     for sequence in waiting[: min(CANDIDATES, seats)]:
         if sequence.id > orders.before:
             break
         if too_large(state, sequence) or state.rm.prefixes.awaited(sequence.keys):
             continue
-        if _fits_alone(state, sequence, room):
-            room.now -= foresight.missing(sequence, sequence.length + 1)
+        found = _oldest_blocked(state, sequence, room, blocked)
+        if not found:
             expected.append(foresight.expected_kv(sequence))
-            room.expected.append(expected[-1])
-        elif room.blocked and not blocked:
-            blocked = sequence
-            expected.append(room.blocked)
-    return Outlook(expected, blocked, room.lacking)
+            now = room.now - foresight.missing(sequence, sequence.length + 1)
+            room = room._replace(now=now, expected=[*room.expected, expected[-1]])
+        elif not blocked:
+            oldest, blocked = sequence, found
+            expected.append(found.kv)
+    return Outlook(expected, oldest, blocked.lacking if blocked else 0)
 
 
 def _seen(state: State) -> tuple[object, ...]:
@@ -128,37 +139,38 @@ def _room(state: State) -> Headroom:
     if any(too_large(state, sequence) for sequence in state.waiting):
         usual -= credit
     reserve = config.reserve if running else 0
-    prompts = sum(foresight.missing(row, row.length + 1) for row in running)
-    in_time = max(0, usual + foresight.at_home(running) - config.reserve)
+    prompts = sum(foresight.missing(s, s.length + 1) for s in running)
+    in_all = max(0, usual + foresight.at_home(running) - config.reserve)
     expected = foresight.expected_kvs(running)
-    return Headroom(free - reserve - prompts, usual - config.reserve - prompts, in_time, expected)
+    return Headroom(free - reserve - prompts, usual - config.reserve - prompts, in_all, expected)
 
 
-def _fits(state: State, sequence: Sequence, room: Headroom) -> bool:
-    if not too_large(state, sequence):
-        return _fits_alone(state, sequence, room)
+def _may_begin(state: State, sequence: Sequence, room: Headroom) -> bool:
+    """True if a sequence too large for this instance is admitted."""
     if sequence.id not in state.orders.begin:
         return False
     missing = state.foresight.missing(sequence, sequence.length + 1)
     return min(missing, state.config.first_chunk) <= room.for_large or not room.expected
 
 
-def _fits_alone(state: State, sequence: Sequence, room: Headroom) -> bool:
-    """True if the sequence fits without a loan. If not, and it is the first, it is the one that is
-    `blocked`."""
+def _oldest_blocked(
+    state: State, sequence: Sequence, room: Headroom, blocked: Blocked | None
+) -> Blocked | None:
+    """None if the sequence fits without a loan; if not, the oldest that does not: `blocked`, or if
+    that is None, this one."""
     if not room.expected:
-        return True  # With nobody beside it, it borrows what it lacks, or swaps.
+        return None  # With nobody beside it, it borrows what it lacks, or swaps.
     foresight = state.foresight
     lacking = foresight.missing(sequence, sequence.length + 1) - room.now
-    if lacking > 0 and room.blocked:
-        return False
+    if lacking > 0 and blocked:
+        return blocked
     kv = foresight.expected_kv(sequence)
-    first = [room.blocked] if room.blocked else []
-    over = foresight.peak([*room.expected, *first, kv], kv.end) - room.in_time
+    first = [blocked.kv] if blocked else []
+    over = foresight.peak([*room.expected, *first, kv], kv.end) - room.in_all
     if lacking <= 0 and over <= 0:
-        return True
-    if not room.blocked:
-        kv = kv._replace(tokens=sequence.length)  # Who shares with it may have ended.
-        room.blocked = kv.at(foresight.start(room.expected, kv, room.in_time))
-        room.lacking = max(lacking, math.ceil(over))
-    return False
+        return None
+    if blocked:
+        return blocked
+    kv = kv._replace(tokens=sequence.length)  # Who shares with it may have ended.
+    begins = kv.at(foresight.start(room.expected, kv, room.in_all))
+    return Blocked(begins, max(lacking, math.ceil(over)))

@@ -22,14 +22,14 @@ class EngineConfig:
     lend_cap: int | None = None
     """Most rBlocks lent to others; None: all."""
     move_budget: int = 16
-    """KV tokens that may move in a step though no row waits for them."""
+    """KV tokens that may move in a step though no sequence waits for them."""
     window: int = 0
     """Tokens that a query sees, its own included; rBlocks behind them are freed. 0: none are,
     because some layer sees all tokens, or because requests that migrate are copied whole."""
     enable_prefix_caching: bool = False
-    """Rows with equal prefixes share the sealed rBlocks of these: see `prefix_caching`."""
+    """Sequences with equal prefixes share the sealed rBlocks of these: see `prefix_caching`."""
     keys_by_length: bool = False
-    """Only rows with prompts of one length do, for the length decides on K (dynamic RoPE)."""
+    """Only sequences with prompts of one length do, for the length decides on K (dynamic RoPE)."""
     attention_tokens: float = float("inf")
     """Context length at which a token costs twice what its linear layers cost."""
 
@@ -48,7 +48,7 @@ class EngineConfig:
 
     @property
     def prefix_caching(self) -> bool:
-        """Whether rows share rBlocks."""
+        """Whether sequences share rBlocks."""
         return shares_prefixes(self.enable_prefix_caching, self.policy, self.window)
 
     def prefix_keys(self, request: Request) -> list[bytes]:
@@ -62,14 +62,14 @@ class EngineConfig:
 
     @cached_property
     def reserve(self) -> int:
-        """rBlocks that stay free when a row is admitted, for those that run to grow into."""
+        """rBlocks that stay free when a sequence is admitted, for those that run to grow into."""
         chunk = self.blocks(self.max_num_batched_tokens)
         return min(chunk, max(1, self.num_blocks // 100))
 
     @cached_property
     def first_chunk(self) -> int:
-        """rBlocks that are not lent unless a row starves, at least `reserve`: rows assigned here
-        begin in them."""
+        """rBlocks that are not lent unless a sequence starves, at least `reserve`: requests
+        assigned here begin in them."""
         chunk = self.blocks(self.max_num_batched_tokens)
         return min(chunk, max(1, self.num_blocks // 8))
 
@@ -79,6 +79,6 @@ class EngineConfig:
 
 
 def shares_prefixes(enabled: bool, policy: Policy, window: int) -> bool:
-    """True if rows share rBlocks. They do not where rBlocks are freed behind a window or copied
-    with a request that migrates: there one row decides about them."""
+    """True if sequences share rBlocks. They do not where rBlocks are freed behind a window or
+    copied with a request that migrates: there one sequence decides about them."""
     return enabled and not window and not policy.migrate

@@ -16,7 +16,7 @@ from hpc_distkv.ids import InstanceId, PrefixId
 from hpc_distkv.memory.rmanager import RManager
 
 STARVED_GROWTH = 8
-"""A starved row asks for room to grow by 1/8 of its length: others are preempted, and computed
+"""A starved sequence asks for room to grow by 1/8 of its length: others are preempted, and computed
 again, only as often as that pays."""
 
 NO_CREDIT: Mapping[InstanceId, int] = {}
@@ -122,7 +122,7 @@ def longest(state: State) -> int:
 
 def _lendable(state: State) -> int:
     """rBlocks that nobody here needs: no running sequence, none that is admitted next, and no new
-    rows for their first chunks. While an older request is starved elsewhere, only what is older
+    ones for their first chunks. While an older request is starved elsewhere, only what is older
     counts; and what was to be kept for loans is not for waiting sequences."""
     orders, foresight, running = state.orders, state.foresight, state.running
     need = 0 if orders.keep or orders.before < NOBODY else state.config.first_chunk

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence as Rows
+from collections.abc import Sequence as SequenceOf
 from operator import attrgetter
 from typing import NamedTuple, TypeVar
 
@@ -62,12 +62,12 @@ class Foresight:
         there = max(self._rm.prefixes.coming(sequence.keys), self._rm.swap.computed(sequence.id))
         return sequence.length - there * self._config.block_size
 
-    def at_home(self, running: Rows[Sequence]) -> int:
-        """rBlocks that these rows have here, shared ones counted once."""
+    def at_home(self, running: SequenceOf[Sequence]) -> int:
+        """rBlocks that these sequences have here, shared ones counted once."""
         own = sum(len(self._rm.tables[sequence.id].slots) for sequence in running)
         return own + self._rm.prefixes.at_home(sequence.id for sequence in running)
 
-    def expected_kvs(self, running: Rows[Sequence]) -> list[ExpectedKv]:
+    def expected_kvs(self, running: SequenceOf[Sequence]) -> list[ExpectedKv]:
         """Of these sequences; what they share counts with the one that ends last."""
         size, prefixes = self._config.block_size, self._rm.prefixes
         counted: set[PrefixId] = set()
@@ -92,7 +92,7 @@ class Foresight:
         tokens = sequence.length - away * self._config.block_size
         return ExpectedKv(0, self.expected_end(sequence) - sequence.length, tokens)
 
-    def peak(self, expected: Rows[ExpectedKv], until: float = math.inf) -> float:
+    def peak(self, expected: SequenceOf[ExpectedKv], until: float = math.inf) -> float:
         """Most rBlocks taken together at any time before `until`, where one of `expected` ends."""
         # Each grows until it ends, so the most is taken just before one of them ends.
         later = [kv for kv in expected if kv.start]
@@ -109,22 +109,22 @@ class Foresight:
                 most = max(most, taken)
         return most
 
-    def start(self, running: Rows[ExpectedKv], row: ExpectedKv, room: float) -> float:
-        """The first end of one of `running` from which `row` fits into `room` beside the others.
-        All of them have begun, and `row` would begin now."""
+    def start(self, running: SequenceOf[ExpectedKv], kv: ExpectedKv, room: float) -> float:
+        """The first end of one of `running` from which `kv` fits into `room` beside the others.
+        All of them have begun, and `kv` would begin now."""
         ends = np.unique([kv.end for kv in running])
-        # Begun when another ends, the row takes most beside others just before one of them ends,
+        # Begun when another ends, it takes most beside others just before one of them ends,
         # or just before it ends itself.
         age = ends[None, :] - ends[:, None]
-        beside = self._taken(running, ends)[None, :] + self._blocks(row.tokens + age)
-        most = np.where((age > 0) & (age <= row.end), beside, 0.0).max(axis=1)
-        others = self._taken(running, ends + row.end)
-        last = np.where(others > 0, others + self._blocks(np.array(row.tokens + row.end)), 0.0)
+        beside = self._taken(running, ends)[None, :] + self._blocks(kv.tokens + age)
+        most = np.where((age > 0) & (age <= kv.end), beside, 0.0).max(axis=1)
+        others = self._taken(running, ends + kv.end)
+        last = np.where(others > 0, others + self._blocks(np.array(kv.tokens + kv.end)), 0.0)
         free = np.flatnonzero(np.maximum(most, last) <= room)
         return float(ends[free[0]])
 
     def _taken(
-        self, expected: Rows[ExpectedKv], moments: Rows[float] | NDArray[np.float64]
+        self, expected: SequenceOf[ExpectedKv], moments: SequenceOf[float] | NDArray[np.float64]
     ) -> NDArray[np.float64]:
         """float64 `[moments]`: rBlocks taken together just before each of these."""
         start, end, tokens = np.array(expected, dtype=float).reshape(-1, 3).T

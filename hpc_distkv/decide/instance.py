@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Container, Mapping
-from collections.abc import Sequence as Rows
+from collections.abc import Sequence as SequenceOf
 
 from hpc_distkv.control.messages.counters import Counters
 from hpc_distkv.control.messages.loans import Header
@@ -151,21 +151,22 @@ class Instance:
 
     def append(
         self,
-        rows: Rows[Scheduled[Sequence]],
-        tokens: Rows[int],
+        scheduled: SequenceOf[Scheduled[Sequence]],
+        tokens: SequenceOf[int],
         now: float,
         logprobs: Mapping[int, bytes] = NO_LOGPROBS,
     ) -> None:
-        """The step is computed: `advance` and `learn`. `tokens`: one for each row that has no token
-        left to compute, in order; `logprobs`: request → its record, if it asks for one."""
-        self.learn(rows, self.advance(rows), tokens, now, logprobs)
+        """The step is computed: `advance` and `learn`. `tokens`: one for each sequence that has no
+        token left to compute, in order; `logprobs`: request → its record, if it asks for one."""
+        self.learn(scheduled, self.advance(scheduled), tokens, now, logprobs)
 
-    def advance(self, rows: Rows[Scheduled[S]]) -> list[S]:
-        """Count the step's rows as computed. Returns those that have no token left to compute, in
-        order: the n-th goes on with the n-th token that the step draws, which is not known yet."""
+    def advance(self, scheduled: SequenceOf[Scheduled[S]]) -> list[S]:
+        """Count the step's tokens as computed. Returns the sequences that have no token left to
+        compute, in order: the n-th goes on with the n-th token that the step draws, which is not
+        known yet."""
         ends: list[S] = []
         sealing = self.rm.prefixes.computing
-        for sequence, count in rows:
+        for sequence, count in scheduled:
             ending = sequence.remaining == count
             if sequence.id not in self._over:
                 if count > 1 or sequence.output_len == 0:
@@ -181,19 +182,19 @@ class Instance:
 
     def learn(
         self,
-        rows: Rows[Scheduled[Sequence]],
-        ends: Rows[Sequence],
-        tokens: Rows[int],
+        scheduled: SequenceOf[Scheduled[Sequence]],
+        ends: SequenceOf[Sequence],
+        tokens: SequenceOf[int],
         now: float,
         logprobs: Mapping[int, bytes] = NO_LOGPROBS,
         following: Container[int] = (),
     ) -> None:
-        """The step of `rows` has ended: its `ends`, as returned by `advance`, have got `tokens`.
+        """The step of `scheduled` has ended: its `ends`, of `advance`, have got `tokens`.
         `following`: requests in the next step if that is under way. Those that finish here are
         computed once too often there, and keep their rBlocks until that step has ended too."""
         over, self._over = self._over, set()
         if self.config.window:
-            for sequence, _ in rows:
+            for sequence, _ in scheduled:
                 if sequence.id not in over:
                     self._drop_unseen(sequence)
         gaps = Counter[float]()
@@ -239,7 +240,7 @@ class Instance:
         )
 
     def note_step(self, work: StepWork, seconds: StepSeconds) -> None:
-        """Take the measured time of a step with rows."""
+        """Take the measured time of a step with sequences."""
         self.counters.steps += 1
         self.counters.step_time += seconds.total
         self.counters.held_block_steps += self.rm.held
@@ -267,7 +268,9 @@ class Instance:
         """A creditor has set rBlocks aside for this instance."""
         self.rm.borrower.credit_opened(creditor, blocks)
 
-    def commit_served(self, debtor: InstanceId, outgoing: Rows[Move], incoming: Rows[Move]) -> None:
+    def commit_served(
+        self, debtor: InstanceId, outgoing: SequenceOf[Move], incoming: SequenceOf[Move]
+    ) -> None:
         """The moves of a header have arrived, and its queries have been served."""
         self.counters.blocks_lent += len(incoming)
         self.rm.lender.commit(outgoing, incoming)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Rows
+from collections.abc import Sequence as SequenceOf
 
 from hpc_distkv.control.messages.loans import Handover
 from hpc_distkv.control.messages.requests import Request
@@ -76,7 +76,7 @@ class Migrations:
                 del self._target[sequence.id]
         return moves, leaving
 
-    def _choose(self, rm: RManager, running: Rows[Sequence], short: int) -> None:
+    def _choose(self, rm: RManager, running: SequenceOf[Sequence], short: int) -> None:
         """Send a decoding request to every creditor with credit: the smallest that frees what is
         short, or else the largest that finds room."""
         tables, taken = rm.tables, set(self._target.values())
@@ -112,7 +112,7 @@ class Handovers:
         self._back: list[tuple[InstanceId, Sequence]] = []
         """What came back before the step that handed it over ended here."""
 
-    def leave(self, sequences: Rows[Sequence]) -> list[Sequence]:
+    def leave(self, sequences: SequenceOf[Sequence]) -> list[Sequence]:
         """The step that hands these over has ended. Returns those that came back meanwhile: they
         run here again."""
         for sequence in sequences:

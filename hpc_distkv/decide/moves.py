@@ -14,9 +14,9 @@ from hpc_distkv.memory.rmanager import RManager
 
 
 class Moves:
-    """Chooses the rBlocks that move to creditors and those that come home. Moves that rows wait for
-    are made at once; those that the gManager planned keep to a budget, so that compute hides them.
-    Owner of those plans."""
+    """Chooses the rBlocks that move to creditors and those that come home. Moves that sequences
+    wait for are made at once; those that the gManager planned keep to a budget, so that compute
+    hides them. Owner of those plans."""
 
     def __init__(self) -> None:
         self._shed: dict[InstanceId, int] = {}
@@ -107,7 +107,7 @@ class Moves:
         return moves
 
     def _afford(self, tokens: int) -> bool:
-        """Spend the budget for one more rBlock, of `tokens` tokens, that no row waits for."""
+        """Spend the budget for one more rBlock, of `tokens` tokens, that no sequence waits for."""
         if self._tokens < tokens:
             return False
         self._tokens -= tokens

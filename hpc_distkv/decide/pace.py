@@ -20,12 +20,12 @@ SWEEPS = 4
 
 
 class StepTime:
-    """The model T = fixed + per_token · rows + per_kv · kv_tokens of a decode step in seconds:
+    """The model T = fixed + per_token · sequences + per_kv · kv_tokens of a decode step in seconds:
     W(β)/f(β) + Σ S/g of Infinite-LLM (arXiv 2401.02669v2), with coefficients that are never
     negative.
 
     Least squares of relative errors with forgetting. Kept are the moments of the observations,
-    from which coordinate descent moves the estimate on. It needs no scaling of rows against
+    from which coordinate descent moves the estimate on. It needs no scaling of sequences against
     tokens, and what the observations do not tell stays as it was: at first a step takes what the
     last one took.
     """
@@ -46,7 +46,7 @@ class StepTime:
 
     @property
     def per_token(self) -> float:
-        """Seconds per row."""
+        """Seconds per sequence."""
         return self._estimate[1]
 
     @property
@@ -54,21 +54,21 @@ class StepTime:
         """Seconds per token of KV attended to."""
         return self._estimate[2]
 
-    def predict(self, rows: int, kv_tokens: int) -> float:
-        """Seconds of a step of `rows` rows that attend to `kv_tokens` tokens in all; 0 before the
-        first observation."""
+    def predict(self, sequences: int, kv_tokens: int) -> float:
+        """Seconds of a step of so many sequences that attend to `kv_tokens` tokens in all; 0
+        before the first observation."""
         fixed, per_token, per_kv = self._estimate
-        return fixed + per_token * rows + per_kv * kv_tokens
+        return fixed + per_token * sequences + per_kv * kv_tokens
 
-    def observe(self, rows: int, kv_tokens: int, seconds: float) -> None:
+    def observe(self, sequences: int, kv_tokens: int, seconds: float) -> None:
         """Learn from one step. Raises ValueError for a time that is not positive."""
-        if not 0 < seconds < math.inf or rows < 0 or kv_tokens < 0:
-            raise ValueError(f"a step of {rows} rows, {kv_tokens} tokens and {seconds} s")
-        predicted = self.predict(rows, kv_tokens)
+        if not 0 < seconds < math.inf or sequences < 0 or kv_tokens < 0:
+            raise ValueError(f"a step of {sequences} sequences, {kv_tokens} tokens and {seconds} s")
+        predicted = self.predict(sequences, kv_tokens)
         miss = min(1.0, abs(predicted - seconds) / seconds)
         trust = min(1.0, max(NOISE, TRUSTED * self.error) / miss) if miss else 1.0
         # Over the larger one: a rare step of a tiny prediction must not outweigh all others.
-        self._remember((1.0, rows, kv_tokens), seconds, trust / max(predicted, seconds) ** 2)
+        self._remember((1.0, sequences, kv_tokens), seconds, trust / max(predicted, seconds) ** 2)
         self._descend()
         self.error += SMOOTHING * (miss - self.error)
         self.observations += 1
@@ -103,22 +103,22 @@ class StepWork(NamedTuple):
     """What a step had to compute."""
 
     decodes: int
-    """Rows in decode."""
+    """Sequences in decode."""
     kv_tokens: int
     """KV tokens at home that they attended to."""
     prompt_work: float
     """Prompt tokens computed, weighted as in `control.messages.requests.work`."""
     exchanging: bool
-    """Whether rows had rBlocks at creditors."""
+    """Whether sequences had rBlocks at creditors."""
 
 
 class Speed(NamedTuple):
     """Measured seconds of one instance; 0 where nothing was measured."""
 
     fixed: float
-    """Of a decode step, whatever its rows."""
+    """Of a decode step, whatever its sequences."""
     per_token: float
-    """Of a decode step, per row."""
+    """Of a decode step, per sequence."""
     per_kv: float
     """Of a decode step, per KV token at home."""
     prompt: float

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from collections.abc import Sequence as Rows
+from collections.abc import Sequence as SequenceOf
 from operator import attrgetter
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -34,9 +34,9 @@ class Plan(NamedTuple):
     """rBlocks that come home."""
     leaving: list[Sequence]
     """Sequences that are handed over after this step."""
-    to_host: Rows[SwapMove] = ()
+    to_host: SequenceOf[SwapMove] = ()
     """rBlocks that go to the host's memory."""
-    from_host: Rows[SwapMove] = ()
+    from_host: SequenceOf[SwapMove] = ()
     """rBlocks that come home from there."""
 
     @property
@@ -57,13 +57,13 @@ Asked = tuple[list[TableKey], int, int]
 
 
 class Query(NamedTuple):
-    """One row's queries to one creditor."""
+    """One sequence's queries to one creditor."""
 
     guests: list[TableKey]
-    """The row's request, its prefixes, or both."""
+    """The sequence's request, its prefixes, or both."""
     rows: int
     position: int
-    """Of the first query in the row's sequence."""
+    """Of the first query in the sequence."""
     first: int
     """Of the first query among the tokens of the step."""
 
@@ -74,14 +74,14 @@ class Query(NamedTuple):
 
 
 def remote_queries(
-    rm: RManager, rows: Iterable[Scheduled[Sequence]]
+    rm: RManager, scheduled: Iterable[Scheduled[Sequence]]
 ) -> dict[InstanceId, list[Query]]:
     """Creditor → the queries it gets in a step, those of the same guests together."""
     queries: dict[InstanceId, list[Query]] = {}
     if not rm.borrower.debts:
         return queries
     first = 0
-    for sequence, count in rows:
+    for sequence, count in scheduled:
         guests: dict[InstanceId, list[TableKey]] = {}
         for key, table in rm.parts(sequence.id).items():
             for creditor in table.remote:
@@ -94,13 +94,13 @@ def remote_queries(
     return queries
 
 
-def host_queries(rm: RManager, rows: Iterable[Scheduled[Sequence]]) -> list[Query]:
+def host_queries(rm: RManager, scheduled: Iterable[Scheduled[Sequence]]) -> list[Query]:
     """The queries of a step to what is in the host's memory, those of the same guests together."""
     queries: list[Query] = []
     if not rm.swap.used:
         return queries
     first = 0
-    for sequence, count in rows:
+    for sequence, count in scheduled:
         if keys := [key for key, table in rm.parts(sequence.id).items() if table.in_host]:
             queries.append(Query(keys, count, sequence.computed, first))
         first += count

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hpc_distkv.control.messages.counters import Counters
-from hpc_distkv.control.messages.reports import Changes, Remains, Report
+from hpc_distkv.control.messages.reports import NO_REQUEST, Changes, Remains, Report
 from hpc_distkv.control.messages.requests import Result, Unfinished, work
 from hpc_distkv.decide.demand import lacking, large_rows, longest
 from hpc_distkv.decide.migration import Handovers
@@ -67,7 +67,7 @@ class Reporting:
             running=len(running),
             waiting=scheduler.fresh,
             seats=max(0, self._config.max_num_seqs - len(running)),
-            youngest=youngest.id if youngest else -1,
+            youngest=youngest.id if youngest else NO_REQUEST,
             youngest_blocks=rm.held_alone(youngest.id) if youngest else 0,
             longest=longest(scheduler) if sharing else 0,
             lacking=lacking(scheduler) if self._config.policy.planner else 0,
@@ -88,9 +88,9 @@ class Reporting:
 
     def remains(self) -> Remains:
         """As of `Instance.remains`."""
-        rows = (*self._scheduler.running, *self._scheduler.waiting)
+        sequences = (*self._scheduler.running, *self._scheduler.waiting)
         unfinished = [
-            Unfinished(s.id, s.packed_output, s.packed_logprobs) for s in rows if s.output_len
+            Unfinished(s.id, s.packed_output, s.packed_logprobs) for s in sequences if s.output_len
         ]
         return Remains(self._count(), self._results, unfinished)
 
@@ -119,20 +119,20 @@ class Reporting:
         return own + size * (shared + self._rm.lender.hosted)
 
     def _work_left(self) -> float:
-        rows = (*self._scheduler.running, *self._scheduler.waiting)
+        sequences = (*self._scheduler.running, *self._scheduler.waiting)
         foresight, per_row = self._scheduler.foresight, self._config.attention_tokens
         return sum(
             work(s.length - foresight.uncomputed(s), foresight.expected_end(s), per_row)
-            for s in rows
+            for s in sequences
         )
 
     def _request_blocks(self) -> float:
         """Mean expected rBlocks of the waiting requests: those to come are most like them."""
-        rows = self._scheduler.waiting or self._scheduler.running
-        if not rows:
+        sequences = self._scheduler.waiting or self._scheduler.running
+        if not sequences:
             return 0.0
         return (
-            sum(self._scheduler.foresight.expected_end(s) for s in rows)
-            / len(rows)
+            sum(self._scheduler.foresight.expected_end(s) for s in sequences)
+            / len(sequences)
             / self._config.block_size
         )

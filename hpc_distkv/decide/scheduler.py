@@ -1,4 +1,4 @@
-"""Which rows run in a step, which are preempted when memory is short, and what moves."""
+"""Which sequences run in a step, which are preempted when memory is short, and what moves."""
 
 from __future__ import annotations
 
@@ -29,16 +29,17 @@ its operators, and shorter steps waste time of their own."""
 PATIENCE = 2
 """Answers after which a sequence that lacks memory no longer waits for a grant."""
 GROWTH_ROUNDS = 3
-"""Control rounds in which rows grow before rBlocks that are asked for now can be used."""
+"""Control rounds in which sequences grow before rBlocks that are asked for now can be used."""
 LEAST_GROWTH, MOST_GROWTH = 16, 256
-"""Bounds of the decode tokens per row that are expected when memory is asked for."""
+"""Bounds of the decode tokens per sequence that are expected when memory is asked for."""
 
 
 class Scheduler:
     """Continuous batching with chunked prefill, oldest first. Owner of the waiting and running
     sequences and of all that decisions are made on (`State`): admission, demand, moves, migration
-    and swapping read it and return decisions, which the scheduler carries out. Every rBlock comes
-    from its RManager.
+    and swapping read it and return decisions, which the scheduler carries out; moves, migration and
+    swapping also begin the transfers of rBlocks that they choose, at the RManager. Every rBlock
+    comes from there.
 
     Both lists ascend by age. When a sequence lacks an rBlock it waits first for credit that may
     come, then for others to end; then the youngest running sequence is preempted, and if it is
@@ -91,17 +92,17 @@ class Scheduler:
 
     def adopt(self, sequence: Sequence) -> None:
         """A running sequence that another instance handed over, with its rBlocks."""
-        bisect.insort(self.running, sequence, key=lambda s: s.id)
+        self._start(sequence)
 
     def hand_over(self, sequence: Sequence) -> None:
         """The sequence runs elsewhere from now on."""
         self.running.remove(sequence)
         self.rm.hand_over(sequence.id)
 
-    def give_back(self, rows: int) -> list[Sequence]:
-        """The youngest waiting sequences that were not begun, up to `rows`: they go elsewhere."""
+    def give_back(self, most: int) -> list[Sequence]:
+        """The youngest waiting sequences that were not begun, `most` of them: they go elsewhere."""
         fresh = self._fresh()
-        given = fresh[max(0, len(fresh) - rows) :]
+        given = fresh[max(0, len(fresh) - most) :]
         for sequence in given:
             self.waiting.remove(sequence)
         return given
@@ -192,8 +193,8 @@ class Scheduler:
         return too_large(self, sequence) and prefixes.coming(sequence.keys) > 0
 
     def room(self) -> tuple[int, int]:
-        """Rows and prompt tokens that may be assigned: enough to keep the batch full until the
-        next rounds, no more, so that rows stay free to go where there is time."""
+        """Requests and prompt tokens that may be assigned: enough to keep the batch full until the
+        next rounds, no more, so that requests stay free to go where there is time."""
         keep = self.orders.keep
         if self.rm.slots.usable - keep < self.config.first_chunk and (
             self.waiting or not self.running or keep
@@ -201,8 +202,8 @@ class Scheduler:
             return 0, 0
         most = self.config.max_num_batched_tokens
         queued = sum(min(self.foresight.uncomputed(s), most) for s in self.waiting)
-        rows = self.config.max_num_seqs - len(self.running) - len(self.waiting)
-        return max(0, rows), max(0, 2 * most - queued)
+        seats = self.config.max_num_seqs - len(self.running) - len(self.waiting)
+        return max(0, seats), max(0, 2 * most - queued)
 
     # -- a step ---------------------------------------------------------------------------------
 
@@ -274,11 +275,15 @@ class Scheduler:
             self.waiting.remove(sequence)
             if sequence.id in self.orders.begin:
                 self.orders = self.orders._replace(begin=self.orders.begin - {sequence.id})
-            # Preempted for a starved row elsewhere, it may be older than rows that run by now.
-            self.adopt(sequence)
+            self._start(sequence)
             if not self._begin(sequence):
                 return sequence
         return None
+
+    def _start(self, sequence: Sequence) -> None:
+        """It runs. Preempted for one that starved elsewhere, it may be older than others that run
+        by now."""
+        bisect.insort(self.running, sequence, key=lambda s: s.id)
 
     def _begin(self, sequence: Sequence) -> bool:
         """Give the sequence its block table. Returns True if it waits for its rBlocks in the host's
@@ -350,7 +355,7 @@ class Scheduler:
         )
 
     def _starves(self, sequence: Sequence) -> bool:
-        """True if a sequence that lacks memory needs rows preempted elsewhere: none can be here."""
+        """True if a sequence that lacks memory can go on only if others are preempted elsewhere."""
         oldest = sequence is self.running[0]
         return oldest and self.config.policy.lending and not may_spill(self, sequence)
 
@@ -383,8 +388,8 @@ class Scheduler:
     def _plan_migrations(self) -> tuple[list[Move], list[Sequence]]:
         if not self._migrations:
             return [], []
-        rows = (*self.running, *next_waiting(self))
-        need = self.config.reserve + sum(growth_of(self, s) for s in rows)
+        growing = (*self.running, *next_waiting(self))
+        need = self.config.reserve + sum(growth_of(self, s) for s in growing)
         return self._migrations.plan(self, need - self.rm.slots.usable)
 
     def _plan_moves(self) -> tuple[list[Move], list[Move]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence as Rows
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -34,7 +34,7 @@ class TokenCounts:
         self._seen: set[int] = set()
         self._output: Counter[int] = Counter()
 
-    def read(self, tokens: Rows[int]) -> None:
+    def read(self, tokens: SequenceOf[int]) -> None:
         """`tokens`: of prompt and output so far, more or as many as in the last call; a last one
         that is not known yet (see `TokenSequence.expect`) is left for the next call."""
         end = len(tokens) - (tokens[-1] < 0)

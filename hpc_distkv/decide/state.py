@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Rows
+from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple, Protocol
 
 from hpc_distkv.control.messages.requests import NOBODY
@@ -34,7 +34,7 @@ class Outlook(NamedTuple):
     """What becomes of the waiting sequences (`admission.outlook`)."""
 
     expected: list[ExpectedKv]
-    """Of those that can be admitted now, and of the oldest that cannot, from its place in time."""
+    """Of those that can be admitted now, and of the oldest that cannot, from its expected begin."""
     blocked: Sequence | None
     """The latter."""
     lacking: int
@@ -46,8 +46,9 @@ NOTHING_WAITS = Outlook([], None, 0)
 
 class State(Protocol):
     """A read-only view of the scheduler. `Scheduler` owns all of this and alone writes it; what
-    decides on admission, demand, moves and swapping gets it as an argument and returns what to
-    do."""
+    decides on admission, demand, moves, migration and swapping gets it as an argument and returns
+    what to do. `Moves`, `Migrations` and `Swaps` also begin the transfers that they choose at the
+    RManager, which owns the rBlocks."""
 
     @property
     def config(self) -> EngineConfig:
@@ -62,11 +63,11 @@ class State(Protocol):
         """The KV that sequences are expected to need."""
 
     @property
-    def waiting(self) -> Rows[Sequence]:
+    def waiting(self) -> SequenceOf[Sequence]:
         """Ascending by age, the oldest first."""
 
     @property
-    def running(self) -> Rows[Sequence]:
+    def running(self) -> SequenceOf[Sequence]:
         """Ascending by age."""
 
     @property
@@ -83,12 +84,12 @@ class State(Protocol):
 
     @property
     def growth(self) -> int:
-        """Tokens by which a row is expected to grow until a loan asked for now can be used."""
+        """Tokens by which a sequence is expected to grow until a loan asked for now can be used."""
 
 
 def too_large(state: State, sequence: Sequence) -> bool:
     """True if the sequence cannot run with this instance's memory alone and the gManager plans for
-    such rows."""
+    such requests."""
     config = state.config
     own = config.num_blocks - state.rm.lender.lent - config.reserve
     return config.policy.planner and config.blocks(sequence.length + 1) > own

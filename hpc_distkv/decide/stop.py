@@ -12,7 +12,7 @@ from hpc_distkv.model.detokenizer import Detokenizer
 
 
 class TextDecoder(Protocol):
-    """What the engine needs of a tokenizer, for rows with stop strings."""
+    """What the engine needs of a tokenizer, for requests with stop strings."""
 
     def detokenizer(
         self, prompt: Sequence[int] = (), skip_special_tokens: bool = True

@@ -13,27 +13,27 @@ from hpc_distkv.memory.books.swap import SwapMove
 from hpc_distkv.memory.prefix import Prefix
 
 GROWTH_TOKENS = 8
-"""That a row in decode is sure to grow by."""
+"""That a sequence in decode is sure to grow by."""
 HOME_BLOCKS = 8
-"""rBlocks that come home in one step though no row waits for them."""
+"""rBlocks that come home in one step though no sequence waits for them."""
 
 
 class Swaps:
     """Chooses what the host's memory is used for. Owner of what moves to and fro in a step.
 
-    Where a row that lacks memory gets it from, in this order, and why (`Scheduler._make_room` and
-    `_plan_moves` ask in it):
+    Where a sequence that lacks memory gets it from, in this order, and why
+    (`Scheduler._make_room` and `_plan_moves` ask in it):
 
     1. the own pool;
     2. credit at peers: they attend at the speed of their device, beside this rank;
-    3. the host's memory. A preempted row is swapped out if the copies there and back take less time
-       than to compute its KV again, by measured times of both. It comes home in the step before the
-       one in which it goes on. Only a row larger than the pool has its oldest rBlocks there while
-       it runs: in every step the host's processor attends to them, or they are copied (`HostTier`),
-       which costs more than to move once what could be at home;
-    4. a row is preempted and computed again.
+    3. the host's memory. A preempted sequence is swapped out if the copies there and back take less
+       time than to compute its KV again, by measured times of both. It comes home in the step
+       before the one in which it goes on. Only a sequence larger than the pool has its oldest
+       rBlocks there while it runs: in every step the host's processor attends to them, or they are
+       copied (`HostTier`), which costs more than to move once what could be at home;
+    4. a sequence is preempted and computed again.
 
-    Swapped-out rows are given up, and computed again, when a running row needs their room.
+    Swapped-out sequences are given up, and computed again, when a running one needs their room.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Swaps:
         self._out: list[SwapMove] = []
         self._home: list[SwapMove] = []
 
-    # -- preempted rows --------------------------------------------------------------------------
+    # -- preempted sequences ---------------------------------------------------------------------
 
     def swap_out(self, state: State, sequence: Sequence) -> bool:
         """Begin to copy a preempted sequence to the host's memory, and return True, if that pays.
@@ -82,11 +82,11 @@ class Swaps:
             self._returning.append(sequence)
         return bool(home)
 
-    # -- running rows ----------------------------------------------------------------------------
+    # -- running sequences -----------------------------------------------------------------------
 
     def plan(self, state: State, short: int, may_borrow: Callable[[Sequence], bool]) -> None:
-        """Send `short` rBlocks of rows larger than the pool to the host, if no credit can come; or
-        bring home what has room until all rows end."""
+        """Send `short` rBlocks of sequences larger than the pool to the host, if no credit can
+        come; or bring home what has room until all sequences end."""
         short -= self.freeing
         if short > 0:
             for sequence in sorted(state.running, key=lambda s: s.length, reverse=True):
@@ -110,7 +110,7 @@ class Swaps:
         """Send the oldest rBlocks of a sequence; returns how many."""
         space = state.rm.swap
         blocks = list(islice(_movable(state, sequence), short))
-        # Swapped-out rows that are not on their way now make room, the youngest first.
+        # Swapped-out sequences that are not on their way now make room, the youngest first.
         leaving = {sequence.id for sequence in self._leaving}
         for request in sorted(space.swapped.keys() - leaving, reverse=True):
             if space.free >= len(blocks):

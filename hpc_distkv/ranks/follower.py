@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
-from collections.abc import Sequence as Rows
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -93,7 +92,7 @@ class Follower(StepLoop):
         return plan, begun.now
 
     def _draw(
-        self, logits: torch.Tensor, ends: Rows[TokenSequence], before: torch.Tensor | None
+        self, logits: torch.Tensor, ends: Sequence[TokenSequence], before: torch.Tensor | None
     ) -> torch.Tensor:
         device = self._comm.device
         if not device.deferred:
@@ -107,7 +106,7 @@ class Follower(StepLoop):
         self._ended = event if isinstance(event, StepEnded) else None
         return self._ended is None
 
-    def _results(self) -> tuple[Rows[int], float, Mapping[int, bytes]]:
+    def _results(self) -> tuple[Sequence[int], float, Mapping[int, bytes]]:
         ended, self._ended = self._ended or self._next(StepEnded), None
         return ended.tokens, ended.now, NO_LOGPROBS
 
@@ -138,8 +137,8 @@ class Follower(StepLoop):
         """Read the log and apply what does not wait for the loop, serve debtors, and push on the
         control round."""
         self._comm.transport.push()
-        while (letter := self._comm.mail.poll()) is not None:
-            self._log.append(self._read(*letter))
+        while (recorded := self._comm.mail.poll()) is not None:
+            self._log.append(self._read(*recorded))
         self._serve()
         while self._log and self._apply(self._log[0]):
             self._log.popleft()
@@ -159,9 +158,9 @@ class Follower(StepLoop):
 
     # -- the log --------------------------------------------------------------------------------
 
-    def _read(self, rank: int, letter: bytes) -> Event:
+    def _read(self, rank: int, encoded: bytes) -> Event:
         try:
-            event: Event = msgspec.msgpack.decode(letter, type=Event)
+            event: Event = msgspec.msgpack.decode(encoded, type=Event)
         except msgspec.DecodeError as error:
             raise ProtocolError(f"the log of rank {rank} is malformed: {error}") from error
         return event

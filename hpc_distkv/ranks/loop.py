@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Container, Mapping
-from collections.abc import Sequence as Rows
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -129,7 +128,7 @@ class StepLoop(ABC):
 
     @abstractmethod
     def _draw(
-        self, logits: torch.Tensor, ends: Rows[TokenSequence], before: torch.Tensor | None
+        self, logits: torch.Tensor, ends: Sequence[TokenSequence], before: torch.Tensor | None
     ) -> torch.Tensor:
         """Ask for the next tokens of the `ends`, int64 `[ends]` on the device. `logits`: `[ends,
         vocab]` on the leader; `before`: those of the step before, if the host does not know
@@ -140,7 +139,7 @@ class StepLoop(ABC):
         """Whether the next step is planned before the tokens of this one are known."""
 
     @abstractmethod
-    def _results(self) -> tuple[Rows[int], float, Mapping[int, bytes]]:
+    def _results(self) -> tuple[Sequence[int], float, Mapping[int, bytes]]:
         """Wait for the oldest step that was drawn and not learnt: its new tokens, the leader's time
         when it had them, and on the leader request → record of its log-probabilities."""
 

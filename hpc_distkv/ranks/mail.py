@@ -137,13 +137,13 @@ class Mailbox:
     def open_credits(self) -> None:
         """Set rBlocks aside for debtors, as the answer grants, and tell them."""
         for debtor, blocks in self._instance.credits().items():
-            letter = msgspec.msgpack.encode(Credit(blocks))
-            self._comm.mail.post(self._comm.world.rank_of(debtor), letter)
+            message = msgspec.msgpack.encode(Credit(blocks))
+            self._comm.mail.post(self._comm.world.rank_of(debtor), message)
 
     def attend(self) -> None:
         """Read the mail and push on every debtor's step. Never blocks. Raises ProtocolError."""
-        while (letter := self._comm.mail.poll()) is not None:
-            self._read(*letter)
+        while (message := self._comm.mail.poll()) is not None:
+            self._read(*message)
         self.serve()
 
     def serve(self) -> None:
@@ -154,9 +154,9 @@ class Mailbox:
                 self._creditor.commit(debtor)
                 self._begin_next(debtor)
 
-    def _read(self, rank: int, letter: bytes) -> None:
+    def _read(self, rank: int, encoded: bytes) -> None:
         try:
-            message: Header | Credit = msgspec.msgpack.decode(letter, type=Header | Credit)
+            message: Header | Credit = msgspec.msgpack.decode(encoded, type=Header | Credit)
         except msgspec.DecodeError as error:
             raise ProtocolError(f"the mail of rank {rank} is malformed: {error}") from error
         sender = self._comm.world.instance_of(rank)

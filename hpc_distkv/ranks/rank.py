@@ -84,15 +84,15 @@ class RankEngine:
         time = TimeSheet(recorder or Recorder())
         layout = self._layout
         parts = Parts(
-            self.comm,
-            layout.model,
-            layout.pool,
-            self.config,
-            layout.heads,
-            self._decoder,
-            time,
-            layout.host_pool,
-            self._graphs,
+            comm=self.comm,
+            model=layout.model,
+            pool=layout.pool,
+            config=self.config,
+            heads=layout.heads,
+            decoder=self._decoder,
+            time=time,
+            host_pool=layout.host_pool,
+            graphs=self._graphs,
         )
         interrupt = interrupt or Interrupt()
         follows = self.comm.world.lane > 0
@@ -114,7 +114,7 @@ class RankEngine:
         tokens = kv_tokens(request.prompt_len, request.sampling.max_tokens)
         if tokens > self.capacity_tokens:
             raise OptionError(
-                f"request {request.id} may come to need the KV of {tokens} tokens "
+                f"request {request.id} may need the KV of {tokens} tokens "
                 f"({request.prompt_len} of its prompt), but there is room for "
                 f"{self.capacity_tokens}: give more --num-blocks or --host-kv-memory, or more ranks"
             )

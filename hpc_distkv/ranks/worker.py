@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as Rows
+from collections.abc import Callable, Mapping, Sequence
 from operator import sub
 
 import msgspec
@@ -73,8 +72,8 @@ class Worker(StepLoop):
     waits for nothing. Why so no wait lasts for ever: `docs/design.md` (for the lanes `Follower`).
 
     At the end every instance returns what it borrowed and serves on until all loans are settled
-    everywhere: no message is left behind. So it is too when the run ends early: what runs is set
-    aside first, and its tokens are handed in last, when none of it can be under way any more.
+    everywhere: no message is left behind. So it is too when the run ends early: what runs is
+    stopped first, and its tokens are handed in last, when none of it can be under way any more.
     """
 
     def __init__(self, parts: Parts, leader: Leader | None, interrupt: Interrupt) -> None:
@@ -86,7 +85,7 @@ class Worker(StepLoop):
         self._log = Log(comm)
         self._mailbox = Mailbox(comm, self.instance, self._creditor, self._log)
         if leader:
-            comm.hear(lambda rank: leader.gmanager.last_report(rank // comm.world.tp))
+            comm.hear(lambda rank: leader.gmanager.last_report(comm.world.instance_of(rank)))
         self._draws: deque[Callable[[], Sampled | None]] = deque()
         """Give the tokens of the steps that the device was asked for, oldest first."""
         self._since = self._clock()
@@ -128,9 +127,12 @@ class Worker(StepLoop):
         messages = self._comm.gather(msgspec.msgpack.encode(self.instance.remains()))
         if not self._leader:
             return
-        for instance, message in enumerate(messages[:: self._comm.world.tp]):
+        tp, gmanager = self._comm.world.tp, self._leader.gmanager
+        last = [gmanager.last_report(instance) for instance in range(self._comm.world.instances)]
+        self._comm.hear(lambda rank: last[rank // tp])  # The leader may go.
+        for instance, message in enumerate(messages[::tp]):
             remains = msgspec.msgpack.decode(message, type=Remains)
-            self._leader.gmanager.counters[instance] = remains.counters
+            gmanager.close(instance, remains.counters)
             for result in remains.results:
                 self._leader.finish(result)
             for unfinished in remains.unfinished:
@@ -213,7 +215,7 @@ class Worker(StepLoop):
         return plan, now
 
     def _draw(
-        self, logits: torch.Tensor, ends: Rows[TokenSequence], before: torch.Tensor | None
+        self, logits: torch.Tensor, ends: Sequence[TokenSequence], before: torch.Tensor | None
     ) -> torch.Tensor:
         draw = begin_sampling(self._comm.device, logits, ends, before)
         self._draws.append(draw.ready)
@@ -226,7 +228,7 @@ class Worker(StepLoop):
             self._log.record(Advanced())
         return going_on
 
-    def _results(self) -> tuple[Rows[int], float, Mapping[int, bytes]]:
+    def _results(self) -> tuple[Sequence[int], float, Mapping[int, bytes]]:
         ready = self._draws.popleft()
         tokens, logprobs = self._comm.waiter.until(ready, STEP_END, self._other_lanes)
         now = time.monotonic()

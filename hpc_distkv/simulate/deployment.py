@@ -77,7 +77,7 @@ class Deployment:
 
     @property
     def capacity_tokens(self) -> int:
-        """Tokens whose KV one row may come to need: its home's pool, all that others lend, and the
+        """Tokens whose KV one row may have at most: its home's pool, all that others lend, and the
         memory of its host."""
         blocks = self.config.num_blocks
         cap = blocks if self.config.lend_cap is None else min(blocks, self.config.lend_cap)

@@ -21,6 +21,7 @@ from hpc_distkv.start.memory_limits import Room
 from hpc_distkv.start.needs import largest_step
 from hpc_distkv.start.options import EngineOptions
 from hpc_distkv.step.graphs import recordable
+from hpc_distkv.step.model import QueryHeads
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ class Layout:
         return self.pool.num_blocks - self.recorded
 
     @property
-    def heads(self) -> tuple[int, int]:
-        """Query heads and head dimension of the shard."""
-        return self.model.config.num_heads, self.model.config.head_dim
+    def heads(self) -> QueryHeads:
+        """Those of the shard."""
+        return QueryHeads(self.model.config.num_heads, self.model.config.head_dim)
 
     @property
     def query_bytes(self) -> int:
@@ -90,7 +91,7 @@ class Layout:
         if self.host_pool is None:
             return 0.0, math.inf
         pools = self.comm, self.pool, self.host_pool
-        rows = staged_from(*pools, self.heads[0], self.model.attention[0])
+        rows = staged_from(*pools, self.heads.num_heads, self.model.attention[0])
         return copy_seconds(*pools), rows
 
 

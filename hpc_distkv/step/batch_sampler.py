@@ -7,7 +7,7 @@ there in one copy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Rows
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ DRAWN_TOGETHER = 32
 
 
 def sample_together(
-    device: Device, logits: Tensor, sequences: Rows[TokenSequence], before: Tensor | None = None
+    device: Device, logits: Tensor, sequences: Sequence[TokenSequence], before: Tensor | None = None
 ) -> Tensor:
     """int64 `[sequences]` on the device, NO_TOKEN included; `logits`: float32 `[sequences, vocab]`,
     left as it is; `before`, on the device: tokens that the host does not know yet (see
@@ -57,7 +57,7 @@ def sample_together(
     return tokens.where(finite, NO_TOKEN)
 
 
-def _settings(rows: list[int], sequences: Rows[TokenSequence], vocab: int) -> list[Tensor]:
+def _settings(rows: list[int], sequences: Sequence[TokenSequence], vocab: int) -> list[Tensor]:
     """int64 rows; int64 keys, float64 temperatures, min-p and top-p, int64 top-k, all `[n, 1]` but
     the first."""
     samplings = [sequences[row].request.sampling for row in rows]
@@ -98,7 +98,7 @@ def _sorted_weights(
 
 
 def _adjusted(
-    device: Device, logits: Tensor, sequences: Rows[TokenSequence], before: Tensor | None
+    device: Device, logits: Tensor, sequences: Sequence[TokenSequence], before: Tensor | None
 ) -> Tensor:
     """As `sampler.adjusted`, for all rows."""
     edits = _edits(sequences, logits.shape[1])
@@ -124,7 +124,7 @@ def _adjusted(
     return logits
 
 
-def _edits(sequences: Rows[TokenSequence], vocab: int) -> list[_Edits]:
+def _edits(sequences: Sequence[TokenSequence], vocab: int) -> list[_Edits]:
     """In the order in which rules apply: biases; tokens that are withheld; those that are there,
     with the penalty for repetition; likewise the first places of rows whose last token is not known
     yet, with its place among the tokens before; and those in outputs, with what frequency and
@@ -165,7 +165,9 @@ class _Edits:
         """Tensors that they make."""
         return len(self._kinds)
 
-    def add(self, first: int, tokens: np.ndarray | Rows[int], *numbers: np.ndarray | float) -> None:
+    def add(
+        self, first: int, tokens: np.ndarray | Sequence[int], *numbers: np.ndarray | float
+    ) -> None:
         """Of `tokens` of the row whose logits begin at `first`."""
         at = first + np.asarray(tokens, np.int64)
         columns = (np.asarray(n, k) for n, k in zip(numbers, self._kinds[1:], strict=True))

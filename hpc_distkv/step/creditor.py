@@ -91,7 +91,7 @@ class DebtorStep:
             self._guests = PagedBatch.build(
                 guest_rows(header.queries, self._hosted, size, together)
             )
-            shape, place = (rows, *parts.shape), self._pool.device
+            shape, place = (rows, *parts.heads), self._pool.device
             self._queries = torch.empty(shape, dtype=self._pool.dtype, device=place)
             self._out = torch.empty(shape, device=place)
             self._lse = torch.empty(shape[:2], device=place)

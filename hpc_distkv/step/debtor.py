@@ -42,7 +42,7 @@ class Debtor:
     """
 
     def __init__(self, parts: Parts, instance: Instance) -> None:
-        self._comm, self._pool, self._shape = parts.comm, parts.pool, parts.shape
+        self._comm, self._pool, self._heads = parts.comm, parts.pool, parts.heads
         self._time, self._instance = parts.time, instance
         self._counters = instance.counters
         self._exchanges: list[CreditorExchange] = []
@@ -105,7 +105,7 @@ class Debtor:
             self._time.recorder.open(Kind.TRANSFER)
 
     def _exchange(self, rank: int, rows: torch.Tensor) -> CreditorExchange:
-        shape, place = (len(rows), *self._shape), self._pool.device
+        shape, place = (len(rows), *self._heads), self._pool.device
         return CreditorExchange(
             rank,
             rows,

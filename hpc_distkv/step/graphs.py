@@ -32,7 +32,7 @@ from hpc_distkv.attention.triton.launch_plan import LaunchPlan, plan_key
 from hpc_distkv.comm.gpu.cuda import new_stream
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.step.inputs import Inputs
-from hpc_distkv.step.model import Model
+from hpc_distkv.step.model import Model, QueryHeads
 
 log = logging.getLogger(__name__)
 
@@ -57,21 +57,21 @@ def recordable(model: Model, q: torch.Tensor, k_cache: torch.Tensor) -> bool:
 
 
 def decode_graphs(
-    model: Model, pool: BlockPool, shape: tuple[int, int], wanted: bool
+    model: Model, pool: BlockPool, heads: QueryHeads, wanted: bool
 ) -> DecodeGraphs | None:
     """The recorder of decode steps; None if they are not `wanted` or the device has no kernels."""
     kernels = backend.kernels(pool.device) if wanted else None
-    return DecodeGraphs(model, pool, kernels, shape) if kernels else None
+    return DecodeGraphs(model, pool, kernels, heads) if kernels else None
 
 
 class DecodeGraphs:
     """The recorded steps of one rank. Owner of the tensors they read and write."""
 
     def __init__(
-        self, model: Model, pool: BlockPool, kernels: TritonKernels, shape: tuple[int, int]
+        self, model: Model, pool: BlockPool, kernels: TritonKernels, heads: QueryHeads
     ) -> None:
-        """`shape`: query heads and head dimension. Padding rows write to the pool's last rBlock."""
-        self._model, self._pool, self._kernels, self._shape = model, pool, kernels, shape
+        """Padding rows write to the pool's last rBlock."""
+        self._model, self._pool, self._kernels, self._heads = model, pool, kernels, heads
         self._specs = {spec.window: spec for spec in model.attention}
         self._seen: Counter[Hashable] = Counter()
         self._graphs: dict[Hashable, DecodeGraph] = {}
@@ -94,7 +94,7 @@ class DecodeGraphs:
         None if it has to run as it is. `inputs`, on the device: tokens, positions, slots and places
         in them, `[rows]` each."""
         rows = batch.kv_len.numel()
-        q = torch.empty((rows, *self._shape), dtype=self._pool.dtype, device=self._pool.device)
+        q = torch.empty((rows, *self._heads), dtype=self._pool.dtype, device=self._pool.device)
         k_cache, _ = self._pool.layer(0)
         plans = {
             window: self._kernels.plan(q, k_cache, batch, spec, causal=True)

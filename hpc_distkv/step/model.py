@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from hpc_distkv.attention import AttentionSpec
 from hpc_distkv.model.decoder import Attend
 from hpc_distkv.model.shard import Lanes
+
+
+class QueryHeads(NamedTuple):
+    """Of a rank's shard."""
+
+    num_heads: int
+    head_dim: int
 
 
 class Model(Protocol):

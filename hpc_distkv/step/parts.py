@@ -10,11 +10,11 @@ from hpc_distkv.decide.config import EngineConfig
 from hpc_distkv.decide.stop import TextDecoder
 from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.step.graphs import DecodeGraphs
-from hpc_distkv.step.model import Model
+from hpc_distkv.step.model import Model, QueryHeads
 from hpc_distkv.step.timesheet import TimeSheet
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Parts:
     """The complete parts of one rank's run: every object of `step/` and `ranks/` takes its own from
     here."""
@@ -24,9 +24,8 @@ class Parts:
     """This rank's shard."""
     pool: BlockPool
     config: EngineConfig
-    shape: tuple[int, int]
-    """Query heads and head dimension of the shard."""
-    decoder: TextDecoder | None
+    heads: QueryHeads
+    decoder: TextDecoder | None = None
     """For requests with stop strings."""
     time: TimeSheet
     host_pool: BlockPool | None = None

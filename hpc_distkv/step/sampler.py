@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as Rows
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -40,7 +39,7 @@ class Draw(NamedTuple):
 def begin_sampling(
     device: Device,
     logits: torch.Tensor,
-    sequences: Rows[TokenSequence],
+    sequences: Sequence[TokenSequence],
     before: torch.Tensor | None = None,
 ) -> Draw:
     """Ask `device` for the next tokens. `logits`: float32 `[sequences, vocab]`; `before`: the
@@ -76,7 +75,7 @@ def begin_sampling(
     return Draw(drawn, ready)
 
 
-def sample(logits: torch.Tensor, sequences: Rows[TokenSequence]) -> list[int]:
+def sample(logits: torch.Tensor, sequences: Sequence[TokenSequence]) -> list[int]:
     """The next token of each sequence, or NO_TOKEN; `logits` is float32 `[sequences, vocab]`, left
     as it is.
 
@@ -98,7 +97,7 @@ def sample(logits: torch.Tensor, sequences: Rows[TokenSequence]) -> list[int]:
 
 
 def sample_logprobs(
-    logits: torch.Tensor, sequences: Rows[TokenSequence], tokens: Rows[int]
+    logits: torch.Tensor, sequences: Sequence[TokenSequence], tokens: Sequence[int]
 ) -> dict[int, bytes]:
     """Request → the record (`pack_logprobs`) of its new token, for those that ask for it: from the
     logits as the model made them, before any rule or temperature."""
@@ -110,7 +109,7 @@ def sample_logprobs(
     return found
 
 
-def _asking(sequences: Rows[TokenSequence]) -> dict[int, list[int]]:
+def _asking(sequences: Sequence[TokenSequence]) -> dict[int, list[int]]:
     """Alternatives to report → the rows that ask for so many."""
     asked: dict[int, list[int]] = {}
     for row, sequence in enumerate(sequences):

@@ -26,7 +26,7 @@ class Kind(IntEnum):
     CONTROL = 6
     """Without work: waiting for the answer of a control round; of a follower, for its leader."""
     LEAD = 7
-    """Rank 0: the gManager's part of a round, with reading rows and writing answers."""
+    """Rank 0: the gManager's part of a round."""
     HOST = 8
     """MicroAttention of own queries over rBlocks in the host's memory."""
 

@@ -124,9 +124,9 @@ def test_what_all_ranks_raise_ends_no_job(capsys):
     comm = open_local(2)[1]
     ended = []
     comm.abort = ended.append
-    comm.agreed = UserError("no such file")
+    comm.all_raise(error := UserError("no such file"))
     with pytest.raises(UserError), failing(comm):
-        raise comm.agreed
+        raise error
     assert ended == []
     with pytest.raises(ValueError, match="mine"), failing(comm):
         raise ValueError("mine")

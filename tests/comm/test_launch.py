@@ -6,8 +6,8 @@ import sys
 import pytest
 from mpirun import clean_environment, is_open_mpi
 
-from hpc_distkv.comm.mpi.launch import LaunchError, check_launch, prepare_launch, ranks_asked_for
-from hpc_distkv.comm.mpi.library import MpiLibrary
+from hpc_distkv.comm.mpi.launch import check_launch, prepare_launch, ranks_asked_for
+from hpc_distkv.comm.mpi.library import LaunchError, MpiLibrary
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def answers(
         for visit in visits.values():
             visit.advance()
 
-    comm.waiter.background.append(serve)
+    comm.waiter.always(serve)
     for layer in range(LAYERS):
         sent = [(c, query(me, c, layer, rows)) for c, rows in graph[me].items()]
         got = [(c, torch.zeros(8 * rows)) for c, rows in graph[me].items()]

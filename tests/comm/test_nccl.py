@@ -126,7 +126,7 @@ def connected(comm: Comm) -> None:
     fabric = Nccl(comm, range(comm.world.size), SimpleNamespace(cuda_stream=8))
     way = MeetingTransport(comm.transport, fabric, comm.new_mail(), comm.waiter)
     comm.transport = way
-    comm.waiter.background.append(way.push)
+    comm.waiter.always(way.push)
 
 
 @pytest.mark.parametrize(

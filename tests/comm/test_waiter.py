@@ -77,6 +77,6 @@ def test_waiting_leaves_the_core_to_others():
 def test_background_work_goes_on_while_waiting():
     busy = waiter(5.0)
     count = []
-    busy.background.append(lambda: count.append(1))
+    busy.always(lambda: count.append(1))
     busy.until(lambda: len(count) >= 3 or None, "the background")
     assert len(count) >= 3

@@ -163,7 +163,7 @@ def test_a_report_says_what_is_wanted_and_for_whom():
 
 @pytest.mark.parametrize(("policy", "lacks"), [("lend", True), ("lend-greedy", False)])
 def test_what_a_row_lacks_to_begin_is_for_planners(policy, lacks):
-    """Row 1 comes to need 11 rBlocks, and row 0 has 13 of the 20 then."""
+    """Row 1 needs 11 rBlocks in the end, and row 0 has 13 of the 20 then."""
     instance = make(num_blocks=20, policy=policy)
     boundary(instance, assign=[request(0, 20, max_tokens=40), request(1, 12, max_tokens=30)])
     step(instance)

@@ -23,6 +23,7 @@ from hpc_distkv.memory.pool import BlockPool
 from hpc_distkv.ranks.mail import Log, Mailbox
 from hpc_distkv.step.creditor import Creditor
 from hpc_distkv.step.debtor import Debtor
+from hpc_distkv.step.model import QueryHeads
 from hpc_distkv.step.parts import Parts
 from hpc_distkv.step.timesheet import Recorder, TimeSheet
 
@@ -44,9 +45,16 @@ class Node:
         self.pool = BlockPool(config.num_blocks, LAYERS, 1, BLOCK, HEAD_DIM, torch.float32)
         model = SimpleNamespace(attention=[AttentionSpec(1.0)] * LAYERS)
         time = TimeSheet(Recorder())
-        parts = Parts(comm, model, self.pool, config, (1, HEAD_DIM), None, time)
+        parts = Parts(
+            comm=comm,
+            model=model,
+            pool=self.pool,
+            config=config,
+            heads=QueryHeads(1, HEAD_DIM),
+            time=time,
+        )
         self.debtor, self.creditor = Debtor(parts, self.instance), Creditor(parts, self.instance)
-        self.letters = Mailbox(comm, self.instance, self.creditor, Log(comm))
+        self.mailbox = Mailbox(comm, self.instance, self.creditor, Log(comm))
         self.marks = marks
         self.answer: Answer | None = Answer(round=0)
         """Of the last round, until it takes effect."""

@@ -41,7 +41,7 @@ class Lending(RuleBasedStateMachine):
         for comm in self.comms:
             config = EngineConfig(blocks, BLOCK, policy=policy, lend_cap=rng.choice((None, 2)))
             self.nodes.append(Node(comm, config, self.marks, self.nodes))
-            comm.waiter.background.append(self.happen)
+            comm.waiter.always(self.happen)
         self.rng = rng
         links = Links([i % 2 for i in range(n)])
         self.gmanager = GManager(SyncSource(()), links, config)
@@ -53,7 +53,7 @@ class Lending(RuleBasedStateMachine):
     def happen(self) -> None:
         """Something goes on beside what a rank does itself: a message travels, or a rank attends
         to its debtors."""
-        events = [node.letters.attend for node in self.nodes] + self.network.events()
+        events = [node.mailbox.attend for node in self.nodes] + self.network.events()
         self.rng.choice(events)()
 
     def idle(self, rng: random.Random) -> list[Node]:
@@ -80,7 +80,7 @@ class Lending(RuleBasedStateMachine):
             if node.answer:
                 assert node.rm.lender.settle(node.answer.lend) == []
                 node.recall, node.answer = dict(node.answer.recall), None
-                node.letters.open_credits()
+                node.mailbox.open_credits()
                 self.reports[node.number] = self.report(node, rng)
         if len(self.reports) < len(self.nodes):
             return
@@ -161,7 +161,7 @@ class Lending(RuleBasedStateMachine):
         quiet = 0
         while quiet < 2:
             for node in self.nodes:
-                node.letters.attend()
+                node.mailbox.attend()
             quiet = 0 if self.network.events() else quiet + 1
             while events := self.network.events():
                 self.rng.choice(events)()
@@ -191,7 +191,7 @@ class Lending(RuleBasedStateMachine):
                 if node.answer:
                     node.rm.lender.settle(node.answer.lend)
                     node.answer = None
-                node.letters.open_credits()
+                node.mailbox.open_credits()
                 for request in list(node.rm.tables):
                     node.end(request)
                 node.return_credit()

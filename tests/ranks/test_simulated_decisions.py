@@ -17,10 +17,10 @@ from hpc_distkv.ranks.rank import EngineOptions
 from hpc_distkv.simulate.cluster import Cluster, DeviceSpec, Measured
 from hpc_distkv.simulate.deployment import Deployment
 from hpc_distkv.simulate.models import ModelShape
-from hpc_distkv.simulate.simulation import Rounds, Simulation
+from hpc_distkv.simulate.simulation import RoundTimes, Simulation
 from hpc_distkv.simulate.workload import TraceRow
 
-AT_ONCE = Rounds(floor=0.0, answer=0.0, per_instance=0.0)
+AT_ONCE = RoundTimes(floor=0.0, answer=0.0, per_instance=0.0)
 SHAPE = ModelShape("tiny", 2, 64, 128, 4, 2, 16, 100)
 ANY = Measured(1e-2, 1e-3, 1e-3, 1e-6, 1e-6, 1e-4, 1e9)
 """What steps last decides nothing here: `steady_pace` says what instances take them to last."""

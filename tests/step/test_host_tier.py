@@ -195,7 +195,7 @@ def test_any_number_of_rows_comes_back_from_the_host_in_one_step():
     assert len(scheduler.running) == count
 
 
-def test_all_ranks_of_an_instance_put_the_same_aside(tiny_model: Path, whole):
+def test_all_ranks_of_an_instance_swap_out_the_same(tiny_model: Path, whole):
     rows = crowd(random.Random(20), 6, 32 * BLOCK)
     lane_bytes = 3 * 2 * 1 * 16 * BLOCK * 4
     sizes = {"num_blocks": 16, "host_kv_memory": 16 * lane_bytes}

@@ -19,6 +19,7 @@ from hpc_distkv.memory.rmanager import RManager
 from hpc_distkv.model.shard import Alone
 from hpc_distkv.step import shared
 from hpc_distkv.step.forward import Forward
+from hpc_distkv.step.model import QueryHeads
 from hpc_distkv.step.parts import Parts
 from hpc_distkv.step.shared import groups_of
 from hpc_distkv.step.timesheet import Recorder, TimeSheet
@@ -121,7 +122,9 @@ def test_rows_get_the_attention_that_they_would_get_alone(spec):
     model = OneLayer(spec, sum(row.tokens for row in rows))
     (comm,) = open_local(1)
     config, time = EngineConfig(num_blocks=100, block_size=BLOCK), TimeSheet(Recorder())
-    parts = Parts(comm, model, pool, config, (HEADS, DIM), None, time)
+    parts = Parts(
+        comm=comm, model=model, pool=pool, config=config, heads=QueryHeads(HEADS, DIM), time=time
+    )
     Forward(parts, rm, lambda: None, lambda: None).run(rows)
     first = 0
     for row in rows:

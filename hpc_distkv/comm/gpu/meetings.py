@@ -113,8 +113,8 @@ class Meetings:
         """Note what has become ready, here and at higher ranks, which meetings wait for this rank,
         and whether its own is over. Begins none."""
         self._note_ready()
-        while (letter := self._mail.poll()) is not None:
-            self._read(*letter)
+        while (message := self._mail.poll()) is not None:
+            self._read(*message)
         if self._meeting is not None and self._meeting[0].over():
             for post in self._meeting[1]:
                 post.tensor = None
@@ -174,8 +174,8 @@ class Meetings:
         for peer, ready in news.items():
             self._mail.post(peer, msgspec.msgpack.encode(Ready(ready)))
 
-    def _read(self, peer: int, letter: bytes) -> None:
-        message: Ready | Go = msgspec.msgpack.decode(letter, type=Ready | Go)
+    def _read(self, peer: int, encoded: bytes) -> None:
+        message: Ready | Go = msgspec.msgpack.decode(encoded, type=Ready | Go)
         if isinstance(message, Go):
             self._called.append((peer, message))
             return

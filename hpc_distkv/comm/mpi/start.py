@@ -39,7 +39,7 @@ def open_mpi(stall_timeout: float, tp: int = 1) -> Comm:
     transport = MpiTransport(everyone.Dup(), waiter)
     mail = MpiMail(everyone.Dup(), waiter)
     rounds = MpiRounds(everyone.Dup(), everyone.Dup(), waiter)
-    waiter.background += [rounds.poke, mail.poke]
+    waiter.always(rounds.poke, mail.poke)
     complaints = MpiMail(everyone.Dup(), waiter)
 
     def abort(status: int) -> None:
@@ -48,7 +48,7 @@ def open_mpi(stall_timeout: float, tp: int = 1) -> Comm:
 
     def new_mail() -> MpiMail:
         another = MpiMail(everyone.Dup(), waiter)
-        waiter.background.append(another.poke)
+        waiter.always(another.poke)
         return another
 
     return Comm(world, transport, mail, rounds, waiter, abort, new_mail, complaints)

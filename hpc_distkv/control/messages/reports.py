@@ -65,7 +65,8 @@ Number = TypeVar("Number")
 Flag = TypeVar("Flag")
 _NONE: Any = 0
 _NOBODY: Any = NOBODY
-_NO_REQUEST: Any = -1
+NO_REQUEST: Any = -1
+"""Where a number names a request, none: below every request."""
 
 
 class Numbers(msgspec.Struct, Generic[Count, Number, Flag], frozen=True, kw_only=True):
@@ -98,8 +99,8 @@ class Numbers(msgspec.Struct, Generic[Count, Number, Flag], frozen=True, kw_only
     """Requests that were not begun and could begin there."""
     seats: Count = _NONE
     """Further requests that may run, if there is memory."""
-    youngest: Count = _NO_REQUEST
-    """The youngest running request; -1: none runs."""
+    youngest: Count = NO_REQUEST
+    """The youngest running request; NO_REQUEST: none runs."""
     youngest_blocks: Count = _NONE
     longest: Count = _NONE
     """Sealed rBlocks at home of the request that has most of them."""
@@ -145,11 +146,11 @@ COLUMNS = {
 """Format, as of `struct` and of a numpy dtype, → the numbers that have it: in the order of the
 wire, little-endian."""
 SIGNED = frozenset({"youngest"})
-"""Numbers that may be -1."""
+"""Numbers that may be NO_REQUEST."""
 
 _ROW = struct.Struct("<" + "".join(len(names) * code for code, names in COLUMNS.items()))
 _DTYPE = np.dtype([(code, "<" + code, len(names)) for code, names in COLUMNS.items()])
-_LEAST = np.array([[-1 if name in SIGNED else 0] for name in COLUMNS["q"]])
+_LEAST = np.array([[NO_REQUEST if name in SIGNED else 0] for name in COLUMNS["q"]])
 _numbers = attrgetter(*chain(*COLUMNS.values()))
 _changes = msgspec.msgpack.Decoder(Changes)
 _NOTHING = Changes()

@@ -114,7 +114,7 @@ def _tiles(metrics: Mapping[str, Any]) -> str:
         (
             "prompt tokens computed",
             f"{counters['prompt_tokens']:,}",
-            f"{counters.get('cached_tokens', 0):,} of shared beginnings",
+            f"{counters.get('cached_tokens', 0):,} of shared prefixes",
         ),
         (
             "time of a row",

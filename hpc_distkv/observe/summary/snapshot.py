@@ -17,7 +17,7 @@ Numbers = NDArray[np.int64]
 
 
 class Snapshot(NamedTuple):
-    """ControlState from rank 0. Arrays have one value per instance, as of its last report."""
+    """Seen from rank 0. Arrays have one value per instance, as of its last report."""
 
     at: float
     """By `time.perf_counter`."""
