@@ -19,43 +19,54 @@ class SyncReader(SyncSource, Generic[T]):
     def __init__(
         self,
         entries: Iterator[tuple[T, Sequence[Request]]],
-        tell: Callable[[T | BaseException], None],
+        report: Callable[[T | BaseException], None],
+        progress: Callable[[], object],
     ) -> None:
-        super().__init__(self._pull(entries, tell))
+        super().__init__(self._pull(entries, report))
 
     def start(self) -> None:
         pass
 
-    def stop(self) -> None:
+    def stop(self, meanwhile: Callable[[], object]) -> None:
         pass
+
+    def quiet(self) -> float:
+        return 0.0
 
     def _pull(
         self,
         entries: Iterator[tuple[T, Sequence[Request]]],
-        tell: Callable[[T | BaseException], None],
+        report: Callable[[T | BaseException], None],
     ) -> Iterator[Request]:
         try:
             for entry, requests in entries:
-                tell(entry)
+                report(entry)
                 yield from requests
         except Exception as error:
-            tell(error)
+            report(error)
 
 
 class SyncWriter(Generic[T]):
     """Handles what it is given at once."""
 
-    def __init__(self, handle: Callable[[T], None], rest: Callable[[], None]) -> None:
-        self._handle, self._rest = handle, rest
+    began = None
+
+    def __init__(
+        self, handle: Callable[[T], None], after_each: Callable[[], None] = lambda: None
+    ) -> None:
+        self._handle, self._after_each = handle, after_each
 
     def start(self) -> None:
         pass
 
-    def stop(self) -> None:
+    def stop(self, meanwhile: Callable[[], object]) -> None:
         pass
+
+    def quiet(self) -> float:
+        return 0.0
 
     def put(self, thing: T) -> None:
         self._handle(thing)
-        self._rest()
+        self._after_each()
 
-    put_in_turn = put
+    put_bounded = put

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import math
+import os
+import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +38,7 @@ from hpc_distkv.comm import binding
 from hpc_distkv.comm.gpu.nccl import NcclError
 from hpc_distkv.comm.together import RankError, SetupError
 from hpc_distkv.comm.transport import Comm
-from hpc_distkv.comm.waiter import StallClock
+from hpc_distkv.comm.waiter import StallClock, StallError
 from hpc_distkv.model.config import ModelConfig
 from hpc_distkv.observe.live import leader
 from hpc_distkv.observe.live.progress import ProgressReport
@@ -299,6 +303,99 @@ def test_a_fault_of_rank_0_ends_the_run_on_all_ranks_and_a_rerun_completes_it(
     assert figures["rows"]["answered"] == len(rows) - lines
     done = [json.loads(line)["custom_id"] for line in files.output.read_text().splitlines()]
     assert sorted(done) == sorted(row["custom_id"] for row in rows)
+
+
+def hang(patch: pytest.MonkeyPatch, place: Any, name: str, go_on: threading.Event) -> None:
+    """From the 21st call on."""
+    real, calls = getattr(place, name), itertools.count()
+
+    def slow(*given: Any) -> Any:
+        if next(calls) >= 20:
+            go_on.wait(10)
+        return real(*given)
+
+    patch.setattr(place, name, slow)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "what"),
+    [(Intake, "_readline", "read .*/in"), (Journal, "write", "write .*/out")],
+    ids=["read", "write"],
+)
+def test_a_disk_that_hangs_ends_the_job_after_the_stall_timeout(
+    place, name, what, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(job, "COMMIT_INTERVAL", 0.0)
+    monkeypatch.setattr(threads, "MOST_ENTRIES", 30)
+    go_on = threading.Event()
+    hang(monkeypatch, place, name, go_on)
+    files = Files(tmp_path / "in", tmp_path / "out")
+    rows = [completion(str(number), [5, 6 + number], 2) for number in range(100)]
+    files.input.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    comms = open_local(RANKS, 1.0)
+    aborts: list[int] = []
+    comms[0].abort = aborts.append
+    before = threading.active_count()
+
+    def work(comm: Comm) -> BaseException | None:
+        return raised(lambda: Engine(tiny_model, OPTIONS, comm=comm).run(files))
+
+    own, _ = run_local(comms, work)
+    assert isinstance(own, StallError)
+    assert re.fullmatch(f"rank 0 waits for its disk, to {what}: nothing moved for 1 s", str(own))
+    assert aborts == [70]
+    go_on.set()
+    end = time.monotonic() + STALL
+    while threading.active_count() > before:
+        assert time.monotonic() < end
+        time.sleep(1e-3)
+
+
+def test_rows_are_written_while_fsync_hangs_which_ends_the_job_at_last(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(job, "COMMIT_INTERVAL", 0.0)
+    go_on = threading.Event()
+
+    def fsync(_: int) -> None:
+        if threading.current_thread().name == "writer":
+            go_on.wait(STALL)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    files = Files(tmp_path / "in", tmp_path / "out")
+    rows = [completion(str(number), [5, 6 + number], 2) for number in range(20)]
+    files.input.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    [comm] = open_local(1, 0.1)
+
+    def work(comm: Comm) -> BaseException | None:
+        return raised(lambda: Engine(tiny_model, OPTIONS, comm=comm).run(files))
+
+    [own] = run_local([comm], work)
+    assert isinstance(own, StallError)
+    assert "rank 0 waits for its disk, to write " in str(own)
+    assert len(files.output.read_text().splitlines()) == len(rows)
+    go_on.set()
+
+
+def test_a_thread_that_cannot_be_started_ends_the_others(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(self: threads.Reader[Any]) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threads.Reader, "start", fail)
+    files = Files(tmp_path / "in", tmp_path / "out")
+    files.input.write_text(json.dumps(completion("a", [5, 6], 3)) + "\n")
+
+    def work(comm: Comm) -> BaseException | None:
+        engine, before = Engine(tiny_model, OPTIONS, comm=comm), threading.active_count()
+        error = raised(lambda: engine.run(files))
+        assert threading.active_count() == before
+        return error
+
+    [error] = run_local(open_local(1), work)
+    assert "can't start new thread" in str(error)
+    assert not list(tmp_path.glob("*.claim"))
 
 
 def test_a_run_ends_while_its_reader_waits_for_room_and_the_engine_goes_on(

@@ -25,12 +25,14 @@ class Pending:
     """`begun_digest` of the request of each of its answers."""
     request_digest: str
     """Of the row."""
+    revision: int
+    """Of its line."""
     results: dict[int, Result] = field(default_factory=dict)
     """By choice."""
 
     @classmethod
     def of(
-        cls, row: Row, request_digest: str, begun: Mapping[AnswerKey, Begun]
+        cls, row: Row, request_digest: str, revision: int, begun: Mapping[AnswerKey, Begun]
     ) -> tuple[Pending, list[Request]]:
         """A row, and its requests from where an earlier run left off (`begun`). It is complete if
         that run has made all its answers, as when `n` was lowered since."""
@@ -40,6 +42,7 @@ class Pending:
             len(row.prompt),
             tuple(map(begun_digest, requests)),
             request_digest,
+            revision,
         )
         left = []
         for choice, request in enumerate(requests):
@@ -60,7 +63,8 @@ class Pending:
 
 
 class InFlight:
-    """Owner of both. A row leaves as it gets its line."""
+    """Owner of the rows that are handed out, and of what was begun of them. A row leaves once its
+    line is in the journal."""
 
     def __init__(self, begun: Mapping[AnswerKey, Begun]) -> None:
         """`begun`: by earlier runs, of rows that have no line."""

@@ -26,9 +26,7 @@ from hpc_distkv.control.messages.requests import Request, Result, Unfinished
 log = logging.getLogger(__name__)
 
 COMMIT_INTERVAL = 1.0
-"""Seconds between two times that results are written; and put on the disk, where that is fast."""
-SYNC_SHARE = 1 / 20
-"""Part of the time that it may take at most: all ranks wait for it in the end."""
+"""Seconds between two times that results are written."""
 
 
 class Refused(NamedTuple):
@@ -38,6 +36,8 @@ class Refused(NamedTuple):
     custom_id: str | None
     request_digest: str
     error: RowError
+    revision: int
+    """Of its line."""
 
 
 class AllRead(NamedTuple):
@@ -85,9 +85,13 @@ class Job:
     opening, but closes all.
 
     Has two halves, which may be in threads of their own (`batch.threads`). `entries` reads: it owns
-    the intake, and takes rows out of what is answered. `enter`, `finish`, `save`, `refuse` and
-    `commit` write: they own the journals, the rows in flight and all counts but the intake's own,
-    which only grow. `requests` is both in one. What is left is for the time before and after.
+    the intake and what is answered. `enter`, `finish`, `save`, `refuse` and `write` write: they own
+    the journals, the rows in flight and all counts but the intake's own, which only grow. `sync`
+    may be in a third thread. `requests` reads and writes. What is left is for the time before and
+    after.
+
+    Once a journal has failed, no line is added to any: rows stay in flight, and their answers are
+    saved for the rerun.
     """
 
     def __init__(
@@ -105,7 +109,9 @@ class Job:
         self._in_flight = InFlight(self._begun)
         self.resumed = bool(self._answered.lines or self._begun)
         """Whether earlier runs have done or begun anything."""
-        self._written_at = self._sync_at = time.monotonic()
+        self._written_at = time.monotonic()
+        self.input = intake.path
+        self.output = journal.path
         self.answered = 0
         """Rows answered in this run."""
         self.failed = 0
@@ -141,10 +147,11 @@ class Job:
         match entry:
             case Pending():
                 self._in_flight.enter(entry)
-                if entry.complete:
+                if entry.complete and not self._broken:
                     self._write_answer(entry)
             case Refused():
-                self._write_error(*entry)
+                if not self._broken:
+                    self._write_error(*entry)
             case AllRead(rows):
                 self.total_rows = rows
 
@@ -166,35 +173,38 @@ class Job:
             self.refuse(result.id, fault)
             return None
         pending.results[choice] = result
-        return self._write_answer(pending) if pending.complete else None
+        return self._write_answer(pending) if pending.complete and not self._broken else None
 
     def refuse(self, request_id: int, error: RowError) -> None:
         """Write an error row for the row of a request that the engine cannot answer. Raises
         JournalError."""
         number, _ = which_choice(request_id)
         pending = self._in_flight.get(number)
-        if pending is not None:
-            self._in_flight.leave(number)
-            self._write_error(number, pending.row.custom_id, pending.request_digest, error)
+        if pending is not None and not self._broken:
+            self._refuse(pending, error)
 
-    def commit(self, now: bool = False) -> None:
-        """Write the lines so far, at most once a second unless `now`, and make them durable, more
-        rarely on a slow disk. Raises JournalError.
+    def write(self) -> bool:
+        """Write the lines so far, at most once a second: they survive this process. Returns whether
+        it did; then `sync` makes them survive a power failure. Raises JournalError.
 
-        Cheap enough to be called in every step.
+        Cheap enough to be called after every row.
         """
-        began = time.monotonic()
-        if not now and began - self._written_at < COMMIT_INTERVAL:
-            return
-        durable = now or began >= self._sync_at
+        if time.monotonic() - self._written_at < COMMIT_INTERVAL:
+            return False
         for journal in self._journals:
-            if durable:
-                journal.commit()
-            else:
-                journal.write()
-        self._written_at = ended = time.monotonic()
-        if durable:
-            self._sync_at = ended + (ended - began) / SYNC_SHARE
+            journal.write()
+        self._written_at = time.monotonic()
+        return True
+
+    def sync(self) -> None:
+        """Put on the disk what was written. `write` and `commit` raise what fails in it."""
+        for journal in self._journals:
+            journal.sync()
+
+    def commit(self) -> None:
+        """Write the lines so far and put them on the disk. Raises JournalError."""
+        for journal in self._journals:
+            journal.commit()
 
     def close(self, ordered: bool = False) -> None:
         """Commit and close. Rows in flight are left for a rerun, with what was saved of them;
@@ -202,10 +212,12 @@ class Job:
         InputError and JournalError."""
         self._intake.look()
         self._in_flight.save_results()
-        self.commit(now=True)
         order = None
         try:
-            self._journal.save_unfinished([] if self.complete else self._in_flight.begun)
+            try:
+                self.commit()
+            finally:
+                self._journal.save_unfinished([] if self.complete else self._in_flight.begun)
             if ordered and self.complete:
                 order = InputOrder(self._intake.again())
         finally:
@@ -265,7 +277,7 @@ class Job:
         """Whether every row of the input has its line, and the input is what it was."""
         intake = self._intake
         read = intake.exhausted and intake.torn is None and not intake.outdated
-        return read and not self._in_flight
+        return read and not self._in_flight and not self._broken
 
     @property
     def torn(self) -> bool:
@@ -284,30 +296,36 @@ class Job:
         return self._answered.names_left_over(MOST_NAMED) if self._intake.exhausted else []
 
     @property
+    def _broken(self) -> bool:
+        """Whether a journal has failed."""
+        return self._journal.broken or self._errors.broken
+
+    @property
     def _journals(self) -> tuple[Journal, ...]:
         return tuple(dict.fromkeys((self._journal, self._errors)))
 
     def _read(self, envelope: Envelope) -> tuple[Entry, Sequence[Request]]:
+        revision = self._answered.revision(envelope.number)
         try:
             row = parse_row(envelope, self._service)
         except RowError as error:
-            return Refused(envelope.number, envelope.custom_id, envelope.digest, error), ()
-        return Pending.of(row, envelope.digest, self._begun)
+            known = envelope.number, envelope.custom_id, envelope.digest
+            return Refused(*known, error, revision), ()
+        return Pending.of(row, envelope.digest, revision, self._begun)
 
     def _write_answer(self, pending: Pending) -> Written | None:
         """The line of an answered row; an error row if its tokens cannot be turned into text."""
         row, service = pending.row, self._service
-        self._in_flight.leave(row.number)
         results = [pending.results[choice] for choice in range(row.choices)]
         try:
             choices = [read_choice(result, row, service.tokenizer) for result in results]
         except RowError as error:
-            self._write_error(row.number, row.custom_id, pending.request_digest, error)
+            self._refuse(pending, error)
             return None
         self._journal.append(
             answer_line(
                 number=row.number,
-                revision=self._answered.revision(row.number),
+                revision=pending.revision,
                 custom_id=row.custom_id,
                 digest=pending.request_digest,
                 endpoint=row.endpoint,
@@ -317,12 +335,22 @@ class Job:
                 created=int(time.time()),
             )
         )
+        self._in_flight.leave(row.number)
         self.answered += 1
         return Written(results, row.custom_id, pending.prompt_tokens)
 
+    def _refuse(self, pending: Pending, error: RowError) -> None:
+        number, custom_id = pending.row.number, pending.row.custom_id
+        self._write_error(number, custom_id, pending.request_digest, error, pending.revision)
+        self._in_flight.leave(number)
+
     def _write_error(
-        self, number: int, custom_id: str | None, request_digest: str, error: RowError
+        self,
+        number: int,
+        custom_id: str | None,
+        request_digest: str,
+        error: RowError,
+        revision: int,
     ) -> None:
-        revision = self._answered.revision(number)
         self._errors.append(error_line(number, custom_id, error, request_digest, revision))
         self.failed += 1

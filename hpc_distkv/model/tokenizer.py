@@ -49,7 +49,8 @@ class Tokenizer:
         if model_vocab is not None:
             self._check_vocabulary(file, model_vocab)
         self._pieces: dict[int, bytes] = {}
-        """Of the tokens that `token_bytes` was asked for: with log-probabilities twenty a token."""
+        """Of the tokens that `token_bytes` was asked for: with log-probabilities twenty a token. On
+        rank 0 three threads fill it, without a lock: whoever sets an item sets the same value."""
         self._spelling = Spelling.of(self._fast.decoder)
         end = self.special_tokens.get("eos_token")
         self.eos_token_id: int | None = None if end is None else self._fast.token_to_id(end)

@@ -32,6 +32,7 @@ from hpc_distkv.ranks.mail import (
     fingerprint,
 )
 from hpc_distkv.step.parts import Parts
+from hpc_distkv.step.sampler import NOBODY_DRAWN
 from hpc_distkv.step.timesheet import Kind
 
 E = TypeVar("E", bound=Event)
@@ -93,7 +94,12 @@ class Follower(StepLoop):
     def _draw(
         self, logits: torch.Tensor, ends: Sequence[TokenSequence], before: torch.Tensor | None
     ) -> torch.Tensor:
-        return torch.empty(len(ends), dtype=torch.int64, device=self._comm.device.place)
+        device = self._comm.device
+        if not device.deferred:
+            return (
+                NOBODY_DRAWN  # No step is launched before the tokens of the one before are known.
+            )
+        return torch.empty(len(ends), dtype=torch.int64, device=device.place)
 
     def _goes_on(self, plan: Plan) -> bool:
         event = self._next(Advanced, StepEnded)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from operator import sub
-from typing import Protocol
 
 import msgspec
 import torch
@@ -37,26 +37,24 @@ from hpc_distkv.step.sampler import Sampled, begin_sampling
 from hpc_distkv.step.timesheet import Kind
 
 
-class Leader(Protocol):
+class Leader(ABC):
     """What rank 0 does beside its own work."""
 
     gmanager: GManager
 
     def ready(self) -> bool:
-        """Whether a control round may be answered: soon, if not now. Unless told otherwise, it
-        may."""
+        """Whether to answer a control round now. False puts it off; the rank asks again soon."""
         return True
 
+    @abstractmethod
     def finish(self, result: Result) -> None:
         """A request has its result."""
 
-    def save(self, unfinished: Unfinished) -> None:
-        """The run has ended before a request did. Unless told otherwise, its tokens are lost."""
-        return
+    def save(self, unfinished: Unfinished) -> None:  # noqa: B027 (its tokens may be lost)
+        """The run has ended before a request did."""
 
-    def tick(self) -> None:
-        """Called after every control round. Unless told otherwise, there is nothing to do."""
-        return
+    def tick(self) -> None:  # noqa: B027 (there may be nothing to do)
+        """Called after every control round."""
 
 
 STEP_END = "the end of its step"

@@ -132,7 +132,8 @@ def run_job(
     job = Job(intake, journal, service)
     for request in job.requests():
         job.finish(answer(request))
-        job.commit()
+        if job.write():
+            job.sync()
     job.close()
     return job
 

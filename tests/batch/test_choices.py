@@ -45,7 +45,7 @@ def test_the_row_is_written_with_its_last_answer_in_any_order(tmp_path: Path) ->
         results = [Result(r.id, pack_tokens([65 + r.id]), "stop", 0.1, 0.2) for r in requests[:3]]
         written = []
         for place, index in enumerate(order):
-            job.commit(now=True)
+            job.commit()
             assert len(read_lines(tmp_path / "out")) == 0, f"after {place} answers"
             written.append(job.finish(results[index]))
         assert written == [None, None, (results, "a", 2)]

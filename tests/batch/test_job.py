@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
-import math
 import os
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -27,12 +28,12 @@ from batch_fakes import (
 )
 from panicking import PANICS, save_panicking
 
-from hpc_distkv.batch.errors import InputError
+from hpc_distkv.batch.errors import InputError, JournalError, RowError
 from hpc_distkv.batch.input import intake as intake_module
 from hpc_distkv.batch.input.intake import Intake
 from hpc_distkv.batch.input.service import SamplingDefaults
-from hpc_distkv.batch.job import COMMIT_INTERVAL, SYNC_SHARE, Job, job_fingerprint
-from hpc_distkv.control.messages.requests import UNREADABLE, Result, pack_tokens
+from hpc_distkv.batch.job import COMMIT_INTERVAL, Job, job_fingerprint
+from hpc_distkv.control.messages.requests import UNREADABLE, Request, Result, pack_tokens
 from hpc_distkv.model.tokenizer import Tokenizer
 
 
@@ -283,33 +284,83 @@ def test_a_read_error_stops_the_job_and_keeps_what_was_answered(tmp_path: Path) 
     assert len(read_lines(tmp_path / "out")) == 1
 
 
-def test_on_a_slow_disk_lines_are_written_all_the_same_and_made_durable_now_and_then(
+def test_lines_are_written_while_the_disk_is_slow_and_are_all_on_it_in_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_lines(tmp_path / "in", [completion(str(i)) for i in range(100)])
+    write_lines(tmp_path / "in", [completion(str(i)) for i in range(10)])
     job = Job(Intake(tmp_path / "in"), open_journal(tmp_path / "out", {}), make_service())
-    now, waited = math.ceil(time.monotonic()), 0.0  # sums of whole seconds are exact
+    go_on, begun, now = threading.Event(), threading.Event(), time.monotonic()
+    synced: list[int] = []
 
     def fsync(fd: int) -> None:
-        nonlocal now, waited
-        now, waited = now + 3, waited + 3
+        size = os.fstat(fd).st_size
+        begun.set()
+        assert go_on.wait(20)
+        synced.append(size)
 
     monkeypatch.setattr(time, "monotonic", lambda: now)
     monkeypatch.setattr(os, "fsync", fsync)
-    began = now
+    syncing = threading.Thread(target=job.sync)
     for number, request in enumerate(job.requests(), start=1):
         job.finish(answer(request))
+        assert not job.write()
         now += COMMIT_INTERVAL
-        job.commit()
+        assert job.write()
         assert len(read_lines(tmp_path / "out")) == number
-        assert waited <= 3 + SYNC_SHARE * (now - began)
-    assert waited > 3
-    now += 3 / SYNC_SHARE
+        if number == 1:
+            syncing.start()
+            assert begun.wait(20)
+    go_on.set()
+    syncing.join()
+    first, whole = synced[0], (tmp_path / "out").stat().st_size
+    assert synced == [first]
+    assert 0 < first < whole
     job.commit()
-    before = waited
-    job.commit(now=True)
-    assert waited == before, "all lines are on the disk"
+    assert synced == [first, whole]
+    job.commit()
+    assert synced == [first, whole], "all lines are on the disk"
     job.close()
+
+
+@pytest.mark.parametrize("fails", ["write", "fsync"])
+def test_after_a_failed_write_rows_stay_in_flight_and_their_answers_are_kept_for_the_rerun(
+    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [completion(str(i), "hello") for i in range(4)]
+    write_lines(tmp_path / "in", [*lines, completion("bad", n=0)])
+    job = Job(Intake(tmp_path / "in"), open_journal(tmp_path / "out", {}), make_service())
+    entries = job.entries()
+
+    def next_request() -> Request:
+        entry, [request] = next(entries)
+        job.enter(entry)
+        return request
+
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    job.finish(answer(next_request()))
+    job.commit()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, fails, full)
+        second = next_request()
+        job.finish(answer(second))
+        with pytest.raises(JournalError, match="No space left"):
+            job.commit()
+    third, fourth = next_request(), next_request()
+    assert job.finish(answer(third)) is None
+    job.refuse(fourth.id, RowError("too long"))
+    for entry, _ in entries:
+        job.enter(entry)
+    assert not job.complete
+    job.commit()
+    job.close()
+    job.release()
+    assert [row["custom_id"] for row in read_lines(tmp_path / "out")] == ["0"]
+    rerun = Job(Intake(tmp_path / "in"), open_journal(tmp_path / "out", {}), make_service())
+    assert [request.id for request in rerun.requests()] == [second.id, fourth.id]
+    rerun.close()
+    assert [row["custom_id"] for row in read_lines(tmp_path / "out")] == ["0", "2", "bad"]
 
 
 def test_commits_are_rate_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -234,7 +234,7 @@ def test_who_puts_never_waits_but_the_reader_does_while_too_much_is_left(monkeyp
 
     def read() -> None:
         for number in range(10):
-            writer.put_in_turn(number)
+            writer.put_bounded(number)
             put.append(number)
 
     reader = threading.Thread(target=read)

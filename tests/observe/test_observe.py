@@ -7,18 +7,21 @@ import json
 import random
 import re
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
+from local_ranks import open_local
 from prometheus_client.parser import text_string_to_metric_families
 from seen_runs import snapshot
 
 from hpc_distkv.control.messages.counters import Counters
 from hpc_distkv.control.messages.requests import Result, pack_tokens
 from hpc_distkv.observe.live import progress
+from hpc_distkv.observe.live.leader import JobLeader
 from hpc_distkv.observe.live.prometheus import PrometheusFile
 from hpc_distkv.observe.live.watch import Watch
-from hpc_distkv.observe.summary.metrics import Latencies, total, write_json
+from hpc_distkv.observe.summary.metrics import Latencies, RankFigures, total, write_json
 from hpc_distkv.observe.summary.run import RunRecord
 
 NOW = snapshot(
@@ -175,10 +178,17 @@ def test_histograms_have_every_row_near_its_time():
 
 
 def test_pools_are_remembered_at_their_fullest():
-    record = RunRecord()
+    manager = mock.MagicMock(running=0)
+    manager.assignment.unfinished = 0
+    engine = SimpleNamespace(comm=open_local(2)[0], gmanager=lambda source: manager)
+    leader = JobLeader(engine, mock.MagicMock(), Watch())
     for used in ([3, 9], [5, 2], [4, 4]):
-        record.see_pools(np.array(used))
-    assert record.summary([Counters()], [])["peak_kv_blocks"] == [5, 9]
+        manager.reports = SimpleNamespace(capacity=np.array([10, 10]), free=10 - np.array(used))
+        leader.tick()
+    ranks = [RankFigures(Counters(), 0, 1)] * 2
+    manager.reports = None
+    assert leader.close(ranks, engine.comm.world, False)["peak_kv_blocks"] == [5, 9]
+    leader.release()
 
 
 def samples(path):

@@ -42,15 +42,20 @@ class Journal:
         """What was in the file when it was opened."""
         self.unfinished = unfinished
         """What an earlier run has begun."""
+        self.broken = False
+        """Whether nothing more can be written."""
         self._claim = claim
         self._fd: int | None = fd
+        """None once it is closed, which is so too when another run may have the file."""
         self._buffer = bytearray()
         self._written = size
         self._synced = size
+        self._sync_error: OSError | None = None
 
     def append(self, line: bytes) -> None:
-        """Add one line, given without its newline. Raises JournalError when the disk refuses."""
-        assert self._fd is not None
+        """Add one line, given without its newline, unless the journal is `broken`. Raises
+        JournalError when the disk refuses."""
+        assert not self.broken
         assert b"\n" not in line
         self._buffer += line
         self._buffer += b"\n"
@@ -59,10 +64,11 @@ class Journal:
 
     def write(self) -> None:
         """Hand everything appended so far to the operating system: it survives this process, but
-        not a power failure. Raises JournalError."""
-        assert self._fd is not None
-        if not self._buffer:
+        not a power failure. Raises JournalError, also where an earlier `sync` has failed."""
+        self._raise_failed_sync()
+        if self.broken or not self._buffer:
             return
+        assert self._fd is not None
         try:
             self._check_alone()
             rest = memoryview(self._buffer)
@@ -73,22 +79,33 @@ class Journal:
         self._written += len(self._buffer)
         self._buffer = bytearray()
 
+    def sync(self) -> None:
+        """Put what was written on the disk (fsync). May run in a thread of its own beside all
+        else, so it leaves a failure for `write` to raise."""
+        fd, written = self._fd, self._written
+        if fd is None or self.broken or self._synced == written:
+            return
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            self._sync_error = error
+        else:
+            self._synced = written
+
     def commit(self) -> None:
         """Put everything appended so far on the disk (write and fsync). Raises JournalError."""
-        assert self._fd is not None
         self.write()
-        if self._synced < self._written:
-            try:
-                os.fsync(self._fd)
-            except OSError as error:
-                self._fail(error, keep=self._synced)
-            self._synced = self._written
+        self.sync()
+        self._raise_failed_sync()
 
     def save_unfinished(self, begun: Collection[Begun]) -> None:
-        """Replace the saved answers of unfinished rows by `begun`. Raises JournalError."""
-        self._check_alone()
+        """Replace the saved answers of unfinished rows by `begun`, unless another run may have the
+        file. Works after a failed write too. Raises JournalError."""
+        if self._fd is None:
+            return
         place = unfinished_path(self.path)
         try:
+            self._check_alone()
             if begun:
                 write_unfinished(place, begun)
             else:
@@ -100,28 +117,30 @@ class Journal:
             ) from error
 
     def close(self, order: InputOrder | None = None) -> None:
-        """Commit and close, and put the lines into an order if one is given; nothing to do after a
+        """Commit and close, and put the lines into an order if one is given; only close after a
         failure. Raises JournalError."""
-        if self._fd is None:
-            return
-        self.commit()
-        self._check_alone()
-        os.close(self._fd)
-        self._fd = None
         try:
+            if self.broken or self._fd is None:
+                return
+            self.commit()
+            self._check_alone()
             if order:
-                order_lines(self.path, order)
+                self._put_in_order(order)
+        finally:
+            self._abandon()
+
+    def release(self) -> None:
+        """Let other runs write, however this one ended."""
+        self._claim.release()
+
+    def _put_in_order(self, order: InputOrder) -> None:
+        try:
+            order_lines(self.path, order)
         except OSError as error:
             raise JournalError(
                 f"all rows are in {self.path}, but cannot be put in order: "
                 f"{error.strerror or error}."
             ) from error
-        finally:
-            self._claim.release()
-
-    def release(self) -> None:
-        """Let other runs write, however this one ended."""
-        self._claim.release()
 
     def _check_alone(self) -> None:
         """Raise JournalError if the file was moved or removed, where lines would be lost, or if
@@ -131,6 +150,7 @@ class Journal:
             self._check_place(self._fd)
             self._claim.check()
         except JournalError:
+            self.broken = True
             self._abandon()
             raise
 
@@ -151,20 +171,27 @@ class Journal:
                 "twice? Stop the other one and rerun the same command to resume."
             )
 
+    def _raise_failed_sync(self) -> None:
+        if self._sync_error and not self.broken:
+            self._fail(self._sync_error, keep=self._synced)
+
     def _fail(self, error: OSError, keep: int) -> NoReturn:
         assert self._fd is not None
         with contextlib.suppress(OSError):
             os.ftruncate(self._fd, keep)
-        self._abandon()
+            self._written = keep
+        self._buffer = bytearray()
+        self.broken = True
         raise JournalError(
             f"cannot write results to {self.path}: {error.strerror}. The results so far are safe; "
             "make room and rerun the same command to resume."
         ) from error
 
     def _abandon(self) -> None:
-        assert self._fd is not None
+        """Close, and let other runs write."""
         self._buffer = bytearray()
         fd, self._fd = self._fd, None
-        with contextlib.suppress(OSError):
-            os.close(fd)
+        if fd is not None:
+            with contextlib.suppress(OSError):
+                os.close(fd)
         self._claim.release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -12,6 +13,8 @@ from hpc_distkv.observe.summary.snapshot import ControlState
 from hpc_distkv.ranks.interrupt import Asked, Interrupt
 from hpc_distkv.units import short
 
+INTERVAL = 0.25
+"""Seconds between two looks."""
 NOTHING_NEW = "beginning nothing new"
 
 
@@ -24,6 +27,12 @@ class Story:
         self._asked: set[Asked] = set()
         """What was asked of rank 0."""
         self._read = self._draining = False
+        self._looked_at = time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for another `look`."""
+        return time.monotonic() - self._looked_at >= INTERVAL
 
     def begin(self, job: Job) -> None:
         """How much of the job earlier runs have done."""
@@ -41,6 +50,7 @@ class Story:
 
     def look(self, job: Job, state: ControlState) -> None:
         """After a control round: what is new."""
+        self._looked_at = time.monotonic()
         if not self._read and job.total_rows is not None:
             self._read = True
             self._tell(

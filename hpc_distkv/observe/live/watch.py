@@ -30,12 +30,16 @@ class Watch:
         if self.story:
             self.story.begin(job)
 
+    @property
+    def due(self) -> bool:
+        """Whether somebody wants to look."""
+        return bool(self.story and self.story.due) or self._shows
+
     def look(self, job: Job, state: ControlState) -> None:
         """After a control round."""
         if self.story:
             self.story.look(job, state)
-        onlookers = (self.progress, self.prometheus, self.timeline)
-        if any(onlooker is not None and onlooker.due for onlooker in onlookers):
+        if self._shows:
             self._show(take_snapshot(job, state), state)
 
     def close(self, job: Job, state: ControlState) -> None:
@@ -49,6 +53,11 @@ class Watch:
             self._write(self.prometheus, last, state, finished=True)
         if self.timeline:
             self.timeline.add(last)
+
+    @property
+    def _shows(self) -> bool:
+        onlookers = (self.progress, self.prometheus, self.timeline)
+        return any(onlooker is not None and onlooker.due for onlooker in onlookers)
 
     def _show(self, now: Snapshot, state: ControlState) -> None:
         if self.progress and self.progress.due:

@@ -7,15 +7,12 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from hpc_distkv.batch.job import Job
 from hpc_distkv.comm.world import World
 from hpc_distkv.control.messages.counters import Counters
 from hpc_distkv.control.messages.percentiles import gap_summary
 from hpc_distkv.control.messages.requests import Result
 from hpc_distkv.observe.summary.metrics import Latencies, RankFigures, histogram, total
-from hpc_distkv.observe.summary.snapshot import Numbers
 
 SLOWEST = 20
 """Answers that are listed by name."""
@@ -32,7 +29,7 @@ class SlowAnswer(NamedTuple):
 
 
 class RunRecord:
-    """Owner of a run's clock, of its answers' latencies and of the peaks of its pools."""
+    """Owner of a run's clock and of its answers' latencies."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
@@ -40,7 +37,6 @@ class RunRecord:
         self._total = Latencies()
         self._slowest: list[SlowAnswer] = []
         """A heap."""
-        self._peak_used: Numbers = np.zeros(0, np.int64)
         self.output_tokens = 0
         self.prompt_tokens = 0
         """The `usage` of the rows answered in this run."""
@@ -50,10 +46,6 @@ class RunRecord:
         self.prompt_tokens += prompt_tokens
         for result in results:
             self._add_answer(result, custom_id, prompt_tokens)
-
-    def see_pools(self, used: Numbers) -> None:
-        """rBlocks in use by instance, as of a control round."""
-        self._peak_used = used if not len(self._peak_used) else np.maximum(self._peak_used, used)
 
     def _add_answer(self, result: Result, custom_id: str, prompt_tokens: int) -> None:
         output_tokens = len(result.tokens) // 4
@@ -72,8 +64,14 @@ class RunRecord:
         else:
             heapq.heappushpop(self._slowest, row)
 
-    def summary(self, counters: Sequence[Counters], peak_memory: Sequence[int]) -> dict[str, Any]:
-        """The figures of the run; `counters` by instance, `peak_memory` in bytes per rank.
+    def summary(
+        self,
+        counters: Sequence[Counters],
+        peak_memory: Sequence[int],
+        peak_used: Sequence[int] = (),
+    ) -> dict[str, Any]:
+        """The figures of the run; `counters` by instance, `peak_memory` in bytes per rank,
+        `peak_used` in rBlocks by instance.
 
         Rates are those of what was computed in this run, as in vLLM's log: `generated_tokens` of
         the counters over the seconds of the run, whether or not their row has ended in it, and for
@@ -101,15 +99,17 @@ class RunRecord:
                 "between_tokens_s": histogram(gaps),
                 "latency_s": histogram(self._total.bins()),
             },
-            "peak_kv_blocks": self._peak_used.tolist(),
+            "peak_kv_blocks": list(peak_used),
             "remote_share": round(figures["remote_block_steps"] / held, 4) if held else 0.0,
             "peak_memory_bytes": list(peak_memory),
             "counters": _rounded(figures),
             "slowest_rows": [row._asdict() for row in sorted(self._slowest, reverse=True)],
         }
 
-    def figures(self, job: Job, ranks: Sequence[RankFigures], world: World) -> dict[str, Any]:
-        """All figures of a job's run, `ranks` by rank."""
+    def figures(
+        self, job: Job, ranks: Sequence[RankFigures], world: World, peak_used: Sequence[int]
+    ) -> dict[str, Any]:
+        """All figures of a job's run, `ranks` by rank; `peak_used` as of `summary`."""
         rows = {
             "answered": job.answered,
             "failed": job.failed,
@@ -131,7 +131,7 @@ class RunRecord:
             "failed": job.failed + job.failed_before,
         }
         counters = [rank.counters for rank in ranks[:: world.tp]]
-        summary = self.summary(counters, [rank.peak_memory for rank in ranks])
+        summary = self.summary(counters, [rank.peak_memory for rank in ranks], peak_used)
         each = [
             {
                 "rank": number,
