@@ -16,9 +16,9 @@ from seeded_schedule import PeerFailedError, SeededSchedule
 from hpc_distkv.comm.transport import (
     TO_CREDITOR,
     Comm,
+    Exchange,
     Mail,
     Pairs,
-    Pending,
     Rounds,
     Transport,
     UnderWay,
@@ -138,13 +138,13 @@ class LocalTransport(Transport):
 
     def exchange(
         self, sends: Pairs, recvs: Pairs, send_on: int = TO_CREDITOR, receive_on: int = TO_CREDITOR
-    ) -> Pending:
+    ) -> Exchange:
         """Post sends and receives."""
         self._network.switch(self._rank)
         post = partial(self._network.post_tensor, self._rank)
         halves = [post(*pair, receive_on, send=False) for pair in recvs]
         halves += [post(*pair, send_on, send=True) for pair in sends]
-        return LocalPending(self._network, self._under_way, halves)
+        return LocalExchange(self._network, self._under_way, halves)
 
     def drained(self) -> bool:
         """Whether all exchanges have completed."""
@@ -152,7 +152,7 @@ class LocalTransport(Transport):
         return self._under_way.drained()
 
 
-class LocalPending(Pending):
+class LocalExchange(Exchange):
     """Sends and receives under way."""
 
     def __init__(self, network: Network, under_way: UnderWay, halves: list[Half]) -> None:

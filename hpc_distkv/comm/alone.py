@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from hpc_distkv.comm.transport import (
     TO_CREDITOR,
     Comm,
+    Exchange,
     Mail,
     Pairs,
-    Pending,
     Rounds,
     Transport,
     UnderWay,
@@ -26,7 +26,7 @@ def open_alone(stall_timeout: float = 60.0) -> Comm:
     return Comm(world, transport, NoMail(), rounds, waiter, lambda status: None, NoMail)
 
 
-class Complete(Pending):
+class Complete(Exchange):
     """An exchange with nobody."""
 
     @property
@@ -46,7 +46,7 @@ class AloneTransport(Transport):
 
     def exchange(
         self, sends: Pairs, recvs: Pairs, send_on: int = TO_CREDITOR, receive_on: int = TO_CREDITOR
-    ) -> Pending:
+    ) -> Exchange:
         """Nothing to post."""
         assert not [*sends, *recvs], "an exchange of a rank that is alone"
         return Complete(self._under_way)

@@ -37,8 +37,8 @@ Pairs = Sequence[tuple[int, torch.Tensor]]
 """(peer rank, contiguous tensor) in the order in which the peer sees them."""
 
 
-class Pending(ABC):
-    """An exchange that was posted and may still be on its way."""
+class Exchange(ABC):
+    """One that was posted and may still be on its way (`Transport.exchange`)."""
 
     def __init__(self, under_way: UnderWay) -> None:
         self._under_way = under_way
@@ -75,20 +75,20 @@ class UnderWay:
 
     def __init__(self, waiter: Waiter) -> None:
         self.waiter = waiter
-        self._pending: dict[Pending, None] = {}
+        self._pending: dict[Exchange, None] = {}
 
-    def add(self, pending: Pending) -> None:
+    def add(self, exchange: Exchange) -> None:
         """An exchange was posted."""
-        self._pending[pending] = None
+        self._pending[exchange] = None
 
-    def over(self, pending: Pending) -> None:
+    def over(self, exchange: Exchange) -> None:
         """It has completed."""
-        self._pending.pop(pending, None)
+        self._pending.pop(exchange, None)
 
     def drained(self) -> bool:
         """Push all on and tell whether they have completed. Never blocks."""
-        for pending in list(self._pending):
-            pending.done()
+        for exchange in list(self._pending):
+            exchange.done()
         return not self._pending
 
 
@@ -121,7 +121,7 @@ class Transport(ABC):
     @abstractmethod
     def exchange(
         self, sends: Pairs, recvs: Pairs, send_on: int = TO_CREDITOR, receive_on: int = TO_CREDITOR
-    ) -> Pending:
+    ) -> Exchange:
         """Post sends and receives, all at once, each on a channel. Tensors must stay untouched
         until it is done; they are contiguous and both sides know their sizes beforehand."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hpc_distkv.attention import PagedBatch, micro_attention
-from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR, Pending
+from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR, Exchange
 from hpc_distkv.control.messages.loans import Header
 from hpc_distkv.decide.instance import Instance
 from hpc_distkv.ids import InstanceId, TableKey
@@ -78,9 +78,9 @@ class DebtorStep:
         self._comm, self._pool, self._instance = parts.comm, parts.pool, instance
         self._specs, self._time = parts.model.attention, parts.time
         self._moved = instance.accept(debtor, header, now)
-        self._pending: list[Pending] = []
+        self._pending: list[Exchange] = []
         """Moves under way."""
-        self._sending: Pending | None = None
+        self._sending: Exchange | None = None
         """The partial results of the last layer that was served."""
         self._post_moves()
         self._layer = 0 if header.queries else self._pool.layers

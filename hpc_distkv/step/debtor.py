@@ -8,7 +8,7 @@ import msgspec
 import torch
 
 from hpc_distkv.attention import merge_rows
-from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR, Pending
+from hpc_distkv.comm.transport import TO_CREDITOR, TO_DEBTOR, Exchange
 from hpc_distkv.decide.instance import Instance
 from hpc_distkv.decide.plan import Plan, remote_queries
 from hpc_distkv.step.parts import Parts
@@ -46,7 +46,7 @@ class Debtor:
         self._time, self._instance = parts.time, instance
         self._counters = instance.counters
         self._exchanges: list[CreditorExchange] = []
-        self._moves: Pending | None = None
+        self._moves: Exchange | None = None
         self._steps = 0
 
     def begin(self, plan: Plan, now: float) -> bool:

@@ -16,7 +16,7 @@ from seeded_schedule import SeededSchedule
 
 from hpc_distkv.comm.collective import probe as module
 from hpc_distkv.comm.collective.probe import opponent, probe, turns
-from hpc_distkv.comm.transport import TO_CREDITOR, Pending, Transport
+from hpc_distkv.comm.transport import TO_CREDITOR, Exchange, Transport
 from hpc_distkv.comm.waiter import StallError
 
 SCRIPT = str(Path(__file__).with_name("probe_ranks.py"))
@@ -29,7 +29,7 @@ class Watched(Transport):
         self.inner, self.slow = inner, slow
         self.sent, self.received = [], []
 
-    def exchange(self, sends, recvs, send_on=TO_CREDITOR, receive_on=TO_CREDITOR) -> Pending:
+    def exchange(self, sends, recvs, send_on=TO_CREDITOR, receive_on=TO_CREDITOR) -> Exchange:
         for peer, _ in sends:
             if peer in self.slow:
                 time.sleep(0.05)

@@ -40,9 +40,9 @@ from hpc_distkv.comm.gpu.meetings import Meetings, Post
 from hpc_distkv.comm.transport import (
     TO_CREDITOR,
     Comm,
+    Exchange,
     Mail,
     Pairs,
-    Pending,
     Transport,
     UnderWay,
 )
@@ -63,7 +63,7 @@ class MeetingTransport(Transport):
 
     def exchange(
         self, sends: Pairs, recvs: Pairs, send_on: int = TO_CREDITOR, receive_on: int = TO_CREDITOR
-    ) -> Pending:
+    ) -> Exchange:
         """Post sends and receives."""
         posts: list[Post] = []
         holds, unused = self._fabric.holds, self._fabric.mark()
@@ -79,7 +79,7 @@ class MeetingTransport(Transport):
             recvs = [(peer, tensor) for peer, tensor in recvs if not holds(tensor)]
             others = self._inner.exchange(sends, recvs, send_on, receive_on)
         self.push()
-        return MeetingPending(posts, others, self)
+        return MeetingExchange(posts, others, self)
 
     def unite(self, comm: Comm) -> None:
         """Give the ranks of this one's instance a fabric of their own."""
@@ -183,11 +183,11 @@ class InstanceExchanges:
         return self._last is None or not self._meetings.posted
 
 
-class MeetingPending(Pending):
+class MeetingExchange(Exchange):
     """Sends and receives under way."""
 
     def __init__(
-        self, posts: list[Post], others: Pending | None, transport: MeetingTransport
+        self, posts: list[Post], others: Exchange | None, transport: MeetingTransport
     ) -> None:
         """`others`: what the host's transport carries of it."""
         super().__init__(transport.under_way)

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from hpc_distkv.comm.device import Event
-from hpc_distkv.comm.transport import TO_CREDITOR, Pairs, Pending, Transport, UnderWay
+from hpc_distkv.comm.transport import TO_CREDITOR, Exchange, Pairs, Transport, UnderWay
 from hpc_distkv.comm.waiter import Waiter
 
 
@@ -61,14 +61,14 @@ class StagedTransport(Transport):
 
     def exchange(
         self, sends: Pairs, recvs: Pairs, send_on: int = TO_CREDITOR, receive_on: int = TO_CREDITOR
-    ) -> Pending:
+    ) -> Exchange:
         """Post sends and receives."""
         arrival = Arrival(recvs, receive_on, self._inner, self._copies) if recvs else None
         departure = Departure(sends, send_on, self._copies) if sends else None
         if departure:
             self._unposted.append(departure)
         self.push()
-        return StagedPending(departure, arrival, self)
+        return StagedExchange(departure, arrival, self)
 
     def push(self) -> None:
         """Post every send whose turn it is."""
@@ -90,7 +90,7 @@ class Departure:
         self._copied = copies.copy_out(self._sources, staged) if staged else None
         buffers = iter(staged)
         self._sends = [(peer, next(buffers) if copies.holds(t) else t) for peer, t in sends]
-        self._pending: Pending | None = None
+        self._pending: Exchange | None = None
 
     @property
     def peers(self) -> list[int]:
@@ -124,7 +124,7 @@ class Arrival:
         self._unused = copies.mark()
         """When nothing that was asked for so far uses the targets any more."""
         self.peers = [peer for peer, _ in recvs]
-        self._pending: Pending | None = inner.exchange([], pairs, receive_on=channel)
+        self._pending: Exchange | None = inner.exchange([], pairs, receive_on=channel)
 
     def done(self) -> bool:
         """Whether all has arrived, as seen by what is computed from now on."""
@@ -136,7 +136,7 @@ class Arrival:
         return self._pending is None
 
 
-class StagedPending(Pending):
+class StagedExchange(Exchange):
     """Sends and receives under way."""
 
     def __init__(

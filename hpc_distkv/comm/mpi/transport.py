@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from mpi4py import MPI
 
-from hpc_distkv.comm.transport import TO_CREDITOR, Pairs, Pending, Transport, UnderWay
+from hpc_distkv.comm.transport import TO_CREDITOR, Exchange, Pairs, Transport, UnderWay
 from hpc_distkv.comm.waiter import Waiter
 
 
@@ -26,18 +26,18 @@ class MpiTransport(Transport):
 
     def exchange(
         self, sends: Pairs, recvs: Pairs, send_on: int = TO_CREDITOR, receive_on: int = TO_CREDITOR
-    ) -> Pending:
+    ) -> Exchange:
         """Post sends and receives. Receives come first, so that arriving bytes land in place."""
         requests = [self._comm.Irecv(octets(tensor), peer, receive_on) for peer, tensor in recvs]
         requests += [self._comm.Isend(octets(tensor), peer, send_on) for peer, tensor in sends]
-        return MpiPending(requests, sends, recvs, self._under_way)
+        return MpiExchange(requests, sends, recvs, self._under_way)
 
     def drained(self) -> bool:
         """Whether all exchanges have completed."""
         return self._under_way.drained()
 
 
-class MpiPending(Pending):
+class MpiExchange(Exchange):
     """Sends and receives under way. It holds its tensors until MPI is done with them."""
 
     def __init__(
