@@ -52,6 +52,8 @@ def verdict(comm: Comm, complaints: Iterable[Complaint]) -> str:
     told = {complaint.rank: complaint for complaint in complaints}
     silent = sorted({rank for c in told.values() for rank in c.awaited} - told.keys())
     waits = [c.text for _, c in sorted(told.items()) if not silent or set(silent) & set(c.awaited)]
+    if not silent and len(waits) == 1:
+        return waits[0]
     if not silent:
         return "\n".join(["all of these wait for each other:", *_some(waits)])
     names = _some([comm.world.name(rank) for rank in silent])

@@ -31,3 +31,8 @@ def test_of_a_thousand_silent_ranks_some_are_told():
     lines = told(1000, (0, tuple(range(1, 1000))))
     assert f"rank {MOST_TOLD}, and {999 - MOST_TOLD} more" in lines[0]
     assert len(lines) == 1 + MOST_TOLD + 1 + 1
+
+
+def test_one_wait_that_is_for_no_rank_is_told_as_it_is():
+    own = Complaint(0, (), "rank 0 waits for its disk")
+    assert verdict(open_local(2)[0], [own]) == own.text
