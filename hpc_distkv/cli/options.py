@@ -86,7 +86,7 @@ def engine_option(name: str, **changes: Any) -> Callable[[F], F]:
     default, spelling = getattr(EngineOptions, name), name.replace("_", "-")
     settings = {
         "type": click.Choice(CHOICES[name]) if name in CHOICES else None,
-        "is_flag": isinstance(default, bool),
+        "is_flag": isinstance(default, bool) or None,  # of False, click takes no value "-1"
         "default": default,
         "show_default": default is not None and default is not False,
         **_ENGINE[name],

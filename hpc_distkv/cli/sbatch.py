@@ -101,13 +101,10 @@ def _something(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
 
 def _passed_on(name: str, short: str | None) -> Callable[[F], F]:
     """An option of sbatch that the script hands on."""
-    return click.option(
-        *([short] if short else []),
-        f"--{name}",
-        is_flag=name in WITHOUT_VALUE,
-        callback=_something,
-        help="As of sbatch.",
-    )
+    # Of is_flag=False, click takes no value that begins with "-".
+    flag = name in WITHOUT_VALUE or None
+    spellings = [short, f"--{name}"] if short else [f"--{name}"]
+    return click.option(*spellings, is_flag=flag, callback=_something, help="As of sbatch.")
 
 
 @click.command(

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from job_script import HERE, run_script, sbatch, status
 
@@ -43,6 +43,8 @@ def test_no_value_brings_a_line_of_its_own(
 
 
 @settings(max_examples=30, deadline=None)
+@example(pairs=[("--partition", "--")], kind="gpu")
+@example(pairs=[("--partition", "-0")], kind="gpu")
 @given(
     st.lists(
         st.tuples(
