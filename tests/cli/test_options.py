@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import click
 import pytest
-from click.testing import CliRunner
 
-from hpc_distkv.cli.options import Size, engine_option
+from hpc_distkv.cli.options import Size
 
 
 @pytest.mark.parametrize(
@@ -27,13 +26,3 @@ def test_sizes_are_read_as_people_write_them(text, size):
 def test_other_texts_are_refused_with_an_example(text):
     with pytest.raises(click.BadParameter, match="for example 4GiB"):
         Size().convert(text, None, None)
-
-
-@pytest.mark.parametrize("words", [["--host-kv-path", "-x"], ["--host-kv-path=-x"]])
-def test_a_value_may_begin_like_an_option(words):
-    @click.command()
-    @engine_option("host_kv_path")
-    def command(host_kv_path):
-        click.echo(host_kv_path)
-
-    assert CliRunner().invoke(command, words).output == "-x\n"
