@@ -67,6 +67,7 @@ def test_a_killed_run_on_this_machine_is_void_at_once(tmp_path: Path) -> None:
 def test_another_process_with_the_same_number_is_not_the_owner(tmp_path: Path) -> None:
     leave(tmp_path / "out", began="1")
     Claim.take(tmp_path / "out", nap).release()
+    assert read_claim(tmp_path / "out") is None
 
 
 def test_a_run_elsewhere_that_gives_signs_of_life_is_left_alone(tmp_path: Path) -> None:

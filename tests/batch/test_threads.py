@@ -139,6 +139,8 @@ def test_a_reader_that_waits_for_room_can_be_stopped(monkeypatch):
     reader = started((n, [request(n)] * 5) for n in itertools.count())
     soon(lambda: reader.waits)
     reader.stop()
+    assert reader.ended or reader.waits
+    assert "reader" not in {thread.name for thread in threading.enumerate()}
     reader.stop()
 
 
